@@ -1,0 +1,95 @@
+"""What can go wrong, by who must act.
+
+PiaBatchError
+├── ConfigError        the operator fixes the config or the command; exit code 2
+├── ManifestError      the operator fixes the manifest; exit code 2, before Ray starts
+├── StorageError       the operator fixes the store, or starts again once it is back
+│   └── ObjectExistsError   a create lost the race; the caller compares
+├── LeaseHeldError     another run works on this output; exit code 75
+├── InterruptedRunError     SIGINT or SIGTERM; what was finished is committed; exit code 4
+├── AccountingError    finalise found a request without exactly one result; nothing is published
+└── RequestError       one request is bad: it becomes a `failed` result and the run goes on
+
+Anything else is a bug: it ends the run with its traceback and exit code 1, and what is committed stays.
+Every class takes one message, so that it survives pickling between processes.
+"""
+
+
+class PiaBatchError(Exception):
+    """The root of everything this package raises on purpose."""
+
+
+class ConfigError(PiaBatchError):
+    """A config, a flag or a model that cannot work. The message names the key and the remedy."""
+
+
+class ManifestError(PiaBatchError):
+    """A manifest that cannot be read, is empty, or lacks a required column."""
+
+
+class StorageError(PiaBatchError):
+    """The store refused or did not answer. After a write the outcome is unknown: create again."""
+
+
+class ObjectExistsError(StorageError):
+    """`Store.create` found the name taken, perhaps by its own earlier attempt."""
+
+
+class LeaseHeldError(PiaBatchError):
+    """Another run holds the lease of this output."""
+
+
+class InterruptedRunError(PiaBatchError):
+    """The run was asked to stop. Start it again to resume."""
+
+
+class AccountingError(PiaBatchError):
+    """Results and manifest do not match one to one; the results were not published."""
+
+
+class RequestError(PiaBatchError):
+    """One request cannot be animated. `kind` is the result's `error_kind`; the text is its `error`."""
+
+    kind = "request_error"
+
+
+class ImageUnavailableError(RequestError):
+    """The image could not be read: missing, refused, too slow or too large."""
+
+    kind = "image_unavailable"
+
+
+class ImageUnreadableError(RequestError):
+    """What was read is no image that we accept: truncated, corrupt, another format, too many pixels."""
+
+    kind = "image_unreadable"
+
+
+class ImageMismatchError(RequestError):
+    """The image's sha256 is not the one that the manifest promised."""
+
+    kind = "image_mismatch"
+
+
+class UnsupportedSettingError(RequestError):
+    """A setting that this model cannot take, such as more frames than its motion modules know."""
+
+    kind = "unsupported_setting"
+
+
+class NonFiniteError(RequestError):
+    """The network produced NaN or infinity, and decoding again in float32 did not help."""
+
+    kind = "non_finite"
+
+
+class EncodingError(RequestError):
+    """The animation could not be encoded, or what was encoded does not decode to what went in."""
+
+    kind = "encoding_failed"
+
+
+class DeviceMemoryError(RequestError):
+    """The device has too little memory for this one request, even by itself."""
+
+    kind = "out_of_memory"

@@ -1,0 +1,77 @@
+"""README.md says what the code does: its reference tables are compared with the code, and printed when they differ."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from pia_batch import cli, errors
+from pia_batch.config import RunConfig
+from pia_batch.records import REQUEST, RESULT
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def config_table() -> list[str]:
+    return ["| key | default | meaning |", "| --- | --- | --- |", *_config_rows(RunConfig, "")]
+
+
+def _config_rows(section: type[BaseModel], prefix: str) -> list[str]:
+    rows = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            rows += _config_rows(field.annotation, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else f"`{_shown(field.get_default(call_default_factory=True))}`"
+            rows.append(f"| `{prefix}{name}` | {default} | {field.description} |")
+    return rows
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    return (
+        str(list(value)) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)
+    )
+
+
+def test_the_config_reference_lists_every_key_with_its_default() -> None:
+    table = "\n".join(config_table())
+    assert table in README, f"README.md wants this table:\n{table}"
+
+
+def test_every_column_of_a_request_and_of_a_result_is_explained() -> None:
+    for name in {*REQUEST.names, *RESULT.names}:
+        assert f"`{name}`" in README, name
+
+
+def test_every_error_kind_is_explained() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "pia_batch").glob("*.py"))
+    kinds = {kind.kind for kind in errors.RequestError.__subclasses__()}
+    kinds |= set(re.findall(r'"(invalid_\w+|missing_value|not_finite|out_of_range|duplicate_id|unsupported)"', source))
+    for kind in kinds:
+        assert f"`{kind}`" in README, kind
+
+
+def test_every_command_and_exit_code_is_named() -> None:
+    for command in cli.app.registered_commands:
+        assert f"pia-batch {command.callback.__name__}" in README
+    for code in {0, 1, 3, *cli.EXIT_CODES.values()}:
+        assert f"| {code} |" in README
+
+
+def test_the_tree_names_every_module_with_one_line() -> None:
+    tree = README[README.index("```text\npia_batch/") :]
+    modules = {path.relative_to(ROOT / "pia_batch") for path in (ROOT / "pia_batch").rglob("*.py")}
+    for module in modules:
+        assert re.search(rf"^ *{re.escape(module.name)} +\S", tree, re.MULTILINE), module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_configs_that_are_shipped_can_be_loaded(path: Path) -> None:
+    RunConfig.load(path, {"manifest": "m", "output": "o"})
