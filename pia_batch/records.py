@@ -1,0 +1,268 @@
+"""The two Arrow schemas at the edges, request and result, and the content key that ties them together.
+
+A request is *effective* once every null is replaced by the config's default. Its key is a 128-bit BLAKE2b hash of the
+canonical JSON (sorted names, no spaces, UTF-8) of all that decides the animation, so that the same key means the same
+work: change a setting or a model and the request is due again, change nothing and it is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+KEY_BYTES = 16
+SUCCEEDED = "succeeded"
+FAILED = "failed"
+
+SETTINGS = pa.schema(
+    [
+        ("negative_prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("motion_scale", pa.int64()),
+        ("motion_curve", pa.list_(pa.float64())),
+        ("guidance_scale", pa.float64()),
+        ("strength", pa.float64()),
+        ("num_inference_steps", pa.int64()),
+        ("num_frames", pa.int64()),
+        ("width", pa.int64()),
+        ("height", pa.int64()),
+        ("clip_skip", pa.int64()),
+        ("eta", pa.float64()),
+        ("fps", pa.float64()),
+        ("format", pa.string()),
+    ]
+)
+"""What may differ from row to row. Each but `seed` has its default and its range in `config.Defaults`."""
+
+REQUEST = pa.schema(
+    [
+        ("request_id", pa.string()),
+        ("image", pa.string()),
+        ("image_bytes", pa.large_binary()),
+        ("image_sha256", pa.string()),
+        ("prompt", pa.string()),
+        *SETTINGS,
+        ("model", pa.string()),
+        ("ip_adapter_image", pa.string()),
+    ]
+)
+"""The manifest's columns. Any other column is carried into the result untouched."""
+
+RESULT = pa.schema(
+    [
+        ("request_id", pa.string()),
+        ("key", pa.string()),
+        ("status", pa.string()),
+        ("error_kind", pa.string()),
+        ("error", pa.string()),
+        ("attempts", pa.int64()),
+        ("animation_uri", pa.string()),
+        ("image", pa.string()),
+        ("prompt", pa.string()),
+        *SETTINGS,
+        ("model", pa.string()),
+        ("duration_s", pa.float64()),
+        ("num_bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("prompt_tokens", pa.int64()),
+        ("prompt_truncated", pa.bool_()),
+        ("frame_mean", pa.float64()),
+        ("frame_std", pa.float64()),
+        ("motion", pa.float64()),
+        ("first_frame_psnr_db", pa.float64()),
+        ("image_sha256", pa.string()),
+        ("gpu_seconds", pa.float64()),
+        ("fetch_seconds", pa.float64()),
+        ("encode_seconds", pa.float64()),
+        ("device", pa.string()),
+        ("engine_id", pa.string()),
+        ("run_id", pa.string()),
+        ("finished_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+"""One row for every request of a run, whatever became of it; the carried columns follow."""
+
+FETCHED = pa.schema(
+    [
+        ("pixels", pa.large_binary()),
+        ("fetched_sha256", pa.string()),
+        ("fetch_seconds", pa.float64()),
+        ("fetch_error_kind", pa.string()),
+        ("fetch_error", pa.string()),
+    ]
+)
+"""What fetching an image adds to a request on its way to the engine."""
+
+RESERVED = frozenset(RESULT.names + FETCHED.names) - frozenset(REQUEST.names)
+"""Names that a manifest may not use for columns of its own."""
+
+_CREDENTIALS = r"(?i)^([a-z][a-z0-9+.-]*://)[^/?#]*:[^/?#]*@|^(s3a?://)[^/@]*:[^@]*@|^(https?://)[^/?#]*@"
+"""Not the container of `abfs://container@account`; a secret key of S3 may hold slashes."""
+_QUERY = r"(?i)^(https?://[^?#]*)[?#].*$"
+
+Keys = npt.NDArray[np.void]
+"""Keys in memory: shape (n,), 16 raw bytes each."""
+
+
+@dataclass(frozen=True)
+class KeySet:
+    """A set of keys with exact membership, as two sorted uint64 columns: 16 bytes a key, no hash table."""
+
+    high: npt.NDArray[np.uint64]
+    low: npt.NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, keys: Keys) -> KeySet:
+        """The distinct ones of `keys`, shape (n,)."""
+        high, low = _halves(keys)
+        order = np.lexsort((low, high))
+        high, low = high[order], low[order]
+        first = np.ones(len(high), dtype=bool)
+        first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+        return cls(high[first], low[first])
+
+    def __len__(self) -> int:
+        return len(self.high)
+
+    def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Which of `keys` are members; bool, shape (n,)."""
+        found = np.zeros(len(keys), dtype=bool)
+        if not len(self):
+            return found
+        high, low = _halves(keys)
+        at = np.searchsorted(self.high, high, side="left")
+        alive = np.arange(len(keys))
+        # Equal high halves are rare (one pair in 10 million keys at 3e-6), but a miss there would lose a request.
+        while len(alive):
+            here = np.minimum(at[alive], len(self) - 1)
+            same = (at[alive] < len(self)) & (self.high[here] == high[alive])
+            alive, here = alive[same], here[same]
+            hit = self.low[here] == low[alive]
+            found[alive[hit]] = True
+            alive = alive[~hit]
+            at[alive] += 1
+        return found
+
+
+def keys_from_hex(column: pa.ChunkedArray | pa.Array) -> Keys:
+    """The keys of a `key` column (32 hex digits each, no nulls)."""
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    text = b"".join(_buffer(chunk)[0] for chunk in chunks)
+    return np.frombuffer(bytes.fromhex(text.decode("ascii")), dtype=f"V{KEY_BYTES}")
+
+
+def keys_to_hex(keys: Keys) -> pa.Array:
+    """A `key` column, 32 hex digits each."""
+    text = keys.tobytes().hex().encode("ascii")
+    offsets = np.arange(0, len(text) + 1, 2 * KEY_BYTES, dtype=np.int32)
+    if not len(keys):
+        offsets = np.zeros(1, dtype=np.int32)
+    return pa.StringArray.from_buffers(len(keys), pa.py_buffer(offsets), pa.py_buffer(text))
+
+
+def digest(column: pa.Array, size: int = KEY_BYTES) -> Keys:
+    """BLAKE2b of every value of a string or binary column without nulls; shape (n,), `size` bytes each."""
+    blake2b = hashlib.blake2b
+    data, bounds = _buffer(column)
+    hashes = [blake2b(data[start:end], digest_size=size).digest() for start, end in pairwise(bounds)]
+    return np.frombuffer(b"".join(hashes), dtype=f"V{size}")
+
+
+def canonical_json(columns: Mapping[str, pa.Array | pa.Scalar]) -> pa.Array:
+    """One JSON object a row, as `json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False)` gives.
+
+    Args:
+        columns: strings, integers, float64, or lists of float64, all of one length; scalars stand for every row.
+    """
+    parts: list[pa.Array | str] = []
+    literal = "{"  # what stands between two varying values: joining few parts is what makes this fast
+    for index, name in enumerate(sorted(columns)):
+        literal += ("," if index else "") + json.dumps(name, ensure_ascii=False) + ":"
+        column = columns[name]
+        if isinstance(column, pa.Scalar):
+            literal += json.dumps(column.as_py(), ensure_ascii=False, separators=(",", ":"))
+        else:
+            parts += [literal, _json_values(column)]
+            literal = ""
+    return pc.binary_join_element_wise(*parts, literal + "}", "")
+
+
+def results_table(columns: Mapping[str, pa.Array | pa.Scalar], carried: pa.Table, num_rows: int) -> pa.Table:
+    """A table in RESULT's order and types, nulls where a column is not given, then the carried columns.
+
+    Credentials and signatures are taken out of `image`: results are read by more people than the manifest is.
+    """
+    arrays: dict[str, pa.Array | pa.ChunkedArray] = {}
+    for field in RESULT:
+        value = columns.get(field.name)
+        if value is None:
+            arrays[field.name] = pa.nulls(num_rows, field.type)
+        elif isinstance(value, pa.Scalar):
+            arrays[field.name] = pa.repeat(value.cast(field.type), num_rows)
+        else:
+            arrays[field.name] = value.cast(field.type)
+    arrays["image"] = redacted(arrays["image"])
+    return pa.table(arrays | {name: carried[name] for name in carried.column_names})
+
+
+def redacted(uris: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """A string column without the user names, passwords and signatures of the URIs in it."""
+    return pc.replace_substring_regex(pc.replace_substring_regex(uris, _CREDENTIALS, r"\1\2\3"), _QUERY, r"\1")
+
+
+def carried_columns(table: pa.Table) -> pa.Table:
+    """The columns that are the manifest's own business."""
+    return table.select([name for name in table.column_names if name not in REQUEST.names])
+
+
+def _json_values(column: pa.Array) -> pa.Array:
+    if pa.types.is_list(column.type):
+        column = column.take(pa.array(np.arange(len(column))))  # a slice cannot be put together again from its parts
+        inner = _json_floats(column.values)
+        texts = pc.binary_join(pa.ListArray.from_arrays(column.offsets, inner, mask=column.is_null()), ",")
+        encoded = pc.binary_join_element_wise("[", texts, "]", "")
+    elif pa.types.is_floating(column.type):
+        encoded = _json_floats(column)
+    elif pa.types.is_string(column.type):
+        encoded = _json_strings(column)
+    else:
+        encoded = column.cast(pa.string())
+    return pc.fill_null(encoded, "null")
+
+
+def _json_strings(column: pa.Array) -> pa.Array:
+    quoted = pc.binary_join_element_wise('"', column, '"', "")
+    special = pc.fill_null(pc.match_substring_regex(column, r'["\\\x00-\x1f]'), False)
+    if not pc.any(special).as_py():
+        return quoted
+    escaped = [json.dumps(text, ensure_ascii=False) for text in column.filter(special).to_pylist()]
+    return pc.replace_with_mask(quoted, special, pa.array(escaped, pa.string()))
+
+
+def _json_floats(column: pa.Array) -> pa.Array:
+    # Arrow prints 1.0 as "1" and 1e-07 as "1e-7"; few values are distinct, so Python may print those.
+    encoded = column.dictionary_encode()
+    texts = pa.array([json.dumps(value) for value in encoded.dictionary.to_pylist()], pa.string())
+    return texts.take(encoded.indices)
+
+
+def _halves(keys: Keys) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    pairs = np.frombuffer(np.ascontiguousarray(keys), dtype=">u8").reshape(-1, 2)
+    return pairs[:, 0].astype(np.uint64), pairs[:, 1].astype(np.uint64)
+
+
+def _buffer(column: pa.Array) -> tuple[bytes, list[int]]:
+    """The bytes of a string or binary column, and where each value starts and the last one ends."""
+    wide = pa.types.is_large_string(column.type) or pa.types.is_large_binary(column.type)
+    offsets = np.frombuffer(column.buffers()[1] or bytes(8), dtype=np.int64 if wide else np.int32)
+    offsets = offsets[column.offset : column.offset + len(column) + 1]
+    data = memoryview(column.buffers()[2] or b"")[offsets[0] : offsets[-1]]
+    return bytes(data), (offsets - offsets[0]).tolist()

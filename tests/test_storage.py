@@ -1,0 +1,554 @@
+import contextlib
+import os
+import pickle
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Self
+from urllib.parse import urlsplit
+
+import fsspec
+import pytest
+
+from pia_batch import storage
+from pia_batch.errors import ConfigError, ImageUnavailableError, ObjectExistsError, StorageError
+from pia_batch.storage import Store, absolute, read_image, redacted
+
+SCHEMES = ("file", "s3", "memory")
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3"))
+
+
+def image(uri: str, base: str = "file:///nowhere", max_bytes: int = 1000, timeout_s: float = 1.0) -> bytes:
+    return read_image(uri, base, schemes=SCHEMES, max_bytes=max_bytes, timeout_s=timeout_s)
+
+
+def refusal(uri: str, *args: object, **options: object) -> str:
+    with pytest.raises(ImageUnavailableError) as caught:
+        image(uri, *args, **options)
+    assert str(caught.value).startswith("column 'image': ")
+    return str(caught.value)
+
+
+@pytest.fixture
+def fresh_clients() -> Iterator[None]:
+    """Clients for reading are kept for the life of the process, with the credentials they were made with."""
+    _forget_clients()
+    yield
+    _forget_clients()
+
+
+def _forget_clients() -> None:
+    storage._filesystem.cache_clear()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    monkeypatch.setattr(storage, "REQUEST_TIMEOUT_S", 1.0)
+
+
+# --- objects ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_created_is_read_back_and_cannot_be_created_again(any_store: Store) -> None:
+    any_store.create("a/b.bin", b"first")
+
+    with pytest.raises(ObjectExistsError, match=r"a/b\.bin exists"):
+        any_store.create("a/b.bin", b"second")
+
+    assert any_store.read("a/b.bin") == b"first"
+
+
+def test_exactly_one_of_racing_creators_wins_and_its_bytes_stay(any_store: Store) -> None:
+    racers = 4  # more queue for seconds at the test server
+
+    for race in range(3):
+        barrier = threading.Barrier(racers)
+
+        def create(racer: int, name: str = f"race-{race}", barrier: threading.Barrier = barrier) -> bool:
+            barrier.wait()
+            try:
+                any_store.create(name, b"%d" % racer * 10_000)
+            except ObjectExistsError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(racers) as pool:
+            won = list(pool.map(create, range(racers)))
+
+        assert won.count(True) == 1
+        assert any_store.read(f"race-{race}") == b"%d" % won.index(True) * 10_000
+
+
+def test_an_empty_object_is_an_object(any_store: Store) -> None:
+    any_store.create("empty", b"")
+
+    assert any_store.read("empty") == b""
+    with pytest.raises(ObjectExistsError):
+        any_store.create("empty", b"more")
+
+
+def test_replace_writes_whatever_is_there(any_store: Store) -> None:
+    any_store.replace("pointer", b"a longer text")
+    any_store.replace("pointer", b"short")
+
+    assert any_store.read("pointer") == b"short"
+
+
+def test_reading_what_is_not_there_is_a_file_not_found_error_with_its_uri(any_store: Store) -> None:
+    any_store.create("present", b"1")
+
+    with pytest.raises(FileNotFoundError, match="absent"):
+        any_store.read("absent")
+
+
+def test_list_finds_names_and_sizes_below_a_prefix_only(any_store: Store) -> None:
+    for name in ("x/1", "x/deep/2", "xy/3", "z"):
+        any_store.create(name, name.encode())
+
+    assert {item.name: item.num_bytes for item in any_store.list("x/")} == {"x/1": 3, "x/deep/2": 8}
+    assert list(any_store.list("nothing/")) == []
+
+
+def test_read_all_keeps_the_order_that_was_asked_for(any_store: Store) -> None:
+    names = [f"n{k:02d}" for k in range(20)]
+    for name in names:
+        any_store.create(name, name.encode())
+    asked = names[::-1] + names[:3]
+
+    assert list(any_store.read_all(asked, threads=4)) == [name.encode() for name in asked]
+    assert list(any_store.read_all([])) == []
+
+
+def test_a_store_pickles_also_after_use(any_store: Store) -> None:
+    any_store.create("name", b"data")
+
+    copy = pickle.loads(pickle.dumps(any_store))  # noqa: S301 - our own bytes
+
+    assert copy.uri == any_store.uri
+    assert copy.read("name") == b"data"
+
+
+def test_check_accepts_a_store_that_creates_only_where_nothing_is(any_store: Store) -> None:
+    any_store.check()
+    any_store.check()
+
+    assert [item.name for item in any_store.list("")] == ["_journal/create-only"]
+
+
+def test_uri_of_is_what_other_readers_open(any_store: Store) -> None:
+    any_store.create("deep/name.bin", b"data")
+    filesystem, path = storage.arrow_filesystem(any_store.uri_of("deep/name.bin"))
+
+    with filesystem.open_input_file(path) as file:
+        assert file.read() == b"data"
+
+
+def test_looking_at_an_output_that_is_not_there_creates_nothing(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "a" / "out"))
+
+    assert list(store.list("")) == []
+    with pytest.raises(FileNotFoundError):
+        store.read("name")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_local_write_leaves_no_other_file(store: Store, tmp_path: Path) -> None:
+    store.create("name", b"1")
+    with pytest.raises(ObjectExistsError):
+        store.create("name", b"2")
+
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["name"]
+
+
+def test_an_output_below_a_file_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+
+    with pytest.raises(StorageError, match="not a folder that can be made"):
+        Store(str(tmp_path / "file" / "out")).create("name", b"")
+
+
+def test_spaces_and_percent_signs_in_the_name_of_the_output_are_kept(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "100% mine #1"))
+    store.create("name", b"data")
+
+    assert (tmp_path / "100% mine #1" / "name").read_bytes() == b"data"
+    assert image(store.uri_of("name")) == b"data"
+
+
+def test_an_unknown_scheme_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="carrier-pigeon://coop/out"):
+        Store("carrier-pigeon://coop/out").create("name", b"")
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("s3")
+def test_a_missing_bucket_says_so_and_what_to_do() -> None:
+    store = Store("s3://no-such-bucket/out")
+
+    with pytest.raises(StorageError, match="no such bucket or folder; create it"):
+        store.create("name", b"data")
+    with pytest.raises(StorageError, match="no such bucket or folder; create it"):
+        list(store.list(""))
+
+
+@pytest.mark.s3
+def test_a_wrong_secret_is_refused_at_once_and_not_repeated_in_the_error(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-one")
+    store, started = Store(s3), time.monotonic()
+
+    for call in (lambda: store.create("n", b""), lambda: store.read("n"), lambda: list(store.list(""))):
+        with pytest.raises(StorageError, match="check the credentials and the policy") as caught:
+            call()
+        assert "not-the-one" not in str(caught.value)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_a_dead_server_is_a_storage_error_after_the_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    _point_clients_at(monkeypatch, f"http://127.0.0.1:{port}")
+
+    with pytest.raises(StorageError, match="cannot create s3://bucket/out/name after 2 attempts"):
+        Store("s3://bucket/out").create("name", b"data")
+
+
+def test_a_store_that_ignores_if_none_match_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, careless_server: str
+) -> None:
+    _point_clients_at(monkeypatch, careless_server)
+
+    with pytest.raises(StorageError, match=r"s3://bucket/out ignores conditional creation.*use a store that honours"):
+        Store("s3://bucket/out").check()
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("quick_retries")
+def test_a_create_whose_reply_was_lost_ends_as_exists_with_our_own_bytes(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream = urlsplit(os.environ["AWS_ENDPOINT_URL"])
+    assert upstream.hostname is not None
+    assert upstream.port is not None
+    with _ReplySwallower((upstream.hostname, upstream.port)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        store = Store(s3)
+
+        with pytest.raises(ObjectExistsError):
+            store.create("name", b"ours")
+
+        assert proxy.swallowed == 1
+        assert store.read("name") == b"ours"
+
+
+# --- URIs ------------------------------------------------------------------------------------------------------------
+
+
+def test_credentials_in_an_s3_uri_are_refused_without_repeating_them() -> None:
+    for uri in ("s3://key:secret@bucket/x", "s3a://key:sec/ret@bucket/x", "S3://key:secret@bucket/x"):
+        for use in (Store, absolute, storage.arrow_filesystem):
+            with pytest.raises(ConfigError, match="AWS_ACCESS_KEY_ID") as caught:
+                use(uri)
+            assert "bucket/x" in str(caught.value)
+            assert "key:" not in str(caught.value)
+            assert "ret@" not in str(caught.value)
+
+
+def test_what_is_no_uri_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="is not a URI"):
+        Store("s3://[bucket/x")
+
+
+def test_paths_become_file_uris_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+
+    assert absolute("a b/c") == f"{tmp_path.as_uri()}/a%20b/c"
+    assert absolute("~/c") == "file:///home/me/c"
+    for uri in ("s3://bucket/a b", "file:///x", "abfs://container@account.dfs.core.windows.net/x"):
+        assert absolute(uri) == uri
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://key:secret@bucket/x", "s3://bucket/x"),
+        ("s3://key:se/cr/et@bucket/x", "s3://bucket/x"),
+        ("cannot open HTTPS://token@host/x now", "cannot open HTTPS://host/x now"),
+        ("https://host/x?X-Amz-Signature=1&y=2 and s3://b/y", "https://host/x and s3://b/y"),
+        ("http://host/x#part", "http://host/x"),
+        ("s3://bucket/folder/me@home.png", "s3://bucket/folder/me@home.png"),
+        ("file:///home/me@work/x.png", "file:///home/me@work/x.png"),
+        ("s3://bucket/what?.png", "s3://bucket/what?.png"),
+        ("write to me@home.org", "write to me@home.org"),
+    ],
+)
+def test_redacted_takes_out_user_names_passwords_and_signatures_and_nothing_else(text: str, shown: str) -> None:
+    assert redacted(text) == shown
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_local_image_is_read_by_path_by_uri_and_relative_to_the_manifest(tmp_path: Path) -> None:
+    folder = tmp_path / "my manifest"
+    (folder / "images").mkdir(parents=True)
+    path = folder / "images" / "x.png"
+    path.write_bytes(b"picture")
+
+    assert image(str(path)) == b"picture"
+    assert image(path.as_uri()) == b"picture"
+    assert image("images/x.png", folder.as_uri()) == b"picture"
+    assert image("images/x.png", folder.as_uri() + "/") == b"picture"
+    assert image("../my manifest/images/x.png", folder.as_uri()) == b"picture"
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.png", "50%.png", "a%20b.png", "what?.png", "no#1.png", "käse.png", "a+b=c&d.png"]
+)
+def test_any_file_name_is_found_as_it_is_written(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"picture")
+
+    assert image(name, tmp_path.as_uri()) == b"picture"
+    assert image(str(tmp_path / name)) == b"picture"
+    assert image((tmp_path / name).as_uri()) == b"picture"
+
+
+@pytest.mark.s3
+def test_an_s3_image_is_read_by_uri_and_relative_to_the_manifest(s3: str) -> None:
+    store = Store(s3)
+    names = ["images/x.png", "images/a b.png", "images/50%.png", "images/a%20b.png", "images/no#1.png"]
+    filesystem = fsspec.filesystem("s3")
+    for name in names:
+        filesystem.pipe_file(f"{s3}/{name}", name.encode())
+
+    for name in names:
+        assert image(store.uri_of(name), timeout_s=10) == name.encode()
+        assert image(name, s3, timeout_s=10) == name.encode()
+
+
+@pytest.mark.s3
+def test_images_on_s3_that_cannot_be_used_say_why(s3: str) -> None:
+    store = Store(s3)
+    store.create("folder/big", bytes(1001))
+    store.create("empty", b"")
+    started = time.monotonic()
+
+    assert "does not exist" in refusal("absent", s3, timeout_s=10)
+    assert "does not exist" in refusal("s3://no-such-bucket/x.png", timeout_s=10)
+    assert "more than 1000 bytes" in refusal("folder/big", s3, timeout_s=10)
+    assert "is empty" in refusal("empty", s3, timeout_s=10)
+    assert "cannot be opened: not an object but a prefix" in refusal("folder", s3, timeout_s=10)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("fresh_clients")
+def test_an_s3_image_behind_a_wrong_secret_may_not_be_read(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-one")
+
+    text = refusal("x.png", s3, timeout_s=10)
+
+    assert "may not be read" in text
+    assert "not-the-one" not in text
+
+
+def test_exactly_the_cap_is_accepted_and_one_byte_more_is_not(tmp_path: Path) -> None:
+    (tmp_path / "fits").write_bytes(bytes(1000))
+    (tmp_path / "large").write_bytes(bytes(1001))
+
+    assert len(image("fits", tmp_path.as_uri())) == 1000
+    assert "large has more than 1000 bytes (images.max_bytes)" in refusal("large", tmp_path.as_uri())
+
+
+def test_an_endless_file_is_refused_and_not_read(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/dev/zero")
+
+    assert "not a regular file" in refusal("/dev/zero")
+    assert "not a regular file" in refusal("link", tmp_path.as_uri())
+
+
+def test_missing_empty_and_other_than_files_say_why(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+
+    assert "absent does not exist" in refusal("absent", tmp_path.as_uri())
+    assert "dangling does not exist" in refusal("dangling", tmp_path.as_uri())
+    assert "empty is empty" in refusal("empty", tmp_path.as_uri())
+    assert "folder cannot be opened: not a regular file" in refusal("folder", tmp_path.as_uri())
+    assert "cannot be opened" in refusal("nul\0byte", tmp_path.as_uri())
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    started = time.monotonic()
+
+    assert "not a regular file" in refusal("pipe", tmp_path.as_uri())
+    assert time.monotonic() - started < 0.5
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_says_so(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"picture")
+    (tmp_path / "secret").chmod(0)
+
+    assert "may not be read" in refusal("secret", tmp_path.as_uri())
+
+
+def test_schemes_that_are_not_allowed_are_never_opened() -> None:
+    text = refusal("https://user:password@169.254.169.254/x?X-Amz-Signature=abc")
+
+    assert "https://169.254.169.254/x: scheme 'https' is not allowed; allowed: file, s3, memory" in text
+    assert "password" not in text
+    assert "abc" not in text
+    with pytest.raises(ImageUnavailableError, match="scheme 'file' is not allowed"):
+        read_image("/etc/hostname", "s3://bucket", schemes=("s3",), max_bytes=1, timeout_s=1)
+    assert "scheme 'http' is not allowed" in refusal("x.png", "http://host/manifest")
+
+
+@pytest.mark.parametrize("uri", ["s3://[bucket/x", "s3://bu\u2100cket/x", "s3://", "memory://"])
+def test_a_malformed_uri_fails_the_image_and_not_the_run(uri: str) -> None:
+    refusal(uri, timeout_s=0.1)
+
+
+def test_credentials_in_an_image_uri_are_refused_without_repeating_them() -> None:
+    text = refusal("s3://key:secret@bucket/x.png")
+
+    assert "s3://bucket/x.png was given with credentials" in text
+    assert "key:" not in text
+    assert "secret@" not in text
+
+
+@pytest.mark.usefixtures("fresh_clients")
+def test_a_server_that_never_answers_costs_no_more_than_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as silent:
+        _point_clients_at(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+
+        assert "could not be read in time" in refusal("s3://bucket/x.png", timeout_s=1.0)
+
+        assert time.monotonic() - started < 4
+
+
+def test_a_passing_fault_is_tried_again_until_the_image_is_there() -> None:
+    class Flaky(fsspec.get_filesystem_class("memory")):
+        protocol = "flaky"
+        failures = 2
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return path.removeprefix("flaky:/")
+
+        def cat_file(self, path: str, **options: int) -> bytes:
+            if Flaky.failures:
+                Flaky.failures -= 1
+                raise ConnectionResetError
+            return super().cat_file(path, **options)
+
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    fsspec.filesystem("memory").pipe_file("/x.png", b"picture")
+
+    def read(timeout_s: float) -> bytes:
+        return read_image("flaky://x.png", "", schemes=("flaky",), max_bytes=100, timeout_s=timeout_s)
+
+    assert read(10.0) == b"picture"
+    Flaky.failures = 1000
+    with pytest.raises(ImageUnavailableError, match="could not be read in time: ConnectionResetError"):
+        read(0.5)
+
+
+# --- servers ---------------------------------------------------------------------------------------------------------
+
+
+def _point_clients_at(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+
+@pytest.fixture
+def careless_server() -> Iterator[str]:
+    """An HTTP server that says yes to every PUT, conditional or not."""
+
+    class Careless(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("ETag", '"1"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            del args
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Careless) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+class _ReplySwallower:
+    """A TCP proxy that forwards the first connection's requests and keeps its replies; later ones pass."""
+
+    def __init__(self, upstream: tuple[str, int]) -> None:
+        self._upstream = upstream
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._sockets = [self._server]
+        self.port = self._server.getsockname()[1]
+        self.swallowed = 0
+
+    def __enter__(self) -> Self:
+        self._start(self._accept)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self._sockets:
+            with _closed_is_fine():
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+    def _accept(self) -> None:
+        first = True
+        while True:
+            client, _ = self._server.accept()
+            up = socket.create_connection(self._upstream)
+            self._sockets += [client, up]
+            self._start(lambda source=client, sink=up: self._pump(source, sink.sendall))
+            self._start(lambda source=up, sink=client.sendall if not first else self._keep: self._pump(source, sink))
+            first = False
+
+    def _keep(self, reply: bytes) -> None:
+        self.swallowed += reply.startswith(b"HTTP/1.1 200")
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: Callable[[bytes], object]) -> None:
+        while data := source.recv(65536):
+            sink(data)
+
+    @staticmethod
+    def _start(target: Callable[[], None]) -> None:
+        def run() -> None:
+            with _closed_is_fine():
+                target()
+
+        threading.Thread(target=run, daemon=True).start()
+
+
+def _closed_is_fine() -> contextlib.suppress:
+    return contextlib.suppress(OSError)
