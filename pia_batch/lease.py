@@ -1,0 +1,132 @@
+"""One run at a time: a lease on an output, so that two schedulers do not pay for the same GPUs.
+
+Whoever creates `_lease/<generation>.json` holds the lease; creating needs nothing but a conditional PUT. The holder
+renews by creating the next generation, and another run takes over by doing the same once the newest generation has not
+changed for as long as the lease lasts. Clocks of two machines are never compared: each waits by its own. Correctness
+does not depend on any of this; the journal is exact with any number of runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from typing import Any, Self
+
+import psutil
+
+from pia_batch.errors import LeaseHeldError, ObjectExistsError, StorageError
+from pia_batch.storage import Store
+
+log = logging.getLogger(__name__)
+
+LEASES = "_lease/"
+
+
+class Lease:
+    """A context manager that holds the lease of an output and renews it from a thread.
+
+    Entering raises LeaseHeldError if another run is alive. A run that died is waited for at most `ttl_s` seconds, and
+    not at all if it died on this machine.
+
+    Args:
+        store: the output.
+        run_id: who asks.
+        ttl_s: seconds without a renewal after which the lease is free.
+    """
+
+    def __init__(self, store: Store, run_id: str, ttl_s: float) -> None:
+        self._store, self._run_id, self._ttl_s = store, run_id, ttl_s
+        self._generation = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self.lost = threading.Event()
+        """Set when another run has taken over."""
+
+    def __enter__(self) -> Self:
+        generation, holder = newest(self._store)
+        if holder is not None and not holder["released"]:
+            generation = self._wait_for_silence(generation, holder)
+        try:
+            self._write(generation + 1, released=False)
+        except ObjectExistsError:
+            msg = f"another run took the lease of {self._store.uri} at this moment; start again later"
+            raise LeaseHeldError(msg) from None
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if not self.lost.is_set():
+            try:
+                self._write(self._generation + 1, released=True)
+            except StorageError as err:
+                log.warning("lease_not_released error=%s", err)
+
+    def _wait_for_silence(self, generation: int, holder: dict[str, Any]) -> int:
+        deadline = time.monotonic() + float(holder["ttl_s"])
+        while time.monotonic() < deadline and not _died_here(holder):
+            log.info("lease_waiting holder=%s seconds=%.0f", holder["run_id"], deadline - time.monotonic())
+            time.sleep(min(2.0, self._ttl_s / 6))
+            now, holder_now = newest(self._store)
+            if holder_now is not None and now != generation:
+                if holder_now["released"]:
+                    return now
+                msg = f"run {holder_now['run_id']} on {holder_now['host']} works on {self._store.uri}"
+                raise LeaseHeldError(msg)
+        log.warning("lease_taken_over from=%s generation=%d", holder["run_id"], generation)
+        return generation
+
+    def _renew(self) -> None:
+        while not self._stop.wait(self._ttl_s / 3):
+            try:
+                self._write(self._generation + 1, released=False)
+            except ObjectExistsError:
+                self.lost.set()
+                log.error("lease_lost run_id=%s: another run has taken over", self._run_id)  # noqa: TRY400
+                return
+            except StorageError as err:
+                log.warning("lease_not_renewed error=%s", err)
+
+    def _write(self, generation: int, *, released: bool) -> None:
+        state = {
+            "run_id": self._run_id,
+            "released": released,
+            "ttl_s": self._ttl_s,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_started": psutil.Process().create_time(),
+            "boot": psutil.boot_time(),
+        }
+        name, data = f"{LEASES}{generation:012d}.json", json.dumps(state).encode()
+        try:
+            self._store.create(name, data)
+        except ObjectExistsError:
+            if self._store.read(name) != data:  # else it is our own attempt, whose reply was lost
+                raise
+        self._generation = generation
+
+
+def newest(store: Store) -> tuple[int, dict[str, Any] | None]:
+    """The highest generation and who wrote it; (0, None) before the first."""
+    names = [item.name for item in store.list(LEASES)]
+    if not names:
+        return 0, None
+    name = max(names)
+    return int(name.removeprefix(LEASES).removesuffix(".json")), dict(json.loads(store.read(name)))
+
+
+def _died_here(holder: dict[str, Any]) -> bool:
+    """Whether the holder ran on this machine and is no more; on another machine nobody can tell."""
+    if holder["host"] != socket.gethostname() or abs(holder["boot"] - psutil.boot_time()) > 1:
+        return False
+    try:
+        process = psutil.Process(holder["pid"])
+        another = abs(process.create_time() - holder["process_started"]) > 1
+        return another or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

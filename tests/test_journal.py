@@ -1,0 +1,481 @@
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pia_batch import journal
+from pia_batch.errors import AccountingError, EncodingError, ObjectExistsError, StorageError
+from pia_batch.journal import Journal, Outcomes, animation_name, digest_of, latest, publish, verify
+from pia_batch.records import RESULT, KeySet, keys_from_hex, keys_to_hex, results_table
+from pia_batch.storage import Store
+
+SHOP = pa.schema([("shop", pa.string())])
+
+
+def key(number: int) -> str:
+    return hashlib.blake2b(str(number).encode(), digest_size=16).hexdigest()
+
+
+def content(number: int) -> bytes:
+    return f"the animation of request {number}".encode()
+
+
+def results(store: Store, statuses: dict[int, str], note: str | None = None, shops: pa.Array | None = None) -> pa.Table:
+    """Result rows of requests, by number; `note` goes where it does not matter."""
+    numbers, count = list(statuses), len(statuses)
+    done = [statuses[number] == "succeeded" for number in numbers]
+
+    def where_done(values: Iterable[Any]) -> pa.Array:
+        return pa.array([value if good else None for value, good in zip(values, done, strict=True)])
+
+    columns = {
+        "request_id": pa.array([f"r{number:03d}" for number in numbers], pa.string()),
+        "key": pa.array([key(number) for number in numbers], pa.string()),
+        "status": pa.array([statuses[number] for number in numbers], pa.string()),
+        "error_kind": pa.array([None if good else "non_finite" for good in done], pa.string()),
+        "animation_uri": where_done(store.uri_of(animation_name(key(number), "gif")) for number in numbers),
+        "num_bytes": where_done(len(content(number)) for number in numbers),
+        "sha256": where_done(hashlib.sha256(content(number)).hexdigest() for number in numbers),
+        "run_id": pa.array([note] * count, pa.string()),
+    }
+    carried = pa.table({"shop": [f"shop {number}" for number in numbers] if shops is None else shops})
+    return results_table(columns, carried, count)
+
+
+def commit(record: Journal, statuses: dict[int, str], **options: Any) -> str:
+    """Store the animations of the good ones, then one fragment for all."""
+    for number, status in statuses.items():
+        if status == "succeeded":
+            record.store.replace(animation_name(key(number), "gif"), content(number))
+    return record.append(results(record.store, statuses, **options))
+
+
+def keyset(*numbers: int) -> KeySet:
+    return KeySet.of(keys_from_hex(pa.array([key(number) for number in numbers], pa.string())))
+
+
+def verdicts(outcomes: Outcomes) -> dict[str, bool]:
+    return dict(zip(keys_to_hex(outcomes.keys).to_pylist(), outcomes.succeeded.tolist(), strict=True))
+
+
+class RecordingStore(Store):
+    """Remembers the names it was told to write, in order."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.written: list[str] = []
+
+    def replace(self, name: str, data: bytes) -> None:
+        super().replace(name, data)
+        self.written.append(name)
+
+
+@pytest.fixture
+def record(store: Store) -> Journal:
+    return Journal(RecordingStore(store.uri))
+
+
+def published_by(record: Journal) -> list[str]:
+    assert isinstance(record.store, RecordingStore)
+    return [name for name in record.store.written if name.startswith("results/")]
+
+
+def publish_all(record: Journal, *numbers: int, run_id: str = "run-1", **about: Any) -> journal.Published:
+    return publish(record, record.outcomes(), keyset(*numbers), SHOP, run_id, about)
+
+
+def rows_of(record: Journal, run_id: str = "run-1") -> list[dict[str, Any]]:
+    folder = Path(record.store.uri.removeprefix("file://"), "results", run_id)
+    return pq.read_table(folder).sort_by("request_id").to_pylist()
+
+
+# --- appending and reading -------------------------------------------------------------------------------------------
+
+
+def test_the_same_outcome_is_committed_once_whatever_else_its_rows_say(record: Journal) -> None:
+    first = commit(record, {1: "succeeded", 2: "failed"}, note="first")
+    again = commit(record, {2: "failed", 1: "succeeded"}, note="again")
+    other = commit(record, {2: "succeeded", 1: "failed"}, note="other")
+
+    assert first == again
+    assert record.fragments() == sorted([first, other])
+    (table,) = record.read([first])
+    assert table["run_id"].to_pylist() == ["first", "first"]
+
+
+def test_a_fragment_reads_back_as_it_was_appended(record: Journal) -> None:
+    table = results(record.store, {1: "succeeded", 2: "failed"})
+
+    (read,) = record.read([record.append(table)])
+
+    assert read.equals(table)
+
+
+def test_other_files_of_the_journal_are_no_fragments(record: Journal) -> None:
+    record.store.check()
+
+    assert record.fragments() == []
+    assert len(record.outcomes().keys) == 0
+
+
+def test_an_empty_journal_knows_nothing(record: Journal, tmp_path: Path) -> None:
+    outcomes = record.outcomes()
+
+    assert verdicts(outcomes) == {}
+    assert outcomes.failures.total() == 0
+    assert len(outcomes.succeeded_keys) == 0
+    assert len(outcomes.of(keyset(1)).keys) == 0
+    assert list(record.winning_rows(outcomes)) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fragment_without_rows_changes_nothing(record: Journal) -> None:
+    record.append(results(record.store, {}))
+    commit(record, {1: "failed"})
+
+    assert verdicts(record.outcomes()) == {key(1): False}
+
+
+def test_outcomes_know_every_key_once_and_no_other(record: Journal) -> None:
+    commit(record, {1: "succeeded", 2: "failed"})
+    commit(record, {3: "succeeded"})
+
+    outcomes = record.outcomes()
+
+    assert verdicts(outcomes) == {key(1): True, key(2): False, key(3): True}
+    assert outcomes.failures == {"non_finite": 1}
+    assert verdicts(outcomes.of(keyset(2, 3, 99))) == {key(2): False, key(3): True}
+
+
+def test_a_success_beats_a_failure_in_either_order_of_names(record: Journal) -> None:
+    commit(record, {1: "failed", 2: "succeeded"})
+    commit(record, {1: "succeeded", 2: "failed"})
+
+    assert verdicts(record.outcomes()) == {key(1): True, key(2): True}
+
+
+def test_the_smaller_fragment_name_wins_among_equals(record: Journal) -> None:
+    names = [commit(record, {1: "succeeded", other: "failed"}, note=f"with {other}") for other in range(2, 8)]
+    smallest = names.index(min(names)) + 2
+
+    outcomes = record.outcomes().of(keyset(1))
+
+    assert outcomes.fragments[outcomes.fragment[0]] == min(names)
+    (row,) = pa.concat_tables(record.winning_rows(outcomes)).to_pylist()
+    assert (row["key"], row["run_id"]) == (key(1), f"with {smallest}")
+
+
+FRAGMENT = st.dictionaries(st.integers(0, 7), st.sampled_from(["succeeded", "failed"]), max_size=5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(FRAGMENT, max_size=6), st.sets(st.integers(0, 9)))
+def test_outcomes_agree_with_a_plain_dict(fragments: list[dict[int, str]], wanted: set[int]) -> None:
+    with TemporaryDirectory() as folder:
+        record = Journal(Store(folder))
+        named = {}
+        for index, statuses in enumerate(fragments):
+            named.setdefault(record.append(results(record.store, statuses, note=str(index))), (index, statuses))
+        best: dict[str, tuple[bool, str, str]] = {}  # key to (failed, fragment, note): the smallest counts
+        for name, (index, statuses) in named.items():
+            for number, status in statuses.items():
+                mine = (status != "succeeded", name, str(index))
+                best[key(number)] = min(best.get(key(number), mine), mine)
+
+        outcomes = record.outcomes()
+
+        assert verdicts(outcomes) == {one: not failed for one, (failed, _, _) in best.items()}
+        some = outcomes.of(keyset(*wanted))
+        assert set(verdicts(some)) == {key(number) for number in wanted} & set(best)
+        winning = [row for table in record.winning_rows(some) for row in table.to_pylist()]
+        assert {row["key"]: row["run_id"] for row in winning} == {one: best[one][2] for one in verdicts(some)}
+        assert len(winning) == len(some.keys)
+
+
+def flipped(data: bytes, column: str) -> bytes:
+    """One bit of the values of a column turned over."""
+    metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
+    chunk = metadata.row_group(0).column(metadata.schema.names.index(column))
+    end = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size
+    return data[: end - 1] + bytes([data[end - 1] ^ 1]) + data[end:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-20],
+        lambda data: flipped(data, "key"),
+        lambda data: flipped(data, "status"),
+        lambda data: data[:-8] + bytes([data[-8] ^ 1]) + data[-7:],
+        lambda _: b"",
+        lambda _: b"<html>not found</html>",
+        lambda _: journal.to_parquet(pa.table({"a": [1]})),
+    ],
+    ids=["cut", "flipped key", "flipped status", "flipped footer", "empty", "text", "another table"],
+)
+def test_a_damaged_fragment_is_named_and_never_skipped(record: Journal, damage: Callable[[bytes], bytes]) -> None:
+    commit(record, {1: "succeeded"})
+    name = commit(record, {2: "succeeded"})
+    record.store.replace(name, damage(record.store.read(name)))
+
+    with pytest.raises(StorageError, match=f"(?s){name} is damaged.*restore it, or delete it"):
+        record.outcomes()
+
+
+def test_damage_that_only_the_other_columns_have_publishes_nothing(record: Journal) -> None:
+    name = commit(record, {1: "succeeded"})
+    record.store.replace(name, flipped(record.store.read(name), "sha256"))
+
+    with pytest.raises(StorageError, match=f"{name} is damaged"):
+        publish_all(record, 1)
+
+    assert published_by(record) == []
+
+
+def test_digests_are_equal_where_outcomes_are_and_only_there(record: Journal) -> None:
+    seen = [digest_of(record.outcomes())]
+    commit(record, {1: "succeeded", 2: "failed"})
+    seen.append(digest_of(record.outcomes()))
+    commit(record, {2: "failed"})
+    assert digest_of(record.outcomes()) == seen[-1]
+    commit(record, {2: "succeeded"})
+    seen.append(digest_of(record.outcomes()))
+    commit(record, {3: "failed"})
+    seen.append(digest_of(record.outcomes()))
+
+    assert len(set(seen)) == len(seen)
+    assert all(len(digest) == 32 for digest in seen)
+    other = Journal(Store(record.store.uri + "-other"))
+    commit(other, {3: "failed"})
+    commit(other, {1: "succeeded"})
+    commit(other, {2: "succeeded"})
+    assert digest_of(other.outcomes()) == seen[-1]
+
+
+def test_an_animation_lies_where_no_manifest_can_name(record: Journal) -> None:
+    del record
+    assert animation_name("ab" * 16, "gif") == f"animations/ab/{'ab' * 16}.gif"
+
+
+# --- publishing ------------------------------------------------------------------------------------------------------
+
+
+def test_results_have_one_row_for_each_wanted_request_and_no_other(record: Journal) -> None:
+    commit(record, {1: "failed", 2: "failed", 3: "succeeded", 50: "succeeded"})
+    commit(record, {2: "succeeded"})
+
+    published = publish_all(record, 1, 2, 3)
+
+    assert (published.num_requests, published.num_succeeded, published.num_failed) == (3, 2, 1)
+    assert published.uri == record.store.uri_of("results/run-1")
+    rows = rows_of(record)
+    assert [(row["request_id"], row["status"]) for row in rows] == [
+        ("r001", "failed"),
+        ("r002", "succeeded"),
+        ("r003", "succeeded"),
+    ]
+    assert [row["shop"] for row in rows] == ["shop 1", "shop 2", "shop 3"]
+    (part,) = record.read(["results/run-1/part-00000.parquet"])
+    assert part.schema == pa.schema([*RESULT, *SHOP])
+
+
+def test_success_json_comes_after_all_parts_and_latest_points_at_it(record: Journal) -> None:
+    commit(record, {1: "failed", 3: "succeeded"})
+
+    publish_all(record, 1, 3, manifest="s3://bucket/manifest")
+
+    assert published_by(record) == [
+        "results/run-1/part-00000.parquet",
+        "results/run-1/_SUCCESS.json",
+        "results/LATEST.json",
+    ]
+    state = json.loads(record.store.read("results/run-1/_SUCCESS.json"))
+    assert state.pop("published_at")
+    digest = digest_of(record.outcomes())
+    assert state == {
+        "run_id": "run-1",
+        "requests": 2,
+        "succeeded": 1,
+        "failed": 1,
+        "parts": [{"name": "part-00000.parquet", "rows": 2}],
+        "digest": digest,
+        "manifest": "s3://bucket/manifest",
+    }
+    assert latest(record.store) == {"run_id": "run-1", "digest": digest}
+
+
+def test_there_is_no_latest_before_the_first_complete_run(record: Journal) -> None:
+    assert latest(record.store) is None
+
+
+def test_a_request_without_result_publishes_nothing(record: Journal) -> None:
+    commit(record, {1: "succeeded"})
+
+    with pytest.raises(AccountingError, match="2 of 3 requests have no result yet; start the run again"):
+        publish_all(record, 1, 2, 3)
+
+    assert published_by(record) == []
+
+
+def test_a_missing_animation_publishes_nothing(record: Journal) -> None:
+    record.append(results(record.store, {1: "succeeded"}))
+
+    with pytest.raises(AccountingError, match=r"of request 'r001' is missing, its result says \d+ bytes; run `verify`"):
+        publish_all(record, 1)
+
+    assert published_by(record) == []
+
+
+def test_an_animation_of_another_size_publishes_nothing(record: Journal) -> None:
+    commit(record, {1: "succeeded", 2: "succeeded"})
+    record.store.replace(animation_name(key(2), "gif"), b"short")
+
+    with pytest.raises(AccountingError, match="of request 'r002' has 5 bytes, its result says"):
+        publish_all(record, 1, 2)
+
+    assert published_by(record) == []
+
+
+def test_a_late_missing_animation_leaves_no_complete_results(record: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "PART_ROWS", 1)
+    for number in (1, 2, 3):
+        commit(record, {number: "succeeded"})
+    last = max(record.fragments())
+    (table,) = record.read([last])
+    record.store.replace(animation_name(table["key"][0].as_py(), "gif"), b"")
+
+    with pytest.raises(AccountingError):
+        publish_all(record, 1, 2, 3)
+
+    assert not {"results/run-1/_SUCCESS.json", "results/LATEST.json"} & set(published_by(record))
+
+
+def test_publishing_twice_gives_the_same_files(record: Journal) -> None:
+    commit(record, {1: "failed", 2: "succeeded"})
+    commit(record, {3: "succeeded"})
+
+    def files() -> dict[str, Any]:
+        found = {item.name: record.store.read(item.name) for item in record.store.list("results/")}
+        success = json.loads(found.pop("results/run-1/_SUCCESS.json"))
+        return found | {"success": {name: value for name, value in success.items() if name != "published_at"}}
+
+    publish_all(record, 1, 2, 3)
+    first = files()
+    publish_all(record, 1, 2, 3)
+
+    assert files() == first
+
+
+def test_more_rows_than_a_part_holds_make_several_parts_of_one_schema(
+    record: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "PART_ROWS", 4)
+    commit(record, dict.fromkeys(range(10), "failed"))  # no success here: null columns must keep their types
+    for number in range(10, 17):
+        commit(record, {number: "succeeded"})
+
+    publish_all(record, *range(17))
+
+    state = json.loads(record.store.read("results/run-1/_SUCCESS.json"))
+    assert [part["rows"] for part in state["parts"]] == [4, 4, 4, 4, 1]
+    parts = list(record.read([f"results/run-1/{part['name']}" for part in state["parts"]]))
+    assert [len(part) for part in parts] == [4, 4, 4, 4, 1]
+    assert {part.schema == pa.schema([*RESULT, *SHOP]) for part in parts} == {True}
+    assert (state["succeeded"], state["failed"]) == (7, 10)
+    assert [row["request_id"] for row in rows_of(record)] == [f"r{number:03d}" for number in range(17)]
+    for part in parts:
+        assert part["request_id"].to_pylist() == sorted(part["request_id"].to_pylist())
+
+
+def test_carried_columns_that_came_changed_their_type_or_went_are_conformed(
+    record: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit(record, {1: "succeeded"}, shops=pa.array([7]))
+    commit(record, {2: "succeeded"}, shops=pa.array(["8"]))
+    commit(record, {3: "succeeded"}, shops=pa.array(["not a number"]))
+    commit(record, {4: "succeeded"}, shops=pa.array([9], pa.int16()))
+    carried = pa.schema([("shop", pa.int64()), ("added", pa.list_(pa.string()))])
+
+    publish(record, record.outcomes(), keyset(1, 2, 3, 4), carried, "run-1", {})
+
+    assert [(row["shop"], row["added"]) for row in rows_of(record)] == [(7, None), (8, None), (None, None), (9, None)]
+    assert "carried_column_changed name=shop was=string is=int64" in caplog.text
+    publish(record, record.outcomes(), keyset(1, 2, 3, 4), pa.schema([]), "run-2", {})
+    (part,) = record.read(["results/run-2/part-00000.parquet"])
+    assert part.schema == RESULT
+
+
+# --- verifying -------------------------------------------------------------------------------------------------------
+
+
+def accept(data: bytes, row: dict[str, Any]) -> None:
+    """Stands for the decoder; knows what was stored."""
+    if data != content(int(row["request_id"].removeprefix("r"))):
+        msg = "not a complete gif file of ours"
+        raise EncodingError(msg)
+
+
+def problems(record: Journal) -> dict[str, str]:
+    return {found.request_id: found.what for found in verify(record, record.outcomes(), accept)}
+
+
+def test_verify_finds_nothing_where_all_is_well_or_nothing_is_there(record: Journal) -> None:
+    assert problems(record) == {}
+    commit(record, {1: "failed"})
+    assert problems(record) == {}
+    commit(record, {1: "succeeded", 2: "succeeded", 3: "failed"})
+    assert problems(record) == {}
+
+
+def test_verify_tells_missing_changed_and_resized_animations_from_good_ones(record: Journal) -> None:
+    commit(record, dict.fromkeys(range(5), "succeeded"))
+    record.store.replace(animation_name(key(1), "gif"), content(1)[::-1])
+    record.store.replace(animation_name(key(2), "gif"), content(2) + b" ")
+    Path(record.store.uri.removeprefix("file://"), animation_name(key(3), "gif")).unlink()
+
+    assert problems(record) == {
+        "r001": "its bytes are not those that were committed",
+        "r002": "its bytes are not those that were committed",
+        "r003": "missing",
+    }
+    assert {found.animation_uri for found in verify(record, record.outcomes(), accept)} == {
+        record.store.uri_of(animation_name(key(number), "gif")) for number in (1, 2, 3)
+    }
+
+
+def test_verify_finds_what_was_committed_but_does_not_decode(record: Journal) -> None:
+    table = results(record.store, {1: "succeeded"})
+    name = animation_name(key(1), "gif")
+    position = table.column_names.index("sha256")
+    table = table.set_column(position, "sha256", pa.array([hashlib.sha256(b"broken").hexdigest()]))
+    record.store.create(name, b"broken")
+    record.append(table)
+
+    assert problems(record) == {"r001": "not a complete gif file of ours"}
+
+
+@pytest.mark.s3
+def test_append_outcomes_publish_and_verify_work_on_s3(s3: str) -> None:
+    record = Journal(Store(s3))
+    commit(record, {1: "failed", 2: "succeeded"})
+    commit(record, {1: "failed", 2: "succeeded"})
+    commit(record, {1: "succeeded"})
+
+    published = publish_all(record, 1, 2)
+
+    assert (published.num_succeeded, published.num_failed) == (2, 0)
+    (part,) = record.read(["results/run-1/part-00000.parquet"])
+    assert part["status"].to_pylist() == ["succeeded", "succeeded"]
+    assert problems(record) == {}
+    assert np.array_equal(record.outcomes().succeeded, [True, True])
+    with pytest.raises(ObjectExistsError):
+        record.store.create(record.fragments()[0], b"")
