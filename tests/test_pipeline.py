@@ -1,0 +1,229 @@
+"""The chain on a real Ray: what comes out, what is left out, and what survives a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from conftest import requests_table
+from fakes import FakeControl, FakeEngine, FakeEngineLoader
+
+from pia_batch import pipeline, planning
+from pia_batch.config import RunConfig
+from pia_batch.errors import ConfigError, InterruptedRunError
+from pia_batch.journal import Journal
+from pia_batch.storage import Store
+
+pytestmark = pytest.mark.slow
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    """One Ray for all of these tests: starting it takes longer than they do."""
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},  # fakes.py
+    )
+    yield
+    ray.shutdown()
+
+
+def run(config: RunConfig, **options: object) -> pipeline.RunSummary:
+    engine_id = planning.make(config).engine_id
+    options.setdefault("load_engine", FakeEngineLoader(engine_id))
+    return pipeline.run(config, **options)
+
+
+def results_of(config: RunConfig, summary: pipeline.RunSummary) -> dict[str, dict]:
+    rows = pq.read_table(f"{config.output}/results/{summary.run_id}").to_pylist()
+    return {row["request_id"]: row for row in rows}
+
+
+def objects(folder: str) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_good_requests_succeed_and_bad_ones_fail_with_a_kind(make_config: MakeConfig) -> None:
+    table = requests_table(
+        7,
+        image=["images/0.png", "images/gone.png", "images/1.png", "images/2.png", "images/3.png", "images/0.png", None],
+        prompt=["fine", "fine", "not finite", "fine", "fine", "fine", "fine"],
+        motion_scale=pa.array([0, 0, 0, 9, None, 3, 0]),
+        format=["gif", "gif", "gif", "gif", "webp", None, "gif"],
+        num_frames=pa.array([3, 3, 3, 3, 5, 4, 3]),
+        shop=["a", "b", "c", "d", "e", "f", "g"],
+    )
+    config = make_config(table, limits__max_failed=4)
+
+    summary = run(config)
+
+    rows = results_of(config, summary)
+    assert {name: row["error_kind"] for name, row in rows.items()} == {
+        "r000": None,
+        "r001": "image_unavailable",
+        "r002": "non_finite",
+        "r003": "out_of_range",
+        "r004": None,
+        "r005": None,
+        "r006": "missing_value",
+    }
+    assert (summary.succeeded, summary.failed, summary.computed, summary.exit_code) == (3, 4, 5, 0)
+    assert summary.failures == {"image_unavailable": 1, "missing_value": 1, "non_finite": 1, "out_of_range": 1}
+    assert [rows[name]["shop"] for name in sorted(rows)] == list("abcdefg")
+    assert [rows[name]["num_frames"] for name in ("r000", "r004", "r005")] == [3, 5, 4]
+    assert rows["r005"]["animation_uri"].endswith(".mp4")
+
+
+def test_more_failures_than_allowed_end_with_exit_code_3(make_config: MakeConfig) -> None:
+    config = make_config(requests_table(2, prompt=["fine", "not finite"]))
+
+    assert run(config).exit_code == 3
+    assert run(config).exit_code == 3  # the state of the manifest, not of this run
+
+
+def test_a_second_run_writes_nothing_and_starts_no_engine(make_config: MakeConfig) -> None:
+    config = make_config(requests_table(3, prompt=["fine", "fine", "not finite"]))
+    first = run(config)
+    before = objects(config.output)
+
+    def no_engine() -> FakeEngine:
+        raise AssertionError
+
+    second = run(config, load_engine=no_engine)
+
+    assert objects(config.output) == before
+    assert (second.run_id, second.computed, second.failed) == (first.run_id, 0, 1)
+
+
+def test_failed_requests_come_back_only_when_asked_for(make_config: MakeConfig) -> None:
+    config = make_config(requests_table(3, prompt=["fine", "fine", "not finite"]))
+    run(config)
+
+    again = run(config, retry_failed=True)
+
+    assert (again.computed, again.failed, again.succeeded) == (1, 1, 2)
+
+
+def test_a_changed_row_is_due_again_and_the_others_are_not(make_config: MakeConfig) -> None:
+    config = make_config(requests_table(4))
+    run(config)
+    table = requests_table(4)
+    changed = table.set_column(2, "prompt", pa.array(["a blue square", *table["prompt"].to_pylist()[1:]]))
+
+    summary = run(make_config(changed))
+
+    assert (summary.computed, summary.succeeded) == (1, 4)
+
+
+def test_a_repeated_request_is_drawn_once_and_a_contradicting_one_is_refused(make_config: MakeConfig) -> None:
+    table = pa.concat_tables([requests_table(4), requests_table(2), requests_table(1, request_id=["r003"])])
+    config = make_config(table, placement__batch_size=1)
+
+    summary = run(config)
+
+    rows = pq.read_table(f"{config.output}/results/{summary.run_id}").to_pylist()
+    counts = Counter((row["request_id"], row["error_kind"]) for row in rows)
+    assert counts == {("r000", None): 1, ("r001", None): 1, ("r002", None): 1, ("r003", "duplicate_id"): 2}
+    assert (summary.duplicates, summary.computed) == (2, 3)
+
+
+def test_jsonl_manifests_run_too(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config()
+    manifest = Path(config.manifest) / "more.jsonl"
+    manifest.write_text('{"request_id": 7, "image": "images/0.png", "prompt": "fine", "seed": 5}\n')
+    config = RunConfig.load(None, {"manifest": str(manifest), "output": str(tmp_path / "out")})
+
+    assert [row["seed"] for row in results_of(config, run(config)).values()] == [5]
+
+
+def test_every_step_is_an_operator_of_its_own_and_blocks_have_the_size_of_a_batch(make_config: MakeConfig) -> None:
+    config = make_config(requests_table(7), placement__batch_size=2)
+    plan = planning.make(config)
+    dataset = pipeline.chain(plan, "run", FakeControl(), FakeEngineLoader(plan.engine_id))
+
+    sizes = [len(block) for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]
+
+    stats = dataset.stats()
+    steps = ["ReadFilesParquetV2", "MapBatches(Validate)", "MapBatches(DropFinished)", "StreamingRepartition"]
+    steps += ["MapBatches(FetchImages)", "MapBatches(Animate)"]
+    operators = [line.split(" ", 2)[2] for line in stats.splitlines() if line.startswith("Operator ")]
+    assert [next(name for name in operators if name.startswith(step)) for step in steps] == operators[-len(steps) :]
+    assert not any("->" in name for name in operators)  # "->" is how Ray writes a fusion
+    assert sum(sizes) == 7
+    assert max(sizes) <= 3  # Ray may hand the last, smaller block over together with the one before
+
+
+def test_an_engine_that_is_not_the_drivers_ends_the_run_with_the_remedy(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"weights on this node are others.*model\.base"):
+        run(make_config(), load_engine=FakeEngineLoader("0" * 32))
+
+
+@dataclass(frozen=True)
+class LeavesItsPid:
+    """An engine loader that tells the test which process to kill."""
+
+    engine_id: str
+    folder: Path
+
+    def __call__(self) -> FakeEngine:
+        (self.folder / f"{os.getpid()}.pid").touch()
+        return FakeEngine(engine_id=self.engine_id, seconds=0.4)
+
+
+def test_a_killed_engine_is_replaced_and_nothing_is_lost_or_doubled(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(requests_table(16), placement__batch_size=2)
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    engine_id = planning.make(config).engine_id
+    journal = Journal(Store(config.output))
+
+    def kill_one() -> None:
+        while len(journal.fragments()) < 2:
+            time.sleep(0.05)
+        os.kill(int(next(pids.iterdir()).stem), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    summary = run(config, load_engine=LeavesItsPid(engine_id, pids))
+    killer.join()
+
+    rows = results_of(config, summary)
+    assert len(list(pids.iterdir())) == 2
+    assert (summary.succeeded, len(rows), len(list(Path(config.output, "animations").rglob("*.mp4")))) == (16, 16, 16)
+    assert Counter(row["attempts"] for row in rows.values())[1] >= 8  # only what was in flight was begun again
+
+
+def test_a_stopped_run_commits_what_is_in_flight_and_the_next_one_finishes(make_config: MakeConfig) -> None:
+    config = make_config(requests_table(12), placement__batch_size=2)
+    engine_id = planning.make(config).engine_id
+    stop = threading.Event()
+
+    def stop_early(progress: pipeline.Progress) -> None:
+        if progress.succeeded:
+            stop.set()
+
+    with pytest.raises(InterruptedRunError, match="Start again"):
+        run(config, stop=stop, on_progress=stop_early, load_engine=FakeEngineLoader(engine_id, seconds=0.3))
+
+    committed = len(Journal(Store(config.output)).outcomes().keys)
+    assert 2 <= committed < 12
+    assert len(list(Path(config.output, "animations").rglob("*.mp4"))) == committed  # nothing half done
+    assert not Path(config.output, "results").exists()
+    rest = run(config)
+    assert (rest.computed, rest.succeeded) == (12 - committed, 12)
