@@ -1,0 +1,165 @@
+"""What steers a clip: motion curves, prompt embeddings and image posteriors, the last two cached.
+
+Knows nothing of timesteps and noise levels. Everything is computed for one row alone, so that a cached value does not
+depend on the batch in which it was first seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from diffusers.loaders import TextualInversionLoaderMixin
+from PIL import Image
+
+from pia_batch.engine.shots import Shot
+
+_CURVES: tuple[tuple[float, ...], ...] = (
+    (1.0, 0.9, 0.85, 0.85, 0.85, 0.8),
+    (1.0, 0.8, 0.8, 0.8, 0.79, 0.78, 0.75),
+    (1.0, 0.8, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.6, 0.5, 0.5),
+    (1.0, 0.9, 0.85, 0.85, 0.85, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.85, 0.85, 0.9, 1.0),
+    (1.0, 0.8, 0.8, 0.8, 0.79, 0.78, 0.75, 0.75, 0.75, 0.75, 0.75, 0.78, 0.79, 0.8, 0.8, 1.0),
+    (1.0, 0.8, 0.7, 0.7, 0.7, 0.7, 0.6, 0.5, 0.5, 0.6, 0.7, 0.7, 0.7, 0.7, 0.8, 1.0),
+    (0.5, 0.4, 0.4, 0.4, 0.35, 0.3),
+    (0.5, 0.4, 0.4, 0.4, 0.35, 0.35, 0.3, 0.25, 0.2),
+    (0.5, 0.2),
+)
+"""Likeness to the image by distance from the first frame, by motion_scale.
+
+Source: open-mmlab/PIA `animatediff/utils/util.py`, in the order of diffusers: the original has 6 and 8 swapped.
+"""
+
+MAX_PROMPTS = 256
+"""Prompt embeddings kept, 0.24 MB each in float32 for Stable Diffusion 1.5."""
+
+MAX_IMAGES = 32
+"""Image posteriors kept, 0.13 MB each in float32 at 512 x 512, and 64 times that at 4096 x 4096."""
+
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+
+
+def motion_coefficients(shot: Shot) -> tuple[float, ...]:
+    """One number a frame: how like the image it should be, by its distance from the first frame."""
+    curve = _CURVES[shot.motion_scale] if shot.motion_curve is None else shot.motion_curve
+    return tuple(curve[min(distance, len(curve) - 1)] for distance in range(shot.num_frames))
+
+
+class Recent(Generic[Key, Value]):
+    """The `capacity` most recently used values of a function of a key."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: Key, compute: Callable[[], Value]) -> Value:
+        """The value of `key`, computed if it is not at hand."""
+        if key not in self._values:
+            self._values[key] = compute()
+            if len(self._values) > self._capacity:
+                self._values.popitem(last=False)
+        self._values.move_to_end(key)
+        return self._values[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the UNet reads of a text.
+
+    Attributes:
+        embedding: (1, tokens, features), in the text encoder's dtype, on its device.
+        num_tokens: start and end markers included, before truncation.
+        truncated: whether `num_tokens` exceeds what the text encoder reads.
+    """
+
+    embedding: torch.Tensor
+    num_tokens: int
+    truncated: bool
+
+
+class PromptEncoder:
+    """CLIP embeddings of prompts, cached by text and `clip_skip`."""
+
+    def __init__(self, tokenizer: Any, text_encoder: Any) -> None:
+        self._tokenizer = tokenizer
+        self._text_encoder = text_encoder
+        added = tokenizer.added_tokens_encoder
+        self._has_long_words = any(f"{word}_1" in added for word in added)
+        self._recent: Recent[tuple[str, int | None], Prompt] = Recent(MAX_PROMPTS)
+
+    def encode(self, text: str, clip_skip: int | None = None) -> Prompt:
+        """The prompt's embedding, of the layer that `clip_skip` leaves as the last one."""
+        return self._recent.get((text, clip_skip), lambda: self._encode(text, clip_skip))
+
+    def _encode(self, text: str, clip_skip: int | None) -> Prompt:
+        limit = self._tokenizer.model_max_length
+        if self._has_long_words:  # textual inversions of several vectors; asking for them warns of long prompts
+            text = TextualInversionLoaderMixin().maybe_convert_prompt(text, self._tokenizer)
+        num_tokens = len(self._tokenizer(text, verbose=False).input_ids)
+        padded = self._tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+        embedding = self._embed(padded, clip_skip)
+        return Prompt(embedding, num_tokens, truncated=num_tokens > limit)
+
+    def _embed(self, padded: Any, clip_skip: int | None) -> torch.Tensor:
+        encoder = self._text_encoder
+        mask = None
+        if getattr(encoder.config, "use_attention_mask", False):
+            mask = padded.attention_mask.to(encoder.device)
+        ids = padded.input_ids.to(encoder.device)
+        output = encoder(ids, attention_mask=mask, output_hidden_states=clip_skip is not None)
+        if clip_skip is None:
+            embedding = output.last_hidden_state
+        else:
+            # Up to transformers 4 the layers sat in `text_model`. PIAPipeline still looks there, and so fails with 5.
+            layers = getattr(encoder, "text_model", encoder)
+            embedding = layers.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
+        result: torch.Tensor = embedding.to(encoder.dtype)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Posterior:
+    """What the VAE makes of an image: a normal distribution for each latent.
+
+    Attributes:
+        mean: (1, 4, h, w) at the image's own size, unscaled.
+        std: as `mean`.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def sample(self, generator: torch.Generator) -> torch.Tensor:
+        """One draw, of the generator's next numbers: (1, 4, h, w)."""
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype)
+        return self.mean + self.std * noise.to(self.mean.device)
+
+
+class ImageEncoder:
+    """VAE posteriors of images, cached by their pixels: the distribution, as the draw belongs to the row."""
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+        self._recent: Recent[tuple[tuple[int, int], bytes], Posterior] = Recent(MAX_IMAGES)
+
+    def encode(self, image: Image.Image) -> Posterior:
+        """The posterior of an RGB image, at the image's own size."""
+        pixels = np.asarray(image)
+        key = (image.size, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest())
+        return self._recent.get(key, lambda: self._encode(pixels))
+
+    def _encode(self, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Posterior:
+        scaled = torch.from_numpy(pixels.astype(np.float32) / 255.0) * 2.0 - 1.0
+        # A batch first, then channels first: the strides decide which convolution runs, and so the last digits.
+        batch = scaled[None].permute(0, 3, 1, 2).to(self._vae.device, self._vae.dtype)
+        distribution = self._vae.encode(batch).latent_dist
+        return Posterior(distribution.mean, distribution.std)

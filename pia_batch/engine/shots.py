@@ -1,0 +1,193 @@
+"""What the engine takes and what it gives: `Shot` in, `Clip` out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from pia_batch.errors import ImageUnreadableError, RequestError, UnsupportedSettingError
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """One animation to draw: an image, a prompt and every setting, so that a row needs nothing but itself.
+
+    Attributes:
+        image: RGB. Any size: it is encoded as it is, and its latents are then resampled (nearest) to the clip's size.
+        prompt: what to draw; text beyond the tokenizer's limit (77 tokens in CLIP) is not seen.
+        negative_prompt: what to steer away from; unused without guidance.
+        seed: of the row's own CPU generator, 0 to 2**63 - 1.
+        motion_scale: 0-2 more motion, 3-5 loops of 16 frames, 6-8 restyles.
+        motion_curve: likeness to the image by distance from the first frame, in frames, padded with its last
+            value; overrides `motion_scale`.
+        guidance_scale: 1 and below: no guidance, half the work.
+        strength: in (0, 1]; below 1 it starts from the noised image and runs int(steps * strength) steps.
+        num_inference_steps: denoising steps before `strength` shortens them.
+        num_frames: frames of the clip, at most the motion modules' limit (32 in PIA).
+        width: of the clip, in pixels, a multiple of 8.
+        height: of the clip, in pixels, a multiple of 8.
+        clip_skip: last layers of the text encoder left out, for the prompt only; None and 0 leave out none.
+        eta: 0 to 1, DDIM only; other schedulers ignore it.
+    """
+
+    image: Image.Image
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    motion_scale: int = 0
+    motion_curve: tuple[float, ...] | None = None
+    guidance_scale: float = 7.5
+    strength: float = 1.0
+    num_inference_steps: int = 25
+    num_frames: int = 16
+    width: int = 512
+    height: int = 512
+    clip_skip: int | None = None
+    eta: float = 0.0
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance runs, which doubles the work of a step."""
+        return self.guidance_scale > 1
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that `strength` leaves. The rounding is the pipeline's: downwards, of the float product."""
+        return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
+
+
+class Clip:
+    """One drawn animation, or why it could not be drawn.
+
+    Attributes:
+        latents: (4, F, h, w) on the CPU, in the engine's dtype, before the VAE's scaling; None unless asked for.
+        prompt_tokens: tokens of the prompt, start and end markers included, before truncation.
+        prompt_truncated: whether the text encoder saw less than the whole prompt.
+        device_seconds: this clip's share of the time of the rows that it was drawn with.
+        error: None, or why there are no frames.
+    """
+
+    __slots__ = ("_frames", "device_seconds", "error", "latents", "prompt_tokens", "prompt_truncated")
+
+    def __init__(
+        self,
+        frames: NDArray[np.uint8] | None = None,
+        *,
+        latents: torch.Tensor | None = None,
+        prompt_tokens: int = 0,
+        prompt_truncated: bool = False,
+        device_seconds: float = 0.0,
+        error: RequestError | None = None,
+    ) -> None:
+        if (frames is None) == (error is None):
+            raise ValueError("a clip has either frames or an error")
+        self._frames = frames
+        self.latents = latents
+        self.prompt_tokens = prompt_tokens
+        self.prompt_truncated = prompt_truncated
+        self.device_seconds = device_seconds
+        self.error = error
+
+    @property
+    def frames(self) -> NDArray[np.uint8]:
+        """uint8, shape (F, H, W, 3), RGB, 0-255.
+
+        Raises:
+            RequestError: `error`, where this clip could not be drawn.
+        """
+        if self._frames is None:
+            raise self.error or RequestError("the clip has no frames")
+        return self._frames
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one model can draw.
+
+    Attributes:
+        max_frames: positions that the motion modules know.
+        max_clip_skip: layers of the text encoder.
+        max_steps: timesteps that the scheduler was trained on.
+        latent_stride: pixels per latent on a side, 8 in Stable Diffusion.
+    """
+
+    max_frames: int
+    max_clip_skip: int
+    max_steps: int
+    latent_stride: int
+
+    def check(self, shot: Shot) -> None:
+        """Return if this model can draw the shot.
+
+        Raises:
+            UnsupportedSettingError: a setting is out of the model's range. The message names it and the range.
+            ImageUnreadableError: the image turns out broken when its pixels are read.
+        """
+        self._check_image(shot.image)
+        self._check_size(shot)
+        _require(0 <= shot.seed < 2**63, f"seed {shot.seed} is not between 0 and 2**63 - 1")
+        skip = shot.clip_skip or 0
+        _require(
+            0 <= skip <= self.max_clip_skip,
+            f"clip_skip {skip} is not between 0 and the text encoder's {self.max_clip_skip} layers",
+        )
+        curve = shot.motion_curve
+        if curve is None:
+            _require(shot.motion_scale in range(9), f"motion_scale {shot.motion_scale} is not between 0 and 8")
+        else:
+            _require(len(curve) > 0 and all(map(math.isfinite, curve)), "motion_curve needs finite numbers")
+        _require(
+            math.isfinite(shot.guidance_scale) and math.isfinite(shot.eta),
+            f"guidance_scale {shot.guidance_scale} and eta {shot.eta} must be finite",
+        )
+        self._check_steps(shot)
+        for text in (shot.prompt, shot.negative_prompt):
+            _require(_is_unicode(text), "the prompt holds a lone surrogate, which is no text")
+
+    def _check_image(self, image: Image.Image) -> None:
+        _require(image.mode == "RGB", f"the image is {image.mode}, not RGB")
+        side = min(image.size)
+        _require(side >= self.latent_stride, f"the image's side of {side} px is below {self.latent_stride} px")
+        try:
+            image.load()
+        except OSError as err:
+            raise ImageUnreadableError(f"the image cannot be decoded: {err}") from err
+
+    def _check_size(self, shot: Shot) -> None:
+        _require(
+            1 <= shot.num_frames <= self.max_frames,
+            f"num_frames {shot.num_frames} is not between 1 and the motion modules' {self.max_frames}",
+        )
+        step = math.lcm(8, self.latent_stride)
+        for name, value in (("width", shot.width), ("height", shot.height)):
+            _require(value > 0 and value % step == 0, f"{name} {value} is not a positive multiple of {step}")
+
+    def _check_steps(self, shot: Shot) -> None:
+        _require(0 < shot.strength <= 1, f"strength {shot.strength} is not in (0, 1]")
+        _require(
+            1 <= shot.num_inference_steps <= self.max_steps,
+            f"num_inference_steps {shot.num_inference_steps} is not between 1 and {self.max_steps}",
+        )
+        _require(
+            shot.num_steps >= 1,
+            f"strength {shot.strength} leaves none of {shot.num_inference_steps} steps; "
+            "their product must be at least 1",
+        )
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise UnsupportedSettingError(otherwise)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
