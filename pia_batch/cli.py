@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from pia_batch.config import RunConfig
-    from pia_batch.pipeline import Progress, RunSummary
+    from pia_batch.summary import Progress, RunSummary
 
 EXIT_CODES: dict[type[errors.PiaBatchError], int] = {
     errors.ConfigError: 2,
@@ -272,10 +272,13 @@ def _shown_progress() -> Iterator[Any]:
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Bar(*columns, console=err) as bar:
-        task = bar.add_task("starting")
+        task = bar.add_task("starting", total=None)
 
         def show(progress: Progress) -> None:
-            bar.update(task, total=progress.total, completed=progress.done, description=_pace(progress))
+            left = progress.seconds_left
+            words = f"{progress.failed} failed  {progress.clips_per_second:.2f} clips/s"
+            words += "" if left is None else f"  {left:.0f} s left"
+            bar.update(task, total=progress.total, completed=progress.done, description=words)
 
         yield show
 
@@ -288,15 +291,13 @@ def _log_progress() -> Any:  # a callback
         nonlocal last
         if time.monotonic() - last >= LOG_EVERY_S or progress.done == progress.total:
             last = time.monotonic()
-            log.info("done=%d total=%d %s", progress.done, progress.total, _pace(progress))
+            log.info(
+                "progress done=%d failed=%d total=%d clips_per_second=%.2f seconds_left=%.0f",
+                *(progress.done, progress.failed, progress.total, progress.clips_per_second),
+                -1 if progress.seconds_left is None else progress.seconds_left,
+            )
 
     return show
-
-
-def _pace(progress: Progress) -> str:
-    left = progress.seconds_left
-    eta = "?" if left is None else f"{left:.0f}s"
-    return f"failed={progress.failed} clips_per_s={progress.clips_per_second:.2f} left={eta}"
 
 
 if __name__ == "__main__":

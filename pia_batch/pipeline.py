@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,16 +28,17 @@ import ray
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
 
-from pia_batch import __version__, journal, planning, stages, storage
+from pia_batch import journal, planning, stages
 from pia_batch.config import PlacementConfig, RunConfig
 from pia_batch.errors import ConfigError, InterruptedRunError, LeaseHeldError, PiaBatchError, StorageError
-from pia_batch.journal import Journal, Outcomes
+from pia_batch.journal import Journal
 from pia_batch.lease import Lease
 from pia_batch.manifest import Manifest
 from pia_batch.planning import Plan
 from pia_batch.records import SUCCEEDED
 from pia_batch.stages import INTERRUPTED
 from pia_batch.storage import Store
+from pia_batch.summary import Progress, RunSummary, about, summarise
 
 log = logging.getLogger(__name__)
 
@@ -48,55 +49,6 @@ IN_FLIGHT = 4
 """Batches at or queued before one engine: two are worked on, two wait, so that the device never does."""
 
 LoadEngine = Callable[[], stages.Engine]
-
-
-@dataclass
-class Progress:
-    """How far a run is, counted in requests of its manifest."""
-
-    total: int
-    done_before: int
-    """Finished by earlier runs, or rejected."""
-    succeeded: int = 0
-    failed: int = 0
-    gpu_seconds: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def done(self) -> int:
-        """Requests with a result."""
-        return self.done_before + self.succeeded + self.failed
-
-    @property
-    def clips_per_second(self) -> float:
-        """Animations a second since the chain started, the start-up of its workers included."""
-        return self.succeeded / max(time.monotonic() - self.started, 1e-9)
-
-    @property
-    def seconds_left(self) -> float | None:
-        """By the pace so far; None before the first result."""
-        computed = self.succeeded + self.failed
-        return (time.monotonic() - self.started) / computed * (self.total - self.done) if computed else None
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """What a run's manifest has come to."""
-
-    run_id: str
-    requests: int
-    succeeded: int
-    failed: int
-    failures: dict[str, int]
-    """Failed requests by `error_kind`."""
-    duplicates: int
-    """Rows of the manifest that repeat a request; they share its result."""
-    computed: int
-    """Requests that this run drew, or tried to."""
-    seconds: float
-    results_uri: str
-    exit_code: int
-    """0, or 3 where more requests failed than `limits.max_failed`."""
 
 
 def run(
@@ -129,13 +81,13 @@ def run(
     store = Store(config.output)
     if not plan.num_pending and plan.published:
         newest = journal.latest(store) or {}
-        return _summary(plan, plan.outcomes, str(newest.get("run_id")), computed=0, started=started)
+        return summarise(plan, plan.outcomes, str(newest.get("run_id")), computed=0, started=started)
     run_id = _name_of(run_id, store)
     store.check()
     with Lease(store, run_id, config.limits.lease_ttl_s) as lease:
         record = Journal(store)
-        about = _about(plan, run_id)
-        store.replace(f"_runs/{run_id}/run.json", journal.to_json(about))
+        told = about(plan, run_id)
+        store.replace(f"_runs/{run_id}/run.json", journal.to_json(told))
         for rejected in plan.rejections_to_commit(run_id):
             record.append(rejected)
         computed = 0
@@ -149,9 +101,9 @@ def run(
                 _animate(plan, run_id, progress, _Watch(on_progress, stop or threading.Event(), lease), load_engine)
             computed = progress.succeeded + progress.failed
         outcomes = record.outcomes().of(plan.wanted)
-        journal.publish(record, outcomes, plan.wanted, plan.carried, run_id, {"manifest": about["manifest"]})
-        summary = _summary(plan, outcomes, run_id, computed, started)
-        store.replace(f"_runs/{run_id}/run.json", journal.to_json(about | {"summary": asdict(summary)}))
+        journal.publish(record, outcomes, plan.wanted, plan.carried, run_id, {"manifest": told["manifest"]})
+        summary = summarise(plan, outcomes, run_id, computed, started)
+        store.replace(f"_runs/{run_id}/run.json", journal.to_json(told | {"summary": asdict(summary)}))
     return summary
 
 
@@ -386,7 +338,8 @@ def _ray(place: PlacementConfig) -> Iterator[None]:
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of what it will do one day
-        options |= {"include_dashboard": False, "num_cpus": max(2, os.cpu_count() or 2)}
+        # What its workers print is in Ray's session folder; what a request failed of is in its result.
+        options |= {"include_dashboard": False, "log_to_driver": False, "num_cpus": max(2, os.cpu_count() or 2)}
         if place.object_store_mb is not None:
             options["object_store_memory"] = place.object_store_mb * 2**20
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -406,37 +359,3 @@ def _ray(place: PlacementConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def _about(plan: Plan, run_id: str) -> dict[str, Any]:
-    """What `run.json` tells of a run."""
-    return {
-        "run_id": run_id,
-        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": __version__,
-        "engine_id": plan.engine_id,
-        "manifest": storage.redacted(plan.manifest.uri),
-        "rows": plan.manifest.num_rows,
-        "pending": plan.num_pending,
-        "rejected": plan.num_rejected,
-        "duplicates": plan.num_duplicates,
-        "config": plan.config.model_dump(mode="json")
-        | {name: storage.redacted(getattr(plan.config, name)) for name in ("manifest", "output")},
-    }
-
-
-def _summary(plan: Plan, outcomes: Outcomes, run_id: str, computed: int, started: float) -> RunSummary:
-    failures = outcomes.failures
-    failed = failures.total()
-    return RunSummary(
-        run_id=run_id,
-        requests=len(plan.wanted),
-        succeeded=len(outcomes.keys) - failed,
-        failed=failed,
-        failures=dict(sorted(failures.items())),
-        duplicates=plan.num_duplicates,
-        computed=computed,
-        seconds=round(time.monotonic() - started, 3),
-        results_uri=Store(plan.config.output).uri_of(f"{journal.RESULTS}{run_id}"),
-        exit_code=3 if failed > plan.config.limits.max_failed else 0,
-    )

@@ -23,6 +23,7 @@ from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError, InterruptedRunError
 from pia_batch.journal import Journal
 from pia_batch.storage import Store
+from pia_batch.summary import Progress, RunSummary
 
 pytestmark = pytest.mark.slow
 
@@ -44,13 +45,13 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def run(config: RunConfig, **options: object) -> pipeline.RunSummary:
+def run(config: RunConfig, **options: object) -> RunSummary:
     engine_id = planning.make(config).engine_id
     options.setdefault("load_engine", FakeEngineLoader(engine_id))
     return pipeline.run(config, **options)
 
 
-def results_of(config: RunConfig, summary: pipeline.RunSummary) -> dict[str, dict]:
+def results_of(config: RunConfig, summary: RunSummary) -> dict[str, dict]:
     rows = pq.read_table(f"{config.output}/results/{summary.run_id}").to_pylist()
     return {row["request_id"]: row for row in rows}
 
@@ -214,7 +215,7 @@ def test_a_stopped_run_commits_what_is_in_flight_and_the_next_one_finishes(make_
     engine_id = planning.make(config).engine_id
     stop = threading.Event()
 
-    def stop_early(progress: pipeline.Progress) -> None:
+    def stop_early(progress: Progress) -> None:
         if progress.succeeded:
             stop.set()
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from pydantic import BaseModel
 
-from pia_batch import cli, errors
+from pia_batch import cli, errors, planning
 from pia_batch.config import RunConfig
 from pia_batch.records import REQUEST, RESULT
 
@@ -70,6 +71,26 @@ def test_the_tree_names_every_module_with_one_line() -> None:
     modules = {path.relative_to(ROOT / "pia_batch") for path in (ROOT / "pia_batch").rglob("*.py")}
     for module in modules:
         assert re.search(rf"^ *{re.escape(module.name)} +\S", tree, re.MULTILINE), module
+
+
+def test_the_example_manifest_is_a_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(python_block("pq.write_table"), {})  # noqa: S102 - what a reader would do
+
+    plan = planning.make(RunConfig.load(None, {"manifest": "requests.parquet", "output": "out"}))
+
+    assert (plan.num_pending, plan.num_rejected, plan.carried.names) == (3, 0, ["shop"])
+
+
+def test_the_example_of_the_engine_draws_two_clips() -> None:
+    names: dict[str, Any] = {"picture": Image.new("RGB", (64, 64), "red")}
+    exec(python_block("engine.animate"), names)  # noqa: S102 - what a reader would do
+
+    assert [clip.frames.shape for clip in names["clips"]] == [(8, 64, 64, 3)] * 2
+
+
+def python_block(word: str) -> str:
+    return next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in block)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "configs").glob("*.yaml")), ids=lambda path: path.name)
