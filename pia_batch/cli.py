@@ -291,10 +291,10 @@ def _log_progress() -> Any:  # a callback
         nonlocal last
         if time.monotonic() - last >= LOG_EVERY_S or progress.done == progress.total:
             last = time.monotonic()
+            left = "unknown" if progress.seconds_left is None else f"{progress.seconds_left:.0f}"
             log.info(
-                "progress done=%d failed=%d total=%d clips_per_second=%.2f seconds_left=%.0f",
-                *(progress.done, progress.failed, progress.total, progress.clips_per_second),
-                -1 if progress.seconds_left is None else progress.seconds_left,
+                "progress done=%d failed=%d total=%d clips_per_second=%.2f seconds_left=%s",
+                *(progress.done, progress.failed, progress.total, progress.clips_per_second, left),
             )
 
     return show

@@ -181,13 +181,17 @@ def test_a_driver_killed_at_random_moments_loses_and_doubles_nothing(
 
 
 @pytest.mark.slow
-def test_sigterm_commits_what_is_finished_and_exits_with_4(write_manifest: WriteManifest, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "send"), [(signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)])
+def test_a_signal_commits_what_is_finished_and_exits_with_4(
+    write_manifest: WriteManifest, tmp_path: Path, number: signal.Signals, send: Callable[[int, int], None]
+) -> None:
+    # Ctrl-C reaches every process of the terminal, a scheduler's SIGTERM the driver alone.
     output = str(tmp_path / "out")
     arguments = ["run", "--manifest", write_manifest(requests_table(30)), "--output", output]
     process = start(*arguments)
     wait_for_fragments(output, 1, process)
 
-    os.kill(process.pid, signal.SIGTERM)
+    send(process.pid, number)
 
     printed = finish(process, 4)
     assert "Start again to resume" in printed
