@@ -36,7 +36,6 @@ from pia_batch.lease import Lease
 from pia_batch.manifest import Manifest
 from pia_batch.planning import Plan
 from pia_batch.records import SUCCEEDED
-from pia_batch.stages import INTERRUPTED
 from pia_batch.storage import Store
 from pia_batch.summary import Progress, RunSummary, about, summarise
 
@@ -266,33 +265,39 @@ def _animate(plan: Plan, run_id: str, progress: Progress, watch: _Watch, load_en
     ledger = _Ledger.remote()  # type: ignore[attr-defined] # added by ray.remote
     dataset = chain(plan, run_id, _RemoteControl(ledger), load_engine)
     blocks: queue.Queue[pa.Table | BaseException | None] = queue.Queue()
-    threading.Thread(target=_consume, args=(dataset, blocks), name="outcomes", daemon=True).start()
+    enough = threading.Event()
+    threading.Thread(target=_consume, args=(dataset, blocks, enough), name="outcomes", daemon=True).start()
     watch.on_progress(progress)
-    while not watch.must_stop:
-        try:
-            block = blocks.get(timeout=0.5)
-        except queue.Empty:
-            block = stages.OUTCOME.empty_table()
-        if block is None:
-            return
-        if isinstance(block, BaseException):
-            raise _for_the_operator(block)
-        _count(progress, block)
-        watch.on_progress(progress)
-    _drain(ledger, plan.config.limits.stop_grace_s)
+    try:
+        while not watch.must_stop:
+            try:
+                block = blocks.get(timeout=0.5)
+            except queue.Empty:
+                block = stages.OUTCOME.empty_table()
+            if block is None:
+                return
+            if isinstance(block, BaseException):
+                raise _for_the_operator(block)
+            _count(progress, block)
+            watch.on_progress(progress)
+        _drain(ledger, plan.config.limits.stop_grace_s)
+    finally:
+        enough.set()
     if watch.lease.lost.is_set():
         msg = f"another run has taken over {plan.config.output}"
         raise LeaseHeldError(msg)
-    msg = f"stopped; what was finished is committed ({progress.done} of {progress.total}). Start again to resume"
+    msg = "stopped; what was finished is committed. Start again to resume"
     raise InterruptedRunError(msg)
 
 
-def _consume(dataset: ray.data.Dataset, blocks: queue.Queue[pa.Table | BaseException | None]) -> None:
-    """Pull outcomes until there are none, or until the run is stopping: then requests come back undone."""
+def _consume(
+    dataset: ray.data.Dataset, blocks: queue.Queue[pa.Table | BaseException | None], enough: threading.Event
+) -> None:
+    """Pull outcomes until there are none, or until they are `enough`: leaving earlier would end the engines at once."""
     try:
         for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             blocks.put(block)
-            if pc.any(pc.equal(block["status"], INTERRUPTED)).as_py():
+            if enough.is_set():
                 return
         blocks.put(None)
     except BaseException as err:  # noqa: BLE001 - handed to the thread that runs the run

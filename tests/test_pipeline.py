@@ -215,15 +215,22 @@ def test_a_stopped_run_commits_what_is_in_flight_and_the_next_one_finishes(make_
     engine_id = planning.make(config).engine_id
     stop = threading.Event()
 
+    asked = 0.0
+
     def stop_early(progress: Progress) -> None:
+        nonlocal asked
         if progress.succeeded:
+            asked = time.monotonic()
             stop.set()
 
+    loader = FakeEngineLoader(engine_id, seconds=1.0)
     with pytest.raises(InterruptedRunError, match="Start again"):
-        run(config, stop=stop, on_progress=stop_early, load_engine=FakeEngineLoader(engine_id, seconds=0.3))
+        run(config, stop=stop, on_progress=stop_early, load_engine=loader)
+    stopped = time.monotonic()
 
     committed = len(Journal(Store(config.output)).outcomes().keys)
-    assert 2 <= committed < 12
+    assert 4 <= committed < 12  # the batch that made the test stop the run, and the one on the device then
+    assert stopped - asked < 20  # and not `limits.stop_grace_s`, which is for engines that do not answer
     assert len(list(Path(config.output, "animations").rglob("*.mp4"))) == committed  # nothing half done
     assert not Path(config.output, "results").exists()
     rest = run(config)
