@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pia_batch.errors import AccountingError, ObjectExistsError, RequestError, StorageError
-from pia_batch.records import RESULT, SUCCEEDED, Keys, KeySet, keys_from_hex
+from pia_batch.records import KEY_BYTES, RESULT, SUCCEEDED, Keys, KeySet, halves, keys_from_hex
 from pia_batch.storage import Store
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Journal:
                 raise StorageError(msg) from None
 
     def outcomes(self) -> Outcomes:
-        """What is finished, and how: reads two columns of every fragment."""
+        """What is finished, and how: reads three columns of every fragment."""
         names = self.fragments()
         keys, succeeded, origin, kinds = [], [], [], []
         for index, table in enumerate(self.read(names, ["key", "status", "error_kind"])):
@@ -122,15 +122,15 @@ class Journal:
             origin.append(np.full(len(table), index, dtype=np.int32))
             kinds.append(np.asarray(table["error_kind"].to_pylist(), dtype=object))
         if not keys:
-            nothing = np.empty(0, dtype="V16"), np.empty(0, dtype=bool), np.empty(0, dtype=np.int32)
+            nothing = np.empty(0, dtype=f"V{KEY_BYTES}"), np.empty(0, dtype=bool), np.empty(0, dtype=np.int32)
             return Outcomes(*nothing, (), np.empty(0, dtype=object))
         all_keys, all_succeeded = np.concatenate(keys), np.concatenate(succeeded)
         all_origin, all_kinds = np.concatenate(origin), np.concatenate(kinds)
-        pairs = np.frombuffer(all_keys.tobytes(), dtype=">u8").reshape(-1, 2)
-        order = np.lexsort((all_origin, ~all_succeeded, pairs[:, 1], pairs[:, 0]))
-        pairs = pairs[order]
+        high, low = halves(all_keys)
+        order = np.lexsort((all_origin, ~all_succeeded, low, high))
+        high, low = high[order], low[order]
         first = np.ones(len(order), dtype=bool)
-        first[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
+        first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
         chosen = order[first]
         return Outcomes(all_keys[chosen], all_succeeded[chosen], all_origin[chosen], tuple(names), all_kinds[chosen])
 

@@ -308,7 +308,6 @@ def _count(progress: Progress, outcomes: pa.Table) -> None:
     succeeded = pc.sum(pc.equal(outcomes["status"], SUCCEEDED)).as_py() or 0
     progress.succeeded += succeeded
     progress.failed += len(outcomes) - succeeded
-    progress.gpu_seconds += pc.sum(outcomes["gpu_seconds"]).as_py() or 0.0
 
 
 def _drain(ledger: Any, grace_s: float) -> None:

@@ -56,7 +56,6 @@ class Plan:
     """Rows beyond the first of identical requests."""
     num_pending: int
     """Requests that an engine has to draw."""
-    retry_failed: bool
 
     @property
     def num_rejected(self) -> int:
@@ -125,7 +124,6 @@ def make(config: RunConfig, *, retry_failed: bool = False) -> Plan:
         settled=KeySet.of(np.concatenate([wanted_keys[done.contains(wanted_keys)], repeated, scan.keys[~sound]])),
         num_duplicates=int(sound.sum()) - len(KeySet.of(wanted_keys)),
         num_pending=len(unfinished),
-        retry_failed=retry_failed,
     )
 
 

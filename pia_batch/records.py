@@ -122,7 +122,7 @@ class KeySet:
     @classmethod
     def of(cls, keys: Keys) -> KeySet:
         """The distinct ones of `keys`, shape (n,)."""
-        high, low = _halves(keys)
+        high, low = halves(keys)
         order = np.lexsort((low, high))
         high, low = high[order], low[order]
         first = np.ones(len(high), dtype=bool)
@@ -137,7 +137,7 @@ class KeySet:
         found = np.zeros(len(keys), dtype=bool)
         if not len(self):
             return found
-        high, low = _halves(keys)
+        high, low = halves(keys)
         at = np.searchsorted(self.high, high, side="left")
         alive = np.arange(len(keys))
         # Equal high halves are rare (one pair in 10 million keys at 3e-6), but a miss there would lose a request.
@@ -166,6 +166,12 @@ def keys_to_hex(keys: Keys) -> pa.Array:
     if not len(keys):
         offsets = np.zeros(1, dtype=np.int32)
     return pa.StringArray.from_buffers(len(keys), pa.py_buffer(offsets), pa.py_buffer(text))
+
+
+def halves(keys: Keys) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """The keys as two numbers each, which sort as the keys do; both of shape (n,)."""
+    pairs = np.frombuffer(np.ascontiguousarray(keys), dtype=">u8").reshape(-1, 2)
+    return pairs[:, 0].astype(np.uint64), pairs[:, 1].astype(np.uint64)
 
 
 def digest(column: pa.Array, size: int = KEY_BYTES) -> Keys:
@@ -252,11 +258,6 @@ def _json_floats(column: pa.Array) -> pa.Array:
     encoded = column.dictionary_encode()
     texts = pa.array([json.dumps(value) for value in encoded.dictionary.to_pylist()], pa.string())
     return texts.take(encoded.indices)
-
-
-def _halves(keys: Keys) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    pairs = np.frombuffer(np.ascontiguousarray(keys), dtype=">u8").reshape(-1, 2)
-    return pairs[:, 0].astype(np.uint64), pairs[:, 1].astype(np.uint64)
 
 
 def _buffer(column: pa.Array) -> tuple[bytes, list[int]]:

@@ -84,7 +84,7 @@ class Store:
         self._attempt(lambda: obstore.put(self._store, name, data, mode="create"), "create", name)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Store `data` under `name` whatever is there. Only for pointers such as `results/LATEST.json`."""
+        """Store `data` under `name` whatever is there: a run's own results, and the pointer to the newest."""
         self._attempt(lambda: obstore.put(self._store, name, data), "write", name)
 
     def read(self, name: str) -> bytes:

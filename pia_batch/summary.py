@@ -22,7 +22,6 @@ class Progress:
     """Finished by earlier runs, or rejected."""
     succeeded: int = 0
     failed: int = 0
-    gpu_seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
     @property
