@@ -2,9 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# Two processes share the fast tests; threads inside of them would only wait for each other.
+ONE_THREAD := OMP_NUM_THREADS=1
 QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup browser demo test torture lint format clean
 
 setup: $(READY)  ## a virtual environment with the pinned versions of constraints.txt
 
@@ -12,6 +14,15 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[test]'
 	touch $(READY)
+
+browser: setup  ## the Chromium that shows the report to its tests; nothing, if there is one
+	@for name in chromium chromium-browser google-chrome; do command -v $$name > /dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ]; then \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium > /dev/null; } \
+			|| $(BIN)/playwright install --with-deps chromium; \
+	else \
+		$(BIN)/playwright install chromium; \
+	fi
 
 demo: setup  ## the main job over twelve sample requests, on the CPU, with no download
 	$(QUIET) $(BIN)/pia-batch demo
@@ -22,9 +33,14 @@ lint: setup  ## style, formatting, types, and who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-test: lint  ## every check and every test, fast ones first
-	$(QUIET) $(BIN)/python -m pytest -m 'not gpu and not slow and not s3'
+test: lint browser  ## every check and every test, fast ones first
+	$(QUIET) $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m 'not gpu and not slow and not s3'
 	$(QUIET) $(BIN)/python -m pytest -m 'not gpu and (slow or s3)'
+
+RUNS ?= 1000
+SEED ?= 1
+torture: setup  ## RUNS whole runs under random faults, from SEED on; tells the seed of each that went wrong
+	$(QUIET) $(BIN)/python tests/torture.py --runs $(RUNS) --seed $(SEED)
 
 format: setup  ## rewrite the code as `make lint` wants it
 	$(BIN)/ruff check --fix .

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pia_batch import tiny
+from pia_batch import tiny, uris
 from pia_batch.errors import ConfigError
 
 EMBEDDED = "embedded"
@@ -24,7 +24,15 @@ EMBEDDED = "embedded"
 Fit = Literal["cover", "contain", "stretch"]
 Format = Literal["mp4", "gif", "webp", "png_zip"]
 FORMATS: tuple[Format, ...] = ("mp4", "gif", "webp", "png_zip")
-SchedulerName = Literal["ddim", "pndm", "lms", "euler", "euler_ancestral", "dpmpp_2m", "checkpoint"]
+Motion = Literal["small", "medium", "large"]
+MOTIONS: tuple[Motion, ...] = ("small", "medium", "large")
+Size = Literal["fixed", "auto"]
+SIZES: tuple[Size, ...] = ("fixed", "auto")
+FreeInitMethod = Literal["butterworth", "ideal", "gaussian"]
+FREE_INIT_METHODS: tuple[FreeInitMethod, ...] = ("butterworth", "ideal", "gaussian")
+SchedulerName = Literal[
+    "ddim", "ddpm", "pndm", "lms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "lcm", "checkpoint"
+]
 
 
 class Section(BaseModel):
@@ -47,22 +55,100 @@ class SchedulerConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    """One LoRA laid over a model's UNet and text encoder."""
+
+    source: str = Field(
+        description="a `.safetensors` file, a folder with one, an object-storage URI of either, a hub id"
+    )
+    revision: str | None = Field(None, description="hub commit, tag or branch of `source`")
+    weight_name: str | None = Field(None, description="the file, where `source` holds several")
+    scale: float = Field(1.0, ge=-10, le=10, allow_inf_nan=False, description="how strongly it is applied")
+
+
+class TextualInversionConfig(Section):
+    """One embedding that a word of the prompt stands for."""
+
+    source: str = Field(description="as in a LoRA")
+    revision: str | None = Field(None, description="hub commit, tag or branch of `source`")
+    weight_name: str | None = Field(None, description="the file, where `source` holds several")
+    token: str | None = Field(None, min_length=1, description="the word; null: the one that the file names")
+
+
+class IpAdapterConfig(Section):
+    """An image prompt beside the text prompt."""
+
+    source: str = Field(description="as in a LoRA; `h94/IP-Adapter` on the hub")
+    revision: str | None = Field(None, description="hub commit, tag or branch of `source`")
+    weight_name: str | None = Field(
+        None, description="the file, where `source` holds several, such as `models/ip-adapter_sd15.safetensors`"
+    )
+    image_encoder: str | None = Field(
+        None,
+        description="folder, object-storage URI or hub id of a CLIPVisionModelWithProjection; null: `image_encoder/` "
+        "beside the weights",
+    )
+    image_encoder_revision: str | None = Field(None, description="hub commit, tag or branch of `image_encoder`")
+
+
+class FreeUConfig(Section):
+    """FreeU: weaker skip connections, stronger backbone features, no further cost.
+
+    In diffusers a zero switches all of it off, so that none is allowed here.
+
+    Source of the defaults: ChenyangSi/FreeU README, Stable Diffusion 1.5.
+    """
+
+    s1: float = Field(0.9, gt=0, le=2, description="scale of the skip features of the first up block")
+    s2: float = Field(0.2, gt=0, le=2, description="scale of the skip features of the second up block")
+    b1: float = Field(1.5, gt=0, le=3, description="scale of the backbone features of the first up block")
+    b2: float = Field(1.6, gt=0, le=3, description="scale of the backbone features of the second up block")
+
+
 class ModelConfig(Section):
     """Which weights, and how they are held. Part of every result's identity."""
 
     name: str = Field("default", description="what the manifest's `model` column calls it", min_length=1)
     base: str = Field(
-        EMBEDDED, description="`embedded`, a diffusers folder, or a hub id of Stable Diffusion 1.5 layout"
+        EMBEDDED,
+        description="`embedded`, a diffusers folder, a `.safetensors` file, an object-storage URI of either, or a hub "
+        "id; Stable Diffusion 1.5 layout",
     )
     revision: str | None = Field(None, description="hub commit, tag or branch of `base`; a commit pins it")
     variant: str | None = Field(None, description="hub file variant of `base`, such as `fp16`")
-    motion_adapter: str | None = Field(None, description="folder or hub id; null: `motion_adapter/` inside `base`")
+    config: str | None = Field(
+        None,
+        description="folder or hub id with the tokenizer and the configs of a single-file `base`; null: those of "
+        "Stable Diffusion 1.5, which are part of the package",
+    )
+    motion_adapter: str | None = Field(
+        None, description="as `base`; null: `motion_adapter/` inside `base`, or its UNet's own"
+    )
     motion_adapter_revision: str | None = Field(None, description="hub commit, tag or branch of `motion_adapter`")
     motion_adapter_variant: str | None = Field(None, description="hub file variant of `motion_adapter`")
-    vae: str | None = Field(None, description="folder or hub id of another VAE; null: the one inside `base`")
+    vae: str | None = Field(None, description="as `base`, another VAE; null: the one inside `base`")
     vae_revision: str | None = Field(None, description="hub commit, tag or branch of `vae`")
+    loras: tuple[LoraConfig, ...] = Field((), description="each with `source`, `weight_name`, `revision`, `scale`")
+    fuse_loras: bool = Field(default=False, description="merge the LoRAs into the weights: no cost per step")
+    textual_inversions: tuple[TextualInversionConfig, ...] = Field(
+        (), description="each with `source`, `weight_name`, `revision`, `token`"
+    )
+    ip_adapter: IpAdapterConfig | None = Field(
+        None, description="`source`, `weight_name`, `revision`, `image_encoder`, `image_encoder_revision`"
+    )
+    freeu: FreeUConfig | None = Field(None, description="`s1`, `s2`, `b1`, `b2`; null: off")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="auto: float16 on a GPU, float32 on a CPU"
+    )
+    memory: Literal["auto", "max_speed", "low"] = Field(
+        "auto",
+        description="max_speed: all networks stay on the device; low: networks are moved there when needed, the VAE "
+        "works in slices and, above its own size, in tiles; auto: low where the GPU is small, but without tiles",
+    )
+    sha256: dict[str, str] = Field(
+        default_factory=dict,
+        description="file name (`unet/diffusion_pytorch_model.safetensors`, or a single file's) to the sha256 that it "
+        "must have",
     )
     scheduler: SchedulerConfig = SchedulerConfig()
 
@@ -71,21 +157,38 @@ class Defaults(Section):
     """What a request gets where its column is null or absent. The ranges hold for columns too."""
 
     negative_prompt: str = Field("", description="what to steer away from; unused without guidance")
-    motion_scale: int = Field(0, ge=0, le=8, description="0-2 more motion, 3-5 loops, 6-8 restyles")
+    motion: Motion | None = Field(None, description="small, medium, large: a word for motion_scale, which it overrides")
+    motion_scale: int = Field(0, ge=0, le=8, description="0-2 more motion, 3-5 loops of 16 frames, 6-8 restyles")
+    loop: bool = Field(default=False, description="the last frame returns to the image, at any number of frames")
+    style: bool = Field(default=False, description="with `motion` or a motion_scale of 0-2: restyles")
     motion_curve: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = Field(
         None,
         min_length=1,
         max_length=32,
         description="likeness to the image by distance in frames, 0 to 1; overrides motion_scale",
     )
+    cond_frame: int = Field(0, ge=0, le=31, description="the frame that is the image; PIA was made for 0")
     guidance_scale: float = Field(7.5, ge=0, le=100, allow_inf_nan=False, description="1 and below: no guidance")
     strength: float = Field(1.0, gt=0, le=1, description="below 1: starts from the noised image")
     num_inference_steps: int = Field(25, ge=1, le=1000, description="denoising steps")
     num_frames: int = Field(16, ge=1, le=32, description="PIA was trained on 16; its motion modules end at 32")
+    size: Size = Field("fixed", description="fixed: width x height; auto: from the image's own shape")
+    long_side: int = Field(
+        512, ge=64, le=4096, multiple_of=64, description="pixels of the longer side where size is auto"
+    )
     width: int = Field(512, ge=8, le=4096, multiple_of=8, description="pixels")
     height: int = Field(512, ge=8, le=4096, multiple_of=8, description="pixels")
     clip_skip: int | None = Field(None, ge=0, le=11, description="layers of the text encoder left out")
     eta: float = Field(0.0, ge=0, le=1, description="DDIM only: 0 deterministic, 1 as noisy as DDPM")
+    ip_adapter_scale: float = Field(
+        1.0, ge=0, le=2, allow_inf_nan=False, description="weight of the image prompt; 0 is without"
+    )
+    free_init_iters: int = Field(0, ge=0, le=10, description="FreeInit's passes, each a whole denoising; 0: off")
+    free_init_method: FreeInitMethod = Field("butterworth", description="FreeInit's low-pass filter")
+    free_init_order: int = Field(4, ge=1, le=32, description="of the butterworth filter")
+    free_init_spatial_stop: float = Field(0.25, ge=0, le=1, description="stop frequency over the picture")
+    free_init_temporal_stop: float = Field(0.25, ge=0, le=1, description="stop frequency over the frames")
+    free_init_fast: bool = Field(default=False, description="coarser first passes: about half the cost, less gain")
     fps: float = Field(8.0, ge=1, le=60, description="frames per second; GIF ends at 50")
     format: Format = Field("mp4", description="mp4, gif, webp, or png_zip: the frames as PNG files in a zip")
 
@@ -95,14 +198,22 @@ class ImagesConfig(Section):
 
     fit: Fit = Field("cover", description="cover: crop to fill; contain: pad; stretch: distort")
     background: str = Field("#000000", pattern=r"^#[0-9a-fA-F]{6}$", description="under alpha, and the padding")
-    schemes: tuple[str, ...] = Field(
-        ("file", "s3", "gs", "abfs"),
-        description="URI schemes that may be opened; others fail the row",
+    allow: tuple[str, ...] = Field(
+        (),
+        description="further places that images may come from, such as `s3://photos/`, `/mnt/photos/` or "
+        "`https://images.example.com/`; the manifest's own folder or bucket always may",
     )
     timeout_s: float = Field(30.0, gt=0, description="seconds for one image, retries included")
     max_bytes: int = Field(32 * 2**20, gt=0, description="bytes of one image as stored")
     max_pixels: int = Field(40_000_000, gt=0, description="pixels of one image, checked before it is decoded")
     threads: int = Field(16, ge=1, le=256, description="images fetched at a time, for each fetch task")
+
+    @field_validator("allow")
+    @classmethod
+    def _names_places(cls, allow: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in allow:
+            uris.parse_prefix(entry)
+        return allow
 
 
 class EncodingConfig(Section):
@@ -134,7 +245,8 @@ class PlacementConfig(Section):
     max_actors: int = Field(1, ge=1, description="engines when there is work for them")
     batch_size: int = Field(2, ge=1, le=64, description="requests animated together; also what a crash can cost")
     fetch_num_cpus: float = Field(0.25, gt=0, description="CPUs of one fetch task; it mostly waits")
-    max_restarts: int = Field(3, ge=0, description="how often a dead engine's batch is given to another")
+    max_models: int | None = Field(None, ge=1, description="models that one engine keeps; null: as many as fit")
+    wait_s: float = Field(7200.0, gt=0, description="seconds that a run waits for a cluster to give it an engine")
     object_store_mb: int | None = Field(None, ge=80, description="object store of a Ray of our own, MiB")
 
     @model_validator(mode="after")
@@ -160,6 +272,24 @@ class LimitsConfig(Section):
         gt=0,
         description="width x height x num_frames of one request, against exhausted memory",
     )
+    min_frame_std: float | None = Field(
+        None, ge=0, le=128, description="a clip whose pixels vary less, 0-255, fails as `degenerate`: flat or black"
+    )
+    min_motion: float | None = Field(
+        None, ge=0, le=255, description="a clip whose frames differ less, 0-255, fails as `degenerate`: frozen"
+    )
+    timeout_s: float = Field(
+        900.0,
+        gt=0,
+        description="seconds for a batch up to 25 steps x 16 frames x 512 x 512; beyond that in proportion. Then its "
+        "worker is ended, and the request that hangs fails as `timeout`",
+    )
+    max_attempts: int = Field(
+        3, ge=2, description="how often a request whose worker dies is begun, once in its batch, then alone"
+    )
+    max_crashes: int = Field(
+        20, ge=1, description="requests in a row that fail for their worker's sake, after which the run stops"
+    )
     lease_ttl_s: float = Field(60.0, ge=3, description="seconds after which a silent run loses its lease")
     stop_grace_s: float = Field(60.0, ge=0, description="seconds that SIGINT or SIGTERM leaves to batches in flight")
 
@@ -170,11 +300,37 @@ class RunConfig(Section):
     manifest: str = Field(description="URI of a Parquet, JSONL or CSV file, a folder, or a partitioned prefix")
     output: str = Field(description="URI of the folder that receives everything")
     model: ModelConfig = ModelConfig()
+    models: dict[str, ModelConfig] = Field(
+        default_factory=dict,
+        description="further models by name, for the manifest's `model` column; what one leaves out is as in `model`",
+    )
     defaults: Defaults = Defaults()
     images: ImagesConfig = ImagesConfig()
     encoding: EncodingConfig = EncodingConfig()
     placement: PlacementConfig = PlacementConfig()
     limits: LimitsConfig = LimitsConfig()
+
+    @property
+    def all_models(self) -> dict[str, ModelConfig]:
+        """Every model by the name that the manifest's `model` column calls it, the default one first."""
+        return {self.model.name: self.model, **self.models}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_models(cls, data: Any) -> Any:  # whatever was written
+        if not isinstance(data, dict) or not isinstance(data.get("models"), dict):
+            return data
+        default = data.get("model") or {}
+        if isinstance(default, ModelConfig):
+            default = default.model_dump(exclude_unset=True)
+        return data | {"models": {name: _complete(name, entry, default) for name, entry in data["models"].items()}}
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> RunConfig:
+        if self.model.name in self.models:
+            msg = f"models.{self.model.name}: this is the name of `model` too; set model.name, or choose another"
+            raise ValueError(msg)
+        return self
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -199,6 +355,25 @@ class RunConfig(Section):
             raise ConfigError(_explain(err, source=str(path) if path else "command line")) from None
 
 
+def _complete(name: object, entry: object, default: object) -> object:
+    """An entry of `models`, with what it leaves out as in `model`; what cannot be one is left to pydantic."""
+    if isinstance(entry, ModelConfig):
+        return entry.model_copy(update={"name": name})
+    if not isinstance(default, dict) or not isinstance(entry, dict | None):
+        return entry
+    entry = entry or {}
+    if entry.get("base") == EMBEDDED:
+        entry = _merge(tiny.defaults()["model"], entry)
+    others = {"base": _OF_THE_BASE, "motion_adapter": _OF_THE_ADAPTER, "vae": _OF_THE_VAE}
+    replaced = {key for part, keys in others.items() if part in entry for key in keys}
+    return _merge({key: value for key, value in default.items() if key not in replaced}, entry) | {"name": name}
+
+
+_OF_THE_BASE = ("revision", "variant", "config", "sha256")
+_OF_THE_ADAPTER = ("motion_adapter_revision", "motion_adapter_variant")
+_OF_THE_VAE = ("vae_revision",)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -216,7 +391,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _assign(tree: dict[str, Any], dotted: str, value: object) -> None:
     *parents, leaf = dotted.split(".")
     for name in parents:
-        child = tree.setdefault(name, {})
+        child = tree[name] = {} if tree.get(name) is None else tree[name]
         if not isinstance(child, dict):
             msg = f"cannot set {dotted}: {name} is a value, not a section"
             raise ConfigError(msg)
@@ -235,7 +410,7 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _explain(err: ValidationError, source: str) -> str:
     lines = []
     for problem in err.errors():
-        key = ".".join(str(part) for part in problem["loc"])
+        key = ".".join(uris.redacted_uri(str(part)) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, _known_keys(RunConfig), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -243,8 +418,15 @@ def _explain(err: ValidationError, source: str) -> str:
         elif problem["type"] == "missing":
             lines.append(f"{key}: required, and not given")
         else:
-            lines.append(f"{key}: {problem['msg']} (got {problem['input']!r})")
+            lines.append(f"{key}: {problem['msg']} (got {_shown(problem['input'])})")
     return f"{source}: " + "; ".join(lines)
+
+
+def _shown(value: object) -> str:
+    """A value of the config for a message, without the secrets of the URIs in it."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return uris.redacted(repr(uris.redacted_uri(value) if isinstance(value, str) else value))
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

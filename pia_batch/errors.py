@@ -5,6 +5,7 @@ PiaBatchError
 ├── ManifestError      the operator fixes the manifest; exit code 2, before Ray starts
 ├── StorageError       the operator fixes the store, or starts again once it is back
 │   └── ObjectExistsError   a create lost the race; the caller compares
+├── BrokenDeviceError  the operator takes a machine out, or mends its drivers; raised before anything is drawn
 ├── LeaseHeldError     another run works on this output; exit code 75
 ├── InterruptedRunError     SIGINT or SIGTERM; what was finished is committed; exit code 4
 ├── AccountingError    finalise found a request without exactly one result; nothing is published
@@ -35,6 +36,10 @@ class ObjectExistsError(StorageError):
     """`Store.create` found the name taken, perhaps by its own earlier attempt."""
 
 
+class BrokenDeviceError(PiaBatchError):
+    """A device computes other pixels than it should, or nothing at all. The message says which device and how far."""
+
+
 class LeaseHeldError(PiaBatchError):
     """Another run holds the lease of this output."""
 
@@ -51,6 +56,12 @@ class RequestError(PiaBatchError):
     """One request cannot be animated. `kind` is the result's `error_kind`; the text is its `error`."""
 
     kind = "request_error"
+
+
+class ImageNotAllowedError(RequestError):
+    """The image lies outside of the manifest's own store and of what `images.allow` opens."""
+
+    kind = "image_not_allowed"
 
 
 class ImageUnavailableError(RequestError):
@@ -83,6 +94,36 @@ class NonFiniteError(RequestError):
     kind = "non_finite"
 
 
+class EngineError(RequestError):
+    """The engine raised for this request alone, while it draws others. The text names what it raised."""
+
+    kind = "engine_error"
+
+
+class WorkerCrashError(RequestError):
+    """The worker died whenever it drew this request, and no other."""
+
+    kind = "worker_crash"
+
+
+class RequestTimeoutError(RequestError):
+    """The request took longer than its share of `limits.timeout_s`."""
+
+    kind = "timeout"
+
+
+class RequestMemoryError(RequestError):
+    """The worker has too little memory for this one request, even by itself."""
+
+    kind = "out_of_memory"
+
+
+class DegenerateError(RequestError):
+    """The clip was drawn, and shows less than `limits.min_frame_std` or `limits.min_motion` asks for."""
+
+    kind = "degenerate"
+
+
 class EncodingError(RequestError):
     """The animation could not be encoded, or what was encoded does not decode to what went in."""
 
@@ -93,3 +134,20 @@ class DeviceMemoryError(RequestError):
     """The device has too little memory for this one request, even by itself."""
 
     kind = "out_of_memory"
+
+
+MESSAGE_LENGTH = 300
+"""Characters of another library's message that are passed on."""
+
+
+def message_of(err: BaseException) -> str:
+    """The first line of another library's exception, `printable`; the name of its class where it says nothing."""
+    lines = str(err).strip().splitlines()
+    return printable(lines[0][:MESSAGE_LENGTH] if lines else type(err).__name__)[:MESSAGE_LENGTH]
+
+
+def printable(text: str) -> str:
+    """`text` as a result row or a log line can hold it: control characters and half surrogate pairs are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -5,35 +5,35 @@ Knows nothing of where bytes come from. Safe to call from many threads: nothing 
 
 from __future__ import annotations
 
+import contextlib
 import io
+import threading
 import warnings
 
 import numpy as np
 from PIL import (
     BmpImagePlugin,
-    ExifTags,
     GifImagePlugin,
     Image,
     ImageCms,
     ImageOps,
     JpegImagePlugin,
-    MpoImagePlugin,
     PngImagePlugin,
-    UnidentifiedImageError,
     WebPImagePlugin,
 )
 
+from pia_batch import headers
 from pia_batch.config import Fit
-from pia_batch.errors import ImageUnreadableError
+from pia_batch.errors import ImageUnreadableError, message_of
+from pia_batch.headers import Header, IncompleteError
 
-_READERS = (PngImagePlugin, JpegImagePlugin, MpoImagePlugin, WebPImagePlugin, GifImagePlugin, BmpImagePlugin)
-"""Imported here, so that no thread makes Pillow import its readers, let alone all sixty of them, at its first image."""
+_READERS = (PngImagePlugin, JpegImagePlugin, WebPImagePlugin, GifImagePlugin, BmpImagePlugin)
+"""Imported here, so that no thread makes Pillow import its readers, let alone all sixty of them, at its first image.
+The rest (TIFF, EPS, PSD, FITS, ...) has a history of memory errors and of calling programs, and never runs."""
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""What Pillow may try. The rest (TIFF, EPS, PSD, FITS, ...) has a history of memory errors and of calling programs.
-A phone's MPO file is a JPEG whose first picture is the photograph: the JPEG reader takes it."""
-
-_ACCEPTED = "PNG, JPEG, WebP, GIF or BMP"
+LARGE_PIXELS = 10_000_000
+"""Images of more are decoded one at a time in each process: at most 21 bytes a pixel while it lasts (measured)."""
+_large = threading.Lock()
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,41 +46,70 @@ _UPRIGHT = {
 }
 """EXIF orientation to what undoes it; 1 is upright."""
 
+_TO_8_BITS = ((np.arange(65536) + 128) // 257).astype(np.uint8)
+
 # Our own cap is what counts; Pillow's warning at 89 million pixels would only be noise in the log of a run that
-# allows more. Its error at 179 million stays.
+# allows more. Its error at 179 million stays. Its warnings of broken metadata repeat what strangers wrote.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+
+SIZE_STEP = 64
+"""Pixels between the sizes that `size: auto` chooses from; PIA's UNet halves latents of 8 pixels three times."""
 
 
 def decode(data: bytes, *, max_pixels: int, background: str) -> Image.Image:
     """The image as 8-bit RGB in sRGB, upright, without alpha.
 
-    Animated input gives its first frame. EXIF orientation is applied; an embedded ICC profile is converted to sRGB,
-    unless it is broken or made for other channels. 16-bit samples are scaled to 8 bits, never clipped.
+    Animated input gives its first frame (of a PNG: the picture that other programs show), and no other is decoded.
+    EXIF orientation is applied; an embedded ICC profile is converted to sRGB, unless it is broken, made for other
+    channels, or longer than 4 MiB. 16-bit samples are scaled to 8 bits, never clipped.
 
     Args:
-        data: an encoded PNG, JPEG (MPO included), WebP, GIF or BMP file.
+        data: an encoded PNG, JPEG (MPO included), WebP, GIF or BMP file, from anybody.
         max_pixels: width x height above which nothing is decoded; above 178,956,970 Pillow refuses by itself.
         background: `#rrggbb` under what is transparent.
 
     Raises:
-        ImageUnreadableError: empty, another format, corrupt, truncated, or too many pixels.
+        ImageUnreadableError: empty, another format, corrupt, truncated, too many pixels, a side of more than 65,535,
+            or a file that is built to exhaust memory or time. Nothing else.
     """
     if not data:
         msg = "the image is empty: 0 bytes"
         raise ImageUnreadableError(msg)
     try:
-        return _decode(data, max_pixels, background)
+        header = headers.read(data)
+        _check_pixels(header, max_pixels)
+        with _large if header.width * header.height > LARGE_PIXELS else contextlib.nullcontext():
+            return _decode(data, header, background)
     except ImageUnreadableError:
         raise
-    except UnidentifiedImageError:
-        msg = f"not a readable {_ACCEPTED} image; its {len(data)} bytes begin with {data[:8]!r}"
+    except IncompleteError:
+        msg = f"truncated image: its {len(data)} bytes end before its pixels"
         raise ImageUnreadableError(msg) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
-        msg = f"too many pixels: {err}"
-        raise ImageUnreadableError(msg) from None
-    except Exception as err:  # Pillow's readers raise almost anything on corrupt bytes
-        msg = f"corrupt or truncated image: {type(err).__name__}: {err}"
+    except Exception as err:  # Pillow's readers raise almost anything on corrupt bytes, MemoryError included
+        msg = f"corrupt or truncated image: {type(err).__name__}: {message_of(err)}"
         raise ImageUnreadableError(msg) from err
+
+
+def size_of(head: bytes) -> tuple[int, int] | None:
+    """Upright width and height in pixels, as `decode` will give them, from an image's first bytes.
+
+    Nothing is decoded, and no cap on pixels is applied: that is `decode`'s.
+
+    Args:
+        head: 64 KiB do for nearly every file but a WebP that has EXIF, which keeps it at its end.
+
+    Returns:
+        None if more bytes are needed; for a whole file that means that it is truncated.
+
+    Raises:
+        ImageUnreadableError: another format, a corrupt header, a side of no pixel or of more than 65,535.
+    """
+    try:
+        return headers.read(head).upright
+    except IncompleteError:
+        return None
 
 
 def fit(image: Image.Image, width: int, height: int, fit: Fit, background: str) -> Image.Image:
@@ -108,28 +137,43 @@ def fit(image: Image.Image, width: int, height: int, fit: Fit, background: str) 
     return padded
 
 
-def _decode(data: bytes, max_pixels: int, background: str) -> Image.Image:
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        num_pixels = image.width * image.height
-        if not 0 < num_pixels <= max_pixels:
-            msg = f"{image.width} x {image.height} = {num_pixels} pixels; from 1 to {max_pixels} are accepted"
+def bucket(width: int, height: int, long_side: int) -> tuple[int, int]:
+    """The size of a clip that keeps an image's shape: multiples of 64, so that few sizes are drawn.
+
+    The longer side becomes `long_side`, or stays as it is where the image is smaller: nothing is enlarged, but by
+    rounding, and to 64 at least. After the original's `preprocess_img`, with 64 for its 8.
+
+    Args:
+        width: of the upright image, in pixels.
+        height: as `width`.
+        long_side: most pixels of the longer side, a multiple of 64.
+    """
+    scale = min(1.0, long_side / max(width, height))
+    sides = (max(1, round(side * scale / SIZE_STEP)) * SIZE_STEP for side in (width, height))
+    wide, high = sides
+    return wide, high
+
+
+def _check_pixels(header: Header, max_pixels: int) -> None:
+    num_pixels = header.width * header.height
+    if num_pixels > max_pixels:
+        msg = f"{header.width} x {header.height} = {num_pixels} pixels; from 1 to {max_pixels} are accepted"
+        raise ImageUnreadableError(msg)
+
+
+def _decode(data: bytes, header: Header, background: str) -> Image.Image:
+    lean = io.BytesIO(headers.lean(data, header.format))
+    with Image.open(lean, formats=(header.format,)) as image:
+        if image.size != (header.width, header.height):
+            msg = f"corrupt image: it has {header.width} x {header.height} pixels, and {image.width} x {image.height}"
             raise ImageUnreadableError(msg)
         image.load()
-        orientation = _orientation(image)
         colour, alpha = _split_alpha(image)
         flat = _to_srgb(colour, image.info.get("icc_profile"))
     if alpha is not None:
         flat = Image.composite(flat, Image.new("RGB", flat.size, background), alpha)
-    method = _UPRIGHT.get(orientation)
+    method = _UPRIGHT.get(header.orientation)
     return flat if method is None else flat.transpose(method)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # noqa: BLE001 - a good picture with broken EXIF is shown as it is, as browsers do
-        return 1
-    return orientation if isinstance(orientation, int) else 1
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -147,8 +191,10 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 def _from_16_bit(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """16-bit grey, in Pillow's modes I;16 and I. Its own conversion clips at 255, which ruins the picture."""
-    samples = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-    grey = Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+    samples = np.asarray(image)
+    if samples.dtype != np.uint16:
+        samples = np.clip(samples, 0, 65535).astype(np.uint16)
+    grey = Image.fromarray(_TO_8_BITS[samples])
     key = image.info.get("transparency")
     if not isinstance(key, int):
         return grey, None
@@ -156,7 +202,7 @@ def _from_16_bit(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _to_srgb(colour: Image.Image, profile: bytes | None) -> Image.Image:
-    if profile:
+    if profile and len(profile) <= headers.MAX_PROFILE_BYTES:
         try:
             converted = ImageCms.profileToProfile(
                 colour, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"

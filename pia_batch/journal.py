@@ -4,19 +4,25 @@ A *fragment* is one immutable Parquet file of result rows, named by its content 
 the animations it speaks of are stored. A request is finished when a fragment says so, and not before. Nothing here is
 renamed or deleted; two fragments may speak of the same key (a retry, a zombie), and then a success beats a failure, and
 the smaller fragment name wins among equals.
+
+A *withdrawal* takes rows back whose animation turned out to be lost or damaged. It names each by key and fragment, as
+an observed-remove set does, and so it needs no clock: a row counts unless a withdrawal names it, in whatever order the
+two are read, and what is committed of the key later is in another fragment and counts. A key of which every row is
+withdrawn is unknown to the journal again, so the next run draws it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,13 +36,22 @@ from pia_batch.storage import Store
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+V = TypeVar("V")
+
 FRAGMENTS = "_journal/"
+WITHDRAWALS = "_withdrawn/"
 RESULTS = "results/"
 ANIMATIONS = "animations/"
 LATEST = RESULTS + "LATEST.json"
 
 PART_ROWS = 100_000
 """Rows of one published Parquet file."""
+
+VERIFY_THREADS = 16
+"""Animations that `verify` reads and decodes at a time; each is a few MB."""
+
+_WITHDRAWAL = pa.schema([("key", pa.string()), ("fragment", pa.string())])
 
 
 def animation_name(key: str, extension: str) -> str:
@@ -55,13 +70,32 @@ class Outcomes:
     fragments: tuple[str, ...]
     error_kinds: npt.NDArray[np.object_]
     """`error_kind` of failures, None for successes."""
+    withdrawn: Keys = field(default_factory=lambda: _NO_KEYS)
+    """The key of every row that was taken back, sorted; a key stands there once for each of its rows."""
 
     def of(self, wanted: KeySet) -> Outcomes:
         """The part that speaks of `wanted`."""
         mine = wanted.contains(self.keys)
         return Outcomes(
-            self.keys[mine], self.succeeded[mine], self.fragment[mine], self.fragments, self.error_kinds[mine]
+            self.keys[mine],
+            self.succeeded[mine],
+            self.fragment[mine],
+            self.fragments,
+            self.error_kinds[mine],
+            self.withdrawn[wanted.contains(self.withdrawn)],
         )
+
+    def failed(self, kinds: frozenset[str] | None = None) -> npt.NDArray[np.bool_]:
+        """Which of `keys` only failed, with one of these error kinds; None: with any. Bool, shape (n,)."""
+        chosen = np.fromiter((kinds is None or kind in kinds for kind in self.error_kinds), bool, len(self.keys))
+        failed: npt.NDArray[np.bool_] = ~self.succeeded & chosen
+        return failed
+
+    @property
+    def due_again(self) -> int:
+        """How many keys have nothing but rows that were taken back."""
+        lost = KeySet.of(self.withdrawn)
+        return len(lost) - int(lost.contains(self.keys).sum())
 
     @property
     def succeeded_keys(self) -> KeySet:
@@ -83,16 +117,56 @@ class Journal:
     def append(self, results: pa.Table) -> str:
         """Commit result rows by one conditional PUT, and return the fragment's name.
 
-        The name is a hash of keys and statuses, so a second commit of the same outcome finds it taken and is done.
+        The name is a hash of keys and statuses, so a second commit of the same outcome finds it taken and is done;
+        unless a row of it was taken back meanwhile, for then the same outcome is news and gets the next name.
         """
         order = pc.sort_indices(results["key"])
         outcome = json.dumps([results["key"].take(order).to_pylist(), results["status"].take(order).to_pylist()])
-        name = f"{FRAGMENTS}{hashlib.blake2b(outcome.encode(), digest_size=16).hexdigest()}.parquet"
+        data = to_parquet(results)
+        for again in itertools.count():
+            said = outcome if not again else f"{outcome} {again}"
+            name = f"{FRAGMENTS}{hashlib.blake2b(said.encode(), digest_size=16).hexdigest()}.parquet"
+            try:
+                self.store.create(name, data)
+            except ObjectExistsError:
+                if name in self._withdrawn():
+                    continue
+                log.info("fragment_exists name=%s rows=%d", name, len(results))
+            return name
+        raise AssertionError  # unreachable: the count has no end
+
+    def withdraw(self, keys: Keys, seen: Outcomes) -> None:
+        """Take back every row of `keys` that the fragments of `seen` have: these requests are due again.
+
+        What other fragments say stays: whoever wrote it knows more than `seen` did.
+        """
+        lost = KeySet.of(keys)
+        if not len(lost):
+            return
+        rows = []
+        for name, table in zip(seen.fragments, self.read(list(seen.fragments), ["key"]), strict=True):
+            here = table["key"].filter(pa.array(lost.contains(keys_from_hex(table["key"]))))
+            rows += [{"key": key, "fragment": name} for key in here.to_pylist()]
+        table = pa.Table.from_pylist(rows, _WITHDRAWAL).sort_by([("key", "ascending"), ("fragment", "ascending")])
+        said = json.dumps(table.to_pydict(), sort_keys=True).encode()
+        name = f"{WITHDRAWALS}{hashlib.blake2b(said, digest_size=16).hexdigest()}.parquet"
         try:
-            self.store.create(name, to_parquet(results))
+            self.store.create(name, to_parquet(table))
         except ObjectExistsError:
-            log.info("fragment_exists name=%s rows=%d", name, len(results))
-        return name
+            log.info("withdrawal_exists name=%s rows=%d", name, len(table))
+
+    def _withdrawn(self) -> dict[str, KeySet]:
+        """What was taken back: keys by the fragment that had them."""
+        names = sorted(item.name for item in self.store.list(WITHDRAWALS) if item.name.endswith(".parquet"))
+        if not names:
+            return {}
+        # The same row may be named by two withdrawals, by a repair that was killed and one that followed.
+        rows = pa.concat_tables(self.read(names, _WITHDRAWAL.names)).group_by(_WITHDRAWAL.names).aggregate([])
+        by_fragment = rows.group_by("fragment").aggregate([("key", "list")])
+        return {
+            fragment.as_py(): KeySet.of(keys_from_hex(keys.values))
+            for fragment, keys in zip(by_fragment["fragment"], by_fragment["key_list"], strict=True)
+        }
 
     def fragments(self) -> list[str]:
         """The names of all fragments, sorted."""
@@ -115,15 +189,19 @@ class Journal:
     def outcomes(self) -> Outcomes:
         """What is finished, and how: reads three columns of every fragment."""
         names = self.fragments()
+        withdrawn = self._withdrawn()
         keys, succeeded, origin, kinds = [], [], [], []
-        for index, table in enumerate(self.read(names, ["key", "status", "error_kind"])):
+        for index, whole in enumerate(self.read(names, ["key", "status", "error_kind"])):
+            taken_back = withdrawn.get(names[index])
+            table = whole
+            if taken_back is not None:
+                table = whole.filter(pa.array(~taken_back.contains(keys_from_hex(whole["key"]))))
             keys.append(keys_from_hex(table["key"]))
             succeeded.append(np.asarray(pc.equal(table["status"], SUCCEEDED).combine_chunks(), dtype=bool))
             origin.append(np.full(len(table), index, dtype=np.int32))
             kinds.append(np.asarray(table["error_kind"].to_pylist(), dtype=object))
         if not keys:
-            nothing = np.empty(0, dtype=f"V{KEY_BYTES}"), np.empty(0, dtype=bool), np.empty(0, dtype=np.int32)
-            return Outcomes(*nothing, (), np.empty(0, dtype=object))
+            return Outcomes(_NO_KEYS, np.empty(0, dtype=bool), np.empty(0, dtype=np.int32), (), np.empty(0, object))
         all_keys, all_succeeded = np.concatenate(keys), np.concatenate(succeeded)
         all_origin, all_kinds = np.concatenate(origin), np.concatenate(kinds)
         high, low = halves(all_keys)
@@ -132,7 +210,14 @@ class Journal:
         first = np.ones(len(order), dtype=bool)
         first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
         chosen = order[first]
-        return Outcomes(all_keys[chosen], all_succeeded[chosen], all_origin[chosen], tuple(names), all_kinds[chosen])
+        return Outcomes(
+            all_keys[chosen],
+            all_succeeded[chosen],
+            all_origin[chosen],
+            tuple(names),
+            all_kinds[chosen],
+            _all_keys(withdrawn.values()),
+        )
 
     def winning_rows(self, outcomes: Outcomes) -> Iterator[pa.Table]:
         """The one result row that counts of every key in `outcomes`, fragment by fragment, all columns."""
@@ -147,11 +232,32 @@ class Journal:
 
 @dataclass(frozen=True)
 class Problem:
-    """An animation that is not what its result says."""
+    """An animation that is not what its result says.
 
+    Attributes:
+        key: of its request.
+        request_id: of its request.
+        animation_uri: where it was when it was committed.
+        name: the object's name in the store as it lies today.
+        kind: one of PROBLEMS.
+        what: the particulars, in words.
+    """
+
+    key: str
     request_id: str
     animation_uri: str
+    name: str
+    kind: str
     what: str
+
+
+PROBLEMS = {
+    "missing": "the object is not there",
+    "size": "the object has another size than was committed",
+    "content": "the object has other bytes than were committed",
+    "undecodable": "the object does not decode, or has other frames than its result says",
+}
+"""What can be wrong with an animation, in the order in which it is looked at."""
 
 
 @dataclass(frozen=True)
@@ -210,33 +316,87 @@ def publish(
 
 
 def verify(
-    journal: Journal, outcomes: Outcomes, decode: Callable[[bytes, dict[str, Any]], object]
+    journal: Journal,
+    outcomes: Outcomes,
+    decode: Callable[[bytes, dict[str, Any]], object],
+    on_examined: Callable[[], None] = lambda: None,
 ) -> Iterator[Problem]:
-    """Read every succeeded animation again and compare it with its result row.
+    """Read every succeeded animation again and compare it with its result row, VERIFY_THREADS of them at a time.
 
     Args:
         journal: the journal of the output.
         outcomes: what it says now.
-        decode: raises an exception if bytes do not decode to what their result row tells.
+        decode: raises RequestError if bytes do not decode to what their result row tells.
+        on_examined: called after each animation, good or not.
+
+    Raises:
+        StorageError: the store refused or did not answer; that is no problem of an animation.
     """
+    rows = (
+        row
+        for table in journal.winning_rows(outcomes.of(outcomes.succeeded_keys))
+        for row in table.select(_EXAMINED).to_pylist()
+    )
+    for found in _several_at_a_time(lambda row: _examine(journal.store, row, decode), rows):
+        on_examined()
+        if found is not None:
+            yield found
 
-    def examine(row: dict[str, Any]) -> Problem | None:
-        uri = row["animation_uri"]
-        try:
-            data = journal.store.read(_name_in(uri))
-        except FileNotFoundError:
-            return Problem(row["request_id"], uri, "missing")
-        if hashlib.sha256(data).hexdigest() != row["sha256"]:
-            return Problem(row["request_id"], uri, "its bytes are not those that were committed")
-        try:
-            decode(data, row)
-        except RequestError as err:
-            return Problem(row["request_id"], uri, str(err))
-        return None
 
-    with ThreadPoolExecutor(16) as pool:
-        for table in journal.winning_rows(outcomes.of(outcomes.succeeded_keys)):
-            yield from filter(None, pool.map(examine, table.to_pylist()))
+def repair(journal: Journal, seen: Outcomes, problems: Iterable[Problem], check: Callable[[], None]) -> None:
+    """Delete what is left of broken animations, then take their rows back: the next run draws them again.
+
+    In this order a repair that is killed in between leaves what `verify` finds again. A sound animation is not touched.
+
+    Args:
+        journal: of the output, on which nobody else works now.
+        seen: what it said when the problems were found.
+        problems: as `verify` found them.
+        check: called before every deletion; raises if another run has come.
+    """
+    broken = list(problems)
+    for problem in broken:
+        check()
+        if problem.kind != "missing":
+            journal.store.delete(problem.name)
+    check()
+    journal.withdraw(keys_from_hex(pa.array([problem.key for problem in broken], pa.string())), seen)
+
+
+def _several_at_a_time(function: Callable[[T], V], items: Iterable[T]) -> Iterator[V]:
+    """The results in the order of `items`, which are taken a few ahead only: there may be millions."""
+    waiting: deque[Future[V]] = deque()
+    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * VERIFY_THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _examine(store: Store, row: dict[str, Any], decode: Callable[[bytes, dict[str, Any]], object]) -> Problem | None:
+    name = _name_in(row["animation_uri"])
+
+    def problem(kind: str, what: str) -> Problem:
+        return Problem(row["key"], row["request_id"], row["animation_uri"], name, kind, what)
+
+    try:
+        data = store.read(name)
+    except FileNotFoundError:
+        return problem("missing", "it is not there")
+    if len(data) != row["num_bytes"]:
+        return problem("size", f"it has {len(data)} bytes, its result says {row['num_bytes']}")
+    if hashlib.sha256(data).hexdigest() != row["sha256"]:
+        return problem("content", "its bytes are not those that were committed")
+    try:
+        decode(data, row)
+    except RequestError as err:
+        return problem("undecodable", str(err))
+    return None
+
+
+_EXAMINED = ["key", "request_id", "animation_uri", "num_bytes", "sha256", "format", "width", "height", "num_frames"]
 
 
 def is_published(store: Store, run_id: str) -> bool:
@@ -257,11 +417,23 @@ def latest(store: Store) -> dict[str, Any] | None:
 
 
 def digest_of(outcomes: Outcomes) -> str:
-    """32 hex digits over keys and their statuses: equal digests mean that there is nothing new to publish."""
+    """32 hex digits over keys, statuses and what was taken back: where they are equal, nothing is new to publish."""
     digest = hashlib.blake2b(digest_size=16)
     for keys in (KeySet.of(outcomes.keys), outcomes.succeeded_keys):
         digest.update(keys.high.tobytes() + keys.low.tobytes() + b"|")
+    digest.update(outcomes.withdrawn.tobytes())  # what was drawn once more has another row, with the same outcome
     return digest.hexdigest()
+
+
+_NO_KEYS: Keys = np.empty(0, dtype=f"V{KEY_BYTES}")
+
+
+def _all_keys(sets: Iterable[KeySet]) -> Keys:
+    """The members of all sets, sorted; one that several have comes as often."""
+    halved = [np.stack([keys.high, keys.low], axis=1) for keys in sets]
+    pairs = np.concatenate([np.empty((0, 2), np.uint64), *halved])
+    pairs = np.ascontiguousarray(pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))].astype(">u8"))
+    return np.frombuffer(pairs.tobytes(), dtype=f"V{KEY_BYTES}")
 
 
 def to_parquet(table: pa.Table) -> bytes:
@@ -295,13 +467,13 @@ def _parts(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
 def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """`table` in the columns of `schema`; an older fragment may lack carried columns, or have them in other types."""
     columns = []
-    for field in schema:
-        column = table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
+    for wanted in schema:
+        column = table[wanted.name] if wanted.name in table.column_names else pa.nulls(len(table), wanted.type)
         try:
-            columns.append(column.cast(field.type))
+            columns.append(column.cast(wanted.type))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            log.warning("carried_column_changed name=%s was=%s is=%s", field.name, column.type, field.type)
-            columns.append(pa.nulls(len(table), field.type))
+            log.warning("carried_column_changed name=%s was=%s is=%s", wanted.name, column.type, wanted.type)
+            columns.append(pa.nulls(len(table), wanted.type))
     return pa.table(columns, schema=schema)
 
 
@@ -320,5 +492,8 @@ def _check_objects(part: pa.Table, stored: dict[str, int]) -> None:
         size = stored.get(_name_in(uri))
         if size != num_bytes:
             found = "is missing" if size is None else f"has {size} bytes"
-            msg = f"animation {uri} of request {request_id!r} {found}, its result says {num_bytes} bytes; run `verify`"
+            msg = (
+                f"animation {uri} of request {request_id!r} {found}, its result says {num_bytes} bytes; "
+                "`pia-batch verify --repair` finds all such, and the run after it draws them again"
+            )
             raise AccountingError(msg)

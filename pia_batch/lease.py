@@ -14,6 +14,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, Self
 
 import psutil
@@ -36,13 +38,23 @@ class Lease:
         store: the output.
         run_id: who asks.
         ttl_s: seconds without a renewal after which the lease is free.
+        clock: seconds that only ever grow, by which another run's silence is measured.
+        sleep: waits so many of those seconds.
     """
 
-    def __init__(self, store: Store, run_id: str, ttl_s: float) -> None:
-        self._store, self._run_id, self._ttl_s = store, run_id, ttl_s
+    def __init__(
+        self,
+        store: Store,
+        run_id: str,
+        ttl_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._store, self._run_id, self._ttl_s, self._clock, self._sleep = store, run_id, ttl_s, clock, sleep
         self._generation = 0
+        self._since = ""
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self.lost = threading.Event()
         """Set when another run has taken over."""
 
@@ -50,6 +62,7 @@ class Lease:
         generation, holder = newest(self._store)
         if holder is not None and not holder["released"]:
             generation = self._wait_for_silence(generation, holder)
+        self._since = datetime.now(UTC).isoformat(timespec="seconds")
         try:
             self._write(generation + 1, released=False)
         except ObjectExistsError:
@@ -67,11 +80,21 @@ class Lease:
             except StorageError as err:
                 log.warning("lease_not_released error=%s", err)
 
+    def check(self) -> None:
+        """Make sure that it is still held, as far as this process knows.
+
+        Raises:
+            LeaseHeldError: another run has taken over.
+        """
+        if self.lost.is_set():
+            msg = f"another run has taken over {self._store.uri}; start again later"
+            raise LeaseHeldError(msg)
+
     def _wait_for_silence(self, generation: int, holder: dict[str, Any]) -> int:
-        deadline = time.monotonic() + float(holder["ttl_s"])
-        while time.monotonic() < deadline and not _died_here(holder):
-            log.info("lease_waiting holder=%s seconds=%.0f", holder["run_id"], deadline - time.monotonic())
-            time.sleep(min(2.0, self._ttl_s / 6))
+        deadline = self._clock() + float(holder["ttl_s"])
+        while self._clock() < deadline and not _died_here(holder):
+            log.info("lease_waiting holder=%s seconds=%.0f", holder["run_id"], deadline - self._clock())
+            self._sleep(min(2.0, self._ttl_s / 6))
             now, holder_now = newest(self._store)
             if holder_now is not None and now != generation:
                 if holder_now["released"]:
@@ -81,34 +104,43 @@ class Lease:
         log.warning("lease_taken_over from=%s generation=%d", holder["run_id"], generation)
         return generation
 
-    def _renew(self) -> None:
-        while not self._stop.wait(self._ttl_s / 3):
-            try:
-                self._write(self._generation + 1, released=False)
-            except ObjectExistsError:
-                self.lost.set()
-                log.error("lease_lost run_id=%s: another run has taken over", self._run_id)  # noqa: TRY400
-                return
-            except StorageError as err:
-                log.warning("lease_not_renewed error=%s", err)
+    def renew(self) -> None:
+        """Tell the others that this run is alive, or find out that one of them has taken over. Its thread does this."""
+        try:
+            self._write(self._generation + 1, released=False)
+        except ObjectExistsError:
+            self.lost.set()
+            log.error("lease_lost run_id=%s: another run has taken over", self._run_id)  # noqa: TRY400
+        except StorageError as err:
+            log.warning("lease_not_renewed error=%s", err)
+
+    def _keep(self) -> None:
+        while not self.lost.is_set() and not self._stop.wait(self._ttl_s / 3):
+            self.renew()
 
     def _write(self, generation: int, *, released: bool) -> None:
         state = {
             "run_id": self._run_id,
             "released": released,
             "ttl_s": self._ttl_s,
+            "since": self._since,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "process_started": psutil.Process().create_time(),
             "boot": psutil.boot_time(),
         }
-        name, data = f"{LEASES}{generation:012d}.json", json.dumps(state).encode()
+        name, data = name_of(generation), json.dumps(state).encode()
         try:
             self._store.create(name, data)
         except ObjectExistsError:
             if self._store.read(name) != data:  # else it is our own attempt, whose reply was lost
                 raise
         self._generation = generation
+
+
+def name_of(generation: int) -> str:
+    """The object of a generation of the lease."""
+    return f"{LEASES}{generation:012d}.json"
 
 
 def newest(store: Store) -> tuple[int, dict[str, Any] | None]:

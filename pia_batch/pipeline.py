@@ -1,6 +1,6 @@
 """The run: one Ray Data chain from manifest to journal, and what stands around it. The only module that knows Ray.
 
-    read_parquet → Validate → DropFinished → repartition → FetchImages → Animate (commits inside)
+    read_parquet → Validate → DropFinished → Arrange → FetchImages → Animate (commits inside)
 
 Neighbours ask for different resources, or Ray would fuse them and fetch images on the GPU's worker.
 """
@@ -27,47 +27,57 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.util.annotations import RayDeprecationWarning
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pia_batch import journal, planning, stages
+from pia_batch import animate, journal, planning, report, stages
+from pia_batch.animate import OUTCOME
 from pia_batch.config import PlacementConfig, RunConfig
 from pia_batch.errors import ConfigError, InterruptedRunError, LeaseHeldError, PiaBatchError, StorageError
 from pia_batch.journal import Journal
 from pia_batch.lease import Lease
+from pia_batch.ledger import Ledger, Turn
 from pia_batch.manifest import Manifest
-from pia_batch.planning import Plan
-from pia_batch.records import SUCCEEDED
+from pia_batch.planning import Plan, Retry
+from pia_batch.records import SUCCEEDED, Row
 from pia_batch.storage import Store
 from pia_batch.summary import Progress, RunSummary, about, summarise
 
 log = logging.getLogger(__name__)
 
-VALIDATE_CPUS, DROP_CPUS = 0.5, 0.4
+VALIDATE_CPUS, DROP_CPUS, ARRANGE_CPUS = 0.5, 0.4, 0.3
 """Different from each other and from the reader's 1, see above."""
+
+WINDOW, SMALL_WINDOW = 1024, 64
+"""Requests that are put in order together; fewer where each brings its image along."""
+
+_WORKERS_FAULTS = frozenset({"worker_crash", "timeout", "engine_error", "out_of_memory"})
+_TELL_S = 30.0
+"""Seconds without an outcome after which a run looks whether it has engines at all."""
 
 IN_FLIGHT = 4
 """Batches at or queued before one engine: two are worked on, two wait, so that the device never does."""
 
-LoadEngine = Callable[[], stages.Engine]
+LoadEngines = Callable[[], animate.Engines]
 
 
 def run(
     config: RunConfig,
     *,
     run_id: str | None = None,
-    retry_failed: bool = False,
+    retry: Retry | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     stop: threading.Event | None = None,
-    load_engine: LoadEngine | None = None,
+    load_engines: LoadEngines | None = None,
 ) -> RunSummary:
     """Do what is left to do of `config.manifest`, then publish its results. Where nothing is left, nothing is written.
 
     Args:
         config: what to do.
         run_id: names the results; None: made from the time.
-        retry_failed: draw again what failed before.
+        retry: what to draw again of what failed before; None: nothing.
         on_progress: called about twice a second.
         stop: set it to stop: batches in flight are committed, then InterruptedRunError is raised.
-        load_engine: what gives each worker its engine; None: `PiaEngine.load` of the config's model.
+        load_engines: what gives each worker its engines; None: those of the config's models.
 
     Raises:
         ConfigError: and ManifestError and StorageError, before Ray starts: the operator has to act.
@@ -76,7 +86,7 @@ def run(
         AccountingError: a request has no result although Ray has finished; start again.
     """
     started = time.monotonic()
-    plan = planning.make(config, retry_failed=retry_failed)
+    plan = planning.make(config, retry=retry)
     store = Store(config.output)
     if not plan.num_pending and plan.published:
         newest = journal.latest(store) or {}
@@ -97,13 +107,22 @@ def run(
         if plan.num_pending:
             progress = Progress(total=len(plan.wanted), done_before=len(plan.wanted) - plan.num_pending)
             with _ray(config.placement):
-                _animate(plan, run_id, progress, _Watch(on_progress, stop or threading.Event(), lease), load_engine)
+                _animate(plan, run_id, progress, _Watch(on_progress, stop or threading.Event(), lease), load_engines)
             computed = progress.succeeded + progress.failed
         outcomes = record.outcomes().of(plan.wanted)
         journal.publish(record, outcomes, plan.wanted, plan.carried, run_id, {"manifest": told["manifest"]})
         summary = summarise(plan, outcomes, run_id, computed, started)
         store.replace(f"_runs/{run_id}/run.json", journal.to_json(told | {"summary": asdict(summary)}))
+    _report(store, run_id)
     return summary
+
+
+def _report(store: Store, run_id: str) -> None:
+    """Write the run's page. The results are published: that there is no page of them must not fail the run."""
+    try:
+        report.write(store, run_id)
+    except PiaBatchError as err:
+        log.warning("no_report run_id=%s: %s", run_id, err)
 
 
 def _name_of(run_id: str | None, store: Store) -> str:
@@ -119,25 +138,34 @@ def _name_of(run_id: str | None, store: Store) -> str:
     return run_id
 
 
-def chain(plan: Plan, run_id: str, control: stages.Control, load_engine: LoadEngine | None = None) -> ray.data.Dataset:
-    """The whole job as a lazy Dataset of `stages.OUTCOME` rows, one for each request that is left to do."""
+def chain(
+    plan: Plan, run_id: str, control: animate.Control, load_engines: LoadEngines | None = None
+) -> ray.data.Dataset:
+    """The whole job as a lazy Dataset of `animate.OUTCOME` rows, one for each request that is left to do."""
     config, place = plan.config, plan.config.placement
     _own_the_settings()
     requests = (
         _read(plan.manifest)
-        .map_batches(stages.Validate(config, plan.engine_id, plan.manifest.schema), **_blocks(VALIDATE_CPUS))
+        .map_batches(stages.Validate(config, plan.engine_ids, plan.manifest.schema), **_blocks(VALIDATE_CPUS))
         .map_batches(stages.DropFinished(plan.settled), **_blocks(DROP_CPUS))
     )
     if len(plan.repeats):
         requests = requests.union(ray.data.from_arrow(plan.repeats))
+    if plan.is_mixed:
+        window = SMALL_WINDOW if "image_bytes" in plan.manifest.schema.names else WINDOW
+        requests = requests.repartition(target_num_rows_per_block=window, strict=True).map_batches(
+            stages.Arrange(config.images, plan.manifest.folder), **_blocks(ARRANGE_CPUS)
+        )
+    drawn = {name: plan.engine_ids[name] for name in plan.models}
+    device = "cuda" if place.num_gpus else "cpu"
     return (
         requests.repartition(target_num_rows_per_block=place.batch_size, strict=True)
         .map_batches(stages.FetchImages(config.images, plan.manifest.folder), **_blocks(place.fetch_num_cpus))
         .map_batches(
             Animate,
             fn_constructor_kwargs={
-                "load_engine": load_engine or stages.EngineLoader(config.model, "cuda" if place.num_gpus else "cpu"),
-                "engine_id": plan.engine_id,
+                "load_engines": load_engines or animate.EngineLoader(config.all_models, device, place.max_models),
+                "engine_ids": drawn,
                 "config": config,
                 "run_id": run_id,
                 "control": control,
@@ -154,15 +182,12 @@ def chain(plan: Plan, run_id: str, control: stages.Control, load_engine: LoadEng
                 max_concurrent_calls_per_actor=2,
                 enable_true_multi_threading=True,
             ),
-            # The default, -1, would give a request that kills its worker to worker after worker for ever.
-            max_restarts=place.max_restarts,
-            max_task_retries=place.max_restarts,
         )
     )
 
 
-class Animate(stages.Animate):
-    """`stages.Animate` as Ray wants it: what an operator has to mend comes as the error of a call, whole.
+class Animate(animate.Animate):
+    """`animate.Animate` as Ray wants it: what an operator has to mend comes as the error of a call, whole.
 
     From a constructor Ray would try it three times more, and then hand on its text only.
     """
@@ -175,7 +200,7 @@ class Animate(stages.Animate):
             self._mistake = err
 
     def __call__(self, requests: pa.Table) -> pa.Table:
-        """As `stages.Animate`, or the error that its constructor met."""
+        """As `animate.Animate`, or the error that its constructor met."""
         if self._mistake is not None:
             raise self._mistake
         return super().__call__(requests)
@@ -197,6 +222,7 @@ def _own_the_settings() -> None:
     context.max_errored_blocks = 0  # anything else reports lost blocks as success
     context.actor_init_retry_on_errors = True
     context.max_consecutive_actor_init_deaths = 5  # the default, 0, ends the run at one bad node
+    context.execution_no_progress_timeout_s = -1  # _Watchman knows a run that waits from one that is stuck
     context.raise_original_map_exception = True  # or only the text of our own errors would reach the driver
     context.enable_progress_bars = False  # blocks of an operator; ours count requests
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends a run is raised, and told once
@@ -220,34 +246,8 @@ class _Watch:
         return self.stop.is_set() or self.lease.lost.is_set()
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-class _Ledger:
-    """Which requests are being worked on, and how often each was begun. One for a run; state dies with it."""
-
-    def __init__(self) -> None:
-        self._begun: dict[str, int] = {}
-        self._stopping = False
-
-    def begin(self, keys: list[str]) -> list[int] | None:
-        if self._stopping:
-            return None
-        for key in keys:
-            self._begun[key] = self._begun.get(key, 0) + 1
-        return [self._begun[key] for key in keys]
-
-    def end(self, keys: list[str]) -> None:
-        for key in keys:
-            self._begun.pop(key, None)
-
-    def stop(self) -> None:
-        self._stopping = True
-
-    def in_flight(self) -> int:
-        return len(self._begun)
-
-
 class _RemoteControl:
-    """`stages.Control` over the ledger."""
+    """`animate.Control` over the ledger's process."""
 
     def __init__(self, ledger: Any) -> None:
         self._ledger = ledger
@@ -256,14 +256,72 @@ class _RemoteControl:
         attempts: list[int] | None = ray.get(self._ledger.begin.remote(keys))
         return attempts
 
-    def end(self, keys: list[str]) -> None:
-        ray.get(self._ledger.end.remote(keys))
+    def begin_alone(self, key: str) -> Turn | None:
+        turn: Turn | None = ray.get(self._ledger.begin_alone.remote(key))
+        return turn
+
+    def hang(self, keys: list[str]) -> None:
+        ray.get(self._ledger.hang.remote(keys), timeout=5)
+
+    def end(self, outcomes: list[Row]) -> None:
+        ray.get(self._ledger.end.remote(outcomes))
 
 
-def _animate(plan: Plan, run_id: str, progress: Progress, watch: _Watch, load_engine: LoadEngine | None) -> None:
+def _start_ledger(max_attempts: int) -> Any:  # a Ray actor handle
+    """The run's ledger in a process beside the driver's, as long as that machine can hold it: it ends with the run."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Ledger)
+    return actor.remote(max_attempts)
+
+
+class _Watchman:
+    """Ends a run whose workers fail request after request, or that is given no worker at all."""
+
+    def __init__(self, config: RunConfig, in_flight: Callable[[], int]) -> None:
+        self._place, self._max_crashes, self._in_flight = config.placement, config.limits.max_crashes, in_flight
+        self._crashes = 0
+        self._moved_at = self._told_at = time.monotonic()
+
+    def see(self, outcomes: pa.Table) -> None:
+        """Look at the outcomes since the last call, none of them included.
+
+        Raises:
+            InterruptedRunError: enough requests in a row failed for their worker's sake, or the run waited enough.
+        """
+        for row in outcomes.select(["error_kind", "error"]).to_pylist():
+            self._crashes = self._crashes + 1 if row["error_kind"] in _WORKERS_FAULTS else 0
+            if self._crashes >= self._max_crashes:
+                msg = (
+                    f"{self._crashes} requests in a row failed for their worker's sake (limits.max_crashes), the last "
+                    f"one because {row['error']}; look at the workers' logs and devices. What was finished is "
+                    "committed. Start again to go on, with --retry-failed to try these again"
+                )
+                raise InterruptedRunError(msg)
+        now = time.monotonic()
+        if len(outcomes) or now - self._told_at < _TELL_S:
+            self._moved_at, self._told_at = (now, now) if len(outcomes) else (self._moved_at, self._told_at)
+            return
+        self._told_at = now
+        if self._in_flight():
+            self._moved_at = now
+            return
+        waited = now - self._moved_at
+        have = ray.cluster_resources()
+        state = (
+            f"one engine needs {self._place.num_gpus:g} GPUs and {self._place.num_cpus:g} CPUs, and the cluster has "
+            f"{have.get('GPU', 0):g} and {have.get('CPU', 0):g}"
+        )
+        log.warning("waiting_for_engines seconds=%.0f: %s", waited, state)
+        if waited > self._place.wait_s:
+            msg = f"no engine could work for {waited:.0f} s (placement.wait_s): {state}. Start again to go on"
+            raise InterruptedRunError(msg)
+
+
+def _animate(plan: Plan, run_id: str, progress: Progress, watch: _Watch, load_engines: LoadEngines | None) -> None:
     """Run the chain to its end, or until `watch` says stop. Every outcome counted here is committed."""
-    ledger = _Ledger.remote()  # type: ignore[attr-defined] # added by ray.remote
-    dataset = chain(plan, run_id, _RemoteControl(ledger), load_engine)
+    ledger = _start_ledger(plan.config.limits.max_attempts)
+    watchman = _Watchman(plan.config, lambda: ray.get(ledger.in_flight.remote()))
+    dataset = chain(plan, run_id, _RemoteControl(ledger), load_engines)
     blocks: queue.Queue[pa.Table | BaseException | None] = queue.Queue()
     enough = threading.Event()
     threading.Thread(target=_consume, args=(dataset, blocks, enough), name="outcomes", daemon=True).start()
@@ -273,13 +331,14 @@ def _animate(plan: Plan, run_id: str, progress: Progress, watch: _Watch, load_en
             try:
                 block = blocks.get(timeout=0.5)
             except queue.Empty:
-                block = stages.OUTCOME.empty_table()
+                block = OUTCOME.empty_table()
             if block is None:
                 return
             if isinstance(block, BaseException):
                 raise _for_the_operator(block)
             _count(progress, block)
             watch.on_progress(progress)
+            watchman.see(block)
         _drain(ledger, plan.config.limits.stop_grace_s)
     finally:
         enough.set()
@@ -342,6 +401,7 @@ def _ray(place: PlacementConfig) -> Iterator[None]:
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of what it will do one day
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or it prints a warning of every engine's restarts
         # What its workers print is in Ray's session folder; what a request failed of is in its result.
         options |= {"include_dashboard": False, "log_to_driver": False, "num_cpus": max(2, os.cpu_count() or 2)}
         if place.object_store_mb is not None:

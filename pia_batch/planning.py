@@ -5,7 +5,7 @@ Needs neither Ray nor torch, and holds keys rather than rows: about 50 bytes a r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -15,11 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch import weights
-from pia_batch.config import RunConfig
+from pia_batch.config import ModelConfig, RunConfig
+from pia_batch.errors import ConfigError, RequestError
 from pia_batch.journal import Journal, Outcomes, digest_of, latest
 from pia_batch.manifest import Batch, Manifest
 from pia_batch.records import (
     FAILED,
+    GROUPED,
     KEY_BYTES,
     REQUEST,
     Keys,
@@ -36,11 +38,33 @@ from pia_batch.validation import check, hashes_of
 
 
 @dataclass(frozen=True)
+class Retry:
+    """Which requests that failed before are drawn again; those that the manifest's own values rule out never are."""
+
+    kinds: frozenset[str] | None = None
+    """Their error kinds; None: all of them."""
+
+    def check(self, outcomes: Outcomes) -> None:
+        """Refuse a kind that is neither one of ours nor in the journal.
+
+        Raises:
+            ConfigError: it names the kinds that the journal has.
+        """
+        known = {kind.kind for kind in RequestError.__subclasses__()} | set(outcomes.failures)
+        unknown = sorted((self.kinds or frozenset()) - known)
+        if unknown:
+            found = ", ".join(f"{kind} ({count})" for kind, count in outcomes.failures.most_common()) or "none"
+            msg = f"no request failed with the kind {', '.join(unknown)}; the kinds of this output's journal: {found}"
+            raise ConfigError(msg)
+
+
+@dataclass(frozen=True)
 class Plan:
     """A manifest against a journal, at one moment."""
 
     config: RunConfig
-    engine_id: str
+    engine_ids: dict[str, str]
+    """The identity of each model's engine, by the name that the manifest's `model` column calls it."""
     manifest: Manifest
     outcomes: Outcomes = field(repr=False)
     """What the journal says of this manifest's requests."""
@@ -56,11 +80,25 @@ class Plan:
     """Rows beyond the first of identical requests."""
     num_pending: int
     """Requests that an engine has to draw."""
+    groups: pa.Table = field(repr=False)
+    """GROUPED and `num_rows`: how many sound rows of the manifest can be drawn together, finished ones included."""
 
     @property
     def num_rejected(self) -> int:
         """Requests that the manifest's own values rule out."""
         return len(self.rejected)
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the models that the manifest asks for, the one with most rows first."""
+        counts = self.groups.group_by("model").aggregate([("num_rows", "sum")])
+        names: list[str] = counts.sort_by([("num_rows_sum", "descending")])["model"].to_pylist()
+        return names
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether there are requests that cannot be drawn together."""
+        return len(self.groups) > 1 or bool(pc.any(pc.equal(self.groups["size"], "auto")).as_py())
 
     @property
     def carried(self) -> pa.Schema:
@@ -83,39 +121,40 @@ class Plan:
             yield new.slice(start, 10_000)
 
 
-def make(config: RunConfig, *, retry_failed: bool = False) -> Plan:
+def make(config: RunConfig, *, retry: Retry | None = None) -> Plan:
     """Read the manifest and the journal, and find out what is left to do. Writes nothing.
 
     Args:
         config: the run's config.
-        retry_failed: draw again what failed before.
+        retry: what to draw again of what failed before; None: nothing.
 
     Raises:
         ManifestError: the manifest cannot be read, is empty, or lacks a column.
-        ConfigError: the model cannot be found.
+        ConfigError: the model cannot be found, or `retry` names a kind that does not exist.
         StorageError: the output cannot be read.
     """
     found = Manifest.open(config.manifest)
     on_gpu = config.placement.num_gpus > 0
-    dtype = weights.resolved_dtype(config.model, on_gpu=on_gpu)
-    engine_id = weights.engine_id(config.model, weights.resolve(config.model), dtype)
+    engine_ids = {name: _engine_id(model, on_gpu=on_gpu) for name, model in config.all_models.items()}
     outcomes = Journal(Store(config.output)).outcomes()
+    if retry is not None:
+        retry.check(outcomes)
 
-    scan = _Scan.of(found, config, engine_id)
+    scan = _Scan.of(found, config, engine_ids)
     conflicting, repeated, first_copies = _duplicates(found, scan)
-    rejected = _rejected_results(found, scan, conflicting, config, engine_id)
+    rejected = _rejected_results(found, scan, conflicting, config)
 
     sound = ~np.isin(scan.ordinals, conflicting)
     wanted_keys = scan.keys[sound]
-    done = outcomes.succeeded_keys if retry_failed else KeySet.of(outcomes.keys)
+    done = KeySet.of(outcomes.keys if retry is None else outcomes.keys[~outcomes.failed(retry.kinds)])
     unfinished = KeySet.of(wanted_keys[~done.contains(wanted_keys)])
     repeats = _take(found, first_copies)
-    repeats = check(repeats, config, engine_id).requests
+    repeats = check(repeats, config, engine_ids).requests
     repeats = repeats.filter(pa.array(~done.contains(keys_from_hex(repeats["key"]))))
     wanted = KeySet.of(np.concatenate([wanted_keys, keys_from_hex(rejected["key"])]))
     return Plan(
         config=config,
-        engine_id=engine_id,
+        engine_ids=engine_ids,
         manifest=found,
         outcomes=outcomes.of(wanted),
         wanted=wanted,
@@ -124,7 +163,12 @@ def make(config: RunConfig, *, retry_failed: bool = False) -> Plan:
         settled=KeySet.of(np.concatenate([wanted_keys[done.contains(wanted_keys)], repeated, scan.keys[~sound]])),
         num_duplicates=int(sound.sum()) - len(KeySet.of(wanted_keys)),
         num_pending=len(unfinished),
+        groups=scan.groups,
     )
+
+
+def _engine_id(model: ModelConfig, *, on_gpu: bool) -> str:
+    return weights.engine_id(model, weights.resolve(model), weights.resolved_dtype(model, on_gpu=on_gpu))
 
 
 @dataclass(frozen=True)
@@ -136,17 +180,26 @@ class _Scan:
     ordinals: npt.NDArray[np.int64]
     rejected: pa.Table
     """`row` (the ordinal), `error_kind`, `error`."""
+    groups: pa.Table
 
     @classmethod
-    def of(cls, manifest: Manifest, config: RunConfig, engine_id: str) -> _Scan:
-        keys, hashes, ordinals, rejected = [], [], [], []
+    def of(cls, manifest: Manifest, config: RunConfig, engine_ids: Mapping[str, str]) -> _Scan:
+        keys, hashes, ordinals, rejected, groups = [], [], [], [], []
         for batch in manifest.batches(REQUEST.names):
-            checked = check(batch.table, config, engine_id)
+            checked = check(batch.table, config, engine_ids)
             keys.append(checked.keys)
             hashes.append(checked.id_hashes)
             ordinals.append(checked.rows + batch.ordinal)
             rejected.append(checked.rejected.set_column(0, "row", pc.add(checked.rejected["row"], batch.ordinal)))
-        return cls(np.concatenate(keys), np.concatenate(hashes), np.concatenate(ordinals), pa.concat_tables(rejected))
+            groups.append(checked.requests.group_by(list(GROUPED)).aggregate([([], "count_all")]))
+        counts = pa.concat_tables(groups).group_by(list(GROUPED)).aggregate([("count_all", "sum")])
+        return cls(
+            np.concatenate(keys),
+            np.concatenate(hashes),
+            np.concatenate(ordinals),
+            pa.concat_tables(rejected),
+            counts.rename_columns([*GROUPED, "num_rows"]),
+        )
 
 
 def _duplicates(manifest: Manifest, scan: _Scan) -> tuple[npt.NDArray[np.int64], Keys, npt.NDArray[np.int64]]:
@@ -182,7 +235,7 @@ def _duplicates(manifest: Manifest, scan: _Scan) -> tuple[npt.NDArray[np.int64],
 
 
 def _rejected_results(
-    manifest: Manifest, scan: _Scan, conflicting: npt.NDArray[np.int64], config: RunConfig, engine_id: str
+    manifest: Manifest, scan: _Scan, conflicting: npt.NDArray[np.int64], config: RunConfig
 ) -> pa.Table:
     """A failed result for every row that is bad by itself or shares its id with a different request."""
     clash = (
@@ -206,28 +259,33 @@ def _rejected_results(
     for batch, rows in _batches_with(manifest, reasons["row"].to_numpy()):
         chosen = batch.table.take(pa.array(rows))
         here = reasons.filter(pc.is_in(reasons["row"], value_set=pa.array(rows + batch.ordinal)))
-        tables.append(_failed(chosen, here, batch, rows, config, engine_id))
+        tables.append(_failed(chosen, here, batch, rows, config))
     return pa.concat_tables(tables).combine_chunks()
 
 
 def _failed(
-    rows: pa.Table, reasons: pa.Table, batch: Batch, numbers: npt.NDArray[np.int64], config: RunConfig, engine_id: str
+    rows: pa.Table, reasons: pa.Table, batch: Batch, numbers: npt.NDArray[np.int64], config: RunConfig
 ) -> pa.Table:
-    checked = {name: _text(rows[name]) for name in ("request_id", "image", "prompt") if name in rows.column_names}
+    named = ("request_id", "image", "prompt", "model", "ip_adapter_image")
+    checked = {name: _text(rows[name]) for name in named if name in rows.column_names}
+    if "model" in checked:
+        checked["model"] = pc.fill_null(checked["model"], config.model.name)
     where = pc.binary_join_element_wise(
         pa.scalar(f"{batch.file} row "), pa.array(numbers + batch.first_row).cast(pa.string()), ""
     )
     error = pc.binary_join_element_wise(where, reasons["error"].combine_chunks(), ": ")
-    columns = checked | {
-        "key": keys_to_hex(digest(canonical_json({"rejected": error, "request_id": checked["request_id"]}))),
-        "status": pa.scalar(FAILED),
-        "error_kind": reasons["error_kind"].combine_chunks(),
-        "error": error,
-        "attempts": pa.scalar(0),
-        "model": pa.scalar(config.model.name),
-        "engine_id": pa.scalar(engine_id),
-        "finished_at": pa.scalar(datetime.now(UTC), pa.timestamp("us", tz="UTC")),
-    }
+    columns = (
+        {"model": pa.scalar(config.model.name)}
+        | checked
+        | {
+            "key": keys_to_hex(digest(canonical_json({"rejected": error, "request_id": checked["request_id"]}))),
+            "status": pa.scalar(FAILED),
+            "error_kind": reasons["error_kind"].combine_chunks(),
+            "error": error,
+            "attempts": pa.scalar(0),
+            "finished_at": pa.scalar(datetime.now(UTC), pa.timestamp("us", tz="UTC")),
+        }
+    )
     return results_table(columns, carried_columns(rows), len(rows))
 
 

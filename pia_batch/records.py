@@ -12,11 +12,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from pia_batch.uris import REDACTIONS
 
 KEY_BYTES = 16
 SUCCEEDED = "succeeded"
@@ -27,15 +30,26 @@ SETTINGS = pa.schema(
         ("negative_prompt", pa.string()),
         ("seed", pa.int64()),
         ("motion_scale", pa.int64()),
+        ("loop", pa.bool_()),
         ("motion_curve", pa.list_(pa.float64())),
+        ("cond_frame", pa.int64()),
         ("guidance_scale", pa.float64()),
         ("strength", pa.float64()),
         ("num_inference_steps", pa.int64()),
         ("num_frames", pa.int64()),
+        ("size", pa.string()),
+        ("long_side", pa.int64()),
         ("width", pa.int64()),
         ("height", pa.int64()),
         ("clip_skip", pa.int64()),
         ("eta", pa.float64()),
+        ("ip_adapter_scale", pa.float64()),
+        ("free_init_iters", pa.int64()),
+        ("free_init_method", pa.string()),
+        ("free_init_order", pa.int64()),
+        ("free_init_spatial_stop", pa.float64()),
+        ("free_init_temporal_stop", pa.float64()),
+        ("free_init_fast", pa.bool_()),
         ("fps", pa.float64()),
         ("format", pa.string()),
     ]
@@ -49,12 +63,20 @@ REQUEST = pa.schema(
         ("image_bytes", pa.large_binary()),
         ("image_sha256", pa.string()),
         ("prompt", pa.string()),
+        ("motion", pa.string()),
+        ("style", pa.bool_()),
         *SETTINGS,
         ("model", pa.string()),
         ("ip_adapter_image", pa.string()),
     ]
 )
 """The manifest's columns. Any other column is carried into the result untouched."""
+
+EFFECTIVE = pa.schema([field for field in REQUEST if field.name not in ("motion", "style")])
+"""A request after its defaults: `motion` and `style` are words for the `motion_scale` that stands here."""
+
+GROUPED = ("model", "num_frames", "size", "long_side", "width", "height")
+"""Requests that have all of these in common are drawn together."""
 
 RESULT = pa.schema(
     [
@@ -69,6 +91,7 @@ RESULT = pa.schema(
         ("prompt", pa.string()),
         *SETTINGS,
         ("model", pa.string()),
+        ("ip_adapter_image", pa.string()),
         ("duration_s", pa.float64()),
         ("num_bytes", pa.int64()),
         ("sha256", pa.string()),
@@ -94,6 +117,7 @@ FETCHED = pa.schema(
     [
         ("pixels", pa.large_binary()),
         ("fetched_sha256", pa.string()),
+        ("ip_adapter_bytes", pa.large_binary()),
         ("fetch_seconds", pa.float64()),
         ("fetch_error_kind", pa.string()),
         ("fetch_error", pa.string()),
@@ -104,9 +128,8 @@ FETCHED = pa.schema(
 RESERVED = frozenset(RESULT.names + FETCHED.names) - frozenset(REQUEST.names)
 """Names that a manifest may not use for columns of its own."""
 
-_CREDENTIALS = r"(?i)^([a-z][a-z0-9+.-]*://)[^/?#]*:[^/?#]*@|^(s3a?://)[^/@]*:[^@]*@|^(https?://)[^/?#]*@"
-"""Not the container of `abfs://container@account`; a secret key of S3 may hold slashes."""
-_QUERY = r"(?i)^(https?://[^?#]*)[?#].*$"
+Row = dict[str, Any]
+"""One row of a table, by column."""
 
 Keys = npt.NDArray[np.void]
 """Keys in memory: shape (n,), 16 raw bytes each."""
@@ -204,7 +227,7 @@ def canonical_json(columns: Mapping[str, pa.Array | pa.Scalar]) -> pa.Array:
 def results_table(columns: Mapping[str, pa.Array | pa.Scalar], carried: pa.Table, num_rows: int) -> pa.Table:
     """A table in RESULT's order and types, nulls where a column is not given, then the carried columns.
 
-    Credentials and signatures are taken out of `image`: results are read by more people than the manifest is.
+    Credentials and signatures are taken out of URIs: results are read by more people than the manifest is.
     """
     arrays: dict[str, pa.Array | pa.ChunkedArray] = {}
     for field in RESULT:
@@ -215,13 +238,16 @@ def results_table(columns: Mapping[str, pa.Array | pa.Scalar], carried: pa.Table
             arrays[field.name] = pa.repeat(value.cast(field.type), num_rows)
         else:
             arrays[field.name] = value.cast(field.type)
-    arrays["image"] = redacted(arrays["image"])
+    for name in ("image", "ip_adapter_image"):
+        arrays[name] = redacted(arrays[name])
     return pa.table(arrays | {name: carried[name] for name in carried.column_names})
 
 
-def redacted(uris: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """A string column without the user names, passwords and signatures of the URIs in it."""
-    return pc.replace_substring_regex(pc.replace_substring_regex(uris, _CREDENTIALS, r"\1\2\3"), _QUERY, r"\1")
+def redacted(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """`uris.redacted_uri` of a whole string column."""
+    for pattern, kept in REDACTIONS:
+        column = pc.replace_substring_regex(column, pattern, kept)
+    return column
 
 
 def carried_columns(table: pa.Table) -> pa.Table:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from pia_batch import __version__, journal, storage
+from pia_batch import __version__, journal
 from pia_batch.journal import Outcomes
 from pia_batch.planning import Plan
 from pia_batch.storage import Store
+from pia_batch.uris import redacted_json, redacted_uri
 
 
 @dataclass
@@ -51,6 +52,8 @@ class RunSummary:
     failed: int
     failures: dict[str, int]
     """Failed requests by `error_kind`."""
+    rejected: int
+    """Those among them that the manifest's own values rule out: no retry helps."""
     duplicates: int
     """Rows of the manifest that repeat a request; they share its result."""
     computed: int
@@ -67,14 +70,14 @@ def about(plan: Plan, run_id: str) -> dict[str, Any]:
         "run_id": run_id,
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
-        "engine_id": plan.engine_id,
-        "manifest": storage.redacted(plan.manifest.uri),
+        "engine_ids": plan.engine_ids,
+        "manifest": redacted_uri(plan.manifest.uri),
+        "folder": redacted_uri(plan.manifest.folder),
         "rows": plan.manifest.num_rows,
         "pending": plan.num_pending,
         "rejected": plan.num_rejected,
         "duplicates": plan.num_duplicates,
-        "config": plan.config.model_dump(mode="json")
-        | {name: storage.redacted(getattr(plan.config, name)) for name in ("manifest", "output")},
+        "config": redacted_json(plan.config.model_dump(mode="json")),
     }
 
 
@@ -88,6 +91,7 @@ def summarise(plan: Plan, outcomes: Outcomes, run_id: str, computed: int, starte
         succeeded=len(outcomes.keys) - failed,
         failed=failed,
         failures=dict(sorted(failures.items())),
+        rejected=plan.num_rejected,
         duplicates=plan.num_duplicates,
         computed=computed,
         seconds=round(time.monotonic() - started, 3),

@@ -7,17 +7,17 @@ animated is not an exception but a row of `Checked.rejected`, with a kind, the c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.config import FORMATS, Defaults, RunConfig
+from pia_batch.config import FORMATS, FREE_INIT_METHODS, MOTIONS, SIZES, Defaults, RunConfig
 from pia_batch.records import (
+    EFFECTIVE,
     REQUEST,
     SETTINGS,
     Keys,
@@ -40,7 +40,7 @@ class Checked:
     """What `check` found in a table."""
 
     requests: pa.Table
-    """The good rows, effective: REQUEST with every default filled in, then `key`, then the carried columns."""
+    """The good rows: EFFECTIVE with every default filled in, then `key`, then the carried columns."""
     rows: npt.NDArray[np.int64]
     """Their row numbers in the table."""
     keys: Keys
@@ -50,13 +50,13 @@ class Checked:
     """`row` (int64), `error_kind`, `error`: one line for every bad row."""
 
 
-def check(table: pa.Table, config: RunConfig, engine_id: str) -> Checked:
+def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str]) -> Checked:
     """Split rows into effective requests and rejected ones, without a Python loop per row.
 
     Args:
         table: rows of a manifest, of any types that `manifest.Manifest.batches` gives.
         config: gives the defaults, and what else decides an animation.
-        engine_id: the identity of the engine that would animate them.
+        engine_ids: the identity of the engine of each model, by the name of `config.all_models`.
     """
     table = table.combine_chunks()
     verdict = _Verdict(len(table))
@@ -65,15 +65,16 @@ def check(table: pa.Table, config: RunConfig, engine_id: str) -> Checked:
     columns.check_image()
     columns.check_settings(config.defaults)
     columns.check_choices(config)
+    columns.check_motion(config.defaults)
     columns.check_together(config)
     good = np.flatnonzero(~verdict.bad)
     carried = carried_columns(table)
     if len(good) < len(table):
         carried = carried.take(good)
         columns.take(good)
-    constants = columns.fill(config.defaults, config.model.name)
-    effective = columns.typed
-    keys = _content_keys(effective | constants, config, engine_id)
+    constants = columns.fill(config)
+    effective = {name: columns.typed[name] for name in EFFECTIVE.names}
+    keys = _content_keys(effective | constants, config, engine_ids)
     requests = pa.table(effective | {"key": keys_to_hex(keys)})
     for name in carried.column_names:
         requests = requests.append_column(carried.schema.field(name), carried[name])
@@ -153,8 +154,9 @@ class _Columns:
         self._reject("image", long, "out_of_range", f"a URI of at most {MAX_URI_BYTES} bytes")
         not_hex = pc.invert(pc.match_substring_regex(sha256, "^[0-9a-fA-F]{64}$"))
         self._reject("image_sha256", not_hex, "invalid_value", "64 hexadecimal digits, or null")
-        unsupported = pc.is_valid(self.typed["ip_adapter_image"])
-        self._reject("ip_adapter_image", unsupported, "unsupported", "null; no IP-Adapter is loaded in this version")
+        prompts = self.typed["ip_adapter_image"]
+        bad = pc.or_kleene(pc.less(pc.binary_length(prompts), 1), pc.greater(pc.binary_length(prompts), MAX_URI_BYTES))
+        self._reject("ip_adapter_image", bad, "out_of_range", f"a URI of at most {MAX_URI_BYTES} bytes, or null")
 
     def check_settings(self, defaults: Defaults) -> None:
         """Every number inside its range."""
@@ -176,40 +178,136 @@ class _Columns:
 
     def check_choices(self, config: RunConfig) -> None:
         """Names out of a list."""
-        for name, allowed in (("format", FORMATS), ("model", (config.model.name,))):
+        choices: dict[str, tuple[str, ...]] = {
+            "motion": MOTIONS,
+            "size": SIZES,
+            "free_init_method": FREE_INIT_METHODS,
+            "format": FORMATS,
+            "model": tuple(config.all_models),
+        }
+        for name, allowed in choices.items():
             unknown = pc.invert(pc.is_in(self.typed[name], value_set=pa.array(allowed), skip_nulls=False))
             wrong = pc.and_(unknown, pc.is_valid(self.typed[name]))
             self._reject(name, wrong, "invalid_value", ", ".join(allowed) + ", or null for the default")
+        adapted = pa.array([name for name, model in config.all_models.items() if model.ip_adapter], pa.string())
+        without = pc.invert(pc.is_in(pc.fill_null(self.typed["model"], config.model.name), value_set=adapted))
+        unsupported = pc.and_(without, pc.is_valid(self.typed["ip_adapter_image"]))
+        self._reject(
+            "ip_adapter_image", unsupported, "unsupported", "null; the model has no `ip_adapter` in the config"
+        )
+
+    def check_motion(self, defaults: Defaults) -> None:
+        """The words for motion: not two for one row, and none that the other forbids."""
+        word, scale = self.typed["motion"], self.typed["motion_scale"]
+        twice = pc.and_(pc.is_valid(word), pc.is_valid(scale))
+        self._reject("motion", twice, "invalid_value", "either `motion` or `motion_scale`, not both")
+        scale, loop, style = self._motion(defaults)
+        self._reject("style", pc.and_(loop, style), "invalid_value", "either `loop` or `style`, not both")
+        restyled_loop = pc.and_(style, pc.is_in(scale, value_set=pa.array([3, 4, 5])))
+        self._reject("style", restyled_loop, "invalid_value", "true only with a motion_scale of 0-2 or 6-8")
+        looped_style = pc.and_(loop, pc.greater(scale, 5))
+        self._reject("loop", looped_style, "invalid_value", "true only with a motion_scale of 0-5")
+
+    def _motion(self, defaults: Defaults) -> tuple[pa.Array, pa.Array, pa.Array]:
+        """`motion_scale` as a number, before `loop` and `style` change it, and these two, with their defaults."""
+        size = defaults.motion_scale if defaults.motion is None else MOTIONS.index(defaults.motion)
+        scale = pc.coalesce(pc.index_in(self.typed["motion"], pa.array(MOTIONS)), self.typed["motion_scale"])
+        scale = pc.fill_null(scale, size)
+        return (
+            scale,
+            pc.fill_null(self.typed["loop"], defaults.loop),
+            pc.fill_null(self.typed["style"], defaults.style),
+        )
+
+    def _is_auto(self, defaults: Defaults) -> pa.Array:
+        """Which rows take their size from the image: those that say so, or by default those that give no size."""
+        own = pc.or_(pc.is_valid(self.typed["width"]), pc.is_valid(self.typed["height"]))
+        by_default = pc.invert(own) if defaults.size == "auto" else pa.repeat(False, self._num_rows)
+        return pc.coalesce(pc.equal(self.typed["size"], "auto"), by_default)
 
     def check_together(self, config: RunConfig) -> None:
         """Settings that are fine alone but not with each other."""
         defaults = config.defaults
+        auto = self._is_auto(defaults)
+        for name in ("width", "height"):
+            both = pc.and_(auto, pc.is_valid(self.typed[name]))
+            self._reject(name, both, "invalid_value", "null where `size` is auto")
         get = {name: pc.fill_null(self.typed[name], getattr(defaults, name)) for name in _FILLED}
         drawn = pc.floor(pc.multiply(get["strength"], pc.cast(get["num_inference_steps"], pa.float64(), safe=False)))
         self._reject("strength", pc.less(drawn, 1), "out_of_range", "num_inference_steps x strength of at least 1")
         too_fast = pc.and_(pc.equal(get["format"], "gif"), pc.greater(get["fps"], MAX_GIF_FPS))
         self._reject("fps", too_fast, "out_of_range", f"at most {MAX_GIF_FPS} in a GIF")
-        area = pc.multiply(pc.multiply(get["width"], get["height"]), get["num_frames"])
+        self._reject(
+            "cond_frame", pc.greater_equal(get["cond_frame"], get["num_frames"]), "out_of_range", "below num_frames"
+        )
+        partial = pc.and_(pc.greater(get["free_init_iters"], 0), pc.less(get["strength"], 1))
+        self._reject("free_init_iters", partial, "invalid_value", "0 where strength is below 1")
+        width, height = (pc.if_else(auto, get["long_side"], get[name]) for name in ("width", "height"))
+        area = pc.multiply(pc.multiply(width, height), get["num_frames"])
         cap = config.limits.max_frame_pixels
         large = pc.greater(area, cap)
         self._reject("width", large, "out_of_range", f"width x height x num_frames up to {cap} (limits)")
 
-    def fill(self, defaults: Defaults, model_name: str) -> dict[str, pa.Scalar]:
-        """Replace nulls by their defaults; returns the settings that every row takes from there."""
-        constants = {}
+    def fill(self, config: RunConfig) -> dict[str, pa.Scalar]:
+        """Make every setting effective; returns those that are the same for all rows, for the sake of speed.
+
+        What decides nothing for a row is null there, so that to change it makes no finished request due: `long_side`
+        without `size: auto`, FreeInit's filter without FreeInit, the scale of an IP-Adapter that the model has not.
+        """
+        defaults = config.defaults
+        self._num_rows = len(self.typed["request_id"])
         self.id_hashes = hashes_of(self.typed["request_id"])
+        given = {name for name in self.typed if self.typed[name].null_count < self._num_rows}
+        scale, loop, style = self._motion(defaults)
+        auto = self._is_auto(defaults)
+        words = pc.and_(pc.is_null(self.typed["motion"]), pc.is_null(self.typed["motion_scale"]))
+
         for name in SETTINGS.names:
-            column, default = self.typed[name], getattr(defaults, name, None)
-            if column.null_count == len(column) and name != "seed":
-                constants[name] = pa.scalar(default, column.type)
-            if default is not None:
-                self.typed[name] = _filled(column, default)
+            default = getattr(defaults, name, None)
+            if default is not None and name != "motion_curve":
+                self.typed[name] = pc.fill_null(self.typed[name], default)
+        if defaults.motion_curve is not None:  # a row's own motion, in whatever words, beats the curve of the config
+            curve = pa.array([list(defaults.motion_curve)] * self._num_rows, SETTINGS.field("motion_curve").type)
+            self.typed["motion_curve"] = pc.coalesce(self.typed["motion_curve"], pc.if_else(words, curve, None))
         if self.typed["seed"].null_count:
             derived = pa.array(self.id_hashes & np.uint64(MAX_SEED)).cast(pa.int64())
             self.typed["seed"] = pc.coalesce(self.typed["seed"], derived)
         self.typed["image_sha256"] = pc.utf8_lower(self.typed["image_sha256"])
-        self.typed["model"] = pc.fill_null(self.typed["model"], model_name)
-        return constants
+        self.typed["model"] = pc.fill_null(self.typed["model"], config.model.name)
+
+        size = _modulo_3(scale)
+        self.typed["loop"] = pc.and_(loop, pc.is_null(self.typed["motion_curve"]))
+        restyled = pc.if_else(style, pc.add(size, 6), scale)
+        self.typed["motion_scale"] = pc.if_else(self.typed["loop"], pc.add(size, 3), restyled)
+        self.typed["size"] = pc.if_else(auto, "auto", "fixed")
+        self._keep("long_side", auto)
+        self._keep("width", pc.invert(auto))
+        self._keep("height", pc.invert(auto))
+        repeated = pc.greater(self.typed["free_init_iters"], 0)
+        for name in ("method", "order", "spatial_stop", "temporal_stop", "fast"):
+            self._keep(f"free_init_{name}", repeated)
+        adapted = [name for name, model in config.all_models.items() if model.ip_adapter is not None]
+        self._keep("ip_adapter_scale", pc.is_in(self.typed["model"], value_set=pa.array(adapted, pa.string())))
+        return self._constants(given)
+
+    def _keep(self, name: str, where: pa.Array) -> None:
+        self.typed[name] = pc.if_else(where, self.typed[name], None)
+
+    def _constants(self, given: set[str]) -> dict[str, pa.Scalar]:
+        """What all rows have in common because none of the columns that decide it is given."""
+        decided_by = dict.fromkeys(SETTINGS.names, frozenset[str]()) | {
+            "motion_scale": frozenset({"motion", "style", "loop", "motion_curve"}),
+            "loop": frozenset({"motion_curve"}),
+            "motion_curve": frozenset({"motion", "motion_scale"}),
+            "size": frozenset({"width", "height"}),
+            "long_side": frozenset({"size", "width", "height"}),
+            "width": frozenset({"size", "height"}),
+            "height": frozenset({"size", "width"}),
+            "ip_adapter_scale": frozenset({"model"}),
+        }
+        decided_by |= {name: frozenset({"free_init_iters"}) for name in SETTINGS.names if name.startswith("free_init_")}
+        common = {name for name, others in decided_by.items() if name != "seed" and not given & {name, *others}}
+        return {name: self.typed[name][0] for name in common} if self._num_rows else {}
 
     def _check_range(self, name: str, allowed: _Range) -> None:
         values = self.typed[name]
@@ -245,6 +343,8 @@ class _Columns:
             return raw
         if pa.types.is_string(wanted):
             return self._to_string(name, raw)
+        if pa.types.is_boolean(wanted):
+            return self._to_boolean(name, raw)
         if pa.types.is_integer(wanted) or pa.types.is_floating(wanted):
             return self._to_number(name, raw, wanted)
         return self._to_container(name, raw, wanted)
@@ -255,6 +355,17 @@ class _Columns:
             return raw.cast(pa.string())
         self._reject(name, pc.is_valid(raw), "invalid_type", f"a string, and not {raw.type}")
         return pa.nulls(self._num_rows, pa.string())
+
+    def _to_boolean(self, name: str, raw: pa.Array) -> pa.Array:
+        """Truth out of a column of text, as CSV has it: true and false in any case; empty is null."""
+        if not (pa.types.is_large_string(raw.type) or pa.types.is_string(raw.type)):
+            self._reject(name, pc.is_valid(raw), "invalid_type", f"true, false, or null, and not {raw.type}")
+            return pa.nulls(self._num_rows, pa.bool_())
+        text = pc.utf8_lower(pc.utf8_trim_whitespace(raw.cast(pa.string())))
+        text = pc.if_else(pc.equal(text, ""), None, text)
+        known = pc.is_in(text, value_set=pa.array(["true", "false"]))
+        self._reject(name, pc.and_(pc.is_valid(text), pc.invert(known)), "invalid_type", "true, false, or null")
+        return pc.if_else(known, pc.equal(text, "true"), None)
 
     def _to_number(self, name: str, raw: pa.Array, wanted: pa.DataType) -> pa.Array:
         allowed = str(_Range.of(name))
@@ -336,10 +447,13 @@ class _Range:
         return f"{kind}{many} {bounds} {maximum}, or null for the default"
 
 
-_FILLED = ("strength", "num_inference_steps", "format", "fps", "width", "height", "num_frames")
+_FILLED = (
+    "strength", "num_inference_steps", "format", "fps", "width", "height", "long_side", "num_frames", "cond_frame",
+    "free_init_iters",
+)  # fmt: skip
 
 
-def _content_keys(effective: dict[str, pa.Array | pa.Scalar], config: RunConfig, engine_id: str) -> Keys:
+def _content_keys(effective: dict[str, pa.Array | pa.Scalar], config: RunConfig, engine_ids: Mapping[str, str]) -> Keys:
     uris, data, sha256 = effective["image"], effective["image_bytes"], effective["image_sha256"]
     if data.null_count < len(data):
         sha256 = pc.coalesce(sha256, _sha256_hex(data))
@@ -358,20 +472,26 @@ def _content_keys(effective: dict[str, pa.Array | pa.Scalar], config: RunConfig,
         "image": pc.coalesce(by_hash, by_uri),
         "fit": pa.scalar(f"{config.images.fit} {config.images.background.lower()}"),
         "encoder": encoder,
-        "engine_id": pa.scalar(engine_id),
+        "ip_adapter_image": effective["ip_adapter_image"],
+        "engine_id": _by_name(effective["model"], engine_ids),
     }
     return digest(canonical_json(described))
 
 
+def _by_name(names: pa.Array, values: Mapping[str, str]) -> pa.Array | pa.Scalar:
+    """The value of each name; one scalar where there is only one."""
+    if len(values) == 1:
+        return pa.scalar(next(iter(values.values())))
+    return pa.array(list(values.values())).take(pc.index_in(names, value_set=pa.array(list(values))))
+
+
+def _modulo_3(scale: pa.Array) -> pa.Array:
+    """Small, medium or large: what a motion scale of any kind has in common with 0, 1 or 2."""
+    return pc.subtract(scale, pc.multiply(pc.divide(scale, 3), 3))
+
+
 def _sha256_hex(data: pa.Array) -> pa.Array:
     return pa.array([hashlib.sha256(value).hexdigest() if value else None for value in data.to_pylist()], pa.string())
-
-
-def _filled(column: pa.Array, default: Any) -> pa.Array:  # the default of any setting
-    if pa.types.is_list(column.type):
-        filler = pa.array([list(default)] * len(column), column.type)
-        return pc.coalesce(column, filler)
-    return pc.fill_null(column, default)
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,13 +13,15 @@ from typing import Any
 import numpy as np
 
 from pia_batch.errors import NonFiniteError, RequestError
+from pia_batch.ledger import Ledger
+from pia_batch.records import Row
 
 ENGINE_ID = "f" * 32
 
 
 @dataclass
 class FakeClip:
-    """What `pia_batch.engine.Clip` offers to `stages.Animate`."""
+    """What `pia_batch.engine.Clip` offers to `animate.Animate`."""
 
     drawn: Any = None
     error: RequestError | None = None
@@ -40,7 +44,14 @@ class FakeEngine:
     device: str = "fake"
     seconds: float = 0.0
     calls: list[list[Any]] = field(default_factory=list)
-    shot = SimpleNamespace
+
+    @staticmethod
+    def shot(**settings: Any) -> SimpleNamespace:
+        """What was given, and no curve and no clip_skip where none was, as with `pia_batch.engine.Shot`."""
+        return SimpleNamespace(**({"motion_curve": None, "clip_skip": None} | settings))
+
+    def check(self) -> None:
+        """A fake device is never broken."""
 
     def animate(self, shots: Sequence[Any]) -> list[FakeClip]:
         self.calls.append(list(shots))
@@ -55,31 +66,57 @@ class FakeEngine:
         return FakeClip(np.stack([np.roll(picture, k, axis=1) for k in range(shot.num_frames)]))
 
 
-class FakeControl:
-    """`stages.Control` in one process."""
+@dataclass
+class PoisonedEngine(FakeEngine):
+    """Does to its process what a prompt says."""
 
-    def __init__(self) -> None:
-        self.stopping = False
-        self.begun: dict[str, int] = {}
+    def animate(self, shots: Sequence[Any]) -> list[FakeClip]:
+        for shot in shots:
+            if "raises" in shot.prompt:
+                raise RuntimeError("weights are cursed")
+            if "exits" in shot.prompt:
+                os._exit(3)
+            if "crashes" in shot.prompt:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if "hangs" in shot.prompt:
+                time.sleep(3600)
+            if "hungers" in shot.prompt:
+                raise MemoryError
+        return super().animate(shots)
+
+
+@dataclass
+class FakeShelf:
+    """`animate.Engines` of one engine for every name, or of those given; remembers what it was asked for."""
+
+    default: Any = None
+    engines: dict[str, Any] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+
+    def engine(self, name: str) -> Any:
+        self.asked.append(name)
+        return self.engines.get(name, self.default)
+
+
+class FakeControl(Ledger):
+    """The run's ledger, in this process. Remembers what ended."""
+
+    def __init__(self, max_attempts: int = 3) -> None:
+        super().__init__(max_attempts)
         self.ended: list[str] = []
 
-    def begin(self, keys: list[str]) -> list[int] | None:
-        if self.stopping:
-            return None
-        for key in keys:
-            self.begun[key] = self.begun.get(key, 0) + 1
-        return [self.begun[key] for key in keys]
-
-    def end(self, keys: list[str]) -> None:
-        self.ended += keys
+    def end(self, outcomes: list[Row]) -> None:
+        self.ended += [outcome["key"] for outcome in outcomes]
+        super().end(outcomes)
 
 
 @dataclass(frozen=True)
 class FakeEngineLoader:
-    """What a run gives to its workers instead of `stages.EngineLoader`."""
+    """What a run gives to its workers instead of `animate.EngineLoader`."""
 
     engine_id: str
     seconds: float = 0.0
+    engine: type[FakeEngine] = FakeEngine
 
-    def __call__(self) -> FakeEngine:
-        return FakeEngine(engine_id=self.engine_id, seconds=self.seconds)
+    def __call__(self) -> FakeShelf:
+        return FakeShelf(self.engine(engine_id=self.engine_id, seconds=self.seconds))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -15,7 +18,12 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pia_batch import tiny
-from pia_batch.engine import Shot
+from pia_batch.engine import Clip, PiaEngine, Shot
+
+
+def named(value: object) -> str:
+    """A parameter in a test's name: the same in every process, where several share the tests."""
+    return re.sub(r" at 0x[0-9A-Fa-f]+", "", str(value))
 
 
 def picture(seed: int = 0, width: int = 32, height: int = 32) -> Image.Image:
@@ -87,15 +95,12 @@ def single_call(pipe: PIAPipeline, shot: Shot) -> Truth:
     """One call of the pipeline for one shot. Works around what the call cannot do by itself, and nothing else."""
     # The pipeline looks for the final norm where transformers 4 kept it. A plain attribute, lest torch see a loop.
     object.__setattr__(pipe.text_encoder, "text_model", pipe.text_encoder)
-    coefficients = pipeline_pia.prepare_mask_coef_by_statistics
-    if shot.motion_curve is not None:
-        curve = list(shot.motion_curve)
-        padded = [*curve, *[curve[-1]] * shot.num_frames]
-
-        def coefficients(num_frames: int, *_: Any) -> list[float]:
-            return padded[:num_frames]
-
-    with mock.patch.object(pipeline_pia, "prepare_mask_coef_by_statistics", coefficients):
+    image_prompt: dict[str, Any] = {}
+    if pipe.unet.encoder_hid_proj is not None:
+        pipe.set_ip_adapter_scale(shot.ip_adapter_scale)
+        image_prompt = {"ip_adapter_image": shot.image if shot.ip_adapter_image is None else shot.ip_adapter_image}
+    likeness = mock.patch.object(pipeline_pia, "prepare_mask_coef_by_statistics", return_value=coefficients(shot))
+    with free_init(pipe, shot), likeness:
         latents = pipe(
             image=shot.image,
             prompt=shot.prompt,
@@ -111,9 +116,63 @@ def single_call(pipe: PIAPipeline, shot: Shot) -> Truth:
             clip_skip=shot.clip_skip,
             eta=shot.eta,
             output_type="latent",
+            **image_prompt,
         ).frames
     video = pipe.video_processor.postprocess_video(pipe.decode_latents(latents), output_type="pil")[0]
     return Truth(latents[0], np.stack([np.asarray(frame) for frame in video]))
+
+
+def assert_same(clip: Clip, truth: Truth, tolerance: float = 1e-5) -> None:
+    assert clip.error is None
+    assert clip.latents is not None
+    assert clip.latents.shape == truth.latents.shape
+    assert float((clip.latents - truth.latents).abs().max()) <= tolerance
+    assert clip.frames.dtype == np.uint8
+    assert clip.frames.shape == truth.frames.shape
+    assert int(np.abs(clip.frames.astype(int) - truth.frames.astype(int)).max()) <= 1
+
+
+def assert_equals_single_calls(pipe: PIAPipeline, engine: PiaEngine, shots: list[Shot]) -> None:
+    """Within 1e-5 in float32, and within 1e-10 in float64."""
+    clips = engine.animate(shots, keep_latents=True)
+    tolerance = 1e-5 if engine.dtype == "float32" else 1e-10
+    for row, clip in zip(shots, clips, strict=True):
+        assert_same(clip, single_call(pipe, row), tolerance)
+
+
+def coefficients(shot: Shot) -> list[float]:
+    """The pipeline's own coefficients, of any conditioned frame; and by numpy what the pipeline has no word for."""
+    if shot.motion_curve is not None:
+        curve = [*shot.motion_curve, *shot.motion_curve[-1:] * shot.num_frames]
+        return [curve[abs(frame - shot.cond_frame)] for frame in range(shot.num_frames)]
+    if shot.loop:
+        turn = max(1, shot.num_frames - 1)
+        phases = (np.arange(shot.num_frames) - shot.cond_frame) % turn / turn
+        preset = pipeline_pia.RANGE_list[3 + shot.motion_scale % 3]
+        values: list[float] = np.interp(phases, np.linspace(0, 1, len(preset)), preset).tolist()
+        return values
+    stock: list[float] = pipeline_pia.prepare_mask_coef_by_statistics(
+        shot.num_frames, shot.cond_frame, shot.motion_scale
+    )
+    return stock
+
+
+@contextlib.contextmanager
+def free_init(pipe: PIAPipeline, shot: Shot) -> Iterator[None]:
+    """The pipeline with what the shot asks of FreeInit, and without it afterwards."""
+    if shot.free_init_iters:
+        pipe.enable_free_init(
+            num_iters=shot.free_init_iters,
+            use_fast_sampling=shot.free_init_fast,
+            method=shot.free_init_method,
+            order=shot.free_init_order,
+            spatial_stop_frequency=shot.free_init_spatial_stop,
+            temporal_stop_frequency=shot.free_init_temporal_stop,
+        )
+    try:
+        yield
+    finally:
+        pipe.disable_free_init()
 
 
 def _text() -> dict[str, Any]:

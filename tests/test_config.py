@@ -6,7 +6,7 @@ import yaml
 from pydantic import ValidationError
 
 from pia_batch import tiny
-from pia_batch.config import FORMATS, Defaults, EncodingConfig, RunConfig
+from pia_batch.config import FORMATS, Defaults, EncodingConfig, ModelConfig, RunConfig
 from pia_batch.errors import ConfigError
 
 PATHS = {"manifest": "requests.parquet", "output": "out"}
@@ -232,6 +232,51 @@ def test_the_identity_of_a_format_moves_with_its_own_settings_only(file_format: 
 
 
 def test_every_number_that_a_row_may_set_has_a_range() -> None:
-    unbounded = [name for name, item in Defaults.model_fields.items() if not item.metadata]
+    unbounded = {name for name, item in Defaults.model_fields.items() if not item.metadata}
 
-    assert set(unbounded) == {"negative_prompt", "format"}
+    choices = {"motion", "loop", "style", "size", "free_init_method", "free_init_fast", "format"}
+    assert unbounded == {"negative_prompt", *choices}
+
+
+def test_an_entry_of_models_takes_from_model_what_it_leaves_out() -> None:
+    config = RunConfig.load(
+        None,
+        PATHS
+        | {
+            "model.base": "photos/base",
+            "model.revision": "abc",
+            "model.vae": "better/vae",
+            "model.scheduler.name": "euler",
+            "models.toon.base": "toon/base",
+            "models.lora": None,
+            "models.tiny.base": "embedded",
+            "models.lora.loras": [{"source": "style.safetensors", "scale": 0.5}],
+        },
+    )
+
+    toon, lora, tiny = (config.models[name] for name in ("toon", "lora", "tiny"))
+    assert list(config.all_models) == ["default", "toon", "lora", "tiny"]
+    assert [model.name for model in config.all_models.values()] == list(config.all_models)
+    assert (toon.base, toon.revision, toon.vae, toon.scheduler.name) == ("toon/base", None, "better/vae", "euler")
+    assert (lora.base, lora.revision, lora.loras[0].scale) == ("photos/base", "abc", 0.5)
+    assert (tiny.base, tiny.scheduler.name) == ("embedded", "checkpoint")
+
+
+def test_models_made_in_python_get_their_names() -> None:
+    given = {"toon": ModelConfig(base="toon/base")}
+
+    assert RunConfig(manifest="m", output="o", models=given).models["toon"].name == "toon"
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ({"default": {}}, "models.default: this is the name of `model` too"),
+        ({"toon": {"bsae": "x"}}, r"models.toon.bsae: unknown key"),
+        ({"toon": "x"}, "models.toon"),
+        (["toon"], "models"),
+    ],
+)
+def test_models_that_cannot_be_are_refused(models: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.load(None, PATHS | {"models": models})

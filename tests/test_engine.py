@@ -7,24 +7,25 @@ import dataclasses
 import gc
 import random
 import time
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from diffusers import MotionAdapter, PIAPipeline
-from diffusers.pipelines.deprecated.pia import pipeline_pia
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pipelines import Truth, build, picture, save, shot, single_call
+from pipelines import Truth, assert_equals_single_calls, assert_same, build, named, picture, save, shot, single_call
 
 from pia_batch import tiny, weights
-from pia_batch.config import ModelConfig, SchedulerConfig
-from pia_batch.engine import Clip, PiaEngine, Shot, conditioning, loading
+from pia_batch.config import ModelConfig, SchedulerConfig, SchedulerName
+from pia_batch.engine import Clip, PiaEngine, conditioning, loading
 from pia_batch.engine.decoding import FrameDecoder
+from pia_batch.engine.room import PATIENCE
 from pia_batch.errors import (
     ConfigError,
     DeviceMemoryError,
@@ -37,7 +38,7 @@ from pia_batch.errors import (
 # diffusers' sigma schedulers hand numpy a tensor in a way that numpy 2 wants changed.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-SCHEDULERS = ["checkpoint", "ddim", "pndm", "lms", "euler", "euler_ancestral", "dpmpp_2m"]
+SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
 
 MIXED = [
     shot(1),
@@ -48,6 +49,8 @@ MIXED = [
     shot(6, eta=0.7, guidance_scale=2.5, motion_curve=(1.0, 0.3)),
     shot(7, width=40, height=24, strength=0.9, num_inference_steps=4),
     shot(8, num_inference_steps=1, motion_scale=8, clip_skip=3),
+    shot(9, loop=True, motion_scale=2, cond_frame=1, guidance_scale=3.0),
+    shot(10, free_init_iters=3, free_init_fast=True, free_init_method="gaussian", num_inference_steps=4),
 ]
 """Rows that differ in everything that a request can set, no two of them alike."""
 
@@ -87,25 +90,7 @@ def mixed_truths(pipe: PIAPipeline) -> list[Truth]:
     return [single_call(pipe, row) for row in MIXED]
 
 
-def assert_same(clip: Clip, truth: Truth, tolerance: float = 1e-5) -> None:
-    assert clip.error is None
-    assert clip.latents is not None
-    assert clip.latents.shape == truth.latents.shape
-    assert float((clip.latents - truth.latents).abs().max()) <= tolerance
-    assert clip.frames.dtype == np.uint8
-    assert clip.frames.shape == truth.frames.shape
-    assert int(np.abs(clip.frames.astype(int) - truth.frames.astype(int)).max()) <= 1
-
-
-def assert_equals_single_calls(pipe: PIAPipeline, engine: PiaEngine, shots: list[Shot]) -> None:
-    """Within 1e-5 in float32, and within 1e-10 in float64."""
-    clips = engine.animate(shots, keep_latents=True)
-    tolerance = 1e-5 if engine.dtype == "float32" else 1e-10
-    for row, clip in zip(shots, clips, strict=True):
-        assert_same(clip, single_call(pipe, row), tolerance)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 10])
 def test_every_row_of_a_mixed_batch_equals_its_single_call(engine, mixed_truths, size):
     clips = engine.animate(MIXED[:size], keep_latents=True)
 
@@ -180,8 +165,12 @@ def test_a_schedule_that_visits_a_timestep_twice_equals_its_single_call(exact):
         {"eta": 1.0},
         {"motion_curve": (0.2,)},
         {"motion_curve": tuple(k / 20 for k in range(20))},
+        {"motion_curve": (1.0, 0.3), "loop": True, "motion_scale": 7, "cond_frame": 2},
+        {"cond_frame": 2},
+        {"loop": True, "motion_scale": 5, "num_frames": 6, "cond_frame": 4},
+        {"free_init_iters": 2},
     ],
-    ids=str,
+    ids=named,
 )
 def test_each_setting_alone_equals_its_single_call_beside_an_ordinary_row(exact, exact_engine, setting):
     assert_equals_single_calls(exact, exact_engine, [shot(11, **setting), shot(12)])
@@ -194,14 +183,18 @@ def test_every_motion_scale_equals_its_single_call(exact, exact_engine):
 
 
 SHOTS = st.builds(
-    lambda seed, size, **rest: shot(seed, image=picture(seed % 3, 32 + seed % 5, 32), **size, **rest),
+    lambda seed, size, motion, passes, **rest: shot(
+        seed, image=picture(seed % 3, 32 + seed % 5, 32), **size, **motion, **passes, **rest
+    ),
     seed=st.integers(0, 2**63 - 1),
     size=st.sampled_from([{}, {"width": 24}, {"num_frames": 2}]),
     prompt=st.text(max_size=12),
     negative_prompt=st.sampled_from(["", "green"]),
-    motion_scale=st.integers(0, 8),
+    motion=st.fixed_dictionaries({"motion_scale": st.integers(0, 8), "cond_frame": st.integers(0, 1)})
+    | st.fixed_dictionaries({"motion_scale": st.integers(0, 5), "loop": st.just(True)}),
     guidance_scale=st.floats(0, 8),
-    strength=st.floats(0.5, 1),
+    passes=st.fixed_dictionaries({"strength": st.floats(0.5, 1)})
+    | st.fixed_dictionaries({"free_init_iters": st.integers(1, 3), "free_init_fast": st.booleans()}),
     num_inference_steps=st.integers(2, 4),
     clip_skip=st.none() | st.integers(0, 3),
     eta=st.floats(0, 1),
@@ -223,7 +216,7 @@ def test_a_row_that_turns_nan_fails_alone():
     good, bad, other = engine.animate([MIXED[0], shot(2, prompt="7"), MIXED[2]], keep_latents=True)
 
     assert isinstance(bad.error, NonFiniteError)
-    with pytest.raises(NonFiniteError, match="latents"):
+    with pytest.raises(NonFiniteError, match="embedding of the prompt"):
         _ = bad.frames
     assert_same(good, single_call(pipe, MIXED[0]))
     assert_same(other, single_call(pipe, MIXED[2]))
@@ -282,6 +275,16 @@ def test_frames_that_stay_broken_fail_their_row_and_no_other():
         ({"height": 0}, "height 0"),
         ({"motion_scale": 9}, "motion_scale 9"),
         ({"motion_scale": -1}, "motion_scale -1"),
+        ({"motion_scale": 7, "loop": True}, "loop does not go with motion_scale 7"),
+        ({"cond_frame": 3}, "cond_frame 3 is not between 0 and 2, .* num_frames 3"),
+        ({"cond_frame": -1, "motion_curve": (1.0,)}, "cond_frame -1"),
+        ({"free_init_iters": 11}, "free_init_iters 11 is not between 0 and 10"),
+        ({"free_init_iters": -1}, "free_init_iters -1"),
+        ({"free_init_iters": 2, "strength": 0.7}, "free_init_iters 2 does not go with strength 0.7"),
+        ({"free_init_iters": 2, "free_init_method": "box"}, "'box' is none of butterworth, ideal, gaussian"),
+        ({"free_init_iters": 2, "free_init_order": 0}, "free_init_order 0"),
+        ({"free_init_iters": 2, "free_init_spatial_stop": 1e-9}, "free_init_spatial_stop 1e-09 is neither 0"),
+        ({"free_init_iters": 2, "free_init_temporal_stop": float("nan")}, "free_init_temporal_stop nan"),
         ({"motion_curve": ()}, "motion_curve"),
         ({"motion_curve": (1.0, float("nan"))}, "motion_curve"),
         ({"guidance_scale": float("nan")}, "guidance_scale nan"),
@@ -290,7 +293,7 @@ def test_frames_that_stay_broken_fail_their_row_and_no_other():
         ({"image": picture().convert("RGBA")}, "RGBA, not RGB"),
         ({"image": picture(0, 2, 2)}, "below 4 px"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_the_model_cannot_draw_fails_its_row_alone(engine, mixed_truths, setting, message):
     bad, good = engine.animate([shot(**({"seed": 1} | setting)), MIXED[0]], keep_latents=True)
@@ -325,18 +328,36 @@ def test_an_image_that_breaks_when_it_is_read_fails_its_row_alone(engine, tmp_pa
 
 
 class CrampedUnet:
-    """A UNet on a device with memory for so many samples only. Counts what it was asked for."""
+    """A UNet on a device with memory for so many samples only. Counts what it was asked for.
+
+    Attributes:
+        most: samples that fit.
+        relief: after so many failures everything fits; None: never.
+        error: what it raises.
+        remember: whether to follow what failed attempts leave behind.
+        asked: samples of each call.
+        alive_of_failed: at each call, how many inputs of failed calls are still in memory.
+    """
 
     def __init__(self, unet: Any, most: int) -> None:
         self._unet = unet
-        self._most = most
+        self.most = most
+        self.relief: int | None = None
+        self.error: Exception = torch.OutOfMemoryError("tried to allocate 20 GiB")
+        self.remember = False
         self.config = unet.config
         self.asked: list[int] = []
+        self.alive_of_failed: list[int] = []
+        self._failed: list[weakref.ref[Any]] = []
 
     def __call__(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.asked.append(len(sample))
-        if len(sample) > self._most:
-            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        self.alive_of_failed.append(sum(tensor() is not None for tensor in self._failed))
+        if len(sample) > self.most and self.relief != 0:
+            self.relief = None if self.relief is None else self.relief - 1
+            if self.remember:
+                self._failed += [weakref.ref(sample), weakref.ref(kwargs["encoder_hidden_states"])]
+            raise type(self.error)(*self.error.args)  # a new one: an exception keeps its traceback, and that the rows
         return self._unet(sample, *args, **kwargs)
 
 
@@ -360,13 +381,86 @@ def test_a_batch_too_large_for_the_device_is_halved_and_what_fits_is_remembered(
     assert unet.asked == [4, 4, 2]
 
 
+def test_a_row_without_guidance_takes_half_the_room(pipe):
+    engine, unet = cramped(pipe, most=4)
+
+    engine.animate([shot(seed, num_inference_steps=1, guidance_scale=1.0) for seed in range(4)])
+    engine.animate([shot(seed, num_inference_steps=1) for seed in range(4)])
+
+    assert unet.asked == [4, 8, 4, 4]
+
+
+def test_batches_grow_again_when_the_device_has_room_again(pipe):
+    engine, unet = cramped(pipe, most=4)
+    rows = [shot(seed, num_inference_steps=1, num_frames=1, width=8, height=8) for seed in range(4)]
+    engine.animate(rows)
+    unet.most = 8
+
+    for _ in range(PATIENCE):
+        engine.animate(rows)
+
+    assert unet.asked[:3] == [8, 4, 4]
+    assert unet.asked[-1] == 8
+
+
 def test_a_row_too_large_by_itself_fails_alone(pipe):
-    engine, _ = cramped(pipe, most=1)
+    engine, unet = cramped(pipe, most=1)
 
     guided, plain = engine.animate([shot(1), shot(2, guidance_scale=1.0)])
 
     assert isinstance(guided.error, DeviceMemoryError)
+    with pytest.raises(DeviceMemoryError, match=r"cpu has too little memory for this request.*model\.memory.*20 GiB"):
+        _ = guided.frames
     assert plain.error is None
+    assert unet.asked[:3] == [3, 2, 2]  # together, alone, and alone once more
+
+
+def test_a_row_alone_is_drawn_after_all_if_memory_was_short_for_a_moment(pipe):
+    engine, unet = cramped(pipe, most=1)
+    unet.relief = 1
+
+    clip = engine.animate([shot(1, num_inference_steps=1)])[0]
+
+    assert clip.error is None
+    assert unet.asked == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 GiB for an array"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9000 bytes"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+    ],
+    ids=["numpy", "cpu", "driver", "cublas"],
+)
+def test_memory_that_runs_out_elsewhere_is_no_bug_either(pipe, error):
+    engine, unet = cramped(pipe, most=4)
+    unet.error = error
+
+    clips = engine.animate([shot(seed, num_inference_steps=1) for seed in range(3)])
+
+    assert [clip.error for clip in clips] == [None] * 3
+    assert unet.asked == [6, 4, 2]
+
+
+def test_any_other_error_of_torch_is_a_bug(pipe):
+    engine, unet = cramped(pipe, most=1)
+    unet.error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        engine.animate([shot(1)])
+
+
+def test_nothing_of_an_attempt_that_failed_is_in_memory_at_the_next(pipe):
+    engine, unet = cramped(pipe, most=4)
+    unet.remember = True
+
+    engine.animate([shot(seed, num_inference_steps=2) for seed in range(8)])
+
+    assert len(unet.asked) > 4
+    assert unet.alive_of_failed == [0] * len(unet.asked)
 
 
 def test_no_shots_make_no_clips(engine):
@@ -459,8 +553,7 @@ def test_a_pipeline_stays_as_it_is(pipe):
 @pytest.mark.parametrize(
     ("unet", "free_init", "message"),
     [
-        ({"encoder_hid_proj": object()}, False, "IP-Adapter"),
-        ({}, True, "FreeInit"),
+        ({}, True, r"FreeInit.*disable_free_init\(\), then set free_init_iters per row"),
         ({"_hf_hook": object()}, False, "offloads"),
     ],
 )
@@ -555,13 +648,6 @@ def test_a_stable_diffusion_schedule_is_replaced_unless_the_checkpoint_is_to_dec
 def test_a_wrong_scheduler_setting_is_a_config_error_that_names_it(settings, message):
     with pytest.raises(ConfigError, match=message):
         loading.build_scheduler(SchedulerConfig(name="ddim", settings=settings), build().scheduler)
-
-
-def test_motion_presets_are_those_of_the_pipeline():
-    presets = pipeline_pia.RANGE_list
-    curves = [conditioning.motion_coefficients(shot(motion_scale=k, num_frames=16)) for k in range(9)]
-
-    assert [list(curve[: len(known)]) for curve, known in zip(curves, presets, strict=True)] == presets
 
 
 def test_a_clip_has_either_frames_or_an_error():

@@ -2,6 +2,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -13,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pia_batch import journal
-from pia_batch.errors import AccountingError, EncodingError, ObjectExistsError, StorageError
+from pia_batch.errors import AccountingError, EncodingError, LeaseHeldError, ObjectExistsError, StorageError
 from pia_batch.journal import Journal, Outcomes, animation_name, digest_of, latest, publish, verify
-from pia_batch.records import RESULT, KeySet, keys_from_hex, keys_to_hex, results_table
+from pia_batch.records import RESULT, Keys, KeySet, keys_from_hex, keys_to_hex, results_table
 from pia_batch.storage import Store
 
 SHOP = pa.schema([("shop", pa.string())])
@@ -329,7 +330,9 @@ def test_a_request_without_result_publishes_nothing(record: Journal) -> None:
 def test_a_missing_animation_publishes_nothing(record: Journal) -> None:
     record.append(results(record.store, {1: "succeeded"}))
 
-    with pytest.raises(AccountingError, match=r"of request 'r001' is missing, its result says \d+ bytes; run `verify`"):
+    with pytest.raises(
+        AccountingError, match=r"of request 'r001' is missing, its result says \d+ bytes; `pia-batch verify --repair`"
+    ):
         publish_all(record, 1)
 
     assert published_by(record) == []
@@ -425,7 +428,7 @@ def accept(data: bytes, row: dict[str, Any]) -> None:
 
 
 def problems(record: Journal) -> dict[str, str]:
-    return {found.request_id: found.what for found in verify(record, record.outcomes(), accept)}
+    return {found.request_id: f"{found.kind}: {found.what}" for found in verify(record, record.outcomes(), accept)}
 
 
 def test_verify_finds_nothing_where_all_is_well_or_nothing_is_there(record: Journal) -> None:
@@ -443,9 +446,9 @@ def test_verify_tells_missing_changed_and_resized_animations_from_good_ones(reco
     Path(record.store.uri.removeprefix("file://"), animation_name(key(3), "gif")).unlink()
 
     assert problems(record) == {
-        "r001": "its bytes are not those that were committed",
-        "r002": "its bytes are not those that were committed",
-        "r003": "missing",
+        "r001": "content: its bytes are not those that were committed",
+        "r002": f"size: it has {len(content(2)) + 1} bytes, its result says {len(content(2))}",
+        "r003": "missing: it is not there",
     }
     assert {found.animation_uri for found in verify(record, record.outcomes(), accept)} == {
         record.store.uri_of(animation_name(key(number), "gif")) for number in (1, 2, 3)
@@ -454,13 +457,186 @@ def test_verify_tells_missing_changed_and_resized_animations_from_good_ones(reco
 
 def test_verify_finds_what_was_committed_but_does_not_decode(record: Journal) -> None:
     table = results(record.store, {1: "succeeded"})
-    name = animation_name(key(1), "gif")
-    position = table.column_names.index("sha256")
-    table = table.set_column(position, "sha256", pa.array([hashlib.sha256(b"broken").hexdigest()]))
-    record.store.create(name, b"broken")
+    for column, value in {"sha256": hashlib.sha256(b"broken").hexdigest(), "num_bytes": len(b"broken")}.items():
+        table = table.set_column(table.column_names.index(column), column, pa.array([value]))
+    record.store.create(animation_name(key(1), "gif"), b"broken")
     record.append(table)
 
-    assert problems(record) == {"r001": "not a complete gif file of ours"}
+    assert problems(record) == {"r001": "undecodable: not a complete gif file of ours"}
+
+
+def test_verify_looks_at_every_animation_of_many_small_fragments_and_counts_them(record: Journal) -> None:
+    for number in range(80):
+        commit(record, {number: "succeeded"})
+    Path(record.store.uri.removeprefix("file://"), animation_name(key(79), "gif")).unlink()
+    examined = []
+
+    found = list(verify(record, record.outcomes(), accept, lambda: examined.append(None)))
+
+    assert [problem.request_id for problem in found] == ["r079"]
+    assert len(examined) == 80
+
+
+# --- taking back -----------------------------------------------------------------------------------------------------
+
+
+def keys(*numbers: int) -> Keys:
+    return keys_from_hex(pa.array([key(number) for number in numbers], pa.string()))
+
+
+def held() -> None:
+    """Nobody else works here."""
+
+
+def test_what_is_taken_back_is_unknown_until_it_is_committed_again(record: Journal) -> None:
+    commit(record, {1: "failed", 2: "succeeded"})
+    first = commit(record, {1: "succeeded", 3: "succeeded"})
+    digests = [digest_of(record.outcomes())]
+
+    record.withdraw(keys(1), record.outcomes())
+
+    outcomes = record.outcomes()
+    assert verdicts(outcomes) == {key(2): True, key(3): True}
+    assert outcomes.due_again == 1
+    digests.append(digest_of(outcomes))
+    again = commit(record, {1: "succeeded", 3: "succeeded"}, note="again")
+    assert again != first
+    assert verdicts(record.outcomes()) == {key(1): True, key(2): True, key(3): True}
+    assert record.outcomes().due_again == 0
+    rows = [row for table in record.winning_rows(record.outcomes()) for row in table.to_pylist()]
+    assert {row["run_id"] for row in rows if row["key"] == key(1)} == {"again"}
+    digests.append(digest_of(record.outcomes()))
+    assert len(set(digests)) == 3  # what is published tells of the first animation, so it is outdated
+
+
+def test_the_same_outcome_is_committed_once_after_it_was_taken_back_too(record: Journal) -> None:
+    commit(record, {1: "succeeded"})
+    names = []
+    for _ in range(2):
+        record.withdraw(keys(1), record.outcomes())
+        names += [commit(record, {1: "succeeded"}), commit(record, {1: "succeeded"})]
+
+    assert names[0] == names[1] != names[2] == names[3]
+    assert len(record.fragments()) == 3
+
+
+def test_taking_back_the_same_twice_or_nothing_at_all_changes_nothing(record: Journal) -> None:
+    commit(record, {1: "succeeded", 2: "succeeded"})
+    seen = record.outcomes()
+    record.withdraw(keys(), seen)
+    assert list(record.store.list(journal.WITHDRAWALS)) == []
+    record.withdraw(keys(1), seen)
+    digest = digest_of(record.outcomes())
+
+    record.withdraw(keys(1), seen)
+
+    assert digest_of(record.outcomes()) == digest
+    assert verdicts(record.outcomes()) == {key(2): True}
+
+
+def test_a_fragment_that_nobody_had_seen_is_not_taken_back(record: Journal) -> None:
+    commit(record, {1: "succeeded"})
+    seen = record.outcomes()
+    commit(record, {1: "succeeded", 2: "failed"}, note="meanwhile")
+
+    record.withdraw(keys(1), seen)
+
+    assert verdicts(record.outcomes()) == {key(1): True, key(2): False}
+
+
+def test_a_damaged_withdrawal_is_named_and_never_skipped(record: Journal) -> None:
+    commit(record, {1: "succeeded"})
+    record.withdraw(keys(1), record.outcomes())
+    (item,) = record.store.list(journal.WITHDRAWALS)
+    record.store.replace(item.name, record.store.read(item.name)[:-5])
+
+    with pytest.raises(StorageError, match=f"{item.name} is damaged"):
+        record.outcomes()
+
+
+STEP = st.one_of(
+    st.tuples(st.just("commit"), FRAGMENT),
+    st.tuples(st.just("commit again"), st.integers(0, 8)),
+    st.tuples(st.just("take back"), st.sets(st.integers(0, 7), max_size=4)),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(STEP, max_size=9), st.randoms(use_true_random=False), st.integers(0, 20))
+def test_what_counts_is_what_was_not_taken_back_in_whatever_order_the_files_arrive(
+    steps: list[tuple[str, Any]], random: Random, cut: int
+) -> None:
+    with TemporaryDirectory() as folder:
+        record = Journal(Store(f"{folder}/one"))
+        committed: list[dict[int, str]] = []
+        live: list[dict[int, str]] = []  # what each commit says, less what was taken back since
+        for what, argument in steps:
+            if what == "take back":
+                record.withdraw(keys(*argument), record.outcomes())
+                live = [{n: status for n, status in said.items() if n not in argument} for said in live]
+                continue
+            if what == "commit again":
+                argument = committed[argument % len(committed)] if committed else {}  # noqa: PLW2901
+            record.append(results(record.store, argument))
+            committed.append(argument)
+            live.append(argument)
+        expected: dict[str, bool] = {}
+        for said in live:
+            for number, status in said.items():
+                expected[key(number)] = expected.get(key(number), False) or status == "succeeded"
+
+        assert verdicts(record.outcomes()) == expected
+
+        names = [item.name for item in record.store.list("")]
+        random.shuffle(names)
+        other = Journal(Store(f"{folder}/two"))
+        for index, name in enumerate(names):
+            if index == cut:
+                other.outcomes()  # a reader in between must not trip over what has not arrived
+            other.store.create(name, record.store.read(name))
+        mine, theirs = record.outcomes(), other.outcomes()
+        assert verdicts(theirs) == expected
+        assert digest_of(theirs) == digest_of(mine)
+        assert theirs.due_again == mine.due_again
+
+
+def test_repair_removes_what_is_broken_and_nothing_else(record: Journal) -> None:
+    commit(record, dict.fromkeys(range(6), "succeeded"))
+    commit(record, {9: "failed"})
+    root = Path(record.store.uri.removeprefix("file://"))
+    (root / animation_name(key(1), "gif")).unlink()
+    record.store.replace(animation_name(key(2), "gif"), b"cut")
+    before = {path: path.stat().st_mtime_ns for path in (root / "animations").rglob("*.gif")}
+    seen = record.outcomes()
+
+    journal.repair(record, seen, verify(record, seen, accept), held)
+
+    broken = root / animation_name(key(2), "gif")
+    del before[broken]
+    assert {path: path.stat().st_mtime_ns for path in (root / "animations").rglob("*.gif")} == before
+    assert verdicts(record.outcomes()) == {key(0): True} | {key(n): True for n in (3, 4, 5)} | {key(9): False}
+    assert problems(record) == {}
+    commit(record, {1: "succeeded", 2: "succeeded"})
+    assert publish_all(record, *range(6), 9).num_succeeded == 6
+
+
+def test_a_repair_that_is_overtaken_or_killed_is_found_again(record: Journal) -> None:
+    commit(record, {1: "succeeded", 2: "succeeded"})
+    for number in (1, 2):
+        record.store.replace(animation_name(key(number), "gif"), b"cut")
+    seen = record.outcomes()
+    asked = iter([True])
+
+    def overtaken() -> None:
+        if not next(asked, False):
+            raise LeaseHeldError("another run")
+
+    with pytest.raises(LeaseHeldError):
+        journal.repair(record, seen, verify(record, seen, accept), overtaken)
+
+    assert sorted(what.split(":")[0] for what in problems(record).values()) == ["missing", "size"]
+    journal.repair(record, seen, verify(record, seen, accept), held)
+    assert record.outcomes().due_again == 2
 
 
 @pytest.mark.s3
@@ -477,5 +653,11 @@ def test_append_outcomes_publish_and_verify_work_on_s3(s3: str) -> None:
     assert part["status"].to_pylist() == ["succeeded", "succeeded"]
     assert problems(record) == {}
     assert np.array_equal(record.outcomes().succeeded, [True, True])
+    record.store.delete(animation_name(key(2), "gif"))
+    seen = record.outcomes()
+    journal.repair(record, seen, verify(record, seen, accept), held)
+    assert verdicts(record.outcomes()) == {key(1): True}
+    commit(record, {1: "failed", 2: "succeeded"})
+    assert verdicts(record.outcomes()) == {key(1): True, key(2): True}
     with pytest.raises(ObjectExistsError):
         record.store.create(record.fragments()[0], b"")

@@ -230,3 +230,12 @@ def test_a_lease_that_cannot_be_released_does_not_spoil_the_run(store: Store, ca
         ailing.ill = True
 
     assert "lease_not_released error=no answer" in caplog.text
+
+
+def test_a_lease_that_another_run_took_is_told_when_asked(store: Store) -> None:
+    with Lease(store, "mine", LONG_S) as held:
+        held.check()
+        held.lost.set()
+
+        with pytest.raises(LeaseHeldError, match="has taken over"):
+            held.check()

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from conftest import requests_table
-from fakes import FakeControl, FakeEngine, FakeEngineLoader
+from fakes import FakeControl, FakeEngine, FakeEngineLoader, FakeShelf, PoisonedEngine
 
 from pia_batch import pipeline, planning
 from pia_batch.config import RunConfig
@@ -46,8 +46,8 @@ def local_ray() -> Iterator[None]:
 
 
 def run(config: RunConfig, **options: object) -> RunSummary:
-    engine_id = planning.make(config).engine_id
-    options.setdefault("load_engine", FakeEngineLoader(engine_id))
+    engine_id = planning.make(config).engine_ids["default"]
+    options.setdefault("load_engines", FakeEngineLoader(engine_id))
     return pipeline.run(config, **options)
 
 
@@ -106,7 +106,7 @@ def test_a_second_run_writes_nothing_and_starts_no_engine(make_config: MakeConfi
     def no_engine() -> FakeEngine:
         raise AssertionError
 
-    second = run(config, load_engine=no_engine)
+    second = run(config, load_engines=no_engine)
 
     assert objects(config.output) == before
     assert (second.run_id, second.computed, second.failed) == (first.run_id, 0, 1)
@@ -116,7 +116,7 @@ def test_failed_requests_come_back_only_when_asked_for(make_config: MakeConfig) 
     config = make_config(requests_table(3, prompt=["fine", "fine", "not finite"]))
     run(config)
 
-    again = run(config, retry_failed=True)
+    again = run(config, retry=planning.Retry())
 
     assert (again.computed, again.failed, again.succeeded) == (1, 1, 2)
 
@@ -153,18 +153,23 @@ def test_jsonl_manifests_run_too(make_config: MakeConfig, tmp_path: Path) -> Non
     assert [row["seed"] for row in results_of(config, run(config)).values()] == [5]
 
 
-def test_every_step_is_an_operator_of_its_own_and_blocks_have_the_size_of_a_batch(make_config: MakeConfig) -> None:
-    config = make_config(requests_table(7), placement__batch_size=2)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_every_step_is_an_operator_of_its_own_and_blocks_have_the_size_of_a_batch(
+    make_config: MakeConfig, *, mixed: bool
+) -> None:
+    frames = [8, 4, 8, 4, 8, 4, 8] if mixed else [8] * 7
+    config = make_config(requests_table(7, num_frames=frames), placement__batch_size=2)
     plan = planning.make(config)
-    dataset = pipeline.chain(plan, "run", FakeControl(), FakeEngineLoader(plan.engine_id))
+    dataset = pipeline.chain(plan, "run", FakeControl(), FakeEngineLoader(plan.engine_ids["default"]))
 
     sizes = [len(block) for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]
 
     stats = dataset.stats()
     steps = ["ReadFilesParquetV2", "MapBatches(Validate)", "MapBatches(DropFinished)", "StreamingRepartition"]
+    steps += ["MapBatches(Arrange)", "StreamingRepartition"] if mixed else []
     steps += ["MapBatches(FetchImages)", "MapBatches(Animate)"]
     operators = [line.split(" ", 2)[2] for line in stats.splitlines() if line.startswith("Operator ")]
-    assert [next(name for name in operators if name.startswith(step)) for step in steps] == operators[-len(steps) :]
+    assert [name.split(":")[0].split("[")[0] for name in operators[-len(steps) :]] == steps
     assert not any("->" in name for name in operators)  # "->" is how Ray writes a fusion
     assert sum(sizes) == 7
     assert max(sizes) <= 3  # Ray may hand the last, smaller block over together with the one before
@@ -172,7 +177,7 @@ def test_every_step_is_an_operator_of_its_own_and_blocks_have_the_size_of_a_batc
 
 def test_an_engine_that_is_not_the_drivers_ends_the_run_with_the_remedy(make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"weights on this node are others.*model\.base"):
-        run(make_config(), load_engine=FakeEngineLoader("0" * 32))
+        run(make_config(), load_engines=FakeEngineLoader("0" * 32))
 
 
 @dataclass(frozen=True)
@@ -182,16 +187,16 @@ class LeavesItsPid:
     engine_id: str
     folder: Path
 
-    def __call__(self) -> FakeEngine:
+    def __call__(self) -> FakeShelf:
         (self.folder / f"{os.getpid()}.pid").touch()
-        return FakeEngine(engine_id=self.engine_id, seconds=0.4)
+        return FakeShelf(FakeEngine(engine_id=self.engine_id, seconds=0.4))
 
 
 def test_a_killed_engine_is_replaced_and_nothing_is_lost_or_doubled(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(requests_table(16), placement__batch_size=2)
     pids = tmp_path / "pids"
     pids.mkdir()
-    engine_id = planning.make(config).engine_id
+    engine_id = planning.make(config).engine_ids["default"]
     journal = Journal(Store(config.output))
 
     def kill_one() -> None:
@@ -201,7 +206,7 @@ def test_a_killed_engine_is_replaced_and_nothing_is_lost_or_doubled(make_config:
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    summary = run(config, load_engine=LeavesItsPid(engine_id, pids))
+    summary = run(config, load_engines=LeavesItsPid(engine_id, pids))
     killer.join()
 
     rows = results_of(config, summary)
@@ -212,7 +217,7 @@ def test_a_killed_engine_is_replaced_and_nothing_is_lost_or_doubled(make_config:
 
 def test_a_stopped_run_commits_what_is_in_flight_and_the_next_one_finishes(make_config: MakeConfig) -> None:
     config = make_config(requests_table(12), placement__batch_size=2)
-    engine_id = planning.make(config).engine_id
+    engine_id = planning.make(config).engine_ids["default"]
     stop = threading.Event()
 
     asked = 0.0
@@ -225,7 +230,7 @@ def test_a_stopped_run_commits_what_is_in_flight_and_the_next_one_finishes(make_
 
     loader = FakeEngineLoader(engine_id, seconds=1.0)
     with pytest.raises(InterruptedRunError, match="Start again"):
-        run(config, stop=stop, on_progress=stop_early, load_engine=loader)
+        run(config, stop=stop, on_progress=stop_early, load_engines=loader)
     stopped = time.monotonic()
 
     committed = len(Journal(Store(config.output)).outcomes().keys)
@@ -235,3 +240,76 @@ def test_a_stopped_run_commits_what_is_in_flight_and_the_next_one_finishes(make_
     assert not Path(config.output, "results").exists()
     rest = run(config)
     assert (rest.computed, rest.succeeded) == (12 - committed, 12)
+
+
+def test_poison_of_every_sort_fails_alone_and_the_run_ends_by_itself(make_config: MakeConfig) -> None:
+    poison = {3: "raises", 5: "exits", 8: "crashes", 9: "hangs", 14: "hungers", 15: "not finite"}
+    prompts = [poison.get(k, "fine") for k in range(16)]
+    table = requests_table(16, prompt=prompts, format=["gif"] * 16)
+    config = make_config(table, placement__batch_size=4, limits__timeout_s=4)
+    loader = FakeEngineLoader(planning.make(config).engine_ids["default"], engine=PoisonedEngine)
+
+    summary = run(config, load_engines=loader)
+
+    rows = results_of(config, summary)
+    kinds = {
+        3: "engine_error",
+        5: "worker_crash",
+        8: "worker_crash",
+        9: "timeout",
+        14: "out_of_memory",
+        15: "non_finite",
+    }
+    assert {name: row["error_kind"] for name, row in rows.items() if row["status"] == "failed"} == {
+        f"r{k:03d}": kind for k, kind in kinds.items()
+    }
+    assert (summary.succeeded, summary.failed, summary.exit_code) == (10, 6, 3)
+    assert len(list(Path(config.output, "animations").rglob("*.gif"))) == 10
+    assert max(row["attempts"] for row in rows.values()) <= config.limits.max_attempts + 1
+
+
+def test_a_worker_that_fails_every_request_stops_the_run_before_all_are_spent(make_config: MakeConfig) -> None:
+    table = requests_table(30, prompt=["raises"] * 30)
+    config = make_config(table, placement__batch_size=2, limits__max_crashes=4)
+    loader = FakeEngineLoader(planning.make(config).engine_ids["default"], engine=PoisonedEngine)
+
+    with pytest.raises(InterruptedRunError, match=r"requests in a row failed .* weights are cursed"):
+        run(config, load_engines=loader)
+
+    assert 4 <= len(Journal(Store(config.output)).outcomes().keys) < 30
+
+
+def test_a_run_that_is_given_no_engine_says_so_and_stops_waiting_in_the_end(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pipeline, "_TELL_S", 1.0)
+    config = make_config(placement__num_cpus=64, placement__wait_s=2)
+
+    with pytest.raises(
+        InterruptedRunError, match=r"no engine could work for \d+ s .* 64 CPUs, and the cluster has 0 and 4"
+    ):
+        run(config)
+
+    assert "waiting_for_engines" in caplog.text
+
+
+def test_several_models_and_sizes_are_drawn_by_the_embedded_model(make_config: MakeConfig) -> None:
+    table = requests_table(
+        6,
+        prompt=["a red circle moving left"] * 6,
+        model=["ddim", None, "ddim", None, "ddim", None],
+        motion=["small", "medium", "large"] * 2,
+        loop=[False, False, False, True, True, True],
+        size=["fixed", "auto", None, "auto", None, None],
+        format=["png_zip"] * 6,
+    )
+    config = make_config(table, models__ddim={"scheduler": {"name": "ddim"}}, defaults__num_inference_steps=2)
+
+    summary = pipeline.run(config)
+
+    rows = results_of(config, summary)
+    ids = planning.make(config).engine_ids
+    assert {row["status"] for row in rows.values()} == {"succeeded"}
+    assert [rows[f"r{k:03d}"]["engine_id"] for k in range(6)] == [ids[name] for name in ["ddim", "default"] * 3]
+    assert [rows[f"r{k:03d}"]["motion_scale"] for k in range(6)] == [0, 1, 2, 3, 4, 5]
+    assert {(row["width"], row["height"]) for row in rows.values()} == {(64, 64)}

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from pia_batch import journal, planning
 from pia_batch.config import RunConfig
-from pia_batch.errors import ManifestError
+from pia_batch.errors import ConfigError, ManifestError
 from pia_batch.journal import Journal
 from pia_batch.manifest import BATCH_ROWS_WITH_BYTES, Manifest
-from pia_batch.planning import Plan
+from pia_batch.planning import Plan, Retry
 from pia_batch.records import RESULT, KeySet, keys_from_hex, results_table
 from pia_batch.storage import Store
 from pia_batch.validation import check
@@ -36,7 +36,7 @@ def keys_of(plan: Plan) -> list[str]:
     return [
         key
         for batch in plan.manifest.batches()
-        for key in check(batch.table, plan.config, plan.engine_id).requests["key"].to_pylist()
+        for key in check(batch.table, plan.config, plan.engine_ids).requests["key"].to_pylist()
     ]
 
 
@@ -87,7 +87,7 @@ def test_a_plan_of_good_requests_leaves_them_all_to_do(tmp_path: Path) -> None:
 def test_a_plan_writes_nothing_not_even_the_folder_of_the_output(tmp_path: Path) -> None:
     config = write(tmp_path, requests_table(3, seed=[1, -1, 2]))
 
-    plan = planning.make(config, retry_failed=True)
+    plan = planning.make(config, retry=Retry())
 
     assert plan.published is False
     assert len(list(plan.rejections_to_commit("run"))) == 1
@@ -121,7 +121,7 @@ def test_a_rejected_row_is_a_failed_result_with_its_place_its_reason_and_what_it
     assert (seed["error_kind"], request_id["error_kind"]) == ("out_of_range", "missing_value")
     assert (seed["zone"], seed["age"], request_id["zone"]) == ("b", 2, "c")
     assert seed["status"] == request_id["status"] == "failed"
-    assert (seed["attempts"], seed["engine_id"], seed["prompt"]) == (0, plan.engine_id, second["prompt"][1].as_py())
+    assert (seed["attempts"], seed["engine_id"], seed["prompt"]) == (0, None, second["prompt"][1].as_py())
     assert seed["key"] != request_id["key"]
     assert seed["finished_at"] is not None
     assert plan.num_pending == 3
@@ -169,7 +169,7 @@ def test_rejections_are_committed_once_and_under_the_run_that_found_them(tmp_pat
     assert table["run_id"].to_pylist() == ["first"] * 2
     Journal(Store(config.output)).append(table)
 
-    again = planning.make(config, retry_failed=True)
+    again = planning.make(config, retry=Retry())
 
     assert list(again.rejections_to_commit("second")) == []
     assert again.num_rejected == 2
@@ -278,7 +278,7 @@ def test_retrying_brings_failures_back_but_no_success(tmp_path: Path) -> None:
     commit(config, keys[:3], "failed", "non_finite")
     commit(config, keys[1:2], "succeeded")
 
-    plan = planning.make(config, retry_failed=True)
+    plan = planning.make(config, retry=Retry())
 
     assert plan.num_pending == 3
     assert left_for_ray(plan) == sorted([keys[0], *keys[2:]])
@@ -420,7 +420,7 @@ def test_a_plan_is_what_counting_row_by_row_gives(
     key_of = {}
     for index, row in enumerate(rows):
         if index not in bad:
-            made = check(table.slice(index, 1), config, first.engine_id).requests
+            made = check(table.slice(index, 1), config, first.engine_ids).requests
             key_of[row["request_id"], row["prompt"]] = made["key"][0].as_py()
     done = set()
     for content, outcome in zip(distinct, outcomes, strict=False):
@@ -431,7 +431,7 @@ def test_a_plan_is_what_counting_row_by_row_gives(
         if outcome in ("succeeded", "both") or (outcome == "failed" and not retry_failed):
             done.add(content)
 
-    plan = planning.make(config, retry_failed=retry_failed)
+    plan = planning.make(config, retry=Retry() if retry_failed else None)
 
     due = sorted(key_of[content] for content in distinct if content not in done)
     assert plan.num_pending == len(due)
@@ -447,3 +447,107 @@ def test_a_plan_is_what_counting_row_by_row_gives(
         key_of[content] for content in times if times[content] > 1 and content not in done
     ]
     assert plan.outcomes.succeeded_keys.contains(keys_from_hex(pa.array(due, pa.string()))).sum() == 0
+
+
+def test_a_plan_counts_what_can_be_drawn_together(make_config: Callable[..., RunConfig]) -> None:
+    table = requests_table(6, num_frames=[8, 8, 4, 8, 8, 99], size=[None, None, None, "auto", None, None])
+
+    plan = planning.make(make_config(table))
+
+    assert {tuple(group.values()) for group in plan.groups.to_pylist()} == {
+        ("default", 8, "fixed", None, 64, 64, 3),
+        ("default", 4, "fixed", None, 64, 64, 1),
+        ("default", 8, "auto", 512, None, None, 1),
+    }
+    assert (plan.is_mixed, plan.models) == (True, ["default"])
+    assert not planning.make(make_config()).is_mixed
+    assert planning.make(make_config(requests_table(2, size=["auto"] * 2))).is_mixed
+
+
+def test_the_models_of_a_plan_are_those_that_the_manifest_asks_for(make_config: Callable[..., RunConfig]) -> None:
+    table = requests_table(3, model=["toon", None, "toon"])
+    toon = {"base": "embedded", "scheduler": {"name": "ddim"}}
+
+    plan = planning.make(make_config(table, models__toon=toon, models__idle=None))
+
+    assert plan.models == ["toon", "default"]
+    assert list(plan.engine_ids) == ["default", "toon", "idle"]
+    assert plan.engine_ids["default"] == plan.engine_ids["idle"] != plan.engine_ids["toon"]
+
+
+# --- trying again ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def failures(tmp_path: Path) -> tuple[RunConfig, list[str]]:
+    """A config over six requests, of which two succeeded, two, one and none failed with kinds; and their keys."""
+    config = write(tmp_path, requests_table(6))
+    made = keys_of(planning.make(config))
+    commit(config, made[:2], "succeeded")
+    commit(config, made[2:4], "failed", "non_finite")
+    commit(config, made[4:5], "failed", "timeout")
+    commit(config, made[1:2], "failed", "timeout")  # and succeeded
+    return config, made
+
+
+@pytest.mark.parametrize(
+    ("kinds", "due"),
+    [
+        (None, [2, 3, 4, 5]),
+        ({"non_finite"}, [2, 3, 5]),
+        ({"timeout"}, [4, 5]),
+        ({"timeout", "non_finite"}, [2, 3, 4, 5]),
+        ({"worker_crash"}, [5]),
+    ],
+    ids=["all", "one", "another", "two", "none of them"],
+)
+def test_retrying_brings_back_the_kinds_that_were_asked_for(
+    failures: tuple[RunConfig, list[str]], kinds: set[str] | None, due: list[int]
+) -> None:
+    config, made = failures
+
+    plan = planning.make(config, retry=Retry(None if kinds is None else frozenset(kinds)))
+
+    assert left_for_ray(plan) == sorted(made[index] for index in due)
+    assert plan.num_pending == len(due)
+
+
+def test_a_kind_that_does_not_exist_is_refused_with_those_that_do(failures: tuple[RunConfig, list[str]]) -> None:
+    with pytest.raises(ConfigError, match=r"the kind non-finite; .*journal: non_finite \(2\), timeout \(1\)$"):
+        planning.make(failures[0], retry=Retry(frozenset({"non-finite", "timeout"})))
+
+
+def test_a_rejected_row_is_not_retried_even_by_its_kind(tmp_path: Path) -> None:
+    config = write(tmp_path, requests_table(3, seed=[1, -1, 2]))
+    (table,) = planning.make(config).rejections_to_commit("first")
+    Journal(Store(config.output)).append(table)
+    kind = table["error_kind"][0].as_py()
+
+    plan = planning.make(config, retry=Retry(frozenset({kind})))
+
+    assert (plan.num_pending, plan.num_rejected) == (2, 1)
+    assert len(left_for_ray(plan)) == 2
+
+
+def test_what_was_taken_back_is_planned_again_also_where_it_had_failed_before(
+    failures: tuple[RunConfig, list[str]],
+) -> None:
+    config, made = failures
+    log = Journal(Store(config.output))
+
+    log.withdraw(keys_from_hex(pa.array(made[:2])), log.outcomes())
+
+    assert left_for_ray(planning.make(config)) == sorted([made[0], made[1], made[5]])
+
+
+def test_results_are_outdated_once_an_animation_was_drawn_again(finished: Callable[[pa.Table], RunConfig]) -> None:
+    config = finished(requests_table(2))
+    log = Journal(Store(config.output))
+    (made,) = list(log.read(log.fragments()))
+
+    log.withdraw(keys_from_hex(made["key"]), log.outcomes())
+    assert planning.make(config).num_pending == 2
+    log.append(made)
+
+    plan = planning.make(config)
+    assert (plan.num_pending, plan.published) == (0, False)

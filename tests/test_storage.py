@@ -9,45 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
-import fsspec
 import pytest
 
 from pia_batch import storage
-from pia_batch.errors import ConfigError, ImageUnavailableError, ObjectExistsError, StorageError
-from pia_batch.storage import Store, absolute, read_image, redacted
-
-SCHEMES = ("file", "s3", "memory")
+from pia_batch.errors import ConfigError, ObjectExistsError, StorageError
+from pia_batch.storage import Store, absolute
+from pia_batch.uris import parse
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
 def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return Store(str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3"))
-
-
-def image(uri: str, base: str = "file:///nowhere", max_bytes: int = 1000, timeout_s: float = 1.0) -> bytes:
-    return read_image(uri, base, schemes=SCHEMES, max_bytes=max_bytes, timeout_s=timeout_s)
-
-
-def refusal(uri: str, *args: object, **options: object) -> str:
-    with pytest.raises(ImageUnavailableError) as caught:
-        image(uri, *args, **options)
-    assert str(caught.value).startswith("column 'image': ")
-    return str(caught.value)
-
-
-@pytest.fixture
-def fresh_clients() -> Iterator[None]:
-    """Clients for reading are kept for the life of the process, with the credentials they were made with."""
-    _forget_clients()
-    yield
-    _forget_clients()
-
-
-def _forget_clients() -> None:
-    storage._filesystem.cache_clear()
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 @pytest.fixture
@@ -119,6 +93,32 @@ def test_list_finds_names_and_sizes_below_a_prefix_only(any_store: Store) -> Non
     assert list(any_store.list("nothing/")) == []
 
 
+def test_a_listing_of_many_pages_names_every_object_once_with_its_time(
+    any_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PAGE_OBJECTS", 2)
+    names = [f"x/{k}" for k in range(5)]
+    for name in names:
+        any_store.create(name, b"1")
+
+    found = list(any_store.list("x/"))
+
+    assert sorted(item.name for item in found) == names
+    assert all(abs(item.modified_s - time.time()) < 60 for item in [*found, any_store.stat("x/1")])
+
+
+def test_deleting_removes_one_object_and_is_at_ease_where_there_is_none(any_store: Store) -> None:
+    any_store.create("x/1", b"1")
+    any_store.create("x/2", b"2")
+
+    for _ in range(2):
+        any_store.delete("x/1")
+
+    assert [item.name for item in any_store.list("")] == ["x/2"]
+    any_store.create("x/1", b"another")
+    assert any_store.read("x/1") == b"another"
+
+
 def test_read_all_keeps_the_order_that_was_asked_for(any_store: Store) -> None:
     names = [f"n{k:02d}" for k in range(20)]
     for name in names:
@@ -182,7 +182,7 @@ def test_spaces_and_percent_signs_in_the_name_of_the_output_are_kept(tmp_path: P
     store.create("name", b"data")
 
     assert (tmp_path / "100% mine #1" / "name").read_bytes() == b"data"
-    assert image(store.uri_of("name")) == b"data"
+    assert parse(store.uri_of("name")).target == str(tmp_path / "100% mine #1" / "name")
 
 
 def test_an_unknown_scheme_is_a_config_error() -> None:
@@ -225,6 +225,15 @@ def test_a_dead_server_is_a_storage_error_after_the_attempts(monkeypatch: pytest
         Store("s3://bucket/out").create("name", b"data")
 
 
+def test_a_listing_that_breaks_off_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, breaking_server: str) -> None:
+    _point_clients_at(monkeypatch, breaking_server)
+    monkeypatch.setattr(storage, "PAGE_OBJECTS", 2)
+
+    names = [item.name for item in Store("s3://bucket/out").list("x/")]
+
+    assert names == [f"x/{k}" for k in range(4)]
+
+
 def test_a_store_that_ignores_if_none_match_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, careless_server: str
 ) -> None:
@@ -256,8 +265,13 @@ def test_a_create_whose_reply_was_lost_ends_as_exists_with_our_own_bytes(
 # --- URIs ------------------------------------------------------------------------------------------------------------
 
 
-def test_credentials_in_an_s3_uri_are_refused_without_repeating_them() -> None:
-    for uri in ("s3://key:secret@bucket/x", "s3a://key:sec/ret@bucket/x", "S3://key:secret@bucket/x"):
+def test_credentials_in_a_uri_are_refused_without_repeating_them() -> None:
+    for uri in (
+        "s3://key:secret@bucket/x",
+        "s3a://key:sec/ret@bucket/x",
+        "S3://key:secret@bucket/x",
+        "abfs://key:secret@bucket/x",
+    ):
         for use in (Store, absolute, storage.arrow_filesystem):
             with pytest.raises(ConfigError, match="AWS_ACCESS_KEY_ID") as caught:
                 use(uri)
@@ -279,195 +293,6 @@ def test_paths_become_file_uris_and_uris_stay(tmp_path: Path, monkeypatch: pytes
     assert absolute("~/c") == "file:///home/me/c"
     for uri in ("s3://bucket/a b", "file:///x", "abfs://container@account.dfs.core.windows.net/x"):
         assert absolute(uri) == uri
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("s3://key:secret@bucket/x", "s3://bucket/x"),
-        ("s3://key:se/cr/et@bucket/x", "s3://bucket/x"),
-        ("cannot open HTTPS://token@host/x now", "cannot open HTTPS://host/x now"),
-        ("https://host/x?X-Amz-Signature=1&y=2 and s3://b/y", "https://host/x and s3://b/y"),
-        ("http://host/x#part", "http://host/x"),
-        ("s3://bucket/folder/me@home.png", "s3://bucket/folder/me@home.png"),
-        ("file:///home/me@work/x.png", "file:///home/me@work/x.png"),
-        ("s3://bucket/what?.png", "s3://bucket/what?.png"),
-        ("write to me@home.org", "write to me@home.org"),
-    ],
-)
-def test_redacted_takes_out_user_names_passwords_and_signatures_and_nothing_else(text: str, shown: str) -> None:
-    assert redacted(text) == shown
-
-
-# --- images ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_local_image_is_read_by_path_by_uri_and_relative_to_the_manifest(tmp_path: Path) -> None:
-    folder = tmp_path / "my manifest"
-    (folder / "images").mkdir(parents=True)
-    path = folder / "images" / "x.png"
-    path.write_bytes(b"picture")
-
-    assert image(str(path)) == b"picture"
-    assert image(path.as_uri()) == b"picture"
-    assert image("images/x.png", folder.as_uri()) == b"picture"
-    assert image("images/x.png", folder.as_uri() + "/") == b"picture"
-    assert image("../my manifest/images/x.png", folder.as_uri()) == b"picture"
-
-
-@pytest.mark.parametrize(
-    "name", ["a b.png", "50%.png", "a%20b.png", "what?.png", "no#1.png", "käse.png", "a+b=c&d.png"]
-)
-def test_any_file_name_is_found_as_it_is_written(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"picture")
-
-    assert image(name, tmp_path.as_uri()) == b"picture"
-    assert image(str(tmp_path / name)) == b"picture"
-    assert image((tmp_path / name).as_uri()) == b"picture"
-
-
-@pytest.mark.s3
-def test_an_s3_image_is_read_by_uri_and_relative_to_the_manifest(s3: str) -> None:
-    store = Store(s3)
-    names = ["images/x.png", "images/a b.png", "images/50%.png", "images/a%20b.png", "images/no#1.png"]
-    filesystem = fsspec.filesystem("s3")
-    for name in names:
-        filesystem.pipe_file(f"{s3}/{name}", name.encode())
-
-    for name in names:
-        assert image(store.uri_of(name), timeout_s=10) == name.encode()
-        assert image(name, s3, timeout_s=10) == name.encode()
-
-
-@pytest.mark.s3
-def test_images_on_s3_that_cannot_be_used_say_why(s3: str) -> None:
-    store = Store(s3)
-    store.create("folder/big", bytes(1001))
-    store.create("empty", b"")
-    started = time.monotonic()
-
-    assert "does not exist" in refusal("absent", s3, timeout_s=10)
-    assert "does not exist" in refusal("s3://no-such-bucket/x.png", timeout_s=10)
-    assert "more than 1000 bytes" in refusal("folder/big", s3, timeout_s=10)
-    assert "is empty" in refusal("empty", s3, timeout_s=10)
-    assert "cannot be opened: not an object but a prefix" in refusal("folder", s3, timeout_s=10)
-    assert time.monotonic() - started < 10
-
-
-@pytest.mark.s3
-@pytest.mark.usefixtures("fresh_clients")
-def test_an_s3_image_behind_a_wrong_secret_may_not_be_read(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-one")
-
-    text = refusal("x.png", s3, timeout_s=10)
-
-    assert "may not be read" in text
-    assert "not-the-one" not in text
-
-
-def test_exactly_the_cap_is_accepted_and_one_byte_more_is_not(tmp_path: Path) -> None:
-    (tmp_path / "fits").write_bytes(bytes(1000))
-    (tmp_path / "large").write_bytes(bytes(1001))
-
-    assert len(image("fits", tmp_path.as_uri())) == 1000
-    assert "large has more than 1000 bytes (images.max_bytes)" in refusal("large", tmp_path.as_uri())
-
-
-def test_an_endless_file_is_refused_and_not_read(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("/dev/zero")
-
-    assert "not a regular file" in refusal("/dev/zero")
-    assert "not a regular file" in refusal("link", tmp_path.as_uri())
-
-
-def test_missing_empty_and_other_than_files_say_why(tmp_path: Path) -> None:
-    (tmp_path / "empty").write_bytes(b"")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "dangling").symlink_to("nowhere")
-
-    assert "absent does not exist" in refusal("absent", tmp_path.as_uri())
-    assert "dangling does not exist" in refusal("dangling", tmp_path.as_uri())
-    assert "empty is empty" in refusal("empty", tmp_path.as_uri())
-    assert "folder cannot be opened: not a regular file" in refusal("folder", tmp_path.as_uri())
-    assert "cannot be opened" in refusal("nul\0byte", tmp_path.as_uri())
-
-
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    started = time.monotonic()
-
-    assert "not a regular file" in refusal("pipe", tmp_path.as_uri())
-    assert time.monotonic() - started < 0.5
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_says_so(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_bytes(b"picture")
-    (tmp_path / "secret").chmod(0)
-
-    assert "may not be read" in refusal("secret", tmp_path.as_uri())
-
-
-def test_schemes_that_are_not_allowed_are_never_opened() -> None:
-    text = refusal("https://user:password@169.254.169.254/x?X-Amz-Signature=abc")
-
-    assert "https://169.254.169.254/x: scheme 'https' is not allowed; allowed: file, s3, memory" in text
-    assert "password" not in text
-    assert "abc" not in text
-    with pytest.raises(ImageUnavailableError, match="scheme 'file' is not allowed"):
-        read_image("/etc/hostname", "s3://bucket", schemes=("s3",), max_bytes=1, timeout_s=1)
-    assert "scheme 'http' is not allowed" in refusal("x.png", "http://host/manifest")
-
-
-@pytest.mark.parametrize("uri", ["s3://[bucket/x", "s3://bu\u2100cket/x", "s3://", "memory://"])
-def test_a_malformed_uri_fails_the_image_and_not_the_run(uri: str) -> None:
-    refusal(uri, timeout_s=0.1)
-
-
-def test_credentials_in_an_image_uri_are_refused_without_repeating_them() -> None:
-    text = refusal("s3://key:secret@bucket/x.png")
-
-    assert "s3://bucket/x.png was given with credentials" in text
-    assert "key:" not in text
-    assert "secret@" not in text
-
-
-@pytest.mark.usefixtures("fresh_clients")
-def test_a_server_that_never_answers_costs_no_more_than_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0), backlog=16) as silent:
-        _point_clients_at(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
-        started = time.monotonic()
-
-        assert "could not be read in time" in refusal("s3://bucket/x.png", timeout_s=1.0)
-
-        assert time.monotonic() - started < 4
-
-
-def test_a_passing_fault_is_tried_again_until_the_image_is_there() -> None:
-    class Flaky(fsspec.get_filesystem_class("memory")):
-        protocol = "flaky"
-        failures = 2
-
-        @classmethod
-        def _strip_protocol(cls, path: str) -> str:
-            return path.removeprefix("flaky:/")
-
-        def cat_file(self, path: str, **options: int) -> bytes:
-            if Flaky.failures:
-                Flaky.failures -= 1
-                raise ConnectionResetError
-            return super().cat_file(path, **options)
-
-    fsspec.register_implementation("flaky", Flaky, clobber=True)
-    fsspec.filesystem("memory").pipe_file("/x.png", b"picture")
-
-    def read(timeout_s: float) -> bytes:
-        return read_image("flaky://x.png", "", schemes=("flaky",), max_bytes=100, timeout_s=timeout_s)
-
-    assert read(10.0) == b"picture"
-    Flaky.failures = 1000
-    with pytest.raises(ImageUnavailableError, match="could not be read in time: ConnectionResetError"):
-        read(0.5)
 
 
 # --- servers ---------------------------------------------------------------------------------------------------------
@@ -496,6 +321,42 @@ def careless_server() -> Iterator[str]:
             del args
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Careless) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def breaking_server() -> Iterator[str]:
+    """An S3 of four objects that gives two a page, and says no to every continuation, but not to a fresh listing."""
+
+    class Breaking(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            query = parse_qs(urlsplit(self.path).query)
+            after = query.get("start-after", [""])[0]
+            names = [name for name in (f"out/x/{k}" for k in range(4)) if name > after]
+            listed = "".join(
+                f"<Contents><Key>{name}</Key><Size>1</Size><LastModified>2026-11-01T00:00:00.000Z</LastModified>"
+                '<ETag>"1"</ETag></Contents>'
+                for name in names[:2]
+            )
+            more = len(names) > 2
+            token = "<NextContinuationToken>t</NextContinuationToken>" if more else ""
+            body = (
+                f"<ListBucketResult><IsTruncated>{str(more).lower()}</IsTruncated>{token}{listed}</ListBucketResult>"
+            ).encode()
+            self.send_response(400 if "continuation-token" in query else 200)
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            del args
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"

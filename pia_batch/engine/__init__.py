@@ -7,10 +7,12 @@ storage and manifests; torch, diffusers and transformers are imported in this pa
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,13 +23,19 @@ from pia_batch.config import ModelConfig
 from pia_batch.engine import loading, sampling
 from pia_batch.engine.conditioning import ImageEncoder, Prompt, PromptEncoder
 from pia_batch.engine.decoding import FrameDecoder
+from pia_batch.engine.image_prompts import ImagePrompt, ImagePromptEncoder
+from pia_batch.engine.room import Room
+from pia_batch.engine.sharing import SharedParts
 from pia_batch.engine.shots import Clip, Shot
-from pia_batch.errors import DeviceMemoryError, RequestError
+from pia_batch.errors import DeviceMemoryError, NonFiniteError, RequestError
 
 if TYPE_CHECKING:
     from diffusers import PIAPipeline
 
 __all__ = ["Clip", "PiaEngine", "Shot"]
+
+_EXHAUSTED = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""What a plain RuntimeError says where memory ran out outside of torch's own allocator of the GPU."""
 
 
 class PiaEngine:
@@ -40,22 +48,37 @@ class PiaEngine:
     shot = Shot
     """What `animate` takes, for those who have the engine but must not import torch."""
 
-    def __init__(self, components: loading.Components, identify: Callable[[], str]) -> None:
+    def __init__(self, components: loading.Components, identify: Callable[[], str], *, embedded: bool = False) -> None:
+        """An engine of components that nobody else changes.
+
+        Args:
+            components: as `loading` makes them.
+            identify: what makes `engine_id`, called once at most.
+            embedded: whether this is the embedded model with nothing laid over it, whose clips are known.
+        """
         self._parts = components
         self._identify = identify
-        self._limits = components.limits
+        self._embedded = embedded
+        self.limits = components.limits
+        """What a shot may ask for."""
         self._prompts = PromptEncoder(components.tokenizer, components.text_encoder)
         self._images = ImageEncoder(components.vae)
+        self._image_prompts = None
+        if components.image_encoder is not None:
+            self._image_prompts = ImagePromptEncoder(
+                components.unet, components.image_encoder, components.image_processor, components.device
+            )
         self._decoder = FrameDecoder(components.vae)
-        self._room: int | None = None
+        self._room = Room()
 
     @classmethod
-    def load(cls, model: ModelConfig, device: str | None = None) -> PiaEngine:
+    def load(cls, model: ModelConfig, device: str | None = None, shared: SharedParts | None = None) -> PiaEngine:
         """The engine of the weights that `model` names.
 
         Args:
             model: what to load; `ModelConfig()` is the embedded checkpoint.
             device: such as `cpu` or `cuda:0`; None: a GPU if there is one.
+            shared: parts of other engines on this device, to be used again; see `shelf.ModelShelf`.
 
         Raises:
             ConfigError: the weights are missing, unsafe, unfit for PIA, or do not fit each other.
@@ -63,15 +86,18 @@ class PiaEngine:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         found = weights.resolve(model)
         dtype = weights.resolved_dtype(model, on_gpu=place.type != "cpu")
-        parts = loading.load(model, found, place, getattr(torch, dtype))
-        return cls(parts, lambda: weights.engine_id(model, found, dtype))
+        parts = loading.load(model, found, place, getattr(torch, dtype), shared)
+        plain = ModelConfig(name=model.name, dtype=model.dtype, memory=model.memory, scheduler=model.scheduler)
+        embedded = model.model_copy(update={"sha256": {}}) == plain
+        return cls(parts, lambda: weights.engine_id(model, found, dtype), embedded=embedded)
 
     @classmethod
     def from_pipeline(cls, pipe: PIAPipeline) -> PiaEngine:
         """The engine of a pipeline's networks, with its scheduler, device and dtype. The pipeline stays as it is.
 
         Raises:
-            ConfigError: the pipeline has an IP-Adapter, FreeInit or offloading switched on.
+            ConfigError: the pipeline has FreeInit or offloading switched on, or an IP-Adapter that does not read
+                images, or several.
         """
         parts = loading.adopt(pipe)
         return cls(parts, lambda: loading.adopted_id(parts))
@@ -91,11 +117,31 @@ class PiaEngine:
         """What the networks compute in: `float32`, `float16` or `bfloat16`."""
         return str(self._parts.dtype).removeprefix("torch.")
 
+    def under(self, scheduler: Any) -> PiaEngine:
+        """The same networks under another scheduler of diffusers, in an engine of its own."""
+        return PiaEngine(dataclasses.replace(self._parts, scheduler=scheduler), self._identify, embedded=self._embedded)
+
+    def check(self) -> None:
+        """Draw a small fixed request, alone and among others, and return if it came out as it should.
+
+        The embedded model's clip is compared with a stored answer, any model's with itself. Takes two small calls of
+        the UNet, four of the embedded model's. Says nothing of the configured scheduler, which it does not use.
+
+        Raises:
+            BrokenDeviceError: it came out as another clip, flat, or not at all.
+            ConfigError: the stored answer is missing, or of another embedded model.
+        """
+        from pia_batch.engine import canary  # noqa: PLC0415 - it is a program too, and would be loaded twice
+
+        canary.check(
+            self.under(canary.scheduler(self._parts.scheduler, embedded=self._embedded)), embedded=self._embedded
+        )
+
     def animate(self, shots: Sequence[Shot], *, keep_latents: bool = False) -> list[Clip]:
         """Draw every shot.
 
         Shots of equal frames and size are drawn together, whatever else differs. A batch that the device has no
-        memory for is halved until it fits, and later batches start with what fitted.
+        memory for is halved until it fits. Later batches start with what fitted, and grow again after a while.
 
         Args:
             shots: any mixture; none is an empty list.
@@ -110,7 +156,7 @@ class PiaEngine:
         groups: dict[tuple[int, int, int], list[int]] = {}
         for index, shot in enumerate(shots):
             try:
-                self._limits.check(shot)
+                self.limits.check(shot)
             except RequestError as err:
                 clips[index] = Clip(error=err)
             else:
@@ -123,30 +169,39 @@ class PiaEngine:
 
     def _draw(self, shots: Sequence[Shot], keep_latents: bool) -> list[Clip]:
         """Clips of shots of one size, in batches no larger than what is known to fit."""
-        volume = shots[0].num_frames * shots[0].width * shots[0].height
         clips: list[Clip] = []
+        tried_alone = False
         while len(clips) < len(shots):
-            most = len(shots) if self._room is None else max(1, self._room // volume)
-            batch = shots[len(clips) : len(clips) + most]
-            drawn = self._draw_if_it_fits(batch, keep_latents)
-            if drawn is None:
-                self._room = (len(batch) + 1) // 2 * volume
-            else:
+            loads = [_load(shot) for shot in shots[len(clips) :]]
+            taken = self._room.take(loads)
+            drawn = self._draw_if_it_fits(shots[len(clips) : len(clips) + taken], keep_latents)
+            if isinstance(drawn, list):
+                self._room.fitted(loads, taken)
                 clips += drawn
+                tried_alone = False
+            else:
+                self._room.overflowed(loads, taken)
+                if taken == 1 and tried_alone:  # once more, as it may have been another's moment of need
+                    clips.append(Clip(error=drawn))
+                tried_alone = taken == 1 and not tried_alone
         return clips
 
-    def _draw_if_it_fits(self, shots: Sequence[Shot], keep_latents: bool) -> list[Clip] | None:
-        """The clips; None where several shots together are too much for the device's memory."""
+    def _draw_if_it_fits(self, shots: Sequence[Shot], keep_latents: bool) -> list[Clip] | DeviceMemoryError:
+        """The clips; or, with nothing of the attempt left in memory, that there is too little of it."""
         try:
             return self._draw_together(shots, keep_latents)
-        except torch.OutOfMemoryError as err:
+        except (MemoryError, RuntimeError) as err:
+            if not _is_out_of_memory(err):
+                raise
             reason = str(err)
         # Only here, with the exception gone, does its traceback no longer hold the tensors that filled the memory.
+        gc.collect()
         if self._parts.device.type == "cuda":
             torch.cuda.empty_cache()
-        if len(shots) > 1:
-            return None
-        return [Clip(error=DeviceMemoryError(f"{self.device} has too little memory: {reason}"))]
+        return DeviceMemoryError(
+            f"{self.device} has too little memory for this request alone; lower its num_frames, width or height, or "
+            f"set model.memory to low: {reason}"
+        )
 
     def _draw_together(self, shots: Sequence[Shot], keep_latents: bool) -> list[Clip]:
         began = time.perf_counter()
@@ -163,17 +218,35 @@ class PiaEngine:
         ]
 
     def _start(self, shot: Shot, prompt: Prompt) -> sampling.Row | RequestError:
-        posterior = self._images.encode(shot.image)
         negative = self._prompts.encode(shot.negative_prompt) if shot.guided else None
+        if not (prompt.is_finite and (negative is None or negative.is_finite)):
+            return NonFiniteError("the text encoder's embedding of the prompt holds NaN or infinity")
         try:
-            return sampling.start(shot, self._parts, posterior, prompt, negative)
+            posterior = self._images.encode(shot.image)
+            return sampling.start(shot, self._parts, posterior, prompt, negative, self._image_prompt(shot))
         except RequestError as err:
             return err
+
+    def _image_prompt(self, shot: Shot) -> ImagePrompt | None:
+        if self._image_prompts is None:
+            return None
+        return self._image_prompts.encode(shot.image if shot.ip_adapter_image is None else shot.ip_adapter_image)
+
+
+def _load(shot: Shot) -> int:
+    """What the memory of a batch grows with: the pixels of all samples that the UNet sees at once."""
+    return shot.num_frames * shot.width * shot.height * (2 if shot.guided else 1)
+
+
+def _is_out_of_memory(err: MemoryError | RuntimeError) -> bool:
+    if isinstance(err, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(sign in str(err) for sign in _EXHAUSTED)
 
 
 def _shares(seconds: float, rows: Sequence[sampling.Row | RequestError]) -> list[float]:
     """The time of a batch, split by how many UNet samples each row took."""
-    costs = [row.shot.num_steps * row.unet_samples if isinstance(row, sampling.Row) else 0 for row in rows]
+    costs = [row.unet_samples if isinstance(row, sampling.Row) else 0 for row in rows]
     return [seconds * cost / max(1, sum(costs)) for cost in costs]
 
 

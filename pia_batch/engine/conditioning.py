@@ -1,4 +1,4 @@
-"""What steers a clip: motion curves, prompt embeddings and image posteriors, the last two cached.
+"""What steers a clip besides its motion curve: prompt embeddings and image posteriors, cached.
 
 Knows nothing of timesteps and noise levels. Everything is computed for one row alone, so that a cached value does not
 depend on the batch in which it was first seen.
@@ -6,6 +6,7 @@ depend on the batch in which it was first seen.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -17,23 +18,7 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image
 
-from pia_batch.engine.shots import Shot
-
-_CURVES: tuple[tuple[float, ...], ...] = (
-    (1.0, 0.9, 0.85, 0.85, 0.85, 0.8),
-    (1.0, 0.8, 0.8, 0.8, 0.79, 0.78, 0.75),
-    (1.0, 0.8, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.6, 0.5, 0.5),
-    (1.0, 0.9, 0.85, 0.85, 0.85, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.85, 0.85, 0.9, 1.0),
-    (1.0, 0.8, 0.8, 0.8, 0.79, 0.78, 0.75, 0.75, 0.75, 0.75, 0.75, 0.78, 0.79, 0.8, 0.8, 1.0),
-    (1.0, 0.8, 0.7, 0.7, 0.7, 0.7, 0.6, 0.5, 0.5, 0.6, 0.7, 0.7, 0.7, 0.7, 0.8, 1.0),
-    (0.5, 0.4, 0.4, 0.4, 0.35, 0.3),
-    (0.5, 0.4, 0.4, 0.4, 0.35, 0.35, 0.3, 0.25, 0.2),
-    (0.5, 0.2),
-)
-"""Likeness to the image by distance from the first frame, by motion_scale.
-
-Source: open-mmlab/PIA `animatediff/utils/util.py`, in the order of diffusers: the original has 6 and 8 swapped.
-"""
+from pia_batch.errors import NonFiniteError
 
 MAX_PROMPTS = 256
 """Prompt embeddings kept, 0.24 MB each in float32 for Stable Diffusion 1.5."""
@@ -43,12 +28,6 @@ MAX_IMAGES = 32
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
-
-
-def motion_coefficients(shot: Shot) -> tuple[float, ...]:
-    """One number a frame: how like the image it should be, by its distance from the first frame."""
-    curve = _CURVES[shot.motion_scale] if shot.motion_curve is None else shot.motion_curve
-    return tuple(curve[min(distance, len(curve) - 1)] for distance in range(shot.num_frames))
 
 
 class Recent(Generic[Key, Value]):
@@ -71,6 +50,11 @@ class Recent(Generic[Key, Value]):
         return self._values[key]
 
 
+def pixel_digest(image: Image.Image) -> tuple[tuple[int, int], bytes]:
+    """Equal for images of equal size and pixels: (width, height) and a 128-bit hash."""
+    return image.size, hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """What the UNet reads of a text.
@@ -79,11 +63,13 @@ class Prompt:
         embedding: (1, tokens, features), in the text encoder's dtype, on its device.
         num_tokens: start and end markers included, before truncation.
         truncated: whether `num_tokens` exceeds what the text encoder reads.
+        is_finite: whether the embedding holds neither NaN nor infinity.
     """
 
     embedding: torch.Tensor
     num_tokens: int
     truncated: bool
+    is_finite: bool
 
 
 class PromptEncoder:
@@ -107,7 +93,8 @@ class PromptEncoder:
         num_tokens = len(self._tokenizer(text, verbose=False).input_ids)
         padded = self._tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
         embedding = self._embed(padded, clip_skip)
-        return Prompt(embedding, num_tokens, truncated=num_tokens > limit)
+        is_finite = bool(torch.isfinite(embedding).all())
+        return Prompt(embedding, num_tokens, truncated=num_tokens > limit, is_finite=is_finite)
 
     def _embed(self, padded: Any, clip_skip: int | None) -> torch.Tensor:
         encoder = self._text_encoder
@@ -138,6 +125,11 @@ class Posterior:
     mean: torch.Tensor
     std: torch.Tensor
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether it holds neither NaN nor infinity."""
+        return bool((torch.isfinite(self.mean) & torch.isfinite(self.std)).all())
+
     def sample(self, generator: torch.Generator) -> torch.Tensor:
         """One draw, of the generator's next numbers: (1, 4, h, w)."""
         noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype)
@@ -152,14 +144,27 @@ class ImageEncoder:
         self._recent: Recent[tuple[tuple[int, int], bytes], Posterior] = Recent(MAX_IMAGES)
 
     def encode(self, image: Image.Image) -> Posterior:
-        """The posterior of an RGB image, at the image's own size."""
-        pixels = np.asarray(image)
-        key = (image.size, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest())
-        return self._recent.get(key, lambda: self._encode(pixels))
+        """The posterior of an RGB image, at the image's own size.
+
+        Raises:
+            NonFiniteError: it holds NaN or infinity, in half precision also after encoding again in float32.
+        """
+        return self._recent.get(pixel_digest(image), lambda: self._encode(np.asarray(image)))
 
     def _encode(self, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Posterior:
         scaled = torch.from_numpy(pixels.astype(np.float32) / 255.0) * 2.0 - 1.0
         # A batch first, then channels first: the strides decide which convolution runs, and so the last digits.
-        batch = scaled[None].permute(0, 3, 1, 2).to(self._vae.device, self._vae.dtype)
-        distribution = self._vae.encode(batch).latent_dist
-        return Posterior(distribution.mean, distribution.std)
+        batch = scaled[None].permute(0, 3, 1, 2)
+        posterior = _posterior(self._vae, batch)
+        if self._vae.dtype != torch.float32 and not posterior.is_finite:
+            # Half precision overflows here as it does in the decoder. Rare, so the copy is not kept.
+            exact = _posterior(copy.deepcopy(self._vae).float(), batch)
+            posterior = Posterior(exact.mean.to(self._vae.dtype), exact.std.to(self._vae.dtype))
+        if not posterior.is_finite:
+            raise NonFiniteError("the VAE's latents of the image hold NaN or infinity, in float32 too")
+        return posterior
+
+
+def _posterior(vae: Any, batch: torch.Tensor) -> Posterior:
+    distribution = vae.encode(batch.to(vae.device, vae.dtype)).latent_dist
+    return Posterior(distribution.mean, distribution.std)

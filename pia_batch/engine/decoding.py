@@ -37,7 +37,7 @@ class FrameDecoder:
             in half precision also after decoding again in float32.
         """
         results: list[NDArray[np.uint8] | NonFiniteError] = [
-            NonFiniteError("the denoised latents hold NaN or infinity") for _ in latents
+            NonFiniteError("the denoised latents hold NaN or infinity, which no decoding mends") for _ in latents
         ]
         sound = [index for index, row in enumerate(latents) if bool(torch.isfinite(row).all())]
         if not sound:

@@ -2,7 +2,7 @@
 
 Every row owns a scheduler, a generator and its latents; only the UNet sees them side by side, with one timestep a row.
 So steps, strength, eta, guidance and the solver's history stay the row's own with any scheduler, and a row's schedule
-does not depend on its batch-mates. Rows whose schedule has ended leave the batch.
+does not depend on its batch-mates. A row whose schedule has ended begins its next FreeInit pass, or leaves the batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
-from pia_batch.engine.conditioning import Posterior, Prompt, motion_coefficients
+from pia_batch.engine import free_init
+from pia_batch.engine.conditioning import Posterior, Prompt
+from pia_batch.engine.curves import motion_coefficients
+from pia_batch.engine.image_prompts import Attention, ImagePrompt
 from pia_batch.engine.loading import Components
 from pia_batch.engine.shots import Shot
 from pia_batch.errors import UnsupportedSettingError
@@ -32,46 +35,68 @@ class Row:
         condition: (1, 5, F, h, w): the motion coefficients as a mask, then the image's latents, the same all along.
         positive: (1, tokens, features).
         negative: as `positive`; None without guidance.
-        timesteps: what is left to do, on the CPU, so that reading one never waits for a GPU.
+        image_prompt: what an IP-Adapter reads, weighed by the shot's `ip_adapter_scale`; None without an adapter.
+        generator: the row's own, on the CPU: every number that it draws.
+        timesteps: what is left of this pass, on the CPU, so that reading one never waits for a GPU.
+        passes: steps of each FreeInit pass after this one.
+        first_latents: what the first pass started from, (1, 4, F, h, w); FreeInit noises with it again.
         options: keyword arguments of the scheduler's `step`, the row's generator among them.
+        unet_samples: samples of UNet calls taken so far: the row's cost relative to its batch-mates.
     """
 
     shot: Shot
+    generator: torch.Generator
     scheduler: Any
     timesteps: list[torch.Tensor]
+    passes: list[int]
+    first_latents: torch.Tensor
     latents: torch.Tensor
     condition: torch.Tensor
     positive: torch.Tensor
     negative: torch.Tensor | None
+    image_prompt: ImagePrompt | None
     options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def unet_samples(self) -> int:
-        """How many samples of a UNet call this row takes: its cost relative to its batch-mates, by step."""
-        return 1 if self.negative is None else 2
+    unet_samples: int = 0
 
     def advance(self, conditional: torch.Tensor, unconditional: torch.Tensor | None) -> None:
-        """Take one step along the predicted noise, both (1, 4, F, h, w)."""
+        """Take one step along the predicted noise, both (1, 4, F, h, w). After a pass's last, begin the next pass."""
         noise = conditional
         if unconditional is not None:
             noise = unconditional + self.shot.guidance_scale * (conditional - unconditional)
         timestep = self.timesteps.pop(0)
         self.latents = self.scheduler.step(noise, timestep, self.latents, **self.options).prev_sample
+        self.unet_samples += 1 if unconditional is None else 2
+        if self.passes and not self.timesteps:
+            self.latents = free_init.renoise(
+                self.shot, self.latents, self.first_latents, self.scheduler, self.generator
+            )
+            self.timesteps = _spread(self.scheduler, self.passes.pop(0), self.shot)
 
 
-def start(shot: Shot, parts: Components, posterior: Posterior, positive: Prompt, negative: Prompt | None) -> Row:
+def start(
+    shot: Shot,
+    parts: Components,
+    posterior: Posterior,
+    positive: Prompt,
+    negative: Prompt | None,
+    image_prompt: ImagePrompt | None,
+) -> Row:
     """The row before its first step.
 
     Its generator draws in the pipeline's order: initial noise, then the image's latents, then (strength < 1) the
-    noise that replaces the initial one, then whatever the scheduler's steps ask for.
+    noise that replaces the initial one, then whatever the scheduler's steps ask for and, between them, each FreeInit
+    pass after the first.
 
     Raises:
-        UnsupportedSettingError: the scheduler cannot make such a schedule.
+        UnsupportedSettingError: the scheduler cannot make such a schedule, for one of FreeInit's passes perhaps.
 
     Source: the order is that of diffusers 0.42.1 `PIAPipeline.__call__`.
     """
     generator = torch.Generator("cpu").manual_seed(shot.seed)
-    scheduler, timesteps = _schedule(parts.scheduler, shot)
+    scheduler = copy.deepcopy(parts.scheduler)
+    if shot.free_init_iters:
+        _rehearse(scheduler, shot)
+    timesteps = _schedule(scheduler, shot)
     size = (shot.height // parts.latent_stride, shot.width // parts.latent_stride)
     shape = (1, _LATENT_CHANNELS, shot.num_frames, *size)
 
@@ -80,29 +105,35 @@ def start(shot: Shot, parts: Components, posterior: Posterior, positive: Prompt,
     image = torch.nn.functional.interpolate(image, size=size) * parts.vae.config.scaling_factor
     still = image[:, :, None].expand(shape)
     if shot.strength < 1:
-        latents = scheduler.add_noise(still, _noise(shape, generator, parts), timesteps[:1])
+        latents = scheduler.add_noise(still, _noise(shape, generator, parts), timesteps[0][None])
+    if shot.free_init_iters:  # the pipeline scales its noise by the whole schedule, and only then shortens the pass
+        timesteps = _spread(scheduler, shot.pass_steps[0], shot)
 
     coefficients = torch.tensor(motion_coefficients(shot), dtype=parts.dtype, device=parts.device)
     mask = coefficients.view(1, 1, -1, 1, 1).expand(1, 1, *shape[2:])
     return Row(
         shot=shot,
+        generator=generator,
         scheduler=scheduler,
-        timesteps=list(timesteps),
+        timesteps=timesteps,
+        passes=list(shot.pass_steps[1:]),
+        first_latents=latents,
         latents=latents,
         condition=torch.cat([mask, still], dim=1),
         positive=positive.embedding,
         negative=None if negative is None else negative.embedding,
+        image_prompt=image_prompt,
         options=_step_options(scheduler, eta=shot.eta, generator=generator),
     )
 
 
 def denoise(unet: Any, rows: Sequence[Row]) -> None:
-    """Run every row to the end of its schedule, in place. All rows have the same frames and size."""
+    """Run every row to the end of its last schedule, in place. All rows have the same frames and size."""
     left = [row for row in rows if row.timesteps]
     while left:
-        batch = _Batch(left)
+        batch = _Batch(unet, left)
         for _ in range(min(len(row.timesteps) for row in left)):
-            batch.step(unet)
+            batch.step()
         left = [row for row in left if row.timesteps]
 
 
@@ -112,7 +143,8 @@ class _Batch:
     What stays the same from step to step is laid out once.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, unet: Any, rows: Sequence[Row]) -> None:
+        self._unet = unet
         self._rows = rows
         self._guided = [row for row in rows if row.negative is not None]
         samples = [*self._guided, *rows]
@@ -123,30 +155,85 @@ class _Batch:
         conditions = torch.cat([row.condition for row in samples])
         blank = conditions.new_zeros((len(samples), _LATENT_CHANNELS, *conditions.shape[2:]))
         self._input = torch.cat([blank, conditions], dim=1)
+        embeddings = [row.image_prompt.negative for row in self._guided if row.image_prompt is not None]
+        embeddings += [row.image_prompt.positive for row in rows if row.image_prompt is not None]
+        self._images = Attention(unet, embeddings, [row.shot.ip_adapter_scale for row in samples], frames)
 
-    def step(self, unet: Any) -> None:
+    def step(self) -> None:
         """One UNet call, then one scheduler step of each row."""
         scaled = {id(row): row.scheduler.scale_model_input(row.latents, row.timesteps[0]) for row in self._rows}
         samples = [*self._guided, *self._rows]
         self._input[:, :_LATENT_CHANNELS] = torch.cat([scaled[id(row)] for row in samples])
         timesteps = torch.stack([row.timesteps[0] for row in samples]).to(self._input.device, non_blocking=True)
-        noise = unet(self._input, timesteps, encoder_hidden_states=self._texts).sample.split(1)
+        with self._images.weighted():
+            output = self._unet(
+                self._input,
+                timesteps,
+                encoder_hidden_states=self._texts,
+                added_cond_kwargs=self._images.added_conditions,
+            )
+        noise = output.sample.split(1)
         unconditional = {id(row): part for row, part in zip(self._guided, noise, strict=False)}
         for row, conditional in zip(self._rows, noise[len(self._guided) :], strict=True):
             row.advance(conditional, unconditional.get(id(row)))
 
 
-def _schedule(configured: Any, shot: Shot) -> tuple[Any, torch.Tensor]:
-    """A scheduler of the row's own, and the timesteps that strength leaves."""
-    scheduler = copy.deepcopy(configured)
-    try:
-        scheduler.set_timesteps(shot.num_inference_steps, device="cpu")
-    except (IndexError, ValueError) as err:
-        raise UnsupportedSettingError(f"num_inference_steps {shot.num_inference_steps}: {err}") from err
+def _schedule(scheduler: Any, shot: Shot) -> list[torch.Tensor]:
+    """The timesteps that strength leaves, at the first of which the scheduler then stands."""
+    timesteps = _spread(scheduler, shot.num_inference_steps, shot)
     first = (shot.num_inference_steps - shot.num_steps) * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
-    return scheduler, scheduler.timesteps[first:]
+    return timesteps[first:]
+
+
+def _spread(scheduler: Any, num_steps: int, shot: Shot) -> list[torch.Tensor]:
+    """The timesteps of a new schedule of so many steps, at the start of which the scheduler then stands.
+
+    Raises:
+        UnsupportedSettingError: the scheduler has no such schedule.
+    """
+    name = type(scheduler).__name__
+    asked, remedy = f"num_inference_steps {shot.num_inference_steps}", "change num_inference_steps"
+    if num_steps < shot.num_steps:
+        asked = f"free_init_fast shortens {asked} to {num_steps} in one pass"
+        remedy += " or clear free_init_fast"
+    if "original_inference_steps" in inspect.signature(scheduler.set_timesteps).parameters:
+        most = scheduler.config.original_inference_steps
+        if num_steps > most:
+            raise UnsupportedSettingError(
+                f"{asked}: {name} has {most} steps at most; lower num_inference_steps, or raise "
+                "original_inference_steps in model.scheduler.settings"
+            )
+    try:
+        scheduler.set_timesteps(num_steps, device="cpu")
+    except (IndexError, ValueError) as err:
+        raise UnsupportedSettingError(f"{asked}: {name} has no {num_steps}-step schedule ({err}); {remedy}") from err
+    return list(scheduler.timesteps)
+
+
+def _rehearse(scheduler: Any, shot: Shot) -> None:
+    """Return if the scheduler can begin each FreeInit pass and noise what it ends with for the next one.
+
+    Raises:
+        UnsupportedSettingError: it cannot. Better said now than after the first pass.
+    """
+    nothing = torch.zeros(1)
+    last = free_init.last_timestep(scheduler)
+    for num_steps in sorted(set(shot.pass_steps)):
+        _spread(scheduler, num_steps, shot)
+        if shot.free_init_iters == 1:  # nothing comes after it
+            return
+        try:
+            scheduler.add_noise(nothing, nothing, last)
+        except IndexError as err:  # it finds noise levels by their place in the schedule, and this one has none
+            remedy = "set timestep_spacing to trailing in model.scheduler.settings"
+            if num_steps == 1 and scheduler.config.timestep_spacing == "linspace":
+                remedy += ", or raise num_inference_steps" + " or clear free_init_fast" * shot.free_init_fast
+            raise UnsupportedSettingError(
+                f"free_init_iters {shot.free_init_iters}: the {num_steps}-step schedule of {type(scheduler).__name__} "
+                f"does not visit timestep {int(last)}, where the next pass starts; {remedy}"
+            ) from err
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator, parts: Components) -> torch.Tensor:

@@ -10,7 +10,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from pia_batch.config import FREE_INIT_METHODS, FreeInitMethod
 from pia_batch.errors import ImageUnreadableError, RequestError, UnsupportedSettingError
+
+_FIRST_STYLE = 6
+"""The first motion_scale that restyles; those below move, and have loops."""
+
+_MAX_FREE_INIT_ITERS = 10
+_MAX_FREE_INIT_ORDER = 32
+
+_MIN_FREE_INIT_STOP = 1e-6
+"""Below it, zero aside, the squares and powers of the filter leave the range of floating point numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +33,11 @@ class Shot:
         negative_prompt: what to steer away from; unused without guidance.
         seed: of the row's own CPU generator, 0 to 2**63 - 1.
         motion_scale: 0-2 more motion, 3-5 loops of 16 frames, 6-8 restyles.
+        loop: the last frame is as like the image as the first, at any number of frames; with a scale of 3 to 5 and
+            16 frames that is the preset itself.
         motion_curve: likeness to the image by distance from the first frame, in frames, padded with its last
-            value; overrides `motion_scale`.
+            value; overrides `motion_scale` and `loop`.
+        cond_frame: the frame that is the image, 0 to num_frames - 1; distances of the curve are counted from it.
         guidance_scale: 1 and below: no guidance, half the work.
         strength: in (0, 1]; below 1 it starts from the noised image and runs int(steps * strength) steps.
         num_inference_steps: denoising steps before `strength` shortens them.
@@ -33,6 +46,14 @@ class Shot:
         height: of the clip, in pixels, a multiple of 8.
         clip_skip: last layers of the text encoder left out, for the prompt only; None and 0 leave out none.
         eta: 0 to 1, DDIM only; other schedulers ignore it.
+        ip_adapter_image: RGB, the image prompt; None: `image` itself. Unused without an IP-Adapter.
+        ip_adapter_scale: weight of the image prompt.
+        free_init_iters: passes of FreeInit, 1 to 10, each a whole denoising; 0: off. Needs a strength of 1.
+        free_init_method: its low-pass filter: `butterworth`, `ideal` or `gaussian`.
+        free_init_order: of the butterworth filter, 1 to 32.
+        free_init_spatial_stop: normalised stop frequency over the picture, 0 or 1e-6 to 1.
+        free_init_temporal_stop: normalised stop frequency over the frames, 0 or 1e-6 to 1.
+        free_init_fast: pass k of n takes k/n of the steps.
     """
 
     image: Image.Image
@@ -40,7 +61,9 @@ class Shot:
     negative_prompt: str = ""
     seed: int = 0
     motion_scale: int = 0
+    loop: bool = False
     motion_curve: tuple[float, ...] | None = None
+    cond_frame: int = 0
     guidance_scale: float = 7.5
     strength: float = 1.0
     num_inference_steps: int = 25
@@ -49,6 +72,14 @@ class Shot:
     height: int = 512
     clip_skip: int | None = None
     eta: float = 0.0
+    ip_adapter_image: Image.Image | None = None
+    ip_adapter_scale: float = 1.0
+    free_init_iters: int = 0
+    free_init_method: FreeInitMethod = "butterworth"
+    free_init_order: int = 4
+    free_init_spatial_stop: float = 0.25
+    free_init_temporal_stop: float = 0.25
+    free_init_fast: bool = False
 
     @property
     def guided(self) -> bool:
@@ -59,6 +90,14 @@ class Shot:
     def num_steps(self) -> int:
         """Steps that `strength` leaves. The rounding is the pipeline's: downwards, of the float product."""
         return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
+
+    @property
+    def pass_steps(self) -> tuple[int, ...]:
+        """Steps of each pass: one without FreeInit. The rounding is the pipeline's, of its product of floats."""
+        passes = max(1, self.free_init_iters)
+        if not self.free_init_fast:
+            return (self.num_steps,) * passes
+        return tuple(max(1, int(self.num_steps / passes * (index + 1))) for index in range(passes))
 
 
 class Clip:
@@ -114,12 +153,14 @@ class Limits:
         max_clip_skip: layers of the text encoder.
         max_steps: timesteps that the scheduler was trained on.
         latent_stride: pixels per latent on a side, 8 in Stable Diffusion.
+        takes_image_prompts: whether it has an IP-Adapter.
     """
 
     max_frames: int
     max_clip_skip: int
     max_steps: int
     latent_stride: int
+    takes_image_prompts: bool
 
     def check(self, shot: Shot) -> None:
         """Return if this model can draw the shot.
@@ -129,6 +170,7 @@ class Limits:
             ImageUnreadableError: the image turns out broken when its pixels are read.
         """
         self._check_image(shot.image)
+        self._check_image_prompt(shot)
         self._check_size(shot)
         _require(0 <= shot.seed < 2**63, f"seed {shot.seed} is not between 0 and 2**63 - 1")
         skip = shot.clip_skip or 0
@@ -136,27 +178,30 @@ class Limits:
             0 <= skip <= self.max_clip_skip,
             f"clip_skip {skip} is not between 0 and the text encoder's {self.max_clip_skip} layers",
         )
-        curve = shot.motion_curve
-        if curve is None:
-            _require(shot.motion_scale in range(9), f"motion_scale {shot.motion_scale} is not between 0 and 8")
-        else:
-            _require(len(curve) > 0 and all(map(math.isfinite, curve)), "motion_curve needs finite numbers")
+        self._check_motion(shot)
         _require(
             math.isfinite(shot.guidance_scale) and math.isfinite(shot.eta),
             f"guidance_scale {shot.guidance_scale} and eta {shot.eta} must be finite",
         )
         self._check_steps(shot)
+        self._check_free_init(shot)
         for text in (shot.prompt, shot.negative_prompt):
             _require(_is_unicode(text), "the prompt holds a lone surrogate, which is no text")
 
     def _check_image(self, image: Image.Image) -> None:
-        _require(image.mode == "RGB", f"the image is {image.mode}, not RGB")
         side = min(image.size)
         _require(side >= self.latent_stride, f"the image's side of {side} px is below {self.latent_stride} px")
-        try:
-            image.load()
-        except OSError as err:
-            raise ImageUnreadableError(f"the image cannot be decoded: {err}") from err
+        _check_pixels(image, "the image")
+
+    def _check_image_prompt(self, shot: Shot) -> None:
+        scale = shot.ip_adapter_scale
+        _require(math.isfinite(scale), f"ip_adapter_scale {scale} is not finite")
+        if shot.ip_adapter_image is not None:
+            _require(
+                self.takes_image_prompts,
+                "ip_adapter_image: this model has no IP-Adapter; set model.ip_adapter, or clear the column",
+            )
+            _check_pixels(shot.ip_adapter_image, "ip_adapter_image")
 
     def _check_size(self, shot: Shot) -> None:
         _require(
@@ -166,6 +211,23 @@ class Limits:
         step = math.lcm(8, self.latent_stride)
         for name, value in (("width", shot.width), ("height", shot.height)):
             _require(value > 0 and value % step == 0, f"{name} {value} is not a positive multiple of {step}")
+
+    def _check_motion(self, shot: Shot) -> None:
+        curve = shot.motion_curve
+        if curve is None:
+            _require(shot.motion_scale in range(9), f"motion_scale {shot.motion_scale} is not between 0 and 8")
+            _require(
+                not shot.loop or shot.motion_scale < _FIRST_STYLE,
+                f"loop does not go with motion_scale {shot.motion_scale}, which restyles and has no loop; "
+                "take a motion_scale of 0 to 5, or no loop",
+            )
+        else:
+            _require(len(curve) > 0 and all(map(math.isfinite, curve)), "motion_curve needs finite numbers")
+        _require(
+            0 <= shot.cond_frame < shot.num_frames,
+            f"cond_frame {shot.cond_frame} is not between 0 and {shot.num_frames - 1}, the last of num_frames "
+            f"{shot.num_frames}",
+        )
 
     def _check_steps(self, shot: Shot) -> None:
         _require(0 < shot.strength <= 1, f"strength {shot.strength} is not in (0, 1]")
@@ -178,6 +240,41 @@ class Limits:
             f"strength {shot.strength} leaves none of {shot.num_inference_steps} steps; "
             "their product must be at least 1",
         )
+
+    def _check_free_init(self, shot: Shot) -> None:
+        _require(
+            0 <= shot.free_init_iters <= _MAX_FREE_INIT_ITERS,
+            f"free_init_iters {shot.free_init_iters} is not between 0 and {_MAX_FREE_INIT_ITERS}",
+        )
+        if shot.free_init_iters == 0:
+            return
+        _require(
+            shot.strength == 1,
+            f"free_init_iters {shot.free_init_iters} does not go with strength {shot.strength:g}: every pass of "
+            "FreeInit denoises from pure noise; set strength to 1, or free_init_iters to 0",
+        )
+        _require(
+            shot.free_init_method in FREE_INIT_METHODS,
+            f"free_init_method {shot.free_init_method!r} is none of {', '.join(FREE_INIT_METHODS)}",
+        )
+        order = shot.free_init_order
+        _require(
+            1 <= order <= _MAX_FREE_INIT_ORDER, f"free_init_order {order} is not between 1 and {_MAX_FREE_INIT_ORDER}"
+        )
+        for name in ("free_init_spatial_stop", "free_init_temporal_stop"):
+            stop = getattr(shot, name)
+            _require(
+                stop == 0 or _MIN_FREE_INIT_STOP <= stop <= 1,
+                f"{name} {stop} is neither 0 nor between {_MIN_FREE_INIT_STOP:g} and 1",
+            )
+
+
+def _check_pixels(image: Image.Image, name: str) -> None:
+    _require(image.mode == "RGB", f"{name} is {image.mode}, not RGB")
+    try:
+        image.load()
+    except OSError as err:
+        raise ImageUnreadableError(f"{name} cannot be decoded: {err}") from err
 
 
 def _require(condition: bool, otherwise: str) -> None:

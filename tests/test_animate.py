@@ -1,4 +1,6 @@
+import contextlib
 import hashlib
+import io
 import math
 import subprocess
 import sys
@@ -8,21 +10,24 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import png, requests_table
-from fakes import ENGINE_ID, FakeClip, FakeControl, FakeEngine
+from fakes import ENGINE_ID, FakeClip, FakeControl, FakeEngine, FakeShelf
+from PIL import Image
 
 from pia_batch import video
+from pia_batch.animate import OUTCOME, Animate, check_animation, measures
 from pia_batch.config import RunConfig
-from pia_batch.errors import ConfigError, EncodingError, StorageError
+from pia_batch.errors import BrokenDeviceError, ConfigError, EncodingError, StorageError
 from pia_batch.journal import Journal, animation_name
 from pia_batch.manifest import Manifest
-from pia_batch.records import FETCHED, KeySet, keys_from_hex
-from pia_batch.stages import OUTCOME, Animate, DropFinished, FetchImages, Row, Validate, check_animation, measures
+from pia_batch.records import FETCHED, KeySet, Row, keys_from_hex
+from pia_batch.stages import Arrange, DropFinished, FetchImages, Validate
 from pia_batch.storage import Store
 
 MakeConfig = Callable[..., RunConfig]
@@ -31,7 +36,7 @@ MakeConfig = Callable[..., RunConfig]
 def validated(config: RunConfig) -> pa.Table:
     found = Manifest.open(config.manifest)
     rows = pa.concat_tables([batch.table for batch in found.batches()])
-    return Validate(config, ENGINE_ID, found.schema)(rows)
+    return Validate(config, {"default": ENGINE_ID}, found.schema)(rows)
 
 
 def fetched(config: RunConfig) -> pa.Table:
@@ -39,7 +44,8 @@ def fetched(config: RunConfig) -> pa.Table:
 
 
 def stage(config: RunConfig, engine: Any = None, control: Any = None, run_id: str = "run-1") -> Animate:
-    return Animate(lambda: engine or FakeEngine(), ENGINE_ID, config, run_id, control or FakeControl())
+    shelf = FakeShelf(engine or FakeEngine())
+    return Animate(lambda: shelf, {"default": ENGINE_ID}, config, run_id, control or FakeControl())
 
 
 def animate(config: RunConfig, engine: Any = None, control: Any = None) -> dict[str, Row]:
@@ -108,7 +114,7 @@ def test_frames_and_settings_reach_the_engine_and_the_file_unchanged(make_config
         format=["png_zip", "png_zip"],
         seed=pa.array([7, None]),
         motion_curve=pa.array([[1.0, 0.5], None]),
-        motion_scale=pa.array([None, 2]),
+        motion_scale=pa.array([1, 2]),
         strength=[0.5, 1.0],
         clip_skip=pa.array([1, None]),
         negative_prompt=["blurry", None],
@@ -219,7 +225,7 @@ def test_each_kind_of_bad_image_fails_its_own_row_and_no_other(make_config: Make
         "images/gone.png": "image_unavailable",
         "images": "image_unavailable",
         "requests.parquet": "image_unreadable",
-        "https://169.254.169.254/latest": "image_unavailable",
+        "https://169.254.169.254/latest": "image_not_allowed",
         "s3://key:secret@bucket/x.png": "image_unavailable",
         "images/1.png": "image_mismatch",
         "s3://[bucket/x.png": "image_unavailable",
@@ -307,19 +313,6 @@ def test_a_batch_without_any_image_never_reaches_the_device(make_config: MakeCon
 
     assert [row["status"] for row in rows.values()] == ["failed", "failed"]
     assert engine.calls == []
-
-
-def test_a_bug_in_the_engine_ends_the_run_and_commits_nothing(make_config: MakeConfig) -> None:
-    class Broken(FakeEngine):
-        def animate(self, shots: Sequence[Any]) -> list[FakeClip]:
-            return [] if shots else [FakeClip()]
-
-    config = make_config()
-
-    with pytest.raises(ValueError, match="shorter"):
-        animate(config, Broken())
-
-    assert committed(config) == {}
 
 
 class BrittleStore(Store):
@@ -449,7 +442,7 @@ def test_check_animation_accepts_the_right_and_refuses_other_sizes(make_config: 
 
 def test_nothing_begins_and_nothing_is_written_while_the_run_is_stopping(make_config: MakeConfig) -> None:
     config, engine, control = make_config(), FakeEngine(), FakeControl()
-    control.stopping = True
+    control.stop()
     requests = fetched(config)
 
     outcomes = stage(config, engine, control)(requests)
@@ -467,22 +460,21 @@ def test_a_batch_ends_only_once_it_is_committed_and_attempts_are_counted(make_co
     class Witness(FakeControl):
         known: dict[str, Row] | None = None
 
-        def end(self, keys: list[str]) -> None:
-            super().end(keys)
+        def end(self, outcomes: list[Row]) -> None:
+            super().end(outcomes)
             self.known = committed(config)
 
     control = Witness()
-    control.begun = dict.fromkeys(fetched(config)["key"].to_pylist()[:1], 2)
 
     rows = animate(config, control=control)
 
     assert control.known == rows
-    assert [rows["r000"]["attempts"], rows["r001"]["attempts"]] == [3, 1]
+    assert [rows["r000"]["attempts"], rows["r001"]["attempts"]] == [1, 1]
     assert sorted(control.ended) == sorted(row["key"] for row in rows.values())
 
 
 def test_an_engine_with_other_weights_is_refused_with_the_remedy(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"engine 0{32} instead of f{32}; give every node the same model.base"):
+    with pytest.raises(ConfigError, match=r"engine 0{32} instead of f{32}; give every node the same weights"):
         stage(make_config(), FakeEngine(engine_id="0" * 32))
 
 
@@ -586,3 +578,317 @@ def test_importing_the_stages_imports_neither_torch_nor_ray() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert done.stdout == "[]\n"
+
+
+# --- sizes, image prompts, models -----------------------------------------------------------------------------------
+
+
+def arranged(config: RunConfig) -> pa.Table:
+    return Arrange(config.images, Manifest.open(config.manifest).folder)(validated(config))
+
+
+def write_png(config: RunConfig, name: str, width: int, height: int, orientation: int = 1) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.open(io.BytesIO(png(0, width, height)))
+    image.save(Path(config.manifest) / "images" / name, exif=exif)
+
+
+def test_what_can_be_drawn_together_stands_together_and_otherwise_nothing_moves(make_config: MakeConfig) -> None:
+    table = requests_table(6, num_frames=[4, 8, 4, 8, 4, 8], width=[64, 64, 128, 64, 64, None])
+
+    rows = arranged(make_config(table)).to_pylist()
+
+    assert [(row["request_id"], row["num_frames"], row["width"]) for row in rows] == [
+        ("r000", 4, 64),
+        ("r004", 4, 64),
+        ("r002", 4, 128),
+        ("r001", 8, 64),
+        ("r003", 8, 64),
+        ("r005", 8, 64),
+    ]
+
+
+def test_a_size_from_the_image_keeps_its_shape_and_is_the_same_however_it_was_found(make_config: MakeConfig) -> None:
+    config = make_config(
+        requests_table(4, image=[f"images/{name}.png" for name in ("wide", "upright", "small", "gone")]),
+        defaults__size="auto",
+        defaults__long_side=256,
+        defaults__num_frames=2,
+        defaults__format="png_zip",
+    )
+    write_png(config, "wide.png", 640, 330)
+    write_png(config, "upright.png", 300, 200, orientation=6)
+    write_png(config, "small.png", 30, 60)
+    wanted = {"r000": (256, 128), "r001": (192, 256), "r002": (64, 64), "r003": (None, None)}
+
+    early = {row["request_id"]: (row["width"], row["height"]) for row in arranged(config).to_pylist()}
+    late = {row["request_id"]: (row["width"], row["height"]) for row in fetched(config).to_pylist()}
+    rows = animate(config)
+
+    assert early == late == wanted
+    assert {name: (row["width"], row["height"]) for name, row in rows.items()} == wanted
+    assert (rows["r003"]["error_kind"], rows["r000"]["size"], rows["r000"]["long_side"]) == (
+        "image_unavailable",
+        "auto",
+        256,
+    )
+    frames = video.decode(stored(config)[rows["r001"]["animation_uri"]], "png_zip")
+    assert frames.shape == (2, 256, 192, 3)
+
+
+def test_an_image_prompt_reaches_the_engine_whole_and_a_bad_one_fails_its_row(make_config: MakeConfig) -> None:
+    table = requests_table(3, ip_adapter_image=["images/2.png", None, "requests.parquet"], format=["gif"] * 3)
+    config, engine = make_config(table, model__ip_adapter={"source": "adapter.safetensors"}), FakeEngine()
+
+    rows = animate(config, engine)
+
+    ((first, second),) = engine.calls
+    assert np.array_equal(np.asarray(first.ip_adapter_image), np.asarray(Image.open(io.BytesIO(png(2)))))
+    assert first.ip_adapter_scale == 1.0
+    assert not hasattr(second, "ip_adapter_image")
+    assert rows["r002"]["error_kind"] == "image_unreadable"
+    assert rows["r002"]["error"].startswith("column 'ip_adapter_image': ")
+    assert rows["r000"]["ip_adapter_image"] == "images/2.png"
+
+
+def test_each_request_is_drawn_by_its_own_model_and_says_so(make_config: MakeConfig) -> None:
+    table = requests_table(4, model=["toon", None, "toon", "default"], format=["gif"] * 4)
+    config = make_config(table, models__toon={"base": "toon/base"})
+    ids = {"default": ENGINE_ID, "toon": "a" * 32}
+    found = Manifest.open(config.manifest)
+    requests = Validate(config, ids, found.schema)(next(iter(found.batches())).table)
+    requests = FetchImages(config.images, found.folder)(requests)
+    engines = {"default": FakeEngine(), "toon": FakeEngine(engine_id="a" * 32)}
+    shelf = FakeShelf(engines=engines)
+
+    Animate(lambda: shelf, ids, config, "run-1", FakeControl())(requests)
+
+    assert {name: row["engine_id"] for name, row in committed(config).items()} == {
+        f"r{k:03d}": ids[model] for k, model in enumerate(["toon", "default", "toon", "default"])
+    }
+    assert [len(call) for call in engines["toon"].calls] == [len(call) for call in engines["default"].calls] == [2]
+    assert shelf.asked == ["default", "toon", "default"]  # the first is loaded before there is work
+
+
+def test_an_engine_is_checked_whenever_it_was_loaded_and_only_then(make_config: MakeConfig) -> None:
+    @dataclass
+    class Checked(FakeEngine):
+        checks: int = 0
+
+        def check(self) -> None:
+            self.checks += 1
+
+    config, engine = make_config(requests_table(2, format=["gif"] * 2)), Checked()
+    shelf = FakeShelf(engine)
+    animator = Animate(lambda: shelf, {"default": ENGINE_ID}, config, "run-1", FakeControl())
+    animator(fetched(config))
+    again = shelf.default = Checked()
+    animator(fetched(config))
+
+    assert (engine.checks, again.checks) == (1, 1)
+
+
+def test_a_broken_device_ends_the_run_before_it_draws(make_config: MakeConfig) -> None:
+    class Broken(FakeEngine):
+        def check(self) -> None:
+            raise BrokenDeviceError("cuda:0 draws another clip than it should")
+
+    with pytest.raises(BrokenDeviceError, match="cuda:0"):
+        stage(make_config(), Broken())
+
+
+@pytest.mark.parametrize(
+    ("limits", "prompt", "message"),
+    [
+        (
+            {"limits__min_frame_std": 1},
+            "a flat one",
+            "the clip is flat: its frame_std is 0, below limits.min_frame_std 1",
+        ),
+        (
+            {"limits__min_motion": 0.5},
+            "a frozen one",
+            "the clip is frozen: its motion is 0, below limits.min_motion 0.5",
+        ),
+    ],
+)
+def test_a_clip_that_shows_nothing_fails_where_the_config_says_so(
+    make_config: MakeConfig, tmp_path: Path, limits: dict[str, float], prompt: str, message: str
+) -> None:
+    class Dull(FakeEngine):
+        def animate(self, shots: Sequence[Any]) -> list[FakeClip]:
+            clips = super().animate(shots)
+            for shot, clip in zip(shots, clips, strict=True):
+                if "flat" in shot.prompt:
+                    clip.drawn = np.full_like(clip.drawn, 128)
+                elif "frozen" in shot.prompt:
+                    clip.drawn = np.repeat(clip.drawn[:1], len(clip.drawn), axis=0)
+            return clips
+
+    table = requests_table(3, prompt=["lively", prompt, "lively too"], format=["gif"] * 3)
+
+    assert {row["status"] for row in animate(make_config(table), Dull()).values()} == {"succeeded"}
+    rows = animate(make_config(table, output=str(tmp_path / "strict"), **limits), Dull())
+
+    assert [rows[name]["status"] for name in sorted(rows)] == ["succeeded", "failed", "succeeded"]
+    assert rows["r001"]["error_kind"] == "degenerate"
+    assert rows["r001"]["error"].startswith(message)
+    assert (rows["r001"]["motion"], rows["r001"]["animation_uri"]) == (0, None)
+
+
+def test_one_frame_cannot_be_frozen(make_config: MakeConfig) -> None:
+    config = make_config(requests_table(1, num_frames=[1], format=["gif"]), limits__min_motion=5)
+
+    assert animate(config)["r000"]["status"] == "succeeded"
+
+
+# --- poison ---------------------------------------------------------------------------------------------------------
+
+
+class Died(BaseException):
+    """The end of a worker's process, as far as this one is concerned. Nothing of the worker may catch it."""
+
+
+@dataclass
+class Poisoned(FakeEngine):
+    """Does to its process what a prompt says; is broken for good where `sick`."""
+
+    sick: bool = False
+
+    def check(self) -> None:
+        if self.sick:
+            raise BrokenDeviceError("the device is gone")
+
+    def animate(self, shots: Sequence[Any]) -> list[FakeClip]:
+        for shot in shots:
+            if "raises" in shot.prompt:
+                raise RuntimeError("weights are " + "cursed")
+            if "hungers" in shot.prompt:
+                raise MemoryError
+            if "kills" in shot.prompt:
+                raise Died
+            if "hangs" in shot.prompt:
+                time.sleep(0.4)
+        return super().animate(shots)
+
+
+def run_to_the_end(config: RunConfig, control: FakeControl | None = None, workers: int = 20) -> pa.Table:
+    """Give one batch to worker after worker until one survives it, as Ray does."""
+    control, requests = control or FakeControl(), fetched(config)
+    for _ in range(workers):
+        with contextlib.suppress(Died):
+            return stage(config, Poisoned(), control)(requests)
+    raise AssertionError("no worker survived")
+
+
+@pytest.mark.parametrize(
+    ("does", "kind", "attempts", "error"),
+    [
+        ("raises", "engine_error", 2, "the engine raised RuntimeError: weights are cursed"),
+        ("hungers", "out_of_memory", 2, "the worker ran out of memory"),
+        ("kills", "worker_crash", 4, "its worker died in each of 2 attempts to draw it alone"),
+    ],
+)
+@pytest.mark.parametrize("where", [(0,), (3,), (1, 2)])
+def test_poison_fails_alone_with_its_kind_and_its_neighbours_succeed(
+    make_config: MakeConfig, does: str, kind: str, attempts: int, error: str, where: tuple[int, ...]
+) -> None:
+    prompts = [does if k in where else "fine" for k in range(5)]
+    config = make_config(requests_table(5, prompt=prompts, format=["gif"] * 5))
+
+    outcomes = run_to_the_end(config)
+
+    rows = committed(config)
+    assert outcomes["status"].to_pylist() == [rows[f"r{k:03d}"]["status"] for k in range(5)]
+    for k in range(5):
+        row = rows[f"r{k:03d}"]
+        if k in where:
+            assert (row["status"], row["error_kind"], row["attempts"]) == ("failed", kind, attempts)
+            assert row["error"].startswith(error)
+        else:
+            assert row["status"] == "succeeded"
+    assert len(stored(config)) == 5 - len(where)
+
+
+def test_what_was_committed_before_a_worker_died_is_not_drawn_again(make_config: MakeConfig) -> None:
+    config = make_config(requests_table(3, prompt=["fine", "fine", "kills"], format=["gif"] * 3))
+
+    run_to_the_end(config)
+
+    record = Journal(Store(config.output))
+    fragments = record.read(record.fragments())
+    assert sorted(name for table in fragments for name in table["request_id"].to_pylist()) == ["r000", "r001", "r002"]
+
+
+def test_a_worker_that_hangs_ends_itself_and_the_request_is_told_apart(make_config: MakeConfig) -> None:
+    config = make_config(requests_table(3, prompt=["fine", "hangs", "fine"], format=["gif"] * 3), limits__timeout_s=0.2)
+    control, requests, deaths = FakeControl(), fetched(config), threading.Event()
+    for _ in range(6):
+        deaths.clear()
+        animator = Animate(
+            lambda: FakeShelf(Poisoned()), {"default": ENGINE_ID}, config, "run-1", control, die=deaths.set
+        )
+        worker = _Mortal(animator, requests, deaths)
+        worker.start()
+        worker.join()
+        if not deaths.is_set():
+            break
+
+    rows = committed(config)
+    assert [rows[name]["error_kind"] for name in sorted(rows)] == [None, "timeout", None]
+    assert "limits.timeout_s" in rows["r001"]["error"]
+
+
+class _Mortal(threading.Thread):
+    """A worker whose journal stops taking anything once it has died, as a dead process writes no more."""
+
+    def __init__(self, animator: Animate, requests: pa.Table, dead: threading.Event) -> None:
+        super().__init__(daemon=True)
+        self.animator, self.requests = animator, requests
+        commit = animator._journal.append
+
+        def append(table: pa.Table) -> None:
+            if dead.is_set():
+                raise Died
+            commit(table)
+
+        animator._journal.append = append
+
+    def run(self) -> None:
+        with contextlib.suppress(Died):
+            self.animator(self.requests)
+
+
+def test_a_device_that_breaks_ends_the_worker_and_blames_no_request(make_config: MakeConfig) -> None:
+    config = make_config(requests_table(2, prompt=["fine", "raises"], format=["gif"] * 2))
+    engine = Poisoned()
+
+    def die() -> None:
+        raise Died
+
+    animator = Animate(lambda: FakeShelf(engine), {"default": ENGINE_ID}, config, "r", FakeControl(), die=die)
+    engine.sick = True
+
+    with pytest.raises(Died):
+        animator(fetched(config))
+    assert committed(config) == {}
+
+
+def test_a_deadline_grows_with_the_work(make_config: MakeConfig) -> None:
+    animator = stage(make_config(limits__timeout_s=100))
+    row = {"num_inference_steps": 25, "num_frames": 16, "width": 512, "height": 512, "free_init_iters": 0}
+
+    assert animator._deadline_s([row | {"width": 64}]) == 100
+    assert animator._deadline_s([row] * 4) == 400
+    assert animator._deadline_s([row | {"free_init_iters": 3}]) == 300
+    assert animator._deadline_s([row | {"width": None}]) == 100
+
+
+def test_images_in_the_manifest_have_the_same_cap_as_others(make_config: MakeConfig) -> None:
+    table = requests_table(2, image=[None, None], image_bytes=[png(0), png(1) + bytes(9000)], format=["gif"] * 2)
+
+    rows = animate(make_config(table, images__max_bytes=max(len(png(0)), len(png(1)))))
+
+    assert [rows[name]["error_kind"] for name in sorted(rows)] == [None, "image_unavailable"]
+    assert "images.max_bytes" in rows["r001"]["error"]

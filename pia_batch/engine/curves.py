@@ -1,0 +1,53 @@
+"""Motion curves: how like the image each frame should be, by the settings of a shot.
+
+Knows nothing of tensors and networks.
+"""
+
+from __future__ import annotations
+
+from pia_batch.engine.shots import Shot
+
+_PRESETS: tuple[tuple[float, ...], ...] = (
+    (1.0, 0.9, 0.85, 0.85, 0.85, 0.8),
+    (1.0, 0.8, 0.8, 0.8, 0.79, 0.78, 0.75),
+    (1.0, 0.8, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.6, 0.5, 0.5),
+    (1.0, 0.9, 0.85, 0.85, 0.85, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.85, 0.85, 0.9, 1.0),
+    (1.0, 0.8, 0.8, 0.8, 0.79, 0.78, 0.75, 0.75, 0.75, 0.75, 0.75, 0.78, 0.79, 0.8, 0.8, 1.0),
+    (1.0, 0.8, 0.7, 0.7, 0.7, 0.7, 0.6, 0.5, 0.5, 0.6, 0.7, 0.7, 0.7, 0.7, 0.8, 1.0),
+    (0.5, 0.4, 0.4, 0.4, 0.35, 0.3),
+    (0.5, 0.4, 0.4, 0.4, 0.35, 0.35, 0.3, 0.25, 0.2),
+    (0.5, 0.2),
+)
+"""Likeness to the image by distance from the frame that is the image, by motion_scale. 3 to 5 close after 16 frames.
+
+Source: open-mmlab/PIA `animatediff/utils/util.py`, in the order of diffusers: the original has 6 and 8 swapped.
+"""
+
+
+def motion_coefficients(shot: Shot) -> tuple[float, ...]:
+    """One number a frame: how like the image it should be, 0 to 1 with the presets.
+
+    A curve goes by the distance to `cond_frame` and stays at its last value. Of a loop the last frame has the
+    coefficient of the first, at any number of frames and any `cond_frame`.
+
+    Source: `prepare_mask_coef_by_statistics` of open-mmlab/PIA; loops of other lengths than 16 are resampled from it.
+    """
+    frames = range(shot.num_frames)
+    if shot.loop and shot.motion_curve is None:
+        loop = _resampled(_PRESETS[3 + shot.motion_scale % 3], shot.num_frames)
+        # The last frame is the first one's phase again, so that one turn is a frame shorter than the clip.
+        turn = max(1, shot.num_frames - 1)
+        return tuple(loop[(frame - shot.cond_frame) % turn] for frame in frames)
+    curve = _PRESETS[shot.motion_scale] if shot.motion_curve is None else shot.motion_curve
+    return tuple(curve[min(abs(frame - shot.cond_frame), len(curve) - 1)] for frame in frames)
+
+
+def _resampled(curve: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """The curve at `count` even positions from its first to its last value, linearly between its own."""
+    last = len(curve) - 1
+    values = []
+    for index in range(count):
+        position = index * last / max(1, count - 1)
+        left = int(position)
+        values.append(curve[left] + (position - left) * (curve[min(left + 1, last)] - curve[left]))
+    return tuple(values)

@@ -1,0 +1,343 @@
+"""What the first bytes of an image say without decoding it: its format, its size, and which way is up.
+
+Read by hand and in bounded time, because Pillow does more when it opens a file: it unpacks text and profiles, follows
+EXIF into every corner, and some formats it can only open whole. `lean` keeps such things away from it.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pia_batch.errors import ImageUnreadableError
+
+Format = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP"]
+"""As Pillow calls them."""
+
+MAX_SIDE = 65_535
+"""Pixels; also what JPEG and GIF end at. Resampling one row of 40 million pixels takes 2 GB and 9 s (measured)."""
+
+MAX_PARTS = 10_000
+"""Chunks, segments or blocks before the pixels. An honest file has some dozens; a profile in a GIF a few thousand."""
+
+MAX_CHUNKS = 200_000
+"""Chunks of a PNG in all. Encoders write pixels in chunks of 8 KiB or more."""
+
+MAX_SCANS = 100
+"""Scans of a JPEG. Encoders write about ten; each costs 26 ms at 40 million pixels and can be 60 bytes (measured)."""
+
+MAX_PROFILE_BYTES = 4 * 2**20
+"""Of an ICC profile; a printing press's has about 2 MiB."""
+
+_SIGNATURES: dict[bytes, Format] = {
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"RIFF": "WEBP",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"BM": "BMP",
+}
+_ACCEPTED = "PNG, JPEG, WebP, GIF or BMP"
+
+_ORIENTATION, _SHORT, _LONG = 0x0112, 3, 4  # TIFF 6.0
+_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SOS, _EOI = 0xDA, 0xD9
+_ALONE = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})
+"""JPEG markers without a length, and the zero that escapes 0xFF."""
+_TABLES = frozenset({0xC4, 0xCC, 0xDB, 0xDD})
+"""What a JPEG is decoded with: Huffman and arithmetic tables, quantization, restart interval."""
+_COLOURS = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}
+"""What tells a JPEG's colours: application segments and how they begin."""
+_NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+
+
+class IncompleteError(Exception):
+    """These bytes end before what was asked for."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image says of itself."""
+
+    format: Format
+    width: int
+    height: int
+    """Pixels as stored, each from 1 to MAX_SIDE."""
+    orientation: int = 1
+    """As EXIF numbers them, 1 to 8; 1 is upright."""
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height once the image is turned as its orientation asks."""
+        return (self.height, self.width) if self.orientation > 4 else (self.width, self.height)  # noqa: PLR2004 - EXIF
+
+
+def read(data: bytes) -> Header:
+    """The header of an image, from its beginning or from all of it.
+
+    Only EXIF before the pixels counts, as a JPEG, a WebP or a PNG keeps it; in WebP it may follow them.
+
+    Raises:
+        IncompleteError: `data` ends too early.
+        ImageUnreadableError: another format, a corrupt header, or a side of no pixel or of too many.
+    """
+    file_format = _format_of(data)
+    width, height, exif = _READERS[file_format](data)
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        msg = f"{width} x {height} pixels; from 1 to {MAX_SIDE} a side are accepted"
+        raise ImageUnreadableError(msg)
+    return Header(file_format, width, height, _orientation(exif))
+
+
+def lean(data: bytes, file_format: Format) -> bytes:
+    """The file without what is no picture and no colour, as far as that protects a decoder; for a whole file.
+
+    A JPEG loses EXIF, comments, previews, and what follows its first picture. What has more parts than an honest file
+    is refused.
+
+    Raises:
+        IncompleteError: the file ends before its pixels.
+        ImageUnreadableError: too many parts.
+    """
+    if file_format == "JPEG":
+        return _lean_jpeg(data)
+    if file_format == "PNG":
+        for _ in _png_chunks(data, MAX_CHUNKS):
+            pass
+    return data
+
+
+def _format_of(data: bytes) -> Format:
+    for signature, file_format in _SIGNATURES.items():
+        if data.startswith(signature) and (file_format != "WEBP" or b"WEBP".startswith(data[8:12])):
+            _need(data, 12)
+            return file_format
+        if signature.startswith(data):
+            raise IncompleteError
+    msg = f"not a readable {_ACCEPTED} image; its {len(data)} bytes begin with {data[:8]!r}"
+    raise ImageUnreadableError(msg)
+
+
+def _need(data: bytes, end: int) -> None:
+    if len(data) < end:
+        raise IncompleteError
+
+
+def _corrupt(what: str) -> ImageUnreadableError:
+    return ImageUnreadableError(f"corrupt or truncated image: {what}")
+
+
+# --- PNG: chunks of length, name, payload, checksum (ISO/IEC 15948) --------------------------------------------------
+
+
+def _png(data: bytes) -> tuple[int, int, bytes]:
+    _need(data, 26)
+    if data[12:16] != b"IHDR":
+        raise _corrupt("a PNG without IHDR")
+    width, height = struct.unpack_from(">II", data, 16)
+    exif = b""
+    for name, start, end in _png_chunks(data, MAX_PARTS):
+        if name in (b"IDAT", b"IEND"):
+            return width, height, exif
+        _need(data, end + 4)
+        if name == b"eXIf":
+            exif = data[start:end]
+    raise IncompleteError
+
+
+def _png_chunks(data: bytes, limit: int) -> Iterator[tuple[bytes, int, int]]:
+    """Name, and where the payload begins and ends, of every chunk whose head is there."""
+    position = 8
+    for _ in range(limit):
+        if len(data) < position + 8:
+            return
+        length, name = struct.unpack_from(">I4s", data, position)
+        yield name, position + 8, position + 8 + length
+        position += 12 + length
+    raise _corrupt(f"a PNG of more than {limit} chunks")
+
+
+# --- JPEG: segments of marker, length, payload (ITU-T T.81) ----------------------------------------------------------
+
+
+def _jpeg(data: bytes) -> tuple[int, int, bytes]:
+    exif = b""
+    for marker, start, end in _jpeg_segments(data):
+        if marker in _SOF:
+            _need(data, start + 5)
+            height, width = struct.unpack_from(">HH", data, start + 1)
+            return width, height, exif
+        _need(data, end)
+        if marker == _SOS:
+            raise _corrupt("a JPEG without a size")
+        if marker == 0xE1 and not exif and data.startswith(b"Exif\0\0", start):  # noqa: PLR2004 - APP1
+            exif = data[start:end]
+    raise IncompleteError
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, and where the payload begins and ends, of every segment up to the first scan's, as far as they go."""
+    position = 2
+    for _ in range(MAX_PARTS):
+        position = data.find(b"\xff", position)
+        if position < 0 or len(data) < position + 4:
+            return
+        marker = data[position + 1]
+        if marker == _EOI:
+            raise _corrupt("a JPEG without pixels")
+        if marker == 0xFF or marker in _ALONE:  # noqa: PLR2004 - a byte of padding
+            position += 1 if marker == 0xFF else 2  # noqa: PLR2004
+            continue
+        (length,) = struct.unpack_from(">H", data, position + 2)
+        if length < 2:  # noqa: PLR2004 - it counts itself
+            raise _corrupt("a JPEG with a segment of no length")
+        yield marker, position + 4, position + 2 + length
+        if marker == _SOS:
+            return
+        position += 2 + length
+    raise _corrupt(f"a JPEG of more than {MAX_PARTS} segments")
+
+
+def _lean_jpeg(data: bytes) -> bytes:
+    kept, profile_bytes = [b"\xff\xd8"], 0
+    for marker, start, end in _jpeg_segments(data):
+        _need(data, end)
+        segment = data[start - 4 : end]
+        if marker == _SOS:
+            kept.append(data[start - 4 : _end_of_scans(data, end)])
+            return b"".join(kept)
+        if marker == 0xE2:  # noqa: PLR2004 - APP2
+            profile_bytes += len(segment)
+            if profile_bytes > MAX_PROFILE_BYTES:
+                continue
+        coloured = marker in _COLOURS and segment.startswith(_COLOURS[marker], 4)
+        if coloured or marker in _TABLES or marker in _SOF:
+            kept.append(segment)
+    raise IncompleteError
+
+
+def _end_of_scans(data: bytes, position: int) -> int:
+    """Behind the picture's end marker, or the end of data where it has none."""
+    scans = 1
+    for _ in range(MAX_PARTS):
+        found = _NEXT_MARKER.search(data, position)
+        if found is None:
+            return len(data)
+        marker = data[found.start() + 1]
+        if marker == _EOI:
+            return found.end()
+        scans += marker == _SOS
+        if scans > MAX_SCANS:
+            raise _corrupt(f"a JPEG of more than {MAX_SCANS} scans")
+        if marker in _ALONE:
+            position = found.end()
+            continue
+        if len(data) < found.end() + 2:
+            return len(data)
+        position = found.end() + max(struct.unpack_from(">H", data, found.end())[0], 2)
+    raise _corrupt(f"a JPEG of more than {MAX_PARTS} segments")
+
+
+# --- WebP: a RIFF of chunks of name, length, payload (RFC 9649) -------------------------------------------------------
+
+
+def _webp(data: bytes) -> tuple[int, int, bytes]:
+    _need(data, 30)
+    name = data[12:16]
+    if name == b"VP8 ":
+        if data[23:26] != b"\x9d\x01\x2a":
+            raise _corrupt("a WebP whose first frame is no key frame")
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF, b""
+    if name == b"VP8L":
+        (packed,) = struct.unpack_from("<I", data, 21)
+        return (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1, b""
+    if name != b"VP8X":
+        raise _corrupt("a WebP without a picture")
+    size = int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    return *size, _webp_exif(data) if data[20] & 0x08 else b""
+
+
+def _webp_exif(data: bytes) -> bytes:
+    (riff_bytes,) = struct.unpack_from("<I", data, 4)
+    position = 12
+    for _ in range(MAX_PARTS):
+        if position + 8 > 8 + riff_bytes:
+            return b""
+        _need(data, position + 8)
+        name, length = struct.unpack_from("<4sI", data, position)
+        if name == b"EXIF":
+            _need(data, position + 8 + length)
+            return data[position + 8 : position + 8 + length]
+        position += 8 + length + length % 2
+    raise _corrupt(f"a WebP of more than {MAX_PARTS} chunks")
+
+
+# --- GIF: a screen, then blocks (GIF89a specification) ---------------------------------------------------------------
+
+
+def _gif(data: bytes) -> tuple[int, int, bytes]:
+    """The canvas, and where the first picture overhangs it as much more as Pillow makes of it."""
+    _need(data, 13)
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    parts = 0
+    while parts < MAX_PARTS:
+        _need(data, position + 9)
+        if data[position] == 0x2C:  # noqa: PLR2004 - an image
+            x, y, w, h = struct.unpack_from("<HHHH", data, position + 1)
+            return max(width, x + w), max(height, y + h), b""
+        parts += 1
+        if data[position] == 0x21:  # noqa: PLR2004 - an extension: label, then sub-blocks up to an empty one
+            position += 2
+            while parts < MAX_PARTS and data[position]:
+                position += 1 + data[position]
+                parts += 1
+                _need(data, position + 1)
+            position += 1
+        elif data[position] == 0:
+            position += 1
+        else:
+            raise _corrupt("a GIF without a picture")
+    raise _corrupt(f"a GIF of more than {MAX_PARTS} blocks")
+
+
+# --- BMP -------------------------------------------------------------------------------------------------------------
+
+
+def _bmp(data: bytes) -> tuple[int, int, bytes]:
+    _need(data, 26)
+    (header_bytes,) = struct.unpack_from("<I", data, 14)
+    if header_bytes == 12:  # noqa: PLR2004 - OS/2
+        width, height = struct.unpack_from("<HH", data, 18)
+        return width, height, b""
+    width, height = struct.unpack_from("<ii", data, 18)
+    return width, abs(height), b""  # below 0: stored from the top
+
+
+# --- EXIF: a TIFF of which one tag matters ---------------------------------------------------------------------------
+
+
+def _orientation(exif: bytes) -> int:
+    """1 where EXIF is missing or broken: a good picture is shown as it is, as browsers do."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", exif, entry)
+            if tag == _ORIENTATION and kind in (_SHORT, _LONG):
+                (value,) = struct.unpack_from(f"{order}{'H' if kind == _SHORT else 'I'}", exif, entry + 8)
+                return int(value) if 1 <= value <= 8 else 1  # noqa: PLR2004 - EXIF
+    except struct.error:
+        pass
+    return 1
+
+
+_READERS = {"PNG": _png, "JPEG": _jpeg, "WEBP": _webp, "GIF": _gif, "BMP": _bmp}

@@ -1,0 +1,163 @@
+"""One HTML page that shows a run: its counts, its failures, and every animation beside its condition image.
+
+The page is one file: markup, style, script and the results as JSON are in it, and it asks nobody for anything but the
+media. Those it names relative to the place where it lies, so that it works from a disk and from a static site alike.
+What browsers cannot get there is embedded while a run is small: see `Options.embed`.
+
+Prompts, ids, image URIs and errors are the text of strangers. It is escaped in the markup, reaches the script as data,
+and a content security policy lets no other script run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pia_batch import journal, uris
+from pia_batch.errors import ConfigError, StorageError
+from pia_batch.records import REQUEST, SETTINGS
+from pia_batch.report import page, results
+from pia_batch.report.facts import REMEDIES, Facts, again_config
+from pia_batch.report.media import Places, with_embedded, with_media
+from pia_batch.storage import Store
+
+MAX_RESULTS = 20_000
+"""Results of one page, about 0.3 KB each and their prompts. A browser opens that many at once."""
+
+EMBED_UP_TO = 200
+"""Results of a page that embeds what a browser cannot get by itself: at most a few MB."""
+
+_MEASURES = {
+    "motion": ("Motion", ""),
+    "first_frame_psnr_db": ("First-frame PSNR", "dB"),
+    "frame_mean": ("Frame mean", ""),
+    "frame_std": ("Frame deviation", ""),
+    "gpu_seconds": ("Device", "s"),
+    "fetch_seconds": ("Fetch", "s"),
+    "encode_seconds": ("Encode", "s"),
+    "duration_s": ("Duration", "s"),
+    "num_bytes": ("Size", "B"),
+    "prompt_tokens": ("Prompt tokens", ""),
+    "attempts": ("Attempts", ""),
+    "finished_at": ("Finished", ""),
+}
+"""What the gallery can be sorted by, with label and unit."""
+
+_AGAIN = [column.name for column in REQUEST if column in list(results.COLUMNS)]
+"""What a result row and a manifest share, name and type: enough to make the clip again."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may differ from page to page of the same results."""
+
+    max_results: int = MAX_RESULTS
+    """More than this, and the page holds all failures it can (up to half of its places) and a fair sample of the rest;
+    counts, times and failure kinds are those of all results anyway."""
+    embed: bool | None = None
+    """Put thumbnails of the condition images that the page cannot reach into it, and frame strips of GIF, WebP and
+    zipped PNGs, of which a browser shows a page on disk one frame only. None: if there are up to `EMBED_UP_TO`."""
+    media_url: str | None = None
+    """The http(s) address of the output folder; None: animations are named relative to the page."""
+    price_per_hour: float | None = None
+    """Of one device, in any currency; None: the page tells no cost."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page that was written."""
+
+    run_id: str
+    uri: str
+    num_results: int
+    num_shown: int
+    num_bytes: int
+
+
+def write(store: Store, run_id: str | None = None, options: Options | None = None, path: Path | None = None) -> Report:
+    """Render the page of a run and store it as `_runs/<run_id>/report.html`, or as the local file `path`.
+
+    Args:
+        store: the output.
+        run_id: which published run; None: the newest.
+        options: what the page holds.
+        path: a local file instead; media are then named relative to it.
+
+    Raises:
+        ConfigError: there are no such results, or nothing by which a page at `path` could find the media.
+        StorageError: the store refused or did not answer, or results are damaged.
+    """
+    options = options or Options()
+    run_id = _published(store, run_id)
+    name = f"_runs/{run_id}/report.html"
+    uri = path.absolute().as_uri() if path else store.uri_of(name)
+    text, num_results, num_shown = _render(store, run_id, uri, options)
+    data = text.encode()
+    if path is None:
+        store.replace(name, data)
+    else:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        except OSError as err:
+            msg = f"cannot write {path}: {err.strerror or err}"
+            raise ConfigError(msg) from None
+    return Report(run_id, uri, num_results, num_shown, len(data))
+
+
+def _published(store: Store, run_id: str | None) -> str:
+    """The run to show, whose results are complete."""
+    if run_id is None:
+        newest = journal.latest(store)
+        if newest is None:
+            msg = f"{store.uri} has no results yet; `pia-batch run` publishes them when every request is finished"
+            raise ConfigError(msg)
+        return str(newest["run_id"])
+    if not journal.is_published(store, run_id):
+        names = (item.name.split("/") for item in store.list(journal.RESULTS) if item.name.endswith("/_SUCCESS.json"))
+        known = ", ".join(sorted(parts[-2] for parts in names)) or "none"
+        msg = f"run {run_id!r} has no complete results below {store.uri}; those that have: {known}"
+        raise ConfigError(msg)
+    return run_id
+
+
+def _render(store: Store, run_id: str, page_uri: str, options: Options) -> tuple[str, int, int]:
+    """The page, how many results the run has, and how many of them the page holds."""
+    about = _json_object(store, f"_runs/{run_id}/run.json")
+    success = _json_object(store, f"{journal.RESULTS}{run_id}/_SUCCESS.json")
+    config = uris.redacted_json(about.get("config") or {})
+    places = Places(store.uri, page_uri, str(about.get("folder") or ""), options.media_url, config.get("images"))
+    tally, sample = results.Tally(run_id), results.Sample(options.max_results)
+    for part in success["parts"]:
+        rows = results.read_part(store, f"{journal.RESULTS}{run_id}/{part['name']}")
+        tally.add(rows)
+        sample.add(rows)
+    shown = sample.rows()
+    rows = with_media(shown, places)
+    if options.embed or (options.embed is None and len(shown) <= EMBED_UP_TO):
+        rows = with_embedded(rows, store, places)
+    head = Facts(store.uri, about, tally, config, options.price_per_hour)
+    data = {
+        "run_id": run_id,
+        "requests": tally.requests,
+        "columns": {name: page.column(name, rows[name]) for name in rows.column_names},
+        "rows": len(rows),
+        "weights": results.weights(tally, shown),
+        "settings": SETTINGS.names,
+        "measures": {name: label for name, label in _MEASURES.items() if name in rows.column_names},
+        "remedies": REMEDIES,
+        "again": {"columns": _AGAIN, "config": again_config(config, places.folder), "folder": places.folder},
+    }
+    return page.assemble(head, data, places.sources), tally.requests, len(shown)
+
+
+def _json_object(store: Store, name: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(store.read(name)))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as err:
+        msg = f"{store.uri_of(name)} is damaged: {err}; run again, or take another --run-id"
+        raise StorageError(msg) from None

@@ -1,0 +1,180 @@
+"""What the head of a page tells, in words and round numbers: only what the data has."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+
+from pia_batch import uris
+from pia_batch.config import EMBEDDED, RunConfig
+from pia_batch.report.results import Tally
+
+REMEDIES = {
+    "missing_value": "fill the column",
+    "invalid_type": "give the column the type that the message names",
+    "not_finite": "replace NaN or infinity",
+    "out_of_range": "choose a value in the range that the message names",
+    "invalid_value": "choose one of the values that the message names",
+    "invalid_id": "1 to 512 bytes without control characters",
+    "duplicate_id": "give different requests different ids",
+    "unsupported": "clear the column, or configure what it needs: the message names it",
+    "image_not_allowed": "the image lies outside of the manifest's own store; open its place by `images.allow`",
+    "image_unavailable": "the image is missing, may not be read, is too large or did not come in time; "
+    "`--retry-failed` once mended",
+    "image_unreadable": "not an image of an accepted format, corrupt, or more pixels than `images.max_pixels`",
+    "image_mismatch": "the image is not the one of `image_sha256`",
+    "unsupported_setting": "the model cannot do that, such as more frames than its motion modules know",
+    "non_finite": "the network overflowed; try `model.dtype: float32` or another seed",
+    "degenerate": "the clip is flat or frozen past `limits.min_frame_std` or `limits.min_motion`",
+    "engine_error": "the engine raised for this request, and draws others; the worker's log has the whole of it",
+    "worker_crash": "its worker died whenever it drew this request; look at the image, the settings, the worker's log",
+    "timeout": "it took more than its share of `limits.timeout_s`; raise that, or ask for less",
+    "encoding_failed": "the frames could not be encoded, or the stored file does not decode; see `pia-batch verify`",
+    "out_of_memory": "one request alone is too large for the device, or for its worker",
+}
+"""What to do about each error kind, as in README.md."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number of the page's head."""
+
+    label: str
+    value: str
+    note: str
+
+
+class Facts:
+    """What the head of the page tells: only what the data has."""
+
+    def __init__(
+        self, output: str, about: dict[str, Any], tally: Tally, config: dict[str, Any], price: float | None
+    ) -> None:
+        """Say it.
+
+        Args:
+            output: its URI, wherever it may lie by now.
+            about: run.json; empty if that is gone.
+            tally: counts over all results.
+            config: the run's config, free of secrets.
+            price: of one hour of one device, in any currency; None: not known.
+        """
+        summary = about.get("summary") or {}
+        self.run_id = tally.run_id
+        self.manifest = str(about.get("manifest") or "")
+        self.output = output
+        self.started_at = _moment(about.get("started_at"))
+        self.version = str(about.get("version") or "")
+        self.engine_ids = dict(about.get("engine_ids") or {})
+        further = [(name, model.get("base")) for name, model in (config.get("models") or {}).items()]
+        first = (config.get("model") or {}).get("base") or ""
+        self.model = ", ".join([first, *(f"{name}: {base or first}" for name, base in further)])
+        self.requests, self.succeeded = tally.requests, tally.succeeded
+        self.failed = tally.failed
+        self.device = "GPU" if any(name.startswith("cuda") for name in tally.devices) else "Device"
+        self.tiles = list(self._tiles(summary, tally, config.get("placement") or {}, price))
+        self.failures = [
+            {"kind": kind, "count": count, "remedy": REMEDIES.get(kind, ""), "examples": tally.failures[kind]}
+            for kind, count in tally.kinds.most_common()
+        ]
+        places = {"manifest": self.manifest, "output": output}
+        paths = [f"--{name} {shlex.quote(uri)}" for name, uri in places.items() if uri]
+        self.again = " ".join(["pia-batch run CONFIG", *paths])
+        self.config = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
+
+    def _tiles(
+        self, summary: dict[str, Any], tally: Tally, place: dict[str, Any], price: float | None
+    ) -> Iterator[Tile]:
+        seconds = summary.get("seconds")
+        if seconds and tally.drawn:
+            note = f"{duration(seconds)} in all, start-up included"
+            yield Tile("Clips per second", f"{tally.drawn / seconds:.3g}", note)
+        if tally.device_seconds:
+            names = ", ".join(sorted(tally.devices))
+            mean = duration(tally.device_seconds / max(tally.drawn, 1))
+            yield Tile(f"{self.device} time", duration(tally.device_seconds), f"{mean} a clip, on {names}")
+            if price is not None:
+                cost = tally.device_seconds / 3600 * price
+                yield Tile("Cost", f"{cost:,.2f}", f"{self.device} time at {price:,.2f} an hour, without idle time")
+        engines = place.get("max_actors") if place.get("max_actors") == place.get("min_actors") else None
+        if seconds and engines and tally.device_seconds:
+            share = tally.device_seconds / seconds / engines
+            yield Tile("Device busy", f"{share:.0%}", f"of the run, {engines} engine{'s' if engines > 1 else ''}")
+        if tally.reused:
+            note = f"from earlier runs: {duration(tally.reused_device_seconds)} spared"
+            yield Tile("Reused", f"{tally.reused:,}", note)
+        if summary.get("duplicates"):
+            yield Tile("Repeated rows", f"{summary['duplicates']:,}", "of the manifest; they share a result")
+        if tally.num_bytes and tally.succeeded:
+            note = f"{size(tally.num_bytes / tally.succeeded)} a clip"
+            yield Tile("Stored", size(tally.num_bytes), note)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, held together by no-break spaces: `0.48 s`, `34.2 s`, `12 min 05 s`, `3 h 20 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        text = f"{hours:,} h {minutes:02d} min"
+    elif minutes:
+        text = f"{minutes} min {rest:02d} s"
+    else:
+        text = f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.1f} s"  # noqa: PLR2004 - which would be 10
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people, in powers of 1000: `12 kB`, `1.3 GB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000 or unit == "TB":  # noqa: PLR2004 - the next unit
+            break
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} {unit}"
+
+
+def _moment(text: Any) -> str:  # what JSON holds
+    try:
+        return f"{datetime.fromisoformat(str(text)).astimezone(UTC):%d %B %Y, %H:%M} UTC"
+    except ValueError:
+        return ""
+
+
+def again_config(config: dict[str, Any], folder: str) -> str:
+    """The config that makes a clip of this run again from a manifest elsewhere, as YAML.
+
+    It has what decides a clip and is neither in its result row nor a default, and opens the places of its image.
+
+    Args:
+        config: the run's own, as run.json has it.
+        folder: the URI of its manifest's folder; empty: not known.
+    """
+    base = str((config.get("model") or {}).get("base", EMBEDDED))
+    plain = RunConfig.load(None, {"manifest": "-", "output": "-", "model.base": base}).model_dump(mode="json")
+    del plain["model"]["base"]  # always told
+    deciding = {name: config.get(name) or {} for name in ("model", "models", "images", "encoding")}
+    deciding["placement"] = {"num_gpus": (config.get("placement") or {}).get("num_gpus", 0.0)}
+    kept = _difference(deciding, plain)
+    if folder:
+        place = uris.parse(folder)
+        own = folder if place.scheme == "file" else f"{place.scheme}://{place.authority}"  # the whole bucket is open
+        allow = [*(deciding["images"].get("allow") or ()), own]
+        kept["images"] = kept.get("images", {}) | {"allow": allow}
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=False, width=10**6)
+
+
+def _difference(these: dict[str, Any], those: dict[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, value in these.items():
+        other = those.get(name)
+        if isinstance(value, dict) and isinstance(other, dict):
+            value = _difference(value, other)  # noqa: PLW2901 - the part of it that differs
+            if value:
+                kept[name] = value
+        elif name not in those or value != other:
+            kept[name] = value
+    return kept

@@ -1,0 +1,98 @@
+"""The page as text: templates, data for the script, and the policy that lets no other script run.
+
+What strangers wrote is escaped in the markup by Jinja, and reaches the script as JSON in which no character means
+anything in HTML.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+
+from pia_batch.records import SETTINGS
+from pia_batch.report.facts import Facts
+
+_SCRIPTS = ("data.js", "filters.js", "media.js", "gallery.js", "detail.js", "charts.js", "main.js")
+_LOADER = jinja2.PackageLoader("pia_batch.report")
+_ENVIRONMENT = jinja2.Environment(
+    loader=_LOADER, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+_DIGITS = 6
+"""Of a measure; settings keep all of theirs."""
+
+
+def assemble(facts: Facts, data: dict[str, Any], sources: dict[str, str]) -> str:
+    """The HTML of a page.
+
+    Args:
+        facts: its head.
+        data: what its script shows; JSON.
+        sources: directives of the content security policy for media.
+    """
+    style = _source("report.css")
+    script = "\n".join(_source(name) for name in _SCRIPTS)
+    policy = {
+        "default-src": "'none'",
+        "script-src": _hash_of(script),
+        "style-src": _hash_of(style),
+        **sources,
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "'none'",
+    }
+    return _ENVIRONMENT.get_template("report.html").render(
+        run=facts,
+        policy="; ".join(f"{name} {value}" for name, value in policy.items()),
+        style=style,
+        script=script,
+        data=for_script(data),
+        shown=data["rows"],
+    )
+
+
+def column(name: str, values: pa.ChunkedArray) -> dict[str, Any]:
+    """A column as JSON: one value for `all`, or distinct `words` and where each is `at`, or plain `values`."""
+    kind = values.type
+    items: list[Any] = values.to_pylist()
+    if pa.types.is_timestamp(kind):
+        items = [None if item is None else round(item.timestamp() * 1000) for item in items]
+    elif pa.types.is_int64(kind):
+        items = [str(item) if item is not None and abs(item) > 2**53 else item for item in items]
+    elif pa.types.is_list(kind):
+        items = [None if item is None else tuple(item) for item in items]
+    elif pa.types.is_floating(kind):
+        exact = name in SETTINGS.names
+        items = [
+            None if item is None or not math.isfinite(item) else item if exact else float(f"{item:.{_DIGITS}g}")
+            for item in items
+        ]
+    places: dict[Any, int] = {}
+    at = [places.setdefault(item, len(places)) for item in items]
+    if len(places) == 1:
+        return {"all": items[0]}
+    if len(places) <= len(items) // 2:
+        return {"words": list(places), "at": at}
+    return {"values": items}
+
+
+def for_script(value: object) -> str:
+    """JSON that no parser of HTML can mistake for markup, and no JavaScript for the end of a line."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _source(name: str) -> str:
+    return _LOADER.get_source(_ENVIRONMENT, name)[0].strip()
+
+
+def _hash_of(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

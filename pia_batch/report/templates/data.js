@@ -1,0 +1,65 @@
+// What the page knows: results by column, and how to say a value to a person.
+
+const page = JSON.parse(document.getElementById("data").textContent);
+
+const readers = new Map(
+  Object.entries(page.columns).map(([name, { all, words, at, values }]) => [
+    name,
+    values ? (row) => values[row] : words ? (row) => words[at[row]] : () => all,
+  ]),
+);
+
+/** A value of a result, or null: also for a column that these results lack. */
+const value = (name, row) => readers.get(name)?.(row) ?? null;
+
+const succeeded = (row) => value("status", row) === "succeeded";
+
+const integers = new Intl.NumberFormat("en");
+const count = (number) => integers.format(number);
+
+const UNITS = ["B", "kB", "MB", "GB", "TB"];
+
+function size(bytes) {
+  const power = Math.min(UNITS.length - 1, Math.floor(Math.log10(Math.max(bytes, 1)) / 3));
+  return `${+(bytes / 1000 ** power).toPrecision(3)} ${UNITS[power]}`;
+}
+
+/** Date and time in UTC, as logs and results have it: 2026-11-23 03:53:32. */
+const moment = (ms) => new Date(ms).toISOString().slice(0, 19).replace("T", " ");
+
+/** A measure with its unit. */
+function measured(name, number) {
+  if (number === null) return "–";
+  if (name === "finished_at") return moment(number);
+  const unit = page.measures[name]?.[1] ?? "";
+  if (unit === "B") return size(number);
+  const text = Number.isInteger(number) ? count(number) : String(+number.toPrecision(3));
+  return unit ? `${text} ${unit}` : text;
+}
+
+/** Identical first frames have no PSNR: there is no error to compare with. */
+const identical = (row) => succeeded(row) && value("first_frame_psnr_db", row) === null;
+
+/** How the motion of a request was asked for, in a few words; the order of the filter is that of the scale. */
+function motion(row) {
+  if (value("motion_curve", row) !== null) return "own curve";
+  const scale = value("motion_scale", row);
+  if (scale === null) return null;
+  const kind = value("loop", row) || (scale >= 3 && scale <= 5) ? ", loop" : scale >= 6 ? ", restyle" : "";
+  return `scale ${scale}${kind}`;
+}
+
+/** An element with properties, attributes (what has a dash, or role) and children. No text is ever parsed as markup. */
+function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, setting] of Object.entries(properties)) {
+    if (setting === null || setting === undefined) continue;
+    if (name.includes("-") || name === "role" || name === "for") element.setAttribute(name, setting);
+    else element[name] = setting;
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+/** Someone else's text, whose direction must not turn ours. */
+const foreign = (text, className = "") => make("bdi", { textContent: text, className });

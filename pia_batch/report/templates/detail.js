@@ -1,0 +1,241 @@
+// One result at a time: large, frame by frame, with every setting and the way to make it again.
+
+const dialog = document.getElementById("detail");
+let opened = null; // { position, media, closing }
+
+function openDetail(position) {
+  closeMedia();
+  const row = shown[position];
+  const closing = new AbortController();
+  const media = succeeded(row) ? animation(row, { controls: true }) : null;
+  opened = { position, media, closing };
+  const pressed = dialog.open ? document.activeElement.textContent : "";
+  dialog.replaceChildren(detailHead(row, position), detailBody(row, media, closing.signal));
+  dialog.scrollTop = 0;
+  if (!dialog.open) dialog.showModal();
+  const buttons = [...dialog.querySelectorAll(".detail-head button:enabled")];
+  (buttons.find((button) => button.textContent === pressed) ?? buttons.at(-1)).focus();
+  if (!still.matches) media?.play();
+  state.id = value("request_id", row);
+  writeAddress();
+}
+
+function closeMedia() {
+  opened?.closing.abort();
+  opened?.media?.release();
+  opened = null;
+}
+
+function detailHead(row, position) {
+  const step = (by, label, sign) =>
+    make("button", {
+      type: "button",
+      className: "quiet",
+      textContent: sign,
+      "aria-label": label,
+      disabled: !(position + by in shown),
+      onclick: () => openDetail(position + by),
+    });
+  return make(
+    "header",
+    { className: "detail-head" },
+    make("h2", { id: "detail-title" }, foreign(value("request_id", row))),
+    make("span", { className: "position", textContent: `${count(position + 1)} of ${count(shown.length)}` }),
+    step(-1, "Previous result", "←"),
+    step(1, "Next result", "→"),
+    make("button", { type: "button", className: "quiet", textContent: "Close", onclick: () => dialog.close() }),
+  );
+}
+
+function detailBody(row, media, signal) {
+  const pictures = make(
+    "div",
+    { className: "large" },
+    figure("Condition image", conditionImage(row, { eager: true })),
+    figure(
+      succeeded(row) ? "Animation" : "Failed",
+      media ?? make("span", { className: "picture why" }, make("code", { textContent: value("error_kind", row) })),
+    ),
+  );
+  return make(
+    "div",
+    { className: "detail-body" },
+    make("p", { className: "prompt" }, foreign(value("prompt", row) ?? "no prompt")),
+    pictures,
+    media ? frameStrip(row, media, signal) : failure(row),
+    make(
+      "div",
+      { className: "lists" },
+      list(
+        "Settings",
+        page.settings.map((name) => [name, value(name, row)]),
+      ),
+      list(
+        "Measures",
+        Object.keys(page.measures).map((name) => [name, shownMeasure(name, row)]),
+      ),
+      list("Origin", [
+        ...["key", "image", "image_sha256", "ip_adapter_image", "model", "engine_id", "device", "run_id"].map(
+          (name) => [name, value(name, row)],
+        ),
+        ["prompt_truncated", value("prompt_truncated", row) || null],
+      ]),
+    ),
+    again(row),
+  );
+}
+
+function shownMeasure(name, row) {
+  if (name === "first_frame_psnr_db" && identical(row)) return "identical";
+  const number = value(name, row);
+  return number === null ? null : name === "finished_at" ? `${moment(number)} UTC` : measured(name, number);
+}
+
+const figure = (caption, content) => make("figure", {}, content, make("figcaption", { textContent: caption }));
+
+function list(title, entries) {
+  const told = entries.filter(([, setting]) => setting !== null && setting !== "");
+  if (!told.length) return null;
+  const rows = told.flatMap(([name, setting]) => [
+    make("dt", { textContent: name }),
+    make("dd", {}, foreign(Array.isArray(setting) ? setting.join(", ") : String(setting))),
+  ]);
+  return make("section", {}, make("h3", { textContent: title }), make("dl", { className: "settings" }, ...rows));
+}
+
+function failure(row) {
+  const kind = value("error_kind", row);
+  const remedy = page.remedies[kind];
+  return make(
+    "div",
+    { className: "failure" },
+    make("p", {}, foreign(value("error", row) ?? kind)),
+    remedy ? make("p", { className: "remedy" }, `${kind}: `, ...coded(remedy)) : null,
+  );
+}
+
+/** Text with `code` in it. */
+const coded = (text) => text.split("`").map((part, index) => (index % 2 ? make("code", { textContent: part }) : part));
+
+function frameStrip(row, media, signal) {
+  const length = stripLength(row);
+  if (!length) {
+    const download = make("a", { href: value("media", row), download: "", textContent: "Download the animation" });
+    return make("p", { className: "note" }, download);
+  }
+  const canvases = Array.from({ length }, () => make("canvas"));
+  const frames = canvases.map((canvas, index) => {
+    const seek =
+      media.video &&
+      (() => {
+        media.video.pause();
+        media.video.currentTime = (index + 0.5) / value("fps", row);
+      });
+    const label = `Frame ${index + 1} of ${length}`;
+    const content = seek
+      ? make("button", { type: "button", onclick: seek, "aria-label": `${label}: stop there` }, canvas)
+      : canvas;
+    return make("li", {}, content, make("span", { textContent: index + 1 }));
+  });
+  strip(row, canvases, signal);
+  const every =
+    length < value("num_frames", row) ? `${length} of ${value("num_frames", row)} frames` : `${length} frames`;
+  return make(
+    "div",
+    { className: "frames" },
+    make("ol", { className: "strip", "aria-label": every, tabIndex: 0 }, ...frames),
+    make(
+      "p",
+      { className: "note" },
+      `${every} at ${value("fps", row)} a second · `,
+      make("a", { href: value("media", row), download: "", textContent: "download" }),
+    ),
+  );
+}
+
+// --- the way to make it again ---------------------------------------------------------------------------------------
+
+function again(row) {
+  if (value("seed", row) === null) return null; // refused before it had any settings
+  const code = make("code", { id: "again", textContent: commands(row) });
+  const title = succeeded(row) ? "Make this clip again" : "Try this request alone";
+  const parts = [make("h3", { textContent: title })];
+  if (value("image", row) === null) {
+    parts.push(
+      make("p", {
+        className: "note",
+        textContent: "Its image came inside the manifest: put the file's path in place of IMAGE.",
+      }),
+    );
+  }
+  parts.push(
+    make(
+      "div",
+      { className: "code" },
+      make("pre", {}, code),
+      make("button", { type: "button", className: "copy", textContent: "Copy", "data-copy": "again" }),
+    ),
+  );
+  return make("section", { className: "again" }, ...parts);
+}
+
+/** Shell commands. A quoted here-document takes its lines as they are, and no line of JSON or of a config is its end. */
+function commands(row) {
+  const entries = page.again.columns.map((name) => [name, written(name, row)]).filter(([, text]) => text !== "null");
+  const request = `{${entries.map(([name, text]) => `${JSON.stringify(name)}: ${text}`).join(", ")}}`;
+  return [
+    "cat > again.yaml <<'END-OF-CONFIG'",
+    page.again.config.trimEnd(),
+    "END-OF-CONFIG",
+    "cat > again.jsonl <<'END-OF-REQUEST'",
+    request,
+    "END-OF-REQUEST",
+    "pia-batch run again.yaml --manifest again.jsonl --output again",
+  ].join("\n");
+}
+
+function written(name, row) {
+  const setting = value(name, row);
+  if (name === "image") return quoted(setting === null ? "IMAGE" : found(setting));
+  if (name === "ip_adapter_image" && setting !== null) return quoted(found(setting));
+  if (value("size", row) === "auto" && (name === "width" || name === "height")) return "null"; // they come from the image
+  if (name === "seed") return String(setting); // beyond 2^53 it is text here, and a number there
+  return typeof setting === "string" ? quoted(setting) : JSON.stringify(setting);
+}
+
+/** JSON in printable characters: what turns direction or hides in a terminal is spelled out. */
+const quoted = (text) =>
+  JSON.stringify(text).replace(/[\p{C}\u2028\u2029]/gu, (hidden) =>
+    Array.from({ length: hidden.length }, (_, k) => `\\u${hidden.charCodeAt(k).toString(16).padStart(4, "0")}`).join(
+      "",
+    ),
+  );
+
+/** An image's absolute place: relative ones start from the manifest's folder. */
+function found(image) {
+  const { folder } = page.again;
+  if (/^[a-z][a-z0-9+.-]+:\/\//i.test(image) || image.startsWith("/") || !folder) return image;
+  return `${folder}/${folder.startsWith("file://") ? image.split("/").map(encodeURIComponent).join("/") : image}`;
+}
+
+function buildDetail() {
+  dialog.addEventListener("close", () => {
+    const position = opened?.position ?? 0;
+    closeMedia();
+    dialog.replaceChildren();
+    state.id = null;
+    writeAddress();
+    goTo(position);
+  });
+  dialog.addEventListener("click", (event) => {
+    if (event.target === dialog) dialog.close(); // the backdrop
+  });
+  dialog.addEventListener("keydown", (event) => {
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!by || !opened || event.altKey || event.ctrlKey || event.metaKey || event.target.closest("video, .strip"))
+      return;
+    if (!(opened.position + by in shown)) return;
+    event.preventDefault();
+    openDetail(opened.position + by);
+  });
+}

@@ -1,0 +1,148 @@
+// Animations and condition images: what plays when, and what stands in for what cannot be shown.
+
+const still = matchMedia("(prefers-reduced-motion: reduce)");
+const TINY_PX = 160; // below, enlarged pixels tell more than a blur
+
+/** The condition image of a result: by reference, else its thumbnail, else a word. */
+function conditionImage(row, { eager = false } = {}) {
+  const source = value("image_ref", row) ?? value("thumbnail", row);
+  const missing = () => make("span", { className: "absent", textContent: "image not reachable from this page" });
+  const box = make("span", { className: "picture condition" });
+  if (source === null) {
+    box.append(missing());
+    return box;
+  }
+  const image = make("img", { alt: "", decoding: "async", loading: eager ? "eager" : "lazy" });
+  image.addEventListener("error", () => {
+    const thumbnail = value("thumbnail", row);
+    if (thumbnail !== null && image.src !== thumbnail) image.src = thumbnail;
+    else image.replaceWith(missing());
+  });
+  image.src = source;
+  box.append(image);
+  return box;
+}
+
+/** The animation of a succeeded result: an element with `play()`, `pause()` and `release()`. */
+function animation(row, { controls = false } = {}) {
+  const format = value("format", row);
+  const box = make("span", { className: "picture animation" });
+  if (value("width", row) < TINY_PX) box.classList.add("tiny");
+  const player = format === "mp4" ? film(row, controls) : format === "png_zip" ? archive(row) : loop(row, controls);
+  player.parts[0].addEventListener("error", () => {
+    player.release();
+    box.replaceChildren(make("span", { className: "absent", textContent: "animation missing, or not playable here" }));
+  });
+  box.append(...player.parts);
+  return Object.assign(box, player);
+}
+
+function film(row, controls) {
+  const video = make("video", {
+    muted: true,
+    loop: true,
+    playsInline: true,
+    preload: controls ? "auto" : "none",
+    controls,
+  });
+  video.src = value("media", row);
+  return {
+    parts: [video],
+    video,
+    play: () => video.play().catch(() => {}), // taken away before it could start
+    pause: () => video.pause(),
+    release: () => {
+      video.removeAttribute("src");
+      video.load(); // gives its decoder back
+    },
+  };
+}
+
+/** GIF and WebP cannot be paused: a still of the first frame is laid over them instead. */
+function loop(row, controls) {
+  const image = make("img", { alt: "", decoding: "async", src: value("media", row) });
+  const cover = make("canvas", { hidden: true });
+  let paused = false;
+  const lay = () => {
+    if (paused && image.naturalWidth && !cover.dataset.drawn) {
+      [cover.width, cover.height, cover.dataset.drawn] = [image.naturalWidth, image.naturalHeight, "yes"];
+      cover.getContext("2d").drawImage(image, 0, 0);
+    }
+    cover.hidden = !(paused && cover.dataset.drawn);
+    image.classList.toggle("under", !cover.hidden);
+  };
+  const set = (to) => () => {
+    paused = to;
+    lay();
+  };
+  image.addEventListener("load", lay);
+  return {
+    parts: controls ? [image] : [image, cover],
+    play: set(false),
+    pause: controls ? () => {} : set(true),
+    release: () => {},
+  };
+}
+
+/** Zipped PNGs are not played by a browser: the first frame of the strip, if there is one, and a download. */
+function archive(row) {
+  const first = make("canvas", { className: "first" });
+  strip(row, [first]);
+  return {
+    parts: [first, make("span", { className: "badge", textContent: "zip" })],
+    play() {},
+    pause() {},
+    release() {},
+  };
+}
+
+/** How many frames the strip of a result shows; 0 where there is none. */
+function stripLength(row) {
+  if (!succeeded(row)) return 0;
+  const frames = value("num_frames", row);
+  if (value("format", row) === "mp4") return frames;
+  return value("strip", row) === null ? 0 : Math.min(frames, 16);
+}
+
+/** Draw the frames of a result, in order, on `canvases`; stops when `signal` says so. */
+async function strip(row, canvases, signal = null) {
+  if (value("format", row) === "mp4") return stripOfFilm(row, canvases, signal);
+  const source = value("strip", row);
+  if (source === null) return;
+  const image = make("img", { src: source });
+  await image.decode();
+  const width = image.naturalWidth / stripLength(row);
+  canvases.forEach((canvas, index) => {
+    [canvas.width, canvas.height] = [width, image.naturalHeight];
+    canvas.getContext("2d").drawImage(image, -index * width, 0);
+  });
+}
+
+async function stripOfFilm(row, canvases, signal) {
+  const video = make("video", { muted: true, preload: "auto", playsInline: true });
+  const once = (name) =>
+    new Promise((done, fail) => {
+      video.addEventListener(name, done, { once: true });
+      video.addEventListener("error", fail, { once: true });
+      signal?.addEventListener("abort", fail, { once: true });
+    });
+  try {
+    const ready = once("loadeddata");
+    video.src = value("media", row);
+    await ready;
+    const fps = value("fps", row);
+    const height = Math.min(video.videoHeight, 144);
+    for (const [index, canvas] of canvases.entries()) {
+      const there = once("seeked");
+      video.currentTime = (index + 0.5) / fps; // the middle of the frame
+      await there;
+      [canvas.width, canvas.height] = [Math.round((height * video.videoWidth) / video.videoHeight), height];
+      canvas.getContext("2d").drawImage(video, 0, 0, canvas.width, canvas.height);
+    }
+  } catch {
+    // closed meanwhile, or not reachable: the large player says so
+  } finally {
+    video.removeAttribute("src");
+    video.load();
+  }
+}

@@ -1,0 +1,306 @@
+"""The URIs that requests name: what they mean, whether they may be opened, and how they are shown. Opens nothing.
+
+A manifest is written by others, so what stands in it is read strictly: a URI that two programs could take for two
+places (dots that climb, encoded or not; a user name before the host) is refused, and not repaired.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import posixpath
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, unquote
+
+STORES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "abfs": "abfs", "abfss": "abfs"}
+"""The schemes of object stores, and the one name that each goes by here."""
+
+PORTS = {"http": 80, "https": 443}
+"""The schemes of the web, and where their servers listen unless a URL says otherwise."""
+
+DECODINGS = 4
+"""Layers of percent-encoding that are looked through for dots; more are refused. An honest URI has one."""
+
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://(.*)", re.DOTALL)
+_URL = re.compile(r"(\[[^\]/?#]*\]|[^:/?#]*)(?::([^/?#]*))?([^?#]*)(\?[^#]*)?(?:#.*)?", re.DOTALL)
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+_BUCKET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_CONTAINER = re.compile(r"[a-z0-9$][a-z0-9-]*(@[a-z0-9-]+(\.[a-z0-9-]+)*)?")
+_LEGAL = "%:/?#[]@!$&'()*+,;=-._~"
+"""What may stand in a URL besides letters and digits (RFC 3986); the rest is percent-encoded before it is sent."""
+
+
+class RefusedError(ValueError):
+    """A URI that is not opened. The text follows the URI in a sentence, and repeats nothing that could be secret."""
+
+
+class NotAllowedError(RefusedError):
+    """A URI that means something, and that the policy does not open."""
+
+
+class TooLargeError(ValueError):
+    """What a URI names says that it is longer than what may be read."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """What a URI means."""
+
+    scheme: str
+    """`file`, `http`, `https`, or a value of STORES."""
+    authority: str
+    """The bucket, the container, or `host:port`; empty for files."""
+    parts: tuple[str, ...]
+    """The segments of the path, decoded where the scheme encodes them."""
+    target: str
+    """What is opened: a path for `file`, else the URI in its one canonical spelling."""
+
+    def covers(self, other: Location) -> bool:
+        """Whether `other` is this place or lies below it, segment by segment."""
+        place = self.parts if self.parts and self.parts[-1] else self.parts[:-1]
+        same_store = (self.scheme, self.authority) == (other.scheme, other.authority)
+        return same_store and other.parts[: len(place)] == place
+
+
+class Policy:
+    """Which images a manifest may name: those of its own store, and what the operator opens.
+
+    A manifest in a local folder owns that folder and what is below; a manifest on object storage owns its bucket or
+    container. Whether a local file lies below a folder is known only once its links are followed: the policy names the
+    folders, and who opens the file compares.
+    """
+
+    def __init__(self, base_uri: str, allow: Sequence[str] = ()) -> None:
+        """The policy of one run.
+
+        Args:
+            base_uri: the folder of the manifest, with its scheme.
+            allow: prefixes as `parse_prefix` takes them.
+
+        Raises:
+            ValueError: an entry of `allow` that is no prefix.
+        """
+        self._base_uri = base_uri
+        self._base = _place_of_manifest(base_uri)
+        opened = [parse_prefix(entry) for entry in allow]
+        if self._base is not None:
+            bucket = Location(self._base.scheme, self._base.authority, (), "")
+            opened.append(self._base if self._base.scheme == "file" else bucket)
+        self.folders = tuple(place.target for place in opened if place.scheme == "file")
+        """Local folders that may be read, as they were written: links in them are not followed yet."""
+        self._prefixes = [place for place in opened if place.scheme != "file"]
+        self._allow = [redacted_uri(entry) for entry in allow]
+
+    def locate(self, uri: str) -> Location:
+        """Where `uri` points, if that may be opened. Of a file this is not decided here; compare it with `folders`.
+
+        Args:
+            uri: absolute, or a path relative to the manifest's folder.
+
+        Raises:
+            NotAllowedError: outside of what is open.
+            RefusedError: not a URI, or one that is read in more than one way.
+        """
+        location = self._meaning(uri)
+        if location.scheme == "file" or any(prefix.covers(location) for prefix in self._prefixes):
+            return location
+        raise self.refusal()
+
+    def refusal(self) -> NotAllowedError:
+        """Why something is not opened, and what to do."""
+        own = "the manifest's own folder"
+        if self._base is None or self._base.scheme != "file":
+            own = f"{self._base.scheme}://{self._base.authority}" if self._base else ""
+        places = " and ".join(filter(None, [own, ", ".join(self._allow)])) or "nowhere"
+        return NotAllowedError(f"is not allowed: images may come from {places}; open more by images.allow")
+
+    def _meaning(self, uri: str) -> Location:
+        if _SCHEME.match(uri) or uri.startswith("/"):
+            return parse(uri)
+        base = self._base
+        if base is None:
+            raise RefusedError(f"is relative, and the manifest lies on {redacted_uri(self._base_uri)}; write full URIs")
+        if base.scheme == "file":
+            return parse(posixpath.join(base.target, uri))
+        parts = [part for part in base.parts if part]
+        for part in uri.split("/"):
+            if part == ".." and not parts:
+                raise self.refusal()
+            parts = parts[:-1] if part == ".." else [*parts, part] if part != "." else parts
+        return parse(f"{base.scheme}://{base.authority}/{'/'.join(parts)}")
+
+
+def parse(uri: str) -> Location:
+    """What an absolute URI, or an absolute local path, means.
+
+    Raises:
+        RefusedError: another scheme, not a URI, or one that is read in more than one way.
+    """
+    if any(unicodedata.category(character) == "Cc" for character in uri):
+        raise RefusedError("cannot be opened: it has control characters")
+    found = _SCHEME.fullmatch(uri)
+    if found is None:
+        return Location("file", "", tuple(uri.split("/")[1:]), uri)
+    scheme, rest = found[1].lower(), found[2]
+    if scheme in STORES:
+        return _object(STORES[scheme], rest)
+    if scheme in PORTS:
+        return _url(scheme, rest)
+    if scheme == "file":
+        return _file(rest)
+    known = ", ".join(["file", *STORES, *PORTS])
+    raise RefusedError(f"cannot be opened: scheme {scheme!r} is none of {known}")
+
+
+def parse_prefix(entry: str) -> Location:
+    """What an entry of `images.allow` opens: everything below it.
+
+    Args:
+        entry: such as `s3://bucket`, `s3://bucket/folder/`, `/mnt/folder`, `https://host/` or
+            `https://host:8443/folder/`.
+
+    Raises:
+        ValueError: anything else, with the entry and what is expected.
+    """
+    shown = redacted_uri(entry)
+    if not _SCHEME.match(entry) and not entry.startswith("/"):
+        raise ValueError(f"{shown!r} is neither a URI nor a full path, such as s3://photos/ or /mnt/photos")
+    if re.search(r"[*?#]", entry):
+        raise ValueError(f"{shown!r} has a wildcard, a query or a fragment; name a bucket, a folder or a host")
+    try:
+        place = parse(entry)
+    except RefusedError as err:
+        raise ValueError(f"{shown!r} {err}") from None
+    if place.scheme == "file" and ".." in place.parts:
+        raise ValueError(f"{shown!r} has '..' in it; write the folder's full path")
+    return place
+
+
+def redacted(text: str) -> str:
+    """`text` without the user names, passwords and signatures of the URIs in it."""
+    for pattern, kept in _REDACTIONS_IN_TEXT:
+        text = re.sub(pattern, kept, text)
+    return text
+
+
+def redacted_uri(uri: str) -> str:
+    """`uri`, which is nothing else and may be malformed, without its user name, password and signature."""
+    for pattern, kept in REDACTIONS:
+        uri = re.sub(pattern, kept, uri)
+    return uri
+
+
+def redacted_json(value: Any) -> Any:  # what JSON can hold
+    """`redacted` on every text of a JSON value, but for the names in its objects."""
+    if isinstance(value, dict):
+        return {name: redacted_json(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [redacted_json(item) for item in value]
+    return redacted(value) if isinstance(value, str) else value
+
+
+def _redactions(start: str, space: str, rest: str) -> tuple[tuple[str, str], ...]:
+    """What to replace by what, in order, in the syntax that Python's `re` and Arrow's RE2 share.
+
+    Args:
+        start: where a URI begins.
+        space: what it cannot contain, as the inside of a character class.
+        rest: the pattern of everything up to its end.
+    """
+    scheme = "[a-z][a-z0-9+.-]*:/*|//"
+    secrets = "x-amz-|x-goog-|accesskeyid=|signature=|sig=|token=|secret|password=|credential|api_?key="
+    # The container in abfs://container@account is no user name. A password may hold slashes, and digits before a slash
+    # are a port, but for S3, which has none.
+    user = "|".join(
+        (
+            rf"({scheme})[^/?#:{space}]*:[^/?#{space}]*@",
+            rf"({scheme})[^/?#@:{space}]*:[0-9]*[^0-9/@{space}][^@{space}]*@",
+            rf"(s3a?:/*)[^/@:{space}]*:[^@{space}]*@",
+            rf"(https?:/*)[^/?#{space}]*@",
+        )
+    )
+    return (
+        (rf"(?is){start}(?:{user})", r"\1\2\3\4"),
+        (rf"(?is){start}((?:https?|abfss?|az|wasbs?):/*[^?#{space}]*)[?#]{rest}", r"\1"),
+        (rf"(?is){start}([^?{space}]*)\?{rest}(?:{secrets}){rest}", r"\1"),
+    )
+
+
+REDACTIONS = _redactions("^", "", ".*")
+"""For values that are one URI each, spaces and all: (pattern, replacement), to be applied in order."""
+_REDACTIONS_IN_TEXT = _redactions("", r"\s", r"\S*")
+
+
+def _place_of_manifest(base_uri: str) -> Location | None:
+    """None where images cannot be read from: a manifest may lie where its images may not."""
+    try:
+        place = parse(base_uri)
+    except RefusedError:
+        return None
+    return None if place.scheme in PORTS else place
+
+
+def _file(rest: str) -> Location:
+    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise RefusedError("cannot be opened: a file's URI is file:///path, without a host")
+    return parse(unquote(f"/{path}"))
+
+
+def _object(scheme: str, rest: str) -> Location:
+    authority, _, key = rest.partition("/")
+    if ":" in authority or ("@" in authority and scheme != "abfs"):
+        raise RefusedError("was given with credentials; give them by the environment of the workers")
+    if not (_CONTAINER if scheme == "abfs" else _BUCKET).fullmatch(authority):
+        raise RefusedError("cannot be opened: that is no name of a bucket or container")
+    parts = tuple(key.split("/"))
+    _forbid_dots(parts)
+    return Location(scheme, authority, parts, f"{scheme}://{authority}/{key}")
+
+
+def _url(scheme: str, rest: str) -> Location:
+    if "@" in re.split(r"[/?#]", rest, maxsplit=1)[0] or "\\" in rest:
+        raise RefusedError("was given with credentials or a backslash; none are sent")
+    found = _URL.fullmatch(rest)
+    if found is None:
+        raise RefusedError("cannot be opened: it is no URL")
+    host, port, path, query = _host(found[1]), found[2], found[3], found[4] or ""
+    if port and not re.fullmatch("[0-9]{1,5}", port):
+        raise RefusedError("cannot be opened: its port is no number")
+    number = int(port or PORTS[scheme])
+    shown = host if number == PORTS[scheme] else f"{host}:{number}"
+    _forbid_dots(path.split("/"))
+    parts = tuple(unquote(part) for part in path.split("/")[1:])
+    target = quote(f"{scheme}://{shown}{path or '/'}{query}", safe=_LEGAL)
+    return Location(scheme, f"{host}:{number}", parts, target)
+
+
+def _host(host: str) -> str:
+    """In lower case, without the dot that may end it; an IPv6 address in its shortest form, in brackets."""
+    if host.startswith("["):
+        try:
+            address = ipaddress.IPv6Address(host[1:-1])
+        except ValueError:
+            address = None
+        if address is None or address.scope_id:
+            raise RefusedError("cannot be opened: its host is no IPv6 address")
+        return f"[{address}]"
+    name = host.lower().removesuffix(".")
+    if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in name.split(".")):  # noqa: PLR2004 - RFC 1035
+        raise RefusedError("cannot be opened: its host is no name in ASCII; write other alphabets as xn--...")
+    return name
+
+
+def _forbid_dots(parts: Sequence[str]) -> None:
+    """`.` and `..` as a whole segment climb in some programs and are names in others, whatever encodes them."""
+    for part in parts:
+        plain = part
+        for _ in range(DECODINGS):
+            plain = unquote(plain)
+        plain = unicodedata.normalize("NFKC", plain)
+        # `..;x` is `..` to servers that cut path parameters off.
+        if unquote(plain) != plain or {".", ".."} & set(re.split(r"[/\\;]", plain)):
+            raise RefusedError("cannot be opened: it has '.' or '..' as a segment; write the path without them")

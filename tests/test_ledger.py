@@ -1,0 +1,123 @@
+from dataclasses import dataclass, field
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pia_batch.ledger import Ledger, Turn
+
+
+def done(*keys: str) -> list[dict[str, str | None]]:
+    return [{"key": key, "status": "succeeded", "error_kind": None} for key in keys]
+
+
+def test_a_batch_that_ends_leaves_no_trace() -> None:
+    ledger = Ledger(3)
+
+    assert ledger.begin(["a", "b"]) == [1, 1]
+    assert ledger.in_flight() == 2
+    ledger.end(done("a", "b"))
+
+    assert ledger.in_flight() == 0
+    assert ledger.begin(["a", "b"]) == [1, 1]
+
+
+def test_a_request_that_was_alone_when_its_worker_died_often_enough_is_blamed() -> None:
+    ledger = Ledger(3)
+    ledger.begin(["a"])
+
+    assert ledger.begin(["a"]) == [2]
+    assert ledger.begin_alone("a") == Turn(2)
+    assert ledger.begin_alone("a") == Turn(3)
+    assert ledger.begin_alone("a") == Turn(4, died_of="worker_crash")
+
+
+def test_a_request_that_hung_in_its_last_attempt_is_blamed_for_that() -> None:
+    ledger = Ledger(3)
+    ledger.begin(["a", "b"])
+    ledger.hang(["a", "b"])  # in a batch: nobody knows which one it was
+    for key in "ab":
+        ledger.begin_alone(key)
+        ledger.begin_alone(key)
+    ledger.hang(["a"])
+
+    assert ledger.begin_alone("a") == Turn(4, died_of="timeout")
+    assert ledger.begin_alone("b") == Turn(4, died_of="worker_crash")
+
+
+def test_what_is_committed_is_handed_back_and_not_drawn_again() -> None:
+    ledger = Ledger(3)
+    ledger.begin(["a", "b"])
+    ledger.begin_alone("a")
+    ledger.end(done("a"))
+    ledger.begin_alone("b")  # and its worker dies
+
+    assert ledger.begin(["a", "b"]) == [2, 3]  # neither is new: one by one again
+    assert ledger.begin_alone("a") == Turn(2, outcome=done("a")[0])
+
+
+def test_nothing_begins_once_the_run_is_stopping() -> None:
+    ledger = Ledger(3)
+    ledger.begin(["a", "b", "c"])
+    ledger.stop()
+
+    assert ledger.in_flight() == 3
+    assert ledger.begin_alone("a") is None  # its worker lets it be
+    assert ledger.begin(["b", "d"]) is None  # the worker that had b is dead
+    assert ledger.in_flight() == 1
+
+
+@dataclass
+class Worker:
+    """Draws a batch as `animate.Animate` does, and dies where a key is poison."""
+
+    ledger: Ledger
+    poison: frozenset[str]
+    drawn: list[tuple[str, ...]] = field(default_factory=list)
+
+    def __call__(self, keys: list[str]) -> dict[str, str] | None:
+        attempts = self.ledger.begin(keys)
+        assert attempts is not None
+        if max(attempts) == 1:
+            return self._draw(keys)
+        outcomes: dict[str, str] = {}
+        for key in keys:
+            turn = self.ledger.begin_alone(key)
+            assert turn is not None
+            if turn.outcome is not None:
+                outcomes[key] = turn.outcome["status"]
+            elif turn.died_of is not None:
+                outcomes[key] = "failed"
+                self.ledger.end([{"key": key, "status": "failed"}])
+            else:
+                drawn = self._draw([key])
+                if drawn is None:
+                    return None
+                outcomes |= drawn
+        return outcomes
+
+    def _draw(self, keys: list[str]) -> dict[str, str] | None:
+        self.drawn.append(tuple(keys))
+        if self.poison & set(keys):
+            return None
+        self.ledger.end(done(*keys))
+        return dict.fromkeys(keys, "succeeded")
+
+
+@given(st.integers(1, 8), st.sets(st.integers(0, 7)), st.integers(2, 5))
+def test_exactly_the_poison_fails_within_a_bounded_number_of_deaths(
+    size: int, poisoned: set[int], max_attempts: int
+) -> None:
+    keys = [f"k{k}" for k in range(size)]
+    poison = frozenset(f"k{k}" for k in poisoned if k < size)
+    worker = Worker(Ledger(max_attempts), poison)
+
+    deaths = 0
+    while (outcomes := worker(keys)) is None:
+        deaths += 1
+
+    assert outcomes == {key: "failed" if key in poison else "succeeded" for key in keys}
+    assert deaths == (1 + len(poison) * (max_attempts - 1) if poison else 0)
+    assert worker.ledger.in_flight() == 0
+    for key in keys:
+        alone = worker.drawn[1:].count((key,))
+        assert alone == (max_attempts - 1 if key in poison else bool(poison))

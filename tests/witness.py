@@ -1,0 +1,112 @@
+"""Reads an output as a stranger would, by pyarrow, Pillow and PyAV alone, and says what is wrong with it.
+
+Imports nothing of pia_batch: a mistake there cannot hide itself here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import av
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageSequence
+
+Row = dict[str, Any]
+
+IMMUTABLE = ("animations", "_journal", "_lease")
+"""What is created once and never changes."""
+
+
+def results(output: Path) -> tuple[list[Row], list[str]]:
+    """The rows that `results/LATEST.json` leads to, and what is wrong with the way there."""
+    try:
+        run_id = json.loads((output / "results" / "LATEST.json").read_text())["run_id"]
+        folder = output / "results" / run_id
+        told = json.loads((folder / "_SUCCESS.json").read_text())
+    except FileNotFoundError as err:
+        return [], [f"no published results: {err.filename} is missing"]
+    tables = [pq.read_table(pa.BufferReader((folder / part["name"]).read_bytes())) for part in told["parts"]]
+    rows = [row for table in tables for row in table.to_pylist()]
+    counted = Counter(row["status"] for row in rows)
+    problems = []
+    if [len(table) for table in tables] != [part["rows"] for part in told["parts"]]:
+        problems.append("_SUCCESS.json counts other rows than its parts have")
+    if (len(rows), counted["succeeded"], counted["failed"]) != (told["requests"], told["succeeded"], told["failed"]):
+        problems.append(f"_SUCCESS.json tells {told['succeeded']} + {told['failed']} and its parts have {counted}")
+    return rows, problems
+
+
+def missing_or_doubled(rows: list[Row], request_ids: Mapping[str, int]) -> list[str]:
+    """Where results are not one for one with what the manifest asks for: how many results each request id is due."""
+    found = Counter(row["request_id"] for row in rows)
+    problems = [
+        f"request {name} has {found[name]} results instead of {request_ids.get(name, 0)}"
+        for name in sorted({*found, *request_ids})
+        if found[name] != request_ids.get(name, 0)
+    ]
+    keys = Counter(row["key"] for row in rows)
+    return problems + [f"key {key} has {count} results" for key, count in keys.items() if count > 1]
+
+
+def false_successes(rows: list[Row], output: Path) -> list[str]:
+    """Succeeded results whose animation is not there, or is not what the result says."""
+    problems = []
+    for row in rows:
+        if row["status"] != "succeeded":
+            continue
+        path = output / "animations" / row["key"][:2] / row["animation_uri"].rpartition("/")[2]
+        if not path.is_file():
+            problems.append(f"{row['request_id']} succeeded and {path.name} is missing")
+            continue
+        data = path.read_bytes()
+        if (len(data), hashlib.sha256(data).hexdigest()) != (row["num_bytes"], row["sha256"]):
+            problems.append(f"{row['request_id']} succeeded and {path.name} has another size or sha256")
+            continue
+        wanted = [(row["width"], row["height"])] * row["num_frames"]
+        try:
+            sizes = frame_sizes(data, row["format"])
+        except Exception as err:  # noqa: BLE001 - decoders raise almost anything
+            sizes = [(type(err).__name__, str(err))]
+        if sizes != wanted:
+            problems.append(f"{row['request_id']} succeeded and {path.name} has frames {sizes} instead of {wanted}")
+    return problems
+
+
+def frame_sizes(data: bytes, file_format: str) -> list[tuple[Any, Any]]:
+    """Width and height of every frame, each of them decoded."""
+    if file_format == "mp4":
+        with av.open(io.BytesIO(data)) as container:
+            return [(frame.width, frame.height) for frame in container.decode(video=0)]
+    if file_format == "png_zip":
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            files = [archive.read(name) for name in archive.namelist() if name.endswith(".png")]
+        return [size for file in files for size in _sizes(file)]
+    return _sizes(data)
+
+
+def _sizes(file: bytes) -> list[tuple[Any, Any]]:
+    with Image.open(io.BytesIO(file)) as picture:
+        return [frame.convert("RGB").size for frame in ImageSequence.Iterator(picture)]
+
+
+def objects(output: Path) -> dict[str, str]:
+    """The sha256 of every object that must never change, by its name."""
+    return {
+        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for folder in IMMUTABLE
+        for path in (output / folder).rglob("*")
+        if path.is_file()
+    }
+
+
+def animated_keys(output: Path) -> set[str]:
+    """The keys that there is an animation of, whether a result tells of it or not."""
+    return {path.stem for path in (output / "animations").rglob("*") if path.is_file()}
