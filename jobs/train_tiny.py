@@ -50,8 +50,8 @@ _LATENT_DEVIATION = (0.33, 0.25, 0.25, 0.08)
 _OPENING, _MIDDLE = 0.3, 0.6
 _CLEAR_PX = 10.0
 _MOTION_SHARES = {
-    "left": 0.14, "right": 0.14, "up": 0.15, "down": 0.14,
-    "growing": 0.06, "shrinking": 0.06, "spinning": 0.1, "bouncing": 0.08, "still": 0.13,
+    "left": 0.12, "right": 0.12, "up": 0.13, "down": 0.12,
+    "growing": 0.06, "shrinking": 0.07, "spinning": 0.16, "bouncing": 0.08, "still": 0.14,
 }  # fmt: skip
 
 
@@ -294,7 +294,7 @@ class _Trainer:
 def _random_case(rng: np.random.Generator, loops: float = 0.0) -> world.Case:
     motion = world.MOTIONS[rng.choice(len(world.MOTIONS), p=[_MOTION_SHARES[name] for name in world.MOTIONS])]
     scale = int(rng.integers(3)) + (3 if rng.random() < loops else 0)
-    return world.random_case(rng, motion=motion, motion_scale=scale, both=0.15)
+    return world.random_case(rng, motion=motion, motion_scale=scale, both=0.35)
 
 
 def _opening_case(rng: np.random.Generator) -> world.Case:
@@ -367,7 +367,7 @@ def _parse() -> tuple[Plan, Path]:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--codec-steps", type=int, default=1600)
     parser.add_argument("--text-steps", type=int, default=600)
-    parser.add_argument("--denoiser-steps", type=int, default=12_000)
+    parser.add_argument("--denoiser-steps", type=int, default=15_000)
     parser.add_argument("--clips", type=int, default=6, help="clips of 8 frames in a step of the denoiser")
     parser.add_argument("--learning-rate", type=float, default=1.2e-3, help="of the denoiser")
     parser.add_argument("--compile", action="store_true", help="minutes of compiling for faster steps")

@@ -65,6 +65,9 @@ class Networks:
             part.half().save_pretrained(folder / name, safe_serialization=True)
             part.float()
             _tidy(folder / name / "config.json")
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()  # or what the last call asked for would be written along
+        backend.no_truncation()
         self.tokenizer.save_pretrained(folder / "tokenizer")
         self.scheduler.save_pretrained(folder / "scheduler")
         (folder / "model_index.json").write_text(json.dumps(_MODEL_INDEX, indent=2) + "\n", encoding="utf-8")
@@ -96,9 +99,9 @@ def build(seed: int = 0) -> Networks:
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         block_out_channels=CHANNELS,
-        # A direction is one word for the whole picture: the prompt is read where the picture is 4 x 4.
-        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        # A direction is one word for the whole picture, but which of two shapes it is for is seen at 8 x 8 only.
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=TEXT_CHANNELS,
         attention_head_dim=_HEADS,
