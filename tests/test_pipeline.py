@@ -176,7 +176,7 @@ def test_every_step_is_an_operator_of_its_own_and_blocks_have_the_size_of_a_batc
 
 
 def test_an_engine_that_is_not_the_drivers_ends_the_run_with_the_remedy(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"weights on this node are others.*model\.base"):
+    with pytest.raises(ConfigError, match=r"weights of model 'default' on this node are others.*same weights"):
         run(make_config(), load_engines=FakeEngineLoader("0" * 32))
 
 
