@@ -179,6 +179,8 @@ def plan(
     out.print(f"pending     {made.num_pending}")
     for name, engine_id in made.engine_ids.items():
         out.print(f"engine      {engine_id}  {name}")
+    if made.is_mixed:
+        _print_groups(made.groups)
     if made.num_rejected:
         _print_rejections(made.rejected)
 
@@ -454,6 +456,17 @@ def _finish(summary: RunSummary) -> None:
         out.print(f"  {kind}  {count}")
     out.print(f"results: {summary.results_uri}", soft_wrap=True)
     raise typer.Exit(summary.exit_code)
+
+
+def _print_groups(groups: pa.Table) -> None:
+    """What is drawn together, the largest groups first."""
+    shown = 10
+    for group in groups.sort_by([("num_rows", "descending")]).slice(0, shown).to_pylist():
+        size = f"up to {group['long_side']} px" if group["size"] == "auto" else f"{group['width']} x {group['height']}"
+        told = f"{group['num_rows']} rows: {group['model']}, {group['num_frames']} frames, {size}"
+        out.print(f"together    {told}", soft_wrap=True, markup=False)
+    if len(groups) > shown:
+        out.print(f"            and {len(groups) - shown} more kinds of rows")
 
 
 def _print_rejections(rejected: pa.Table, per_kind: int = 3) -> None:

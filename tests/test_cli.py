@@ -90,6 +90,20 @@ def test_a_held_lease_ends_with_exit_code_75(write_manifest: WriteManifest, tmp_
     assert "the-other-run" in capsys.readouterr().err
 
 
+def test_a_plan_of_mixed_rows_tells_what_is_drawn_together(
+    write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = requests_table(14, num_frames=[8, 8, 4, *range(9, 20)], size=["auto"] * 2 + [None] * 12)
+
+    code = pia_batch("plan", "--manifest", write_manifest(table), "--output", str(tmp_path / "out"))
+
+    told = capsys.readouterr().out
+    assert code == 0
+    assert "together    2 rows: default, 8 frames, up to 512 px\n" in told
+    assert "1 rows: default, 4 frames, 64 x 64\n" in told
+    assert "and 3 more kinds of rows" in told
+
+
 def test_help_and_plan_import_neither_torch_nor_ray(write_manifest: WriteManifest, tmp_path: Path) -> None:
     script = """
 import sys
