@@ -298,7 +298,7 @@ class _Watchman:
                 )
                 raise InterruptedRunError(msg)
         now = time.monotonic()
-        if len(outcomes) or now - self._told_at < _TELL_S:
+        if len(outcomes) or now - self._told_at < min(_TELL_S, self._place.wait_s):
             self._moved_at, self._told_at = (now, now) if len(outcomes) else (self._moved_at, self._told_at)
             return
         self._told_at = now

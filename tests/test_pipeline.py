@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -280,17 +282,16 @@ def test_a_worker_that_fails_every_request_stops_the_run_before_all_are_spent(ma
 
 
 def test_a_run_that_is_given_no_engine_says_so_and_stops_waiting_in_the_end(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    write_manifest: Callable[..., str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(pipeline, "_TELL_S", 1.0)
-    config = make_config(placement__num_cpus=64, placement__wait_s=2)
+    command = [*(sys.executable, "-m", "pia_batch.cli", "run"), "--manifest", write_manifest()]
+    command += ["--output", str(tmp_path / "out"), "--set", "placement.num_cpus=64", "--set", "placement.wait_s=2"]
 
-    with pytest.raises(
-        InterruptedRunError, match=r"no engine could work for \d+ s .* 64 CPUs, and the cluster has 0 and 4"
-    ):
-        run(config)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
 
-    assert "waiting_for_engines" in caplog.text
+    assert done.returncode == 4, done.stderr
+    assert "waiting_for_engines" in done.stderr
+    assert "one engine needs 0 GPUs and 64 CPUs, and the cluster has 0 and" in done.stderr
 
 
 def test_several_models_and_sizes_are_drawn_by_the_embedded_model(make_config: MakeConfig) -> None:
