@@ -248,7 +248,7 @@ def test_poison_of_every_sort_fails_alone_and_the_run_ends_by_itself(make_config
     poison = {3: "raises", 5: "exits", 8: "crashes", 9: "hangs", 14: "hungers", 15: "not finite"}
     prompts = [poison.get(k, "fine") for k in range(16)]
     table = requests_table(16, prompt=prompts, format=["gif"] * 16)
-    config = make_config(table, placement__batch_size=4, limits__timeout_s=4)
+    config = make_config(table, placement__batch_size=4, limits__timeout_s=10)
     loader = FakeEngineLoader(planning.make(config).engine_ids["default"], engine=PoisonedEngine)
 
     summary = run(config, load_engines=loader)
