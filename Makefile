@@ -2,8 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# Two processes share the fast tests; threads inside of them would only wait for each other.
-ONE_THREAD := OMP_NUM_THREADS=1
 QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0
 
 .PHONY: setup browser demo test torture lint format clean
@@ -34,7 +32,7 @@ lint: setup  ## style, formatting, types, and who may import whom
 	$(BIN)/lint-imports --no-cache
 
 test: lint browser  ## every check and every test, fast ones first
-	$(QUIET) $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m 'not gpu and not slow and not s3'
+	$(QUIET) $(BIN)/python -m pytest -n 2 -m 'not gpu and not slow and not s3'
 	$(QUIET) $(BIN)/python -m pytest -m 'not gpu and (slow or s3)'
 
 RUNS ?= 1000

@@ -28,12 +28,12 @@ from pia_batch.config import ModelConfig, RunConfig
 from pia_batch.errors import (
     ConfigError,
     DegenerateError,
+    DeviceMemoryError,
     EncodingError,
     EngineError,
     ObjectExistsError,
     PiaBatchError,
     RequestError,
-    RequestMemoryError,
     RequestTimeoutError,
     WorkerCrashError,
     message_of,
@@ -54,7 +54,6 @@ OUTCOME = pa.schema(
         ("status", pa.string()),
         ("error_kind", pa.string()),
         ("error", pa.string()),
-        ("gpu_seconds", pa.float64()),
     ]
 )
 """What `Animate` hands back, after the commit: a few bytes a request."""
@@ -211,7 +210,7 @@ class Animate:
         except PiaBatchError:
             raise
         except MemoryError as err:
-            return RequestMemoryError(f"the worker ran out of memory: {message_of(err)}")
+            return DeviceMemoryError(f"the worker ran out of memory: {message_of(err)}")
         except Exception as err:
             log.exception("request_raised request_id=%s", row["request_id"])
             self._leave_if_broken([row])
@@ -332,7 +331,7 @@ class Animate:
         except PiaBatchError:
             raise
         except MemoryError as err:
-            result |= _failure(RequestMemoryError(f"the worker ran out of memory: {message_of(err)}"), row)
+            result |= _failure(DeviceMemoryError(f"the worker ran out of memory: {message_of(err)}"), row)
         except Exception as err:
             log.exception("commit_raised request_id=%s", row["request_id"])
             result |= _failure(EngineError(f"the worker raised {type(err).__name__}: {message_of(err)}"), row)

@@ -234,18 +234,19 @@ def verify(
     Exit code 3 if any is not, repaired or not. `--repair` is refused with 75 while a run works there.
     Example: `pia-batch verify s3://bucket/out --repair`
     """
-    from pia_batch import animate, journal
+    from pia_batch import animate, verification
+    from pia_batch.journal import Journal
 
     store, ttl_s = _existing(output)
-    record = journal.Journal(store)
+    record = Journal(store)
     with _held(store, "verify", ttl_s) if repair else nullcontext() as lease:
         outcomes = record.outcomes()
         total = int(outcomes.succeeded.sum())
         with _counting("animations read", total) as one_more:
-            problems = list(journal.verify(record, outcomes, animate.check_animation, one_more))
+            problems = list(verification.verify(record, outcomes, animate.check_animation, one_more))
         if lease is not None:
-            journal.repair(record, outcomes, problems, lease.check)
-    for kind, meaning in journal.PROBLEMS.items():
+            verification.repair(record, outcomes, problems, lease.check)
+    for kind, meaning in verification.PROBLEMS.items():
         found = [problem for problem in problems if problem.kind == kind]
         if found:
             out.print(f"\n{kind}  {len(found)}  {meaning}", style="bold")

@@ -55,34 +55,29 @@ class SchedulerConfig(Section):
     )
 
 
-class LoraConfig(Section):
-    """One LoRA laid over a model's UNet and text encoder."""
+class AddOn(Section):
+    """Weights that are laid over a model's own."""
 
-    source: str = Field(
-        description="a `.safetensors` file, a folder with one, an object-storage URI of either, a hub id"
-    )
+    source: str = Field(description="a `.safetensors` file, a folder, an object-storage URI of either, or a hub id")
     revision: str | None = Field(None, description="hub commit, tag or branch of `source`")
     weight_name: str | None = Field(None, description="the file, where `source` holds several")
+
+
+class LoraConfig(AddOn):
+    """One LoRA laid over a model's UNet and text encoder."""
+
     scale: float = Field(1.0, ge=-10, le=10, allow_inf_nan=False, description="how strongly it is applied")
 
 
-class TextualInversionConfig(Section):
+class TextualInversionConfig(AddOn):
     """One embedding that a word of the prompt stands for."""
 
-    source: str = Field(description="as in a LoRA")
-    revision: str | None = Field(None, description="hub commit, tag or branch of `source`")
-    weight_name: str | None = Field(None, description="the file, where `source` holds several")
     token: str | None = Field(None, min_length=1, description="the word; null: the one that the file names")
 
 
-class IpAdapterConfig(Section):
-    """An image prompt beside the text prompt."""
+class IpAdapterConfig(AddOn):
+    """An image prompt beside the text prompt; `h94/IP-Adapter` on the hub has `models/ip-adapter_sd15.safetensors`."""
 
-    source: str = Field(description="as in a LoRA; `h94/IP-Adapter` on the hub")
-    revision: str | None = Field(None, description="hub commit, tag or branch of `source`")
-    weight_name: str | None = Field(
-        None, description="the file, where `source` holds several, such as `models/ip-adapter_sd15.safetensors`"
-    )
     image_encoder: str | None = Field(
         None,
         description="folder, object-storage URI or hub id of a CLIPVisionModelWithProjection; null: `image_encoder/` "
@@ -364,14 +359,16 @@ def _complete(name: object, entry: object, default: object) -> object:
     entry = entry or {}
     if entry.get("base") == EMBEDDED:
         entry = _merge(tiny.defaults()["model"], entry)
-    others = {"base": _OF_THE_BASE, "motion_adapter": _OF_THE_ADAPTER, "vae": _OF_THE_VAE}
-    replaced = {key for part, keys in others.items() if part in entry for key in keys}
+    replaced = {key for part, keys in _BELONGS_TO.items() if part in entry for key in keys}
     return _merge({key: value for key, value in default.items() if key not in replaced}, entry) | {"name": name}
 
 
-_OF_THE_BASE = ("revision", "variant", "config", "sha256")
-_OF_THE_ADAPTER = ("motion_adapter_revision", "motion_adapter_variant")
-_OF_THE_VAE = ("vae_revision",)
+_BELONGS_TO = {
+    "base": ("revision", "variant", "config", "sha256"),
+    "motion_adapter": ("motion_adapter_revision", "motion_adapter_variant"),
+    "vae": ("vae_revision",),
+}
+"""What an entry of `models` does not take over along with weights that it replaces."""
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

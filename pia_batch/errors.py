@@ -112,12 +112,6 @@ class RequestTimeoutError(RequestError):
     kind = "timeout"
 
 
-class RequestMemoryError(RequestError):
-    """The worker has too little memory for this one request, even by itself."""
-
-    kind = "out_of_memory"
-
-
 class DegenerateError(RequestError):
     """The clip was drawn, and shows less than `limits.min_frame_std` or `limits.min_motion` asks for."""
 
@@ -131,7 +125,7 @@ class EncodingError(RequestError):
 
 
 class DeviceMemoryError(RequestError):
-    """The device has too little memory for this one request, even by itself."""
+    """The device, or its worker, has too little memory for this one request, even by itself."""
 
     kind = "out_of_memory"
 

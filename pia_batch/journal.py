@@ -17,12 +17,11 @@ import hashlib
 import itertools
 import json
 import logging
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,14 +29,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pia_batch.errors import AccountingError, ObjectExistsError, RequestError, StorageError
+from pia_batch.errors import AccountingError, ObjectExistsError, StorageError
 from pia_batch.records import KEY_BYTES, RESULT, SUCCEEDED, Keys, KeySet, halves, keys_from_hex
 from pia_batch.storage import Store
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-V = TypeVar("V")
 
 FRAGMENTS = "_journal/"
 WITHDRAWALS = "_withdrawn/"
@@ -48,15 +44,17 @@ LATEST = RESULTS + "LATEST.json"
 PART_ROWS = 100_000
 """Rows of one published Parquet file."""
 
-VERIFY_THREADS = 16
-"""Animations that `verify` reads and decodes at a time; each is a few MB."""
-
 _WITHDRAWAL = pa.schema([("key", pa.string()), ("fragment", pa.string())])
 
 
 def animation_name(key: str, extension: str) -> str:
     """Where the animation of a key lies; the key is hex, so no manifest can name a path."""
     return f"{ANIMATIONS}{key[:2]}/{key}.{extension}"
+
+
+def name_in(animation_uri: str) -> str:
+    """The object's name below whatever folder the output lies in today: it may have been moved as a whole."""
+    return ANIMATIONS + "/".join(animation_uri.rsplit("/", 2)[-2:])
 
 
 @dataclass(frozen=True)
@@ -231,36 +229,6 @@ class Journal:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """An animation that is not what its result says.
-
-    Attributes:
-        key: of its request.
-        request_id: of its request.
-        animation_uri: where it was when it was committed.
-        name: the object's name in the store as it lies today.
-        kind: one of PROBLEMS.
-        what: the particulars, in words.
-    """
-
-    key: str
-    request_id: str
-    animation_uri: str
-    name: str
-    kind: str
-    what: str
-
-
-PROBLEMS = {
-    "missing": "the object is not there",
-    "size": "the object has another size than was committed",
-    "content": "the object has other bytes than were committed",
-    "undecodable": "the object does not decode, or has other frames than its result says",
-}
-"""What can be wrong with an animation, in the order in which it is looked at."""
-
-
-@dataclass(frozen=True)
 class Published:
     """A complete set of results."""
 
@@ -313,90 +281,6 @@ def publish(
     journal.store.replace(LATEST, to_json({"run_id": run_id, "digest": state["digest"]}))
     uri = journal.store.uri_of(folder.rstrip("/"))
     return Published(run_id, len(wanted), counts["succeeded"], counts["failed"], uri)
-
-
-def verify(
-    journal: Journal,
-    outcomes: Outcomes,
-    decode: Callable[[bytes, dict[str, Any]], object],
-    on_examined: Callable[[], None] = lambda: None,
-) -> Iterator[Problem]:
-    """Read every succeeded animation again and compare it with its result row, VERIFY_THREADS of them at a time.
-
-    Args:
-        journal: the journal of the output.
-        outcomes: what it says now.
-        decode: raises RequestError if bytes do not decode to what their result row tells.
-        on_examined: called after each animation, good or not.
-
-    Raises:
-        StorageError: the store refused or did not answer; that is no problem of an animation.
-    """
-    rows = (
-        row
-        for table in journal.winning_rows(outcomes.of(outcomes.succeeded_keys))
-        for row in table.select(_EXAMINED).to_pylist()
-    )
-    for found in _several_at_a_time(lambda row: _examine(journal.store, row, decode), rows):
-        on_examined()
-        if found is not None:
-            yield found
-
-
-def repair(journal: Journal, seen: Outcomes, problems: Iterable[Problem], check: Callable[[], None]) -> None:
-    """Delete what is left of broken animations, then take their rows back: the next run draws them again.
-
-    In this order a repair that is killed in between leaves what `verify` finds again. A sound animation is not touched.
-
-    Args:
-        journal: of the output, on which nobody else works now.
-        seen: what it said when the problems were found.
-        problems: as `verify` found them.
-        check: called before every deletion; raises if another run has come.
-    """
-    broken = list(problems)
-    for problem in broken:
-        check()
-        if problem.kind != "missing":
-            journal.store.delete(problem.name)
-    check()
-    journal.withdraw(keys_from_hex(pa.array([problem.key for problem in broken], pa.string())), seen)
-
-
-def _several_at_a_time(function: Callable[[T], V], items: Iterable[T]) -> Iterator[V]:
-    """The results in the order of `items`, which are taken a few ahead only: there may be millions."""
-    waiting: deque[Future[V]] = deque()
-    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * VERIFY_THREADS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _examine(store: Store, row: dict[str, Any], decode: Callable[[bytes, dict[str, Any]], object]) -> Problem | None:
-    name = _name_in(row["animation_uri"])
-
-    def problem(kind: str, what: str) -> Problem:
-        return Problem(row["key"], row["request_id"], row["animation_uri"], name, kind, what)
-
-    try:
-        data = store.read(name)
-    except FileNotFoundError:
-        return problem("missing", "it is not there")
-    if len(data) != row["num_bytes"]:
-        return problem("size", f"it has {len(data)} bytes, its result says {row['num_bytes']}")
-    if hashlib.sha256(data).hexdigest() != row["sha256"]:
-        return problem("content", "its bytes are not those that were committed")
-    try:
-        decode(data, row)
-    except RequestError as err:
-        return problem("undecodable", str(err))
-    return None
-
-
-_EXAMINED = ["key", "request_id", "animation_uri", "num_bytes", "sha256", "format", "width", "height", "num_frames"]
 
 
 def is_published(store: Store, run_id: str) -> bool:
@@ -481,15 +365,10 @@ def _sorted(table: pa.Table) -> pa.Table:
     return table.sort_by([("request_id", "ascending"), ("key", "ascending")])
 
 
-def _name_in(animation_uri: str) -> str:
-    """The object's name below whatever folder the output lies in today: it may have been moved as a whole."""
-    return ANIMATIONS + "/".join(animation_uri.rsplit("/", 2)[-2:])
-
-
 def _check_objects(part: pa.Table, stored: dict[str, int]) -> None:
     succeeded = part.filter(pc.equal(part["status"], SUCCEEDED)).select(["animation_uri", "num_bytes", "request_id"])
     for uri, num_bytes, request_id in zip(*(column.to_pylist() for column in succeeded.columns), strict=True):
-        size = stored.get(_name_in(uri))
+        size = stored.get(name_in(uri))
         if size != num_bytes:
             found = "is missing" if size is None else f"has {size} bytes"
             msg = (

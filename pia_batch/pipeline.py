@@ -15,7 +15,6 @@ import secrets
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,13 +25,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
-from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pia_batch import animate, journal, planning, report, stages
 from pia_batch.animate import OUTCOME
 from pia_batch.config import PlacementConfig, RunConfig
-from pia_batch.errors import ConfigError, InterruptedRunError, LeaseHeldError, PiaBatchError, StorageError
+from pia_batch.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    EngineError,
+    InterruptedRunError,
+    LeaseHeldError,
+    PiaBatchError,
+    RequestTimeoutError,
+    StorageError,
+    WorkerCrashError,
+)
 from pia_batch.journal import Journal
 from pia_batch.lease import Lease
 from pia_batch.ledger import Ledger, Turn
@@ -50,7 +58,11 @@ VALIDATE_CPUS, DROP_CPUS, ARRANGE_CPUS = 0.5, 0.4, 0.3
 WINDOW, SMALL_WINDOW = 1024, 64
 """Requests that are put in order together; fewer where each brings its image along."""
 
-_WORKERS_FAULTS = frozenset({"worker_crash", "timeout", "engine_error", "out_of_memory"})
+_WORKERS_FAULTS = frozenset(
+    error.kind for error in (WorkerCrashError, RequestTimeoutError, EngineError, DeviceMemoryError)
+)
+"""Of requests that failed for their worker's sake: where all do, it is not the requests."""
+
 _TELL_S = 30.0
 """Seconds without an outcome after which a run looks whether it has engines at all."""
 
@@ -226,8 +238,6 @@ def _own_the_settings() -> None:
     context.raise_original_map_exception = True  # or only the text of our own errors would reach the driver
     context.enable_progress_bars = False  # blocks of an operator; ours count requests
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends a run is raised, and told once
-    # The message of every run that `max_restarts` moves to a named argument in Ray 2.64; pyproject.toml ends below it.
-    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated", category=RayDeprecationWarning)
 
 
 # --- around the chain -----------------------------------------------------------------------------------------------
@@ -298,8 +308,9 @@ class _Watchman:
                 )
                 raise InterruptedRunError(msg)
         now = time.monotonic()
-        if len(outcomes) or now - self._told_at < min(_TELL_S, self._place.wait_s):
-            self._moved_at, self._told_at = (now, now) if len(outcomes) else (self._moved_at, self._told_at)
+        if len(outcomes):
+            self._moved_at = self._told_at = now
+        if now - self._told_at < min(_TELL_S, self._place.wait_s):
             return
         self._told_at = now
         if self._in_flight():

@@ -28,6 +28,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 
 
+# Before any test imports torch: networks of this size lose more to waiting for a second core than they gain.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def png(seed: int = 0, width: int = 64, height: int = 64) -> bytes:
     """A smooth random picture, as a PNG file."""
     rng = np.random.default_rng(seed)

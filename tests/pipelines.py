@@ -175,6 +175,21 @@ def free_init(pipe: PIAPipeline, shot: Shot) -> Iterator[None]:
         pipe.disable_free_init()
 
 
+class Counting:
+    """A network that counts its calls."""
+
+    def __init__(self, network: Any) -> None:
+        self._network = network
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self._network(*args, **kwargs)
+
+
 def _text() -> dict[str, Any]:
     tokenizer = CLIPTokenizer.from_pretrained(tiny.PATH / "tokenizer", local_files_only=True)
     config = CLIPTextConfig(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,14 +19,6 @@ from torch.overrides import TorchFunctionMode
 from pia_batch.config import FreeUConfig, ModelConfig, SchedulerConfig
 from pia_batch.engine import PiaEngine, canary, loading
 from pia_batch.errors import BrokenDeviceError, ConfigError
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import gc
 import random
 import time
 import weakref
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, get_args
 
@@ -19,7 +18,18 @@ from diffusers import MotionAdapter, PIAPipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pipelines import Truth, assert_equals_single_calls, assert_same, build, named, picture, save, shot, single_call
+from pipelines import (
+    Counting,
+    Truth,
+    assert_equals_single_calls,
+    assert_same,
+    build,
+    named,
+    picture,
+    save,
+    shot,
+    single_call,
+)
 
 from pia_batch import tiny, weights
 from pia_batch.config import ModelConfig, SchedulerConfig, SchedulerName
@@ -53,15 +63,6 @@ MIXED = [
     shot(10, free_init_iters=3, free_init_fast=True, free_init_method="gaussian", num_inference_steps=4),
 ]
 """Rows that differ in everything that a request can set, no two of them alike."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Networks of this size lose more to waiting for a second core than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -495,19 +496,8 @@ def test_clips_share_the_time_by_their_steps_and_guidance(engine):
     assert 0 < sum(clip.device_seconds for clip in (guided, plain, short)) <= elapsed
 
 
-class CountingEncoder:
+class CountingEncoder(Counting):
     """A text encoder or a VAE that counts its calls."""
-
-    def __init__(self, network: Any) -> None:
-        self._network = network
-        self.calls = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        return self._network(*args, **kwargs)
 
     def encode(self, *args: Any) -> Any:
         self.calls += 1

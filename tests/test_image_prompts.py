@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import ip_adapters
 import pytest
@@ -15,7 +13,7 @@ from diffusers import PIAPipeline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pipelines import Truth, assert_equals_single_calls, assert_same, build, picture, save, shot, single_call
+from pipelines import Counting, Truth, assert_equals_single_calls, assert_same, build, picture, save, shot, single_call
 from safetensors.torch import save_file
 
 from pia_batch.config import IpAdapterConfig, LoraConfig, ModelConfig, SchedulerConfig
@@ -32,14 +30,6 @@ ROWS = [
     shot(6, ip_adapter_image=picture(6), ip_adapter_scale=2.0, free_init_iters=2, num_frames=2),
 ]
 """Different image prompts, scales and guidance, three sizes, and schedules that end one after another."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,21 +151,6 @@ def test_scales_per_row_compute_what_one_scale_for_all_would(dtype):
     for sample, scale in enumerate(scales):
         rows = slice(2 * sample, 2 * sample + 2)
         assert torch.equal(product[rows], scale * states[rows])
-
-
-class Counting:
-    """A network that counts its calls."""
-
-    def __init__(self, network: Any) -> None:
-        self._network = network
-        self.calls = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        return self._network(*args, **kwargs)
 
 
 def test_an_image_prompt_is_encoded_once_for_all_rows_and_batches(plain):

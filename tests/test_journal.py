@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from pia_batch import journal
 from pia_batch.errors import AccountingError, EncodingError, LeaseHeldError, ObjectExistsError, StorageError
-from pia_batch.journal import Journal, Outcomes, animation_name, digest_of, latest, publish, verify
+from pia_batch.journal import Journal, Outcomes, animation_name, digest_of, latest, publish
 from pia_batch.records import RESULT, Keys, KeySet, keys_from_hex, keys_to_hex, results_table
 from pia_batch.storage import Store
+from pia_batch.verification import repair, verify
 
 SHOP = pa.schema([("shop", pa.string())])
 
@@ -609,7 +610,7 @@ def test_repair_removes_what_is_broken_and_nothing_else(record: Journal) -> None
     before = {path: path.stat().st_mtime_ns for path in (root / "animations").rglob("*.gif")}
     seen = record.outcomes()
 
-    journal.repair(record, seen, verify(record, seen, accept), held)
+    repair(record, seen, verify(record, seen, accept), held)
 
     broken = root / animation_name(key(2), "gif")
     del before[broken]
@@ -632,10 +633,10 @@ def test_a_repair_that_is_overtaken_or_killed_is_found_again(record: Journal) ->
             raise LeaseHeldError("another run")
 
     with pytest.raises(LeaseHeldError):
-        journal.repair(record, seen, verify(record, seen, accept), overtaken)
+        repair(record, seen, verify(record, seen, accept), overtaken)
 
     assert sorted(what.split(":")[0] for what in problems(record).values()) == ["missing", "size"]
-    journal.repair(record, seen, verify(record, seen, accept), held)
+    repair(record, seen, verify(record, seen, accept), held)
     assert record.outcomes().due_again == 2
 
 
@@ -655,7 +656,7 @@ def test_append_outcomes_publish_and_verify_work_on_s3(s3: str) -> None:
     assert np.array_equal(record.outcomes().succeeded, [True, True])
     record.store.delete(animation_name(key(2), "gif"))
     seen = record.outcomes()
-    journal.repair(record, seen, verify(record, seen, accept), held)
+    repair(record, seen, verify(record, seen, accept), held)
     assert verdicts(record.outcomes()) == {key(1): True}
     commit(record, {1: "failed", 2: "succeeded"})
     assert verdicts(record.outcomes()) == {key(1): True, key(2): True}

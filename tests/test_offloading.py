@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,14 +19,6 @@ from pia_batch.engine.offloading import SMALL_DEVICE_BYTES, Berth, OnDemand, Sav
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NETWORKS = ("text_encoder", "vae", "unet")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import gc
 import random
 import shutil
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,6 @@ from pia_batch.engine.shelf import ModelShelf, budget
 from pia_batch.errors import ConfigError
 
 ROWS = [shot(1, num_inference_steps=1), shot(2, num_inference_steps=2, prompt="a <cat> jumping", guidance_scale=1.0)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def lora(path: Path, part: str) -> LoraConfig:
