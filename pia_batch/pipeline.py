@@ -1,4 +1,4 @@
-"""The run: one Ray Data chain from manifest to journal, and what stands around it. The only module that knows Ray.
+"""The run: one Ray Data chain from manifest to journal, and what stands around it.
 
     read_parquet → Validate → DropFinished → Arrange → FetchImages → Animate (commits inside)
 
@@ -8,15 +8,12 @@ Neighbours ask for different resources, or Ray would fuse them and fetch images 
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import re
 import secrets
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -25,11 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pia_batch import animate, journal, planning, report, stages
+from pia_batch import animate, cluster, journal, planning, report, stages
 from pia_batch.animate import OUTCOME
-from pia_batch.config import PlacementConfig, RunConfig
+from pia_batch.cluster import RemoteControl
+from pia_batch.config import RunConfig
 from pia_batch.errors import (
     ConfigError,
     DeviceMemoryError,
@@ -43,10 +40,9 @@ from pia_batch.errors import (
 )
 from pia_batch.journal import Journal
 from pia_batch.lease import Lease
-from pia_batch.ledger import Ledger, Turn
 from pia_batch.manifest import Manifest
 from pia_batch.planning import Plan, Retry
-from pia_batch.records import SUCCEEDED, Row
+from pia_batch.records import SUCCEEDED
 from pia_batch.storage import Store
 from pia_batch.summary import Progress, RunSummary, about, summarise
 
@@ -118,7 +114,7 @@ def run(
         )
         if plan.num_pending:
             progress = Progress(total=len(plan.wanted), done_before=len(plan.wanted) - plan.num_pending)
-            with _ray(config.placement):
+            with cluster.connect(config.placement):
                 _animate(plan, run_id, progress, _Watch(on_progress, stop or threading.Event(), lease), load_engines)
             computed = progress.succeeded + progress.failed
         outcomes = record.outcomes().of(plan.wanted)
@@ -256,34 +252,6 @@ class _Watch:
         return self.stop.is_set() or self.lease.lost.is_set()
 
 
-class _RemoteControl:
-    """`animate.Control` over the ledger's process."""
-
-    def __init__(self, ledger: Any) -> None:
-        self._ledger = ledger
-
-    def begin(self, keys: list[str]) -> list[int] | None:
-        attempts: list[int] | None = ray.get(self._ledger.begin.remote(keys))
-        return attempts
-
-    def begin_alone(self, key: str) -> Turn | None:
-        turn: Turn | None = ray.get(self._ledger.begin_alone.remote(key))
-        return turn
-
-    def hang(self, keys: list[str]) -> None:
-        ray.get(self._ledger.hang.remote(keys), timeout=5)
-
-    def end(self, outcomes: list[Row]) -> None:
-        ray.get(self._ledger.end.remote(outcomes))
-
-
-def _start_ledger(max_attempts: int) -> Any:  # a Ray actor handle
-    """The run's ledger in a process beside the driver's, as long as that machine can hold it: it ends with the run."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Ledger)
-    return actor.remote(max_attempts)
-
-
 class _Watchman:
     """Ends a run whose workers fail request after request, or that is given no worker at all."""
 
@@ -330,9 +298,9 @@ class _Watchman:
 
 def _animate(plan: Plan, run_id: str, progress: Progress, watch: _Watch, load_engines: LoadEngines | None) -> None:
     """Run the chain to its end, or until `watch` says stop. Every outcome counted here is committed."""
-    ledger = _start_ledger(plan.config.limits.max_attempts)
-    watchman = _Watchman(plan.config, lambda: ray.get(ledger.in_flight.remote()))
-    dataset = chain(plan, run_id, _RemoteControl(ledger), load_engines)
+    ledger = cluster.start_ledger(plan.config.limits.max_attempts)
+    watchman = _Watchman(plan.config, ledger.in_flight)
+    dataset = chain(plan, run_id, ledger, load_engines)
     blocks: queue.Queue[pa.Table | BaseException | None] = queue.Queue()
     enough = threading.Event()
     threading.Thread(target=_consume, args=(dataset, blocks, enough), name="outcomes", daemon=True).start()
@@ -380,11 +348,11 @@ def _count(progress: Progress, outcomes: pa.Table) -> None:
     progress.failed += len(outcomes) - succeeded
 
 
-def _drain(ledger: Any, grace_s: float) -> None:
+def _drain(ledger: RemoteControl, grace_s: float) -> None:
     """Let no batch begin, and wait for those in flight to be committed."""
-    ray.get(ledger.stop.remote())
+    ledger.stop()
     deadline = time.monotonic() + grace_s
-    while (left := ray.get(ledger.in_flight.remote())) and time.monotonic() < deadline:
+    while (left := ledger.in_flight()) and time.monotonic() < deadline:
         log.info("stopping requests_in_flight=%d", left)
         time.sleep(0.3)
 
@@ -399,38 +367,3 @@ def _for_the_operator(err: BaseException) -> BaseException:
             return inner
         inner = getattr(inner, "cause", None) or inner.__cause__
     return err
-
-
-@contextmanager
-def _ray(place: PlacementConfig) -> Iterator[None]:
-    """A connection to Ray: the one that exists, else the cluster's, else a Ray of our own that ends with the run."""
-    if ray.is_initialized():
-        yield
-        return
-    address = place.ray_address or os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR}
-    if address == "local":
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of what it will do one day
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or it prints a warning of every engine's restarts
-        # What its workers print is in Ray's session folder; what a request failed of is in its result.
-        options |= {"include_dashboard": False, "log_to_driver": False, "num_cpus": max(2, os.cpu_count() or 2)}
-        if place.object_store_mb is not None:
-            options["object_store_memory"] = place.object_store_mb * 2**20
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError) as err:
-        msg = f"cannot reach Ray at {address}: {err}; see placement.ray_address and RAY_ADDRESS"
-        raise ConfigError(msg) from None
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)  # Ray's own would end the process with nothing committed
-    try:
-        gpus = ray.cluster_resources().get("GPU", 0)
-        if address == "local" and gpus < place.num_gpus:
-            msg = f"placement.num_gpus is {place.num_gpus:g} and this machine has {gpus:g}; 0 runs on the CPU"
-            raise ConfigError(msg)
-        yield
-    finally:
-        ray.shutdown()

@@ -37,7 +37,7 @@ REMEDIES = {
     "encoding_failed": "the frames could not be encoded, or the stored file does not decode; see `pia-batch verify`",
     "out_of_memory": "one request alone is too large for the device, or for its worker",
 }
-"""What to do about each error kind, as in README.md."""
+"""What to do about each error kind, as in docs/results.md."""
 
 
 @dataclass(frozen=True)

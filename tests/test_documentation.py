@@ -1,4 +1,4 @@
-"""README.md says what the code does: its reference tables are compared with the code, and printed when they differ."""
+"""The documentation says what the code does: its tables are compared with the code, and printed when they differ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pia_batch.config import RunConfig
 from pia_batch.records import REQUEST, RESULT
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 
 
 def config_table() -> list[str]:
@@ -43,12 +43,13 @@ def _shown(value: Any) -> str:
 
 def test_the_config_reference_lists_every_key_with_its_default() -> None:
     table = "\n".join(config_table())
-    assert table in README, f"README.md wants this table:\n{table}"
+    assert table in PAGES["config"], f"docs/config.md wants this table:\n{table}"
 
 
 def test_every_column_of_a_request_and_of_a_result_is_explained() -> None:
-    for name in {*REQUEST.names, *RESULT.names}:
-        assert f"`{name}`" in README, name
+    for names, page in ((REQUEST.names, "manifest"), (RESULT.names, "results")):
+        for name in names:
+            assert f"`{name}`" in PAGES[page], name
 
 
 def test_every_error_kind_is_explained() -> None:
@@ -56,18 +57,19 @@ def test_every_error_kind_is_explained() -> None:
     kinds = {kind.kind for kind in errors.RequestError.__subclasses__()}
     kinds |= set(re.findall(r'"(invalid_\w+|missing_value|not_finite|out_of_range|duplicate_id|unsupported)"', source))
     for kind in kinds:
-        assert f"`{kind}`" in README, kind
+        assert f"`{kind}`" in PAGES["results"], kind
 
 
 def test_every_command_and_exit_code_is_named() -> None:
     for command in cli.app.registered_commands:
-        assert f"pia-batch {command.callback.__name__}" in README
+        assert f"pia-batch {command.callback.__name__}" in PAGES["commands"]
     for code in {0, 1, 3, *cli.EXIT_CODES.values()}:
-        assert f"| {code} |" in README
+        assert f"| {code} |" in PAGES["commands"]
 
 
 def test_the_tree_names_every_module_with_one_line() -> None:
-    tree = README[README.index("```text\npia_batch/") :]
+    page = PAGES["architecture"]
+    tree = page[page.index("```text\npia_batch/") :]
     modules = {path.relative_to(ROOT / "pia_batch") for path in (ROOT / "pia_batch").rglob("*.py")}
     for module in modules:
         assert re.search(rf"^ *{re.escape(module.name)} +\S", tree, re.MULTILINE), module
@@ -90,7 +92,19 @@ def test_the_example_of_the_engine_draws_two_clips() -> None:
 
 
 def python_block(word: str) -> str:
-    return next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in block)
+    text = "\n".join(PAGES.values())
+    return next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if word in block)
+
+
+def test_every_link_between_pages_leads_somewhere() -> None:
+    for folder, page in [
+        (ROOT, PAGES["README"]),
+        *((ROOT / "docs", PAGES[p.stem]) for p in (ROOT / "docs").glob("*.md")),
+    ]:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page):
+            assert (folder / link).exists(), link
+        for anchor in re.findall(r"\]\(#([^)]+)\)", page):
+            assert f"\n## {anchor.replace('-', ' ')}" in page.lower(), anchor
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "configs").glob("*.yaml")), ids=lambda path: path.name)

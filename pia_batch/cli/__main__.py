@@ -1,0 +1,5 @@
+"""`python -m pia_batch.cli`."""
+
+from pia_batch.cli import main
+
+main()

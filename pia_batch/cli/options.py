@@ -1,0 +1,101 @@
+"""What several commands take: a config and what is laid over it, or an output that exists."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from pia_batch import errors
+
+if TYPE_CHECKING:
+    from pia_batch.config import RunConfig
+    from pia_batch.lease import Lease
+    from pia_batch.storage import Store
+
+ConfigPath = Annotated[Path | None, typer.Argument(help="a YAML config; docs/config.md has every key")]
+ManifestUri = Annotated[str | None, typer.Option("--manifest", help="the manifest's URI, over the config's")]
+OutputUri = Annotated[str | None, typer.Option("--output", help="the output's URI, over the config's")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="section.key=value over the config; may be repeated")
+]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="draw again what failed before")]
+RunId = Annotated[str | None, typer.Option(help="names the results; made from the time by default")]
+MaxFailed = Annotated[int | None, typer.Option(help="over limits.max_failed: more end with exit code 3")]
+Output = Annotated[str, typer.Argument(help="the output's URI")]
+OutputOrConfig = Annotated[str, typer.Argument(help="the output's URI, or the YAML config that names it")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, and nothing else")]
+
+
+def load(path: Path | None, overrides: dict[str, Any]) -> RunConfig:
+    """The config of a YAML file, or of none, with `overrides` by dotted key over it."""
+    from pia_batch.config import RunConfig
+
+    return RunConfig.load(path, overrides)
+
+
+def overrides(manifest: str | None, output: str | None, settings: list[str] | None) -> dict[str, Any]:
+    """What `--manifest`, `--output` and `--set` lay over a config, by dotted key."""
+    overrides: dict[str, Any] = {}
+    for setting in settings or []:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise errors.ConfigError(f"--set {setting}: expected section.key=value")
+        try:
+            overrides[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise errors.ConfigError(f"--set {setting}: {text!r} is no value in YAML") from None
+    flags = {"manifest": manifest, "output": output}
+    return overrides | {name: value for name, value in flags.items() if value is not None}
+
+
+def given(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Those that were given on the command line."""
+    return {key: value for key, value in overrides.items() if value is not None}
+
+
+def existing(output: str) -> tuple[Store, float]:
+    """The store of an output that something was written to, and how many seconds a lease on it lasts.
+
+    Args:
+        output: its URI, or the path of a config that names it.
+    """
+    from pia_batch.config import LimitsConfig
+    from pia_batch.storage import Store
+    from pia_batch.uris import redacted_uri
+
+    ttl_s = LimitsConfig().lease_ttl_s
+    if output.endswith((".yaml", ".yml")):
+        loaded = load(Path(output), {})
+        output, ttl_s = loaded.output, loaded.limits.lease_ttl_s
+    store = Store(output)
+    if not any(True for prefix in ("_journal/", "_runs/", "_lease/") for _ in store.list(prefix)):
+        raise errors.ConfigError(f"no run has ever written to {redacted_uri(store.uri)}; correct the URI of the output")
+    return store, ttl_s
+
+
+@contextmanager
+def held(store: Store, command: str, ttl_s: float) -> Iterator[Lease]:
+    """The lease of an output, so that no run goes on or begins meanwhile.
+
+    Raises:
+        LeaseHeldError: a run works there.
+    """
+    from pia_batch.lease import Lease
+
+    with Lease(store, f"{command}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}", ttl_s) as lease:
+        yield lease
+
+
+def seconds_of(text: str) -> float:
+    """A duration such as `12h` in seconds."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])", text)
+    if match is None:
+        raise errors.ConfigError(f"--older-than {text}: expected a number with s, m, h or d, such as 12h or 7d")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]

@@ -1,0 +1,162 @@
+"""`status`, `verify`, `gc` and `report`: what looks after an output. They need the store alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pia_batch.cli.console import counting, out, print_json
+from pia_batch.cli.options import AsJson, Output, OutputOrConfig, existing, held, seconds_of
+
+
+def status(output: OutputOrConfig, as_json: AsJson = False) -> None:
+    """What is finished below an output, and who works on it now. Needs the store alone, from any machine.
+
+    Example: `pia-batch status s3://bucket/out`
+    """
+    from pia_batch import status
+
+    told = status.status(existing(output)[0])
+    if as_json:
+        print_json(told)
+        return
+    out.print(f"succeeded  {told['succeeded']}")
+    out.print(f"failed     {told['failed']}")
+    for kind, count in told["failures"].items():
+        out.print(f"  {kind}  {count}")
+    if told["due_again"]:
+        out.print(f"due again  {told['due_again']}  (taken back by `verify --repair`; the next run draws them)")
+    begun = told["run"]
+    if begun is None:
+        out.print("last run   none")
+    else:
+        words = "" if begun["finished"] else f", {begun['pending']} to draw then, not finished"
+        out.print(f"last run   {begun['run_id']}  started {begun['started_at']}{words}", soft_wrap=True)
+    out.print(f"published  {told['published'] or 'nothing yet'}", soft_wrap=True)
+    lease = told["lease"]
+    if lease["state"] == "free":
+        out.print("lease      free")
+    else:
+        since = f" since {lease['since']}" if lease["since"] else ""
+        words = "renewed" if lease["state"] == "held" else "SILENT: the next run takes over; last renewed"
+        out.print(
+            f"lease      {lease['run_id']} on {lease['host']}{since}, {words} {lease['silent_s']:.0f} s ago",
+            soft_wrap=True,
+        )
+
+
+def verify(
+    output: OutputOrConfig,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="delete what is damaged and have the next run draw it again")
+    ] = False,
+) -> None:
+    """Read every animation again and compare it with its result: there, same bytes, decodes, right size and length.
+
+    Exit code 3 if any is not, repaired or not. `--repair` is refused with 75 while a run works there.
+    Example: `pia-batch verify s3://bucket/out --repair`
+    """
+    from pia_batch import animate, verification
+    from pia_batch.journal import Journal
+
+    store, ttl_s = existing(output)
+    record = Journal(store)
+    with held(store, "verify", ttl_s) if repair else nullcontext() as lease:
+        outcomes = record.outcomes()
+        total = int(outcomes.succeeded.sum())
+        with counting("animations read", total) as one_more:
+            problems = list(verification.verify(record, outcomes, animate.check_animation, one_more))
+        if lease is not None:
+            verification.repair(record, outcomes, problems, lease.check)
+    for kind, meaning in verification.PROBLEMS.items():
+        found = [problem for problem in problems if problem.kind == kind]
+        if found:
+            out.print(f"\n{kind}  {len(found)}  {meaning}", style="bold")
+        for problem in found:
+            out.print(f"  {problem.request_id}: {problem.animation_uri}: {problem.what}", soft_wrap=True, markup=False)
+    out.print(f"{total} animations verified, {len(problems)} with a problem")
+    if problems:
+        words = "they are due again: `pia-batch run` draws them" if repair else "`--repair` has them drawn again"
+        out.print(f"{words}, and publishes new results", soft_wrap=True)
+    raise typer.Exit(3 if problems else 0)
+
+
+def gc(
+    output: OutputOrConfig,
+    older_than: Annotated[
+        str, typer.Option(help="leave alone what was written since: a number with s, m, h or d, such as 12h")
+    ] = "7d",
+    delete: Annotated[
+        bool, typer.Option("--delete", help="remove what is found; without it nothing is changed")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find what lies below an output and no result names: orphaned animations, unfinished files, old leases.
+
+    Deletes only with `--delete`, and never while a run works there: that ends with exit code 75.
+    Example: `pia-batch gc s3://bucket/out --older-than 30d --delete`
+    """
+    from pia_batch import garbage
+    from pia_batch.journal import Journal
+
+    store, ttl_s = existing(output)
+    before_s = time.time() - seconds_of(older_than)
+    counts = {sort: [0, 0] for sort in garbage.SORTS}
+
+    def count(items: Iterable[garbage.Garbage]) -> None:
+        with counting("objects found") as one_more:
+            for item in items:
+                counts[item.sort][0] += 1
+                counts[item.sort][1] += item.found.num_bytes
+                one_more()
+                if not as_json:
+                    out.print(f"{item.sort:11}{item.found.num_bytes:>12}  {item.found.name}", soft_wrap=True)
+
+    found = garbage.find(Journal(store), before_s)
+    if delete:
+        with held(store, "gc", ttl_s) as lease:
+            count(garbage.delete(store, found, lease.check))
+    else:
+        count(found)
+    if as_json:
+        told = {sort: {"objects": number, "bytes": size} for sort, (number, size) in counts.items()}
+        print_json({"output": store.uri, "older_than_s": seconds_of(older_than), "deleted": delete, "garbage": told})
+        return
+    for sort, (number, size) in counts.items():
+        out.print(f"{garbage.SORTS[sort]:40}{number:>9} objects {size / 1e6:>12.2f} MB")
+    if not delete and any(number for number, _ in counts.values()):
+        out.print("nothing was changed; `--delete` removes them")
+
+
+def report(
+    output: Output,
+    run_id: Annotated[str | None, typer.Option(help="a run with complete results; the newest by default")] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="a local file; _runs/RUN_ID/report.html of the output by default")
+    ] = None,
+    media_url: Annotated[str | None, typer.Option(help="the http address of the output folder, if it has one")] = None,
+    embed: Annotated[
+        bool | None,
+        typer.Option(help="pictures that a browser cannot get, inside the page; by default in runs of up to 200"),
+    ] = None,
+    max_results: Annotated[int | None, typer.Option(min=2, help="more than this: failures and a fair sample")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="of one device; the page tells a cost")] = None,
+) -> None:
+    """Make the page that shows a run: counts, failures, measures, and every animation beside its image.
+
+    Example: `pia-batch report s3://bucket/out --price-per-hour 2.49`
+    """
+    from pia_batch import report
+    from pia_batch.storage import Store
+
+    options = report.Options(
+        max_results=max_results or report.MAX_RESULTS, embed=embed, media_url=media_url, price_per_hour=price_per_hour
+    )
+    made = report.write(Store(output), run_id, options, out_file)
+    shown = "" if made.num_shown == made.num_results else f", {made.num_shown} of them shown"
+    out.print(f"{made.num_results} results{shown}, {made.num_bytes / 1e6:.2f} MB\nreport: {made.uri}", soft_wrap=True)
