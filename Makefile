@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0
 
-.PHONY: setup browser demo test torture lint format clean
+.PHONY: setup browser demo test torture lint format lock clean
 
 setup: $(READY)  ## a virtual environment with the pinned versions of constraints.txt
 
@@ -36,13 +36,23 @@ test: lint browser  ## every check and every test, fast ones first
 	$(QUIET) $(BIN)/python -m pytest -m 'not gpu and (slow or s3)'
 
 RUNS ?= 1000
+STACK ?= 0
 SEED ?= 1
-torture: setup  ## RUNS whole runs under random faults, from SEED on; tells the seed of each that went wrong
-	$(QUIET) $(BIN)/python tests/torture.py --runs $(RUNS) --seed $(SEED)
+torture: setup  ## RUNS simulated runs, STACK whole-stack ones, under random faults from SEED on; tells what went wrong
+	$(QUIET) $(BIN)/python tests/torture.py --runs $(RUNS) --stack $(STACK) --seed $(SEED)
 
 format: setup  ## rewrite the code as `make lint` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What a deployment installs: every package of constraints.txt that pia_batch needs, CUDA's included, with its hashes.
+LOCK := $(BIN)/uv pip compile pyproject.toml --extra aws --extra gcp -c constraints.txt --generate-hashes --no-annotate \
+	--python-platform x86_64-manylinux_2_28 --custom-compile-command 'make lock'
+
+lock: setup  ## requirements.lock anew: Linux on x86-64, the same for the oldest and the newest Python that are supported
+	$(BIN)/python -m pip install -qq -c constraints.txt uv
+	$(LOCK) --python-version 3.11 --output-file requirements.lock > /dev/null
+	$(LOCK) --python-version 3.13 2> /dev/null | cmp - requirements.lock
 
 clean:  ## remove the environment and every output
 	rm -rf .venv outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

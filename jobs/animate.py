@@ -3,7 +3,9 @@
     ray job submit --working-dir . -- python jobs/animate.py jobs/configs/cluster.yaml \
         --manifest s3://bucket/manifest/ --output s3://bucket/out
 
-On every node the pinned packages of constraints.txt must be installed; this package travels in the working directory.
+That command turns every failure into exit code 1. `pia-batch submit`, which takes the same arguments, has the driver's
+own, and refuses doubles: docs/clusters.md. On every node the pinned packages of constraints.txt must be installed; this
+package travels in the working directory.
 """
 
 import sys

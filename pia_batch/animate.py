@@ -9,25 +9,26 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from pia_batch import images, video
-from pia_batch.config import ModelConfig, RunConfig
+from pia_batch import images, provenance, quality, video
+from pia_batch.config import RunConfig
+from pia_batch.engines import Engine, Engines
 from pia_batch.errors import (
+    BrokenDeviceError,
     ConfigError,
-    DegenerateError,
     DeviceMemoryError,
     EncodingError,
     EngineError,
@@ -39,14 +40,18 @@ from pia_batch.errors import (
     message_of,
 )
 from pia_batch.journal import Journal, animation_name
-from pia_batch.ledger import Turn
-from pia_batch.records import FAILED, FETCHED, REQUEST, SETTINGS, SUCCEEDED, Row, results_table
+from pia_batch.ledger import Control, Turn
+from pia_batch.records import EFFECTIVE, FAILED, FETCHED, REQUEST, SETTINGS, SUCCEEDED, Row, results_table
 from pia_batch.storage import Store
+from pia_batch.watchdog import Watchdog, own_bytes
 
 log = logging.getLogger(__name__)
 
 INTERRUPTED = "interrupted"
 """The status of a request that was not begun because the run is stopping. It never reaches the journal."""
+
+MAX_STARTS = 3
+"""How often one worker's process may be begun before its engine has been ready."""
 
 OUTCOME = pa.schema(
     [
@@ -57,66 +62,6 @@ OUTCOME = pa.schema(
     ]
 )
 """What `Animate` hands back, after the commit: a few bytes a request."""
-
-
-class Engine(Protocol):
-    """What `Animate` needs of `pia_batch.engine.PiaEngine`."""
-
-    @property
-    def engine_id(self) -> str:
-        """Identity of weights, scheduler, dtype and engine version."""
-
-    @property
-    def device(self) -> str:
-        """Where it draws, such as `cuda:0`."""
-
-    @property
-    def shot(self) -> Callable[..., Any]:
-        """Makes one request for `animate` of image, prompt and every setting, by keyword."""
-
-    def check(self) -> None:
-        """Draw a known request, or raise BrokenDeviceError."""
-
-    def animate(self, shots: Sequence[Any]) -> Sequence[Any]:
-        """One clip for each shot, in order; a clip that could not be drawn bears its error."""
-
-
-class Engines(Protocol):
-    """What `Animate` needs of `pia_batch.engine.shelf.ModelShelf`."""
-
-    def engine(self, name: str) -> Engine:
-        """The engine of a model, loaded if it is not at hand. It may put away another one for that."""
-
-
-class Control(Protocol):
-    """The run's word on each batch: the methods of `ledger.Ledger` that a worker calls, from wherever it is."""
-
-    def begin(self, keys: list[str]) -> list[int] | None:
-        """The number of the attempt that starts now for each key, or None if the run is stopping."""
-
-    def begin_alone(self, key: str) -> Turn | None:
-        """Whether one of a batch that ended badly may be drawn by itself; None if the run is stopping."""
-
-    def hang(self, keys: list[str]) -> None:
-        """The worker is past the deadline of these, and about to end itself."""
-
-    def end(self, outcomes: list[Row]) -> None:
-        """These outcomes are committed."""
-
-
-@dataclass(frozen=True)
-class EngineLoader:
-    """Makes the shelf of models, on the worker that calls it: the driver never imports torch."""
-
-    models: Mapping[str, ModelConfig]
-    device: str
-    max_models: int | None
-
-    def __call__(self) -> Engines:
-        """The shelf, empty: an engine is loaded when it is asked for."""
-        from pia_batch.engine.shelf import ModelShelf
-
-        return ModelShelf(self.models, self.device, max_models=self.max_models)
 
 
 class Animate:
@@ -132,7 +77,13 @@ class Animate:
         config: the run's config.
         run_id: recorded in every result.
         control: the run's word on each batch.
+        worker: names this worker, and the one that takes its place if it dies.
         die: ends this process, as Ray then gives its batch to another.
+        count: adds to a counter of `metrics.METRICS`: its name, a number, its tags by keyword.
+
+    Raises:
+        ConfigError: the engine is another one than the driver's, or takes all of `placement.memory_mb` as it is.
+        BrokenDeviceError: the engine draws other pixels than it should, or ended its process whenever it was loaded.
     """
 
     def __init__(
@@ -142,15 +93,24 @@ class Animate:
         config: RunConfig,
         run_id: str,
         control: Control,
+        worker: str = "",
         die: Callable[[], None] = lambda: os._exit(1),
+        count: Callable[..., None] = lambda *_, **__: None,
     ) -> None:
+        started = time.monotonic()
+        self._config, self._run_id, self._control, self._die = config, run_id, control, die
+        _refuse_to_die_again(control.start(worker))
         self._engines, self._engine_ids = load_engines(), engine_ids
         self._checked: dict[str, weakref.ref[Engine]] = {}
         self._place = self._engine(next(iter(engine_ids))).device
-        self._config, self._run_id, self._control, self._die = config, run_id, control, die
+        self._watchdog = Watchdog(control.give_up, die, self._max_bytes())
         self._store = Store(config.output)
         self._journal = Journal(self._store)
         self._device, self._encoder = threading.Lock(), threading.Lock()
+        self._count, self._idle_since = count, time.monotonic()
+        seconds = self._idle_since - started
+        log.info("engine_ready device=%s seconds=%.1f own_bytes=%d", self._place, seconds, own_bytes())
+        control.ready(worker, seconds)
 
     def __call__(self, requests: pa.Table) -> pa.Table:
         """One OUTCOME row for each of `requests`; they are committed, or `interrupted` if the run is stopping."""
@@ -162,6 +122,8 @@ class Animate:
             attempts = self._control.begin(keys)
             if attempts is None:
                 return _outcomes([_interrupted(key) for key in keys])
+            self._count("pia_batch_slots_total", len(rows), state="filled")
+            self._count("pia_batch_slots_total", self._config.placement.batch_size - len(rows), state="empty")
             clips = self._draw_together(rows) if max(attempts) == 1 else None
         if clips is None:
             return _outcomes(self._one_by_one(requests, rows))
@@ -199,6 +161,9 @@ class Animate:
         if turn.died_of is None:
             return None
         alone = f"{turn.attempt - 2} attempts to draw it alone"
+        if turn.died_of == "out_of_memory":
+            limit = f"{self._config.placement.memory_mb} MiB of its worker's memory (placement.memory_mb)"
+            return DeviceMemoryError(f"took more than {limit}, in the last of {alone}")
         if turn.died_of == "timeout":
             deadline = f"{self._deadline_s([row]):.0f} s, its share of limits.timeout_s"
             return RequestTimeoutError(f"took more than {deadline}, in the last of {alone}")
@@ -227,7 +192,8 @@ class Animate:
 
     def _finish(self, requests: pa.Table, rows: list[Row], clips: list[Any], attempts: list[int]) -> list[Row]:
         """Encode, store and commit what was drawn; its results."""
-        with self._watched(rows):
+        started = time.monotonic()
+        with self._watchdog.over([row["key"] for row in rows], self._deadline_s(rows)):
             results = [
                 self._commit(row, clip) | {"attempts": attempt}
                 for row, clip, attempt in zip(rows, clips, attempts, strict=True)
@@ -235,30 +201,51 @@ class Animate:
             self._journal.append(self._table(requests, results))
         outcomes = [{name: result.get(name) for name in OUTCOME.names} for result in results]
         self._control.end(outcomes)
+        self._count_results(results, time.monotonic() - started)
         return outcomes
+
+    def _count_results(self, results: list[Row], seconds: float) -> None:
+        """Count what was committed, and the `seconds` that encoding and committing took."""
+        for result in results:
+            kind = result.get("error_kind") or ""
+            self._count("pia_batch_requests_total", 1, status=result["status"], error_kind=kind)
+        stages = {
+            stage: sum(result.get(f"{stage}_seconds") or 0.0 for result in results) for stage in ("fetch", "encode")
+        }
+        for stage, spent in (stages | {"commit": seconds - stages["encode"]}).items():
+            self._count("pia_batch_stage_seconds_total", spent, stage=stage)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Count what the device is busy with, and how long it waited before."""
+        started = time.monotonic()
+        self._count("pia_batch_device_seconds_total", started - self._idle_since, state="idle", device=self._place)
+        try:
+            yield
+        finally:
+            self._idle_since = time.monotonic()
+            busy = self._idle_since - started
+            self._count("pia_batch_device_seconds_total", busy, state="busy", device=self._place)
+            self._count("pia_batch_stage_seconds_total", busy, stage="draw")
 
     def _deadline_s(self, rows: list[Row]) -> float:
         """How long these rows may take, together."""
         shares = (_work(row) / _REFERENCE_WORK for row in rows if row["width"] is not None)
         return self._config.limits.timeout_s * max(1.0, sum(shares))
 
-    def _give_up(self, keys: list[str]) -> None:
-        log.error("deadline_exceeded keys=%s", ",".join(keys))
-        try:
-            self._control.hang(keys)
-        finally:
-            self._die()
-
-    @contextmanager
-    def _watched(self, rows: list[Row]) -> Iterator[None]:
-        """End this worker when the rows' deadline is over: nothing else stops a call that hangs."""
-        watchdog = threading.Timer(self._deadline_s(rows), self._give_up, [[row["key"] for row in rows]])
-        watchdog.daemon = True
-        watchdog.start()
-        try:
-            yield
-        finally:
-            watchdog.cancel()
+    def _max_bytes(self) -> int | None:
+        """What this process may take, now that the first engine is loaded: more than it takes already."""
+        limit = self._config.placement.memory_mb
+        if limit is None:
+            return None
+        taken = own_bytes()
+        if taken >= limit * 2**20:
+            msg = (
+                f"placement.memory_mb is {limit}, and an engine on {socket.gethostname()} takes {taken // 2**20} MiB "
+                "before it draws anything; give it several GiB more than that, or null for no limit"
+            )
+            raise ConfigError(msg)
+        return limit * 2**20
 
     def _engine(self, model: str) -> Engine:
         """The model's engine. One that was just loaded has to be the expected one, and to draw as it should."""
@@ -284,7 +271,8 @@ class Animate:
             engine = self._engine(model)
             chosen = [index for index in drawable if rows[index]["model"] == model]
             shots = [self._shot(engine, rows[index]) for index in chosen]
-            with self._watched([rows[index] for index in chosen]):
+            mine = [rows[index] for index in chosen]
+            with self._watchdog.over([row["key"] for row in mine], self._deadline_s(mine)), self._on_device():
                 drawn = engine.animate(shots)
             for index, clip in zip(chosen, drawn, strict=True):
                 clips[index] = clip
@@ -323,8 +311,8 @@ class Animate:
                 "prompt_truncated": clip.prompt_truncated,
                 "gpu_seconds": clip.device_seconds,
             }
-            result |= measures(clip.frames, np.asarray(_condition(row)), row["cond_frame"])
-            self._refuse_degenerate(result, row)
+            result |= quality.measures(clip.frames, np.asarray(_condition(row)), row["cond_frame"])
+            quality.refuse_degenerate(result, row, self._config.limits)
             result |= self._save(row, clip.frames) | {"status": SUCCEEDED}
         except RequestError as err:
             result |= _failure(err, row)
@@ -337,23 +325,12 @@ class Animate:
             result |= _failure(EngineError(f"the worker raised {type(err).__name__}: {message_of(err)}"), row)
         return result | {"finished_at": datetime.now(UTC)}
 
-    def _refuse_degenerate(self, result: Row, row: Row) -> None:
-        """Refuse a clip that shows nothing, or in which nothing happens, past the config's limits."""
-        limits = self._config.limits
-        for name, least, what in (("frame_std", limits.min_frame_std, "flat"), ("motion", limits.min_motion, "frozen")):
-            measured = not (name == "motion" and row["num_frames"] == 1)
-            if measured and least is not None and result[name] < least:
-                msg = (
-                    f"the clip is {what}: its {name} is {result[name]:.3g}, below limits.min_{name} {least:g}; change "
-                    "the prompt, the seed or the image, or lower the limit"
-                )
-                raise DegenerateError(msg)
-
     def _save(self, row: Row, frames: npt.NDArray[np.uint8]) -> Row:
         """Encode, decode as a check, store unless it is there already, and tell what is there now."""
         started = time.monotonic()
-        data = video.encode(frames, row["format"], row["fps"], self._config.encoding)
-        info = check_animation(data, row)
+        tags = provenance.tags_of(row, self._config, self._engine_ids[row["model"]])
+        data = video.encode(frames, row["format"], row["fps"], self._config.encoding, tags)
+        info = quality.check_animation(data, row)
         name = animation_name(row["key"], video.EXTENSIONS[row["format"]])
         encode_seconds = time.monotonic() - started
         try:
@@ -362,7 +339,7 @@ class Animate:
             # Our own earlier attempt, or one that was killed before its commit: first writer wins.
             data = self._store.read(name)
             try:
-                info = check_animation(data, row)
+                info = quality.check_animation(data, row)
             except EncodingError as err:
                 uri = self._store.uri_of(name)
                 msg = f"{uri} is there already and is damaged: {err}; delete it, then run with --retry-failed"
@@ -383,48 +360,19 @@ class Animate:
         return results_table(columns, requests.select(carried), len(requests))
 
 
-def check_animation(data: bytes, row: Row) -> video.MediaInfo:
-    """Decode an animation wholly and compare it with `width`, `height` and `num_frames` of its request or result.
-
-    Raises:
-        EncodingError: it does not decode, or is another animation.
-    """
-    info = video.probe(data, row["format"])
-    found, wanted = (info.width, info.height, info.num_frames), (row["width"], row["height"], row["num_frames"])
-    if found != wanted:
-        msg = f"the {row['format']} has width, height, frames {found} and not {wanted}"
-        raise EncodingError(msg)
-    return info
-
-
-def measures(
-    frames: npt.NDArray[np.uint8], condition: npt.NDArray[np.uint8], cond_frame: int = 0
-) -> dict[str, float | None]:
-    """What can be told of a clip by numbers alone.
-
-    Args:
-        frames: uint8, (F, H, W, 3), 0-255.
-        condition: the fitted condition image, uint8, (H, W, 3), 0-255.
-        cond_frame: the frame that should be that image.
-
-    Returns:
-        `frame_mean` and `frame_std` over all pixels; `motion`, the mean absolute difference of neighbouring frames;
-        all three in 0-255. `first_frame_psnr_db` of the condition frame against the condition image in dB, None where
-        they are identical.
-    """
-    pixels = frames.astype(np.float32)
-    motion = float(np.abs(np.diff(pixels, axis=0)).mean()) if len(frames) > 1 else 0.0
-    error = float(np.square(pixels[cond_frame] - condition).mean())
-    return {
-        "frame_mean": float(pixels.mean()),
-        "frame_std": float(pixels.std()),
-        "motion": motion,
-        "first_frame_psnr_db": None if error == 0 else 10 * float(np.log10(255**2 / error)),
-    }
+def _refuse_to_die_again(starts: int) -> None:
+    """Say that the engine cannot be loaded here, where loading it has ended this worker's process every time."""
+    if starts > MAX_STARTS:
+        msg = (
+            f"an engine's process has died {starts - 1} times in a row while it started, the last time on "
+            f"{socket.gethostname()} or the node before it: too little host memory, or a driver that crashes. Look for "
+            "an out-of-memory kill in the system's log, at Ray's worker logs, and try `pia-batch demo` there"
+        )
+        raise BrokenDeviceError(msg)
 
 
 _INTERNAL = frozenset({"key", *FETCHED.names})
-_NEEDED = frozenset({"request_id", "prompt", "model", *SETTINGS.names, *_INTERNAL})
+_NEEDED = frozenset(EFFECTIVE.names) | _INTERNAL
 _NOT_DRAWN = frozenset({"fps", "format", "size", "long_side"})
 
 

@@ -7,16 +7,18 @@ error.
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Mapping
+from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pia_batch import tiny, uris
+from pia_batch import schedule, tiny, uris
 from pia_batch.errors import ConfigError
+from pia_batch.mistakes import explain
 
 EMBEDDED = "embedded"
 """The value of `model.base` that means the checkpoint inside this package."""
@@ -222,11 +224,15 @@ class EncodingConfig(Section):
     webp_quality: int = Field(90, ge=0, le=100, description="higher is better and larger")
     webp_lossless: bool = Field(default=False, description="every pixel as drawn")
     webp_method: int = Field(2, ge=0, le=6, description="0 fast and large, 6 slow and small")
+    provenance: bool = Field(
+        default=True,
+        description="files tell how they were made: prompt, settings, seed, model, and that a model made them",
+    )
 
     def identity(self, file_format: Format) -> str:
-        """The settings that decide a file of this format, so that the others can change without making it due."""
+        """What decides the bytes of a file of this format, so that the rest can change without making it due."""
         prefix = file_format.split("_")[0]
-        chosen = {name: value for name, value in self.model_dump().items() if name.startswith(prefix)}
+        chosen = {name: value for name, value in self.model_dump().items() if name.startswith((prefix, "provenance"))}
         return " ".join([file_format, *(f"{name}={value}" for name, value in sorted(chosen.items()))])
 
 
@@ -241,6 +247,15 @@ class PlacementConfig(Section):
     batch_size: int = Field(2, ge=1, le=64, description="requests animated together; also what a crash can cost")
     fetch_num_cpus: float = Field(0.25, gt=0, description="CPUs of one fetch task; it mostly waits")
     max_models: int | None = Field(None, ge=1, description="models that one engine keeps; null: as many as fit")
+    require_auth: bool = Field(
+        default=False, description="refuse a Ray cluster that runs without token authentication; else only warn"
+    )
+    memory_mb: int | None = Field(
+        None,
+        ge=256,
+        description="host memory of one engine's process, MiB: Ray sets it aside, and a request that takes more fails "
+        "as `out_of_memory`; null: no limit",
+    )
     wait_s: float = Field(7200.0, gt=0, description="seconds that a run waits for a cluster to give it an engine")
     object_store_mb: int | None = Field(None, ge=80, description="object store of a Ray of our own, MiB")
 
@@ -261,7 +276,12 @@ class PlacementConfig(Section):
 class LimitsConfig(Section):
     """When a run stops, and what it calls a success."""
 
-    max_failed: int = Field(0, ge=0, description="more failed requests than this end with exit code 3")
+    max_failed: int | None = Field(
+        None,
+        ge=0,
+        description="failed requests that are tolerated: one more stops the run, with exit code 3; null: none stops "
+        "it, and any ends it with 3",
+    )
     max_frame_pixels: int = Field(
         32 * 1024 * 1024,
         gt=0,
@@ -286,14 +306,104 @@ class LimitsConfig(Section):
         20, ge=1, description="requests in a row that fail for their worker's sake, after which the run stops"
     )
     lease_ttl_s: float = Field(60.0, ge=3, description="seconds after which a silent run loses its lease")
-    stop_grace_s: float = Field(60.0, ge=0, description="seconds that SIGINT or SIGTERM leaves to batches in flight")
+    lease_wait_s: float = Field(
+        0.0, ge=0, description="seconds that a run queues while another works on the output; `.inf`: until it is free"
+    )
+    stop_grace_s: float = Field(60.0, ge=0, description="seconds that a run which stops leaves to batches in flight")
+
+
+def _fraction(value: Any) -> Any:  # whatever was written
+    """`1%` as 0.01; what is no percentage is left to pydantic."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip()[:-1]) / 100
+        except ValueError:
+            return value
+    return value
+
+
+class BudgetConfig(Section):
+    """What a run may spend. Reaching a limit stops it with exit code 4; what was finished is committed."""
+
+    max_gpu_hours: float | None = Field(
+        None, gt=0, description="hours that engines are alive, times their GPUs; on the CPU, hours of engines"
+    )
+    deadline: str | None = Field(
+        None, description="`06:00` (the next one, UTC), an ISO time, or a duration such as `5h`"
+    )
+    limit: int | None = Field(None, ge=1, description="requests drawn in this run, at most")
+    sample: Annotated[float, BeforeValidator(_fraction)] | None = Field(
+        None, gt=0, le=1, description="draw this part of the requests only, such as `1%` or 0.01; always the same ones"
+    )
+    priority: str | None = Field(None, min_length=1, description="a column of numbers: the highest are drawn first")
+    price_per_hour: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="of one GPU (or engine on the CPU), in any currency; tells a cost"
+    )
+
+    @field_validator("deadline", mode="before")
+    @classmethod
+    def _has_a_meaning(cls, text: Any) -> Any:  # whatever was written
+        if isinstance(text, int) and not isinstance(text, bool):
+            msg = f"YAML reads a time without quotes as a number; write '{text // 60:02d}:{text % 60:02d}'"
+            raise ValueError(msg)  # noqa: TRY004 - pydantic collects ValueErrors only
+        if isinstance(text, datetime):
+            return text.isoformat()
+        if isinstance(text, str):
+            schedule.deadline(text, datetime.now(UTC))
+        return text
+
+
+class OnFinishConfig(Section):
+    """Who is told when a run has ended, however it did."""
+
+    command: tuple[str, ...] = Field((), description="a program and its arguments; reads the summary as JSON")
+    webhook: str | None = Field(
+        None,
+        pattern=r"^(https?://|\$[A-Za-z_])",
+        description="a URL that the summary is posted to, or `$NAME` of an environment variable that has it",
+    )
+    headers: dict[str, str] = Field(
+        default_factory=dict, description="of the webhook: header to the environment variable that has its value"
+    )
+    on: tuple[Literal["success", "failure", "always"], ...] = Field(
+        ("always",), description="success: exit code 0; failure: any other"
+    )
+    timeout_s: float = Field(
+        30.0, gt=0, le=3600, description="seconds for the command, and for each try of the webhook"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_is_a_word(cls, data: Any) -> Any:  # whatever was written
+        """YAML 1.1 reads the key `on` as true."""
+        if isinstance(data, dict) and True in data:
+            return {("on" if name is True else name): value for name, value in data.items()}
+        return data
+
+
+def _date_text(value: Any) -> Any:  # whatever was written
+    """What YAML reads as a date, as it was written."""
+    return value.isoformat() if isinstance(value, date) and not isinstance(value, datetime) else value
 
 
 class RunConfig(Section):
     """One run: a manifest in, animations and results out."""
 
-    manifest: str = Field(description="URI of a Parquet, JSONL or CSV file, a folder, or a partitioned prefix")
-    output: str = Field(description="URI of the folder that receives everything")
+    manifest: str = Field(
+        description="URI of a Parquet, JSONL or CSV file, a folder, or a partitioned prefix; may have `{date}`"
+    )
+    output: str = Field(description="URI of the folder that receives everything; may have `{date}`")
+    run_id: str | None = Field(
+        None, description="names the results; may have `{date}`; null: made from the run date, or from the time"
+    )
+    run_date: Annotated[str, BeforeValidator(_date_text)] | None = Field(
+        None,
+        description="what `{date}` and `{hour}` stand for, UTC: `2026-11-22` or `2026-11-22T05`; null: the last day, "
+        "or hour, that is over",
+    )
+    params: dict[str, Annotated[str, Field(coerce_numbers_to_str=True)]] = Field(
+        default_factory=dict, description="further names that `manifest`, `output` and `run_id` may have in braces"
+    )
     model: ModelConfig = ModelConfig()
     models: dict[str, ModelConfig] = Field(
         default_factory=dict,
@@ -304,6 +414,52 @@ class RunConfig(Section):
     encoding: EncodingConfig = EncodingConfig()
     placement: PlacementConfig = PlacementConfig()
     limits: LimitsConfig = LimitsConfig()
+    budget: BudgetConfig = BudgetConfig()
+    on_finish: OnFinishConfig = OnFinishConfig()
+
+    @property
+    def templates(self) -> schedule.Templates:
+        """What a run date and `params` are filled into.
+
+        Raises:
+            ConfigError: a placeholder that nothing stands for.
+        """
+        texts = {"manifest": self.manifest, "output": self.output, "run_id": self.run_id or ""}
+        return schedule.Templates(texts, self.params)
+
+    def filled(self, now: datetime | None = None) -> Self:
+        """The config of one run: manifest, output and run id without placeholders, and the run date, if there is one.
+
+        A dated run that has no name gets one of its date and the parameters that were used.
+
+        Raises:
+            ConfigError: a placeholder that nothing stands for, or a run date that does not go with them.
+        """
+        templates = self.templates
+        run_date = templates.date(self.run_date, now or datetime.now(UTC))
+        texts: dict[str, str | None] = dict(templates.fill(run_date))
+        if run_date is not None and self.run_id is None:
+            used = (value for name, value in self.params.items() if name in templates.used)
+            texts["run_id"] = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join([str(run_date), *used]))[:120]
+        texts["run_id"] = texts["run_id"] or None
+        return self.model_copy(update=texts | {"run_date": None if run_date is None else str(run_date)})
+
+    @field_validator("run_date")
+    @classmethod
+    def _is_a_date(cls, text: str | None) -> str | None:
+        return text if text is None else str(schedule.RunDate.parse(text))
+
+    @field_validator("params")
+    @classmethod
+    def _names_can_stand_in_braces(cls, params: dict[str, str]) -> dict[str, str]:
+        for name, value in params.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name in ("date", "hour"):
+                msg = f"{name!r}: a name has letters, digits and '_', and is neither date nor hour"
+                raise ValueError(msg)
+            if not value or not value.isprintable():
+                msg = f"{name}: a value is a text without control characters, and not empty"
+                raise ValueError(msg)
+        return params
 
     @property
     def all_models(self) -> dict[str, ModelConfig]:
@@ -347,7 +503,7 @@ class RunConfig(Section):
         try:
             return cls.model_validate(layers)
         except ValidationError as err:
-            raise ConfigError(_explain(err, source=str(path) if path else "command line")) from None
+            raise ConfigError(explain(err, cls, str(path) if path else "command line")) from None
 
 
 def _complete(name: object, entry: object, default: object) -> object:
@@ -402,34 +558,3 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         below = merged.get(key)
         merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
-
-
-def _explain(err: ValidationError, source: str) -> str:
-    lines = []
-    for problem in err.errors():
-        key = ".".join(uris.redacted_uri(str(part)) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, _known_keys(RunConfig), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            lines.append(f"{key}: unknown key{hint}")
-        elif problem["type"] == "missing":
-            lines.append(f"{key}: required, and not given")
-        else:
-            lines.append(f"{key}: {problem['msg']} (got {_shown(problem['input'])})")
-    return f"{source}: " + "; ".join(lines)
-
-
-def _shown(value: object) -> str:
-    """A value of the config for a message, without the secrets of the URIs in it."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_shown, value))}]"
-    return uris.redacted(repr(uris.redacted_uri(value) if isinstance(value, str) else value))
-
-
-def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
-    return keys

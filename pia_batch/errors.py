@@ -19,17 +19,26 @@ Every class takes one message, so that it survives pickling between processes.
 class PiaBatchError(Exception):
     """The root of everything this package raises on purpose."""
 
+    exit_code = 1
+    """What a command leaves with that ends by it."""
+
 
 class ConfigError(PiaBatchError):
     """A config, a flag or a model that cannot work. The message names the key and the remedy."""
+
+    exit_code = 2
 
 
 class ManifestError(PiaBatchError):
     """A manifest that cannot be read, is empty, or lacks a required column."""
 
+    exit_code = 2
+
 
 class StorageError(PiaBatchError):
     """The store refused or did not answer. After a write the outcome is unknown: create again."""
+
+    exit_code = 2
 
 
 class ObjectExistsError(StorageError):
@@ -39,13 +48,19 @@ class ObjectExistsError(StorageError):
 class BrokenDeviceError(PiaBatchError):
     """A device computes other pixels than it should, or nothing at all. The message says which device and how far."""
 
+    exit_code = 2
+
 
 class LeaseHeldError(PiaBatchError):
     """Another run holds the lease of this output."""
 
+    exit_code = 75
+
 
 class InterruptedRunError(PiaBatchError):
     """The run was asked to stop. Start it again to resume."""
+
+    exit_code = 4
 
 
 class AccountingError(PiaBatchError):

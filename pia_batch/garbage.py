@@ -1,9 +1,10 @@
 """What lies below an output and nobody names: found at any time, removed only on demand, and never during a run.
 
-Four sorts: animations that no result names (a worker died between the file and its commit, or a request was drawn by a
-zombie), what killed writers have left on a local disk, old generations of the lease, and results that never became
-complete. What the journal or the newest published results name is never garbage, nor is anything that this package did
-not name itself, and nothing younger than the age that the operator gives: it may belong to something that goes on.
+Six sorts: animations that no result names (a worker died between the file and its commit, or a request was drawn by a
+zombie), what killed writers have left on a local disk, old generations of the lease, results that never became
+complete, and what was replaced in the journal's index and in the scans of manifests. What the journal or the newest
+published results name is never garbage, nor is anything that this package did not name itself, and nothing younger than
+the age that the operator gives: it may belong to something that goes on.
 """
 
 from __future__ import annotations
@@ -19,18 +20,23 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pia_batch.journal import ANIMATIONS, FRAGMENTS, RESULTS, WITHDRAWALS, Journal, latest
+from pia_batch import scan_cache
+from pia_batch.journal import ANIMATIONS, FRAGMENTS, RESULTS, WITHDRAWALS, Journal
 from pia_batch.lease import LEASES
+from pia_batch.publication import latest
 from pia_batch.records import KEY_BYTES, Keys, KeySet, keys_from_hex
+from pia_batch.scan_cache import SCANS
 from pia_batch.storage import ObjectInfo, Store
 
-Sort = Literal["animations", "staged", "leases", "results"]
+Sort = Literal["animations", "staged", "leases", "results", "index", "scans"]
 
 SORTS: dict[Sort, str] = {
     "animations": "animations that no result names",
     "staged": "unfinished files of killed writers",
     "leases": "old generations of the lease",
     "results": "results that were never completed",
+    "index": "parts of the journal's index that newer ones replace",
+    "scans": "scans of manifests that changed since",
 }
 
 KEPT_LEASES = 3
@@ -74,10 +80,12 @@ def find(journal: Journal, before_s: float) -> Iterator[Garbage]:
 
     orphans = _animations(filter(old, store.list(ANIMATIONS)), named)
     yield from (Garbage("animations", item) for item in orphans)
-    for prefix in (ANIMATIONS, RESULTS, FRAGMENTS, WITHDRAWALS, LEASES, "_runs/"):
+    for prefix in (ANIMATIONS, RESULTS, FRAGMENTS, WITHDRAWALS, LEASES, SCANS, "_runs/"):
         yield from (Garbage("staged", item) for item in filter(old, store.staged(prefix)))
     yield from (Garbage("leases", item) for item in filter(old, _old_leases(store)))
     yield from (Garbage("results", item) for item in _incomplete_results(store, old))
+    yield from (Garbage("index", item) for item in filter(old, journal.superseded()))
+    yield from (Garbage("scans", item) for item in filter(old, scan_cache.unused(store)))
 
 
 def delete(store: Store, garbage: Iterable[Garbage], check: Callable[[], None]) -> Iterator[Garbage]:

@@ -1,4 +1,4 @@
-"""What is finished: the commit log of an output, and the results that are published from it.
+"""What is finished: the commit log of an output.
 
 A *fragment* is one immutable Parquet file of result rows, named by its content and created by one conditional PUT after
 the animations it speaks of are stored. A request is finished when a fragment says so, and not before. Nothing here is
@@ -17,10 +17,10 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -29,21 +29,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pia_batch.errors import AccountingError, ObjectExistsError, StorageError
-from pia_batch.records import KEY_BYTES, RESULT, SUCCEEDED, Keys, KeySet, halves, keys_from_hex
-from pia_batch.storage import Store
+from pia_batch.errors import ObjectExistsError, StorageError
+from pia_batch.index import Head, Index
+from pia_batch.journal_rows import INDEXED, NO_KEYS, READ, Rows, RowsOf, entry
+from pia_batch.records import KEY_BYTES, Keys, KeySet, halves, keys_from_hex, keys_to_hex, sorted_order
+from pia_batch.storage import ObjectInfo, Store
 
 log = logging.getLogger(__name__)
 
 FRAGMENTS = "_journal/"
+INDEX = "_journal/index/"
 WITHDRAWALS = "_withdrawn/"
 RESULTS = "results/"
 ANIMATIONS = "animations/"
 LATEST = RESULTS + "LATEST.json"
 
-PART_ROWS = 100_000
-"""Rows of one published Parquet file."""
+COMPACTED_AT_ONCE = 10_000
+"""Fragments that are read before they are written to the index: what compaction needs of memory, and can lose."""
 
+_FRAGMENT = re.compile(rf"{FRAGMENTS}[^/]+\.parquet")
 _WITHDRAWAL = pa.schema([("key", pa.string()), ("fragment", pa.string())])
 
 
@@ -59,34 +63,39 @@ def name_in(animation_uri: str) -> str:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The journal's verdict on every key it knows, one row per key."""
+    """The journal's verdict on every key it knows, one row per key, sorted by key."""
 
     keys: Keys
     succeeded: npt.NDArray[np.bool_]
     fragment: npt.NDArray[np.int32]
     """Index into `fragments` of the row that counts."""
     fragments: tuple[str, ...]
-    error_kinds: npt.NDArray[np.object_]
-    """`error_kind` of failures, None for successes."""
-    withdrawn: Keys = field(default_factory=lambda: _NO_KEYS)
+    kind: npt.NDArray[np.int16]
+    """Index into `kinds` of the row's `error_kind`."""
+    kinds: tuple[str | None, ...]
+    """The first one is None, that of a success."""
+    withdrawn: Keys = field(default_factory=lambda: NO_KEYS)
     """The key of every row that was taken back, sorted; a key stands there once for each of its rows."""
 
     def of(self, wanted: KeySet) -> Outcomes:
         """The part that speaks of `wanted`."""
-        mine = wanted.contains(self.keys)
+        mine, taken_back = wanted.contains(self.keys), wanted.contains(self.withdrawn)
+        if mine.all() and taken_back.all():
+            return self
         return Outcomes(
             self.keys[mine],
             self.succeeded[mine],
             self.fragment[mine],
             self.fragments,
-            self.error_kinds[mine],
-            self.withdrawn[wanted.contains(self.withdrawn)],
+            self.kind[mine],
+            self.kinds,
+            self.withdrawn[taken_back],
         )
 
     def failed(self, kinds: frozenset[str] | None = None) -> npt.NDArray[np.bool_]:
         """Which of `keys` only failed, with one of these error kinds; None: with any. Bool, shape (n,)."""
-        chosen = np.fromiter((kinds is None or kind in kinds for kind in self.error_kinds), bool, len(self.keys))
-        failed: npt.NDArray[np.bool_] = ~self.succeeded & chosen
+        chosen = np.array([kinds is None or kind in kinds for kind in self.kinds], dtype=bool)
+        failed: npt.NDArray[np.bool_] = ~self.succeeded & chosen[self.kind]
         return failed
 
     @property
@@ -101,9 +110,10 @@ class Outcomes:
         return KeySet.of(self.keys[self.succeeded])
 
     @property
-    def failures(self) -> Counter[str]:
+    def failures(self) -> Counter[str | None]:
         """How many keys only failed, by `error_kind`."""
-        return Counter(self.error_kinds[~self.succeeded].tolist())
+        counts = np.bincount(self.kind[~self.succeeded], minlength=len(self.kinds)).tolist()
+        return Counter({kind: count for kind, count in zip(self.kinds, counts, strict=True) if count})
 
 
 class Journal:
@@ -111,15 +121,17 @@ class Journal:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._index = Index(store, INDEX, INDEXED)
 
     def append(self, results: pa.Table) -> str:
         """Commit result rows by one conditional PUT, and return the fragment's name.
 
-        The name is a hash of keys and statuses, so a second commit of the same outcome finds it taken and is done;
-        unless a row of it was taken back meanwhile, for then the same outcome is news and gets the next name.
+        The name is a hash of keys, statuses and errors, so a second commit of the same outcome finds it taken and is
+        done, and a request that fails anew for another reason has its say; unless a row of it was taken back meanwhile,
+        for then the same outcome is news and gets the next name.
         """
-        order = pc.sort_indices(results["key"])
-        outcome = json.dumps([results["key"].take(order).to_pylist(), results["status"].take(order).to_pylist()])
+        told = results.select(["key", "status", "error_kind", "error"]).sort_by("key")
+        outcome = json.dumps([column.to_pylist() for column in told.columns])
         data = to_parquet(results)
         for again in itertools.count():
             said = outcome if not again else f"{outcome} {again}"
@@ -141,11 +153,11 @@ class Journal:
         lost = KeySet.of(keys)
         if not len(lost):
             return
-        rows = []
-        for name, table in zip(seen.fragments, self.read(list(seen.fragments), ["key"]), strict=True):
-            here = table["key"].filter(pa.array(lost.contains(keys_from_hex(table["key"]))))
-            rows += [{"key": key, "fragment": name} for key in here.to_pylist()]
-        table = pa.Table.from_pylist(rows, _WITHDRAWAL).sort_by([("key", "ascending"), ("fragment", "ascending")])
+        rows = self._rows(seen.fragments)
+        here = lost.contains(rows.keys)
+        names = pa.array(seen.fragments, pa.string()).take(pa.array(rows.fragment[here]))
+        table = pa.table([keys_to_hex(rows.keys[here]), names], schema=_WITHDRAWAL)
+        table = table.sort_by([("key", "ascending"), ("fragment", "ascending")])
         said = json.dumps(table.to_pydict(), sort_keys=True).encode()
         name = f"{WITHDRAWALS}{hashlib.blake2b(said, digest_size=16).hexdigest()}.parquet"
         try:
@@ -168,7 +180,36 @@ class Journal:
 
     def fragments(self) -> list[str]:
         """The names of all fragments, sorted."""
-        return sorted(item.name for item in self.store.list(FRAGMENTS) if item.name.endswith(".parquet"))
+        return sorted(item.name for item in self.store.list(FRAGMENTS) if _FRAGMENT.fullmatch(item.name))
+
+    def compact(self, at_least: int = 1) -> int:
+        """Put the fragments into the index that it lacks, and return how many these were. Safe at any moment.
+
+        Args:
+            at_least: where it lacks fewer, nothing is done.
+
+        Raises:
+            StorageError: the store refused or did not answer, or a fragment is damaged.
+        """
+        names = self.fragments()
+        head = self._index.head()
+        new = self._not_indexed(names, head)
+        if len(new) < at_least:
+            return 0
+        for start in range(0, len(new), COMPACTED_AT_ONCE):
+            some = new[start : start + COMPACTED_AT_ONCE]
+            entries = [entry(name, table) for name, table in zip(some, self.read(some, READ), strict=True)]
+            head = self._index.extend(head, pa.Table.from_pylist(entries, INDEXED))
+        log.info("journal_compacted fragments=%d of=%d", len(new), len(names))
+        return len(new)
+
+    def superseded(self) -> Iterator[ObjectInfo]:
+        """What lies in the index and no reader needs any more."""
+        return self._index.superseded()
+
+    def _not_indexed(self, names: list[str], head: Head) -> list[str]:
+        indexed = pc.is_in(pa.array(names, pa.string()), value_set=self._index.entries(head))
+        return [name for name, known in zip(names, indexed.to_pylist(), strict=True) if not known]
 
     def read(self, names: list[str], columns: list[str] | None = None) -> Iterator[pa.Table]:
         """Fragments in the order of `names`, `columns` only.
@@ -176,46 +217,53 @@ class Journal:
         Raises:
             StorageError: a fragment is damaged. It is never skipped: what it says would be computed again.
         """
-        for name, data in zip(names, self.store.read_all(names), strict=True):
-            try:
-                table = pq.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=True)
-                yield table.select(columns) if columns else table
-            except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as err:
-                msg = f"journal fragment {self.store.uri_of(name)} is damaged: {err}; restore it, or delete it"
-                raise StorageError(msg) from None
+        return self.store.each(lambda name: self._read(name, columns), names)
+
+    def _read(self, name: str, columns: list[str] | None) -> pa.Table:
+        data = self.store.read(name)
+        try:
+            # Not pq.read_table, which takes three times as long for a fragment.
+            file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+            table = file.read(columns, use_threads=False)
+            return table.select(columns) if columns else table
+        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as err:
+            msg = f"journal fragment {self.store.uri_of(name)} is damaged: {err}; restore it, or delete it"
+            raise StorageError(msg) from None
 
     def outcomes(self) -> Outcomes:
-        """What is finished, and how: reads three columns of every fragment."""
+        """What is finished, and how: reads the index, and three columns of every fragment that it lacks."""
         names = self.fragments()
         withdrawn = self._withdrawn()
-        keys, succeeded, origin, kinds = [], [], [], []
-        for index, whole in enumerate(self.read(names, ["key", "status", "error_kind"])):
-            taken_back = withdrawn.get(names[index])
-            table = whole
-            if taken_back is not None:
-                table = whole.filter(pa.array(~taken_back.contains(keys_from_hex(whole["key"]))))
-            keys.append(keys_from_hex(table["key"]))
-            succeeded.append(np.asarray(pc.equal(table["status"], SUCCEEDED).combine_chunks(), dtype=bool))
-            origin.append(np.full(len(table), index, dtype=np.int32))
-            kinds.append(np.asarray(table["error_kind"].to_pylist(), dtype=object))
-        if not keys:
-            return Outcomes(_NO_KEYS, np.empty(0, dtype=bool), np.empty(0, dtype=np.int32), (), np.empty(0, object))
-        all_keys, all_succeeded = np.concatenate(keys), np.concatenate(succeeded)
-        all_origin, all_kinds = np.concatenate(origin), np.concatenate(kinds)
-        high, low = halves(all_keys)
-        order = np.lexsort((all_origin, ~all_succeeded, low, high))
+        rows = self._rows(names).without(withdrawn, names)
+        high, low = halves(rows.keys)
+        order = sorted_order(high, low, ~rows.succeeded, rows.fragment)
         high, low = high[order], low[order]
         first = np.ones(len(order), dtype=bool)
         first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
         chosen = order[first]
+        del high, low, order
+        pa.default_memory_pool().release_unused()
         return Outcomes(
-            all_keys[chosen],
-            all_succeeded[chosen],
-            all_origin[chosen],
+            rows.keys[chosen],
+            rows.succeeded[chosen],
+            rows.fragment[chosen],
             tuple(names),
-            all_kinds[chosen],
+            rows.kind[chosen],
+            rows.kinds,
             _all_keys(withdrawn.values()),
         )
+
+    def _rows(self, names: Sequence[str]) -> Rows:
+        """Every row of these fragments, by the index as far as it goes."""
+        rows = RowsOf(names)
+        for table in self._index.tables(self._index.head()):
+            rows.add(table)
+        left = rows.left
+        for start in range(0, len(left), COMPACTED_AT_ONCE):
+            some = left[start : start + COMPACTED_AT_ONCE]
+            entries = [entry(name, table) for name, table in zip(some, self.read(some, READ), strict=True)]
+            rows.add(pa.Table.from_pylist(entries, INDEXED))
+        return rows.all()
 
     def winning_rows(self, outcomes: Outcomes) -> Iterator[pa.Table]:
         """The one result row that counts of every key in `outcomes`, fragment by fragment, all columns."""
@@ -225,91 +273,18 @@ class Journal:
         groups = np.split(order, starts)[1:]
         for table, group in zip(self.read(names), groups, strict=True):
             rows = KeySet.of(outcomes.keys[group]).contains(keys_from_hex(table["key"]))  # a fragment has a key once
-            yield table.filter(pa.array(rows))
-
-
-@dataclass(frozen=True)
-class Published:
-    """A complete set of results."""
-
-    run_id: str
-    num_requests: int
-    num_succeeded: int
-    num_failed: int
-    uri: str
-
-
-def publish(
-    journal: Journal, outcomes: Outcomes, wanted: KeySet, carried: pa.Schema, run_id: str, about: dict[str, Any]
-) -> Published:
-    """Write `results/<run_id>/`: one row for every wanted key, then `_SUCCESS.json`, then point LATEST.json at it.
-
-    Doing it again with the same run id gives the same files.
-
-    Args:
-        journal: where the rows come from.
-        outcomes: what the journal says now.
-        wanted: the keys of the run's manifest.
-        carried: the manifest's own columns, which follow those of RESULT.
-        run_id: names the folder.
-        about: what `_SUCCESS.json` tells besides, such as the manifest's URI.
-
-    Raises:
-        AccountingError: a request without a result, or a succeeded one whose animation is missing or has another size.
-            Nothing is published then.
-    """
-    outcomes = outcomes.of(wanted)
-    missing = len(wanted) - len(outcomes.keys)
-    if missing:
-        msg = f"{missing} of {len(wanted)} requests have no result yet; start the run again to finish them"
-        raise AccountingError(msg)
-    folder = f"{RESULTS}{run_id}/"
-    schema = pa.schema([*RESULT, *carried])
-    stored = {item.name: item.num_bytes for item in journal.store.list(ANIMATIONS)}
-    counts = {"succeeded": 0, "failed": 0}
-    parts = []
-    for index, part in enumerate(_parts(journal.winning_rows(outcomes), schema)):
-        _check_objects(part, stored)
-        name = f"part-{index:05d}.parquet"
-        journal.store.replace(folder + name, to_parquet(part))
-        parts.append({"name": name, "rows": len(part)})
-        for status in counts:
-            counts[status] += pc.sum(pc.equal(part["status"], status)).as_py() or 0
-    state = {"run_id": run_id, "requests": len(wanted), **counts, "parts": parts, "digest": digest_of(outcomes)}
-    state |= {"published_at": datetime.now(UTC).isoformat(timespec="seconds"), **about}
-    journal.store.replace(f"{folder}_SUCCESS.json", to_json(state))
-    journal.store.replace(LATEST, to_json({"run_id": run_id, "digest": state["digest"]}))
-    uri = journal.store.uri_of(folder.rstrip("/"))
-    return Published(run_id, len(wanted), counts["succeeded"], counts["failed"], uri)
-
-
-def is_published(store: Store, run_id: str) -> bool:
-    """Whether the results of this run are complete."""
-    try:
-        store.read(f"{RESULTS}{run_id}/_SUCCESS.json")
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def latest(store: Store) -> dict[str, Any] | None:
-    """What `results/LATEST.json` says, or None before the first complete run."""
-    try:
-        return dict(json.loads(store.read(LATEST)))
-    except FileNotFoundError:
-        return None
+            yield table if rows.all() else table.filter(pa.array(rows))
 
 
 def digest_of(outcomes: Outcomes) -> str:
     """32 hex digits over keys, statuses and what was taken back: where they are equal, nothing is new to publish."""
     digest = hashlib.blake2b(digest_size=16)
     for keys in (KeySet.of(outcomes.keys), outcomes.succeeded_keys):
-        digest.update(keys.high.tobytes() + keys.low.tobytes() + b"|")
+        digest.update(keys.high.data)
+        digest.update(keys.low.data)
+        digest.update(b"|")
     digest.update(outcomes.withdrawn.tobytes())  # what was drawn once more has another row, with the same outcome
     return digest.hexdigest()
-
-
-_NO_KEYS: Keys = np.empty(0, dtype=f"V{KEY_BYTES}")
 
 
 def _all_keys(sets: Iterable[KeySet]) -> Keys:
@@ -330,49 +305,3 @@ def to_parquet(table: pa.Table) -> bytes:
 def to_json(value: dict[str, Any]) -> bytes:
     """A JSON object for people and programs: indented, sorted, UTF-8."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def _parts(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
-    """The same rows in tables of PART_ROWS, sorted by request within each."""
-    waiting: list[pa.Table] = []
-    num_rows = 0
-    for table in tables:
-        waiting.append(_conform(table, schema))
-        num_rows += len(table)
-        while num_rows >= PART_ROWS:
-            whole = pa.concat_tables(waiting)
-            yield _sorted(whole.slice(0, PART_ROWS))
-            waiting = [whole.slice(PART_ROWS)]
-            num_rows -= PART_ROWS
-    if num_rows:
-        yield _sorted(pa.concat_tables(waiting))
-
-
-def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """`table` in the columns of `schema`; an older fragment may lack carried columns, or have them in other types."""
-    columns = []
-    for wanted in schema:
-        column = table[wanted.name] if wanted.name in table.column_names else pa.nulls(len(table), wanted.type)
-        try:
-            columns.append(column.cast(wanted.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            log.warning("carried_column_changed name=%s was=%s is=%s", wanted.name, column.type, wanted.type)
-            columns.append(pa.nulls(len(table), wanted.type))
-    return pa.table(columns, schema=schema)
-
-
-def _sorted(table: pa.Table) -> pa.Table:
-    return table.sort_by([("request_id", "ascending"), ("key", "ascending")])
-
-
-def _check_objects(part: pa.Table, stored: dict[str, int]) -> None:
-    succeeded = part.filter(pc.equal(part["status"], SUCCEEDED)).select(["animation_uri", "num_bytes", "request_id"])
-    for uri, num_bytes, request_id in zip(*(column.to_pylist() for column in succeeded.columns), strict=True):
-        size = stored.get(name_in(uri))
-        if size != num_bytes:
-            found = "is missing" if size is None else f"has {size} bytes"
-            msg = (
-                f"animation {uri} of request {request_id!r} {found}, its result says {num_bytes} bytes; "
-                "`pia-batch verify --repair` finds all such, and the run after it draws them again"
-            )
-            raise AccountingError(msg)

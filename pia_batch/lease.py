@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -20,26 +21,35 @@ from typing import Any, Self
 
 import psutil
 
-from pia_batch.errors import LeaseHeldError, ObjectExistsError, StorageError
+from pia_batch.errors import InterruptedRunError, LeaseHeldError, ObjectExistsError, StorageError
 from pia_batch.storage import Store
 
 log = logging.getLogger(__name__)
 
 LEASES = "_lease/"
 
+_POLL_S = 2.0
+"""Seconds between two looks of a run that waits for another one's end."""
+
+_TELL_S = 60.0
+"""Seconds between two lines of the log about it."""
+
 
 class Lease:
     """A context manager that holds the lease of an output and renews it from a thread.
 
-    Entering raises LeaseHeldError if another run is alive. A run that died is waited for at most `ttl_s` seconds, and
-    not at all if it died on this machine.
+    Entering raises LeaseHeldError if another run is alive, unless it is given time to wait for that one's end; and
+    InterruptedRunError if it is stopped meanwhile. A run that died is waited for at most `ttl_s` seconds, and not at
+    all if it died on this machine. Those that wait have no order: whoever asks first after the release is next.
 
     Args:
         store: the output.
         run_id: who asks.
         ttl_s: seconds without a renewal after which the lease is free.
         clock: seconds that only ever grow, by which another run's silence is measured.
-        sleep: waits so many of those seconds.
+        sleep: waits so many of those seconds; None: until `stop` is set, at most.
+        wait_s: seconds to wait for another run's end; it may be infinite.
+        stop: set it to wait no longer.
     """
 
     def __init__(
@@ -48,19 +58,39 @@ class Lease:
         run_id: str,
         ttl_s: float,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
+        wait_s: float = 0.0,
+        stop: threading.Event | None = None,
     ) -> None:
-        self._store, self._run_id, self._ttl_s, self._clock, self._sleep = store, run_id, ttl_s, clock, sleep
+        self._store, self._run_id, self._ttl_s, self._wait_s, self._clock = store, run_id, ttl_s, wait_s, clock
+        self._asked_to_stop = stop or threading.Event()
+        self._sleep = sleep or self._asked_to_stop.wait
         self._generation = 0
         self._since = ""
+        self._next_word = -math.inf
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self.lost = threading.Event()
         """Set when another run has taken over."""
+        self.has_waited = False
+        """Whether another run held it at first: what was known of the output before is old."""
 
     def __enter__(self) -> Self:
+        patience = self._clock() + self._wait_s
+        while True:
+            try:
+                self._take()
+            except LeaseHeldError as held:
+                self.has_waited = True
+                self._queue(held, patience)
+            else:
+                self._thread.start()
+                return self
+
+    def _take(self) -> None:
         generation, holder = newest(self._store)
         if holder is not None and not holder["released"]:
+            self.has_waited = True
             generation = self._wait_for_silence(generation, holder)
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         try:
@@ -68,8 +98,25 @@ class Lease:
         except ObjectExistsError:
             msg = f"another run took the lease of {self._store.uri} at this moment; start again later"
             raise LeaseHeldError(msg) from None
-        self._thread.start()
-        return self
+
+    def _queue(self, held: LeaseHeldError, patience: float) -> None:
+        """Wait a little for the run that holds it."""
+        left = patience - self._clock()
+        if left <= 0:
+            raise held
+        self._tell("lease_queued seconds_left=%.0f: %s", left, held)
+        self._sleep(min(left, _POLL_S))
+        self._check_stop()
+
+    def _tell(self, line: str, *values: object) -> None:
+        if self._clock() >= self._next_word:
+            self._next_word = self._clock() + _TELL_S
+            log.info(line, *values)
+
+    def _check_stop(self) -> None:
+        if self._asked_to_stop.is_set():
+            msg = f"stopped while it waited for {self._store.uri}; nothing was begun. Start again to wait again"
+            raise InterruptedRunError(msg)
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
@@ -93,8 +140,9 @@ class Lease:
     def _wait_for_silence(self, generation: int, holder: dict[str, Any]) -> int:
         deadline = self._clock() + float(holder["ttl_s"])
         while self._clock() < deadline and not _died_here(holder):
-            log.info("lease_waiting holder=%s seconds=%.0f", holder["run_id"], deadline - self._clock())
+            self._tell("lease_waiting holder=%s seconds=%.0f", holder["run_id"], deadline - self._clock())
             self._sleep(min(2.0, self._ttl_s / 6))
+            self._check_stop()
             now, holder_now = newest(self._store)
             if holder_now is not None and now != generation:
                 if holder_now["released"]:

@@ -5,10 +5,14 @@ Knows nothing of Ray: `pipeline` gives it a process of its own, which outlives t
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from pia_batch.records import Row
+
+Cause = Literal["timeout", "out_of_memory"]
+"""Why a worker ends itself: its requests took longer, or its process has grown larger, than the config allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,7 @@ class Turn:
     """
 
     attempt: int
-    died_of: Literal["worker_crash", "timeout"] | None = None
+    died_of: Literal["worker_crash"] | Cause | None = None
     outcome: Row | None = None
 
 
@@ -32,8 +36,30 @@ class _Alone:
     """What is known of a request that was begun by itself."""
 
     begun: int = 0
-    hung: bool = False
+    given_up: Cause | None = None
     outcome: Row | None = None
+
+
+class Control(Protocol):
+    """The run's word on each batch: the methods of `Ledger` that a worker calls, from wherever it is."""
+
+    def start(self, worker: str) -> int:
+        """The worker begins to load its engine; how many times in a row it has now."""
+
+    def ready(self, worker: str, seconds: float) -> None:
+        """Its engine draws, so many seconds later."""
+
+    def begin(self, keys: list[str]) -> list[int] | None:
+        """The number of the attempt that starts now for each key, or None if the run is stopping."""
+
+    def begin_alone(self, key: str) -> Turn | None:
+        """Whether one of a batch that ended badly may be drawn by itself; None if the run is stopping."""
+
+    def give_up(self, keys: list[str], cause: Cause) -> None:
+        """The worker is about to end itself because of these."""
+
+    def end(self, outcomes: list[Row]) -> None:
+        """These outcomes are committed."""
 
 
 @dataclass
@@ -52,6 +78,43 @@ class Ledger:
     _begun: dict[str, int] = field(default_factory=dict)
     _alone: dict[str, _Alone] = field(default_factory=dict)
     _stopping: bool = False
+    _starts: dict[str, int] = field(default_factory=dict)
+    """By worker, how often it has begun to start since it was ready last."""
+    _startup_seconds: list[float] = field(default_factory=list)
+    _lived: dict[str, float] = field(default_factory=dict)
+    """Seconds by engine."""
+
+    def start(self, worker: str) -> int:
+        """A worker's process begins to load its engine; how many in a row have now, this one included.
+
+        The process that takes a dead one's place has its name.
+        """
+        self._starts[worker] = self._starts.get(worker, 0) + 1
+        return self._starts[worker]
+
+    def ready(self, worker: str, seconds: float) -> None:
+        """The engine of this worker draws, `seconds` after its start."""
+        self._starts.pop(worker, None)
+        self._startup_seconds.append(seconds)
+
+    def engines(self) -> dict[str, Any]:
+        """What `run.json` tells of the engines.
+
+        Returns:
+            `count` of those that became ready, the replacements of dead ones included, and `median` and `max` of their
+            `startup_seconds`; None there if there was no engine.
+        """
+        seconds = self._startup_seconds
+        spread = {"median": round(statistics.median(seconds), 2), "max": round(max(seconds), 2)} if seconds else None
+        return {"count": len(seconds), "startup_seconds": spread}
+
+    def alive(self, engine: str, seconds: float) -> None:
+        """The process of this engine has lived for so long; told now and then, the start-up included."""
+        self._lived[engine] = max(seconds, self._lived.get(engine, 0.0))
+
+    def engine_seconds(self) -> float:
+        """How long all engines have lived, as far as they told."""
+        return sum(self._lived.values())
 
     def begin(self, keys: list[str]) -> list[int] | None:
         """The number of the attempt that starts now for each key of a batch, or None if the run is stopping."""
@@ -74,16 +137,16 @@ class Ledger:
             self._begun.pop(key, None)
             return Turn(attempt - 1, outcome=known.outcome)
         if known.begun >= self.max_attempts - 1:
-            return Turn(attempt, died_of="timeout" if known.hung else "worker_crash")
+            return Turn(attempt, died_of=known.given_up or "worker_crash")
         known.begun += 1
-        known.hung = False
+        known.given_up = None
         return Turn(attempt)
 
-    def hang(self, keys: list[str]) -> None:
-        """The worker of these requests is past their deadline, and about to end itself."""
+    def give_up(self, keys: list[str], cause: Cause) -> None:
+        """The worker of these requests is about to end itself."""
         for key in keys:
             if key in self._alone:
-                self._alone[key].hung = True
+                self._alone[key].given_up = cause
 
     def end(self, outcomes: list[Row]) -> None:
         """These outcomes, rows of `animate.OUTCOME`, are committed."""

@@ -1,36 +1,37 @@
-"""Manifests: finding their files and reading them in batches. `validation` judges the rows.
+"""Manifests: finding their files, one schema over all of them, and their rows in batches or in pieces for many workers.
 
-A file that is corrupt, or built to unpack to what no machine holds, is a ManifestError that names it. Text and bytes
-are bounded by the constants below, as long as a Parquet footer tells the truth; one that lies can cost 2 GiB, a page's
-maximum, for each column. A list of equal numbers takes no space in a file, and its own size in memory.
+`manifest_files` reads each file with care, `validation` judges the rows.
 """
 
 from __future__ import annotations
 
-import codecs
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Any, Literal
 from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.fs
-import pyarrow.parquet as pq
 
 from pia_batch import storage
 from pia_batch.errors import ManifestError, message_of
+from pia_batch.manifest_files import (
+    BATCH_ROWS,
+    MAX_COLUMNS,
+    Contents,
+    FileFormat,
+    Known,
+    ManifestFile,
+    plain_type,
+    reading,
+)
 from pia_batch.records import RESERVED
-from pia_batch.uris import redacted, redacted_uri
-
-FileFormat = Literal["parquet", "jsonl", "csv"]
+from pia_batch.uris import redacted_uri
 
 EXTENSIONS: dict[str, FileFormat] = {
     ".parquet": "parquet",
@@ -40,32 +41,14 @@ EXTENSIONS: dict[str, FileFormat] = {
     ".csv": "csv",
 }
 
-BATCH_ROWS = 65_536
-BATCH_ROWS_WITH_BYTES = 256
-"""Rows read at a time where the images lie in the manifest: a few hundred images fit in memory, 65,536 do not."""
-
-
-SLICE_BYTES = 256 * 2**20
-"""Text and bytes in one batch, unpacked: rows that hold more come in several batches, one row each at the least."""
-
-MAX_ROW_BYTES = 32 * 2**10
-MAX_ROW_BYTES_WITH_BYTES = 64 * 2**20
-"""Text and bytes of one row, as a mean over the rows that are read at a time. A row that passes validation has at most
-22 KiB, and its image besides; more is a dictionary of long values that many rows share."""
-
-MAX_EXPANSION = 1000
-MAX_EXPANDED_BYTES = 2**30
-"""A row group that is larger than this when unpacked may not be more than so many times the size of its file."""
-
 MAX_TEXT_BYTES = 512 * 2**20
 """Of all files of a JSONL or CSV manifest: those are read whole."""
 
 MAX_ROWS = 200_000_000
 """Of a manifest: the driver holds about 50 bytes a row."""
 
-MAX_COLUMNS = 1000
-
-_MAX_FOOTER_BYTES = 64 * 2**20
+PIECE_BYTES = 64 * 2**20
+"""Unpacked, in one piece, row groups permitting; and BATCH_ROWS rows."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +64,42 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Some row groups of a Parquet file, or a whole JSONL or CSV file: what a worker reads by itself.
+
+    Attributes:
+        uri: of the manifest, with its scheme.
+        file: as it was when the manifest was opened.
+        groups: numbers of row groups, rising; None where there are none.
+        partitions: columns that the file's folders name.
+        num_rows: in all of it.
+        num_bytes: of these rows in memory, about.
+    """
+
+    uri: str
+    file: ManifestFile
+    groups: tuple[int, ...] | None
+    partitions: Mapping[str, str]
+    num_rows: int
+    num_bytes: int
+
+    def tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
+        """The rows in order, in the columns of `schema`.
+
+        Raises:
+            ManifestError: the file is corrupt, or cannot be read.
+            InterruptedRunError: it was replaced since the manifest was opened. Rows of the new file may have been
+                yielded before.
+        """
+        with reading(self.file.path):
+            filesystem, _ = storage.arrow_filesystem(self.uri)
+        self.file.check_unchanged(filesystem)
+        rows = self.file.read(filesystem, schema.names, self.groups)
+        yield from _conformed(rows, self.file.path, schema, self.partitions)
+        self.file.check_unchanged(filesystem)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The files of a manifest, in order, with one schema over all of them."""
 
@@ -92,12 +111,17 @@ class Manifest:
     num_rows: int
     filesystem: pyarrow.fs.FileSystem = field(repr=False)
     _root: str
+    _opened: tuple[tuple[ManifestFile, Contents], ...] = field(repr=False)
     _tables: dict[str, pa.Table] = field(repr=False)
-    """JSONL and CSV files, which are read whole. Parquet is streamed."""
+    """JSONL and CSV files, which are slow to read. Parquet is streamed."""
 
     @classmethod
-    def open(cls, uri: str) -> Manifest:
+    def open(cls, uri: str, known: Known = lambda _path, _version: None) -> Manifest:
         """Find the files and their schema. Reads Parquet footers, and JSONL and CSV files whole.
+
+        Args:
+            uri: of a file, or of a folder of them.
+            known: what is in a version of a file; None: it is opened to see.
 
         Raises:
             ManifestError: nothing there, unreadable, empty, too large, mixed formats, files that contradict each
@@ -106,81 +130,135 @@ class Manifest:
         """
         uri = storage.absolute(uri).rstrip("/")
         shown = redacted_uri(uri)
-        with _reading(shown):
+        with reading(shown):
             filesystem, root = storage.arrow_filesystem(uri)
             files, file_format = _discover(filesystem, root, shown)
-        tables: dict[str, pa.Table] = {}
-        if file_format == "parquet":
-            with ThreadPoolExecutor(16) as pool:
-                footers = list(pool.map(lambda path: _footer(filesystem, path), files))
-            schemas, num_rows = [schema for schema, _ in footers], sum(rows for _, rows in footers)
-        else:
+        if file_format != "parquet":
             _check_text_bytes(filesystem, files, shown)
-            read = _read_jsonl if file_format == "jsonl" else _read_csv
-            tables = {path: read(filesystem, path) for path in files}
-            schemas, num_rows = [table.schema for table in tables.values()], sum(map(len, tables.values()))
+        with ThreadPoolExecutor(16) as pool:
+            opened = tuple(pool.map(lambda path: ManifestFile.open(filesystem, path, file_format, known), files))
+        num_rows = sum(contents.num_rows for _, contents in opened)
         if not 0 < num_rows <= MAX_ROWS:
             limit = f"; split it into manifests of at most {MAX_ROWS}" if num_rows else ""
             msg = f"manifest {shown} has {num_rows or 'no'} rows{limit}"
             raise ManifestError(msg)
-        schema = _unify(schemas, files)
+        schema = _unify([contents.schema for _, contents in opened], files)
         for name in _partitions(files[0], root):
             if name not in schema.names:
                 schema = schema.append(pa.field(name, pa.string()))
         _check_columns(schema, shown)
-        return cls(uri, file_format, files, schema, num_rows, filesystem, root, tables)
+        tables = {file.path: contents.table for file, contents in opened if contents.table is not None}
+        opened = tuple((file, replace(contents, table=None)) for file, contents in opened)
+        return cls(uri, file_format, files, schema, num_rows, filesystem, root, opened, tables)
+
+    @property
+    def opened(self) -> tuple[tuple[ManifestFile, Contents], ...]:
+        """The files in order, as they were when this was made, and what is in them."""
+        return self._opened
+
+    def shape_of(self, file: ManifestFile, columns: Sequence[str]) -> str:
+        """32 hex digits over how these columns of a file are read, given the other files and its folders."""
+        read = [[item.name, str(item.type)] for item in self.schema if item.name in columns]
+        said = json.dumps([file.format, read, _partitions(file.path, self._root)], sort_keys=True)
+        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
     @property
     def folder(self) -> str:
         """The URI that relative image paths start from."""
         return self.uri.rsplit("/", 1)[0] if self.files == (self._root,) else self.uri
 
-    def batches(self, columns: Sequence[str] | None = None) -> Iterator[Batch]:
+    def batches(
+        self, columns: Sequence[str] | None = None, ordinals: npt.NDArray[np.int64] | None = None
+    ) -> Iterator[Batch]:
         """The rows in order, `columns` only (those that exist).
+
+        Args:
+            columns: their names; None: all.
+            ordinals: sorted row numbers inside the manifest: row groups without any of them are passed over.
 
         Raises:
             ManifestError: a file is corrupt, or went away.
         """
-        names = [name for name in self.schema.names if columns is None or name in columns]
-        schema = pa.schema([self.schema.field(name) for name in names])
-        ordinal = 0
-        for path in self.files:
-            first_row = 0
-            for read in self._read(path, names):
-                with _reading(path):
-                    table = _conform(read, schema, _partitions(path, self._root), path)
-                    table.validate(full=True)  # text that is no UTF-8 would stop the checks half-way
-                yield Batch(table, path, first_row, ordinal)
-                first_row += len(table)
-                ordinal += len(table)
+        schema = pa.schema([item for item in self.schema if columns is None or item.name in columns])
+        start = 0
+        for file, contents in self._opened:
+            for first_row, groups in _runs(contents, start, ordinals):
+                row = first_row
+                for table in self._read(file, schema, groups):
+                    yield Batch(table, file.path, row, start + row)
+                    row += len(table)
+            start += contents.num_rows
 
-    def _read(self, path: str, names: list[str]) -> Iterator[pa.Table]:
-        if self.format != "parquet":
-            table = self._tables[path]
-            yield table.select([name for name in names if name in table.column_names])
-            return
-        rows = BATCH_ROWS_WITH_BYTES if "image_bytes" in names else BATCH_ROWS
-        row_bytes = MAX_ROW_BYTES_WITH_BYTES if "image_bytes" in names else MAX_ROW_BYTES
-        with _reading(path), self.filesystem.open_input_file(path) as source:
-            footer = pq.ParquetFile(source)
-            present = [name for name in names if name in footer.schema_arrow.names]
-            # As dictionaries, so that a value that a million rows share is unpacked once until its size is known.
-            texts = [name for name in present if _is_text(footer.schema_arrow.field(name).type)]
-            file = pq.ParquetFile(
-                source, metadata=footer.metadata, read_dictionary=texts, page_checksum_verification=True
-            )
-            first_row = 0
-            for batch in file.iter_batches(batch_size=rows, columns=present):
-                sizes = _text_bytes(batch)
-                if sizes.sum() > rows * row_bytes:
-                    last, mib, most = first_row + len(batch) - 1, sizes.sum() // 2**20, rows * row_bytes // 2**20
-                    msg = (
-                        f"manifest file {path}: {mib} MiB of text and bytes in the rows {first_row} to {last}; "
-                        f"at most {most} MiB are read"
-                    )
-                    raise ManifestError(msg)
-                yield from _unpacked(batch, sizes)
-                first_row += len(batch)
+    def read(self, piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The rows of a piece of this manifest, `columns` only; as `Piece.tables`, but nothing is read twice."""
+        schema = pa.schema([item for item in self.schema if item.name in columns])
+        if piece.file.path in self._tables:
+            yield from self._read(piece.file, schema, None)
+        else:
+            yield from piece.tables(schema)
+
+    def _read(self, file: ManifestFile, schema: pa.Schema, groups: list[int] | None) -> Iterator[pa.Table]:
+        chosen = groups if file.format == "parquet" else None
+        rows = file.read(self.filesystem, schema.names, chosen, table=self._tables.get(file.path))
+        return _conformed(rows, file.path, schema, _partitions(file.path, self._root))
+
+    def release(self) -> None:
+        """Hold no rows any more: workers read the pieces from now on. What `batches` gives stays the same."""
+        self._tables.clear()
+
+    def pieces(self) -> Iterator[Piece]:
+        """The whole manifest in pieces: of JSONL and CSV a file each, of Parquet neighbouring row groups.
+
+        A piece has at most BATCH_ROWS rows and PIECE_BYTES bytes, or one row group.
+        """
+        for file, contents in self._opened:
+            partitions = _partitions(file.path, self._root)
+            for groups in _neighbours(contents):
+                num_rows, num_bytes = contents.groups[groups].sum(axis=0).tolist()
+                chosen = tuple(groups) if file.format == "parquet" else None
+                yield Piece(self.uri, file, chosen, partitions, num_rows, num_bytes)
+
+
+def _runs(
+    contents: Contents, start: int, ordinals: npt.NDArray[np.int64] | None
+) -> Iterator[tuple[int, list[int] | None]]:
+    """The row groups of a file that are read together, and their first row: all of them, or those with `ordinals`."""
+    if ordinals is None:
+        yield 0, None
+        return
+    ends = np.cumsum(contents.groups[:, 0])
+    bounds = np.searchsorted(ordinals, start + np.array([0, *ends]))
+    wanted = np.flatnonzero(bounds[1:] > bounds[:-1])
+    for run in np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1):
+        if len(run):
+            yield int(ends[run[0]] - contents.groups[run[0], 0]), run.tolist()
+
+
+def _neighbours(contents: Contents) -> Iterator[list[int]]:
+    """The numbers of the row groups that have rows, in lists for one piece each."""
+    waiting: list[int] = []
+    rows = num_bytes = 0
+    for group, (group_rows, group_bytes) in enumerate(contents.groups.tolist()):
+        if not group_rows:
+            continue
+        if waiting and (rows + group_rows > BATCH_ROWS or num_bytes + group_bytes > PIECE_BYTES):
+            yield waiting
+            waiting, rows, num_bytes = [], 0, 0
+        waiting.append(group)
+        rows, num_bytes = rows + group_rows, num_bytes + group_bytes
+    if waiting:
+        yield waiting
+
+
+def _conformed(
+    rows: Iterator[pa.Table], path: str, schema: pa.Schema, partitions: Mapping[str, str]
+) -> Iterator[pa.Table]:
+    """The rows of a file in the columns of `schema`, known to be sound Arrow."""
+    for read in rows:
+        with reading(path):
+            table = _conform(read, schema, partitions, path)
+            table.validate(full=True)  # text that is no UTF-8 would stop the checks half-way
+        yield table
 
 
 def conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str] | None = None) -> pa.Table:
@@ -201,18 +279,6 @@ def _conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str], 
         return conform(table, schema, partitions)
     except ManifestError as err:
         msg = f"manifest file {path}: {err}"
-        raise ManifestError(msg) from None
-
-
-@contextmanager
-def _reading(place: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a ManifestError that names `place`."""
-    try:
-        yield
-    except ManifestError:
-        raise
-    except Exception as err:  # noqa: BLE001 - every file system has its own classes for what goes wrong
-        msg = f"cannot read manifest {place}: {redacted(message_of(err))}"
         raise ManifestError(msg) from None
 
 
@@ -257,82 +323,6 @@ def _partitions(path: str, root: str) -> dict[str, str]:
     return {name: unquote(value) for name, value in pairs}
 
 
-def _footer(filesystem: pyarrow.fs.FileSystem, path: str) -> tuple[pa.Schema, int]:
-    with _reading(path), filesystem.open_input_file(path) as source:
-        num_bytes = source.size()
-        _check_footer_bytes(source, num_bytes, path)
-        file = pq.ParquetFile(source)
-        _check_expansion(file.metadata, num_bytes, path)
-        return file.schema_arrow.remove_metadata(), file.metadata.num_rows
-
-
-def _check_footer_bytes(source: pa.NativeFile, num_bytes: int, path: str) -> None:
-    """A footer is read whole, and unpacks to about ten times its size."""
-    if num_bytes <= _MAX_FOOTER_BYTES:
-        return
-    footer_bytes = int.from_bytes(source.read_at(8, num_bytes - 8)[:4], "little")
-    if footer_bytes > _MAX_FOOTER_BYTES:
-        msg = f"manifest file {path} has a footer of {footer_bytes} bytes; write larger row groups, or several files"
-        raise ManifestError(msg)
-
-
-def _check_expansion(metadata: pq.FileMetaData, num_bytes: int, path: str) -> None:
-    """Refuse what says itself that it unpacks to too much.
-
-    Row groups as a whole are asked and not their columns: for some corrupt footers `RowGroupMetaData.column` of
-    pyarrow 26 ends the process by a C++ exception (measured).
-    """
-    if metadata.num_columns > MAX_COLUMNS:
-        msg = f"manifest file {path} has {metadata.num_columns} columns; at most {MAX_COLUMNS} are read"
-        raise ManifestError(msg)
-    for group in range(metadata.num_row_groups):
-        unpacked = metadata.row_group(group).total_byte_size
-        if unpacked > max(MAX_EXPANDED_BYTES, num_bytes * MAX_EXPANSION):
-            msg = (
-                f"manifest file {path}: row group {group} unpacks to {unpacked} bytes, from a file of {num_bytes}; "
-                "write it in smaller row groups"
-            )
-            raise ManifestError(msg)
-
-
-def _is_text(data_type: pa.DataType) -> bool:
-    """Whether Parquet stores it as byte arrays, which it can hand over as dictionaries."""
-    return _plain(data_type) in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
-
-
-def _text_bytes(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
-    """The bytes that the dictionary columns of each row will have, once unpacked; shape (rows,)."""
-    sizes = np.zeros(len(batch), np.int64)
-    for column in batch.columns:
-        if pa.types.is_dictionary(column.type):
-            lengths = pc.fill_null(pc.binary_length(column.dictionary), 0).take(column.indices)
-            sizes += np.asarray(pc.fill_null(lengths, 0))
-    return sizes
-
-
-def _unpacked(batch: pa.RecordBatch, sizes: npt.NDArray[np.int64]) -> Iterator[pa.Table]:
-    """The rows of `batch` without dictionaries, in tables of about SLICE_BYTES."""
-    ends = np.cumsum(sizes)
-    start = 0
-    while start < len(batch):
-        before = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + SLICE_BYTES, side="right")))
-        table = pa.Table.from_batches([batch.slice(start, stop - start)])
-        for number, column in enumerate(table.columns):
-            if pa.types.is_dictionary(column.type):
-                table = table.set_column(number, table.field(number).name, column.cast(column.type.value_type))
-        yield table
-        start = stop
-
-
-def _plain(data_type: pa.DataType) -> pa.DataType:
-    """The type of the values themselves, whatever their encoding; Arrow can do little with the others."""
-    if pa.types.is_dictionary(data_type):
-        return _plain(data_type.value_type)
-    views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
-    return views.get(data_type, data_type)
-
-
 def _unify(schemas: list[pa.Schema], files: tuple[str, ...]) -> pa.Schema:
     """One schema for all files: a column may be missing, of a wider type, of another encoding, or null throughout."""
     unified = pa.schema([])
@@ -341,7 +331,7 @@ def _unify(schemas: list[pa.Schema], files: tuple[str, ...]) -> pa.Schema:
         if repeated:
             msg = f"manifest file {path} has more than one column {', '.join(map(repr, repeated))}"
             raise ManifestError(msg)
-        plain = pa.schema([pa.field(item.name, _plain(item.type)) for item in schema])
+        plain = pa.schema([pa.field(item.name, plain_type(item.type)) for item in schema])
         schemas[number] = plain
         try:
             unified = pa.unify_schemas([unified, plain], promote_options="permissive")
@@ -385,73 +375,8 @@ def _check_columns(schema: pa.Schema, uri: str) -> None:
 
 
 def _check_text_bytes(filesystem: pyarrow.fs.FileSystem, files: tuple[str, ...], uri: str) -> None:
-    with _reading(uri):
+    with reading(uri):
         num_bytes = sum(info.size or 0 for info in filesystem.get_file_info(list(files)))
     if num_bytes > MAX_TEXT_BYTES:
         msg = f"manifest {uri} has {num_bytes} bytes of JSONL or CSV; above {MAX_TEXT_BYTES}, write it as Parquet"
         raise ManifestError(msg)
-
-
-def _read_bytes(filesystem: pyarrow.fs.FileSystem, path: str) -> bytes:
-    with _reading(path), filesystem.open_input_file(path) as source:
-        return bytes(source.read()).removeprefix(codecs.BOM_UTF8)
-
-
-def _read_csv(filesystem: pyarrow.fs.FileSystem, path: str) -> pa.Table:
-    """Every column as strings: guessing types would turn the id "007" into 7. An empty field is null."""
-    data = pa.BufferReader(_read_bytes(filesystem, path))
-    parse_options = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    try:
-        names = pyarrow.csv.open_csv(data, parse_options=parse_options).schema.names
-        data.seek(0)
-        return pyarrow.csv.read_csv(
-            data,
-            parse_options=parse_options,
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()),
-                strings_can_be_null=True,
-                null_values=[""],
-                quoted_strings_can_be_null=False,
-            ),
-        )
-    except pa.ArrowInvalid as err:
-        msg = f"manifest file {path} is not CSV with a header line: {message_of(err)}"
-        raise ManifestError(msg) from None
-
-
-def _read_jsonl(filesystem: pyarrow.fs.FileSystem, path: str) -> pa.Table:
-    columns: dict[str, list[Any]] = {}
-    num_rows = 0
-    for number, line in enumerate(_read_bytes(filesystem, path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as err:
-            msg = f"manifest file {path}, line {number}: not JSON: {message_of(err)}"
-            raise ManifestError(msg) from None
-        if not isinstance(row, dict):
-            msg = f"manifest file {path}, line {number}: a JSON object is required, not {type(row).__name__}"
-            raise ManifestError(msg)
-        for name in row:
-            columns.setdefault(name, [None] * num_rows)
-        if len(columns) > MAX_COLUMNS:
-            msg = f"manifest file {path}, line {number}: more than {MAX_COLUMNS} different names; are they values?"
-            raise ManifestError(msg)
-        for name, values in columns.items():
-            values.append(row.get(name))
-        num_rows += 1
-    with _reading(path):  # JSON can spell half a surrogate pair, which is no text
-        return pa.table({name: _infer(values) for name, values in columns.items()})
-
-
-def _infer(values: list[Any]) -> pa.Array:
-    """One Arrow column; values of several types become their JSON texts, and `check` judges those."""
-    try:
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError, TypeError, ValueError):
-        texts = [
-            value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            for value in values
-        ]
-        return pa.array(texts, pa.string())

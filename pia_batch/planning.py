@@ -5,7 +5,8 @@ Needs neither Ray nor torch, and holds keys rather than rows: about 50 bytes a r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -14,16 +15,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch import weights
+from pia_batch import scanning, selection, weights
 from pia_batch.config import ModelConfig, RunConfig
 from pia_batch.errors import ConfigError, RequestError
-from pia_batch.journal import Journal, Outcomes, digest_of, latest
+from pia_batch.journal import Journal, Outcomes, digest_of
 from pia_batch.manifest import Batch, Manifest
+from pia_batch.publication import latest, published
 from pia_batch.records import (
     FAILED,
-    GROUPED,
     KEY_BYTES,
-    REQUEST,
     Keys,
     KeySet,
     canonical_json,
@@ -33,8 +33,10 @@ from pia_batch.records import (
     keys_to_hex,
     results_table,
 )
+from pia_batch.scan_cache import Chunk, ScanCache
+from pia_batch.scanning import Scan
 from pia_batch.storage import Store
-from pia_batch.validation import check, hashes_of
+from pia_batch.validation import Checked, check, hashes_of
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,20 @@ class Plan:
     """Rows beyond the first of identical requests."""
     num_pending: int
     """Requests that an engine has to draw."""
+    chosen: KeySet | None = field(repr=False)
+    """Those that this run draws, by its budget; None: all that are pending."""
+    num_failed: int
+    """Requests that have failed, or were rejected, and are not drawn again."""
     groups: pa.Table = field(repr=False)
     """GROUPED and `num_rows`: how many sound rows of the manifest can be drawn together, finished ones included."""
+    cache: ScanCache = field(repr=False)
+    fresh: tuple[Chunk, ...] = field(repr=False)
+    """What was read of the manifest that `cache` lacks."""
+
+    @property
+    def num_chosen(self) -> int:
+        """How many requests this run draws, if nothing stops it."""
+        return self.num_pending if self.chosen is None else len(self.chosen)
 
     @property
     def num_rejected(self) -> int:
@@ -106,11 +120,28 @@ class Plan:
         return carried_columns(self.manifest.schema.empty_table()).schema
 
     @property
-    def published(self) -> bool:
-        """Whether the newest results already say all that this run could."""
-        newest = latest(Store(self.config.output))
-        complete = len(self.outcomes.keys) == len(self.wanted)
-        return complete and newest is not None and newest["digest"] == digest_of(self.outcomes)
+    def published(self) -> str | None:
+        """The id of the run whose results already say all that this one could; None: there is none.
+
+        It is the newest run; of a dated run, also an earlier one of the same name, for other dates may have followed.
+        """
+        if len(self.outcomes.keys) != len(self.wanted):
+            return None
+        store, digest = Store(self.config.output), digest_of(self.outcomes)
+        newest = latest(store)
+        if newest is not None and newest["digest"] == digest:
+            return str(newest["run_id"])
+        if self.config.run_date is None or self.config.run_id is None:
+            return None
+        for name in names_of(self.config.run_id):
+            told = published(store, name)
+            if told is None or told["digest"] == digest:
+                return name if told else None
+        raise AssertionError  # unreachable: there is no end of names
+
+    def save_scan(self) -> None:
+        """Keep what was read of the manifest, so that the next plan reads only what changes or is new by then."""
+        self.cache.save(self.manifest, self.fresh)
 
     def rejections_to_commit(self, run_id: str) -> Iterator[pa.Table]:
         """The rejected requests that the journal does not know yet, in tables for one fragment each."""
@@ -121,50 +152,91 @@ class Plan:
             yield new.slice(start, 10_000)
 
 
-def make(config: RunConfig, *, retry: Retry | None = None) -> Plan:
+Survey = Callable[[pa.Table, pa.Table], None]
+"""Is shown every batch of the manifest once: its rows as they stand there, and those of its requests that are sound and
+not finished, as `validation.check` gives them. Copies of a request are among them."""
+
+
+def make(config: RunConfig, *, retry: Retry | None = None, survey: Survey | None = None) -> Plan:
     """Read the manifest and the journal, and find out what is left to do. Writes nothing.
 
     Args:
         config: the run's config.
         retry: what to draw again of what failed before; None: nothing.
+        survey: sees the manifest go by.
 
     Raises:
         ManifestError: the manifest cannot be read, is empty, or lacks a column.
         ConfigError: the model cannot be found, or `retry` names a kind that does not exist.
         StorageError: the output cannot be read.
     """
-    found = Manifest.open(config.manifest)
     on_gpu = config.placement.num_gpus > 0
     engine_ids = {name: _engine_id(model, on_gpu=on_gpu) for name, model in config.all_models.items()}
-    outcomes = Journal(Store(config.output)).outcomes()
+    store = Store(config.output)
+    outcomes = Journal(store).outcomes()  # before the scans are read: it needs as much memory for itself
+    cache = ScanCache(store, config, engine_ids)
+    found = Manifest.open(config.manifest, cache.contents)
     if retry is not None:
         retry.check(outcomes)
 
-    scan = _Scan.of(found, config, engine_ids)
+    done = KeySet.of(outcomes.keys if retry is None else outcomes.keys[~outcomes.failed(retry.kinds)])
+    scan = scanning.scan(found, config, engine_ids, cache, survey and _Unfinished(survey, done))
+    pa.default_memory_pool().release_unused()
     conflicting, repeated, first_copies = _duplicates(found, scan)
     rejected = _rejected_results(found, scan, conflicting, config)
 
-    sound = ~np.isin(scan.ordinals, conflicting)
-    wanted_keys = scan.keys[sound]
-    done = KeySet.of(outcomes.keys if retry is None else outcomes.keys[~outcomes.failed(retry.kinds)])
-    unfinished = KeySet.of(wanted_keys[~done.contains(wanted_keys)])
+    sound = np.ones(len(scan.keys), dtype=bool)
+    sound[scan.indices(conflicting)] = False
+    good = KeySet.of(scan.keys if sound.all() else scan.keys[sound])
+    finished = done.has(good)
+    unfinished = good.take(~finished)
+    chosen = _choose(config, found, scan, unfinished)
     repeats = _take(found, first_copies)
     repeats = check(repeats, config, engine_ids).requests
-    repeats = repeats.filter(pa.array(~done.contains(keys_from_hex(repeats["key"]))))
-    wanted = KeySet.of(np.concatenate([wanted_keys, keys_from_hex(rejected["key"])]))
+    copied = keys_from_hex(repeats["key"])
+    repeats = repeats.filter(pa.array((unfinished if chosen is None else chosen).contains(copied)))
+    wanted = good | KeySet.of(keys_from_hex(rejected["key"]))
+    settled = good.take(finished) | KeySet.of(np.concatenate([repeated, scan.keys[~sound]]))
+    fresh, groups = scan.fresh, scan.groups
+    del scan  # as large as what comes next
+    outcomes = outcomes.of(wanted)
     return Plan(
         config=config,
         engine_ids=engine_ids,
         manifest=found,
-        outcomes=outcomes.of(wanted),
+        outcomes=outcomes,
         wanted=wanted,
         rejected=rejected,
         repeats=repeats,
-        settled=KeySet.of(np.concatenate([wanted_keys[done.contains(wanted_keys)], repeated, scan.keys[~sound]])),
-        num_duplicates=int(sound.sum()) - len(KeySet.of(wanted_keys)),
+        settled=settled,
+        num_duplicates=int(sound.sum()) - len(good),
         num_pending=len(unfinished),
-        groups=scan.groups,
+        chosen=chosen,
+        num_failed=_num_failed(outcomes, done, rejected),
+        groups=groups,
+        cache=cache,
+        fresh=fresh,
     )
+
+
+def names_of(run_id: str) -> Iterator[str]:
+    """What the runs of one date are called, one after the other: late rows make another run of a finished date."""
+    yield run_id
+    for number in itertools.count(2):
+        yield f"{run_id}-{number}"
+
+
+def _num_failed(outcomes: Outcomes, done: KeySet, rejected: pa.Table) -> int:
+    failed = outcomes.keys[~outcomes.succeeded]
+    return len(KeySet.of(np.concatenate([failed[done.contains(failed)], keys_from_hex(rejected["key"])])))
+
+
+def _choose(config: RunConfig, manifest: Manifest, scan: Scan, unfinished: KeySet) -> KeySet | None:
+    selection.check_priority(config, manifest.schema)
+    if config.budget.sample is None and config.budget.limit is None:
+        return None
+    due = np.flatnonzero(unfinished.contains(scan.keys))
+    return selection.choose(config, manifest, scan.keys[due], scan.id_hashes[due], scan.ordinals(due))
 
 
 def _engine_id(model: ModelConfig, *, on_gpu: bool) -> str:
@@ -172,53 +244,30 @@ def _engine_id(model: ModelConfig, *, on_gpu: bool) -> str:
 
 
 @dataclass(frozen=True)
-class _Scan:
-    """One pass over the manifest: what identifies the good rows, and what is wrong with the others."""
+class _Unfinished:
+    """Shows a survey what is left to do."""
 
-    keys: Keys
-    id_hashes: npt.NDArray[np.uint64]
-    ordinals: npt.NDArray[np.int64]
-    rejected: pa.Table
-    """`row` (the ordinal), `error_kind`, `error`."""
-    groups: pa.Table
+    survey: Survey
+    done: KeySet
 
-    @classmethod
-    def of(cls, manifest: Manifest, config: RunConfig, engine_ids: Mapping[str, str]) -> _Scan:
-        keys, hashes, ordinals, rejected, groups = [], [], [], [], []
-        for batch in manifest.batches(REQUEST.names):
-            checked = check(batch.table, config, engine_ids)
-            keys.append(checked.keys)
-            hashes.append(checked.id_hashes)
-            ordinals.append(checked.rows + batch.ordinal)
-            rejected.append(checked.rejected.set_column(0, "row", pc.add(checked.rejected["row"], batch.ordinal)))
-            groups.append(checked.requests.group_by(list(GROUPED)).aggregate([([], "count_all")]))
-        counts = pa.concat_tables(groups).group_by(list(GROUPED)).aggregate([("count_all", "sum")])
-        return cls(
-            np.concatenate(keys),
-            np.concatenate(hashes),
-            np.concatenate(ordinals),
-            pa.concat_tables(rejected),
-            counts.rename_columns([*GROUPED, "num_rows"]),
-        )
+    def __call__(self, rows: pa.Table, checked: Checked) -> None:
+        self.survey(rows, checked.requests.filter(pa.array(~self.done.contains(checked.keys))))
 
 
-def _duplicates(manifest: Manifest, scan: _Scan) -> tuple[npt.NDArray[np.int64], Keys, npt.NDArray[np.int64]]:
+def _duplicates(manifest: Manifest, scan: Scan) -> tuple[npt.NDArray[np.int64], Keys, npt.NDArray[np.int64]]:
     """Rows whose id stands there with other content; keys that stand there more than once; the first row of each."""
-    order = np.argsort(scan.id_hashes, kind="stable")
-    hashes = scan.id_hashes[order]
-    same = np.zeros(len(order), dtype=bool)
-    same[1:] = hashes[1:] == hashes[:-1]
-    same[:-1] |= same[1:]
+    hashes = np.sort(scan.id_hashes)
     bad_ids = _request_ids(manifest, scan.rejected["row"].to_numpy()).drop_null()
-    same |= np.isin(hashes, hashes_of(bad_ids))
-    suspects = np.sort(order[same])
+    repeated_hashes = np.concatenate([hashes[1:][hashes[1:] == hashes[:-1]], hashes_of(bad_ids)])
+    suspects = np.flatnonzero(_is_in(scan.id_hashes, repeated_hashes))
     if not len(suspects):
         return np.empty(0, np.int64), np.empty(0, f"V{KEY_BYTES}"), np.empty(0, np.int64)
+    ordinals = scan.ordinals(suspects)
     rows = pa.table(
         {
-            "request_id": _request_ids(manifest, scan.ordinals[suspects]),
+            "request_id": _request_ids(manifest, ordinals),
             "key": keys_to_hex(scan.keys[suspects]),
-            "ordinal": scan.ordinals[suspects],
+            "ordinal": ordinals,
         }
     )
     counts = rows.group_by("request_id").aggregate([("key", "count_distinct")])
@@ -235,7 +284,7 @@ def _duplicates(manifest: Manifest, scan: _Scan) -> tuple[npt.NDArray[np.int64],
 
 
 def _rejected_results(
-    manifest: Manifest, scan: _Scan, conflicting: npt.NDArray[np.int64], config: RunConfig
+    manifest: Manifest, scan: Scan, conflicting: npt.NDArray[np.int64], config: RunConfig
 ) -> pa.Table:
     """A failed result for every row that is bad by itself or shares its id with a different request."""
     clash = (
@@ -289,13 +338,22 @@ def _failed(
     return results_table(columns, carried_columns(rows), len(rows))
 
 
+def _is_in(values: npt.NDArray[np.uint64], few: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """As `np.isin`, which would sort all the values once more."""
+    if not len(few):
+        return np.zeros(len(values), dtype=bool)
+    few = np.sort(few)
+    found: npt.NDArray[np.bool_] = few[np.minimum(np.searchsorted(few, values), len(few) - 1)] == values
+    return found
+
+
 def _batches_with(
     manifest: Manifest, ordinals: npt.NDArray[np.int64], columns: list[str] | None = None
 ) -> Iterator[tuple[Batch, npt.NDArray[np.int64]]]:
     """The batches that hold any of the sorted `ordinals`, with the row numbers inside each."""
     if not len(ordinals):
         return
-    for batch in manifest.batches(columns):
+    for batch in manifest.batches(columns, ordinals):
         low, high = np.searchsorted(ordinals, [batch.ordinal, batch.ordinal + len(batch.table)])
         if low < high:
             yield batch, ordinals[low:high] - batch.ordinal

@@ -14,11 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch import images, sources, validation
+from pia_batch import images, selection, sources, validation
 from pia_batch.config import ImagesConfig, RunConfig
 from pia_batch.errors import ImageMismatchError, ImageUnavailableError, ImageUnreadableError, RequestError
-from pia_batch.manifest import conform
+from pia_batch.manifest_files import BATCH_ROWS
 from pia_batch.records import FETCHED, GROUPED, KeySet, Row, keys_from_hex
+
+RANK = "__rank__"
+"""A column between Rank and the sort."""
 
 _HEAD_BYTES = 64 * 1024
 """Of an image, for its size. What nearly every file has its width and height in."""
@@ -27,23 +30,39 @@ _HEAD_BYTES = 64 * 1024
 class Validate:
     """Turns manifest rows into effective requests with keys. Rejected rows are dropped: the plan has reported them."""
 
-    def __init__(self, config: RunConfig, engine_ids: Mapping[str, str], schema: pa.Schema) -> None:
-        self._config, self._engine_ids, self._schema = config, engine_ids, schema
+    def __init__(self, config: RunConfig, engine_ids: Mapping[str, str]) -> None:
+        self._config, self._engine_ids = config, engine_ids
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Manifest rows, any columns and types, to `validation.Checked.requests`."""
-        return validation.check(conform(rows, self._schema), self._config, self._engine_ids).requests
+        """Manifest rows as `manifest.Piece.tables` gives them to `validation.Checked.requests`."""
+        # In parts: a block of Ray's may be a whole row group of a million rows, and checking one takes about 2 KiB.
+        starts = range(0, max(1, len(rows)), BATCH_ROWS)
+        parts = [validation.check(rows.slice(at, BATCH_ROWS), self._config, self._engine_ids) for at in starts]
+        return pa.concat_tables([part.requests for part in parts])
 
 
 class DropFinished:
-    """Passes on the requests whose key is not in `finished`."""
+    """Passes on the requests whose key is not in `finished`, and in `chosen` where a run draws some of them only."""
 
-    def __init__(self, finished: KeySet) -> None:
-        self._finished = finished
+    def __init__(self, finished: KeySet, chosen: KeySet | None = None) -> None:
+        self._finished, self._chosen = finished, chosen
 
     def __call__(self, requests: pa.Table) -> pa.Table:
         """The unfinished ones of `requests`, in order."""
-        return requests.filter(pa.array(~self._finished.contains(keys_from_hex(requests["key"]))))
+        keys = keys_from_hex(requests["key"])
+        due = ~self._finished.contains(keys)
+        return requests.filter(pa.array(due if self._chosen is None else due & self._chosen.contains(keys)))
+
+
+class Rank:
+    """Adds the column RANK, by which the requests are sorted: the numbers of another column."""
+
+    def __init__(self, column: str) -> None:
+        self._column = column
+
+    def __call__(self, requests: pa.Table) -> pa.Table:
+        """`requests` with RANK, float64; -inf where the column has no number."""
+        return requests.append_column(RANK, pa.array(selection.ranks(requests[self._column])))
 
 
 class Arrange:

@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 from pia_batch import lease
-from pia_batch.journal import Journal, latest
+from pia_batch.journal import Journal
+from pia_batch.publication import latest
 from pia_batch.storage import Store
 
 
@@ -35,23 +36,25 @@ def status(store: Store) -> dict[str, Any]:
         "failures": dict(outcomes.failures.most_common()),
         "due_again": outcomes.due_again,
         "published": store.uri_of(f"results/{newest['run_id']}") if newest else None,
-        "run": _last_run(store),
-        "lease": _lease(store),
+        "run": last_run(store),
+        "lease": lease_of(store),
     }
 
 
-def _last_run(store: Store) -> dict[str, Any] | None:
+def last_run(store: Store) -> dict[str, Any] | None:
+    """The `run` of `status`, by itself."""
     runs = [item for item in store.list("_runs/") if item.name.endswith("/run.json")]
     if not runs:
         return None
     newest = max(runs, key=lambda item: (item.modified_s or 0.0, item.name))  # a run writes it at both its ends
     told = json.loads(store.read(newest.name))
     return {name: told[name] for name in ("run_id", "started_at", "pending", "rejected")} | {
-        "finished": "summary" in told
+        "finished": told.get("state") == "finished"
     }
 
 
-def _lease(store: Store) -> dict[str, Any]:
+def lease_of(store: Store) -> dict[str, Any]:
+    """The `lease` of `status`, by itself."""
     generation, holder = lease.newest(store)
     if holder is None or holder["released"]:
         return {"state": "free"}

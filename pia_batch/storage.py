@@ -13,8 +13,9 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -42,6 +43,7 @@ from pia_batch.uris import TooLargeError, redacted, redacted_uri
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+V = TypeVar("V")
 
 ATTEMPTS = 6
 """How often one object is asked for or created before the store counts as down: about 30 s of waiting in all."""
@@ -138,9 +140,18 @@ class Store:
 
     def read_all(self, names: list[str], threads: int = 16) -> Iterator[bytes]:
         """The objects in the order of `names`, several requests at a time, at most `threads` held ahead."""
+        return self.each(self.read, names, threads)
+
+    def each(self, function: Callable[[V], T], items: Iterable[V], threads: int = 16) -> Iterator[T]:
+        """What `function` returns for each item, in order; it asks this store, and is called in several threads."""
+        waiting: deque[Future[T]] = deque()
         with ThreadPoolExecutor(threads) as pool:
-            for start in range(0, len(names), threads):
-                yield from pool.map(self.read, names[start : start + threads])
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Every object below `prefix`, in no particular order; in memory there is one page of the listing at a time."""
@@ -341,6 +352,39 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
         return pyarrow.fs.LocalFileSystem(), _local_path(uri)
     filesystem, path = _filesystem(urlsplit(uri).scheme), uri
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), filesystem._strip_protocol(path)  # noqa: SLF001 - fsspec has no public name for it
+
+
+def version_of(filesystem: pyarrow.fs.FileSystem, path: str) -> str:
+    """What tells a file from the one that replaces it: its size with its tag, or with the time of its last change.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Exception: the client's own.
+    """
+    if isinstance(filesystem, pyarrow.fs.PyFileSystem):
+        info = filesystem.handler.fs.info(path)
+        tags = (str(info[name]).strip('"') for name in _TAGS if info.get(name))
+        return f"{info['size']} {next(tags, '')}"
+    found = filesystem.get_file_info(path)
+    if not found.is_file:
+        raise FileNotFoundError(path)
+    return f"{found.size} {found.mtime_ns}"
+
+
+def changed_ns(filesystem: pyarrow.fs.FileSystem, path: str) -> int | None:
+    """When a file was changed, in nanoseconds since 1970, if its version depends on that; None: on a tag.
+
+    Raises:
+        Exception: as `version_of`.
+    """
+    if not isinstance(filesystem, pyarrow.fs.PyFileSystem):
+        return int(filesystem.get_file_info(path).mtime_ns)
+    info = filesystem.handler.fs.info(path)
+    return None if any(info.get(name) for name in _TAGS[:3]) else time.time_ns()
+
+
+_TAGS = ("ETag", "etag", "generation", "LastModified", "last_modified", "updated", "mtime", "created")
+"""What file systems of fsspec call that which changes with the content, the most exact first."""
 
 
 def read_object(uri: str, num_bytes: int, *, timeout_s: float, whole: bool = True) -> bytes:

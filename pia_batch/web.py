@@ -1,5 +1,7 @@
 """One GET over http or https of a URL that a stranger wrote: to public addresses only, bounded in time and size.
 
+And one POST to a URL that the operator wrote, without those bounds.
+
 Knows nothing of manifests. The name is resolved once, every address that it has is judged, and the connection is made
 to one of those very addresses, so that a name cannot point elsewhere between the check and the use. Every redirect is
 judged like the first URL. No credentials, no cookies, no proxies of the environment; nothing is decompressed.
@@ -11,7 +13,7 @@ import asyncio
 import ipaddress
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
@@ -158,6 +160,24 @@ class Web:
         return addresses
 
 
+async def post(url: str, headers: Mapping[str, str], data: bytes) -> int:
+    """Send JSON to a URL of the operator's own, and give the answer's status.
+
+    Cancel it to bound its time. No redirect is followed; the proxies of the environment are used.
+    """
+    sent = {"Content-Type": "application/json", "User-Agent": _HEADERS["User-Agent"], **headers}
+    async with (
+        aiohttp.ClientSession(trust_env=True, timeout=aiohttp.ClientTimeout(total=None)) as session,
+        session.post(url, data=data, headers=sent, allow_redirects=False) as response,
+    ):
+        return response.status
+
+
+def may_pass(status: int) -> bool:
+    """Whether a server that answers so may answer otherwise soon."""
+    return status in _ANSWERS_THAT_PASS or status >= 500  # noqa: PLR2004 - server errors
+
+
 class _Pinned(AbstractResolver):
     """Answers with the addresses that were judged, whatever is asked."""
 
@@ -220,7 +240,7 @@ def _check_status(response: aiohttp.ClientResponse, *, whole: bool) -> None:
         raise FileNotFoundError(f"the server answered {status}")
     elif status in _ANSWERS_OF_REFUSAL:
         raise PermissionError(f"the server answered {status}")
-    elif status in _ANSWERS_THAT_PASS or status >= 500:  # noqa: PLR2004 - server errors
+    elif may_pass(status):
         raise OSError(f"the server answered {status}")
     else:
         raise RefusedError(f"cannot be opened: the server answered {status}")

@@ -82,12 +82,34 @@ class PoisonedEngine(FakeEngine):
                 time.sleep(3600)
             if "hungers" in shot.prompt:
                 raise MemoryError
+            if "eats" in shot.prompt:
+                _eat(3 * 2**30)
         return super().animate(shots)
 
 
 @dataclass
+class RestlessEngine(FakeEngine):
+    """Draws no request twice with the same pixels, as no two batches do on a GPU: who mixes two of them up is seen."""
+
+    def animate(self, shots: Sequence[Any]) -> list[FakeClip]:
+        clips = super().animate(shots)
+        for clip in clips:
+            if clip.error is None:
+                clip.drawn = clip.drawn ^ np.uint8(os.urandom(1)[0])
+        return clips
+
+
+def _eat(num_bytes: int) -> None:
+    """Take memory in steps, as long as nobody ends this process, and let go of it."""
+    hoard = []
+    while len(hoard) * 2**25 < num_bytes:
+        hoard.append(np.ones(2**25, np.uint8))
+        time.sleep(0.02)
+
+
+@dataclass
 class FakeShelf:
-    """`animate.Engines` of one engine for every name, or of those given; remembers what it was asked for."""
+    """`engines.Engines` of one engine for every name, or of those given; remembers what it was asked for."""
 
     default: Any = None
     engines: dict[str, Any] = field(default_factory=dict)
@@ -112,7 +134,7 @@ class FakeControl(Ledger):
 
 @dataclass(frozen=True)
 class FakeEngineLoader:
-    """What a run gives to its workers instead of `animate.EngineLoader`."""
+    """What a run gives to its workers instead of `engines.EngineLoader`."""
 
     engine_id: str
     seconds: float = 0.0

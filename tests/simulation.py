@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import traceback
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,8 +225,11 @@ class FaultyStore(Store):
             self._process.story += (hashlib.sha256(data).digest(),)
         return data
 
-    def read_all(self, names: list[str], threads: int = 16) -> Iterator[bytes]:  # noqa: ARG002 - as Store has it
-        yield from map(self.read, names)
+    def each(  # in one thread, so that the order is the chooser's
+        self, function: Callable[[Any], T], items: Iterable[Any], threads: int = 16
+    ) -> Iterator[T]:
+        del threads
+        yield from map(function, items)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         answer = self._ask("list", prefix)
@@ -308,6 +311,10 @@ class Luck:
 
     def coin(self) -> bool:
         return self._random.random() < 0.5
+
+    def worsen(self) -> None:
+        """A few things more may go wrong."""
+        self._mishaps = self._random.choice((0, 1, 3))
 
     def calm_down(self) -> None:
         """Nothing goes wrong any more."""

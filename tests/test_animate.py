@@ -21,11 +21,12 @@ from fakes import ENGINE_ID, FakeClip, FakeControl, FakeEngine, FakeShelf
 from PIL import Image
 
 from pia_batch import video
-from pia_batch.animate import OUTCOME, Animate, check_animation, measures
+from pia_batch.animate import OUTCOME, Animate
 from pia_batch.config import RunConfig
 from pia_batch.errors import BrokenDeviceError, ConfigError, EncodingError, StorageError
 from pia_batch.journal import Journal, animation_name
 from pia_batch.manifest import Manifest
+from pia_batch.quality import check_animation, measures
 from pia_batch.records import FETCHED, KeySet, Row, keys_from_hex
 from pia_batch.stages import Arrange, DropFinished, FetchImages, Validate
 from pia_batch.storage import Store
@@ -36,7 +37,7 @@ MakeConfig = Callable[..., RunConfig]
 def validated(config: RunConfig) -> pa.Table:
     found = Manifest.open(config.manifest)
     rows = pa.concat_tables([batch.table for batch in found.batches()])
-    return Validate(config, {"default": ENGINE_ID}, found.schema)(rows)
+    return Validate(config, {"default": ENGINE_ID})(rows)
 
 
 def fetched(config: RunConfig) -> pa.Table:
@@ -657,7 +658,7 @@ def test_each_request_is_drawn_by_its_own_model_and_says_so(make_config: MakeCon
     config = make_config(table, models__toon={"base": "toon/base"})
     ids = {"default": ENGINE_ID, "toon": "a" * 32}
     found = Manifest.open(config.manifest)
-    requests = Validate(config, ids, found.schema)(next(iter(found.batches())).table)
+    requests = Validate(config, ids)(next(iter(found.batches())).table)
     requests = FetchImages(config.images, found.folder)(requests)
     engines = {"default": FakeEngine(), "toon": FakeEngine(engine_id="a" * 32)}
     shelf = FakeShelf(engines=engines)

@@ -99,8 +99,8 @@ def test_a_plan_of_mixed_rows_tells_what_is_drawn_together(
 
     told = capsys.readouterr().out
     assert code == 0
-    assert "together    2 rows: default, 8 frames, up to 512 px\n" in told
-    assert "1 rows: default, 4 frames, 64 x 64\n" in told
+    assert "together    2 rows: default, 8 frames, up to 512 px; 1 batch\n" in told
+    assert "1 rows: default, 4 frames, 64 x 64; 1 batch\n" in told
     assert "and 3 more kinds of rows" in told
 
 

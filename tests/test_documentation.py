@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from PIL import Image
 from pydantic import BaseModel
 
-from pia_batch import cli, errors, planning
+import pia_batch
+from pia_batch import cli, errors, planning, video
 from pia_batch.config import RunConfig
 from pia_batch.records import REQUEST, RESULT
 
@@ -63,7 +67,8 @@ def test_every_error_kind_is_explained() -> None:
 def test_every_command_and_exit_code_is_named() -> None:
     for command in cli.app.registered_commands:
         assert f"pia-batch {command.callback.__name__}" in PAGES["commands"]
-    for code in {0, 1, 3, *cli.EXIT_CODES.values()}:
+    kinds = [errors.PiaBatchError, *errors.PiaBatchError.__subclasses__()]
+    for code in {0, 3, *(kind.exit_code for kind in kinds)}:
         assert f"| {code} |" in PAGES["commands"]
 
 
@@ -89,6 +94,25 @@ def test_the_example_of_the_engine_draws_two_clips() -> None:
     exec(python_block("engine.animate"), names)  # noqa: S102 - what a reader would do
 
     assert [clip.frames.shape for clip in names["clips"]] == [(8, 64, 64, 3)] * 2
+
+
+@pytest.mark.slow
+def test_the_notebook_shows_three_animations() -> None:
+    notebook = nbformat.read(ROOT / "docs" / "engine.ipynb", as_version=4)
+
+    NotebookClient(notebook, timeout=200).execute()
+
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    shown = [output.data["image/gif"] for output in outputs if output.output_type == "display_data"]
+    assert [video.probe(base64.b64decode(gif), "gif").num_frames for gif in shown] == [16, 16, 8]
+
+
+def test_the_public_names_are_those_of_their_modules() -> None:
+    assert sorted(pia_batch.__all__) == ["ModelConfig", "PiaEngine", "RunConfig", "Shot", "__version__", "plan", "run"]
+    assert pia_batch.plan is planning.make
+    assert set(pia_batch.__all__) < set(dir(pia_batch))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = pia_batch.nonsense
 
 
 def python_block(word: str) -> str:

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from test_journal import SHOP, commit, key, keys, keyset, results
 
-from pia_batch import garbage, journal
+from pia_batch import garbage, journal, scan_cache
 from pia_batch.errors import LeaseHeldError, StorageError
-from pia_batch.journal import Journal, animation_name, publish
+from pia_batch.index import Head, Index
+from pia_batch.journal import Journal, animation_name
 from pia_batch.lease import LEASES, name_of
+from pia_batch.publication import publish
 from pia_batch.storage import Store
 
 DAY_S = 86_400.0
@@ -162,6 +164,41 @@ def test_a_damaged_journal_ends_the_search_before_anything_is_named(record: Jour
 
     with pytest.raises(StorageError, match="is damaged"):
         found(record)
+
+
+def test_what_is_replaced_in_the_index_is_garbage_and_outcomes_stay_without_it(record: Journal) -> None:
+    for number in range(4):
+        commit(record, {number: "succeeded"})
+        record.compact()
+    folder = root_of(record) / "_journal/index"
+    heads = sorted(folder.glob("*.json"))
+    age(record, 8)
+
+    gone = list(garbage.delete(record.store, garbage.find(record, time.time() - 7 * DAY_S), on))
+
+    assert Counter(item.sort for item in gone) == Counter(index=4)
+    assert sorted(folder.glob("*.json")) == heads[2:]
+    assert found(record) == {}
+    assert len(Journal(record.store).outcomes().keys) == 4
+    assert Journal(record.store).compact() == 0
+
+
+def test_scans_are_garbage_but_for_the_last_that_was_kept(record: Journal) -> None:
+    for name in ("aa" * 16, "bb" * 16):
+        cache = Index(record.store, f"_scans/{name}/", scan_cache._SCANNED)
+        head = Head()
+        for _ in range(3):
+            head = cache.extend(head, scan_cache._SCANNED.empty_table())
+    record.store.create("_scans/notes.txt", b"mine")
+    age(record, 9)
+    age(record, 8, f"_scans/{'aa' * 16}/{min((root_of(record) / '_scans' / ('aa' * 16)).iterdir()).name}")
+
+    sorts = found(record)
+
+    assert sorts.keys() == {"scans"}
+    assert {name.split("/")[1] for name in sorts["scans"]} == {"aa" * 16, "bb" * 16}
+    assert sum(name.startswith(f"_scans/{'bb' * 16}/") for name in sorts["scans"]) == 3
+    assert sum(name.startswith(f"_scans/{'aa' * 16}/") for name in sorts["scans"]) == 1
 
 
 def make_garbage(record: Journal, put: Callable[[str, bytes], None]) -> Counter[str]:

@@ -1,5 +1,4 @@
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
@@ -14,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pia_batch import journal
-from pia_batch.errors import AccountingError, EncodingError, LeaseHeldError, ObjectExistsError, StorageError
-from pia_batch.journal import Journal, Outcomes, animation_name, digest_of, latest, publish
-from pia_batch.records import RESULT, Keys, KeySet, keys_from_hex, keys_to_hex, results_table
+from pia_batch.errors import EncodingError, LeaseHeldError, ObjectExistsError, StorageError
+from pia_batch.journal import Journal, Outcomes, animation_name, digest_of
+from pia_batch.publication import Published, publish
+from pia_batch.records import Keys, KeySet, keys_from_hex, keys_to_hex, results_table
 from pia_batch.storage import Store
 from pia_batch.verification import repair, verify
 
@@ -91,7 +91,7 @@ def published_by(record: Journal) -> list[str]:
     return [name for name in record.store.written if name.startswith("results/")]
 
 
-def publish_all(record: Journal, *numbers: int, run_id: str = "run-1", **about: Any) -> journal.Published:
+def publish_all(record: Journal, *numbers: int, run_id: str = "run-1", **about: Any) -> Published:
     return publish(record, record.outcomes(), keyset(*numbers), SHOP, run_id, about)
 
 
@@ -112,6 +112,19 @@ def test_the_same_outcome_is_committed_once_whatever_else_its_rows_say(record: J
     assert record.fragments() == sorted([first, other])
     (table,) = record.read([first])
     assert table["run_id"].to_pylist() == ["first", "first"]
+
+
+def test_a_failure_for_another_reason_is_another_outcome_and_the_same_one_is_not(record: Journal) -> None:
+    def fail(error: str) -> str:
+        table = results(record.store, {1: "failed", 2: "succeeded"})
+        at = table.column_names.index("error")
+        return record.append(table.set_column(at, "error", pa.array([error, None])))
+
+    gone, late = fail("the image is gone"), fail("the image came too late")
+
+    assert fail("the image is gone") == gone != late
+    assert record.fragments() == sorted([gone, late])
+    assert verdicts(record.outcomes()) == {key(1): False, key(2): True}
 
 
 def test_a_fragment_reads_back_as_it_was_appended(record: Journal) -> None:
@@ -266,156 +279,6 @@ def test_digests_are_equal_where_outcomes_are_and_only_there(record: Journal) ->
 def test_an_animation_lies_where_no_manifest_can_name(record: Journal) -> None:
     del record
     assert animation_name("ab" * 16, "gif") == f"animations/ab/{'ab' * 16}.gif"
-
-
-# --- publishing ------------------------------------------------------------------------------------------------------
-
-
-def test_results_have_one_row_for_each_wanted_request_and_no_other(record: Journal) -> None:
-    commit(record, {1: "failed", 2: "failed", 3: "succeeded", 50: "succeeded"})
-    commit(record, {2: "succeeded"})
-
-    published = publish_all(record, 1, 2, 3)
-
-    assert (published.num_requests, published.num_succeeded, published.num_failed) == (3, 2, 1)
-    assert published.uri == record.store.uri_of("results/run-1")
-    rows = rows_of(record)
-    assert [(row["request_id"], row["status"]) for row in rows] == [
-        ("r001", "failed"),
-        ("r002", "succeeded"),
-        ("r003", "succeeded"),
-    ]
-    assert [row["shop"] for row in rows] == ["shop 1", "shop 2", "shop 3"]
-    (part,) = record.read(["results/run-1/part-00000.parquet"])
-    assert part.schema == pa.schema([*RESULT, *SHOP])
-
-
-def test_success_json_comes_after_all_parts_and_latest_points_at_it(record: Journal) -> None:
-    commit(record, {1: "failed", 3: "succeeded"})
-
-    publish_all(record, 1, 3, manifest="s3://bucket/manifest")
-
-    assert published_by(record) == [
-        "results/run-1/part-00000.parquet",
-        "results/run-1/_SUCCESS.json",
-        "results/LATEST.json",
-    ]
-    state = json.loads(record.store.read("results/run-1/_SUCCESS.json"))
-    assert state.pop("published_at")
-    digest = digest_of(record.outcomes())
-    assert state == {
-        "run_id": "run-1",
-        "requests": 2,
-        "succeeded": 1,
-        "failed": 1,
-        "parts": [{"name": "part-00000.parquet", "rows": 2}],
-        "digest": digest,
-        "manifest": "s3://bucket/manifest",
-    }
-    assert latest(record.store) == {"run_id": "run-1", "digest": digest}
-
-
-def test_there_is_no_latest_before_the_first_complete_run(record: Journal) -> None:
-    assert latest(record.store) is None
-
-
-def test_a_request_without_result_publishes_nothing(record: Journal) -> None:
-    commit(record, {1: "succeeded"})
-
-    with pytest.raises(AccountingError, match="2 of 3 requests have no result yet; start the run again"):
-        publish_all(record, 1, 2, 3)
-
-    assert published_by(record) == []
-
-
-def test_a_missing_animation_publishes_nothing(record: Journal) -> None:
-    record.append(results(record.store, {1: "succeeded"}))
-
-    with pytest.raises(
-        AccountingError, match=r"of request 'r001' is missing, its result says \d+ bytes; `pia-batch verify --repair`"
-    ):
-        publish_all(record, 1)
-
-    assert published_by(record) == []
-
-
-def test_an_animation_of_another_size_publishes_nothing(record: Journal) -> None:
-    commit(record, {1: "succeeded", 2: "succeeded"})
-    record.store.replace(animation_name(key(2), "gif"), b"short")
-
-    with pytest.raises(AccountingError, match="of request 'r002' has 5 bytes, its result says"):
-        publish_all(record, 1, 2)
-
-    assert published_by(record) == []
-
-
-def test_a_late_missing_animation_leaves_no_complete_results(record: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "PART_ROWS", 1)
-    for number in (1, 2, 3):
-        commit(record, {number: "succeeded"})
-    last = max(record.fragments())
-    (table,) = record.read([last])
-    record.store.replace(animation_name(table["key"][0].as_py(), "gif"), b"")
-
-    with pytest.raises(AccountingError):
-        publish_all(record, 1, 2, 3)
-
-    assert not {"results/run-1/_SUCCESS.json", "results/LATEST.json"} & set(published_by(record))
-
-
-def test_publishing_twice_gives_the_same_files(record: Journal) -> None:
-    commit(record, {1: "failed", 2: "succeeded"})
-    commit(record, {3: "succeeded"})
-
-    def files() -> dict[str, Any]:
-        found = {item.name: record.store.read(item.name) for item in record.store.list("results/")}
-        success = json.loads(found.pop("results/run-1/_SUCCESS.json"))
-        return found | {"success": {name: value for name, value in success.items() if name != "published_at"}}
-
-    publish_all(record, 1, 2, 3)
-    first = files()
-    publish_all(record, 1, 2, 3)
-
-    assert files() == first
-
-
-def test_more_rows_than_a_part_holds_make_several_parts_of_one_schema(
-    record: Journal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(journal, "PART_ROWS", 4)
-    commit(record, dict.fromkeys(range(10), "failed"))  # no success here: null columns must keep their types
-    for number in range(10, 17):
-        commit(record, {number: "succeeded"})
-
-    publish_all(record, *range(17))
-
-    state = json.loads(record.store.read("results/run-1/_SUCCESS.json"))
-    assert [part["rows"] for part in state["parts"]] == [4, 4, 4, 4, 1]
-    parts = list(record.read([f"results/run-1/{part['name']}" for part in state["parts"]]))
-    assert [len(part) for part in parts] == [4, 4, 4, 4, 1]
-    assert {part.schema == pa.schema([*RESULT, *SHOP]) for part in parts} == {True}
-    assert (state["succeeded"], state["failed"]) == (7, 10)
-    assert [row["request_id"] for row in rows_of(record)] == [f"r{number:03d}" for number in range(17)]
-    for part in parts:
-        assert part["request_id"].to_pylist() == sorted(part["request_id"].to_pylist())
-
-
-def test_carried_columns_that_came_changed_their_type_or_went_are_conformed(
-    record: Journal, caplog: pytest.LogCaptureFixture
-) -> None:
-    commit(record, {1: "succeeded"}, shops=pa.array([7]))
-    commit(record, {2: "succeeded"}, shops=pa.array(["8"]))
-    commit(record, {3: "succeeded"}, shops=pa.array(["not a number"]))
-    commit(record, {4: "succeeded"}, shops=pa.array([9], pa.int16()))
-    carried = pa.schema([("shop", pa.int64()), ("added", pa.list_(pa.string()))])
-
-    publish(record, record.outcomes(), keyset(1, 2, 3, 4), carried, "run-1", {})
-
-    assert [(row["shop"], row["added"]) for row in rows_of(record)] == [(7, None), (8, None), (None, None), (9, None)]
-    assert "carried_column_changed name=shop was=string is=int64" in caplog.text
-    publish(record, record.outcomes(), keyset(1, 2, 3, 4), pa.schema([]), "run-2", {})
-    (part,) = record.read(["results/run-2/part-00000.parquet"])
-    assert part.schema == RESULT
 
 
 # --- verifying -------------------------------------------------------------------------------------------------------

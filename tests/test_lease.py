@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pia_batch import lease
-from pia_batch.errors import LeaseHeldError, ObjectExistsError, StorageError
+from pia_batch.errors import InterruptedRunError, LeaseHeldError, ObjectExistsError, StorageError
 from pia_batch.lease import Lease, newest
 from pia_batch.storage import Store
 
@@ -239,3 +239,63 @@ def test_a_lease_that_another_run_took_is_told_when_asked(store: Store) -> None:
 
         with pytest.raises(LeaseHeldError, match="has taken over"):
             held.check()
+
+
+def test_a_run_that_queues_gets_the_lease_when_the_other_one_ends(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    waited = []
+
+    def queue() -> None:
+        with Lease(store, "second", 3.0, wait_s=60) as held:
+            waited.append(held.has_waited)
+
+    with Lease(store, "first", 3.0):
+        thread = threading.Thread(target=queue)
+        thread.start()
+        until(lambda: "lease_waiting holder=first" in caplog.text)
+        assert not waited
+    thread.join(20)
+
+    assert waited == [True]
+    with Lease(store, "third", 3.0) as held:
+        assert not held.has_waited
+
+
+def test_patience_ends_with_the_other_run_named(store: Store) -> None:
+    clock, slept = 0.0, 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal clock, slept
+        clock, slept = clock + seconds, slept + 1
+        _, holder = newest(store)
+        assert holder is not None
+        store.create(f"_lease/{slept + 1:012d}.json", json.dumps(holder).encode())  # the other one renews, always
+
+    held_elsewhere(store, ttl_s=LONG_S)
+    with (
+        pytest.raises(LeaseHeldError, match="run theirs on elsewhere works"),
+        Lease(store, "mine", LONG_S, lambda: clock, sleep, wait_s=50),
+    ):
+        pass
+
+    assert 50 <= clock <= 52
+    assert newest(store)[1] == json.loads(store.read("_lease/000000000001.json"))  # nothing of ours
+
+
+def test_a_run_that_queues_can_be_stopped(store: Store) -> None:
+    stop = threading.Event()
+    held_elsewhere(store, ttl_s=LONG_S)
+    timer = threading.Timer(0.2, stop.set)
+    timer.start()
+    started = time.monotonic()
+
+    with (
+        pytest.raises(InterruptedRunError, match="nothing was begun"),
+        Lease(store, "mine", LONG_S, wait_s=float("inf"), stop=stop),
+    ):
+        pass
+
+    timer.join()
+    assert time.monotonic() - started < 20

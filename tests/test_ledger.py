@@ -31,17 +31,50 @@ def test_a_request_that_was_alone_when_its_worker_died_often_enough_is_blamed() 
     assert ledger.begin_alone("a") == Turn(4, died_of="worker_crash")
 
 
-def test_a_request_that_hung_in_its_last_attempt_is_blamed_for_that() -> None:
+def test_a_request_that_was_given_up_in_its_last_attempt_is_blamed_for_that() -> None:
     ledger = Ledger(3)
-    ledger.begin(["a", "b"])
-    ledger.hang(["a", "b"])  # in a batch: nobody knows which one it was
-    for key in "ab":
+    ledger.begin(["a", "b", "c"])
+    ledger.give_up(["a", "b"], "timeout")  # in a batch: nobody knows which one it was
+    for key in "abc":
         ledger.begin_alone(key)
         ledger.begin_alone(key)
-    ledger.hang(["a"])
+    ledger.give_up(["a"], "timeout")
+    ledger.give_up(["b"], "out_of_memory")
 
     assert ledger.begin_alone("a") == Turn(4, died_of="timeout")
-    assert ledger.begin_alone("b") == Turn(4, died_of="worker_crash")
+    assert ledger.begin_alone("b") == Turn(4, died_of="out_of_memory")
+    assert ledger.begin_alone("c") == Turn(4, died_of="worker_crash")
+
+
+def test_only_the_last_attempt_says_why_a_request_is_blamed() -> None:
+    ledger = Ledger(3)
+    ledger.begin(["a"])
+    ledger.begin_alone("a")
+    ledger.give_up(["a"], "out_of_memory")
+    ledger.begin_alone("a")  # and this time its worker dies without a word
+
+    assert ledger.begin_alone("a") == Turn(4, died_of="worker_crash")
+
+
+def test_starts_of_a_worker_are_counted_until_it_is_ready() -> None:
+    ledger = Ledger(3)
+
+    assert [ledger.start("one"), ledger.start("two"), ledger.start("one")] == [1, 1, 2]
+    ledger.ready("one", 3.0)
+
+    assert [ledger.start("one"), ledger.start("two")] == [1, 2]
+
+
+def test_engines_are_summed_up_by_how_long_they_took_to_start() -> None:
+    ledger = Ledger(3)
+    assert ledger.engines() == {"count": 0, "startup_seconds": None}
+
+    for worker, seconds in enumerate((2.0, 90.0, 4.0)):
+        ledger.start(str(worker))
+        ledger.ready(str(worker), seconds)
+    ledger.start("never ready")
+
+    assert ledger.engines() == {"count": 3, "startup_seconds": {"median": 4.0, "max": 90.0}}
 
 
 def test_what_is_committed_is_handed_back_and_not_drawn_again() -> None:

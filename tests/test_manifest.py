@@ -20,10 +20,11 @@ from conftest import requests_table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pia_batch import manifest, planning, storage
+from pia_batch import manifest_files, planning, storage
 from pia_batch.config import RunConfig
 from pia_batch.errors import ManifestError
-from pia_batch.manifest import BATCH_ROWS_WITH_BYTES, Manifest, conform
+from pia_batch.manifest import Manifest, conform
+from pia_batch.manifest_files import BATCH_ROWS_WITH_BYTES
 from pia_batch.records import RESERVED
 
 LINE = '{"request_id": "a", "image": "a.png", "prompt": "p"}'
@@ -428,7 +429,7 @@ def test_a_value_that_a_million_rows_share_is_refused_before_it_is_unpacked(tmp_
 
 
 def test_long_values_that_rows_share_come_in_batches_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "SLICE_BYTES", 2**20)
+    monkeypatch.setattr(manifest_files, "SLICE_BYTES", 2**20)
     count = 3000
     shared = pa.DictionaryArray.from_arrays(
         pa.array(np.arange(count, dtype=np.int32) % 3), pa.array(["x" * 3000, "y" * 500, "z" * 2_000_000])
@@ -457,7 +458,7 @@ def test_a_row_group_that_unpacks_to_more_than_a_machine_should_hold_is_refused_
         tmp_path / "a.parquet", requests_table(count, zone=pa.repeat("x" * 20_000, count)), use_dictionary=False
     )
     assert ids(path)[-1] == "r4999"
-    monkeypatch.setattr(manifest, "MAX_EXPANDED_BYTES", 2**20)
+    monkeypatch.setattr(manifest_files, "MAX_EXPANDED_BYTES", 2**20)
 
     assert "row group 0 unpacks to 100" in refusal(path)
     assert "write it in smaller row groups" in refusal(path)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +26,7 @@ from fakes import FakeControl, FakeEngine, FakeEngineLoader, FakeShelf, Poisoned
 
 from pia_batch import pipeline, planning
 from pia_batch.config import RunConfig
-from pia_batch.errors import ConfigError, InterruptedRunError
+from pia_batch.errors import BrokenDeviceError, ConfigError, InterruptedRunError, ManifestError
 from pia_batch.journal import Journal
 from pia_batch.storage import Store
 from pia_batch.summary import Progress, RunSummary
@@ -167,7 +171,7 @@ def test_every_step_is_an_operator_of_its_own_and_blocks_have_the_size_of_a_batc
     sizes = [len(block) for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]
 
     stats = dataset.stats()
-    steps = ["ReadFilesParquetV2", "MapBatches(Validate)", "MapBatches(DropFinished)", "StreamingRepartition"]
+    steps = ["ReadManifest", "MapBatches(Validate)", "MapBatches(DropFinished)", "StreamingRepartition"]
     steps += ["MapBatches(Arrange)", "StreamingRepartition"] if mixed else []
     steps += ["MapBatches(FetchImages)", "MapBatches(Animate)"]
     operators = [line.split(" ", 2)[2] for line in stats.splitlines() if line.startswith("Operator ")]
@@ -245,10 +249,10 @@ def test_a_stopped_run_commits_what_is_in_flight_and_the_next_one_finishes(make_
 
 
 def test_poison_of_every_sort_fails_alone_and_the_run_ends_by_itself(make_config: MakeConfig) -> None:
-    poison = {3: "raises", 5: "exits", 8: "crashes", 9: "hangs", 14: "hungers", 15: "not finite"}
+    poison = {3: "raises", 5: "exits", 8: "crashes", 12: "eats", 14: "hungers", 15: "not finite"}
     prompts = [poison.get(k, "fine") for k in range(16)]
     table = requests_table(16, prompt=prompts, format=["gif"] * 16)
-    config = make_config(table, placement__batch_size=4, limits__timeout_s=10)
+    config = make_config(table, placement__batch_size=4, placement__memory_mb=1024)
     loader = FakeEngineLoader(planning.make(config).engine_ids["default"], engine=PoisonedEngine)
 
     summary = run(config, load_engines=loader)
@@ -258,16 +262,103 @@ def test_poison_of_every_sort_fails_alone_and_the_run_ends_by_itself(make_config
         3: "engine_error",
         5: "worker_crash",
         8: "worker_crash",
-        9: "timeout",
+        12: "out_of_memory",
         14: "out_of_memory",
         15: "non_finite",
     }
     assert {name: row["error_kind"] for name, row in rows.items() if row["status"] == "failed"} == {
         f"r{k:03d}": kind for k, kind in kinds.items()
     }
+    assert "1024 MiB of its worker's memory (placement.memory_mb)" in rows["r012"]["error"]
     assert (summary.succeeded, summary.failed, summary.exit_code) == (10, 6, 3)
     assert len(list(Path(config.output, "animations").rglob("*.gif"))) == 10
     assert max(row["attempts"] for row in rows.values()) <= config.limits.max_attempts + 1
+
+
+def test_a_request_that_hangs_fails_alone_after_its_deadline(make_config: MakeConfig) -> None:
+    table = requests_table(4, prompt=["fine", "hangs", "fine", "fine"], format=["gif"] * 4)
+    limits = {"limits__timeout_s": 10, "limits__max_attempts": 2}  # others must not take as long on a busy machine
+    config = make_config(table, placement__batch_size=4, **limits)
+    loader = FakeEngineLoader(planning.make(config).engine_ids["default"], engine=PoisonedEngine)
+
+    summary = run(config, load_engines=loader)
+
+    assert (summary.succeeded, summary.failures) == (3, {"timeout": 1})
+    assert "limits.timeout_s" in results_of(config, summary)["r001"]["error"]
+
+
+@dataclass(frozen=True)
+class FailingLoader:
+    """Cannot load an engine, in one of the ways that there are."""
+
+    way: str
+
+    def __call__(self) -> FakeShelf:
+        if self.way == "dies":
+            os._exit(9)
+        raise ImportError("libtorch_cuda.so: cannot open shared object file")
+
+
+@pytest.mark.parametrize(
+    ("way", "raised", "says"),
+    [
+        ("dies", BrokenDeviceError, "an engine's process has died 3 times in a row while it started"),
+        ("has no torch", ConfigError, "an engine cannot start on node .* libtorch_cuda.so.* install the versions"),
+    ],
+)
+def test_an_engine_that_cannot_start_ends_the_run_with_the_cause(
+    make_config: MakeConfig, way: str, raised: type[Exception], says: str
+) -> None:
+    config = make_config()
+
+    with pytest.raises(raised, match=says):
+        run(config, load_engines=FailingLoader(way))
+
+    assert len(Journal(Store(config.output)).outcomes().keys) == 0
+
+
+def test_a_node_with_another_version_of_the_package_ends_the_run(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "__version__", "99.0")  # the driver's; workers import the package anew
+
+    with pytest.raises(ConfigError, match=r"and the driver 99\.0; install one version on every node"):
+        run(make_config())
+
+
+def test_a_node_without_the_code_of_the_run_ends_it(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_here.py").write_text("class Loader:\n    def __call__(self):\n        return None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    loader = importlib.import_module("only_here").Loader()
+
+    with pytest.raises(ConfigError, match="No module named 'only_here'"):
+        run(make_config(), load_engines=loader)
+
+
+@pytest.mark.parametrize("harm", ["damaged", "replaced"])
+def test_a_manifest_that_cannot_be_trusted_any_more_ends_the_run_with_the_file(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    config = make_config(requests_table(4, shop=[f"the shop number {k}" for k in range(4)]))
+    path = Path(config.manifest, "requests.parquet")
+    pq.write_table(pq.read_table(path), path, write_page_checksum=True, compression="none", use_dictionary=False)
+    if harm == "damaged":  # where planning does not look
+        path.write_bytes(path.read_bytes().replace(b"the shop number 2", b"the ship number 2", 1))
+        with pytest.raises(ManifestError, match=r"cannot read manifest .*requests\.parquet"):
+            run(config)
+        return
+    make = planning.make
+
+    def plan_and_be_overtaken(*arguments: object, **options: object) -> planning.Plan:
+        plan = make(*arguments, **options)
+        pq.write_table(requests_table(9), path)
+        return plan
+
+    monkeypatch.setattr(planning, "make", plan_and_be_overtaken)
+    with pytest.raises(InterruptedRunError, match=r"requests\.parquet was replaced or removed .* Start again"):
+        pipeline.run(config, load_engines=FakeEngineLoader("0" * 32))
 
 
 def test_a_worker_that_fails_every_request_stops_the_run_before_all_are_spent(make_config: MakeConfig) -> None:
@@ -314,3 +405,57 @@ def test_several_models_and_sizes_are_drawn_by_the_embedded_model(make_config: M
     assert [rows[f"r{k:03d}"]["engine_id"] for k in range(6)] == [ids[name] for name in ["ddim", "default"] * 3]
     assert [rows[f"r{k:03d}"]["motion_scale"] for k in range(6)] == [0, 1, 2, 3, 4, 5]
     assert {(row["width"], row["height"]) for row in rows.values()} == {(64, 64)}
+
+
+# --- budgets --------------------------------------------------------------------------------------------------------
+
+
+def told_of(config: RunConfig, run_id: str) -> dict[str, Any]:
+    return dict(json.loads(Path(config.output, "_runs", run_id, "run.json").read_text()))
+
+
+def test_a_limited_run_draws_the_highest_priorities_first_and_the_next_run_the_rest(make_config: MakeConfig) -> None:
+    order = random.Random(0).sample(range(96), 96)
+    table = requests_table(96, score=[float(score) if score else None for score in order], format=["gif"] * 96)
+    best = {f"r{order.index(score):03d}" for score in range(92, 96)}
+    limited = make_config(table, budget__limit=4, budget__priority="score", budget__price_per_hour=3600.0)
+    least = requests_table(6, request_id=[f"least{k}" for k in range(6)], score=[-1.0] * 6, format=["gif"] * 6)
+    pq.write_table(least, Path(limited.manifest, "least.parquet"))  # a block of which nothing is chosen
+    ended: list[dict[str, Any]] = []
+
+    first = run(limited, on_end=ended.append)
+
+    log = Journal(Store(limited.output))
+    drawn = pa.concat_tables(log.winning_rows(log.outcomes()))
+    assert set(drawn["request_id"].to_pylist()) == best
+    assert (first.computed, first.left, first.why, first.exit_code, first.results_uri) == (4, 98, "limit", 4, None)
+    assert not Path(limited.output, "results").exists()
+    page = Path(limited.output, "_runs", first.run_id, "report.html").read_text()
+    assert {name for name in (f"r{k:03d}" for k in range(96)) if f'"{name}"' in page} == best
+    told = told_of(limited, first.run_id)
+    assert ended == [{name: value for name, value in told.items() if name != "config"}]
+    assert (told["state"], told["engines"]["count"]) == ("stopped", 1)
+    assert told["engine_hours"] > 0
+    assert told["cost"] == pytest.approx(3600 * told["engine_hours"], abs=0.01)
+
+    rest = run(limited.model_copy(update={"budget": limited.budget.model_copy(update={"limit": None})}))
+
+    assert (rest.computed, rest.succeeded, rest.exit_code) == (98, 102, 0)
+    rows = sorted(results_of(limited, rest).values(), key=lambda row: row["finished_at"])
+    late = [row["score"] or 0.0 for row in rows if row["request_id"] not in best]
+    assert sum(late[:30]) / 30 > sum(late[-30:]) / 30 + 20  # 76 and 10 in order; what is fetched at once overtakes
+    assert "__rank__" not in rows[0]
+
+
+def test_engine_hours_that_are_spent_stop_a_run_and_what_is_in_flight_is_committed(make_config: MakeConfig) -> None:
+    config = make_config(requests_table(60), placement__batch_size=2, budget__max_gpu_hours=3 / 3600)
+    engine_id = planning.make(config).engine_ids["default"]
+
+    stopped = run(config, load_engines=FakeEngineLoader(engine_id, seconds=1.0))
+
+    committed = len(Journal(Store(config.output)).outcomes().keys)
+    assert (stopped.why, stopped.exit_code) == ("max_gpu_hours", 4)
+    assert stopped.gpu_hours >= 3 / 3600 - 1e-6  # rounded
+    assert 0 < stopped.computed == committed < 60
+    assert stopped.left == 60 - committed
+    assert len(list(Path(config.output, "animations").rglob("*.mp4"))) == committed

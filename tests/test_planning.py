@@ -12,11 +12,12 @@ from conftest import requests_table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pia_batch import journal, planning
+from pia_batch import journal, planning, publication
 from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError, ManifestError
 from pia_batch.journal import Journal
-from pia_batch.manifest import BATCH_ROWS_WITH_BYTES, Manifest
+from pia_batch.manifest import Manifest
+from pia_batch.manifest_files import BATCH_ROWS_WITH_BYTES
 from pia_batch.planning import Plan, Retry
 from pia_batch.records import RESULT, KeySet, keys_from_hex, results_table
 from pia_batch.storage import Store
@@ -55,7 +56,7 @@ def publish(plan: Plan) -> None:
     log = Journal(store)
     for table in plan.rejections_to_commit("run"):
         log.append(table)
-    journal.publish(log, log.outcomes(), plan.wanted, plan.carried, "run", {})
+    publication.publish(log, log.outcomes(), plan.wanted, plan.carried, "run", {})
 
 
 def left_for_ray(plan: Plan) -> list[str]:
@@ -89,7 +90,7 @@ def test_a_plan_writes_nothing_not_even_the_folder_of_the_output(tmp_path: Path)
 
     plan = planning.make(config, retry=Retry())
 
-    assert plan.published is False
+    assert plan.published is None
     assert len(list(plan.rejections_to_commit("run"))) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["manifest"]
 
@@ -550,4 +551,4 @@ def test_results_are_outdated_once_an_animation_was_drawn_again(finished: Callab
     log.append(made)
 
     plan = planning.make(config)
-    assert (plan.num_pending, plan.published) == (0, False)
+    assert (plan.num_pending, plan.published) == (0, None)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pia_batch import records
 from pia_batch.records import (
     REQUEST,
     RESERVED,
@@ -204,3 +205,16 @@ def test_what_a_manifest_carries_is_neither_a_request_column_nor_named_as_a_resu
     assert not RESERVED & set(REQUEST.names)
     assert {"key", "status", "error", "pixels", "run_id"} <= RESERVED
     assert set(SETTINGS.names) <= set(RESULT.names) & set(REQUEST.names)
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_keys_are_found_the_same_in_blocks_and_in_any_order(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_BLOCK", block)
+    monkeypatch.setattr(records, "_MANY", 5)
+    keys = np.frombuffer(np.random.default_rng(0).bytes(16 * 40), dtype="V16")
+    members = KeySet.of(keys[:25])
+
+    assert members.contains(keys).tolist() == [True] * 25 + [False] * 15
+    assert KeySet.of(keys).has(members).all()
+    assert int(members.has(KeySet.of(keys)).sum()) == 25
+    assert len(members | KeySet.of(keys[20:30])) == 30

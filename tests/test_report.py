@@ -293,12 +293,62 @@ def test_there_is_no_page_before_there_are_results(store: Store, capsys: pytest.
 
 def test_damaged_results_are_named(store: Store) -> None:
     publish(store, [result(0)])
-    store.replace(f"{journal.RESULTS}{RUN}/part-00000.parquet", b"PAR1 and no more")
-    with pytest.raises(StorageError, match=r"part-00000\.parquet are damaged"):
-        report.write(store)
     store.replace(f"_runs/{RUN}/run.json", b"{")
     with pytest.raises(StorageError, match=r"run\.json is damaged"):
         report.write(store)
+    store.replace(f"{journal.RESULTS}{RUN}/part-00000.parquet", b"PAR1 and no more")
+    with pytest.raises(StorageError, match=r"part-00000\.parquet are damaged"):
+        report.write(store)
+
+
+def commit(store: Store, rows: list[dict[str, Any]]) -> None:
+    """What a worker of a run leaves behind: animations, then a fragment of the journal."""
+    for row in rows:
+        if row["status"] == "succeeded":
+            store_clip(store, row, 0)
+    journal.Journal(store).append(pa.Table.from_pylist(rows, RESULT))
+
+
+def begin(store: Store, pending: int) -> None:
+    """What a run leaves behind as it begins."""
+    about = {"run_id": RUN, "started_at": BEGAN.isoformat(), "pending": pending, "rejected": 0, "manifest": "m"}
+    store.replace(f"_runs/{RUN}/run.json", journal.to_json(about))
+
+
+def test_the_page_of_a_run_that_goes_on_shows_what_it_has_committed_so_far(store: Store) -> None:
+    begin(store, 3)
+    commit(store, [result(9, run_id="yesterday")])
+    pages = report.follow(store, RUN, every_s=20)
+
+    assert next(pages).num_results == 0
+    commit(store, [result(0), failure(1, "non_finite", "not finite")])
+    assert next(pages).num_results == 2
+    commit(store, [result(2), result(0)])  # a worker that was taken for dead commits its request once more
+    made = next(pages)
+    assert (made.num_results, made.num_shown) == (3, 3)
+    text = store.read(f"_runs/{RUN}/report.html").decode()
+    assert '<meta http-equiv="refresh" content="20">' in text
+    assert "3 of 3 requests drawn" in text
+
+    publish(store, [result(0), failure(1, "non_finite", "not finite"), result(2)])
+    assert next(pages).num_results == 3
+    assert 'http-equiv="refresh"' not in store.read(f"_runs/{RUN}/report.html").decode()
+    assert list(pages) == []
+
+
+def test_the_command_follows_a_run_until_nobody_works_there(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["report", store.uri, "--live"])
+    assert "no run has ever written" in capsys.readouterr().err
+    begin(store, 3)
+    commit(store, [result(0)])
+
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["report", store.uri, "--live"])
+
+    told = capsys.readouterr().out
+    assert "1 results" in told
+    assert "the run has ended without publishing" in told
 
 
 def test_the_command_says_where_the_page_is(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -665,6 +715,22 @@ def test_the_page_shows_animations_beside_their_images(site: Site, visit: Callab
     assert page.locator(".chart").count() == 4
     below = site.folder.as_uri()
     assert all(uri.startswith((below, "data:image/webp;base64,")) for uri in window.asked)
+
+
+def test_a_live_page_renews_itself(store: Store, visit: Callable[..., Visit]) -> None:
+    begin(store, 2)
+    commit(store, [result(0, format="gif", image="gone.png")])
+    pages = report.follow(store, RUN, every_s=1)
+    window = visit()
+    page = window.open(next(pages).uri)
+    assert window.ids() == ["r00000"]
+    assert "The run goes on: 1 of 2 requests drawn" in page.locator(".live").inner_text()
+
+    commit(store, [result(1, format="gif", image="gone.png")])
+    next(pages)
+
+    page.wait_for_selector("#grid li:nth-child(2)")
+    assert window.ids() == ["r00000", "r00001"]
 
 
 def test_filters_search_and_order_are_in_the_address(site: Site, visit: Callable[..., Visit]) -> None:

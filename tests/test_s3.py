@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow.dataset as ds
 import pyarrow.fs
 import pytest
-from conftest import S3_KEY, S3_SECRET
 from PIL import Image
+from seaweedfs import KEY, SECRET
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,7 +49,7 @@ def test_photographs_become_animations_with_the_settings_of_their_rows(s3: str) 
     assert done.returncode == 0, done.stderr
     assert "24 requests: 24 succeeded, 0 failed" in done.stdout
     filesystem = pyarrow.fs.S3FileSystem(
-        access_key=S3_KEY, secret_key=S3_SECRET, endpoint_override=_endpoint(), scheme="http", region="us-east-1"
+        access_key=KEY, secret_key=SECRET, endpoint_override=_endpoint(), scheme="http", region="us-east-1"
     )
     folder = s3.removeprefix("s3://")
     results = ds.dataset(f"{folder}/out/results/photographs", filesystem=filesystem).to_table().to_pylist()

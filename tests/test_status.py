@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from test_journal import SHOP, commit, keys, keyset
 
-from pia_batch.journal import Journal, publish
+from pia_batch.journal import Journal
 from pia_batch.lease import Lease
+from pia_batch.publication import publish
 from pia_batch.status import status
 from pia_batch.storage import Store
 
@@ -39,7 +40,7 @@ def check_story(store: Store) -> None:
         assert (told["lease"]["state"], told["lease"]["run_id"], told["published"]) == ("held", "night", None)
         assert told["lease"]["since"]
         publish(record, record.outcomes(), keyset(1, 2, 3), SHOP, "night", {})
-        begin(record.store, "night", summary={})
+        begin(record.store, "night", state="finished")
 
     record.withdraw(keys(1), record.outcomes())
     told = status(store)
@@ -60,7 +61,7 @@ def test_status_follows_a_run_on_s3(s3: str) -> None:
 
 
 def test_the_last_run_is_the_one_that_wrote_last_whatever_it_is_called(store: Store, tmp_path: Path) -> None:
-    begin(store, "zebra", summary={})
+    begin(store, "zebra", state="finished")
     hour_ago = time.time() - 3600
     os.utime(tmp_path / "out/_runs/zebra/run.json", (hour_ago, hour_ago))
     begin(store, "aardvark")

@@ -1,6 +1,7 @@
 """Whole runs under faults: some histories by chance, and every history of the few steps on which all depends."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -407,3 +408,16 @@ def test_a_lease_is_never_held_twice_in_any_order(tmp_path: Path, dead: bool) ->
     for _ in every_history(search, tmp_path, begin):
         pass
     assert held == {("a",), ("b",)}
+
+
+# --- what is claimed ------------------------------------------------------------------------------------------------
+
+
+def test_every_test_that_the_reliability_page_names_is_there() -> None:
+    here = Path(__file__).parent
+    names = {name for path in here.glob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    claimed = re.findall(r"`([a-z0-9_]+(?:…[a-z0-9_]*)+)`", (here.parent / "RELIABILITY.md").read_text())
+    for claim in claimed:
+        pattern = re.compile(".*".join(map(re.escape, claim.split("…"))))
+        assert any(pattern.search(name) for name in names), claim
+    assert len(claimed) > 20

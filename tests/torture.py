@@ -29,14 +29,15 @@ from conftest import png
 from fakes import FakeClip, FakeEngine, FakeShelf
 from simulation import FaultyStore, Luck, Mutex, Process, Task, World
 
-from pia_batch import animate, journal, planning, stages
+from pia_batch import animate, garbage, planning, publication, quality, stages, verification
 from pia_batch.config import RunConfig
 from pia_batch.errors import InterruptedRunError, LeaseHeldError, NonFiniteError
 from pia_batch.journal import Journal
 from pia_batch.lease import Lease
-from pia_batch.ledger import Ledger, Turn
+from pia_batch.ledger import Cause, Ledger, Turn
 from pia_batch.planning import Plan
 from pia_batch.records import Row
+from pia_batch.storage import Store
 
 NUM_CASES = 12
 MOST_STARTS = 60
@@ -163,7 +164,7 @@ class Worker(Process):
     def hang(self, seeds: list[int]) -> None:
         """Do as the watchdog does when the deadline of these requests is over."""
         rows = [row for batch in self.batches for row in batch.select(["key", "seed"]).to_pylist()]
-        self.animator._give_up([row["key"] for row in rows if row["seed"] in seeds])
+        self.animator._watchdog.give_up([row["key"] for row in rows if row["seed"] in seeds], "timeout")
 
     def call(self, batch: pa.Table) -> None:
         """Draw and commit a batch, as Ray calls an actor."""
@@ -176,7 +177,7 @@ class Worker(Process):
 
 
 class Line:
-    """`animate.Control` from a worker to the ledger beside its driver."""
+    """`ledger.Control` from a worker to the ledger beside its driver."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -187,8 +188,15 @@ class Line:
     def begin_alone(self, key: str) -> Turn | None:
         return self._ledger("begin_alone").begin_alone(key)
 
-    def hang(self, keys: list[str]) -> None:
-        self._ledger("hang").hang(keys)
+    def start(self, worker: str) -> int:  # noqa: ARG002 - as ledger.Control has it
+        """No worker of this world dies while it starts."""
+        return 1
+
+    def ready(self, worker: str, seconds: float) -> None:
+        """Nobody here asks how long that took."""
+
+    def give_up(self, keys: list[str], cause: Cause) -> None:
+        self._ledger("give_up").give_up(keys, cause)
 
     def end(self, outcomes: list[Row]) -> None:
         self._ledger("end").end(outcomes)
@@ -295,7 +303,7 @@ class Cluster:
 def batches_of(plan: Plan) -> Iterator[pa.Table]:
     """What Animate is given: the chain of `pipeline.chain` without Ray."""
     config, folder = plan.config, plan.manifest.folder
-    validate = stages.Validate(config, plan.engine_ids, plan.manifest.schema)
+    validate = stages.Validate(config, plan.engine_ids)
     requests = [stages.DropFinished(plan.settled)(validate(batch.table)) for batch in plan.manifest.batches()]
     table = pa.concat_tables([*requests, plan.repeats] if len(plan.repeats) else requests)
     if plan.is_mixed:
@@ -318,6 +326,7 @@ class Driver(Process):
         self.cluster: Cluster | None = None
         self.asked_to_stop = False
         self.idle = False
+        self.compacts = False
         self.mishaps = [self.freeze, partial(self.freeze, 2 * LEASE_S), self.stop, self._lose_ledger, self._repeat]
 
     def stop(self) -> None:
@@ -352,8 +361,10 @@ class Driver(Process):
                 record.append(rejected)
             if plan.num_pending:
                 self._animate(plan, lease)
+            if self.compacts:
+                record.compact()
             outcomes = record.outcomes().of(plan.wanted)
-            journal.publish(record, outcomes, plan.wanted, plan.carried, self.run_id, {})
+            publication.publish(record, outcomes, plan.wanted, plan.carried, self.run_id, {})
 
     def _animate(self, plan: Plan, lease: Lease) -> None:
         self.cluster = cluster = Cluster(self, plan, list(batches_of(plan)))
@@ -422,6 +433,8 @@ class Torture:
             Driver(self, f"driver {number - k}", f"run-{number - k}", leased=leased, retry_failed=retry_failed)
             for k in range(count)
         ]
+        for driver in drivers[number % 2 :: 2]:
+            driver.compacts = True
         tasks: list[Task] = [self.world.start(driver, driver.work) for driver in drivers]
         self.world.run(until=lambda: all(task.done for task in tasks))
         return any(driver.idle for driver in drivers)
@@ -499,7 +512,10 @@ def _live(torture: Torture, luck: Luck) -> list[str]:
     torture.world.run()  # zombies wake, and write what they have
     problems += [f"after the zombies: {problem}" for problem in torture.wrong_with_results()]
     problems += _wrong_with_reruns(torture) or torture.judge()
-    return problems or _wrong_with_a_retry(torture)
+    problems = problems or _wrong_with_a_retry(torture)
+    if problems or luck.coin():
+        return problems
+    return _wrong_with_a_repair(torture, luck) or _wrong_with_gc(torture)
 
 
 def _wrong_with_reruns(torture: Torture) -> list[str]:
@@ -532,29 +548,96 @@ def _wrong_with_a_retry(torture: Torture) -> list[str]:
     return problems + torture.wrong_with_results()
 
 
+def _wrong_with_a_repair(torture: Torture, luck: Luck) -> list[str]:
+    """`verify` names what was damaged and nothing else; what it takes back is drawn again by runs that die anew."""
+    damages = itertools.cycle((Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1]), _flip_a_bit))
+    animations = sorted(path for path in (torture.output / "animations").rglob("*") if path.is_file())
+    damaged = {path.stem: path for path in animations if luck.coin()}
+    for path, damage in zip(damaged.values(), damages, strict=False):
+        damage(path)
+    record = Journal(Store(torture.config.output))
+    outcomes = record.outcomes()
+    found = list(verification.verify(record, outcomes, quality.check_animation))
+    if {problem.key for problem in found} != set(damaged):
+        return [f"verify found {found} where {set(damaged)} were damaged"]
+    verification.repair(record, outcomes, found, lambda: None)
+    for path in damaged.values():
+        del torture.world.first_sha256[str(path.relative_to(torture.output))]
+    luck.worsen()
+    if not any(torture.start(leased=luck.coin()) for _ in range(MOST_STARTS)):
+        return ["not finished after a repair"]
+    luck.calm_down()
+    torture.world.run()
+    problems = _wrong_with_reruns(torture) or torture.judge()
+    return [f"after a repair: {problem}" for problem in problems]
+
+
+def _flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def _wrong_with_gc(torture: Torture) -> list[str]:
+    """When nobody works any more `gc --delete` removes every orphan, and nothing that a result needs."""
+    record = Journal(Store(torture.config.output))
+    list(garbage.delete(record.store, garbage.find(record, time.time() + 3600), lambda: None))
+    problems = torture.wrong_with_results() + torture.wrong_with_outcomes() + witness.orphans(torture.output)
+    return [f"after gc: {problem}" for problem in problems or _wrong_with_reruns(torture)]
+
+
 # --- a program ------------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 if a history has a violation; `--seed` of it with `--runs 1` shows it again."""
+    """Exit code 1 if anything was violated; `--seed` of it with `--runs 1` or `--stack 1` shows it again."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--runs", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=1000, help="histories in this process")
+    parser.add_argument("--stack", type=int, default=0, help="schedules over real processes, Ray and an S3 server")
+    parser.add_argument("--seed", type=int, default=1, help="of the first of each")
     options = parser.parse_args(arguments)
     logging.disable(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as folder:
+        num_bad = _histories(options.seed, options.runs, Path(folder)) if options.runs else 0
+        num_bad += _schedules(options.seed, options.stack, Path(folder)) if options.stack else 0
+    return 1 if num_bad else 0
+
+
+def _histories(first: int, count: int, folder: Path) -> int:
+    """Run and print them; how many had violations."""
     pa.set_cpu_count(1)
     started, tallies, num_bad = time.monotonic(), Counter[str](), 0
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(options.seed, options.seed + options.runs):
-            report = history(seed, Path(folder))
-            tallies += report.tallies
-            num_bad += bool(report.problems)
-            if report.problems:
-                print(f"seed {seed}:", *report.problems, sep="\n  ", flush=True)  # noqa: T201 - a program
+    for seed in range(first, first + count):
+        report = history(seed, folder)
+        tallies += report.tallies
+        num_bad += bool(report.problems)
+        if report.problems:
+            print(f"seed {seed}:", *report.problems, sep="\n  ", flush=True)  # noqa: T201 - a program
     counted = ", ".join(f"{tallies[name]} {name}" for name in ("deaths", "zombies", "store faults", "starts"))
     seconds = time.monotonic() - started
-    print(f"{options.runs} histories, {num_bad} with violations: {counted}, {seconds:.0f} s")  # noqa: T201 - a program
-    return 1 if num_bad else 0
+    print(f"{count} histories, {num_bad} with violations: {counted}, {seconds:.0f} s", flush=True)  # noqa: T201
+    return num_bad
+
+
+def _schedules(first: int, count: int, folder: Path) -> int:
+    """Run and print them; how many had violations."""
+    import faults  # noqa: PLC0415 - starts Ray, which histories need not
+    import schedules  # noqa: PLC0415
+
+    started, tallies, num_bad = time.monotonic(), Counter[str](), 0
+    with faults.stack(folder) as stack:
+        cases: dict[int, faults.Case] = {}
+        for seed in range(first, first + count):
+            report = schedules.run(seed, stack, cases)
+            tallies += report.tallies
+            num_bad += bool(report.problems)
+            told = ", ".join(f"{count} {name}" for name, count in report.tallies.items())
+            verdict = "violated" if report.problems else "sound"
+            print(f"schedule {seed}: {verdict}: {told}", *report.problems, sep="\n  ", flush=True)  # noqa: T201
+    counted = ", ".join(f"{number} {name}" for name, number in sorted(tallies.items()))
+    seconds = time.monotonic() - started
+    print(f"{count} schedules, {num_bad} with violations: {counted}, {seconds:.0f} s", flush=True)  # noqa: T201
+    return num_bad
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 import av
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 from PIL import Image, ImageSequence
 
@@ -23,6 +24,19 @@ Row = dict[str, Any]
 
 IMMUTABLE = ("animations", "_journal", "_lease")
 """What is created once and never changes."""
+
+
+def fetch(path: str, folder: Path, filesystem: pyarrow.fs.FileSystem) -> Path:
+    """A copy in `folder` of the output at `path` of a store, for the other functions to read; returns `folder`.
+
+    Args:
+        path: bucket and prefix.
+        folder: where nothing is yet.
+        filesystem: the store's.
+    """
+    folder.mkdir(parents=True)
+    pyarrow.fs.copy_files(path, str(folder), source_filesystem=filesystem)
+    return folder
 
 
 def results(output: Path) -> tuple[list[Row], list[str]]:
@@ -95,6 +109,17 @@ def frame_sizes(data: bytes, file_format: str) -> list[tuple[Any, Any]]:
 def _sizes(file: bytes) -> list[tuple[Any, Any]]:
     with Image.open(io.BytesIO(file)) as picture:
         return [frame.convert("RGB").size for frame in ImageSequence.Iterator(picture)]
+
+
+def outcomes(output: Path) -> set[tuple[str, str, str, str | None]]:
+    """Request id, key, status and error kind of every published result."""
+    return {(row["request_id"], row["key"], row["status"], row["error_kind"]) for row in results(output)[0]}
+
+
+def orphans(output: Path) -> list[str]:
+    """Animations that no succeeded result tells of."""
+    told = {row["key"] for row in results(output)[0] if row["status"] == "succeeded"}
+    return [f"orphan {key}" for key in sorted(animated_keys(output) - told)]
 
 
 def objects(output: Path) -> dict[str, str]:

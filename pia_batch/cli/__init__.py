@@ -1,50 +1,83 @@
 """The command line: parse, call, print, exit code. Heavy imports wait until a command needs them.
 
 Exit codes, for schedulers: 0 every request succeeded, or nothing to do · 1 a bug · 2 usage, config, manifest or store ·
-3 finished, with more failed requests than `limits.max_failed`, or `verify` found a problem · 4 interrupted, start again
-to resume · 75 another run holds the lease.
+3 requests failed, see `limits.max_failed`, or `verify` found a problem · 4 interrupted, or a limit of the budget was
+reached: start again to go on · 75 another run holds the lease.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import tempfile
+import traceback
+from typing import Annotated
 
 import typer
 
 from pia_batch import errors
-from pia_batch.cli import outputs, preparing, running
+from pia_batch.cli import benchmarking, clusters, inspecting, outputs, preparing, running
 from pia_batch.cli.console import err
 
-EXIT_CODES: dict[type[errors.PiaBatchError], int] = {
-    errors.ConfigError: 2,
-    errors.ManifestError: 2,
-    errors.StorageError: 2,
-    errors.BrokenDeviceError: 2,
-    errors.InterruptedRunError: 4,
-    errors.LeaseHeldError: 75,
-}
+log = logging.getLogger("pia_batch")
 
 app = typer.Typer(
-    help="Animate datasets of images and prompts with PIA on Ray Data.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
 for command in (
-    *(running.demo, preparing.plan, running.run, running.retry),
-    *(outputs.status, outputs.verify, outputs.gc, outputs.report),
+    *(running.demo, preparing.plan, preparing.doctor, running.run, running.retry),
+    *(outputs.status, outputs.verify, outputs.gc, outputs.report, inspecting.inspect),
+    *(clusters.submit, clusters.jobs, benchmarking.bench),
 ):
     app.command()(command)
+
+
+@app.callback(
+    epilog="Tab completes commands and options once `pia-batch --install-completion` has run. Exit codes: 0 all is "
+    "well, 1 a bug, 2 usage, config, manifest or store, 3 requests failed, 4 interrupted, 75 another run is at work."
+)
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="PIA_BATCH_DEBUG", help="tell more, and the traceback of what goes wrong")
+    ] = False,
+) -> None:
+    """Animate datasets of images and prompts with PIA on Ray Data.
+
+    Example: `pia-batch demo`, then `pia-batch plan my.yaml`, `pia-batch doctor my.yaml` and `pia-batch run my.yaml`
+    """
+    if debug:
+        log.setLevel(logging.DEBUG)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code; `arguments` instead of those of the process."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("pia_batch").setLevel(logging.INFO)
+    log.setLevel(logging.INFO)
     logging.getLogger().setLevel(logging.WARNING)
     try:
-        app(arguments)
+        app(arguments, prog_name="pia-batch")
     except errors.PiaBatchError as problem:
+        log.debug("traceback", exc_info=True)
         err.print(f"pia-batch: {problem}", style="bold red", markup=False, soft_wrap=True)
-        sys.exit(next((code for kind, code in EXIT_CODES.items() if isinstance(problem, kind)), 1))
+        sys.exit(problem.exit_code)
+    except Exception as bug:  # noqa: BLE001 - nothing is swallowed: the process ends with 1
+        err.print(told_of_bug(bug, on_terminal=err.is_terminal), style="bold red", markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def told_of_bug(bug: Exception, *, on_terminal: bool) -> str:
+    """What an operator reads of an exception that nobody expected.
+
+    Args:
+        bug: as it was caught.
+        on_terminal: one line, and the traceback in a file; else all of it, as a log is where one looks for it.
+    """
+    trace = "".join(traceback.format_exception(bug))
+    line = f"pia-batch: a bug: {type(bug).__name__}: {errors.message_of(bug)}"
+    if not on_terminal or log.isEnabledFor(logging.DEBUG):
+        return f"{trace}{line}"
+    with tempfile.NamedTemporaryFile("w", prefix="pia-batch-", suffix=".log", delete=False, encoding="utf-8") as file:
+        file.write(trace)
+    return f"{line}\nIts traceback is in {file.name}, and `pia-batch --debug` prints it; please report both"

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 LOG_EVERY_S = 10.0
 """Seconds between progress lines where standard error is no terminal."""
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 
 def print_json(told: dict[str, Any]) -> None:

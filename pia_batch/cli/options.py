@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -26,18 +25,45 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value over the config; may be repeated")
 ]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="draw again what failed before")]
-RunId = Annotated[str | None, typer.Option(help="names the results; made from the time by default")]
-MaxFailed = Annotated[int | None, typer.Option(help="over limits.max_failed: more end with exit code 3")]
+RunDateText = Annotated[
+    str | None,
+    typer.Option(
+        "--run-date", help="what {date} and {hour} stand for, UTC: 2026-11-22 or 2026-11-22T05; the last one by default"
+    ),
+]
+Params = Annotated[
+    list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="what {NAME} stands for; may be repeated")
+]
 Output = Annotated[str, typer.Argument(help="the output's URI")]
 OutputOrConfig = Annotated[str, typer.Argument(help="the output's URI, or the YAML config that names it")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, and nothing else")]
 
 
 def load(path: Path | None, overrides: dict[str, Any]) -> RunConfig:
-    """The config of a YAML file, or of none, with `overrides` by dotted key over it."""
+    """The config of a YAML file, or of none, with `overrides` by dotted key over it. Templates are not filled in.
+
+    Raises:
+        ConfigError: it cannot work, or a parameter among `overrides` stands for nothing in it.
+    """
     from pia_batch.config import RunConfig
 
-    return RunConfig.load(path, overrides)
+    loaded = RunConfig.load(path, overrides)
+    named = {key.removeprefix("params.") for key in overrides if key.startswith("params.")}
+    if unused := sorted(named - loaded.templates.used):
+        words = ", ".join(f"{{{name}}}" for name in unused)
+        raise errors.ConfigError(f"--param: neither manifest nor output nor run_id has {words}; leave it out")
+    return loaded
+
+
+def params_of(params: list[str] | None) -> dict[str, Any]:
+    """What `--param NAME=VALUE` lays over a config, by dotted key. Values are texts, whatever they look like."""
+    found = {}
+    for param in params or []:
+        name, equals, value = param.partition("=")
+        if not equals or "." in name:
+            raise errors.ConfigError(f"--param {param}: expected NAME=VALUE, such as country=de")
+        found[f"params.{name}"] = value
+    return found
 
 
 def overrides(manifest: str | None, output: str | None, settings: list[str] | None) -> dict[str, Any]:
@@ -72,7 +98,7 @@ def existing(output: str) -> tuple[Store, float]:
 
     ttl_s = LimitsConfig().lease_ttl_s
     if output.endswith((".yaml", ".yml")):
-        loaded = load(Path(output), {})
+        loaded = load(Path(output), {}).filled()
         output, ttl_s = loaded.output, loaded.limits.lease_ttl_s
     store = Store(output)
     if not any(True for prefix in ("_journal/", "_runs/", "_lease/") for _ in store.list(prefix)):
@@ -93,9 +119,11 @@ def held(store: Store, command: str, ttl_s: float) -> Iterator[Lease]:
         yield lease
 
 
-def seconds_of(text: str) -> float:
-    """A duration such as `12h` in seconds."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])", text)
-    if match is None:
-        raise errors.ConfigError(f"--older-than {text}: expected a number with s, m, h or d, such as 12h or 7d")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+def seconds_of(text: str, option: str) -> float:
+    """A duration such as `12h`, given to `option`, in seconds."""
+    from pia_batch import schedule
+
+    try:
+        return schedule.seconds_of(text)
+    except ValueError as err:
+        raise errors.ConfigError(f"{option}: {err}") from None

@@ -6,48 +6,75 @@ import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.live import Live
+from rich.text import Text
 
+from pia_batch import errors
 from pia_batch.cli.console import counting, out, print_json
 from pia_batch.cli.options import AsJson, Output, OutputOrConfig, existing, held, seconds_of
 
+if TYPE_CHECKING:
+    from pia_batch.report import Options, Report
+    from pia_batch.storage import Store
 
-def status(output: OutputOrConfig, as_json: AsJson = False) -> None:
+
+def status(
+    output: OutputOrConfig,
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="again and again, until interrupted")] = False,
+    every: Annotated[str, typer.Option(help="with --watch: how often, a number with s, m or h")] = "10s",
+) -> None:
     """What is finished below an output, and who works on it now. Needs the store alone, from any machine.
 
-    Example: `pia-batch status s3://bucket/out`
+    Examples: `pia-batch status s3://bucket/out`, `pia-batch status s3://bucket/out --watch`
     """
     from pia_batch import status
 
-    told = status.status(existing(output)[0])
-    if as_json:
-        print_json(told)
-        return
-    out.print(f"succeeded  {told['succeeded']}")
-    out.print(f"failed     {told['failed']}")
-    for kind, count in told["failures"].items():
-        out.print(f"  {kind}  {count}")
+    store, every_s = existing(output)[0], seconds_of(every, "--every")
+    shown = Live(console=out, auto_refresh=False) if watch and out.is_terminal and not as_json else nullcontext()
+    before: tuple[float, int] | None = None
+    with shown as screen:
+        while True:
+            told, now = status.status(store), time.monotonic()
+            done = told["succeeded"] + told["failed"]
+            pace = (done - before[1]) / (now - before[0]) if before else None
+            before = now, done
+            if as_json:
+                print_json(told if pace is None else told | {"requests_per_second": round(pace, 3)})
+            elif screen is None:
+                out.print(_status_text(told, pace), soft_wrap=True)
+            else:
+                screen.update(_status_text(told, pace), refresh=True)
+            if not watch:
+                return
+            time.sleep(every_s)
+
+
+def _status_text(told: dict[str, Any], pace: float | None) -> Text:
+    lines = [f"succeeded  {told['succeeded']}", f"failed     {told['failed']}"]
+    lines += [f"  {kind}  {count}" for kind, count in told["failures"].items()]
     if told["due_again"]:
-        out.print(f"due again  {told['due_again']}  (taken back by `verify --repair`; the next run draws them)")
+        lines.append(f"due again  {told['due_again']}  (taken back by `verify --repair`; the next run draws them)")
+    if pace is not None:
+        lines.append(f"pace       {pace:.2f} requests/s since the last look")
     begun = told["run"]
     if begun is None:
-        out.print("last run   none")
+        lines.append("last run   none")
     else:
         words = "" if begun["finished"] else f", {begun['pending']} to draw then, not finished"
-        out.print(f"last run   {begun['run_id']}  started {begun['started_at']}{words}", soft_wrap=True)
-    out.print(f"published  {told['published'] or 'nothing yet'}", soft_wrap=True)
+        lines.append(f"last run   {begun['run_id']}  started {begun['started_at']}{words}")
+    lines.append(f"published  {told['published'] or 'nothing yet'}")
     lease = told["lease"]
     if lease["state"] == "free":
-        out.print("lease      free")
+        lines.append("lease      free")
     else:
         since = f" since {lease['since']}" if lease["since"] else ""
         words = "renewed" if lease["state"] == "held" else "SILENT: the next run takes over; last renewed"
-        out.print(
-            f"lease      {lease['run_id']} on {lease['host']}{since}, {words} {lease['silent_s']:.0f} s ago",
-            soft_wrap=True,
-        )
+        lines.append(f"lease      {lease['run_id']} on {lease['host']}{since}, {words} {lease['silent_s']:.0f} s ago")
+    return Text("\n".join(lines))
 
 
 def verify(
@@ -61,7 +88,7 @@ def verify(
     Exit code 3 if any is not, repaired or not. `--repair` is refused with 75 while a run works there.
     Example: `pia-batch verify s3://bucket/out --repair`
     """
-    from pia_batch import animate, verification
+    from pia_batch import quality, verification
     from pia_batch.journal import Journal
 
     store, ttl_s = existing(output)
@@ -70,7 +97,7 @@ def verify(
         outcomes = record.outcomes()
         total = int(outcomes.succeeded.sum())
         with counting("animations read", total) as one_more:
-            problems = list(verification.verify(record, outcomes, animate.check_animation, one_more))
+            problems = list(verification.verify(record, outcomes, quality.check_animation, one_more))
         if lease is not None:
             verification.repair(record, outcomes, problems, lease.check)
     for kind, meaning in verification.PROBLEMS.items():
@@ -105,7 +132,7 @@ def gc(
     from pia_batch.journal import Journal
 
     store, ttl_s = existing(output)
-    before_s = time.time() - seconds_of(older_than)
+    before_s = time.time() - seconds_of(older_than, "--older-than")
     counts = {sort: [0, 0] for sort in garbage.SORTS}
 
     def count(items: Iterable[garbage.Garbage]) -> None:
@@ -125,7 +152,14 @@ def gc(
         count(found)
     if as_json:
         told = {sort: {"objects": number, "bytes": size} for sort, (number, size) in counts.items()}
-        print_json({"output": store.uri, "older_than_s": seconds_of(older_than), "deleted": delete, "garbage": told})
+        print_json(
+            {
+                "output": store.uri,
+                "older_than_s": seconds_of(older_than, "--older-than"),
+                "deleted": delete,
+                "garbage": told,
+            }
+        )
         return
     for sort, (number, size) in counts.items():
         out.print(f"{garbage.SORTS[sort]:40}{number:>9} objects {size / 1e6:>12.2f} MB")
@@ -146,10 +180,14 @@ def report(
     ] = None,
     max_results: Annotated[int | None, typer.Option(min=2, help="more than this: failures and a fair sample")] = None,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="of one device; the page tells a cost")] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="the run that goes on: write its page again and again until it has ended")
+    ] = False,
+    every: Annotated[str, typer.Option(help="with --live: how often, a number with s, m or h")] = "30s",
 ) -> None:
     """Make the page that shows a run: counts, failures, measures, and every animation beside its image.
 
-    Example: `pia-batch report s3://bucket/out --price-per-hour 2.49`
+    Examples: `pia-batch report s3://bucket/out --price-per-hour 2.49`, `pia-batch report s3://bucket/out --live`
     """
     from pia_batch import report
     from pia_batch.storage import Store
@@ -157,6 +195,30 @@ def report(
     options = report.Options(
         max_results=max_results or report.MAX_RESULTS, embed=embed, media_url=media_url, price_per_hour=price_per_hour
     )
-    made = report.write(Store(output), run_id, options, out_file)
+    store = Store(output)
+    if live:
+        _follow(store, run_id, seconds_of(every, "--every"), options, out_file)
+    else:
+        _print_report(report.write(store, run_id, options, out_file))
+
+
+def _follow(store: Store, run_id: str | None, every_s: float, options: Options, path: Path | None) -> None:
+    """Write the page of a run again and again, until it has published, or nobody works there any more."""
+    from pia_batch import publication, report, status
+    from pia_batch.uris import redacted_uri
+
+    begun = status.last_run(store)
+    if begun is None:
+        raise errors.ConfigError(f"no run has ever written to {redacted_uri(store.uri)}; correct the URI of the output")
+    for made in report.follow(store, run_id or begun["run_id"], every_s, options, path):
+        _print_report(made)
+        if status.lease_of(store)["state"] == "held":
+            time.sleep(every_s)
+        elif not publication.is_published(store, made.run_id):
+            out.print("the run has ended without publishing; `pia-batch run` goes on, and then this does")
+            return
+
+
+def _print_report(made: Report) -> None:
     shown = "" if made.num_shown == made.num_results else f", {made.num_shown} of them shown"
     out.print(f"{made.num_results} results{shown}, {made.num_bytes / 1e6:.2f} MB\nreport: {made.uri}", soft_wrap=True)

@@ -1,14 +1,36 @@
-"""`plan`: what can be known before a run costs anything."""
+"""`plan` and `doctor`: what can be known before a run costs anything."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pia_batch.cli.console import out
-from pia_batch.cli.options import ConfigPath, ManifestUri, OutputUri, Overrides, RetryFailed, load, overrides
+import typer
+
+from pia_batch.cli.console import out, print_json
+from pia_batch.cli.options import (
+    AsJson,
+    ConfigPath,
+    ManifestUri,
+    OutputUri,
+    Overrides,
+    Params,
+    RetryFailed,
+    RunDateText,
+    given,
+    load,
+    overrides,
+    params_of,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from pia_batch.planning import Plan
+
+SHOWN_GROUPS = 10
+SHOWN_REJECTIONS = 3
+"""For each kind."""
 
 
 def plan(
@@ -16,52 +38,176 @@ def plan(
     manifest: ManifestUri = None,
     output: OutputUri = None,
     override: Overrides = None,
+    run_date: RunDateText = None,
+    param: Params = None,
     retry_failed: RetryFailed = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="of one GPU, in any currency; over budget.price_per_hour")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Check the manifest and tell what a run would do. Writes nothing, and needs neither a GPU nor a cluster.
+    """Check the manifest, tell what a run would do and cost, and warn of what looks wrong. Writes nothing.
 
-    Example: `pia-batch plan --manifest requests.parquet --output outputs/first`
+    Needs neither a GPU nor a cluster. Example: `pia-batch plan nightly.yaml --price-per-hour 2.49`
     """
     from pia_batch import planning
+    from pia_batch.survey import Survey
 
-    loaded = load(config, overrides(manifest, output, override))
-    made = planning.make(loaded, retry=planning.Retry() if retry_failed else None)
-    finished = len(made.wanted) - made.num_pending - made.num_rejected
+    dated = given({"run_date": run_date}) | params_of(param)
+    loaded = load(config, overrides(manifest, output, override) | dated).filled()
+    survey = Survey()
+    made = planning.make(loaded, retry=planning.Retry() if retry_failed else None, survey=survey)
+    price = loaded.budget.price_per_hour if price_per_hour is None else price_per_hour
+    told = _told(made, survey, price)
+    if as_json:
+        print_json(told)
+    else:
+        _print(told)
+
+
+def doctor(
+    config: ConfigPath = None,
+    manifest: ManifestUri = None,
+    output: OutputUri = None,
+    override: Overrides = None,
+    run_date: RunDateText = None,
+    param: Params = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell whether everything that a run needs is ready: packages, codecs, GPU, disk, weights, manifest, store, Ray.
+
+    Exit code 2 if anything fails. Without a config it looks at this machine alone. Below the output it leaves one small
+    object, as every run does. Example: `pia-batch doctor nightly.yaml`
+    """
+    from pia_batch import doctor
+
+    laid_over = overrides(manifest, output, override) | given({"run_date": run_date}) | params_of(param)
+    loaded = load(config, laid_over).filled() if config is not None or laid_over else None
+    findings = []
+    for finding in doctor.examine(loaded):
+        findings.append(finding)
+        if not as_json:
+            style = {"ok": "green", "warn": "yellow", "fail": "bold red"}[finding.state]
+            out.print(f"{finding.state.upper():5}", style=style, end="")
+            out.print(f"{finding.subject:9} {finding.told}", soft_wrap=True, markup=False)
+            if finding.remedy:
+                out.print(f"{'':15}{finding.remedy}", soft_wrap=True, markup=False)
+    counts = {state: sum(finding.state == state for finding in findings) for state in ("ok", "warn", "fail")}
+    if as_json:
+        print_json({"findings": [asdict(finding) for finding in findings], **counts})
+    else:
+        out.print(f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} in the way of a run")
+    raise typer.Exit(2 if counts["fail"] else 0)
+
+
+def _told(made: Plan, survey: Any, price: float | None) -> dict[str, Any]:  # a Survey, whose module waits
+    from pia_batch import advice, estimates
+    from pia_batch.journal import Journal
+    from pia_batch.storage import Store
+
+    config = made.config
+    journal = Journal(Store(config.output))
+    found = estimates.measured(journal, made.outcomes.fragments, config, made.engine_ids)
+    costs = estimates.costs(survey, made.num_chosen, config, found)
+    actors = config.placement.max_actors
+    return {
+        "manifest": {
+            "uri": made.manifest.uri,
+            "format": made.manifest.format,
+            "files": len(made.manifest.files),
+            "rows": made.manifest.num_rows,
+        },
+        "duplicates": made.num_duplicates,
+        "rejected": made.num_rejected,
+        "rejections": _rejections(made.rejected),
+        "finished": len(made.wanted) - made.num_pending - made.num_rejected,
+        "pending": made.num_pending,
+        "drawn": made.num_chosen,
+        "engines": made.engine_ids,
+        "together": _together(survey.work, config.placement.batch_size),
+        "devices": [
+            {
+                "device": cost.device,
+                "hours": list(cost.hours),
+                "hours_of_run": [hours / actors for hours in cost.hours],
+                "cost": None if price is None else [hours * price for hours in cost.hours],
+                "source": cost.source,
+            }
+            for cost in costs
+        ],
+        "bytes": list(estimates.num_bytes(survey, made.num_chosen, found)),
+        "warnings": advice.warnings(config, survey),
+    }
+
+
+def _rejections(rejected: pa.Table) -> dict[str, dict[str, Any]]:
+    """How many rows were rejected for each kind of reason, and what is told of the first ones."""
+    pairs = list(zip(*(rejected[name].to_pylist() for name in ("error_kind", "error")), strict=True))
+    found = {}
+    for kind in sorted({kind for kind, _ in pairs}):
+        texts = [text for name, text in pairs if name == kind]
+        found[kind] = {"count": len(texts), "first": texts[:SHOWN_REJECTIONS]}
+    return found
+
+
+def _together(work: pa.Table, batch_size: int) -> list[dict[str, Any]]:
+    """What is drawn together, the largest groups first: pending requests, and the full batches that they would fill."""
+    from pia_batch.records import GROUPED
+
+    groups = work.group_by(list(GROUPED)).aggregate([("num_rows", "sum")])
+    groups = groups.rename_columns([*GROUPED, "num_rows"]).sort_by([("num_rows", "descending")])
+    return [group | {"batches": -(-group["num_rows"] // batch_size)} for group in groups.to_pylist()]
+
+
+def _print(told: dict[str, Any]) -> None:
+    manifest = told["manifest"]
     out.print(
-        f"manifest    {made.manifest.uri}  ({len(made.manifest.files)} {made.manifest.format} files)", soft_wrap=True
+        f"manifest    {manifest['uri']}  ({manifest['files']} {manifest['format']} files)", soft_wrap=True, markup=False
     )
-    out.print(f"rows        {made.manifest.num_rows}")
-    out.print(f"duplicates  {made.num_duplicates}")
-    out.print(f"rejected    {made.num_rejected}")
-    out.print(f"finished    {finished}")
-    out.print(f"pending     {made.num_pending}")
-    for name, engine_id in made.engine_ids.items():
-        out.print(f"engine      {engine_id}  {name}")
-    if made.is_mixed:
-        _print_groups(made.groups)
-    if made.num_rejected:
-        _print_rejections(made.rejected)
-
-
-def _print_groups(groups: pa.Table) -> None:
-    """What is drawn together, the largest groups first."""
-    shown = 10
-    for group in groups.sort_by([("num_rows", "descending")]).slice(0, shown).to_pylist():
+    out.print(f"rows        {manifest['rows']}")
+    for name in ("duplicates", "rejected", "finished", "pending"):
+        out.print(f"{name:12}{told[name]}")
+    if told["drawn"] != told["pending"]:
+        out.print(f"drawn now   {told['drawn']}  (by the budget)")
+    for name, engine_id in told["engines"].items():
+        out.print(f"engine      {engine_id}  {name}", markup=False)
+    for group in told["together"][:SHOWN_GROUPS]:
         size = f"up to {group['long_side']} px" if group["size"] == "auto" else f"{group['width']} x {group['height']}"
-        told = f"{group['num_rows']} rows: {group['model']}, {group['num_frames']} frames, {size}"
-        out.print(f"together    {told}", soft_wrap=True, markup=False)
-    if len(groups) > shown:
-        out.print(f"            and {len(groups) - shown} more kinds of rows")
-
-
-def _print_rejections(rejected: pa.Table, per_kind: int = 3) -> None:
-    kinds = sorted(set(rejected["error_kind"].to_pylist()))
-    for kind in kinds:
-        texts = [
-            text
-            for name, text in zip(*(rejected[c].to_pylist() for c in ("error_kind", "error")), strict=True)
-            if name == kind
-        ]
-        out.print(f"\n{kind}  {len(texts)}", style="bold")
-        for text in texts[:per_kind]:
+        words = f"{group['num_rows']} rows: {group['model']}, {group['num_frames']} frames, {size}"
+        batches = f"{group['batches']} batch{'es' if group['batches'] > 1 else ''}"
+        out.print(f"together    {words}; {batches}", soft_wrap=True, markup=False)
+    if len(told["together"]) > SHOWN_GROUPS:
+        out.print(f"            and {len(told['together']) - SHOWN_GROUPS} more kinds of rows")
+    if told["drawn"]:
+        low, high = (_bytes(number) for number in told["bytes"])
+        out.print(f"output      {low if low == high else f'{low} to {high}'}")
+        _print_devices(told["devices"])
+    for words in told["warnings"]:
+        out.print(f"warning     {words}", soft_wrap=True, markup=False, style="yellow")
+    for kind, found in told["rejections"].items():
+        out.print(f"\n{kind}  {found['count']}", style="bold")
+        for text in found["first"]:
             out.print(f"  {text}", markup=False, soft_wrap=True)
+
+
+def _print_devices(devices: list[dict[str, Any]]) -> None:
+    for each in devices:
+        cost = "" if each["cost"] is None else f"  cost {_range(each['cost'], 2)}"
+        words = f"{each['device']:10} {_range(each['hours'], 3)} device hours{cost}  ({each['source']})"
+        out.print(f"takes       {words}", soft_wrap=True, markup=False)
+    if not devices:
+        out.print("takes       unknown: the embedded model was never measured here; a first run tells")
+
+
+def _range(numbers: list[float], digits: int) -> str:
+    """Two numbers as one or as a span, with as many decimals as make them differ from 0."""
+    low, high = (f"{number:.{digits}f}" if number < 10 else f"{number:,.0f}" for number in numbers)  # noqa: PLR2004
+    return low if low == high else f"{low} to {high}"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:  # noqa: PLR2004 - SI
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"

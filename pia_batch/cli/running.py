@@ -4,62 +4,44 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pia_batch.cli.console import err, out, shown_progress
-from pia_batch.cli.options import (
-    ConfigPath,
-    ManifestUri,
-    MaxFailed,
-    OutputUri,
-    Overrides,
-    RetryFailed,
-    RunId,
-    given,
-    load,
-    overrides,
-)
+from pia_batch import errors
+from pia_batch.cli.console import err, out, print_json, shown_progress
+from pia_batch.cli.flags import RunFlags, with_flags
+from pia_batch.cli.options import RetryFailed, given, load
 
 if TYPE_CHECKING:
     from pia_batch.config import RunConfig
     from pia_batch.planning import Retry
+    from pia_batch.schedule import RunDate
     from pia_batch.summary import RunSummary
 
 
-def run(
-    config: ConfigPath = None,
-    manifest: ManifestUri = None,
-    output: OutputUri = None,
-    override: Overrides = None,
-    retry_failed: RetryFailed = False,
-    run_id: RunId = None,
-    max_failed: MaxFailed = None,
-) -> None:
+@with_flags
+def run(flags: RunFlags, *, retry_failed: RetryFailed = False) -> None:
     """Animate what is not finished yet, and publish the results.
 
-    Example: `pia-batch run nightly.yaml --output s3://bucket/out --set placement.max_actors=8`
+    Example: `pia-batch run nightly.yaml --output s3://bucket/out --run-date 2026-11-22 --deadline 06:00`
     """
     from pia_batch.planning import Retry
 
-    loaded = load(config, overrides(manifest, output, override) | given({"limits.max_failed": max_failed}))
-    _finish(_run(loaded, run_id=run_id, retry=Retry() if retry_failed else None))
+    _start(flags, flags.load({}), Retry() if retry_failed else None)
 
 
+@with_flags
 def retry(
-    config: ConfigPath = None,
+    flags: RunFlags,
+    *,
     kinds: Annotated[
         list[str] | None, typer.Option("--kind", help="only what failed with this error kind; may be repeated")
     ] = None,
-    manifest: ManifestUri = None,
-    output: OutputUri = None,
-    override: Overrides = None,
-    run_id: RunId = None,
-    max_failed: MaxFailed = None,
     max_attempts: Annotated[
         int | None, typer.Option(help="over limits.max_attempts: how often a request may kill its worker")
     ] = None,
@@ -70,16 +52,8 @@ def retry(
     """
     from pia_batch.planning import Retry
 
-    limits = given({"limits.max_failed": max_failed, "limits.max_attempts": max_attempts})
-    loaded = load(config, overrides(manifest, output, override) | limits)
-    summary = _run(loaded, run_id=run_id, retry=Retry(frozenset(kinds) if kinds else None))
-    if summary.rejected:
-        out.print(
-            f"{summary.rejected} rows were rejected for what the manifest says, and no retry helps: `pia-batch plan` "
-            "tells why; correct them there, and they are new requests",
-            soft_wrap=True,
-        )
-    _finish(summary)
+    loaded = flags.load(given({"limits.max_attempts": max_attempts}))
+    _start(flags, loaded, Retry(frozenset(kinds) if kinds else None))
 
 
 def demo(
@@ -98,7 +72,8 @@ def demo(
 
     settings = {"defaults.format": "gif"}
     loaded = load(None, {"manifest": str(tiny.SAMPLE), "output": str(output), **settings})
-    summary = _run(loaded)
+    with _drawing() as run_one:
+        summary = run_one(loaded)
     results = ds.dataset(output / "results" / summary.run_id).to_table(
         ["request_id", "prompt", "animation_uri", "error"]
     )
@@ -107,18 +82,71 @@ def demo(
         out.print(f"{row['request_id']:24}  {row['prompt']:28}  {place}", soft_wrap=True, markup=False)
     out.print(f"\nanimations: {output}/animations/\nresults:    {output}/results/{summary.run_id}/", soft_wrap=True)
     out.print(f"report:     {output}/_runs/{summary.run_id}/report.html", soft_wrap=True)
-    _finish(summary)
+    _print(summary)
+    raise typer.Exit(summary.exit_code)
 
 
-def _run(config: RunConfig, *, run_id: str | None = None, retry: Retry | None = None) -> RunSummary:
+def _start(flags: RunFlags, config: RunConfig, again: Retry | None) -> None:
+    """Run the config, or each of its dates, and leave with the exit code."""
+    told: list[dict[str, Any]] = []
+    if flags.backfill is not None:
+        code = _backfill(flags, config, again, told)
+        if flags.as_json:
+            print_json({"exit_code": code, "runs": told})
+        raise typer.Exit(code)
+    try:
+        with _drawing(retry=again, on_end=told.append) as run_one:
+            summary = run_one(config)
+    finally:
+        if flags.as_json and told:
+            print_json(told[0])
+    if not flags.as_json:
+        _print(summary, again)
+    raise typer.Exit(summary.exit_code)
+
+
+def _backfill(flags: RunFlags, config: RunConfig, again: Retry | None, told: list[dict[str, Any]]) -> int:
+    from pia_batch.backfill import backfill
+
+    if flags.run_date is not None:
+        raise errors.ConfigError("--run-date and --backfill: give one of them")
+
+    def tell(date: RunDate, came_to: RunSummary | errors.PiaBatchError) -> None:
+        if isinstance(came_to, errors.PiaBatchError):
+            err.print(f"pia-batch: {date}: {came_to}", style="bold red", markup=False, soft_wrap=True)
+        elif not flags.as_json:
+            out.print(f"\n{date}", style="bold")
+            _print(came_to, again)
+
+    dates = config.templates.dates(flags.backfill or "", datetime.now(UTC))
+    with _drawing(retry=again, on_end=told.append) as run_one:
+        return backfill(config, dates, run_one, tell)
+
+
+@contextmanager
+def _drawing(**options: Any) -> Iterator[Callable[[RunConfig], RunSummary]]:
+    """`pipeline.run` of one config after the other; the first SIGINT or SIGTERM stops all of them."""
     from pia_batch import pipeline
 
-    with _stopping() as stop, shown_progress() as show:
-        return pipeline.run(config, run_id=run_id, retry=retry, on_progress=show, stop=stop)
+    with _stopping() as stop:
+
+        def run_one(config: RunConfig) -> RunSummary:
+            if stop.is_set():
+                raise errors.InterruptedRunError("stopped between two runs; start again to go on")
+            with shown_progress() as show:
+                return pipeline.run(config, on_progress=show, stop=stop, **options)
+
+        yield run_one
 
 
-def _finish(summary: RunSummary) -> None:
-    """Print what came out, and leave with its exit code."""
+def _print(summary: RunSummary, again: Retry | None = None) -> None:
+    """What came out."""
+    if again is not None and summary.rejected:
+        out.print(
+            f"{summary.rejected} rows were rejected for what the manifest says, and no retry helps: `pia-batch plan` "
+            "tells why; correct them there, and they are new requests",
+            soft_wrap=True,
+        )
     out.print(
         f"{summary.requests} requests: {summary.succeeded} succeeded, {summary.failed} failed; "
         f"{summary.computed} computed in this run, {summary.duplicates} duplicate rows, {summary.seconds:.1f} s",
@@ -126,8 +154,12 @@ def _finish(summary: RunSummary) -> None:
     )
     for kind, count in summary.failures.items():
         out.print(f"  {kind}  {count}")
-    out.print(f"results: {summary.results_uri}", soft_wrap=True)
-    raise typer.Exit(summary.exit_code)
+    if summary.cost is not None and summary.computed:
+        out.print(f"cost: {summary.cost:,.2f} ({summary.gpu_hours:.3g} hours)", soft_wrap=True)
+    if summary.message:
+        out.print(f"stopped: {summary.message}", soft_wrap=True, markup=False)
+    if summary.results_uri:
+        out.print(f"results: {summary.results_uri}", soft_wrap=True)
 
 
 @contextmanager

@@ -11,12 +11,16 @@ and a content security policy lets no other script run.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pia_batch import journal, uris
+import pyarrow as pa
+
+from pia_batch import publication, uris
 from pia_batch.errors import ConfigError, StorageError
+from pia_batch.journal import RESULTS, Journal
 from pia_batch.records import REQUEST, SETTINGS
 from pia_batch.report import page, results
 from pia_batch.report.facts import REMEDIES, Facts, again_config
@@ -91,10 +95,66 @@ def write(store: Store, run_id: str | None = None, options: Options | None = Non
     """
     options = options or Options()
     run_id = _published(store, run_id)
-    name = f"_runs/{run_id}/report.html"
+    tally, sample = results.Tally(run_id), results.Sample(options.max_results)
+    for part in _json_object(store, f"{RESULTS}{run_id}/_SUCCESS.json")["parts"]:
+        rows = results.read_part(store, f"{RESULTS}{run_id}/{part['name']}")
+        tally.add(rows)
+        sample.add(rows)
+    return _write(store, tally, sample, options, path)
+
+
+def write_so_far(store: Store, run_id: str) -> Report:
+    """Render and store the page of a run that has ended without results: it shows what the run has committed itself.
+
+    It reads the whole journal.
+
+    Raises:
+        StorageError: the store refused or did not answer, or a fragment is damaged.
+    """
+    options = Options()
+    so_far = results.SoFar(Journal(store), results.Tally(run_id), results.Sample(options.max_results))
+    so_far.read_on()
+    return _write(store, so_far.tally, so_far.sample, options, None)
+
+
+def follow(
+    store: Store, run_id: str, every_s: float, options: Options | None = None, path: Path | None = None
+) -> Iterator[Report]:
+    """Write the page of a run that goes on, once for each item that is asked for, and at last that of its results.
+
+    Until the run has published, the page shows what it has committed itself, and browsers load it again.
+
+    Args:
+        store: the output.
+        run_id: a run that has begun.
+        every_s: how often the browser loads the page again, in seconds; the caller waits as long between two items.
+        options: what the page holds.
+        path: as in `write`.
+
+    Raises:
+        ConfigError, StorageError: as in `write`.
+    """
+    options = options or Options()
+    so_far = results.SoFar(Journal(store), results.Tally(run_id), results.Sample(options.max_results))
+    while not publication.is_published(store, run_id):
+        so_far.read_on()
+        yield _write(store, so_far.tally, so_far.sample, options, path, reload_s=every_s)
+    yield write(store, run_id, options, path)
+
+
+def _write(
+    store: Store,
+    tally: results.Tally,
+    sample: results.Sample,
+    options: Options,
+    path: Path | None,
+    reload_s: float | None = None,
+) -> Report:
+    """Render a page and put it where it belongs."""
+    name = f"_runs/{tally.run_id}/report.html"
     uri = path.absolute().as_uri() if path else store.uri_of(name)
-    text, num_results, num_shown = _render(store, run_id, uri, options)
-    data = text.encode()
+    shown = sample.rows()
+    data = _render(store, tally, shown, uri, options, reload_s).encode()
     if path is None:
         store.replace(name, data)
     else:
@@ -104,43 +164,40 @@ def write(store: Store, run_id: str | None = None, options: Options | None = Non
         except OSError as err:
             msg = f"cannot write {path}: {err.strerror or err}"
             raise ConfigError(msg) from None
-    return Report(run_id, uri, num_results, num_shown, len(data))
+    return Report(tally.run_id, uri, tally.requests, len(shown), len(data))
 
 
 def _published(store: Store, run_id: str | None) -> str:
     """The run to show, whose results are complete."""
     if run_id is None:
-        newest = journal.latest(store)
+        newest = publication.latest(store)
         if newest is None:
             msg = f"{store.uri} has no results yet; `pia-batch run` publishes them when every request is finished"
             raise ConfigError(msg)
         return str(newest["run_id"])
-    if not journal.is_published(store, run_id):
-        names = (item.name.split("/") for item in store.list(journal.RESULTS) if item.name.endswith("/_SUCCESS.json"))
+    if not publication.is_published(store, run_id):
+        names = (item.name.split("/") for item in store.list(RESULTS) if item.name.endswith("/_SUCCESS.json"))
         known = ", ".join(sorted(parts[-2] for parts in names)) or "none"
         msg = f"run {run_id!r} has no complete results below {store.uri}; those that have: {known}"
         raise ConfigError(msg)
     return run_id
 
 
-def _render(store: Store, run_id: str, page_uri: str, options: Options) -> tuple[str, int, int]:
-    """The page, how many results the run has, and how many of them the page holds."""
-    about = _json_object(store, f"_runs/{run_id}/run.json")
-    success = _json_object(store, f"{journal.RESULTS}{run_id}/_SUCCESS.json")
+def _render(
+    store: Store, tally: results.Tally, shown: pa.Table, page_uri: str, options: Options, reload_s: float | None
+) -> str:
+    """The page of `shown`; one that a browser loads again while the run goes on, every `reload_s` seconds."""
+    about = _json_object(store, f"_runs/{tally.run_id}/run.json")
     config = uris.redacted_json(about.get("config") or {})
     places = Places(store.uri, page_uri, str(about.get("folder") or ""), options.media_url, config.get("images"))
-    tally, sample = results.Tally(run_id), results.Sample(options.max_results)
-    for part in success["parts"]:
-        rows = results.read_part(store, f"{journal.RESULTS}{run_id}/{part['name']}")
-        tally.add(rows)
-        sample.add(rows)
-    shown = sample.rows()
     rows = with_media(shown, places)
     if options.embed or (options.embed is None and len(shown) <= EMBED_UP_TO):
         rows = with_embedded(rows, store, places)
-    head = Facts(store.uri, about, tally, config, options.price_per_hour)
+    price = (config.get("budget") or {}).get("price_per_hour")
+    price = price if options.price_per_hour is None else options.price_per_hour
+    head = Facts(store.uri, about, tally, config, price, reload_s)
     data = {
-        "run_id": run_id,
+        "run_id": tally.run_id,
         "requests": tally.requests,
         "columns": {name: page.column(name, rows[name]) for name in rows.column_names},
         "rows": len(rows),
@@ -150,7 +207,7 @@ def _render(store: Store, run_id: str, page_uri: str, options: Options) -> tuple
         "remedies": REMEDIES,
         "again": {"columns": _AGAIN, "config": again_config(config, places.folder), "folder": places.folder},
     }
-    return page.assemble(head, data, places.sources), tally.requests, len(shown)
+    return page.assemble(head, data, places.sources)
 
 
 def _json_object(store: Store, name: str) -> dict[str, Any]:

@@ -53,7 +53,13 @@ class Facts:
     """What the head of the page tells: only what the data has."""
 
     def __init__(
-        self, output: str, about: dict[str, Any], tally: Tally, config: dict[str, Any], price: float | None
+        self,
+        output: str,
+        about: dict[str, Any],
+        tally: Tally,
+        config: dict[str, Any],
+        price: float | None,
+        reload_s: float | None = None,
     ) -> None:
         """Say it.
 
@@ -63,6 +69,7 @@ class Facts:
             tally: counts over all results.
             config: the run's config, free of secrets.
             price: of one hour of one device, in any currency; None: not known.
+            reload_s: seconds after which a browser loads the page again; None: the run is over.
         """
         summary = about.get("summary") or {}
         self.run_id = tally.run_id
@@ -75,6 +82,8 @@ class Facts:
         first = (config.get("model") or {}).get("base") or ""
         self.model = ", ".join([first, *(f"{name}: {base or first}" for name, base in further)])
         self.requests, self.succeeded = tally.requests, tally.succeeded
+        self.reload_s = reload_s
+        self.total = self.requests if reload_s is None else max(self.requests, int(about.get("pending") or 0))
         self.failed = tally.failed
         self.device = "GPU" if any(name.startswith("cuda") for name in tally.devices) else "Device"
         self.tiles = list(self._tiles(summary, tally, config.get("placement") or {}, price))

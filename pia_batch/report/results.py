@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pia_batch.errors import StorageError
+from pia_batch.journal import Journal
 from pia_batch.records import FAILED, RESULT, SUCCEEDED
 from pia_batch.storage import Store
 
@@ -27,14 +28,17 @@ def read_part(store: Store, name: str) -> pa.Table:
     try:
         file = pq.ParquetFile(pa.BufferReader(store.read(name)), page_checksum_verification=True)
         present = file.schema_arrow.names
-        table = file.read([column.name for column in COLUMNS if column.name in present])
-        arrays = [
-            table[column.name].cast(column.type) if column.name in present else pa.nulls(len(table), column.type)
-            for column in COLUMNS
-        ]
+        return _as_columns(file.read([column.name for column in COLUMNS if column.name in present]))
     except (FileNotFoundError, pa.ArrowException, OSError, KeyError) as err:
         msg = f"results {store.uri_of(name)} are damaged: {err}; publish them again by `pia-batch run` with a new id"
         raise StorageError(msg) from None
+
+
+def _as_columns(table: pa.Table) -> pa.Table:
+    arrays = [
+        table[column.name].cast(column.type) if column.name in table.column_names else pa.nulls(len(table), column.type)
+        for column in COLUMNS
+    ]
     return pa.table(arrays, schema=COLUMNS)
 
 
@@ -105,6 +109,33 @@ class Sample:
         for_bad = min(len(bad), max(self._room // 2, self._room - len(good)))
         chosen = [_smallest_keys(good, self._room - for_bad), _smallest_keys(bad, for_bad)]
         return pa.concat_tables(chosen).sort_by([("request_id", "ascending"), ("key", "ascending")])
+
+
+@dataclass
+class SoFar:
+    """What a run that goes on has committed up to now. Reads each fragment of the journal once."""
+
+    journal: Journal
+    tally: Tally
+    sample: Sample
+    _fragments: set[str] = field(default_factory=set)
+    _keys: set[str] = field(default_factory=set)
+
+    def read_on(self) -> None:
+        """Count what was committed since the last call.
+
+        Raises:
+            StorageError: the store refused or did not answer, or a fragment is damaged.
+        """
+        new = [name for name in self.journal.fragments() if name not in self._fragments]
+        for table in self.journal.read(new):
+            rows = _as_columns(table).filter(pc.equal(table["run_id"], self.tally.run_id))
+            keys = rows["key"].to_pylist()  # a worker taken for dead may commit a request once more
+            rows = rows.filter(pa.array([key not in self._keys for key in keys], pa.bool_()))
+            self._keys.update(keys)
+            self.tally.add(rows)
+            self.sample.add(rows)
+        self._fragments.update(new)
 
 
 def weights(tally: Tally, shown: pa.Table) -> dict[str, float]:

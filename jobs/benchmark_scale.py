@@ -1,0 +1,254 @@
+"""Measure what surrounds the engines at scale: planning, resuming and finalising many requests. No model runs.
+
+    python jobs/benchmark_scale.py --rows 1000000                 # some minutes, about 1 GB below --folder
+    python jobs/benchmark_scale.py --rows 10000000 --fragment-rows 1000 --json scale.json
+
+Makes a manifest of Parquet files and the journal that a run of it would leave, and measures each step in a process of
+its own: seconds, CPU seconds, and the most memory that the process ever had. Everything goes through `pia_batch` as a
+run does it; only the listing of the animations is made up from their keys, so that no file is made for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pia_batch import planning, publication, scanning
+from pia_batch.config import RunConfig
+from pia_batch.journal import ANIMATIONS, Journal, animation_name
+from pia_batch.manifest import Manifest
+from pia_batch.planning import Plan
+from pia_batch.records import Keys, keys_to_hex, results_table
+from pia_batch.scan_cache import ScanCache
+from pia_batch.storage import ObjectInfo, Store
+
+PROMPTS = ("a lighthouse in a storm, cinematic", "a fox in the snow, watercolour", "waves at dusk", "a red kite, windy")
+CLIP_BYTES = 400_000
+
+
+def main() -> None:
+    """Make the data, then run each step in a process of its own and print what it took."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--files", type=int, default=10, help="of the manifest")
+    parser.add_argument("--fragment-rows", type=int, default=64, help="rows that an engine commits together")
+    parser.add_argument("--folder", type=Path, help="where the data goes; default: a temporary folder")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--step", choices=sorted(STEPS), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.step is not None:
+        print(json.dumps(STEPS[given.step](_config(given.folder), given.fragment_rows)))
+        return
+    folder = Path(tempfile.mkdtemp(prefix="pia-batch-scale-", dir=given.folder))
+    try:
+        figures = _measure(folder, given.rows, given.files, given.fragment_rows)
+    finally:
+        shutil.rmtree(folder)
+    told = {"rows": given.rows, "files": given.files, "fragment_rows": given.fragment_rows, "steps": figures}
+    told |= {"python": platform.python_version(), "pyarrow": pa.__version__, "numpy": np.__version__}
+    if given.json:
+        given.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def _measure(folder: Path, rows: int, files: int, fragment_rows: int) -> dict[str, dict[str, Any]]:
+    bounds = np.linspace(0, rows, files + 1).astype(int).tolist()
+    for number, (start, end) in enumerate(itertools.pairwise(bounds)):
+        _write_file(folder / "manifest" / f"part-{number:05d}.parquet", start, end)
+    figures = {}
+    print(f"{'step':24}{'seconds':>10}{'CPU s':>10}{'peak MB':>10}  what it found")
+    for step in STEPS:
+        if step == "plan_grown":
+            _write_file(folder / "manifest" / "part-99999.parquet", rows, rows + rows // 100)
+        arguments = ["--step", step, "--folder", str(folder), "--fragment-rows", str(fragment_rows)]
+        answer = subprocess.run(  # noqa: S603 - this program, in a process of its own
+            [sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE
+        )
+        told = json.loads(answer.stdout.splitlines()[-1])
+        if told is not None:
+            figures[step] = told
+            found = ", ".join(f"{name} {value}" for name, value in told.items() if name not in _COSTS)
+            print(f"{step:24}{told['seconds']:>10.2f}{told['cpu_seconds']:>10.2f}{told['peak_mb']:>10.0f}  {found}")
+    return figures
+
+
+def _config(folder: Path) -> RunConfig:
+    return RunConfig.load(None, {"manifest": str(folder / "manifest"), "output": str(folder / "out")})
+
+
+def _write_file(path: Path, start: int, end: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = np.arange(start, end)
+    text = pa.array(numbers).cast(pa.string())
+    join = pc.binary_join_element_wise
+    table = {
+        "request_id": join("request-", text, ""),
+        "image": join("s3://photographs/2026/", pa.array(numbers % 1_000_003).cast(pa.string()), ".jpg", ""),
+        "prompt": join(pa.array(PROMPTS).take(pa.array(numbers % len(PROMPTS))), ", number ", text, ""),
+    }
+    pq.write_table(pa.table(table), path, compression="zstd", row_group_size=100_000)
+
+
+# --- the steps ------------------------------------------------------------------------------------------------------
+
+
+def _costs(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a function takes, and what it returns besides."""
+    wall, cpu = time.monotonic(), time.process_time()
+    told = function()
+    costs = {"seconds": round(time.monotonic() - wall, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return costs | {"peak_mb": round(peak)} | told
+
+
+_COSTS = ("seconds", "cpu_seconds", "peak_mb")
+
+
+def _found(plan: Plan) -> dict[str, Any]:
+    return {"requests": len(plan.wanted), "pending": plan.num_pending, "files_read": len({c.file for c in plan.fresh})}
+
+
+def _plan(config: RunConfig, _: int) -> dict[str, Any]:
+    return _costs(lambda: _found(planning.make(config)))
+
+
+def _plan_and_keep(config: RunConfig, _: int) -> dict[str, Any]:
+    plan: list[Plan] = []
+
+    def make() -> dict[str, Any]:
+        plan.append(planning.make(config))
+        return _found(plan[0])
+
+    told = _costs(make)
+    start = time.monotonic()
+    plan[0].save_scan()
+    return told | {"keeping_seconds": round(time.monotonic() - start, 2)}
+
+
+def _no_op(config: RunConfig, _: int) -> dict[str, Any]:
+    def look() -> dict[str, Any]:
+        plan = planning.make(config)
+        return _found(plan) | {"published": plan.published is not None}
+
+    return _costs(look)
+
+
+def _finish(share: float) -> Callable[[RunConfig, int], None]:
+    """Commits what a run would: fragments of this share of the manifest's rows, and all that was not there before."""
+
+    def finish(config: RunConfig, fragment_rows: int) -> None:
+        journal = Journal(Store(config.output))
+        keys = _keys(config)
+        done = len(journal.outcomes().keys)
+        wanted = int(len(keys) * share)
+        starts = range(done, wanted, fragment_rows)
+        with ThreadPoolExecutor(4) as pool:
+            for _ in pool.map(
+                lambda at: journal.append(_results(config, keys, at, min(at + fragment_rows, wanted))), starts
+            ):
+                pass
+
+    return finish
+
+
+def _keys(config: RunConfig) -> Keys:
+    """Of all rows, in the manifest's order, the made-up file last."""
+    plan = planning.make(config)
+    cache = ScanCache(Store(config.output), config, plan.engine_ids)
+    return scanning.scan(Manifest.open(config.manifest, cache.contents), config, plan.engine_ids, cache).keys
+
+
+def _results(config: RunConfig, keys: Keys, start: int, end: int) -> pa.Table:
+    texts = keys_to_hex(keys[start:end])
+    store = Store(config.output)
+    uris = [store.uri_of(animation_name(key, "mp4")) for key in texts.to_pylist()]
+    number = end - start
+    columns = {
+        "request_id": pa.array([f"request-{row}" for row in range(start, end)]),
+        "key": texts,
+        "status": pa.scalar("succeeded"),
+        "attempts": pa.scalar(1),
+        "animation_uri": pa.array(uris),
+        "prompt": pa.array([f"{PROMPTS[row % len(PROMPTS)]}, number {row}" for row in range(start, end)]),
+        "num_bytes": pa.scalar(CLIP_BYTES),
+        "sha256": pa.array([f"{key}{key}" for key in texts.to_pylist()]),
+        "motion": pa.array(np.random.default_rng(start).random(number)),
+        "gpu_seconds": pa.array(np.random.default_rng(end).random(number)),
+        "run_id": pa.scalar("benchmark"),
+    }
+    return results_table(columns, pa.table({}), number)
+
+
+def _compact(config: RunConfig, _: int) -> dict[str, Any]:
+    return _costs(lambda: {"fragments": Journal(Store(config.output)).compact()})
+
+
+def _outcomes(config: RunConfig, _: int) -> dict[str, Any]:
+    return _costs(lambda: {"keys": len(Journal(Store(config.output)).outcomes().keys)})
+
+
+class _Listed(Store):
+    """Lists an animation for every key, though there is no file."""
+
+    def __init__(self, uri: str, keys: Keys) -> None:
+        super().__init__(uri)
+        self._keys = keys
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        if not prefix.startswith(ANIMATIONS):
+            yield from super().list(prefix)
+            return
+        first = np.frombuffer(self._keys.tobytes(), np.uint8)[:: self._keys.itemsize]
+        folder = int(prefix.removeprefix(ANIMATIONS).rstrip("/"), 16)
+        for key in keys_to_hex(self._keys[first == folder]).to_pylist():
+            yield ObjectInfo(animation_name(key, "mp4"), CLIP_BYTES)
+
+
+def _finalise(config: RunConfig, _: int) -> dict[str, Any]:
+    plan = planning.make(config)
+    plan.save_scan()
+    journal = Journal(_Listed(config.output, _keys(config)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def publish() -> dict[str, Any]:
+        outcomes = journal.outcomes().of(plan.wanted)
+        made = publication.publish(journal, outcomes, plan.wanted, plan.carried, "benchmark", {})
+        return {"results": made.num_requests, "peak_mb_before": round(before)}
+
+    return _costs(publish)
+
+
+STEPS: dict[str, Callable[[RunConfig, int], dict[str, Any] | None]] = {
+    "plan_first": _plan_and_keep,
+    "plan_known": _plan,
+    "finish_70_percent": _finish(0.7),
+    "journal_by_fragments": _outcomes,
+    "compact": _compact,
+    "journal_by_index": _outcomes,
+    "resume": _plan,
+    "plan_grown": _plan,
+    "finish_the_rest": _finish(1.0),
+    "compact_again": _compact,
+    "finalise": _finalise,
+    "no_op": _no_op,
+}
+"""In this order; those that return nothing only make the data of the next ones."""
+
+if __name__ == "__main__":
+    main()
