@@ -192,7 +192,7 @@ def test_the_smaller_fragment_name_wins_among_equals(record: Journal) -> None:
 FRAGMENT = st.dictionaries(st.integers(0, 7), st.sampled_from(["succeeded", "failed"]), max_size=5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(FRAGMENT, max_size=6), st.sets(st.integers(0, 9)))
 def test_outcomes_agree_with_a_plain_dict(fragments: list[dict[int, str]], wanted: set[int]) -> None:
     with TemporaryDirectory() as folder:
@@ -425,7 +425,7 @@ STEP = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(STEP, max_size=9), st.randoms(use_true_random=False), st.integers(0, 20))
 def test_what_counts_is_what_was_not_taken_back_in_whatever_order_the_files_arrive(
     steps: list[tuple[str, Any]], random: Random, cut: int

@@ -390,7 +390,7 @@ ROWS = st.lists(
 SCHEMA = pa.schema([("request_id", pa.string()), ("image", pa.string()), ("prompt", pa.string()), ("seed", pa.int64())])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rows=ROWS,
     cuts=st.lists(st.integers(0, 9), max_size=2),

@@ -806,7 +806,7 @@ def tables(draw: st.DrawFn) -> pa.Table:
     return table
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(tables())
 def test_any_table_splits_into_requests_with_their_keys_and_rejected_rows_with_their_reasons(table: pa.Table) -> None:
     found = checked(table)
