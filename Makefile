@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0
 
-.PHONY: setup browser demo test torture lint format lock clean
+.PHONY: setup browser demo test test-long torture lint format lock clean
 
 setup: $(READY)  ## a virtual environment with the pinned versions of constraints.txt
 
@@ -32,8 +32,11 @@ lint: setup  ## style, formatting, types, and who may import whom
 	$(BIN)/lint-imports --no-cache
 
 test: lint browser  ## every check and every test, fast ones first
-	$(QUIET) $(BIN)/python -m pytest -n 2 -m 'not gpu and not slow and not s3'
-	$(QUIET) $(BIN)/python -m pytest -m 'not gpu and (slow or s3)'
+	$(QUIET) $(BIN)/python -m pytest -n 2 -m 'not gpu and not slow and not s3 and not long'
+	$(QUIET) $(BIN)/python -m pytest -m 'not gpu and not long and (slow or s3)'
+
+test-long: browser  ## the tutorial word by word, drivers killed at random, commands copied from a page: ten minutes
+	$(QUIET) $(BIN)/python -m pytest -m 'long and not gpu'
 
 RUNS ?= 1000
 STACK ?= 0

@@ -325,7 +325,7 @@ def check_by_hand(output: str, request_ids: set[str]) -> None:
         assert video.probe(files[row["animation_uri"]], "mp4").num_frames == row["num_frames"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_driver_killed_at_random_moments_loses_and_doubles_nothing(
     write_manifest: WriteManifest, tmp_path: Path
 ) -> None:

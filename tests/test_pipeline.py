@@ -7,8 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -370,19 +368,6 @@ def test_a_worker_that_fails_every_request_stops_the_run_before_all_are_spent(ma
         run(config, load_engines=loader)
 
     assert 4 <= len(Journal(Store(config.output)).outcomes().keys) < 30
-
-
-def test_a_run_that_is_given_no_engine_says_so_and_stops_waiting_in_the_end(
-    write_manifest: Callable[..., str], tmp_path: Path
-) -> None:
-    command = [*(sys.executable, "-m", "pia_batch.cli", "run"), "--manifest", write_manifest()]
-    command += ["--output", str(tmp_path / "out"), "--set", "placement.num_cpus=64", "--set", "placement.wait_s=2"]
-
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-
-    assert done.returncode == 4, done.stderr
-    assert "waiting_for_engines" in done.stderr
-    assert "one engine needs 0 GPUs and 64 CPUs, and the cluster has 0 and" in done.stderr
 
 
 def test_several_models_and_sizes_are_drawn_by_the_embedded_model(make_config: MakeConfig) -> None:

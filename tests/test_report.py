@@ -1112,7 +1112,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_copied_commands_make_the_same_frames(
     visit: Callable[..., Visit], write_manifest: Callable[..., str], tmp_path: Path
 ) -> None:

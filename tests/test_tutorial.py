@@ -26,7 +26,7 @@ def script() -> str:
     return "\n".join(steps)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_tutorial_can_be_followed(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
