@@ -41,7 +41,9 @@ test-long: browser  ## the tutorial word by word, drivers killed at random, comm
 RUNS ?= 1000
 STACK ?= 0
 SEED ?= 1
-torture: setup  ## RUNS simulated runs, STACK whole-stack ones, under random faults from SEED on; tells what went wrong
+FUZZ ?= 5000
+torture: setup  ## RUNS simulated runs, STACK whole-stack ones, under random faults from SEED on; FUZZ damaged images
+	$(QUIET) PIA_BATCH_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/test_images.py -k any_damage
 	$(QUIET) $(BIN)/python tests/torture.py --runs $(RUNS) --stack $(STACK) --seed $(SEED)
 
 format: setup  ## rewrite the code as `make lint` wants it

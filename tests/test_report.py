@@ -1092,18 +1092,18 @@ def test_a_plain_web_server_is_enough(site: Site, visit: Callable[..., Visit]) -
         window = visit()
         page = window.open(f"{origin}/out/_runs/{RUN}/report.html#id=r00000")
 
-        for _ in range(4):
+        for _ in range(6):
             until(page, "[...document.querySelectorAll('.strip canvas')].every((canvas) => canvas.height === 64)")
-            colours = page.evaluate("""[...document.querySelectorAll('.strip canvas')].map((canvas) =>
+            strip = page.evaluate("""[...document.querySelectorAll('.strip canvas')].map((canvas) =>
               [...canvas.getContext('2d').getImageData(0, 0, 64, 64).data])""")
-            if all(map(any, colours)):
+            shown = np.asarray(strip).reshape(-1, 64, 64, 4)[..., :3].astype(int)
+            distances = np.abs(shown - frames(0)).mean(axis=(1, 2, 3))
+            if max(distances) < 4:
                 break
             page.reload()  # on a busy machine Chromium may say that it has sought before it has the picture
         page.context.close()
         server.shutdown()
-    for shown, frame in zip(colours, frames(0), strict=True):
-        drawn = np.asarray(shown).reshape(64, 64, 4)[..., :3].astype(int)
-        assert np.abs(drawn - frame).mean() < 4  # frame k of the strip is frame k of the animation
+    assert max(distances) < 4  # frame k of the strip is frame k of the animation
     assert all(uri.startswith((origin, "data:")) for uri in window.asked)
 
 
