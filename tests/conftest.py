@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,3 +98,10 @@ def s3(s3_server: SeaweedFS, monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return f"s3://{s3_server.bucket}/{request.node.name[:60].replace('[', '-').rstrip(']')}-{time.time_ns()}"
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from conftest import requests_table
+from conftest import free_port, requests_table
 from fakes import FakeEngineLoader
 
 from pia_batch import pipeline, planning
@@ -28,9 +27,7 @@ QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["
 @pytest.fixture
 def metrics_port() -> Iterator[int]:
     """The port of a Ray of our own that sends its metrics every half second instead of every ten."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     ray.init(
         num_cpus=3,
         include_dashboard=False,

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +11,7 @@ from pia_batch import errors
 from pia_batch.cli.console import err, out, print_json
 from pia_batch.cli.flags import RunFlags, with_flags
 from pia_batch.cli.options import AsJson, RetryFailed
+from pia_batch.cli.signals import first_signal
 
 if TYPE_CHECKING:
     from pia_batch.submission import Job, Jobs, Work
@@ -126,7 +123,7 @@ def _absolute(uri: str) -> str:
 def _wait(jobs: Jobs, job_id: str, *, follow: bool = True, stop_on_interrupt: bool = False) -> int:
     """The exit code of a job, once it is over."""
     show = (lambda text: out.print(text, end="", soft_wrap=True, markup=False)) if follow else None
-    with _interrupted() as leave:
+    with first_signal() as leave:
         job = jobs.wait(job_id, show=show, leave=leave)
         if not job.is_over and stop_on_interrupt:
             err.print(f"stopping {job_id}; once more to leave at once", markup=False)
@@ -144,7 +141,7 @@ def _stop(jobs: Jobs, job_id: str) -> None:
     if jobs.stop(job_id).is_over:
         out.print(f"{job_id} is over already", markup=False)
         return
-    with _interrupted() as leave:
+    with first_signal() as leave:
         job = jobs.wait(job_id, leave=leave)
     out.print(f"{job.id} {job.status}" if job.is_over else f"{job.id} is about to stop", markup=False)
 
@@ -175,24 +172,3 @@ def _told(job: Job) -> dict[str, Any]:
         "user": job.user,
         "version": job.version,
     }
-
-
-@contextmanager
-def _interrupted() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second one ends this process at once."""
-    event = threading.Event()
-    asked = False
-
-    def ask(*_: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        event.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

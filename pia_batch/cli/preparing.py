@@ -160,6 +160,8 @@ def _together(work: pa.Table, batch_size: int) -> list[dict[str, Any]]:
 
 
 def _print(told: dict[str, Any]) -> None:
+    from pia_batch.report import facts
+
     manifest = told["manifest"]
     out.print(
         f"manifest    {manifest['uri']}  ({manifest['files']} {manifest['format']} files)", soft_wrap=True, markup=False
@@ -179,7 +181,7 @@ def _print(told: dict[str, Any]) -> None:
     if len(told["together"]) > SHOWN_GROUPS:
         out.print(f"            and {len(told['together']) - SHOWN_GROUPS} more kinds of rows")
     if told["drawn"]:
-        low, high = (_bytes(number) for number in told["bytes"])
+        low, high = (facts.size(number) for number in told["bytes"])
         out.print(f"output      {low if low == high else f'{low} to {high}'}")
         _print_devices(told["devices"])
     for words in told["warnings"]:
@@ -203,11 +205,3 @@ def _range(numbers: list[float], digits: int) -> str:
     """Two numbers as one or as a span, with as many decimals as make them differ from 0."""
     low, high = (f"{number:.{digits}f}" if number < 10 else f"{number:,.0f}" for number in numbers)  # noqa: PLR2004
     return low if low == high else f"{low} to {high}"
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:  # noqa: PLR2004 - SI
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"

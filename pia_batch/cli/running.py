@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from pia_batch import errors
 from pia_batch.cli.console import err, out, print_json, shown_progress
 from pia_batch.cli.flags import RunFlags, with_flags
 from pia_batch.cli.options import RetryFailed, given, load
+from pia_batch.cli.signals import first_signal
 
 if TYPE_CHECKING:
     from pia_batch.config import RunConfig
@@ -128,7 +128,7 @@ def _drawing(**options: Any) -> Iterator[Callable[[RunConfig], RunSummary]]:
     """`pipeline.run` of one config after the other; the first SIGINT or SIGTERM stops all of them."""
     from pia_batch import pipeline
 
-    with _stopping() as stop:
+    with first_signal(_tell_of) as stop:
 
         def run_one(config: RunConfig) -> RunSummary:
             if stop.is_set():
@@ -162,20 +162,5 @@ def _print(summary: RunSummary, again: Retry | None = None) -> None:
         out.print(f"results: {summary.results_uri}", soft_wrap=True)
 
 
-@contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second one ends the process at once."""
-    stop = threading.Event()
-
-    def ask(number: int, _: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        err.print(f"{signal.Signals(number).name}: committing what is in flight; once more to leave at once")
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _tell_of(number: int) -> None:
+    err.print(f"{signal.Signals(number).name}: committing what is in flight; once more to leave at once")

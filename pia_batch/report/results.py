@@ -18,6 +18,9 @@ from pia_batch.storage import Store
 COLUMNS = pa.schema([column for column in RESULT if column.name not in ("animation_uri", "sha256")])
 """What a page holds of a result: the animation's name follows from its key, and the carried columns may be secret."""
 
+_FRAGMENTS = 1000
+"""Of the journal, counted together: one by one, each would go through all that is kept already."""
+
 
 def read_part(store: Store, name: str) -> pa.Table:
     """One file of results, as COLUMNS; null where an older file lacks one.
@@ -128,14 +131,21 @@ class SoFar:
             StorageError: the store refused or did not answer, or a fragment is damaged.
         """
         new = [name for name in self.journal.fragments() if name not in self._fragments]
-        for table in self.journal.read(new):
-            rows = _as_columns(table).filter(pc.equal(table["run_id"], self.tally.run_id))
-            keys = rows["key"].to_pylist()  # a worker taken for dead may commit a request once more
-            rows = rows.filter(pa.array([key not in self._keys for key in keys], pa.bool_()))
-            self._keys.update(keys)
+        for start in range(0, len(new), _FRAGMENTS):
+            tables = [_as_columns(table) for table in self.journal.read(new[start : start + _FRAGMENTS])]
+            rows = pa.concat_tables(tables).combine_chunks()
+            rows = rows.filter(pc.equal(rows["run_id"], self.tally.run_id))
+            rows = rows.filter(pa.array([self._is_new(key) for key in rows["key"].to_pylist()], pa.bool_()))
             self.tally.add(rows)
             self.sample.add(rows)
         self._fragments.update(new)
+
+    def _is_new(self, key: str) -> bool:
+        """Whether it comes for the first time: a worker taken for dead may commit a request once more."""
+        if key in self._keys:
+            return False
+        self._keys.add(key)
+        return True
 
 
 def weights(tally: Tally, shown: pa.Table) -> dict[str, float]:
