@@ -1,8 +1,8 @@
 """What a run may spend, and what it has spent: the limits of `budget` and `limits.max_failed`, while it draws.
 
 Engines cost whether they draw or wait, so that the hours of a run are those during which its engines are alive. Each of
-them says so every PULSE_S seconds by a thread of its own, and the ledger adds them up; what a killed engine lived after
-its last word is not counted.
+them says so every PULSE_S seconds by a thread of its own, and the ledger adds them up; after its last word an engine
+counts for as long as another word could take.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from typing import Protocol
 
 from pia_batch import schedule
 from pia_batch.config import BudgetConfig, RunConfig
+from pia_batch.ledger import PULSE_S
 from pia_batch.planning import Plan
-
-PULSE_S = 2.0
-"""Seconds between two signs of life of an engine: by so much a budget of GPU hours may be exceeded, and the drain."""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,15 @@ Knows nothing of Ray: `pipeline` gives it a process of its own, which outlives t
 from __future__ import annotations
 
 import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from pia_batch.records import Row
+
+PULSE_S = 2.0
+"""Seconds between two signs of life of an engine: by so much a budget of GPU hours may be exceeded, and the drain."""
 
 Cause = Literal["timeout", "out_of_memory"]
 """Why a worker ends itself: its requests took longer, or its process has grown larger, than the config allows."""
@@ -72,17 +77,19 @@ class Ledger:
     Attributes:
         max_attempts: how often a request is begun, its batch's attempt included, before its worker's deaths are its
             own fault; at least 2.
+        now: a monotonic clock, in seconds.
     """
 
     max_attempts: int
+    now: Callable[[], float] = time.monotonic
     _begun: dict[str, int] = field(default_factory=dict)
     _alone: dict[str, _Alone] = field(default_factory=dict)
     _stopping: bool = False
     _starts: dict[str, int] = field(default_factory=dict)
     """By worker, how often it has begun to start since it was ready last."""
     _startup_seconds: list[float] = field(default_factory=list)
-    _lived: dict[str, float] = field(default_factory=dict)
-    """Seconds by engine."""
+    _lived: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Seconds by engine, and when that was heard."""
 
     def start(self, worker: str) -> int:
         """A worker's process begins to load its engine; how many in a row have now, this one included.
@@ -110,11 +117,13 @@ class Ledger:
 
     def alive(self, engine: str, seconds: float) -> None:
         """The process of this engine has lived for so long; told now and then, the start-up included."""
-        self._lived[engine] = max(seconds, self._lived.get(engine, 0.0))
+        if seconds > self._lived.get(engine, (-1.0, 0.0))[0]:
+            self._lived[engine] = seconds, self.now()
 
     def engine_seconds(self) -> float:
-        """How long all engines have lived, as far as they told."""
-        return sum(self._lived.values())
+        """How long all engines have lived: what each told, and since then at most the PULSE_S to its next sign."""
+        now = self.now()
+        return sum(seconds + min(now - heard, PULSE_S) for seconds, heard in self._lived.values())
 
     def begin(self, keys: list[str]) -> list[int] | None:
         """The number of the attempt that starts now for each key of a batch, or None if the run is stopping."""

@@ -11,7 +11,7 @@ import pytest
 from pia_batch import budget
 from pia_batch.budget import Budget, Pulse
 from pia_batch.config import BudgetConfig, RunConfig
-from pia_batch.ledger import Ledger
+from pia_batch.ledger import PULSE_S, Ledger
 
 NOW = datetime(2026, 11, 23, 5, 0, tzinfo=UTC)
 
@@ -79,7 +79,7 @@ def test_what_one_date_has_spent_is_not_there_for_the_next() -> None:
     assert budget.rest_of(BudgetConfig(), 10**9, 10**9) == BudgetConfig()
 
 
-def test_an_engine_tells_the_ledger_that_it_lives_and_is_counted_once() -> None:
+def test_an_engine_tells_the_ledger_that_it_lives() -> None:
     ledger = Ledger(3)
     beats: queue.Queue[float] = queue.Queue()
     go_on: queue.Queue[None] = queue.Queue()
@@ -94,9 +94,23 @@ def test_an_engine_tells_the_ledger_that_it_lives_and_is_counted_once() -> None:
     second = beats.get(timeout=20)
 
     assert 0 <= first < second < 20
+
+
+def test_an_engine_counts_until_its_next_sign_could_come_and_once() -> None:
+    now = 50.0
+    ledger = Ledger(3, now=lambda: now)
+    assert ledger.engine_seconds() == 0
+
+    ledger.alive("one", 0.0)
+    now += 0.5
+    assert ledger.engine_seconds() == 0.5
+    now += 3600
+    assert ledger.engine_seconds() == PULSE_S
+
     ledger.alive("another", 100.0)
+    now += 1
     ledger.alive("another", 90.0)  # overtaken on its way
-    assert ledger.engine_seconds() == pytest.approx(100 + second)
+    assert ledger.engine_seconds() == PULSE_S + 101
 
 
 def test_a_pulse_ends_with_the_ledger() -> None:

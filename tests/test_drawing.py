@@ -101,7 +101,7 @@ def test_failures_beyond_what_is_tolerated_stop_it_and_what_is_in_flight_is_coun
 
 def test_gpu_hours_stop_it(store: Store) -> None:
     drawing = Drawing(store, budget__max_gpu_hours=1)
-    drawing.control.alive("engine", 3599)
+    drawing.control.alive("engine", 3500)
     drawing.chain.put(outcomes("succeeded"))
     later = threading.Timer(0.3, lambda: drawing.control.alive("engine", 3601))
     later.start()
