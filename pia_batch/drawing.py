@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch import starting
-from pia_batch.animate import INTERRUPTED, OUTCOME
 from pia_batch.budget import Budget, Stopped
 from pia_batch.config import RunConfig
 from pia_batch.errors import (
@@ -33,6 +32,7 @@ from pia_batch.errors import (
 from pia_batch.lease import Lease
 from pia_batch.records import SUCCEEDED
 from pia_batch.summary import Progress
+from pia_batch.worker import INTERRUPTED, OUTCOME
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from pia_batch import storage, web
+from pia_batch import filesystems, web
 from pia_batch.config import OnFinishConfig
 from pia_batch.errors import printable
 
@@ -105,7 +105,7 @@ def _resolved(config: OnFinishConfig) -> tuple[str | None, dict[str, str]]:
 def _try(url: str, headers: dict[str, str], data: bytes, timeout_s: float) -> tuple[str | None, bool]:
     """What went wrong, None if nothing did, and whether that may pass."""
     try:
-        status = storage.wait(web.post, url, headers, data, timeout_s=timeout_s)
+        status = filesystems.wait(web.post, url, headers, data, timeout_s=timeout_s)
     except TimeoutError:
         return f"no answer in {timeout_s:g} s", True
     except Exception as err:  # noqa: BLE001 - whatever the client raises; its text may have the URL

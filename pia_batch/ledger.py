@@ -158,7 +158,7 @@ class Ledger:
                 self._alone[key].given_up = cause
 
     def end(self, outcomes: list[Row]) -> None:
-        """These outcomes, rows of `animate.OUTCOME`, are committed."""
+        """These outcomes, rows of `worker.OUTCOME`, are committed."""
         for outcome in outcomes:
             key = outcome["key"]
             self._begun.pop(key, None)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs
 
-from pia_batch import storage
+from pia_batch import filesystems, storage
 from pia_batch.errors import ManifestError, message_of
 from pia_batch.manifest_files import (
     BATCH_ROWS,
@@ -92,7 +92,7 @@ class Piece:
                 yielded before.
         """
         with reading(self.file.path):
-            filesystem, _ = storage.arrow_filesystem(self.uri)
+            filesystem, _ = filesystems.arrow_filesystem(self.uri)
         self.file.check_unchanged(filesystem)
         rows = self.file.read(filesystem, schema.names, self.groups)
         yield from _conformed(rows, self.file.path, schema, self.partitions)
@@ -131,7 +131,7 @@ class Manifest:
         uri = storage.absolute(uri).rstrip("/")
         shown = redacted_uri(uri)
         with reading(shown):
-            filesystem, root = storage.arrow_filesystem(uri)
+            filesystem, root = filesystems.arrow_filesystem(uri)
             files, file_format = _discover(filesystem, root, shown)
         if file_format != "parquet":
             _check_text_bytes(filesystem, files, shown)

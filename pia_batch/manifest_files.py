@@ -22,7 +22,7 @@ import pyarrow.csv
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from pia_batch import storage
+from pia_batch import filesystems
 from pia_batch.errors import InterruptedRunError, ManifestError, message_of
 from pia_batch.uris import redacted
 
@@ -82,7 +82,7 @@ class ManifestFile:
     Attributes:
         path: inside the file system.
         format: what it holds.
-        version: `storage.version_of`; another one means that the file was replaced.
+        version: `filesystems.version_of`; another one means that the file was replaced.
     """
 
     path: str
@@ -99,7 +99,7 @@ class ManifestFile:
             ManifestError: unreadable, corrupt or too large.
         """
         with reading(path):
-            file = cls(path, file_format, storage.version_of(filesystem, path))
+            file = cls(path, file_format, filesystems.version_of(filesystem, path))
         return file, known(path, file.version) or file._contents(filesystem)
 
     def _contents(self, filesystem: pyarrow.fs.FileSystem) -> Contents:
@@ -147,7 +147,7 @@ class ManifestFile:
         """
         with reading(self.path):
             try:
-                version = storage.version_of(filesystem, self.path)
+                version = filesystems.version_of(filesystem, self.path)
             except FileNotFoundError:
                 version = "gone"
         if version != self.version:

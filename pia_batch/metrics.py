@@ -46,7 +46,7 @@ METRICS = {
 
 
 class RayMeter:
-    """`animate.Meter` in the process that first uses it: it may be sent to a worker before."""
+    """`worker.Meter` in the process that first uses it: it may be sent to a worker before."""
 
     def __init__(self) -> None:
         self._made: dict[str, metrics.Counter | metrics.Gauge] = {}

@@ -23,7 +23,6 @@ import ray.data
 
 from pia_batch import (
     __version__,
-    animate,
     cluster,
     engines,
     finish,
@@ -33,6 +32,7 @@ from pia_batch import (
     report,
     stages,
     starting,
+    worker,
 )
 from pia_batch.budget import Budget, Pulse, Stopped, not_chosen
 from pia_batch.compaction import Compactor
@@ -222,7 +222,7 @@ def _name_of(config: RunConfig, store: Store) -> str:
 
 
 def chain(plan: Plan, run_id: str, control: Control, load_engines: LoadEngines | None = None) -> ray.data.Dataset:
-    """The whole job as a lazy Dataset of `animate.OUTCOME` rows, one for each request that is left to do."""
+    """The whole job as a lazy Dataset of `worker.OUTCOME` rows, one for each request that is left to do."""
     config, place = plan.config, plan.config.placement
     _own_the_settings()
     requests = (
@@ -273,8 +273,8 @@ def chain(plan: Plan, run_id: str, control: Control, load_engines: LoadEngines |
     )
 
 
-class Animate(animate.Animate):
-    """`animate.Animate` as Ray wants it: what goes wrong in its start comes as the error of a call, whole.
+class Animate(worker.Animate):
+    """`worker.Animate` as Ray wants it: what goes wrong in its start comes as the error of a call, whole.
 
     From a constructor Ray would try it again, and then hand on its text only.
     """
@@ -290,7 +290,7 @@ class Animate(animate.Animate):
             self._mistake = starting.explain(err)
 
     def __call__(self, requests: pa.Table) -> pa.Table:
-        """As `animate.Animate`, or the error that its constructor met."""
+        """As `worker.Animate`, or the error that its constructor met."""
         if self._mistake is not None:
             raise self._mistake
         return super().__call__(requests)

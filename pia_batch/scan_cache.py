@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pia_batch import storage
+from pia_batch import filesystems, storage
 from pia_batch.config import RunConfig
 from pia_batch.errors import ManifestError, PiaBatchError
 from pia_batch.index import Head, Index
@@ -231,9 +231,9 @@ def _is_settled(file: ManifestFile, found: Manifest) -> bool:
     """Whether the file is still what was read, and no later change can leave its version as it is."""
     try:
         with reading(file.path):
-            if storage.version_of(found.filesystem, file.path) != file.version:
+            if filesystems.version_of(found.filesystem, file.path) != file.version:
                 return False
-            changed_ns = storage.changed_ns(found.filesystem, file.path)
+            changed_ns = filesystems.changed_ns(found.filesystem, file.path)
     except ManifestError:
         return False
     if changed_ns is None:

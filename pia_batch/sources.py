@@ -11,7 +11,7 @@ import os
 import stat
 import time
 
-from pia_batch import storage
+from pia_batch import filesystems
 from pia_batch.config import ImagesConfig
 from pia_batch.errors import ImageNotAllowedError, ImageUnavailableError, message_of, printable
 from pia_batch.uris import PORTS, Location, NotAllowedError, Policy, RefusedError, TooLargeError, redacted, redacted_uri
@@ -100,10 +100,10 @@ def _read_once(location: Location, policy: Policy, web: Web, num_bytes: int, tim
             return policy.locate(url).target
 
         read = functools.partial(web.read, location.target, judge, num_bytes, whole=whole)
-        return storage.wait(read, timeout_s=timeout_s)
+        return filesystems.wait(read, timeout_s=timeout_s)
     if not location.parts[-1]:
         raise IsADirectoryError("not an object but a prefix")
-    return storage.read_object(location.target, num_bytes, timeout_s=timeout_s, whole=whole)
+    return filesystems.read_object(location.target, num_bytes, timeout_s=timeout_s, whole=whole)
 
 
 def _read_file(path: str, policy: Policy, num_bytes: int) -> bytes:

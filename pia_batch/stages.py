@@ -1,6 +1,6 @@
 """What happens to a block of requests before it is animated: plain classes over Arrow tables that know nothing of Ray.
 
-Validate → DropFinished → Arrange → FetchImages → `animate.Animate`. No stage raises for a bad request: it becomes a
+Validate → DropFinished → Arrange → FetchImages → `worker.Animate`. No stage raises for a bad request: it becomes a
 failed result with a kind, and its neighbours go on.
 """
 

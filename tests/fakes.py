@@ -21,7 +21,7 @@ ENGINE_ID = "f" * 32
 
 @dataclass
 class FakeClip:
-    """What `pia_batch.engine.Clip` offers to `animate.Animate`."""
+    """What `pia_batch.engine.Clip` offers to `worker.Animate`."""
 
     drawn: Any = None
     error: RequestError | None = None

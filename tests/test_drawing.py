@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 from fakes import FakeControl
 
-from pia_batch.animate import OUTCOME
 from pia_batch.budget import Budget
 from pia_batch.config import RunConfig
 from pia_batch.drawing import Watch, draw
@@ -19,6 +18,7 @@ from pia_batch.errors import InterruptedRunError, LeaseHeldError, StorageError
 from pia_batch.lease import Lease
 from pia_batch.storage import Store
 from pia_batch.summary import Progress
+from pia_batch.worker import OUTCOME
 
 
 def outcomes(*statuses: str) -> pa.Table:

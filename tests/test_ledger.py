@@ -101,7 +101,7 @@ def test_nothing_begins_once_the_run_is_stopping() -> None:
 
 @dataclass
 class Worker:
-    """Draws a batch as `animate.Animate` does, and dies where a key is poison."""
+    """Draws a batch as `worker.Animate` does, and dies where a key is poison."""
 
     ledger: Ledger
     poison: frozenset[str]

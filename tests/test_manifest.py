@@ -20,7 +20,7 @@ from conftest import requests_table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pia_batch import manifest_files, planning, storage
+from pia_batch import filesystems, manifest_files, planning
 from pia_batch.config import RunConfig
 from pia_batch.errors import ManifestError
 from pia_batch.manifest import Manifest, conform
@@ -740,7 +740,7 @@ def test_a_store_that_does_not_answer_is_told_without_credentials(monkeypatch: p
             msg = f"no route to https://me:secret@host/{path}?sign=secret"
             raise RuntimeError(msg)
 
-    monkeypatch.setattr(storage, "arrow_filesystem", lambda uri: (Down(), uri.removeprefix("s3://")))
+    monkeypatch.setattr(filesystems, "arrow_filesystem", lambda uri: (Down(), uri.removeprefix("s3://")))
 
     assert refusal("s3://bucket/x") == "cannot read manifest s3://bucket/x: no route to https://host/bucket/x"
 
@@ -767,7 +767,7 @@ def test_conform_gives_the_columns_of_a_schema_in_its_order_and_types() -> None:
 
 
 def put(uri: str, data: bytes) -> None:
-    filesystem, path = storage.arrow_filesystem(uri)
+    filesystem, path = filesystems.arrow_filesystem(uri)
     with filesystem.open_output_stream(path) as sink:
         sink.write(data)
 

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pia_batch import __version__, provenance, video
-from pia_batch.animate import Animate
 from pia_batch.config import FORMATS, Format, RunConfig
 from pia_batch.journal import animation_name
 from pia_batch.manifest import Manifest
@@ -28,6 +27,7 @@ from pia_batch.records import EFFECTIVE, Row
 from pia_batch.stages import Arrange, FetchImages, Validate
 from pia_batch.storage import Store
 from pia_batch.validation import check
+from pia_batch.worker import Animate
 
 ENGINES = {"default": "e" * 32, "other": "d" * 32}
 SHA256 = "ab" * 32

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray import cloudpickle
 
-from pia_batch import manifest, manifest_files, storage
+from pia_batch import filesystems, manifest, manifest_files
 from pia_batch.errors import InterruptedRunError, ManifestError
 from pia_batch.manifest import Manifest
 from pia_batch.reading import ManifestDatasource
@@ -233,7 +233,7 @@ def test_a_task_needs_nothing_of_the_process_that_made_it(tmp_path: Path) -> Non
 
 
 def write_to_s3(uri: str, prompt: str) -> None:
-    filesystem, path = storage.arrow_filesystem(uri)
+    filesystem, path = filesystems.arrow_filesystem(uri)
     table = requests_table(4, prompt=[prompt] * 4)
     with filesystem.open_output_stream(path) as sink:
         pq.write_table(table, sink, row_group_size=2, compression="none")

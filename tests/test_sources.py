@@ -17,7 +17,7 @@ import pytest
 from conftest import png
 from fsspec.registry import _registry
 
-from pia_batch import sources, storage
+from pia_batch import filesystems, sources
 from pia_batch.config import ImagesConfig
 from pia_batch.errors import ImageNotAllowedError, ImageUnavailableError
 from pia_batch.sources import read_image, read_image_head
@@ -262,7 +262,7 @@ def fresh_clients() -> Iterator[None]:
 
 
 def forget_clients() -> None:
-    storage._filesystem.cache_clear()
+    filesystems._filesystem.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
@@ -433,13 +433,13 @@ class FakeGcs(fsspec.get_filesystem_class("memory")):  # type: ignore[misc]  # f
 @pytest.fixture
 def fake_gcs() -> Iterator[type[FakeGcs]]:
     fsspec.register_implementation("gs", FakeGcs, clobber=True)
-    storage._filesystem.cache_clear()
+    filesystems._filesystem.cache_clear()
     filesystem = fsspec.filesystem("gs")
     filesystem.pipe_file("/photos/x.png", b"picture")
     filesystem.pipe_file("/photos/big.png", bytes(1001))
     filesystem.pipe_file("/photos/empty.png", b"")
     yield FakeGcs
-    storage._filesystem.cache_clear()
+    filesystems._filesystem.cache_clear()
     _registry.pop("gs")
 
 

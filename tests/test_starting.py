@@ -57,12 +57,12 @@ def test_work_that_ray_gave_up_is_an_interruption_and_code_that_is_missing_a_mis
 
 
 def test_a_worker_shows_what_this_package_logs_and_no_more_of_others() -> None:
-    logs = "; ".join(f"logging.getLogger('{name}').info('{name} is ready')" for name in ("pia_batch.animate", "other"))
+    logs = "; ".join(f"logging.getLogger('{name}').info('{name} is ready')" for name in ("pia_batch.worker", "other"))
     program = f"import logging; from pia_batch import starting; starting.show_log(); {logs}"
 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
-    assert done.stderr.strip().endswith("INFO pia_batch.animate is ready")
+    assert done.stderr.strip().endswith("INFO pia_batch.worker is ready")
     assert "other" not in done.stderr
 
 

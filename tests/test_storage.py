@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from pia_batch import storage
+from pia_batch import filesystems, storage
 from pia_batch.errors import ConfigError, ObjectExistsError, StorageError
 from pia_batch.storage import Store, absolute
 from pia_batch.uris import parse
@@ -147,7 +147,7 @@ def test_check_accepts_a_store_that_creates_only_where_nothing_is(any_store: Sto
 
 def test_uri_of_is_what_other_readers_open(any_store: Store) -> None:
     any_store.create("deep/name.bin", b"data")
-    filesystem, path = storage.arrow_filesystem(any_store.uri_of("deep/name.bin"))
+    filesystem, path = filesystems.arrow_filesystem(any_store.uri_of("deep/name.bin"))
 
     with filesystem.open_input_file(path) as file:
         assert file.read() == b"data"
@@ -272,7 +272,7 @@ def test_credentials_in_a_uri_are_refused_without_repeating_them() -> None:
         "S3://key:secret@bucket/x",
         "abfs://key:secret@bucket/x",
     ):
-        for use in (Store, absolute, storage.arrow_filesystem):
+        for use in (Store, absolute, filesystems.arrow_filesystem):
             with pytest.raises(ConfigError, match="AWS_ACCESS_KEY_ID") as caught:
                 use(uri)
             assert "bucket/x" in str(caught.value)

@@ -29,7 +29,7 @@ from conftest import png
 from fakes import FakeClip, FakeEngine, FakeShelf
 from simulation import FaultyStore, Luck, Mutex, Process, Task, World
 
-from pia_batch import animate, garbage, planning, publication, quality, stages, verification
+from pia_batch import garbage, planning, publication, quality, stages, verification
 from pia_batch.config import RunConfig
 from pia_batch.errors import InterruptedRunError, LeaseHeldError, NonFiniteError
 from pia_batch.journal import Journal
@@ -38,6 +38,7 @@ from pia_batch.ledger import Cause, Ledger, Turn
 from pia_batch.planning import Plan
 from pia_batch.records import Row
 from pia_batch.storage import Store
+from pia_batch.worker import Animate
 
 NUM_CASES = 12
 MOST_STARTS = 60
@@ -153,7 +154,7 @@ class Worker(Process):
     def __init__(self, world: World, name: str, cluster: Cluster) -> None:
         super().__init__(world, name)
         self.cluster, self.batches = cluster, list[pa.Table]()
-        self.animator: animate.Animate | None = None
+        self.animator: Animate | None = None
         self.engine: Engine | None = None
         self.mishaps = [self.freeze, self.sicken, partial(cluster.give_up, self)]
 
@@ -226,9 +227,9 @@ class Cluster:
         """The ledger's process died; another one takes its place and knows nothing."""
         self.ledger = Ledger(self.plan.config.limits.max_attempts)
 
-    def animator(self, worker: Worker) -> animate.Animate:
+    def animator(self, worker: Worker) -> Animate:
         worker.engine = Engine(self.plan.engine_ids["default"], worker)
-        animator = animate.Animate(
+        animator = Animate(
             lambda: FakeShelf(worker.engine),
             self.plan.engine_ids,
             self.plan.config,

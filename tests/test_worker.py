@@ -21,7 +21,6 @@ from fakes import ENGINE_ID, FakeClip, FakeControl, FakeEngine, FakeShelf
 from PIL import Image
 
 from pia_batch import video
-from pia_batch.animate import OUTCOME, Animate
 from pia_batch.config import RunConfig
 from pia_batch.errors import BrokenDeviceError, ConfigError, EncodingError, StorageError
 from pia_batch.journal import Journal, animation_name
@@ -30,6 +29,7 @@ from pia_batch.quality import check_animation, measures
 from pia_batch.records import FETCHED, KeySet, Row, keys_from_hex
 from pia_batch.stages import Arrange, DropFinished, FetchImages, Validate
 from pia_batch.storage import Store
+from pia_batch.worker import OUTCOME, Animate
 
 MakeConfig = Callable[..., RunConfig]
 
