@@ -31,9 +31,10 @@ lint: setup  ## style, formatting, types, and who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# What meets real processes, servers and browsers is tried once more where it fails, and listed as a rerun.
 test: lint browser  ## every check and every test, fast ones first
 	$(QUIET) $(BIN)/python -m pytest -n 2 -m 'not gpu and not slow and not s3 and not long'
-	$(QUIET) $(BIN)/python -m pytest -m 'not gpu and not long and (slow or s3)'
+	$(QUIET) $(BIN)/python -m pytest --reruns 1 -rR -m 'not gpu and not long and (slow or s3)'
 
 test-long: browser  ## the tutorial word by word, drivers killed at random, commands copied from a page: ten minutes
 	$(QUIET) $(BIN)/python -m pytest -m 'long and not gpu'
