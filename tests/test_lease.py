@@ -62,7 +62,7 @@ def test_a_second_run_is_refused_while_the_first_renews(store: Store) -> None:
         Lease(store, "other", 3.0),
     ):
         pass
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20
 
 
 def test_a_released_lease_is_taken_at_once(store: Store) -> None:
@@ -70,7 +70,7 @@ def test_a_released_lease_is_taken_at_once(store: Store) -> None:
     for run_id in ("first", "second", "third"):
         with Lease(store, run_id, LONG_S):
             pass
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < LONG_S / 2
 
 
 def test_an_error_inside_releases_too(store: Store) -> None:
@@ -88,7 +88,7 @@ def test_a_run_that_died_elsewhere_is_waited_for_as_long_as_its_lease_lasts(stor
     with Lease(store, "mine", 0.6):
         waited = time.monotonic() - started
 
-    assert 0.6 <= waited < 3
+    assert 0.6 <= waited < 20
 
 
 def test_a_lease_released_while_waited_for_is_taken_at_once(store: Store) -> None:
@@ -102,7 +102,7 @@ def test_a_lease_released_while_waited_for_is_taken_at_once(store: Store) -> Non
     with Lease(store, "mine", 0.6):
         assert newest(store)[0] == 3
     timer.join()
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < LONG_S / 2
 
 
 def test_a_run_that_was_killed_on_this_machine_is_not_waited_for(store: Store) -> None:
@@ -120,7 +120,7 @@ def test_a_run_that_was_killed_on_this_machine_is_not_waited_for(store: Store) -
     started = time.monotonic()
 
     with Lease(store, "mine", LONG_S):
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < LONG_S / 2
 
 
 def test_a_living_process_on_this_machine_is_not_taken_for_dead(store: Store) -> None:
