@@ -1,7 +1,7 @@
 """The engine against the documented pipeline, the resident one and the compiled one, in one run on one device.
 
     python jobs/benchmark.py --to bench.json                # full size, random weights: needs a GPU to end in minutes
-    python jobs/benchmark.py --size tiny --no-compile       # the embedded model, about a minute on two CPU cores
+    python jobs/benchmark.py --size tiny --rounds 1 --batches 1,2 --no-compile   # the embedded model: a minute, CPU
 
 The same as `pia-batch bench`; docs/performance.md says what its columns mean.
 """

@@ -17,8 +17,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pia_batch import schedule, tiny, uris
-from pia_batch.errors import ConfigError
+from pia_batch.errors import ConfigError, message_of
 from pia_batch.mistakes import explain
+from pia_batch.shortcuts import Speed
 
 EMBEDDED = "embedded"
 """The value of `model.base` that means the checkpoint inside this package."""
@@ -136,6 +137,16 @@ class ModelConfig(Section):
     freeu: FreeUConfig | None = Field(None, description="`s1`, `s2`, `b1`, `b2`; null: off")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="auto: float16 on a GPU, float32 on a CPU"
+    )
+    speed: Speed = Field(
+        "exact",
+        description="exact: every pixel as the pipeline draws it; balanced, fast: fewer operations by approximations, "
+        "at a measured distance from exact",
+    )
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="the UNet and the VAE's decoder by `torch.compile`, a graph for each shape that comes often; auto: "
+        "on a GPU; true: also on a CPU, which takes a C++ compiler and minutes",
     )
     memory: Literal["auto", "max_speed", "low"] = Field(
         "auto",
@@ -530,8 +541,16 @@ _BELONGS_TO = {
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
-        msg = f"cannot read config {path}: {err}"
+    except OSError as err:
+        msg = f"cannot read config {path}: {err.strerror}; give a YAML file, or --manifest and --output alone"
+        raise ConfigError(msg) from None
+    except yaml.MarkedYAMLError as err:
+        mark = err.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        msg = f"cannot read config {path}{where}: {err.problem or err.context}; correct the YAML there, or just before"
+        raise ConfigError(msg) from None
+    except (UnicodeDecodeError, yaml.YAMLError) as err:
+        msg = f"cannot read config {path}: {message_of(err)}; it must be YAML in UTF-8"
         raise ConfigError(msg) from None
     if content is None:
         return {}

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.config import EMBEDDED, Format, RunConfig
+from pia_batch.config import EMBEDDED, Format, ModelConfig, RunConfig
 from pia_batch.journal import Journal
 from pia_batch.records import SUCCEEDED, Row
+from pia_batch.shortcuts import work_share
 from pia_batch.survey import Survey, work_of
 
 _UNET_TFLOP, _ATTENTION_TFLOP, _VAE_TFLOP = 35.354, 3.920, 41.347
@@ -90,13 +91,13 @@ def measured(
     Args:
         journal: of the config's output.
         fragments: the names of its fragments.
-        config: names the schedulers.
+        config: names the schedulers and the presets of speed.
         engine_ids: the identity of each model's engine, by the model's name.
 
     Raises:
         StorageError: the store did not answer, or a fragment is damaged.
     """
-    models = {engine_id: config.all_models[name].scheduler.name for name, engine_id in engine_ids.items()}
+    models = {engine_id: config.all_models[name] for name, engine_id in engine_ids.items()}
     step = -(-len(fragments) // _SAMPLED_FRAGMENTS) or 1
     tflop, seconds, devices = 0.0, 0.0, Counter[str]()
     pixels, num_bytes = Counter[str](), Counter[str]()
@@ -121,13 +122,13 @@ def costs(survey: Survey, num_requests: int, config: RunConfig, found: Measured 
     Args:
         survey: has seen the manifest.
         num_requests: how many of its pending requests are drawn.
-        config: names the models and their schedulers.
+        config: names the models, their schedulers and their presets of speed.
         found: what finished requests took.
     """
     if not survey.num_pending:
         return []
     rows, models = survey.work.to_pylist(), config.all_models
-    tflop = sum(row["num_rows"] * _tflop(row, models[row["model"]].scheduler.name) for row in rows)
+    tflop = sum(row["num_rows"] * _tflop(row, models[row["model"]]) for row in rows)
     seconds = tflop * num_requests / survey.num_pending
     known = []
     if found is not None:
@@ -155,12 +156,13 @@ def num_bytes(survey: Survey, num_requests: int, found: Measured | None) -> tupl
     return int(low * share), int(high * share)
 
 
-def _tflop(work: Row, scheduler: str) -> float:
+def _tflop(work: Row, model: ModelConfig) -> float:
     """The operations of one request, as if its model were Stable Diffusion 1.5."""
     width, height = _sides(work)
     area, frames = width * height / _REFERENCE_PIXELS, work["num_frames"] / _REFERENCE_FRAMES
     evaluation = (_UNET_TFLOP - _ATTENTION_TFLOP) * area + _ATTENTION_TFLOP * area**2
-    evaluations = work["steps"] * _EVALUATIONS.get(scheduler, 1) * (1.0 if work["guided"] else 0.5)
+    evaluations = work["steps"] * _EVALUATIONS.get(model.scheduler.name, 1) * (1.0 if work["guided"] else 0.5)
+    evaluations *= work_share(model.speed, work["num_inference_steps"])
     tflop: float = frames * (evaluations * evaluation + _VAE_TFLOP * area)
     return tflop
 

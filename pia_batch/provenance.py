@@ -55,6 +55,8 @@ class Provenance(BaseModel):
     base: str
     """`model.base` of the config; of a local path the last part alone."""
     engine_id: str
+    speed: str = "exact"
+    """`model.speed` of the config."""
     fit: str
     """`images.fit` and `images.background` of the config."""
     encoder: str
@@ -86,6 +88,7 @@ class Provenance(BaseModel):
             withheld=[name for name, uri in uris.items() if uri != shown[name]],
             base=_without_folders(config.all_models[row["model"]].base),
             engine_id=engine_id,
+            speed=config.all_models[row["model"]].speed,
             fit=f"{config.images.fit} {config.images.background.lower()}",
             encoder=config.encoding.identity(row["format"]),
             settings={name: row[name] for name in SETTINGS.names if row[name] is not None},

@@ -16,6 +16,7 @@ WORK = pa.schema(
         ("long_side", pa.int64()),
         ("width", pa.int64()),
         ("height", pa.int64()),
+        ("num_inference_steps", pa.int64()),
         ("steps", pa.float64()),
         ("guided", pa.bool_()),
     ]
@@ -36,7 +37,7 @@ _HELD_TABLES = 64
 
 
 class Survey:
-    """Sees a manifest go by, as a `planning.Survey`, and counts."""
+    """Sees a manifest go by, as a `judging.Survey`, and counts."""
 
     def __init__(self) -> None:
         self._held: list[pa.Table] = []
@@ -52,6 +53,20 @@ class Survey:
         """Pending GIFs by their rate."""
         self._seeds: list[int] = []
 
+    def empty(self) -> Survey:
+        """One that has seen nothing."""
+        return Survey()
+
+    def add(self, other: Survey) -> None:
+        """Count what `other` has seen."""
+        self.num_rows += other.num_rows
+        self.num_given += other.num_given
+        self.num_pending += other.num_pending
+        self.num_truncated += other.num_truncated
+        self.gif_fps += other.gif_fps
+        self._see_seeds(other._seeds)
+        self._hold(other.work)
+
     def __call__(self, rows: pa.Table, pending: pa.Table) -> None:
         """Count one batch: its rows as they stand in the manifest, and those of its requests that are to be drawn."""
         self.num_rows += len(rows)
@@ -60,12 +75,21 @@ class Survey:
         if not len(pending):
             return
         self.num_pending += len(pending)
-        seeds = pc.min_max(pending["seed"]).as_py()
-        self._seeds = [min([*self._seeds, seeds["min"]]), max([*self._seeds, seeds["max"]])]
-        self.num_truncated += pc.sum(pc.greater(least_tokens(pending["prompt"]), MAX_TOKENS)).as_py()
+        self._see_seeds([*pc.min_max(pending["seed"]).as_py().values()])
+        prompts = pending["prompt"]
+        # Each token but the markers takes a byte at least, and to count them is slow.
+        long = prompts.filter(pc.greater(pc.binary_length(prompts), MAX_TOKENS - 2))
+        self.num_truncated += pc.sum(pc.greater(least_tokens(long), MAX_TOKENS)).as_py() or 0
         gifs = pending.filter(pc.equal(pending["format"], "gif"))["fps"]
         self.gif_fps.update({pair["values"]: pair["counts"] for pair in gifs.value_counts().to_pylist()})
-        self._held.append(_counted(work_of(pending), ([], "count_all")))
+        self._hold(_counted(work_of(pending), ([], "count_all")))
+
+    def _see_seeds(self, seeds: list[int]) -> None:
+        if seeds:
+            self._seeds = [min(self._seeds + seeds), max(self._seeds + seeds)]
+
+    def _hold(self, counts: pa.Table) -> None:
+        self._held.append(counts)
         if len(self._held) == _HELD_TABLES:
             self._held = [self.work]
 

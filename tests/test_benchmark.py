@@ -27,7 +27,7 @@ def test_every_contestant_draws_the_same_clip_and_is_measured(tmp_path):
             "--rounds",
             "1",
             "--batches",
-            "2",
+            "1",
             "--no-compile",
             "--device",
             "cpu",
@@ -42,16 +42,20 @@ def test_every_contestant_draws_the_same_clip_and_is_measured(tmp_path):
         "a: documented",
         "a': documented, MP4",
         "b: pipeline",
-        "d: engine, batches of 2",
+        "d: engine, batches of 1",
+        "e: balanced, batches of 1",
+        "e: fast, batches of 1",
     ]
-    for one in told["contestants"].values():
+    for name, one in told["contestants"].items():
         least, most = one["clips_per_s_range"]
         assert 0 < least <= one["clips_per_s"] <= most
-        assert one["psnr_db"] >= 45
-        assert 0 < one["share_of_measured_matmul"] < 1
+        assert one["psnr_db"] >= 40
+        assert 0 < one["share_of_measured_matmul"] < (1 if name[0] in "abd" else 9)  # work left out counts as speed
         assert (one["peak_bytes"], one["share_of_datasheet"], one["compile_s"]) == (None, None, None)
     assert told["contestants"]["b: pipeline"]["psnr_db"] == benchmark.IDENTICAL_DB
-    assert told["tflop_per_clip"] == pytest.approx(0.0224, rel=0.2)
+    exact, fast = (told["contestants"][f"{name}, batches of 1"]["psnr_db"] for name in ("d: engine", "e: fast"))
+    assert exact >= max(45, fast + 10)
+    assert told["tflop_per_clip"] == pytest.approx(0.0427, rel=0.2)
     assert told["calibration"]["matmul_tflops"] > 0
 
 

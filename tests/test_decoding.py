@@ -66,7 +66,7 @@ def test_tiles_draw_what_the_stock_pipeline_draws_with_tiles(pipe, size):
 
     clip = PiaEngine.from_pipeline(own).animate([row], keep_latents=True)[0]
 
-    assert torch.equal(clip.latents, truth.latents)
+    assert float((clip.latents - truth.latents).abs().max()) <= 1e-5
     assert int(np.abs(clip.frames.astype(int) - truth.frames).max()) <= 1
     assert int(np.abs(untiled.frames.astype(int) - truth.frames).max()) > 1
 

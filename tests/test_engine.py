@@ -29,6 +29,7 @@ from pipelines import (
     save,
     shot,
     single_call,
+    stock_engine,
 )
 
 from pia_batch import tiny, weights
@@ -106,10 +107,14 @@ def test_rows_below_full_strength_start_from_their_own_image_in_any_batch(exact,
     assert_equals_single_calls(exact, exact_engine, rows)
 
 
-def test_a_row_alone_equals_its_single_call_to_the_last_bit(engine, mixed_truths):
+def test_a_row_alone_equals_its_single_call_to_the_last_bit_where_the_unet_is_called_as_the_pipeline_calls_it(
+    pipe, engine, mixed_truths
+):
+    stock = stock_engine(pipe)
+
     for row, truth in zip(MIXED, mixed_truths, strict=True):
-        clip = engine.animate([row], keep_latents=True)[0]
-        assert_same(clip, truth, tolerance=0.0)
+        assert_same(stock.animate([row], keep_latents=True)[0], truth, tolerance=0.0)
+        assert_same(engine.animate([row], keep_latents=True)[0], truth)
 
 
 @pytest.mark.parametrize("order", range(3))

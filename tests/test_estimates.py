@@ -60,6 +60,13 @@ def test_heun_asks_the_network_twice_a_step() -> None:
     assert heun / usual == pytest.approx(1.955, rel=0.01)
 
 
+@pytest.mark.parametrize(("speed", "times"), [("balanced", 1.58), ("fast", 2.74)])
+def test_a_preset_of_speed_leaves_work_out_of_the_network_and_none_out_of_the_vae(speed: str, times: float) -> None:
+    exact, lossy = (hours(requests_table(1), model__speed=name)["H100"][0] for name in ("exact", speed))
+
+    assert exact / lossy == pytest.approx(times, rel=0.01)
+
+
 def test_copies_and_what_the_budget_leaves_out_cost_nothing() -> None:
     assert hours(requests_table(8), 2)["H100"][0] == pytest.approx(2 * hours(requests_table(1))["H100"][0])
 

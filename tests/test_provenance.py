@@ -101,6 +101,12 @@ def test_a_file_tells_everything_that_it_was_made_of(fmt: Format) -> None:
     assert wanted.items() <= told.settings.items()
 
 
+def test_a_file_tells_by_which_preset_of_speed_it_was_drawn() -> None:
+    fast = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"speed": "fast"})})
+
+    assert [told_by(request(), config).speed for config in (CONFIG, fast)] == ["exact", "fast"]
+
+
 @settings(max_examples=50, deadline=None)
 @given(prompt=hostile, negative=hostile, request_id=st.text(min_size=1, max_size=100), fmt=st.sampled_from(FORMATS))
 def test_any_text_comes_back_as_it_was_from_every_kind_of_file(

@@ -13,7 +13,7 @@ from diffusers import PIAPipeline
 from diffusers.pipelines.free_init_utils import FreeInitMixin
 from hypothesis import given
 from hypothesis import strategies as st
-from pipelines import Truth, assert_same, build, shot, single_call
+from pipelines import Truth, assert_same, build, shot, single_call, stock_engine
 
 from pia_batch.config import FREE_INIT_METHODS, SchedulerConfig
 from pia_batch.engine import PiaEngine, Shot, loading, sampling
@@ -110,7 +110,7 @@ def counting(pipe: PIAPipeline) -> tuple[PiaEngine, CountingUnet]:
 @pytest.mark.parametrize(("name", "settings"), SCHEDULERS, ids=str)
 def test_a_row_alone_equals_its_single_call_to_the_last_bit_with_any_scheduler_and_passes(pipe, name, settings):
     own = scheduled(pipe, name, **settings)
-    engine = PiaEngine.from_pipeline(own)
+    engine = stock_engine(own)
 
     for row in PASSES:
         assert_same(engine.animate([row], keep_latents=True)[0], single_call(own, row), tolerance=0.0)
@@ -351,7 +351,7 @@ def test_heun_equals_single_calls_at_odd_and_even_steps_from_any_start(pipe, exa
     row = shot(3, num_inference_steps=steps, strength=strength, guidance_scale=guidance_scale)
     own, precise = scheduled(pipe, "heun"), scheduled(exact, "heun")
 
-    alone = PiaEngine.from_pipeline(own).animate([row], keep_latents=True)[0]
+    alone = stock_engine(own).animate([row], keep_latents=True)[0]
     beside = PiaEngine.from_pipeline(precise).animate([row, PASSES[0]], keep_latents=True)[0]
 
     assert_same(alone, single_call(own, row), tolerance=0.0)

@@ -20,7 +20,9 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="how often each contestant takes its turn")] = 3,
     batches: Annotated[str, typer.Option(help="batch sizes of the engine, separated by commas")] = "1,2,4",
     device: Annotated[str, typer.Option(help="such as cuda:0; by default a GPU if there is one")] = "",
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="also the pipeline compiled")] = True,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="the pipeline compiled, and the engine")
+    ] = True,
     to: Annotated[Path | None, typer.Option("--to", help="also write the numbers to this JSON file")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -101,6 +101,7 @@ def _print(made: Provenance, file: str) -> None:
         "image_sha256": made.image_sha256,
         "ip_adapter_image": made.ip_adapter_image,
         "model": f"{made.model}  {made.base}  engine {made.engine_id}",
+        "speed": made.speed,
         "fit": made.fit,
         "encoder": made.encoder,
     } | made.settings

@@ -20,22 +20,20 @@ from numpy.typing import NDArray
 
 from pia_batch import weights
 from pia_batch.config import ModelConfig
-from pia_batch.engine import loading, sampling
+from pia_batch.engine import compiling, loading, sampling
 from pia_batch.engine.conditioning import ImageEncoder, Prompt, PromptEncoder
 from pia_batch.engine.decoding import FrameDecoder
 from pia_batch.engine.image_prompts import ImagePrompt, ImagePromptEncoder
-from pia_batch.engine.room import Room
+from pia_batch.engine.room import Room, is_out_of_memory
 from pia_batch.engine.sharing import SharedParts
 from pia_batch.engine.shots import Clip, Shot
 from pia_batch.errors import DeviceMemoryError, NonFiniteError, RequestError
+from pia_batch.shortcuts import EXACT, PRESETS, Speed
 
 if TYPE_CHECKING:
     from diffusers import PIAPipeline
 
 __all__ = ["Clip", "PiaEngine", "Shot"]
-
-_EXHAUSTED = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-"""What a plain RuntimeError says where memory ran out outside of torch's own allocator of the GPU."""
 
 
 class PiaEngine:
@@ -68,7 +66,7 @@ class PiaEngine:
             self._image_prompts = ImagePromptEncoder(
                 components.unet, components.image_encoder, components.image_processor, components.device
             )
-        self._decoder = FrameDecoder(components.vae)
+        self._decoder = FrameDecoder(components.vae, components.call)
         self._room = Room()
 
     @classmethod
@@ -87,19 +85,28 @@ class PiaEngine:
         found = weights.resolve(model)
         dtype = weights.resolved_dtype(model, on_gpu=place.type != "cpu")
         parts = loading.load(model, found, place, getattr(torch, dtype), shared)
-        plain = ModelConfig(name=model.name, dtype=model.dtype, memory=model.memory, scheduler=model.scheduler)
+        kept = {"name", "dtype", "memory", "scheduler", "speed", "compile"}
+        plain = ModelConfig(**{name: getattr(model, name) for name in kept})
         embedded = model.model_copy(update={"sha256": {}}) == plain
         return cls(parts, lambda: weights.engine_id(model, found, dtype), embedded=embedded)
 
     @classmethod
-    def from_pipeline(cls, pipe: PIAPipeline) -> PiaEngine:
+    def from_pipeline(
+        cls, pipe: PIAPipeline, speed: Speed = "exact", compiler: compiling.Compiler | None = None
+    ) -> PiaEngine:
         """The engine of a pipeline's networks, with its scheduler, device and dtype. The pipeline stays as it is.
+
+        Args:
+            pipe: what to draw with.
+            speed: as `ModelConfig.speed`.
+            compiler: what calls the UNet and the VAE; None: their own calls. Several engines may share one.
 
         Raises:
             ConfigError: the pipeline has FreeInit or offloading switched on, or an IP-Adapter that does not read
                 images, or several.
         """
-        parts = loading.adopt(pipe)
+        call = compiler or compiling.directly
+        parts = dataclasses.replace(loading.adopt(pipe), shortcuts=PRESETS[speed], call=call)
         return cls(parts, lambda: loading.adopted_id(parts))
 
     @cached_property
@@ -125,7 +132,8 @@ class PiaEngine:
         """Draw a small fixed request, alone and among others, and return if it came out as it should.
 
         The embedded model's clip is compared with a stored answer, any model's with itself. Takes two small calls of
-        the UNet, four of the embedded model's. Says nothing of the configured scheduler, which it does not use.
+        the UNet, four of the embedded model's. Says nothing of the configured scheduler and speed, which it does not
+        use.
 
         Raises:
             BrokenDeviceError: it came out as another clip, flat, or not at all.
@@ -133,9 +141,9 @@ class PiaEngine:
         """
         from pia_batch.engine import canary  # noqa: PLC0415 - it is a program too, and would be loaded twice
 
-        canary.check(
-            self.under(canary.scheduler(self._parts.scheduler, embedded=self._embedded)), embedded=self._embedded
-        )
+        scheduler = canary.scheduler(self._parts.scheduler, embedded=self._embedded)
+        exact = dataclasses.replace(self._parts, scheduler=scheduler, shortcuts=EXACT)
+        canary.check(PiaEngine(exact, self._identify, embedded=self._embedded), embedded=self._embedded)
 
     def animate(self, shots: Sequence[Shot], *, keep_latents: bool = False) -> list[Clip]:
         """Draw every shot.
@@ -191,7 +199,7 @@ class PiaEngine:
         try:
             return self._draw_together(shots, keep_latents)
         except (MemoryError, RuntimeError) as err:
-            if not _is_out_of_memory(err):
+            if not is_out_of_memory(err):
                 raise
             reason = str(err)
         # Only here, with the exception gone, does its traceback no longer hold the tensors that filled the memory.
@@ -208,7 +216,7 @@ class PiaEngine:
         prompts = [self._prompts.encode(shot.prompt, shot.clip_skip) for shot in shots]
         started = [self._start(shot, prompt) for shot, prompt in zip(shots, prompts, strict=True)]
         rows = [row for row in started if isinstance(row, sampling.Row)]
-        sampling.denoise(self._parts.unet, rows)
+        sampling.denoise(self._parts.unet, rows, self._parts.call)
         frames = iter(self._decoder.decode([row.latents for row in rows]))
         outcomes = [next(frames) if isinstance(row, sampling.Row) else row for row in started]
         seconds = _shares(time.perf_counter() - began, started)
@@ -236,12 +244,6 @@ class PiaEngine:
 def _load(shot: Shot) -> int:
     """What the memory of a batch grows with: the pixels of all samples that the UNet sees at once."""
     return shot.num_frames * shot.width * shot.height * (2 if shot.guided else 1)
-
-
-def _is_out_of_memory(err: MemoryError | RuntimeError) -> bool:
-    if isinstance(err, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(sign in str(err) for sign in _EXHAUSTED)
 
 
 def _shares(seconds: float, rows: Sequence[sampling.Row | RequestError]) -> list[float]:

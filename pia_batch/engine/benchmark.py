@@ -3,7 +3,7 @@
 Contestants, each from image and prompt to an encoded file:
 (a) the documented use of `PIAPipeline`: CPU offload, VAE slices, GIF, a row at a time; (a') the same with MP4;
 (b) the pipeline resident on the device; (c) the same with channels-last weights and `torch.compile`;
-(d) the engine, a batch at a time; (e) each lossy option of the engine: there is none so far.
+(d) the engine, exact, a batch at a time; (e) the engine under each lossy preset of `model.speed`, in its largest batch.
 They take turns, so that what else happens on the machine happens to all of them.
 """
 
@@ -31,6 +31,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from pia_batch import sd15, tiny
 from pia_batch.engine import PiaEngine, Shot
 from pia_batch.engine.calibration import Calibration, calibrate, device_name, seconds, synchronize
+from pia_batch.engine.compiling import Compiler, directly
+from pia_batch.engine.image_prompts import Attention
+from pia_batch.engine.prediction import predictor
+from pia_batch.shortcuts import PRESETS, Speed, whole_evaluations
 
 Size = Literal["full", "tiny"]
 Frames = NDArray[np.uint8]
@@ -46,11 +50,11 @@ class Options:
 
     Attributes:
         size: `full`: Stable Diffusion 1.5 and PIA's motion modules with random weights, 512 x 512, 16 frames, 25 steps;
-            `tiny`: the embedded model, 64 x 64, 8 frames, 4 steps.
+            `tiny`: the embedded model, 64 x 64, 8 frames, 8 steps.
         rounds: how often every contestant takes its turn.
         batches: batch sizes of the engine. Every contestant draws as many rows a turn as the largest has.
         device: such as `cuda:0`; None: a GPU if there is one.
-        compiles: whether (c) runs; compiling the full network takes minutes.
+        compiles: whether (c) runs, and (d) and (e) compile; compiling the full network takes minutes.
     """
 
     size: Size = "full"
@@ -65,8 +69,8 @@ class _Contestant:
     name: str
     draw: Callable[[Sequence[Shot]], list[Frames]]
     encode: Encode
-    unet_call: Callable[[], Any]
-    unet_rows: int
+    unet_calls: list[tuple[float, Callable[[], Any]]]
+    """Of each kind of call of the network, its share of one step of one row."""
     compiled: bool = False
 
 
@@ -79,8 +83,9 @@ def run(options: Options, encode_mp4: Encode) -> dict[str, Any]:
 
     Returns:
         JSON: the device, versions, calibration, operations of a clip, and of every contestant clips a second (median,
-        least, most), UNet milliseconds for one guided sample pair, shares of the peaks, bytes of memory, seconds of
-        the first turn, and the PSNR of its first clip against float32. What cannot be measured here is null.
+        least, most), UNet milliseconds for one step of one guided row, shares of the peaks, bytes of memory, seconds of
+        the first turn, and the PSNR of its first clip against float32; the weights at full size are random, and so
+        say nothing of a preset's. What cannot be measured here is null.
     """
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -108,7 +113,6 @@ def run(options: Options, encode_mp4: Encode) -> dict[str, Any]:
         "tflop_per_clip": flops / 1e12,
         "calibration": calibration.as_dict(),
         "contestants": turns,
-        "lossy": {},
     }
 
 
@@ -154,7 +158,7 @@ def flops_per_clip(pipe: Any, shot: Shot) -> int:
     one = Shot(**{name: getattr(shot, name) for name in Shot.__slots__} | {"num_inference_steps": 1})
     with FlopCounterMode(display=False) as whole:
         single_call(pipe, one)
-    call = _unet_call(pipe, one)
+    call = _stock_unet_call(pipe, one)
     with FlopCounterMode(display=False) as step:
         call()
     return int(whole.get_total_flops() + (shot.num_steps - 1) * step.get_total_flops())
@@ -172,7 +176,7 @@ def _shots(options: Options) -> list[Shot]:
             seed=seed,
             motion_scale=seed % 3,
             guidance_scale=7.5 if full else 1.5,
-            num_inference_steps=25 if full else 4,
+            num_inference_steps=25 if full else 8,
             num_frames=16 if full else 8,
             width=side,
             height=side,
@@ -185,7 +189,7 @@ def _shots(options: Options) -> list[Shot]:
 
 def _contestants(options: Options, pipe: Any, device: torch.device, mp4: Encode) -> Iterator[_Contestant]:
     shot = _shots(options)[0]
-    stock = _unet_call(pipe, shot)
+    stock = _stock_unet_call(pipe, shot)
 
     def one_by_one(own: Any) -> Callable[[Sequence[Shot]], list[Frames]]:
         return lambda shots: [single_call(own, each) for each in shots]
@@ -197,24 +201,39 @@ def _contestants(options: Options, pipe: Any, device: torch.device, mp4: Encode)
         documented = copy.deepcopy(pipe).to("cpu")
         documented.vae.enable_slicing()
         documented.enable_model_cpu_offload()
-    yield _Contestant("a: documented", one_by_one(documented), _gif, stock, 1)
-    yield _Contestant("a': documented, MP4", one_by_one(documented), mp4, stock, 1)
-    yield _Contestant("b: pipeline", one_by_one(pipe), mp4, stock, 1)
+    yield _Contestant("a: documented", one_by_one(documented), _gif, [(1.0, stock)])
+    yield _Contestant("a': documented, MP4", one_by_one(documented), mp4, [(1.0, stock)])
+    yield _Contestant("b: pipeline", one_by_one(pipe), mp4, [(1.0, stock)])
     if options.compiles:
         compiled = copy.copy(pipe)
         compiled.unet = torch.compile(copy.deepcopy(pipe.unet).to(memory_format=torch.channels_last))
         compiled.vae = copy.deepcopy(pipe.vae).to(memory_format=torch.channels_last)
         compiled.vae.decode = torch.compile(compiled.vae.decode)
-        call = _unet_call(compiled, shot)
-        yield _Contestant("c: pipeline, compiled", one_by_one(compiled), mp4, call, 1, compiled=True)
+        call = _stock_unet_call(compiled, shot)
+        yield _Contestant("c: pipeline, compiled", one_by_one(compiled), mp4, [(1.0, call)], compiled=True)
+    compiler = Compiler(usual_calls=0) if options.compiles else None
     for size in options.batches:
-        call = _unet_call(pipe, shot, size)
-        yield _Contestant(f"d: engine, batches of {size}", _in_batches(pipe, size), mp4, call, size)
+        yield _engine_contestant(f"d: engine, batches of {size}", options, pipe, size, mp4, "exact", compiler)
+    for speed in PRESETS:
+        if speed != "exact":
+            size = max(options.batches)
+            yield _engine_contestant(f"e: {speed}, batches of {size}", options, pipe, size, mp4, speed, compiler)
 
 
-def _in_batches(pipe: Any, size: int) -> Callable[[Sequence[Shot]], list[Frames]]:
+def _engine_contestant(
+    name: str, options: Options, pipe: Any, size: int, mp4: Encode, speed: Speed, compiler: Compiler | None
+) -> _Contestant:
+    shots = _shots(options)[:size]
+    calls = _engine_unet_calls(pipe, shots, speed, compiler)
+    return _Contestant(name, _in_batches(pipe, size, speed, compiler), mp4, calls, compiler is not None)
+
+
+def _in_batches(
+    pipe: Any, size: int, speed: Speed, compiler: Compiler | None
+) -> Callable[[Sequence[Shot]], list[Frames]]:
     def draw(shots: Sequence[Shot]) -> list[Frames]:
-        engine = PiaEngine.from_pipeline(pipe)  # a new one each turn: nothing cached comes from an earlier turn
+        # A new one each turn: nothing cached comes from an earlier turn but what was compiled.
+        engine = PiaEngine.from_pipeline(pipe, speed, compiler)
         batches = [shots[start : start + size] for start in range(0, len(shots), size)]
         return [clip.frames for batch in batches for clip in engine.animate(batch)]
 
@@ -247,16 +266,44 @@ def _gif(frames: Frames) -> bytes:
         return path.read_bytes()
 
 
-def _unet_call(pipe: Any, shot: Shot, rows: int = 1) -> Callable[[], Any]:
-    """One step's call of the network for so many guided rows."""
+def _stock_unet_call(pipe: Any, shot: Shot) -> Callable[[], Any]:
+    """One step's call of the network for one guided row, as the pipeline makes it."""
     unet, stride = pipe.unet, pipe.vae_scale_factor
     size = (shot.num_frames, shot.height // stride, shot.width // stride)
     options = {"device": pipe.vae.device, "dtype": unet.dtype}
-    sample = torch.zeros(2 * rows, unet.config.in_channels, *size, **options)
+    sample = torch.zeros(2, unet.config.in_channels, *size, **options)
     tokens = pipe.tokenizer.model_max_length
-    texts = torch.zeros(2 * rows * shot.num_frames, tokens, pipe.text_encoder.config.hidden_size, **options)
+    texts = torch.zeros(2 * shot.num_frames, tokens, pipe.text_encoder.config.hidden_size, **options)
     step = torch.tensor(500, device=options["device"])
     return torch.inference_mode()(lambda: unet(sample, step, encoder_hidden_states=texts))
+
+
+def _engine_unet_calls(
+    pipe: Any, shots: Sequence[Shot], speed: Speed, compiler: Compiler | None
+) -> list[tuple[float, Callable[[], Any]]]:
+    """The engine's calls of the network for a batch of guided rows: of all of it, and of its outermost layers."""
+    unet, stride, shot, preset = pipe.unet, pipe.vae_scale_factor, shots[0], PRESETS[speed]
+    size = (shot.num_frames, shot.height // stride, shot.width // stride)
+    options = {"device": unet.device, "dtype": unet.dtype}
+    latents = torch.zeros(len(shots), unet.config.out_channels, *size, **options)
+    conditions = torch.zeros(len(shots), unet.config.in_channels - unet.config.out_channels, *size, **options)
+    tokens, features = pipe.tokenizer.model_max_length, pipe.text_encoder.config.hidden_size
+    texts = [torch.zeros(1, tokens, features, **options)] * len(shots)
+    texts += [torch.zeros(1, tokens, features, **options) for _ in shots]
+    rows = [*range(len(shots))] * 2
+    images = Attention(unet, [], [1.0] * len(rows), shot.num_frames)
+    times = torch.full((len(shots),), 500, device=unet.device)
+    with torch.inference_mode():
+        predict = predictor(unet, rows, conditions, texts, images, compiler or directly)
+        deep = () if speed == "exact" else predict.reusing(latents, times, preset.layers, ())[1]
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(shot.num_steps)
+    visited = [float(time) for time in scheduler.timesteps]
+    whole = statistics.mean(whole_evaluations(preset, visited, scheduler.config.num_train_timesteps))
+    calls: list[tuple[float, Callable[[], Any]]] = [(whole, lambda: predict(latents, times))]
+    if whole < 1:
+        calls.append((1 - whole, lambda: predict.reusing(latents, times, preset.layers, deep)))
+    return [(share / len(shots), torch.inference_mode()(call)) for share, call in calls]
 
 
 def _first_turn(each: _Contestant, shots: Sequence[Shot], device: torch.device, reference: Frames) -> dict[str, Any]:
@@ -298,7 +345,7 @@ def _summary(
     return {
         "clips_per_s": rate,
         "clips_per_s_range": [num_shots / max(taken), num_shots / min(taken)],
-        "unet_ms": 1000 * seconds(device, each.unet_call, repeats=3) / each.unet_rows,
+        "unet_ms": 1000 * sum(share * seconds(device, call, repeats=3) for share, call in each.unet_calls),
         "share_of_measured_matmul": rate * flops / 1e12 / calibration.matmul_tflops,
         "share_of_datasheet": None if sheet is None else rate * flops / 1e12 / sheet,
         "compile_s": max(0.0, turns["first_turn_s"] - statistics.median(taken)) if each.compiled else None,

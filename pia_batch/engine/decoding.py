@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
+from pia_batch.engine.compiling import Call, directly
 from pia_batch.errors import NonFiniteError
 
 _CHUNK_PIXELS = 4 * 512 * 512
@@ -22,12 +24,21 @@ _CPU_CHUNK_PIXELS = 8 * 64 * 64
 class FrameDecoder:
     """The VAE's decoder, and its float32 copy once half precision has overflowed."""
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, call: Call = directly) -> None:
+        """A decoder of the VAE's config and weights.
+
+        Args:
+            vae: an `AutoencoderKL`, or what is called like one.
+            call: what calls the decoding of a chunk, where that takes whole frames together.
+        """
         self._vae = vae
         self._full_precision: Any = None
+        self._call = call
 
     def decode(self, latents: Sequence[torch.Tensor]) -> list[NDArray[np.uint8] | NonFiniteError]:
         """Frames of each row, or why there are none. A broken row leaves the others alone.
+
+        The host waits for the device once, when all is drawn.
 
         Args:
             latents: each (1, 4, F, h, w), all of one shape.
@@ -39,12 +50,13 @@ class FrameDecoder:
         results: list[NDArray[np.uint8] | NonFiniteError] = [
             NonFiniteError("the denoised latents hold NaN or infinity, which no decoding mends") for _ in latents
         ]
-        sound = [index for index, row in enumerate(latents) if bool(torch.isfinite(row).all())]
-        if not sound:
+        if not latents:
             return results
-        decoded = self._frames(self._vae, torch.cat([latents[index] for index in sound]))
-        for index, frames in zip(sound, decoded, strict=True):
-            results[index] = self._again(latents[index]) if frames is None else frames
+        sound = torch.stack([torch.isfinite(row).all() for row in latents])
+        decoded = self._frames(self._vae, torch.cat(list(latents)))
+        for index, (frames, whole) in enumerate(zip(decoded, sound.cpu().tolist(), strict=True)):
+            if whole:
+                results[index] = self._again(latents[index]) if frames is None else frames
         return results
 
     def _again(self, latents: torch.Tensor) -> NDArray[np.uint8] | NonFiniteError:
@@ -60,16 +72,31 @@ class FrameDecoder:
         """Decode (N, 4, F, h, w): for each row its frames, None where one is not finite."""
         num_rows, channels, num_frames, *size = latents.shape
         images = (1 / vae.config.scaling_factor * latents).transpose(1, 2).reshape(-1, channels, *size)
+        on_cpu = latents.device.type == "cpu"
+        if not on_cpu:
+            images = images.contiguous(memory_format=torch.channels_last)
         stride = 2 ** (len(vae.config.block_out_channels) - 1)
-        budget = _CPU_CHUNK_PIXELS if latents.device.type == "cpu" else _CHUNK_PIXELS
+        budget = _CPU_CHUNK_PIXELS if on_cpu else _CHUNK_PIXELS
         chunk = max(1, budget // (size[0] * size[1] * stride**2))
-        pixels, finite = [], []
-        for part in images.split(chunk):
-            decoded = vae.decode(part).sample.float()
-            finite.append(torch.isfinite(decoded).flatten(1).all(dim=1))
-            unit = (decoded * 0.5 + 0.5).clamp(0, 1).nan_to_num()
-            pixels.append((unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
-        frames = torch.cat(pixels).cpu().numpy()
-        clips = frames.reshape(num_rows, num_frames, *frames.shape[1:])
-        complete = torch.cat(finite).view(num_rows, num_frames).all(dim=1).tolist()
+        call = self._call if isinstance(vae, AutoencoderKL) and not (vae.use_slicing or vae.use_tiling) else directly
+        pixels, finite = zip(*(call(decode_chunk, vae, part) for part in images.split(chunk)), strict=True)
+        frames = _queued_to_host(torch.cat(pixels))
+        complete = torch.cat(finite).view(num_rows, num_frames).all(dim=1).cpu().tolist()  # waits, for the frames too
+        clips = frames.numpy().reshape(num_rows, num_frames, *frames.shape[1:])
         return [row if whole else None for row, whole in zip(clips, complete, strict=True)]
+
+
+def decode_chunk(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames and whether they are finite: (N, 4, h, w) to uint8 (N, H, W, 3), 0-255, and bool (N,)."""
+    decoded = vae.decode(latents).sample.float()
+    finite = torch.isfinite(decoded).flatten(1).all(dim=1)
+    unit = (decoded * 0.5 + 0.5).clamp(0, 1).nan_to_num()
+    return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1), finite
+
+
+def _queued_to_host(pixels: torch.Tensor) -> torch.Tensor:
+    """On the CPU, once the device has done what it was asked before: pinned memory, which it fills by itself."""
+    if pixels.device.type == "cpu":
+        return pixels
+    host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+    return host.copy_(pixels, non_blocking=True)

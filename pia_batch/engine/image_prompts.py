@@ -103,6 +103,7 @@ class Attention:
         self._processors = _processors(unet) if embeddings else []
         self._condition = {"image_embeds": [torch.cat(list(embeddings))]} if embeddings else None
         self._scale: float | _RowScales = 1.0
+        self._scales = list(scales)
         if embeddings:
             alike = len(set(scales)) == 1
             self._scale = scales[0] if alike else _RowScales(scales, num_frames, embeddings[0].device, unet.dtype)
@@ -111,6 +112,13 @@ class Attention:
     def added_conditions(self) -> dict[str, list[torch.Tensor]] | None:
         """The `added_cond_kwargs` of the UNet call."""
         return self._condition
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """Of each sample, (samples,), on the device of its embedding; float32, float64 in an engine of float64."""
+        embeddings = [] if self._condition is None else self._condition["image_embeds"]
+        exact = torch.promote_types(embeddings[0].dtype, torch.float32) if embeddings else torch.float32
+        return torch.tensor(self._scales, dtype=exact, device=embeddings[0].device if embeddings else None)
 
     @contextlib.contextmanager
     def weighted(self) -> Iterator[None]:

@@ -18,11 +18,12 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from pia_batch.config import ModelConfig, SchedulerConfig
-from pia_batch.engine import adapters, image_prompts, offloading, single_file
+from pia_batch.engine import adapters, compiling, image_prompts, offloading, single_file
 from pia_batch.engine.offloading import Berth, OnDemand
 from pia_batch.engine.sharing import SharedParts
 from pia_batch.engine.shots import Limits
 from pia_batch.errors import ConfigError
+from pia_batch.shortcuts import EXACT, PRESETS, Shortcuts
 from pia_batch.weights import ENGINE_VERSION, Weights
 
 _SCHEDULERS = {
@@ -54,6 +55,8 @@ class Components:
         latent_stride: pixels per latent on a side.
         image_encoder: what the UNet's IP-Adapter reads image prompts with; None without an adapter.
         image_processor: what makes an image ready for `image_encoder`.
+        shortcuts: what the preset of speed leaves out.
+        call: what calls the functions of the UNet and the VAE's decoder.
     """
 
     tokenizer: Any
@@ -66,6 +69,8 @@ class Components:
     latent_stride: int
     image_encoder: Any = None
     image_processor: Any = None
+    shortcuts: Shortcuts = EXACT
+    call: compiling.Call = compiling.directly
 
     @property
     def limits(self) -> Limits:
@@ -108,7 +113,9 @@ def load(
             raise
         except (OSError, RuntimeError, ValueError) as err:
             raise ConfigError(f"cannot load {weights.base}: {err}") from err
-    return _components(scheduler=scheduler, device=device, **parts)
+    compiles = model.compile is True or (model.compile == "auto" and device.type == "cuda")
+    call = compiling.Compiler() if compiles else compiling.directly
+    return _components(scheduler=scheduler, device=device, shortcuts=PRESETS[model.speed], call=call, **parts)
 
 
 def adopt(pipe: Any) -> Components:
@@ -146,6 +153,8 @@ def adopted_id(parts: Components) -> str:
     settings |= {"settings": json.dumps(dict(parts.scheduler.config), sort_keys=True, default=str)}
     settings |= {"adapters": json.dumps([adapters.traces(parts.text_encoder), adapters.traces(parts.unet)])}
     settings |= {"tiles": str(parts.vae.use_tiling)}
+    if parts.shortcuts != EXACT:
+        settings |= {"shortcuts": repr(parts.shortcuts)}
     networks = [parts.text_encoder, parts.vae, parts.unet]
     if parts.image_encoder is not None:
         networks.append(parts.image_encoder)
@@ -261,6 +270,8 @@ class _Loader:
         return self._ready(network)
 
     def _ready(self, network: Any) -> Any:
+        if self._home.type == "cuda":  # what its convolutions read, who would else turn their weights at every call
+            network = network.to(memory_format=torch.channels_last)
         return network.to(self._home).eval().requires_grad_(requires_grad=False)
 
 

@@ -103,20 +103,22 @@ class OnDemand:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.network, name)
 
+    def arrived(self) -> Any:
+        """The network itself, on the device until another one is."""
+        self._berth.admit(self.network, self.device)
+        return self.network
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The network's own call, on the device."""
-        self._berth.admit(self.network, self.device)
-        return self.network(*args, **kwargs)
+        return self.arrived()(*args, **kwargs)
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """The VAE's `encode`, on the device."""
-        self._berth.admit(self.network, self.device)
-        return self.network.encode(*args, **kwargs)
+        return self.arrived().encode(*args, **kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         """The VAE's `decode`, on the device."""
-        self._berth.admit(self.network, self.device)
-        return self.network.decode(*args, **kwargs)
+        return self.arrived().decode(*args, **kwargs)
 
     def float(self) -> OnDemand:
         """The same network in float32, in place, as `torch.nn.Module.float`."""

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, takewhile
 
+import torch
+
+_EXHAUSTED = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""What a plain RuntimeError says where memory ran out outside of torch's own allocator of the GPU."""
+
 PATIENCE = 8
 """Batches at the limit that must succeed before a larger one is tried."""
 
@@ -59,3 +64,10 @@ class Room:
             self._patience = min(2 * self._patience, MAX_PATIENCE)
         if self._limit is None or load <= self._limit:
             self._limit = half
+
+
+def is_out_of_memory(err: Exception) -> bool:
+    """Whether that is what this exception means, whoever raised it."""
+    if isinstance(err, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(err, RuntimeError) and any(sign in str(err) for sign in _EXHAUSTED)

@@ -8,6 +8,7 @@ does not depend on its batch-mates. A row whose schedule has ended begins its ne
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,14 +17,21 @@ from typing import Any
 import torch
 
 from pia_batch.engine import free_init
-from pia_batch.engine.conditioning import Posterior, Prompt
+from pia_batch.engine.compiling import Call, directly
+from pia_batch.engine.conditioning import Posterior, Prompt, Recent
 from pia_batch.engine.curves import motion_coefficients
 from pia_batch.engine.image_prompts import Attention, ImagePrompt
 from pia_batch.engine.loading import Components
+from pia_batch.engine.prediction import Deep, predictor
 from pia_batch.engine.shots import Shot
+from pia_batch.engine.streaming import Streaming
 from pia_batch.errors import UnsupportedSettingError
+from pia_batch.shortcuts import EXACT, OUTERMOST_SHARE, Shortcuts, whole_evaluations
 
 _LATENT_CHANNELS = 4
+
+_MAX_BATCHES = 8
+"""Compositions of rows that are kept laid out, where rows of one batch take their shortcuts at different steps."""
 
 
 @dataclass(slots=True)
@@ -41,7 +49,12 @@ class Row:
         passes: steps of each FreeInit pass after this one.
         first_latents: what the first pass started from, (1, 4, F, h, w); FreeInit noises with it again.
         options: keyword arguments of the scheduler's `step`, the row's generator among them.
-        unet_samples: samples of UNet calls taken so far: the row's cost relative to its batch-mates.
+        unet_samples: samples of UNet calls taken so far, of the outermost layers by their share of it: the row's cost
+            relative to its batch-mates.
+        shortcuts: what its preset leaves out.
+        whole: at each of `timesteps`, whether the whole UNet runs.
+        deep: what its deep part made last, with guidance of the unconditional sample, then of the conditional one;
+            empty where it is not used again.
     """
 
     shot: Shot
@@ -56,7 +69,18 @@ class Row:
     negative: torch.Tensor | None
     image_prompt: ImagePrompt | None
     options: dict[str, Any] = field(default_factory=dict)
-    unet_samples: int = 0
+    unet_samples: float = 0
+    shortcuts: Shortcuts = EXACT
+    whole: list[bool] = field(init=False)
+    deep: Deep = ()
+
+    def __post_init__(self) -> None:
+        self._begin(self.timesteps)
+
+    def _begin(self, timesteps: list[torch.Tensor]) -> None:
+        times = [float(timestep) for timestep in timesteps]
+        self.timesteps = timesteps
+        self.whole = whole_evaluations(self.shortcuts, times, self.scheduler.config.num_train_timesteps)
 
     def advance(self, conditional: torch.Tensor, unconditional: torch.Tensor | None) -> None:
         """Take one step along the predicted noise, both (1, 4, F, h, w). After a pass's last, begin the next pass."""
@@ -64,13 +88,15 @@ class Row:
         if unconditional is not None:
             noise = unconditional + self.shot.guidance_scale * (conditional - unconditional)
         timestep = self.timesteps.pop(0)
-        self.latents = self.scheduler.step(noise, timestep, self.latents, **self.options).prev_sample
-        self.unet_samples += 1 if unconditional is None else 2
+        part = 1 if self.whole.pop(0) else OUTERMOST_SHARE[self.shortcuts.layers]
+        with Streaming():
+            self.latents = self.scheduler.step(noise, timestep, self.latents, **self.options).prev_sample
+        self.unet_samples += part * (1 if unconditional is None else 2)
         if self.passes and not self.timesteps:
             self.latents = free_init.renoise(
                 self.shot, self.latents, self.first_latents, self.scheduler, self.generator
             )
-            self.timesteps = _spread(self.scheduler, self.passes.pop(0), self.shot)
+            self._begin(_spread(self.scheduler, self.passes.pop(0), self.shot))
 
 
 def start(
@@ -124,58 +150,81 @@ def start(
         negative=None if negative is None else negative.embedding,
         image_prompt=image_prompt,
         options=_step_options(scheduler, eta=shot.eta, generator=generator),
+        shortcuts=parts.shortcuts,
     )
 
 
-def denoise(unet: Any, rows: Sequence[Row]) -> None:
-    """Run every row to the end of its last schedule, in place. All rows have the same frames and size."""
+def denoise(unet: Any, rows: Sequence[Row], call: Call = directly) -> None:
+    """Run every row to the end of its last schedule, in place. All rows have the same frames and size.
+
+    Args:
+        unet: what predicts the noise.
+        rows: of one number of frames and one size.
+        call: what calls the functions of the UNet's layout.
+    """
     left = [row for row in rows if row.timesteps]
     while left:
-        batch = _Batch(unet, left)
+        batches: Recent[tuple[int, ...], _Batch] = Recent(_MAX_BATCHES)
         for _ in range(min(len(row.timesteps) for row in left)):
-            batch.step()
+            for alike in _alike(left):
+                key = tuple(id(row) for row in alike)
+                batches.get(key, functools.partial(_Batch, unet, alike, call)).step()
         left = [row for row in left if row.timesteps]
 
 
+def _alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """Those that need the whole network next, and the others: two calls, lest one row's shortcut become another's."""
+    groups = [[row for row in rows if row.whole[0] is whole] for whole in (True, False)]
+    return [group for group in groups if group]
+
+
 class _Batch:
-    """Rows that share UNet calls: first the unconditional samples of the guided rows, then one sample of each row.
+    """Rows that share UNet calls: first the unconditional samples of the guided rows, then one sample of each row."""
 
-    What stays the same from step to step is laid out once.
-    """
-
-    def __init__(self, unet: Any, rows: Sequence[Row]) -> None:
-        self._unet = unet
+    def __init__(self, unet: Any, rows: Sequence[Row], call: Call) -> None:
         self._rows = rows
-        self._guided = [row for row in rows if row.negative is not None]
-        samples = [*self._guided, *rows]
-        frames = rows[0].shot.num_frames
-        texts = [row.negative for row in self._guided if row.negative is not None]
-        texts += [row.positive for row in rows]
-        self._texts = torch.cat(texts).repeat_interleave(frames, dim=0)
-        conditions = torch.cat([row.condition for row in samples])
-        blank = conditions.new_zeros((len(samples), _LATENT_CHANNELS, *conditions.shape[2:]))
-        self._input = torch.cat([blank, conditions], dim=1)
-        embeddings = [row.image_prompt.negative for row in self._guided if row.image_prompt is not None]
+        self._guided = [index for index, row in enumerate(rows) if row.negative is not None]
+        samples = [*self._guided, *range(len(rows))]
+        texts = [row.negative for row in rows if row.negative is not None]
+        embeddings = [
+            row.image_prompt.negative for row in rows if row.negative is not None and row.image_prompt is not None
+        ]
         embeddings += [row.image_prompt.positive for row in rows if row.image_prompt is not None]
-        self._images = Attention(unet, embeddings, [row.shot.ip_adapter_scale for row in samples], frames)
+        scales = [rows[k].shot.ip_adapter_scale for k in samples]
+        self._predict = predictor(
+            unet,
+            samples,
+            torch.cat([row.condition for row in rows]),
+            [*texts, *(row.positive for row in rows)],
+            Attention(unet, embeddings, scales, rows[0].shot.num_frames),
+            call,
+        )
 
     def step(self) -> None:
         """One UNet call, then one scheduler step of each row."""
-        scaled = {id(row): row.scheduler.scale_model_input(row.latents, row.timesteps[0]) for row in self._rows}
-        samples = [*self._guided, *self._rows]
-        self._input[:, :_LATENT_CHANNELS] = torch.cat([scaled[id(row)] for row in samples])
-        timesteps = torch.stack([row.timesteps[0] for row in samples]).to(self._input.device, non_blocking=True)
-        with self._images.weighted():
-            output = self._unet(
-                self._input,
-                timesteps,
-                encoder_hidden_states=self._texts,
-                added_cond_kwargs=self._images.added_conditions,
-            )
-        noise = output.sample.split(1)
-        unconditional = {id(row): part for row, part in zip(self._guided, noise, strict=False)}
-        for row, conditional in zip(self._rows, noise[len(self._guided) :], strict=True):
-            row.advance(conditional, unconditional.get(id(row)))
+        latents = torch.cat([row.scheduler.scale_model_input(row.latents, row.timesteps[0]) for row in self._rows])
+        timesteps = torch.stack([row.timesteps[0] for row in self._rows]).to(latents.device, non_blocking=True)
+        noise = torch.split(self._noise(latents, timesteps), 1)
+        unconditional = dict(zip(self._guided, noise, strict=False))
+        for index, (row, conditional) in enumerate(zip(self._rows, noise[len(self._guided) :], strict=True)):
+            row.advance(conditional, unconditional.get(index))
+
+    def _noise(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Of each sample; over the deep features that the rows have from earlier steps, if they have enough in them."""
+        rows, guided, shortcuts = self._rows, self._guided, self._rows[0].shortcuts
+        if shortcuts == EXACT:
+            return self._predict(latents, timesteps)
+        known: Deep = ()
+        if not rows[0].whole[0] and rows[0].deep:
+            known = (*(rows[index].deep[0] for index in guided), *(row.deep[-1] for row in rows))
+        noise, deep = self._predict.reusing(latents, timesteps, shortcuts.layers, known)
+        for row in rows:
+            row.deep = ()
+        samples = [*guided, *range(len(rows))]
+        for index, own in zip(samples, deep, strict=bool(deep)):
+            if rows[index].whole[1:2] == [False]:
+                rows[index].deep += (own,)
+        return noise
 
 
 def _schedule(scheduler: Any, shot: Shot) -> list[torch.Tensor]:

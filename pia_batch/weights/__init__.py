@@ -5,6 +5,7 @@ Imports neither torch nor diffusers, as the driver asks for the identity of a mo
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -16,6 +17,7 @@ from typing import Any
 from pia_batch import sd15, tiny
 from pia_batch.config import EMBEDDED, ModelConfig
 from pia_batch.errors import ConfigError
+from pia_batch.shortcuts import PRESETS
 from pia_batch.weights import addons, components, headers
 from pia_batch.weights.components import CONFIG, DIFFUSION_MODEL, MODEL, Component
 from pia_batch.weights.fetching import Hub, HuggingFaceHub, Source, locate
@@ -110,7 +112,8 @@ def engine_id(model: ModelConfig, weights: Weights, dtype: str) -> str:
     """What draws the pixels, as 32 hexadecimal digits: weights, what is laid over them, scheduler, dtype, version.
 
     A path, a URI and the model's name are no part of it: the same weights elsewhere have the same id. Of
-    `model.memory` only `low` is, as its tiles may change pixels.
+    `model.memory` only `low` is, as its tiles may change pixels. Of `model.speed`, what a preset other than `exact`
+    leaves out.
 
     Args:
         model: the config that `weights` were resolved from.
@@ -136,6 +139,8 @@ def engine_id(model: ModelConfig, weights: Weights, dtype: str) -> str:
         identity["freeu"] = model.freeu.model_dump(mode="json")
     if model.memory == "low":
         identity["memory"] = "low"
+    if model.speed != "exact":
+        identity["shortcuts"] = dataclasses.asdict(PRESETS[model.speed])
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 

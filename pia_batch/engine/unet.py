@@ -1,0 +1,329 @@
+"""One call of a `UNetMotionModel`, laid out for speed: the weights and the sums of diffusers, fewer of its detours.
+
+Activations are channels-last all the way, so that convolutions, attention over pixels, text and frames read the same
+memory in turn and nothing is permuted. The halves of guidance are one until a text tells them apart. Divisions by one
+are left out, time is embedded once a sample rather than once a frame.
+
+Source: diffusers 0.42.1 `models/unets/unet_motion_model.py` and the blocks that it uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import UNetMotionModel
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from diffusers.utils.torch_utils import apply_freeu
+from torch import nn
+from torch.nn import functional
+
+from pia_batch.engine import attention, image_prompts
+
+
+def understands(unet: Any) -> bool:
+    """Whether `run` computes what this network's own call does.
+
+    False for a wrapper around a network, for structures that no PIA checkpoint has, for attention by another
+    processor, and for half precision on a CPU, where nothing is gained.
+    """
+    if type(unet) is not UNetMotionModel:
+        return False
+    config = unet.config
+    return (
+        (unet.device.type != "cpu" or unet.dtype.itemsize > torch.half.itemsize)
+        and config.act_fn == "silu"
+        and config.norm_num_groups is not None
+        and config.addition_embed_type is None
+        and config.time_cond_proj_dim is None
+        and config.encoder_hid_dim_type in (None, "ip_image_proj")
+        and all(_is_plain(module) for module in unet.modules())
+    )
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a batch of samples is drawn by, the same at every step.
+
+    Attributes:
+        rows: of each sample, the row whose latents it sees; None: sample k is row k.
+        read: of each cross-attention, by its name, what it reads.
+        image_scales: of each sample, how much its image prompt weighs; None without an IP-Adapter.
+    """
+
+    rows: torch.Tensor | None
+    read: dict[str, attention.Read] = field(default_factory=dict)
+    image_scales: torch.Tensor | None = None
+
+
+def prepare(
+    unet: Any,
+    rows: Sequence[int],
+    num_rows: int,
+    texts: Sequence[torch.Tensor],
+    images: image_prompts.Attention | None = None,
+) -> Conditions:
+    """Lay out what stays the same from step to step.
+
+    Args:
+        unet: that `understands` is true of.
+        rows: of each sample, the index of its row.
+        num_rows: how many rows there are.
+        texts: of each sample, (1, tokens, features).
+        images: what an IP-Adapter knows of the samples; None without one.
+    """
+    shared = list(rows) != list(range(num_rows))
+    prompts = scales = None
+    if images is not None and images.added_conditions is not None:
+        prompts = unet.encoder_hid_proj(images.added_conditions["image_embeds"])[0].flatten(1, 2)
+        scales = images.scales
+    read = {
+        name: attention.Read(
+            attention.text_states(module, texts),
+            attention.image_states(module, prompts) if prompts is not None and attention.reads_images(module) else None,
+        )
+        for name, module in _cross_attentions(unet)
+    }
+    return Conditions(torch.tensor(rows, device=unet.device) if shared else None, read, scales)
+
+
+def run(unet: Any, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+    """The prediction for every sample.
+
+    Args:
+        unet: that `understands` is true of.
+        sample: (rows, frames, height, width, channels), latents and their conditions.
+        timesteps: of each row, (rows,), on the sample's device.
+        conditions: as `prepare` made them of this network.
+
+    Returns:
+        (samples, channels, frames, height, width), of no particular strides.
+    """
+    return run_and_keep(unet, sample, timesteps, conditions, 0)[0]
+
+
+def run_and_keep(
+    unet: Any, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions, layers: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `run`; and (samples x frames, channels, height, width), what so many last layers of the network were given."""
+    call = _Call(unet, sample, timesteps, conditions)
+    return call.run(sample.flatten(0, 1).permute(0, 3, 1, 2), layers)
+
+
+def run_outermost(
+    unet: Any, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions, layers: int, deep: torch.Tensor
+) -> torch.Tensor:
+    """As `run`, but what the last layers are given is what `run_and_keep` told at another timestep.
+
+    Source: DeepCache, arXiv 2312.00858.
+    """
+    call = _Call(unet, sample, timesteps, conditions)
+    noise: torch.Tensor = call.run(sample.flatten(0, 1).permute(0, 3, 1, 2), layers, deep)[0]
+    return noise
+
+
+class _Call:
+    """One call. Images are (rows or samples x frames, channels, height, width), channels last in memory."""
+
+    def __init__(self, unet: Any, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions) -> None:
+        self._unet = unet
+        self._conditions = conditions
+        self._rows = conditions.rows
+        self._frames = sample.shape[1]
+        embedded = unet.time_embedding(unet.time_proj(timesteps).to(unet.dtype))
+        self._time = functional.silu(embedded)
+        """(rows, features), later (samples, features)."""
+
+    def run(self, image: Any, layers: int, deep: Any = None) -> tuple[Any, Any]:
+        """Noise, and what the last layers were given, which is made where it is not given."""
+        unet = self._unet
+        image = unet.conv_in(image)
+        skipped = [image]
+        block = unet.up_blocks[-1]
+        name = f"up_blocks.{len(unet.up_blocks) - 1}"
+        last = len(block.resnets)
+        first = max(0, last - layers)
+        if deep is None:
+            image = self._deep(image, skipped)
+            deep = self._each_sample(self._up_layers(name, block, image, skipped, range(first)))
+        else:
+            self._down_layers("down_blocks.0", unet.down_blocks[0], image, skipped, range(last - first - 1))
+        self._tell_apart()
+        image = self._up_layers(name, block, deep, skipped, range(first, last))
+        image = unet.conv_out(functional.silu(unet.conv_norm_out(image), inplace=True))
+        return image.unflatten(0, (-1, self._frames)).transpose(1, 2), deep
+
+    def _deep(self, image: Any, skipped: list[Any]) -> Any:
+        """All but the last up block."""
+        unet = self._unet
+        for index, block in enumerate(unet.down_blocks):
+            image = self._down(f"down_blocks.{index}", block, image, skipped)
+        image = self._middle(image)
+        for index, block in enumerate(unet.up_blocks[:-1]):
+            image = self._up(f"up_blocks.{index}", block, image, skipped)
+        return image
+
+    def _down(self, name: str, block: Any, image: Any, skipped: list[Any]) -> Any:
+        image = self._down_layers(name, block, image, skipped, range(len(block.resnets)))
+        for downsampler in block.downsamplers or ():
+            image = downsampler(image)
+            skipped.append(image)
+        return image
+
+    def _down_layers(self, name: str, block: Any, image: Any, skipped: list[Any], layers: range) -> Any:
+        for index in layers:
+            image = self._resnet(block.resnets[index], image)
+            image = self._attend(name, block, index, image)
+            image = self._move(block.motion_modules[index], image)
+            skipped.append(image)
+        return image
+
+    def _middle(self, image: Any) -> Any:
+        block = self._unet.mid_block
+        image = self._resnet(block.resnets[0], image)
+        for index, resnet in enumerate(block.resnets[1:]):
+            image = self._attend("mid_block", block, index, image)
+            if hasattr(block, "motion_modules"):
+                image = self._move(block.motion_modules[index], image)
+            image = self._resnet(resnet, image)
+        return image
+
+    def _up(self, name: str, block: Any, image: Any, skipped: list[Any]) -> Any:
+        image = self._up_layers(name, block, image, skipped, range(len(block.resnets)))
+        for upsampler in block.upsamplers or ():
+            image = upsampler.conv(functional.interpolate(image, size=skipped[-1].shape[2:], mode="nearest"))
+        return image
+
+    def _up_layers(self, name: str, block: Any, image: Any, skipped: list[Any], layers: range) -> Any:
+        freeu = {key: getattr(block, key, None) for key in ("s1", "s2", "b1", "b2")}
+        for index in layers:
+            skip = skipped.pop()
+            if len(skip) < len(image):
+                skip = self._each_sample(skip)
+            if all(freeu.values()):  # which writes into the image that it is given, and that may be kept
+                image, skip = apply_freeu(block.resolution_idx, image.clone(), skip, **freeu)
+            image = self._resnet(block.resnets[index], torch.cat([image, skip], dim=1))
+            image = self._attend(name, block, index, image)
+            image = self._move(block.motion_modules[index], image)
+        return image
+
+    def _each_sample(self, image: Any) -> Any:
+        """An image of each sample, where up to now there was one of each row."""
+        if self._rows is None or len(image) == len(self._rows) * self._frames:
+            return image
+        return image.unflatten(0, (-1, self._frames))[self._rows].flatten(0, 1)
+
+    def _tell_apart(self) -> None:
+        """From here on there is an image of each sample."""
+        if self._rows is not None and len(self._time) < len(self._rows):
+            self._time = self._time[self._rows]
+
+    def _resnet(self, block: Any, image: Any) -> Any:
+        hidden = block.conv1(functional.silu(block.norm1(image), inplace=True))
+        time = block.time_emb_proj(self._time)
+        hidden = hidden.unflatten(0, (-1, self._frames)).add_(time[:, None, :, None, None]).flatten(0, 1)
+        hidden = block.conv2(functional.silu(block.norm2(hidden), inplace=True))
+        return hidden.add_(image if block.conv_shortcut is None else block.conv_shortcut(image))
+
+    def _attend(self, name: str, block: Any, index: int, image: Any) -> Any:
+        """Over pixels and text, in blocks that do."""
+        if not getattr(block, "has_cross_attention", False):
+            return image
+        module = block.attentions[index]
+        hidden = module.norm(image)
+        if module.use_linear_projection:
+            tokens = module.proj_in(self._tokens(hidden, len(hidden) // self._frames))
+        else:
+            tokens = self._tokens(module.proj_in(hidden), len(hidden) // self._frames)
+        for depth, layer in enumerate(module.transformer_blocks):
+            tokens = attention.over_pixels(layer.attn1, layer.norm1(tokens)).add_(tokens)
+            tokens = self._read(f"{name}.attentions.{index}.transformer_blocks.{depth}.attn2", layer, tokens)
+            tokens = _feed_forward(layer, tokens)
+        if module.use_linear_projection:
+            tokens = module.proj_out(tokens)
+        drawn = tokens.flatten(0, 1).unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
+        if not module.use_linear_projection:
+            drawn = module.proj_out(drawn)
+        return drawn + self._each_sample(image)
+
+    def _read(self, name: str, layer: Any, tokens: Any) -> Any:
+        """Over text. From here on the halves of guidance differ."""
+        if self._rows is not None and len(tokens) < len(self._rows):
+            tokens = tokens[self._rows]
+            self._tell_apart()
+        read, scales = self._conditions.read[name], self._conditions.image_scales
+        return attention.over_text(layer.attn2, layer.norm2(tokens), read, scales).add_(tokens)
+
+    def _move(self, module: Any, image: Any) -> Any:
+        """Over frames. The norm sees all frames of a sample at once."""
+        count, channels, height, width = image.shape
+        # Frames within channels: channels last, the kernel of a CPU sums squares, less accurate where so many
+        # numbers share a mean.
+        film = image.unflatten(0, (-1, self._frames)).transpose(1, 2).contiguous()
+        normed = module.norm(film).transpose(1, 2).flatten(0, 1)
+        tokens = module.proj_in(self._tokens(normed, count // self._frames))
+        for layer in module.transformer_blocks:
+            places = layer.pos_embed.pe[0, : self._frames, None]
+            for norm, each in ((layer.norm1, layer.attn1), (layer.norm2, layer.attn2)):
+                tokens = attention.over_frames(each, norm(tokens).add_(places)).add_(tokens)
+            tokens = _feed_forward(layer, tokens)
+        drawn = module.proj_out(tokens).view(count, height, width, channels).permute(0, 3, 1, 2)
+        return drawn.add_(image)
+
+    def _tokens(self, image: Any, count: int) -> Any:
+        """(count, frames, pixels, channels), without a copy where channels are last in memory."""
+        return image.permute(0, 2, 3, 1).reshape(count, self._frames, -1, image.shape[1])
+
+
+def _feed_forward(layer: Any, tokens: Any) -> Any:
+    hidden = layer.norm3(tokens)
+    gate, *rest = layer.ff.net
+    if tokens.device.type == "cpu" and type(gate) is GEGLU and type(gate.proj) is nn.Linear:
+        # As two products: the halves of one lie apart in memory, where GELU takes three times as long.
+        halves = zip(gate.proj.weight.chunk(2), gate.proj.bias.chunk(2), strict=True)
+        value, switch = (functional.linear(hidden, weight, bias) for weight, bias in halves)
+        hidden = value.mul_(functional.gelu(switch))
+    else:
+        hidden = gate(hidden)
+    for module in rest:
+        hidden = module(hidden)
+    return hidden.add_(tokens)
+
+
+def _cross_attentions(unet: Any) -> list[tuple[str, Any]]:
+    return [
+        (name, module)
+        for name, module in unet.named_modules()
+        if name.endswith(".attn2") and ".attentions." in name and isinstance(module, Attention)
+    ]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a part of the network is of the one shape that `run` knows of its kind, and nobody listens to it."""
+    if module.training or module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 - torch tells nowhere else
+        return False
+    plain = True
+    match module:
+        case Attention():
+            plain = attention.is_plain(module)
+        case BasicTransformerBlock():
+            whole = module._chunk_size is None and not hasattr(module, "fuser")  # noqa: SLF001
+            plain = whole and module.norm_type == "layer_norm" and module.attn2 is not None
+        case ResnetBlock2D():
+            still = module.upsample is None and module.downsample is None and not module.skip_time_act
+            plain = still and module.time_embedding_norm == "default" and module.output_scale_factor == 1
+        case Transformer2DModel():
+            plain = module.is_input_continuous
+        case Upsample2D():
+            plain = module.interpolate and module.use_conv and module.name == "conv" and module.norm is None
+        case DualTransformer2DModel():
+            plain = False
+    return bool(plain)
