@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 PACK_BYTES = 16 * 2**20
 """What one pack holds at most, unless a single entry is larger. Packs of less than half are merged as others come."""
 
-READ_THREADS = 8
-"""Packs asked for at a time."""
+READ_THREADS = 4
+"""Packs asked for at a time, which are 64 MB in memory."""
 
 KEPT_HEADS = 2
 """The newest heads, whose packs a reader may just be asking for."""

@@ -96,11 +96,11 @@ class RowsOf:
         return coded
 
     def all(self) -> Rows:
-        """What was added."""
+        """What was added; nothing is left of it here."""
         nothing = (NO_KEYS, np.empty(0, dtype=bool), np.empty(0, np.int32), np.empty(0, np.int16))
-        keys, succeeded, fragment, kind = (
-            np.concatenate(columns) for columns in zip(nothing, *self._parts, strict=True)
-        )
+        columns = [list(parts) for parts in zip(nothing, *self._parts, strict=True)]
+        self._parts.clear()  # and each column's parts once they are joined: those of ten million keys have 160 MB
+        keys, succeeded, fragment, kind = (np.concatenate(columns.pop(0)) for _ in nothing)
         return Rows(keys, succeeded, fragment, kind, tuple(self._kinds))
 
 

@@ -146,7 +146,7 @@ class Manifest:
         for name in _partitions(files[0], root):
             if name not in schema.names:
                 schema = schema.append(pa.field(name, pa.string()))
-        _check_columns(schema, shown)
+        check_columns(schema.names, f"manifest {shown}")
         tables = {file.path: contents.table for file, contents in opened if contents.table is not None}
         opened = tuple((file, replace(contents, table=None)) for file, contents in opened)
         return cls(uri, file_format, files, schema, num_rows, filesystem, root, opened, tables)
@@ -357,20 +357,26 @@ def _contradiction(schemas: list[pa.Schema], files: tuple[str, ...]) -> str:
     return f"manifest file {files[len(schemas) - 1]} contradicts the files before it; write all with one schema"
 
 
-def _check_columns(schema: pa.Schema, uri: str) -> None:
-    if len(schema) > MAX_COLUMNS:
-        msg = f"manifest {uri} has {len(schema)} columns; at most {MAX_COLUMNS} are read"
+def check_columns(names: Sequence[str], place: str) -> None:
+    """Refuse columns that cannot be those of requests; `place` is what has them.
+
+    Raises:
+        ManifestError: too many, a required one missing, or one that bears the name of a result's.
+    """
+    if len(names) > MAX_COLUMNS:
+        msg = f"{place} has {len(names)} columns; at most {MAX_COLUMNS} are read"
         raise ManifestError(msg)
-    missing = [name for name in ("request_id", "prompt") if name not in schema.names]
-    if "image" not in schema.names and "image_bytes" not in schema.names:
+    missing = [name for name in ("request_id", "prompt") if name not in names]
+    if "image" not in names and "image_bytes" not in names:
         missing.append("image")
     if missing:
-        columns = ", ".join(schema.names[:30]) + (", ..." if len(schema) > 30 else "")  # noqa: PLR2004 - some lines
-        msg = f"manifest {uri} has no column {' and no column '.join(map(repr, missing))}; it has: {columns}"
+        columns = ", ".join(names[:30]) + (", ..." if len(names) > 30 else "")  # noqa: PLR2004 - some lines
+        lacking = " and no column ".join(map(repr, missing))
+        msg = f"{place} has no column {lacking}; it has: {columns}; add it, or rename the column that is meant"
         raise ManifestError(msg)
-    taken = sorted(RESERVED.intersection(schema.names))
+    taken = sorted(RESERVED.intersection(names))
     if taken:
-        msg = f"manifest {uri}: column {', '.join(map(repr, taken))} has the name of a result column; rename it"
+        msg = f"{place}: column {', '.join(map(repr, taken))} has the name of a result column; rename it"
         raise ManifestError(msg)
 
 

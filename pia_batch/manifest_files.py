@@ -197,8 +197,19 @@ def reading(place: str) -> Iterator[None]:
     except ManifestError:
         raise
     except Exception as err:  # noqa: BLE001 - every file system has its own classes for what goes wrong
-        msg = f"cannot read manifest {place}: {redacted(message_of(err))}"
+        said = redacted(message_of(err))
+        remedy = next((f"; {remedy}" for words, remedy in _REMEDIES.items() if words in said), "")
+        msg = f"cannot read manifest {place}: {said}{remedy}"
         raise ManifestError(msg) from None
+
+
+_REMEDIES = {
+    "credentials": "give this machine the store's, by AWS_PROFILE, AWS_ACCESS_KEY_ID and its secret, or a role",
+    "Protocol not known": "a manifest is a path of this machine, or lies at s3://, gs:// or az://",
+    "file footer": "JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
+    "magic bytes": "write it anew; JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
+}
+"""What helps where a library says these words."""
 
 
 def plain_type(data_type: pa.DataType) -> pa.DataType:

@@ -5,8 +5,9 @@ Needs neither Ray nor torch, and holds keys rather than rows: about 50 bytes a r
 
 from __future__ import annotations
 
+import difflib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -19,6 +20,7 @@ from pia_batch import scanning, selection, weights
 from pia_batch.config import ModelConfig, RunConfig
 from pia_batch.errors import ConfigError, RequestError
 from pia_batch.journal import Journal, Outcomes, digest_of
+from pia_batch.judging import Survey
 from pia_batch.manifest import Batch, Manifest
 from pia_batch.publication import latest, published
 from pia_batch.records import (
@@ -26,17 +28,17 @@ from pia_batch.records import (
     KEY_BYTES,
     Keys,
     KeySet,
-    canonical_json,
+    as_text,
     carried_columns,
-    digest,
     keys_from_hex,
     keys_to_hex,
+    rejected_keys,
     results_table,
 )
 from pia_batch.scan_cache import Chunk, ScanCache
 from pia_batch.scanning import Scan
 from pia_batch.storage import Store
-from pia_batch.validation import Checked, check, hashes_of
+from pia_batch.validation import check, hashes_of
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class Retry:
         Raises:
             ConfigError: it names the kinds that the journal has.
         """
-        known = {kind.kind for kind in RequestError.__subclasses__()} | set(outcomes.failures)
+        known = {kind.kind for kind in RequestError.__subclasses__()} | {kind for kind in outcomes.failures if kind}
         unknown = sorted((self.kinds or frozenset()) - known)
         if unknown:
             found = ", ".join(f"{kind} ({count})" for kind, count in outcomes.failures.most_common()) or "none"
-            msg = f"no request failed with the kind {', '.join(unknown)}; the kinds of this output's journal: {found}"
+            near = [match for kind in unknown for match in difflib.get_close_matches(kind, known, n=1)]
+            meant = f"; did you mean {' and '.join(near)}?" if near else ""
+            msg = f"no request failed with the kind {', '.join(unknown)}{meant}; this output's journal has: {found}"
             raise ConfigError(msg)
 
 
@@ -152,11 +156,6 @@ class Plan:
             yield new.slice(start, 10_000)
 
 
-Survey = Callable[[pa.Table, pa.Table], None]
-"""Is shown every batch of the manifest once: its rows as they stand there, and those of its requests that are sound and
-not finished, as `validation.check` gives them. Copies of a request are among them."""
-
-
 def make(config: RunConfig, *, retry: Retry | None = None, survey: Survey | None = None) -> Plan:
     """Read the manifest and the journal, and find out what is left to do. Writes nothing.
 
@@ -170,8 +169,7 @@ def make(config: RunConfig, *, retry: Retry | None = None, survey: Survey | None
         ConfigError: the model cannot be found, or `retry` names a kind that does not exist.
         StorageError: the output cannot be read.
     """
-    on_gpu = config.placement.num_gpus > 0
-    engine_ids = {name: _engine_id(model, on_gpu=on_gpu) for name, model in config.all_models.items()}
+    engine_ids = engine_ids_of(config)
     store = Store(config.output)
     outcomes = Journal(store).outcomes()  # before the scans are read: it needs as much memory for itself
     cache = ScanCache(store, config, engine_ids)
@@ -179,8 +177,8 @@ def make(config: RunConfig, *, retry: Retry | None = None, survey: Survey | None
     if retry is not None:
         retry.check(outcomes)
 
-    done = KeySet.of(outcomes.keys if retry is None else outcomes.keys[~outcomes.failed(retry.kinds)])
-    scan = scanning.scan(found, config, engine_ids, cache, survey and _Unfinished(survey, done))
+    passed_over = None if survey is None else _done(outcomes, retry)
+    scan = scanning.scan(found, config, engine_ids, cache, survey, passed_over)
     pa.default_memory_pool().release_unused()
     conflicting, repeated, first_copies = _duplicates(found, scan)
     rejected = _rejected_results(found, scan, conflicting, config)
@@ -188,6 +186,7 @@ def make(config: RunConfig, *, retry: Retry | None = None, survey: Survey | None
     sound = np.ones(len(scan.keys), dtype=bool)
     sound[scan.indices(conflicting)] = False
     good = KeySet.of(scan.keys if sound.all() else scan.keys[sound])
+    done = _done(outcomes, retry)  # not before: as much memory as the manifest's keys
     finished = done.has(good)
     unfinished = good.take(~finished)
     chosen = _choose(config, found, scan, unfinished)
@@ -219,6 +218,11 @@ def make(config: RunConfig, *, retry: Retry | None = None, survey: Survey | None
     )
 
 
+def _done(outcomes: Outcomes, retry: Retry | None) -> KeySet:
+    """What is not drawn again."""
+    return KeySet.of(outcomes.keys if retry is None else outcomes.keys[~outcomes.failed(retry.kinds)])
+
+
 def names_of(run_id: str) -> Iterator[str]:
     """What the runs of one date are called, one after the other: late rows make another run of a finished date."""
     yield run_id
@@ -239,19 +243,18 @@ def _choose(config: RunConfig, manifest: Manifest, scan: Scan, unfinished: KeySe
     return selection.choose(config, manifest, scan.keys[due], scan.id_hashes[due], scan.ordinals(due))
 
 
+def engine_ids_of(config: RunConfig) -> dict[str, str]:
+    """The identity of each model's engine, by the name that the manifest's `model` column calls it.
+
+    Raises:
+        ConfigError: a model cannot be found.
+    """
+    on_gpu = config.placement.num_gpus > 0
+    return {name: _engine_id(model, on_gpu=on_gpu) for name, model in config.all_models.items()}
+
+
 def _engine_id(model: ModelConfig, *, on_gpu: bool) -> str:
     return weights.engine_id(model, weights.resolve(model), weights.resolved_dtype(model, on_gpu=on_gpu))
-
-
-@dataclass(frozen=True)
-class _Unfinished:
-    """Shows a survey what is left to do."""
-
-    survey: Survey
-    done: KeySet
-
-    def __call__(self, rows: pa.Table, checked: Checked) -> None:
-        self.survey(rows, checked.requests.filter(pa.array(~self.done.contains(checked.keys))))
 
 
 def _duplicates(manifest: Manifest, scan: Scan) -> tuple[npt.NDArray[np.int64], Keys, npt.NDArray[np.int64]]:
@@ -316,7 +319,7 @@ def _failed(
     rows: pa.Table, reasons: pa.Table, batch: Batch, numbers: npt.NDArray[np.int64], config: RunConfig
 ) -> pa.Table:
     named = ("request_id", "image", "prompt", "model", "ip_adapter_image")
-    checked = {name: _text(rows[name]) for name in named if name in rows.column_names}
+    checked = {name: as_text(rows[name]) for name in named if name in rows.column_names}
     if "model" in checked:
         checked["model"] = pc.fill_null(checked["model"], config.model.name)
     where = pc.binary_join_element_wise(
@@ -327,7 +330,7 @@ def _failed(
         {"model": pa.scalar(config.model.name)}
         | checked
         | {
-            "key": keys_to_hex(digest(canonical_json({"rejected": error, "request_id": checked["request_id"]}))),
+            "key": rejected_keys(checked["request_id"], error),
             "status": pa.scalar(FAILED),
             "error_kind": reasons["error_kind"].combine_chunks(),
             "error": error,
@@ -371,16 +374,7 @@ def _request_ids(manifest: Manifest, ordinals: npt.NDArray[np.int64]) -> pa.Arra
     """The request ids at `ordinals`, in their order."""
     order = np.argsort(ordinals, kind="stable")
     chosen = [
-        _text(batch.table["request_id"].take(pa.array(rows)))
+        as_text(batch.table["request_id"].take(pa.array(rows)))
         for batch, rows in _batches_with(manifest, ordinals[order], ["request_id"])
     ]
     return pa.concat_arrays([pa.array([], pa.string()), *chosen]).take(pa.array(np.argsort(order, kind="stable")))
-
-
-def _text(column: pa.ChunkedArray) -> pa.Array:
-    """A column as strings, null where it holds something else."""
-    array = column.combine_chunks()
-    try:
-        return array.cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return pa.nulls(len(array), pa.string())

@@ -17,11 +17,14 @@ from itertools import pairwise
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.errors import AccountingError
 from pia_batch.journal import (
+    FRAGMENTS,
+    INDEX,
     LATEST,
     RESULTS,
     Journal,
@@ -31,7 +34,7 @@ from pia_batch.journal import (
     to_json,
     to_parquet,
 )
-from pia_batch.records import RESULT, SUCCEEDED, KeySet
+from pia_batch.records import RESULT, SUCCEEDED, KeySet, halves, keys_from_hex
 from pia_batch.storage import Store
 
 log = logging.getLogger(__name__)
@@ -82,6 +85,7 @@ def publish(
     schema = pa.schema([*RESULT, *carried])
     counts = {"succeeded": 0, "failed": 0}
     parts = []
+    written = _Tally()
     with tempfile.TemporaryFile() as disk:
         expected = _Expected(disk)
         for index, part in enumerate(_parts(journal.winning_rows(outcomes), schema)):
@@ -89,9 +93,16 @@ def publish(
             name = f"part-{index:05d}.parquet"
             journal.store.replace(folder + name, to_parquet(part))
             parts.append({"name": name, "rows": len(part)})
+            written.add(*halves(keys_from_hex(part["key"])))
             for status in counts:
                 counts[status] += pc.sum(pc.equal(part["status"], status)).as_py() or 0
         expected.check(journal.store)
+    if written != _Tally.of(wanted):
+        msg = (
+            f"the fragments of {journal.store.uri_of(FRAGMENTS)} have other rows than its index tells of; delete "
+            f"{journal.store.uri_of(INDEX)} and start the run again"
+        )
+        raise AccountingError(msg)
     state = {"run_id": run_id, "requests": len(wanted), **counts, "parts": parts, "digest": digest_of(outcomes)}
     state |= {"published_at": datetime.now(UTC).isoformat(timespec="seconds"), **about}
     journal.store.replace(f"{folder}_SUCCESS.json", to_json(state))
@@ -155,6 +166,28 @@ def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
 def _sorted(table: pa.Table) -> pa.Table:
     table = table.combine_chunks()  # to take rows out of a thousand chunks is slow
     return table.sort_by([("request_id", "ascending"), ("key", "ascending")])
+
+
+@dataclass
+class _Tally:
+    """How many keys there are, and a sum over them: equal for the same keys in any order, and only for those."""
+
+    num_keys: int = 0
+    high: int = 0
+    low: int = 0
+
+    @classmethod
+    def of(cls, keys: KeySet) -> _Tally:
+        """Of all members."""
+        tally = cls()
+        tally.add(keys.high, keys.low)
+        return tally
+
+    def add(self, high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> None:
+        """Count these keys, given as `records.halves` gives them."""
+        self.num_keys += len(high)
+        self.high = (self.high + int(high.sum())) % 2**64
+        self.low = (self.low + int(low.sum())) % 2**64
 
 
 class _Expected:

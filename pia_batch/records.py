@@ -145,16 +145,16 @@ class KeySet:
     @classmethod
     def of(cls, keys: Keys) -> KeySet:
         """The distinct ones of `keys`, shape (n,)."""
-        return cls._of(*halves(keys))
+        high, low = halves(keys)
+        if not _is_rising(high):
+            order = sorted_order(high, low)
+            high = high[order]  # one after the other: with ten million keys each of these arrays has 80 MB
+            low = low[order]
+        return cls._distinct(high, low)
 
     @classmethod
-    def _of(cls, high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> KeySet:
-        if (high[1:] > high[:-1]).all():  # sorted and distinct already, as those of a journal's outcomes are
-            return cls(high, low)
-        order = sorted_order(high, low)
-        high = high[order]
-        low = low[order]
-        del order
+    def _distinct(cls, high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> KeySet:
+        """The set of keys that are sorted already."""
         first = np.ones(len(high), dtype=bool)
         first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
         return cls(high, low) if first.all() else cls(high[first], low[first])
@@ -166,7 +166,9 @@ class KeySet:
         """The members of either."""
         if not len(other):
             return self
-        return KeySet._of(np.concatenate([self.high, other.high]), np.concatenate([self.low, other.low]))
+        high, low = np.concatenate([self.high, other.high]), np.concatenate([self.low, other.low])
+        order = sorted_order(high, low)
+        return KeySet._distinct(high[order], low[order])
 
     def take(self, chosen: npt.NDArray[np.bool_]) -> KeySet:
         """The members where `chosen`, bool, shape (n,), is true."""
@@ -207,6 +209,11 @@ class KeySet:
             alive = alive[at[alive] < len(self)]
             alive = alive[self.high[at[alive]] == high[alive]]
         return found
+
+
+def _is_rising(high: npt.NDArray[np.uint64]) -> bool:
+    """Whether keys are sorted and distinct already, as those of a journal's outcomes are."""
+    return bool((high[1:] > high[:-1]).all())
 
 
 def sorted_order(high: npt.NDArray[np.uint64], *others: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -254,11 +261,22 @@ def halves(keys: Keys) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     return pairs[:, 0].astype(np.uint64), pairs[:, 1].astype(np.uint64)
 
 
-def digest(column: pa.Array, size: int = KEY_BYTES) -> Keys:
-    """BLAKE2b of every value of a string or binary column without nulls; shape (n,), `size` bytes each."""
+def digest(column: pa.Array, size: int = KEY_BYTES, prefix: str = "") -> Keys:
+    """BLAKE2b of every value of a string or binary column without nulls; shape (n,), `size` bytes each.
+
+    `prefix` stands before each value, and is hashed only once.
+    """
     blake2b = hashlib.blake2b
     data, bounds = _buffer(column)
-    hashes = [blake2b(data[start:end], digest_size=size).digest() for start, end in pairwise(bounds)]
+    if prefix:
+        hashes = []
+        begun = blake2b(prefix.encode(), digest_size=size).copy
+        for start, end in pairwise(bounds):
+            one = begun()
+            one.update(data[start:end])
+            hashes.append(one.digest())
+    else:
+        hashes = [blake2b(data[start:end], digest_size=size).digest() for start, end in pairwise(bounds)]
     return np.frombuffer(b"".join(hashes), dtype=f"V{size}")
 
 
@@ -268,6 +286,17 @@ def canonical_json(columns: Mapping[str, pa.Array | pa.Scalar]) -> pa.Array:
     Args:
         columns: strings, integers, float64, or lists of float64, all of one length; scalars stand for every row.
     """
+    return pc.binary_join_element_wise(*_json_parts(columns), "")
+
+
+def json_digest(columns: Mapping[str, pa.Array | pa.Scalar]) -> Keys:
+    """`digest` of `canonical_json`; what all rows begin with is written and hashed once. One column is no scalar."""
+    first, *others = _json_parts(columns)
+    return digest(pc.binary_join_element_wise(*others, ""), prefix=str(first))
+
+
+def _json_parts(columns: Mapping[str, pa.Array | pa.Scalar]) -> list[pa.Array | str]:
+    """What `canonical_json` joins: text that all rows have, then in turns values that vary and such text."""
     parts: list[pa.Array | str] = []
     literal = "{"  # what stands between two varying values: joining few parts is what makes this fast
     for index, name in enumerate(sorted(columns)):
@@ -278,7 +307,7 @@ def canonical_json(columns: Mapping[str, pa.Array | pa.Scalar]) -> pa.Array:
         else:
             parts += [literal, _json_values(column)]
             literal = ""
-    return pc.binary_join_element_wise(*parts, literal + "}", "")
+    return [*parts, literal + "}"]
 
 
 def results_table(columns: Mapping[str, pa.Array | pa.Scalar], carried: pa.Table, num_rows: int) -> pa.Table:
@@ -307,6 +336,20 @@ def redacted(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     return column
 
 
+def rejected_keys(request_ids: pa.Array, errors: pa.Array) -> pa.Array:
+    """A `key` column for requests that have no content to make one of: of their ids and of what is wrong with them."""
+    return keys_to_hex(digest(canonical_json({"rejected": errors, "request_id": request_ids})))
+
+
+def as_text(column: pa.ChunkedArray) -> pa.Array:
+    """A column as strings, null where it holds something else."""
+    array = column.combine_chunks()
+    try:
+        return array.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return pa.nulls(len(array), pa.string())
+
+
 def carried_columns(table: pa.Table) -> pa.Table:
     """The columns that are the manifest's own business."""
     return table.select([name for name in table.column_names if name not in REQUEST.names])
@@ -329,6 +372,9 @@ def _json_values(column: pa.Array) -> pa.Array:
 
 def _json_strings(column: pa.Array) -> pa.Array:
     quoted = pc.binary_join_element_wise('"', column, '"', "")
+    text = text_bytes(column)
+    if not ((text < ord(" ")) | (text == ord('"')) | (text == ord("\\"))).any():  # far faster than to ask each value
+        return quoted
     special = pc.fill_null(pc.match_substring_regex(column, r'["\\\x00-\x1f]'), False)
     if not pc.any(special).as_py():
         return quoted
@@ -341,6 +387,16 @@ def _json_floats(column: pa.Array) -> pa.Array:
     encoded = column.dictionary_encode()
     texts = pa.array([json.dumps(value) for value in encoded.dictionary.to_pylist()], pa.string())
     return texts.take(encoded.indices)
+
+
+def text_bytes(column: pa.Array) -> npt.NDArray[np.uint8]:
+    """UTF-8 of all values of a string column, one after the other, with whatever lies below nulls; no copy."""
+    if not len(column):
+        return np.empty(0, np.uint8)
+    wide = pa.types.is_large_string(column.type)
+    offsets = np.frombuffer(column.buffers()[1], dtype=np.int64 if wide else np.int32)
+    first, end = offsets[column.offset], offsets[column.offset + len(column)]
+    return np.frombuffer(column.buffers()[2] or b"", np.uint8)[first:end]
 
 
 def _buffer(column: pa.Array) -> tuple[bytes, list[int]]:

@@ -44,7 +44,10 @@ SETTLED_WHOLE_SECONDS_NS = 2_000_000_000
 """How long ago a local file must have changed for its time to tell every later change: a tick of the kernel's clock, or
 of one that counts seconds."""
 
-_CODE = ("config.py", "manifest.py", "manifest_files.py", "records.py", "scan_cache.py", "scanning.py", "validation.py")
+_CODE = (
+    "config.py", "conversion.py", "judging.py", "manifest.py", "manifest_files.py", "records.py", "scan_cache.py",
+    "scan_processes.py", "scanning.py", "validation.py",
+)  # fmt: skip
 """What makes a key out of a row, this module included."""
 
 _CACHED = re.compile(rf"{SCANS}([0-9a-f]{{32}})/[^/]+\.(?:json|parquet)")
@@ -98,6 +101,7 @@ class ScanCache:
             ):
                 self._entries.setdefault((path, version), []).append(_Entry(table, row, shape, first_row))
         self._versions = frozenset(self._entries)
+        pa.default_memory_pool().release_unused()  # what it took to read the packs is as much again
 
     def release(self) -> None:
         """Hold no more than `save` needs."""
@@ -176,14 +180,21 @@ class _Entry:
             self.first_row,
             self.table["num_rows"][self.row].as_py(),
             contents,
-            np.frombuffer(self._bytes("keys"), f"V{KEY_BYTES}"),
-            np.frombuffer(self._bytes("id_hashes"), np.uint64),
+            np.frombuffer(self._large("keys"), f"V{KEY_BYTES}"),
+            np.frombuffer(self._large("id_hashes"), np.uint64),
             pa.ipc.open_stream(self._bytes("rejected")).read_all(),
             pa.ipc.open_stream(self._bytes("groups")).read_all(),
         )
 
     def _bytes(self, name: str) -> pa.Buffer:
         return self.table[name][self.row].as_buffer()
+
+    def _large(self, name: str) -> pa.Buffer:
+        """As `_bytes`, of a large_binary column; a scalar would be a copy."""
+        value = self.table[name].slice(self.row, 1).chunk(0)
+        _, offsets, data = value.buffers()
+        start, end = np.frombuffer(offsets, np.int64)[value.offset : value.offset + 2].tolist()
+        return (data or pa.py_buffer(b"")).slice(start, end - start)
 
 
 def _entry(chunk: Chunk) -> dict[str, str | int | bytes]:

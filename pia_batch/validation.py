@@ -7,7 +7,7 @@ animated is not an exception but a row of `Checked.rejected`, with a kind, the c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,22 +16,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.config import FORMATS, FREE_INIT_METHODS, MOTIONS, SIZES, Defaults, RunConfig
+from pia_batch.conversion import MAX_SEED, Columns, Range, Rejections
 from pia_batch.records import (
     EFFECTIVE,
-    REQUEST,
     SETTINGS,
     Keys,
-    canonical_json,
     carried_columns,
     digest,
+    json_digest,
     keys_to_hex,
-    redacted,
+    text_bytes,
 )
 
 MAX_ID_BYTES = 512
 MAX_PROMPT_BYTES = 8192
 MAX_URI_BYTES = 4096
-MAX_SEED = 2**63 - 1
 MAX_GIF_FPS = 50
 
 
@@ -59,15 +58,15 @@ def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str]) -> 
         engine_ids: the identity of the engine of each model, by the name of `config.all_models`.
     """
     table = table.combine_chunks()
-    verdict = _Verdict(len(table))
-    columns = _Columns(table, verdict)
+    rejections = Rejections(len(table))
+    columns = _Columns(table, rejections)
     columns.check_identity()
     columns.check_image()
     columns.check_settings(config.defaults)
     columns.check_choices(config)
     columns.check_motion(config.defaults)
     columns.check_together(config)
-    good = np.flatnonzero(~verdict.bad)
+    good = np.flatnonzero(~rejections.bad)
     carried = carried_columns(table)
     if len(good) < len(table):
         carried = carried.take(good)
@@ -78,7 +77,7 @@ def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str]) -> 
     requests = pa.table(effective | {"key": keys_to_hex(keys)})
     for name in carried.column_names:
         requests = requests.append_column(carried.schema.field(name), carried[name])
-    return Checked(requests, good, keys, columns.id_hashes, verdict.rejected())
+    return Checked(requests, good, keys, columns.id_hashes, rejections.table())
 
 
 def hashes_of(request_ids: pa.Array) -> npt.NDArray[np.uint64]:
@@ -86,95 +85,62 @@ def hashes_of(request_ids: pa.Array) -> npt.NDArray[np.uint64]:
     return np.frombuffer(digest(request_ids).tobytes(), dtype=">u8")[::2].astype(np.uint64)
 
 
-class _Verdict:
-    """Which rows are bad so far, and why; the first reason stands."""
+class _Columns(Columns):
+    """The checks of each column and of several together, and the defaults."""
 
-    def __init__(self, num_rows: int) -> None:
-        self.bad = np.zeros(num_rows, dtype=bool)
-        self._found: list[tuple[npt.NDArray[np.int64], str, pa.Array]] = []
-
-    def reject(self, mask: pa.Array, kind: str, explain: Callable[[npt.NDArray[np.int64]], pa.Array | str]) -> None:
-        """Mark the rows of `mask` (null counts as false); `explain` is asked only for those that are newly bad."""
-        flags = np.asarray(pc.fill_null(mask, False).to_numpy(zero_copy_only=False), dtype=bool)
-        rows = np.flatnonzero(flags & ~self.bad)
-        if len(rows):
-            message = explain(rows)
-            self._found.append((rows, kind, pa.repeat(message, len(rows)) if isinstance(message, str) else message))
-            self.bad[rows] = True
-
-    def rejected(self) -> pa.Table:
-        schema = pa.schema([("row", pa.int64()), ("error_kind", pa.string()), ("error", pa.string())])
-        parts = [
-            pa.table([pa.array(rows), pa.repeat(kind, len(rows)), messages], schema=schema)
-            for rows, kind, messages in self._found
-        ]
-        return pa.concat_tables([schema.empty_table(), *parts]).sort_by("row").combine_chunks()
-
-
-class _Columns:
-    """The known columns in their own types; values that cannot be converted are rejected, and null from then on."""
-
-    def __init__(self, table: pa.Table, verdict: _Verdict) -> None:
-        self._verdict = verdict
-        self._num_rows = len(table)
-        self._raw = {name: _flat(table[name]) for name in table.column_names if name in REQUEST.names}
-        self.typed: dict[str, pa.Array] = {}
-        self.id_hashes: npt.NDArray[np.uint64]
-        for name in REQUEST.names:
-            self.typed[name] = self._convert(name)
-
-    def take(self, rows: npt.NDArray[np.int64]) -> None:
-        """Keep `rows` only."""
-        self.typed = {name: column.take(pa.array(rows)) for name, column in self.typed.items()}
+    id_hashes: npt.NDArray[np.uint64]
+    """`hashes_of` the request ids; `fill` makes them."""
 
     def check_identity(self) -> None:
         """`request_id` and `prompt`: there, printable, not too long."""
         ids, prompts = self.typed["request_id"], self.typed["prompt"]
-        self._require("request_id", pc.is_null(ids), f"a string of 1 to {MAX_ID_BYTES} bytes")
+        self.require("request_id", pc.is_null(ids), f"a string of 1 to {MAX_ID_BYTES} bytes")
         length = pc.binary_length(ids)
         bad = pc.or_kleene(pc.less(length, 1), pc.greater(length, MAX_ID_BYTES))
-        self._reject("request_id", bad, "invalid_id", f"1 to {MAX_ID_BYTES} bytes of UTF-8")
-        control = pc.match_substring_regex(ids, r"\p{Cc}")
-        self._reject("request_id", control, "invalid_id", "a string without control characters")
+        self.reject("request_id", bad, "invalid_id", f"1 to {MAX_ID_BYTES} bytes of UTF-8")
+        text = text_bytes(ids)
+        if ((text < ord(" ")) | (text > ord("~"))).any():  # to ask each value is slow, and most ids are plain
+            control = pc.match_substring_regex(ids, r"\p{Cc}")
+            self.reject("request_id", control, "invalid_id", "a string without control characters")
         blank = pc.or_kleene(pc.is_null(prompts), pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(prompts)), 0))
-        self._require("prompt", blank, "a text that is not empty")
+        self.require("prompt", blank, "a text that is not empty")
         for name in ("prompt", "negative_prompt"):
             long = pc.greater(pc.binary_length(self.typed[name]), MAX_PROMPT_BYTES)
-            self._reject(name, long, "out_of_range", f"at most {MAX_PROMPT_BYTES} bytes")
+            self.reject(name, long, "out_of_range", f"at most {MAX_PROMPT_BYTES} bytes")
 
     def check_image(self) -> None:
         """One source of the image, and a sha256 that can be one."""
         uris, data, sha256 = (self.typed[name] for name in ("image", "image_bytes", "image_sha256"))
         no_uri = pc.or_kleene(pc.is_null(uris), pc.equal(pc.binary_length(uris), 0))
         no_data = pc.or_kleene(pc.is_null(data), pc.equal(pc.binary_length(data), 0))
-        self._require("image", pc.and_(no_uri, no_data), "a URI, or `image_bytes` with the encoded image")
+        self.require("image", pc.and_(no_uri, no_data), "a URI, or `image_bytes` with the encoded image")
         both = pc.and_(pc.invert(no_uri), pc.invert(no_data))
-        self._reject("image", both, "invalid_value", "either `image` or `image_bytes`, not both")
+        self.reject("image", both, "invalid_value", "either `image` or `image_bytes`, not both")
         long = pc.greater(pc.binary_length(uris), MAX_URI_BYTES)
-        self._reject("image", long, "out_of_range", f"a URI of at most {MAX_URI_BYTES} bytes")
+        self.reject("image", long, "out_of_range", f"a URI of at most {MAX_URI_BYTES} bytes")
         not_hex = pc.invert(pc.match_substring_regex(sha256, "^[0-9a-fA-F]{64}$"))
-        self._reject("image_sha256", not_hex, "invalid_value", "64 hexadecimal digits, or null")
+        self.reject("image_sha256", not_hex, "invalid_value", "64 hexadecimal digits, or null")
         prompts = self.typed["ip_adapter_image"]
         bad = pc.or_kleene(pc.less(pc.binary_length(prompts), 1), pc.greater(pc.binary_length(prompts), MAX_URI_BYTES))
-        self._reject("ip_adapter_image", bad, "out_of_range", f"a URI of at most {MAX_URI_BYTES} bytes, or null")
+        self.reject("ip_adapter_image", bad, "out_of_range", f"a URI of at most {MAX_URI_BYTES} bytes, or null")
 
     def check_settings(self, defaults: Defaults) -> None:
         """Every number inside its range."""
         for name in SETTINGS.names:
             if pa.types.is_integer(SETTINGS.field(name).type) or pa.types.is_floating(SETTINGS.field(name).type):
-                self._check_range(name, _Range.of(name))
+                self._check_range(name, Range.of(name))
         curves = self.typed["motion_curve"]
         length = pc.list_value_length(curves)
         frames = pc.fill_null(self.typed["num_frames"], defaults.num_frames)
         bad = pc.or_kleene(pc.less(length, 1), pc.greater(length, frames))
-        self._reject("motion_curve", bad, "out_of_range", "1 to num_frames numbers, or null")
+        self.reject("motion_curve", bad, "out_of_range", "1 to num_frames numbers, or null")
         # NaN compares false, so what is asked is whether a value is inside.
         values = pc.list_flatten(curves)
         inside = pc.fill_null(pc.and_kleene(pc.greater_equal(values, 0), pc.less_equal(values, 1)), False)
-        rows = np.repeat(np.arange(self._num_rows), pc.fill_null(length, 0))
-        outside = np.zeros(self._num_rows, dtype=bool)
+        rows = np.repeat(np.arange(self.num_rows), pc.fill_null(length, 0))
+        outside = np.zeros(self.num_rows, dtype=bool)
         outside[rows[~inside.to_numpy(zero_copy_only=False)]] = True
-        self._reject("motion_curve", pa.array(outside), "out_of_range", "numbers from 0 to 1")
+        self.reject("motion_curve", pa.array(outside), "out_of_range", "numbers from 0 to 1")
 
     def check_choices(self, config: RunConfig) -> None:
         """Names out of a list."""
@@ -188,25 +154,23 @@ class _Columns:
         for name, allowed in choices.items():
             unknown = pc.invert(pc.is_in(self.typed[name], value_set=pa.array(allowed), skip_nulls=False))
             wrong = pc.and_(unknown, pc.is_valid(self.typed[name]))
-            self._reject(name, wrong, "invalid_value", ", ".join(allowed) + ", or null for the default")
+            self.reject(name, wrong, "invalid_value", ", ".join(allowed) + ", or null for the default")
         adapted = pa.array([name for name, model in config.all_models.items() if model.ip_adapter], pa.string())
         without = pc.invert(pc.is_in(pc.fill_null(self.typed["model"], config.model.name), value_set=adapted))
         unsupported = pc.and_(without, pc.is_valid(self.typed["ip_adapter_image"]))
-        self._reject(
-            "ip_adapter_image", unsupported, "unsupported", "null; the model has no `ip_adapter` in the config"
-        )
+        self.reject("ip_adapter_image", unsupported, "unsupported", "null; the model has no `ip_adapter` in the config")
 
     def check_motion(self, defaults: Defaults) -> None:
         """The words for motion: not two for one row, and none that the other forbids."""
         word, scale = self.typed["motion"], self.typed["motion_scale"]
         twice = pc.and_(pc.is_valid(word), pc.is_valid(scale))
-        self._reject("motion", twice, "invalid_value", "either `motion` or `motion_scale`, not both")
+        self.reject("motion", twice, "invalid_value", "either `motion` or `motion_scale`, not both")
         scale, loop, style = self._motion(defaults)
-        self._reject("style", pc.and_(loop, style), "invalid_value", "either `loop` or `style`, not both")
+        self.reject("style", pc.and_(loop, style), "invalid_value", "either `loop` or `style`, not both")
         restyled_loop = pc.and_(style, pc.is_in(scale, value_set=pa.array([3, 4, 5])))
-        self._reject("style", restyled_loop, "invalid_value", "true only with a motion_scale of 0-2 or 6-8")
+        self.reject("style", restyled_loop, "invalid_value", "true only with a motion_scale of 0-2 or 6-8")
         looped_style = pc.and_(loop, pc.greater(scale, 5))
-        self._reject("loop", looped_style, "invalid_value", "true only with a motion_scale of 0-5")
+        self.reject("loop", looped_style, "invalid_value", "true only with a motion_scale of 0-5")
 
     def _motion(self, defaults: Defaults) -> tuple[pa.Array, pa.Array, pa.Array]:
         """`motion_scale` as a number, before `loop` and `style` change it, and these two, with their defaults."""
@@ -222,7 +186,7 @@ class _Columns:
     def _is_auto(self, defaults: Defaults) -> pa.Array:
         """Which rows take their size from the image: those that say so, or by default those that give no size."""
         own = pc.or_(pc.is_valid(self.typed["width"]), pc.is_valid(self.typed["height"]))
-        by_default = pc.invert(own) if defaults.size == "auto" else pa.repeat(False, self._num_rows)
+        by_default = pc.invert(own) if defaults.size == "auto" else pa.repeat(False, self.num_rows)
         return pc.coalesce(pc.equal(self.typed["size"], "auto"), by_default)
 
     def check_together(self, config: RunConfig) -> None:
@@ -231,22 +195,22 @@ class _Columns:
         auto = self._is_auto(defaults)
         for name in ("width", "height"):
             both = pc.and_(auto, pc.is_valid(self.typed[name]))
-            self._reject(name, both, "invalid_value", "null where `size` is auto")
+            self.reject(name, both, "invalid_value", "null where `size` is auto")
         get = {name: pc.fill_null(self.typed[name], getattr(defaults, name)) for name in _FILLED}
         drawn = pc.floor(pc.multiply(get["strength"], pc.cast(get["num_inference_steps"], pa.float64(), safe=False)))
-        self._reject("strength", pc.less(drawn, 1), "out_of_range", "num_inference_steps x strength of at least 1")
+        self.reject("strength", pc.less(drawn, 1), "out_of_range", "num_inference_steps x strength of at least 1")
         too_fast = pc.and_(pc.equal(get["format"], "gif"), pc.greater(get["fps"], MAX_GIF_FPS))
-        self._reject("fps", too_fast, "out_of_range", f"at most {MAX_GIF_FPS} in a GIF")
-        self._reject(
+        self.reject("fps", too_fast, "out_of_range", f"at most {MAX_GIF_FPS} in a GIF")
+        self.reject(
             "cond_frame", pc.greater_equal(get["cond_frame"], get["num_frames"]), "out_of_range", "below num_frames"
         )
         partial = pc.and_(pc.greater(get["free_init_iters"], 0), pc.less(get["strength"], 1))
-        self._reject("free_init_iters", partial, "invalid_value", "0 where strength is below 1")
+        self.reject("free_init_iters", partial, "invalid_value", "0 where strength is below 1")
         width, height = (pc.if_else(auto, get["long_side"], get[name]) for name in ("width", "height"))
         area = pc.multiply(pc.multiply(width, height), get["num_frames"])
         cap = config.limits.max_frame_pixels
         large = pc.greater(area, cap)
-        self._reject("width", large, "out_of_range", f"width x height x num_frames up to {cap} (limits)")
+        self.reject("width", large, "out_of_range", f"width x height x num_frames up to {cap} (limits)")
 
     def fill(self, config: RunConfig) -> dict[str, pa.Scalar]:
         """Make every setting effective; returns those that are the same for all rows, for the sake of speed.
@@ -255,9 +219,9 @@ class _Columns:
         without `size: auto`, FreeInit's filter without FreeInit, the scale of an IP-Adapter that the model has not.
         """
         defaults = config.defaults
-        self._num_rows = len(self.typed["request_id"])
+        self.num_rows = len(self.typed["request_id"])
         self.id_hashes = hashes_of(self.typed["request_id"])
-        given = {name for name in self.typed if self.typed[name].null_count < self._num_rows}
+        given = {name for name in self.typed if self.typed[name].null_count < self.num_rows}
         scale, loop, style = self._motion(defaults)
         auto = self._is_auto(defaults)
         words = pc.and_(pc.is_null(self.typed["motion"]), pc.is_null(self.typed["motion_scale"]))
@@ -267,7 +231,7 @@ class _Columns:
             if default is not None and name != "motion_curve":
                 self.typed[name] = pc.fill_null(self.typed[name], default)
         if defaults.motion_curve is not None:  # a row's own motion, in whatever words, beats the curve of the config
-            curve = pa.array([list(defaults.motion_curve)] * self._num_rows, SETTINGS.field("motion_curve").type)
+            curve = pa.array([list(defaults.motion_curve)] * self.num_rows, SETTINGS.field("motion_curve").type)
             self.typed["motion_curve"] = pc.coalesce(self.typed["motion_curve"], pc.if_else(words, curve, None))
         if self.typed["seed"].null_count:
             derived = pa.array(self.id_hashes & np.uint64(MAX_SEED)).cast(pa.int64())
@@ -307,12 +271,12 @@ class _Columns:
         }
         decided_by |= {name: frozenset({"free_init_iters"}) for name in SETTINGS.names if name.startswith("free_init_")}
         common = {name for name, others in decided_by.items() if name != "seed" and not given & {name, *others}}
-        return {name: self.typed[name][0] for name in common} if self._num_rows else {}
+        return {name: self.typed[name][0] for name in common} if self.num_rows else {}
 
-    def _check_range(self, name: str, allowed: _Range) -> None:
+    def _check_range(self, name: str, allowed: Range) -> None:
         values = self.typed[name]
         if pa.types.is_floating(values.type):
-            self._reject(name, pc.invert(pc.is_finite(values)), "not_finite", str(allowed))
+            self.reject(name, pc.invert(pc.is_finite(values)), "not_finite", str(allowed))
         if values.null_count == len(values):
             return
         bad = pc.greater(values, allowed.maximum)
@@ -321,130 +285,7 @@ class _Columns:
         if allowed.multiple_of > 1:
             multiple = pc.multiply(pc.divide(values, allowed.multiple_of), allowed.multiple_of)
             bad = pc.or_kleene(bad, pc.not_equal(multiple, values))
-        self._reject(name, bad, "out_of_range", str(allowed))
-
-    def _require(self, name: str, missing: pa.Array, wanted: str) -> None:
-        self._verdict.reject(missing, "missing_value", lambda _: f"column '{name}' is empty; required: {wanted}")
-
-    def _reject(self, name: str, bad: pa.Array, kind: str, allowed: str) -> None:
-        def explain(rows: npt.NDArray[np.int64]) -> pa.Array:
-            raw = self._raw.get(name)
-            shown = pa.nulls(len(rows), pa.string()) if raw is None else _shown(raw.take(pa.array(rows)))
-            shown = pc.fill_null(shown, "the default")
-            return pc.binary_join_element_wise(f"column '{name}': ", shown, f" is not allowed; allowed: {allowed}", "")
-
-        self._verdict.reject(bad, kind, explain)
-
-    def _convert(self, name: str) -> pa.Array:
-        wanted, raw = REQUEST.field(name).type, self._raw.get(name)
-        if raw is None or pa.types.is_null(raw.type):
-            return pa.nulls(self._num_rows, wanted)
-        if raw.type == wanted:
-            return raw
-        if pa.types.is_string(wanted):
-            return self._to_string(name, raw)
-        if pa.types.is_boolean(wanted):
-            return self._to_boolean(name, raw)
-        if pa.types.is_integer(wanted) or pa.types.is_floating(wanted):
-            return self._to_number(name, raw, wanted)
-        return self._to_container(name, raw, wanted)
-
-    def _to_string(self, name: str, raw: pa.Array) -> pa.Array:
-        # Integer ids are common in databases; an integer prompt is a mistake.
-        if pa.types.is_large_string(raw.type) or (name == "request_id" and pa.types.is_integer(raw.type)):
-            return raw.cast(pa.string())
-        self._reject(name, pc.is_valid(raw), "invalid_type", f"a string, and not {raw.type}")
-        return pa.nulls(self._num_rows, pa.string())
-
-    def _to_boolean(self, name: str, raw: pa.Array) -> pa.Array:
-        """Truth out of a column of text, as CSV has it: true and false in any case; empty is null."""
-        if not (pa.types.is_large_string(raw.type) or pa.types.is_string(raw.type)):
-            self._reject(name, pc.is_valid(raw), "invalid_type", f"true, false, or null, and not {raw.type}")
-            return pa.nulls(self._num_rows, pa.bool_())
-        text = pc.utf8_lower(pc.utf8_trim_whitespace(raw.cast(pa.string())))
-        text = pc.if_else(pc.equal(text, ""), None, text)
-        known = pc.is_in(text, value_set=pa.array(["true", "false"]))
-        self._reject(name, pc.and_(pc.is_valid(text), pc.invert(known)), "invalid_type", "true, false, or null")
-        return pc.if_else(known, pc.equal(text, "true"), None)
-
-    def _to_number(self, name: str, raw: pa.Array, wanted: pa.DataType) -> pa.Array:
-        allowed = str(_Range.of(name))
-        if pa.types.is_large_string(raw.type) or pa.types.is_string(raw.type) or pa.types.is_decimal(raw.type):
-            return self._parse(name, raw, wanted)
-        if pa.types.is_integer(raw.type):
-            if pa.types.is_integer(wanted):
-                unsigned = pa.types.is_uint64(raw.type)
-                limit = pc.greater(raw, pa.scalar(MAX_SEED, raw.type)) if unsigned else pa.repeat(False, len(raw))
-                self._reject(name, limit, "out_of_range", allowed)
-                return pc.if_else(limit, None, raw).cast(wanted)
-            return raw.cast(wanted, safe=False)
-        if pa.types.is_floating(raw.type):
-            values = raw.cast(pa.float64())
-            if pa.types.is_floating(wanted):
-                return values
-            self._reject(name, pc.invert(pc.is_finite(values)), "not_finite", allowed)
-            whole = pc.and_(pc.equal(values, pc.round(values)), pc.less(pc.abs(values), 2.0**63))
-            self._reject(name, pc.invert(whole), "invalid_type", allowed)
-            return pc.if_else(whole, values, None).cast(wanted, safe=False)
-        self._reject(name, pc.is_valid(raw), "invalid_type", f"{allowed}, and not {raw.type}")
-        return pa.nulls(self._num_rows, wanted)
-
-    def _parse(self, name: str, raw: pa.Array, wanted: pa.DataType) -> pa.Array:
-        """Numbers out of text, digit by digit where a float would round large seeds."""
-        text = pc.utf8_trim_whitespace(raw.cast(pa.string()))
-        text = pc.if_else(pc.equal(text, ""), None, text)
-        numeric = pc.match_substring_regex(text, r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$")
-        self._reject(name, pc.invert(numeric), "invalid_type", str(_Range.of(name)))
-        text = pc.if_else(numeric, text, None)
-        if not pa.types.is_integer(wanted):
-            return text.cast(wanted)
-        digits = pc.replace_substring_regex(text, r"\.0*$", "")
-        whole = pc.match_substring_regex(digits, r"^[0-9]{1,19}$")
-        exact = pc.if_else(whole, digits, None).cast(pa.uint64())
-        others = pc.if_else(whole, None, text).cast(pa.float64())
-        return pc.coalesce(self._to_number(name, exact, wanted), self._to_number(name, others, wanted))
-
-    def _to_container(self, name: str, raw: pa.Array, wanted: pa.DataType) -> pa.Array:
-        is_list = (
-            pa.types.is_list(raw.type) or pa.types.is_large_list(raw.type) or pa.types.is_fixed_size_list(raw.type)
-        )
-        fits = is_list and any(
-            test(raw.type.value_type) for test in (pa.types.is_floating, pa.types.is_integer, pa.types.is_null)
-        )
-        if pa.types.is_list(wanted) and fits:
-            return raw.cast(wanted, safe=False)
-        binary = pa.types.is_binary(raw.type) or pa.types.is_fixed_size_binary(raw.type)
-        if pa.types.is_large_binary(wanted) and binary:
-            return raw.cast(pa.binary()).cast(wanted)
-        self._reject(name, pc.is_valid(raw), "invalid_type", f"{wanted}, and not {raw.type}")
-        return pa.nulls(self._num_rows, wanted)
-
-
-@dataclass(frozen=True)
-class _Range:
-    """The range of a numeric setting, read from `config.Defaults` so that both edges agree."""
-
-    minimum: float
-    maximum: float
-    open_below: bool
-    multiple_of: int
-    integer: bool
-
-    @classmethod
-    def of(cls, name: str) -> _Range:
-        limits = {"ge": 0, "gt": None, "le": MAX_SEED, "multiple_of": 1}  # a seed's, which has no default
-        for rule in Defaults.model_fields[name].metadata if name != "seed" else ():
-            limits |= {key: getattr(rule, key, value) for key, value in limits.items()}
-        low = limits["gt"] if limits["gt"] is not None else limits["ge"]
-        integer = pa.types.is_integer(SETTINGS.field(name).type)
-        return cls(low or 0, limits["le"] or 0, limits["gt"] is not None, limits["multiple_of"] or 1, integer)
-
-    def __str__(self) -> str:
-        kind = "a whole number" if self.integer else "a number"
-        many = f" that is a multiple of {self.multiple_of}" if self.multiple_of > 1 else ""
-        bounds = f"above {self.minimum:g} up to" if self.open_below else f"from {self.minimum:g} to"
-        maximum = "2^63-1" if self.maximum == MAX_SEED else f"{self.maximum:g}"
-        return f"{kind}{many} {bounds} {maximum}, or null for the default"
+        self.reject(name, bad, "out_of_range", str(allowed))
 
 
 _FILLED = (
@@ -475,7 +316,7 @@ def _content_keys(effective: dict[str, pa.Array | pa.Scalar], config: RunConfig,
         "ip_adapter_image": effective["ip_adapter_image"],
         "engine_id": _by_name(effective["model"], engine_ids),
     }
-    return digest(canonical_json(described))
+    return json_digest(described)
 
 
 def _by_name(names: pa.Array, values: Mapping[str, str]) -> pa.Array | pa.Scalar:
@@ -492,19 +333,3 @@ def _modulo_3(scale: pa.Array) -> pa.Array:
 
 def _sha256_hex(data: pa.Array) -> pa.Array:
     return pa.array([hashlib.sha256(value).hexdigest() if value else None for value in data.to_pylist()], pa.string())
-
-
-def _flat(column: pa.ChunkedArray) -> pa.Array:
-    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    array = array.storage if isinstance(array, pa.ExtensionArray) else array
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
-
-
-def _shown(values: pa.Array) -> pa.Array:
-    try:
-        text = values.cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        text = pa.array([str(value)[:80] for value in values.to_pylist()], pa.string())
-    textual = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
-    quoted = pc.binary_join_element_wise("'", redacted(text), "'", "") if textual else text
-    return pc.utf8_slice_codeunits(quoted, 0, 80)

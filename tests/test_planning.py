@@ -514,7 +514,8 @@ def test_retrying_brings_back_the_kinds_that_were_asked_for(
 
 
 def test_a_kind_that_does_not_exist_is_refused_with_those_that_do(failures: tuple[RunConfig, list[str]]) -> None:
-    with pytest.raises(ConfigError, match=r"the kind non-finite; .*journal: non_finite \(2\), timeout \(1\)$"):
+    told = r"the kind non-finite; did you mean non_finite\?; .* has: non_finite \(2\), timeout \(1\)$"
+    with pytest.raises(ConfigError, match=told):
         planning.make(failures[0], retry=Retry(frozenset({"non-finite", "timeout"})))
 
 

@@ -16,9 +16,9 @@ from test_journal import (
     rows_of,
 )
 
-from pia_batch import publication
+from pia_batch import journal, publication
 from pia_batch.errors import AccountingError
-from pia_batch.journal import Journal, animation_name, digest_of
+from pia_batch.journal import Journal, animation_name, digest_of, to_parquet
 from pia_batch.publication import latest, publish
 from pia_batch.records import RESULT
 from pia_batch.storage import ObjectInfo, Store
@@ -75,6 +75,39 @@ def test_success_json_comes_after_all_parts_and_latest_points_at_it(record: Jour
         "manifest": "s3://bucket/manifest",
     }
     assert latest(record.store) == {"run_id": "run-1", "digest": digest}
+
+
+def test_rows_that_are_not_those_of_the_index_publish_nothing(record: Journal) -> None:
+    """Nobody can write this but by hand: a fragment with another row than the one that was indexed under its name."""
+    name = commit(record, {1: "succeeded", 2: "failed"})
+    commit(record, {3: "failed"})
+    record.compact()
+    commit(record, {4: "failed"})
+    other = next(table for table in record.read(record.fragments()) if table["request_id"].to_pylist() == ["r004"])
+    swapped = pa.concat_tables([other, next(record.read([name])).slice(0, 1)])
+    record.store.replace(name, to_parquet(swapped))
+
+    with pytest.raises(AccountingError, match=r"other rows than its index tells of; delete .*_journal/index/"):
+        publish_all(record, 1, 2, 3)
+
+    assert not complete(record)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 1000])
+def test_rows_come_in_the_same_order_however_many_are_looked_at_together(
+    record: Journal, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    for start in range(0, 12, 3):
+        commit(record, dict.fromkeys(range(start, start + 3), "failed"))
+    commit(record, dict.fromkeys(range(1, 9, 2), "succeeded"))
+    outcomes = record.outcomes()
+    digest = digest_of(outcomes)
+    whole = pa.concat_tables(record.winning_rows(outcomes))
+    monkeypatch.setattr(journal, "ROWS_AT_ONCE", at_once)
+
+    assert pa.concat_tables(record.winning_rows(outcomes)).equals(whole)
+    assert sorted(whole["request_id"].to_pylist()) == [f"r{number:03d}" for number in range(12)]
+    assert digest_of(outcomes) == digest
 
 
 def test_there_is_no_latest_before_the_first_complete_run(record: Journal) -> None:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from typing import Any
 
@@ -18,6 +19,7 @@ from pia_batch.records import (
     canonical_json,
     carried_columns,
     digest,
+    json_digest,
     keys_from_hex,
     keys_to_hex,
     redacted,
@@ -71,6 +73,17 @@ def test_canonical_json_is_what_json_writes_row_by_row(made: tuple[dict[str, Any
     table, rows = made
 
     assert canonical_json(table).to_pylist() == one_by_one(rows)
+
+
+@settings(max_examples=200)
+@given(columns())
+def test_the_hash_of_json_is_that_of_each_row_written_whole(
+    made: tuple[dict[str, Any], list[dict[str, Any]]],
+) -> None:
+    table, rows = made
+
+    expected = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in one_by_one(rows)]
+    assert [key.tobytes() for key in json_digest(table)] == expected
 
 
 def test_canonical_json_escapes_every_control_character_quote_and_backslash_and_nothing_else() -> None:

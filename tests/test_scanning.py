@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_planning import commit, keys_of, members
 
-from pia_batch import manifest_files, planning, scan_cache, scanning
+from pia_batch import judging, manifest_files, planning, scan_cache, scanning
 from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError, InterruptedRunError, ManifestError, StorageError
 from pia_batch.manifest import Manifest
@@ -227,7 +227,10 @@ def test_a_scan_by_other_code_does_not_count(
     assert read_files(config) == {"0.parquet"}
 
 
-def test_a_file_that_changed_just_now_is_not_kept(config: RunConfig, tmp_path: Path) -> None:
+def test_a_file_that_changed_just_now_is_not_kept(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan_cache, "SETTLED_WHOLE_SECONDS_NS", 600 * 10**9)  # however slow this machine is
     put(tmp_path / "manifest" / "0.parquet", requests(0, 2), int(time.time()))
     put(tmp_path / "manifest" / "1.parquet", requests(2, 2), time.time() + 3600.5)
 
@@ -303,6 +306,25 @@ def test_a_scan_that_cannot_be_kept_is_a_warning(
     assert "scan_not_saved" in caplog.text
 
 
+class Seen:
+    """A survey that remembers the ids of what it is shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.left: list[str] = []
+
+    def __call__(self, rows: pa.Table, pending: pa.Table) -> None:
+        self.seen += rows["request_id"].to_pylist()
+        self.left += pending["request_id"].to_pylist()
+
+    def empty(self) -> "Seen":
+        return Seen()
+
+    def add(self, other: "Seen") -> None:
+        self.seen += other.seen
+        self.left += other.left
+
+
 def test_a_survey_sees_every_row_though_all_files_are_known(
     config: RunConfig, tmp_path: Path, clock: Iterator[float]
 ) -> None:
@@ -310,17 +332,12 @@ def test_a_survey_sees_every_row_though_all_files_are_known(
         put(tmp_path / "manifest" / f"{number}.parquet", requests(10 * number, 4), next(clock))
     saved(config)
     commit(config, keys_of(planning.make(config))[:2], "succeeded")
-    seen: list[str] = []
-    left: list[str] = []
-
-    def survey(rows: pa.Table, unfinished: pa.Table) -> None:
-        seen.extend(rows["request_id"].to_pylist())
-        left.extend(unfinished["request_id"].to_pylist())
+    survey = Seen()
 
     planning.make(config, survey=survey)
 
-    assert seen == [f"r{10 * number + row:03d}" for number in range(3) for row in range(4)]
-    assert left == seen[2:]
+    assert survey.seen == [f"r{10 * number + row:03d}" for number in range(3) for row in range(4)]
+    assert survey.left == survey.seen[2:]
 
 
 def test_only_the_row_groups_that_hold_what_is_asked_for_are_read(tmp_path: Path) -> None:
@@ -396,7 +413,7 @@ def test_a_plan_is_the_same_with_and_without_what_was_scanned_before(
         for module, constant, value in (
             (scan_cache, "WORTH_ROWS", 0),
             (scanning, "CHUNK_ROWS", rows),
-            (scanning, "CHECKED_AT_ONCE", rows),
+            (judging, "CHECKED_AT_ONCE", rows),
             (manifest_files, "BATCH_ROWS", rows),
         ):
             patch.setattr(module, constant, value)
