@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pia_batch.config import PlacementConfig
-from pia_batch.errors import ConfigError
-from pia_batch.ledger import Cause, Ledger, Turn
+from pia_batch.errors import ConfigError, message_of
+from pia_batch.ledger import Cause, Ledger, Turn, Work
 from pia_batch.records import Row
 from pia_batch.uris import redacted_uri
 
@@ -68,6 +69,7 @@ def connect(place: PlacementConfig) -> Iterator[None]:
         options |= {"include_dashboard": False, "log_to_driver": False, "num_cpus": max(2, os.cpu_count() or 2)}
         if place.object_store_mb is not None:
             options["object_store_memory"] = place.object_store_mb * 2**20
+    _refuse_silence(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(**options)
@@ -90,6 +92,23 @@ def connect(place: PlacementConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_silence(address: str) -> None:
+    """Say at once that nobody listens at the address of a cluster; Ray would try for a minute and more."""
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        if parts.hostname is None or parts.port is None:
+            return
+        socket.create_connection((parts.hostname, parts.port), timeout=ANSWER_S).close()
+    except ValueError:
+        return  # Ray says what is wrong with it
+    except OSError as err:
+        msg = (
+            f"no Ray answers at {redacted_uri(address)}: {message_of(err)}; start the cluster, or correct "
+            "placement.ray_address or RAY_ADDRESS"
+        )
+        raise ConfigError(msg) from None
 
 
 def authentication(address: str | None) -> Authentication:
@@ -182,61 +201,69 @@ class RemoteControl:
     """`ledger.Control` over the ledger's process; for the driver, what else it asks of it."""
 
     def __init__(self, ledger: Any) -> None:
-        self._ledger = ledger
+        self.ledger = ledger
 
     def start(self, worker: str) -> int:
         """As `Ledger.start`."""
-        number: int = ray.get(self._ledger.start.remote(worker))
+        number: int = ray.get(self.ledger.start.remote(worker))
         return number
 
     def ready(self, worker: str, seconds: float) -> None:
         """As `Ledger.ready`."""
-        ray.get(self._ledger.ready.remote(worker, seconds))
+        ray.get(self.ledger.ready.remote(worker, seconds))
 
     def engines(self) -> dict[str, Any]:
         """As `Ledger.engines`."""
-        told: dict[str, Any] = ray.get(self._ledger.engines.remote())
+        told: dict[str, Any] = ray.get(self.ledger.engines.remote())
         return told
 
-    def alive(self, engine: str, seconds: float) -> None:
+    def alive(self, engine: str, seconds: float, drawn_seconds: float | None = None) -> None:
         """As `Ledger.alive`; nobody waits for it."""
-        self._ledger.alive.remote(engine, seconds)
+        self.ledger.alive.remote(engine, seconds, drawn_seconds)
+
+    def work(self) -> Work:
+        """As `Ledger.work`."""
+        work: Work = ray.get(self.ledger.work.remote())
+        return work
 
     def engine_seconds(self) -> float:
         """As `Ledger.engine_seconds`."""
-        seconds: float = ray.get(self._ledger.engine_seconds.remote())
+        seconds: float = ray.get(self.ledger.engine_seconds.remote())
         return seconds
 
     def begin(self, keys: list[str]) -> list[int] | None:
         """As `Ledger.begin`."""
-        attempts: list[int] | None = ray.get(self._ledger.begin.remote(keys))
+        attempts: list[int] | None = ray.get(self.ledger.begin.remote(keys))
         return attempts
 
     def begin_alone(self, key: str) -> Turn | None:
         """As `Ledger.begin_alone`."""
-        turn: Turn | None = ray.get(self._ledger.begin_alone.remote(key))
+        turn: Turn | None = ray.get(self.ledger.begin_alone.remote(key))
         return turn
 
     def give_up(self, keys: list[str], cause: Cause) -> None:
         """As `Ledger.give_up`."""
-        ray.get(self._ledger.give_up.remote(keys, cause), timeout=5)
+        ray.get(self.ledger.give_up.remote(keys, cause), timeout=5)
 
     def end(self, outcomes: list[Row]) -> None:
         """As `Ledger.end`."""
-        ray.get(self._ledger.end.remote(outcomes))
+        ray.get(self.ledger.end.remote(outcomes))
 
     def stop(self) -> None:
         """As `Ledger.stop`."""
-        ray.get(self._ledger.stop.remote())
+        ray.get(self.ledger.stop.remote())
 
     def in_flight(self) -> int:
         """As `Ledger.in_flight`."""
-        number: int = ray.get(self._ledger.in_flight.remote())
+        number: int = ray.get(self.ledger.in_flight.remote())
         return number
 
 
 def start_ledger(max_attempts: int) -> RemoteControl:
-    """The run's ledger in a process beside the driver's, as long as that machine can hold it: it ends with the run."""
+    """The run's ledger in a process beside the driver's, as long as that machine can hold it.
+
+    It ends with the run: once nobody has what is returned, or a copy of it, any more.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Ledger)
     return RemoteControl(actor.remote(max_attempts))

@@ -30,9 +30,9 @@ from pia_batch.errors import (
     WorkerCrashError,
 )
 from pia_batch.lease import Lease
-from pia_batch.records import SUCCEEDED
-from pia_batch.summary import Progress
-from pia_batch.worker import INTERRUPTED, OUTCOME
+from pia_batch.progress import Progress
+from pia_batch.records import FAILED, SUCCEEDED
+from pia_batch.worker import OUTCOME
 
 log = logging.getLogger(__name__)
 
@@ -217,11 +217,10 @@ def _next(blocks: queue.Queue[pa.Table | BaseException | None], timeout_s: float
 
 
 def _count(progress: Progress, outcomes: pa.Table) -> None:
-    statuses = outcomes["status"]
-    succeeded = pc.sum(pc.equal(statuses, SUCCEEDED)).as_py() or 0
-    interrupted = pc.sum(pc.equal(statuses, INTERRUPTED)).as_py() or 0
-    progress.succeeded += succeeded
-    progress.failed += len(outcomes) - succeeded - interrupted
+    succeeded = outcomes.filter(pc.equal(outcomes["status"], SUCCEEDED))
+    kinds = outcomes.filter(pc.equal(outcomes["status"], FAILED))["error_kind"].value_counts().to_pylist()
+    newest = succeeded["animation_uri"][-1].as_py() if len(succeeded) else None
+    progress.add(len(succeeded), {str(kind["values"]): kind["counts"] for kind in kinds}, newest)
 
 
 def _drain(control: Control, grace_s: float) -> None:

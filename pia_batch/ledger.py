@@ -16,8 +16,30 @@ from pia_batch.records import Row
 PULSE_S = 2.0
 """Seconds between two signs of life of an engine: by so much a budget of GPU hours may be exceeded, and the drain."""
 
+SILENT_S = 5 * PULSE_S
+"""Seconds without a sign after which an engine is taken for dead: only what is shown depends on it."""
+
 Cause = Literal["timeout", "out_of_memory"]
 """Why a worker ends itself: its requests took longer, or its process has grown larger, than the config allows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What all engines of a run have come to, those that are dead by now included.
+
+    Attributes:
+        engines: alive, those that still load included.
+        starting: those of them that still load.
+        seconds: that all of them have lived, as `Ledger.engine_seconds`.
+        heard_seconds: that they have told so far, and of those
+        drawn_seconds: that they were drawing.
+    """
+
+    engines: int
+    starting: int
+    seconds: float
+    heard_seconds: float
+    drawn_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +112,8 @@ class Ledger:
     _startup_seconds: list[float] = field(default_factory=list)
     _lived: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Seconds by engine, and when that was heard."""
+    _drawn: dict[str, float] = field(default_factory=dict)
+    """Seconds by engine that draws, or has drawn."""
 
     def start(self, worker: str) -> int:
         """A worker's process begins to load its engine; how many in a row have now, this one included.
@@ -115,10 +139,30 @@ class Ledger:
         spread = {"median": round(statistics.median(seconds), 2), "max": round(max(seconds), 2)} if seconds else None
         return {"count": len(seconds), "startup_seconds": spread}
 
-    def alive(self, engine: str, seconds: float) -> None:
-        """The process of this engine has lived for so long; told now and then, the start-up included."""
+    def alive(self, engine: str, seconds: float, drawn_seconds: float | None = None) -> None:
+        """The process of this engine has lived for so long; told now and then, the start-up included.
+
+        Args:
+            engine: names the process.
+            seconds: since it began.
+            drawn_seconds: those of them that it was drawing; None: its engine still loads.
+        """
         if seconds > self._lived.get(engine, (-1.0, 0.0))[0]:
             self._lived[engine] = seconds, self.now()
+            if drawn_seconds is not None:
+                self._drawn[engine] = drawn_seconds
+
+    def work(self) -> Work:
+        """What all engines have come to, as far as they told."""
+        now = self.now()
+        alive = [engine for engine, (_, heard) in self._lived.items() if now - heard < SILENT_S]
+        return Work(
+            engines=len(alive),
+            starting=sum(engine not in self._drawn for engine in alive),
+            seconds=self.engine_seconds(),
+            heard_seconds=sum(seconds for seconds, _ in self._lived.values()),
+            drawn_seconds=sum(self._drawn.values()),
+        )
 
     def engine_seconds(self) -> float:
         """How long all engines have lived: what each told, and since then at most the PULSE_S to its next sign."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 from ray.util import metrics
 
-from pia_batch.summary import Progress
+from pia_batch.progress import Progress
 
 
 @dataclass(frozen=True)

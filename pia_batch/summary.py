@@ -1,14 +1,15 @@
-"""What a run tells of itself: how far it is, what it has come to, and `run.json`, which says both to programs."""
+"""What a run tells of itself: what it has come to, and `run.json`, which says that to programs, and how far it is."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
 import platform
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,6 +19,7 @@ from pia_batch.config import RunConfig
 from pia_batch.errors import InterruptedRunError, LeaseHeldError, PiaBatchError, StorageError, message_of
 from pia_batch.journal import Outcomes
 from pia_batch.planning import Plan
+from pia_batch.progress import Progress
 from pia_batch.storage import Store
 from pia_batch.uris import redacted, redacted_json, redacted_uri
 
@@ -26,39 +28,8 @@ log = logging.getLogger(__name__)
 _PACKAGES = ("av", "diffusers", "obstore", "pillow", "pyarrow", "ray", "torch", "transformers")
 """Whose versions decide what a run does."""
 
-
-@dataclass
-class Progress:
-    """How far a run is, counted in requests of its manifest."""
-
-    total: int
-    """Those that have a result at the end of this run, if nothing stops it."""
-    done_before: int
-    """Finished by earlier runs, or rejected."""
-    succeeded: int = 0
-    failed: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def done(self) -> int:
-        """Requests with a result."""
-        return self.done_before + self.succeeded + self.failed
-
-    @property
-    def computed(self) -> int:
-        """Requests that this run drew, or tried to."""
-        return self.succeeded + self.failed
-
-    @property
-    def clips_per_second(self) -> float:
-        """Animations a second since the chain started, the start-up of its workers included."""
-        return self.succeeded / max(time.monotonic() - self.started, 1e-9)
-
-    @property
-    def seconds_left(self) -> float | None:
-        """By the pace so far; None before the first result."""
-        pace = (time.monotonic() - self.started) / self.computed if self.computed else None
-        return None if pace is None else pace * (self.total - self.done)
+SHOW_EVERY_S = 10.0
+"""Seconds between two times that run.json tells how far a run is."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +73,8 @@ class Record:
         self._began = time.monotonic()
         self._store: Store | None = None
         self._progress: Progress | None = None
+        self._shown = time.monotonic()
+        self._writer: threading.Thread | None = None
         self._plan: Plan | None = None
         self._engine_seconds = 0.0
         self._phases = dict.fromkeys(("planning", "waiting", "drawing", "publishing"), 0.0)
@@ -156,6 +129,16 @@ class Record:
         self._store, self._progress = store, progress
         self._write()
 
+    def show(self, progress: Progress) -> None:
+        """Have run.json tell how far the run is, every SHOW_EVERY_S seconds. Nobody waits for the store."""
+        if time.monotonic() - self._shown < SHOW_EVERY_S or (self._writer is not None and self._writer.is_alive()):
+            return
+        self._shown, self._progress = time.monotonic(), progress
+        self._writer = threading.Thread(
+            target=self._put_if_possible, args=(self._json(),), name="run.json", daemon=True
+        )
+        self._writer.start()
+
     def engines(self, told: dict[str, Any], seconds: float) -> None:
         """Note what the ledger knows of the engines at their end, and how long all of them lived."""
         self.told["engines"] = told
@@ -208,10 +191,10 @@ class Record:
         message = str(err) if isinstance(err, PiaBatchError) else f"{type(err).__name__}: {message_of(err)}"
         code = err.exit_code if isinstance(err, PiaBatchError) else 1
         self._end("stopped", why, redacted(message), code)
-        try:
-            self._write()
-        except StorageError as problem:
-            log.warning("run_json_not_written run_id=%s: %s", self.told["run_id"], problem)
+        if self._progress is not None:
+            self._progress.enter("stopped")
+        self._finish_writing()
+        self._put_if_possible(self._json())
 
     @property
     def _gpu_hours(self) -> float:
@@ -240,10 +223,29 @@ class Record:
         }
 
     def _write(self) -> None:
+        self._finish_writing()
+        self._put(self._json())
+
+    def _finish_writing(self) -> None:
+        """What was begun to be written must not come after what is written next."""
+        if self._writer is not None:
+            self._writer.join()
+
+    def _json(self) -> bytes:
+        config = self._config.model_dump(mode="json", exclude={"on_finish"})  # a webhook's URL is a secret
+        if self._progress is not None:
+            self.told["progress"] = self._progress.snapshot().model_dump(mode="json")
+        return journal.to_json(self.told | {"config": redacted_json(config)})
+
+    def _put(self, data: bytes) -> None:
         if self._store is not None:
-            config = self._config.model_dump(mode="json", exclude={"on_finish"})  # a webhook's URL is a secret
-            whole = self.told | {"config": redacted_json(config)}
-            self._store.replace(f"_runs/{self.told['run_id']}/run.json", journal.to_json(whole))
+            self._store.replace(f"_runs/{self.told['run_id']}/run.json", data)
+
+    def _put_if_possible(self, data: bytes) -> None:
+        try:
+            self._put(data)
+        except StorageError as problem:
+            log.warning("run_json_not_written run_id=%s: %s", self.told["run_id"], problem)
 
 
 _CAUSES: dict[type[PiaBatchError], str] = {

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -59,9 +59,30 @@ OUTCOME = pa.schema(
         ("status", pa.string()),
         ("error_kind", pa.string()),
         ("error", pa.string()),
+        ("animation_uri", pa.string()),
     ]
 )
 """What `Animate` hands back, after the commit: a few bytes a request."""
+
+
+class Objects(Protocol):
+    """Where animations go: what the last stage needs of `storage.Store`."""
+
+    def create(self, name: str, data: bytes) -> None:
+        """Store `data`, or raise ObjectExistsError."""
+
+    def read(self, name: str) -> bytes:
+        """What is there."""
+
+    def uri_of(self, name: str) -> str | None:
+        """Where others find it."""
+
+
+class Commits(Protocol):
+    """Where results go: what the last stage needs of `journal.Journal`."""
+
+    def append(self, results: pa.Table) -> object:
+        """Commit these rows."""
 
 
 class Animate:
@@ -86,6 +107,9 @@ class Animate:
         BrokenDeviceError: the engine draws other pixels than it should, or ended its process whenever it was loaded.
     """
 
+    _drawn: tuple[float, float | None] | None = None
+    """Seconds of batches that were drawn, and since when another one is; one value, as another thread reads it."""
+
     def __init__(
         self,
         load_engines: Callable[[], Engines],
@@ -104,13 +128,23 @@ class Animate:
         self._checked: dict[str, weakref.ref[Engine]] = {}
         self._place = self._engine(next(iter(engine_ids))).device
         self._watchdog = Watchdog(control.give_up, die, self._max_bytes())
-        self._store = Store(config.output)
-        self._journal = Journal(self._store)
+        store = Store(config.output)
+        self._store: Objects = store
+        self._journal: Commits = Journal(store)
         self._device, self._encoder = threading.Lock(), threading.Lock()
         self._count, self._idle_since = count, time.monotonic()
+        self._drawn = 0.0, None
         seconds = self._idle_since - started
         log.info("engine_ready device=%s seconds=%.1f own_bytes=%d", self._place, seconds, own_bytes())
         control.ready(worker, seconds)
+
+    @property
+    def drawn_seconds(self) -> float | None:
+        """How long its engines have drawn by now, a batch that is on the device included; None: they still load."""
+        if self._drawn is None:
+            return None
+        whole, since = self._drawn
+        return whole if since is None else whole + time.monotonic() - since
 
     def __call__(self, requests: pa.Table) -> pa.Table:
         """One OUTCOME row for each of `requests`; they are committed, or `interrupted` if the run is stopping."""
@@ -220,11 +254,14 @@ class Animate:
         """Count what the device is busy with, and how long it waited before."""
         started = time.monotonic()
         self._count("pia_batch_device_seconds_total", started - self._idle_since, state="idle", device=self._place)
+        before = self.drawn_seconds or 0.0
+        self._drawn = before, started
         try:
             yield
         finally:
             self._idle_since = time.monotonic()
             busy = self._idle_since - started
+            self._drawn = before + busy, None
             self._count("pia_batch_device_seconds_total", busy, state="busy", device=self._place)
             self._count("pia_batch_stage_seconds_total", busy, stage="draw")
 

@@ -88,7 +88,7 @@ def test_an_engine_tells_the_ledger_that_it_lives() -> None:
         beats.put(ledger.engine_seconds())
         go_on.get()
 
-    Pulse(ledger, wait)
+    Pulse(ledger, wait=wait)
     first = beats.get(timeout=20)
     go_on.put(None)
     second = beats.get(timeout=20)
@@ -117,14 +117,14 @@ def test_a_pulse_ends_with_the_ledger() -> None:
     ended: queue.Queue[str] = queue.Queue()
 
     class GoneLedger:
-        def alive(self, engine: str, seconds: float) -> None:
-            ended.put(f"{engine} {seconds}")
+        def alive(self, engine: str, seconds: float, drawn_seconds: float | None) -> None:
+            ended.put(f"{engine} {seconds} {drawn_seconds}")
             raise ConnectionError
 
     def wait(_: float) -> None:
         ended.put("waits")
 
-    Pulse(GoneLedger(), wait)
+    Pulse(GoneLedger(), wait=wait)
 
     assert ended.get(timeout=20) != "waits"
     with pytest.raises(queue.Empty):

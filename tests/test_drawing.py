@@ -16,8 +16,8 @@ from pia_batch.config import RunConfig
 from pia_batch.drawing import Watch, draw
 from pia_batch.errors import InterruptedRunError, LeaseHeldError, StorageError
 from pia_batch.lease import Lease
+from pia_batch.progress import Progress
 from pia_batch.storage import Store
-from pia_batch.summary import Progress
 from pia_batch.worker import OUTCOME
 
 
@@ -56,7 +56,7 @@ class Drawing:
         self.config = RunConfig.load(None, {"manifest": "m", "output": store.uri, **dotted})
         self.chain, self.control, self.stop = Chain(), FakeControl(), threading.Event()
         self.lease = Lease(store, "mine", 60)
-        self.progress = Progress(total=100, done_before=10)
+        self.progress = Progress(self.config, "mine", total=100, done_before=10)
         self.seen: list[int] = []
         self.failed_before = failed_before
 

@@ -17,7 +17,8 @@ from fakes import FakeEngineLoader
 from pia_batch import pipeline, planning
 from pia_batch.config import RunConfig
 from pia_batch.metrics import METRICS
-from pia_batch.summary import Progress
+from pia_batch.progress import Progress, Snapshot
+from pia_batch.storage import Store
 
 ROOT = Path(__file__).parents[1]
 DASHBOARD = json.loads((ROOT / "jobs" / "grafana" / "pia-batch.json").read_text())
@@ -57,6 +58,12 @@ def test_a_run_can_be_scraped(metrics_port: int, make_config: Callable[..., RunC
         seen.update(scraped(metrics_port))
 
     assert summary.computed == 12
+    about = json.loads(Store(config.output).read(f"_runs/{summary.run_id}/run.json"))
+    told = Snapshot.model_validate(about["progress"])
+    assert (told.phase, told.done, told.failures) == ("finished", 12, {"non_finite": 4})
+    assert told.newest is not None
+    assert told.newest.endswith(".gif")
+    assert 0.1 < (told.busy or 0.0) <= 1  # six batches of a second each, and the start
     assert {re.sub(r"\{.*", "", name) for name in seen} == {f"ray_{name}" for name in METRICS}
     assert 0 < seen['ray_pia_batch_requests_total{error_kind="",status="succeeded"}'] <= 8
     assert 0 < seen['ray_pia_batch_requests_total{error_kind="non_finite",status="failed"}'] <= 4

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from html import unescape
@@ -137,7 +139,8 @@ def publish(store: Store, rows: list[dict[str, Any]], part_rows: int = 100_000, 
         "manifest": manifest,
         "folder": manifest,
         "config": loaded,
-        "summary": {"seconds": 20 + 0.8 * len(rows), "duplicates": 0},
+        "summary": {"seconds": 20 + 0.8 * len(rows), "duplicates": 0, "gpu_hours": 0.5},
+        "progress": {"busy": 0.625, "gpu_hours": 0.5, "unit": "GPU hours"},
     }
     store.replace(f"{folder}_SUCCESS.json", journal.to_json({"run_id": RUN, "parts": parts, "requests": len(rows)}))
     store.replace(journal.LATEST, journal.to_json({"run_id": RUN, "digest": ""}))
@@ -187,9 +190,11 @@ def test_the_head_counts_every_result_and_tells_only_what_the_data_has(store: St
     assert f"Clips per second {8 / 28:.3g} 28.0 s in all, start-up included" in text
     assert f"GPU time {seconds:.1f} s" in text
     assert "Reused 1 from earlier runs: 1 min 30 s spared" in text
-    assert f"Device busy {seconds / 28:.0%} of the run, 1 engine" in text
+    assert "Engines busy 62% of the time that they were alive" in text
     assert "Cost" not in text
-    assert f"Cost {seconds / 3600 * 360:,.2f} GPU time at 360.00 an hour" in visible(page_of(store, price_per_hour=360))
+    assert "Cost 1.25 0.5 GPU hours at 2.50, start-up and idle time included" in visible(
+        page_of(store, price_per_hour=2.5)
+    )
 
 
 def test_a_page_without_run_json_tells_what_the_results_have(store: Store) -> None:
@@ -311,7 +316,9 @@ def commit(store: Store, rows: list[dict[str, Any]]) -> None:
 
 def begin(store: Store, pending: int) -> None:
     """What a run leaves behind as it begins."""
+    seen = {"seconds": 50.0, "seconds_left": 200.0, "busy": 0.9, "gpu_hours": 0.25, "unit": "GPU hours"}
     about = {"run_id": RUN, "started_at": BEGAN.isoformat(), "pending": pending, "rejected": 0, "manifest": "m"}
+    about |= {"progress": seen, "config": {"budget": {"price_per_hour": 8.0}}}
     store.replace(f"_runs/{RUN}/run.json", journal.to_json(about))
 
 
@@ -329,6 +336,8 @@ def test_the_page_of_a_run_that_goes_on_shows_what_it_has_committed_so_far(store
     text = store.read(f"_runs/{RUN}/report.html").decode()
     assert '<meta http-equiv="refresh" content="20">' in text
     assert "3 of 3 requests drawn" in text
+    for figure in ("Clips per second 0.04", "Time left 3 min 20 s", "Engines busy 90%", "Cost 2.00"):
+        assert figure in visible(text)
 
     publish(store, [result(0), failure(1, "non_finite", "not finite"), result(2)])
     assert next(pages).num_results == 3
@@ -841,6 +850,11 @@ def test_the_detail_shows_every_frame_and_stops_at_one(site: Site, visit: Callab
     page = visit().open(f"{site.uri}#id=r00000")
 
     until(page, DRAWN)
+    cropped = page.evaluate("""[...document.querySelectorAll('#detail .picture > *')].filter((element) => {
+      const [inner, outer] = [element.getBoundingClientRect(), element.parentElement.getBoundingClientRect()];
+      return inner.height > outer.height + 1 || inner.width > outer.width + 1;
+    }).length""")
+    assert cropped == 0
     assert page.locator(".strip canvas").count() == 8
     shots = {page.locator(".strip canvas").nth(k).screenshot() for k in range(8)}
     assert len(shots) == 8
@@ -867,7 +881,7 @@ def test_the_copied_commands_ask_for_the_same_clip(
 ) -> None:
     page = visit(permissions=["clipboard-read", "clipboard-write"]).open(f"{site.uri}#id=r{index:05d}")
 
-    page.locator("#detail").get_by_role("button", name="Copy").click()
+    page.locator(".again").get_by_role("button", name="Copy").click()
     page.get_by_role("button", name="Copied").wait_for()
 
     commands = page.evaluate("navigator.clipboard.readText()")
@@ -905,7 +919,7 @@ def test_hostile_text_is_shown_and_never_obeyed(visit: Callable[..., Visit], tmp
     ]
     prompts = [row["prompt"] for row in sorted(rows, key=lambda row: row["request_id"])]
     window = visit(1280, 3000, missing=True)  # two images are none
-    page = window.open(build(tmp_path, rows).uri)
+    page = window.open(build(tmp_path / "it's (mine)", rows).uri)
 
     assert page.locator("#grid .prompt bdi").all_text_contents() == prompts
     assert page.locator(".examples bdi").first.text_content() == EVIL
@@ -916,9 +930,32 @@ def test_hostile_text_is_shown_and_never_obeyed(visit: Callable[..., Visit], tmp
         assert not re.search("[\u200b\u202e\u2066]", files)
         subprocess.run(["bash", "-euc", files], cwd=tmp_path, check=True)
         assert json.loads((tmp_path / "again.jsonl").read_text())["prompt"] == prompt
+        if page.locator("#inspect").count():
+            assert inspected(page).is_file()
         page.keyboard.press("Escape")
     assert not (tmp_path / "hurt").exists()
     assert page.evaluate("window.hurt") is None
+
+
+def inspected(page: Page) -> Path:
+    """The file that the copyable command would inspect."""
+    *command, uri = shlex.split(page.locator("#inspect").text_content() or "")
+    assert command == ["pia-batch", "inspect"]
+    return Path(unquote(urlsplit(uri).path))
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_the_file_of_a_result_can_be_inspected(site: Site, visit: Callable[..., Visit], index: int) -> None:
+    row = site.rows[index]
+    name = journal.animation_name(row["key"], video.EXTENSIONS[row["format"]])
+    assert inspected(visit().open(f"{site.uri}#id={row['request_id']}")) == site.folder / "out" / name
+
+
+def test_where_files_tell_nothing_the_page_offers_no_inspection(store: Store) -> None:
+    publish(store, [result(0)])
+    assert data_in(page_of(store))["inspect"] == store.uri
+    publish(store, [result(0)], **{"encoding.provenance": False})
+    assert data_in(page_of(store))["inspect"] is None
 
 
 def test_the_policy_lets_no_other_script_or_markup_in(site: Site, visit: Callable[..., Visit]) -> None:
@@ -1084,27 +1121,59 @@ def test_a_chosen_point_of_a_chart_opens_its_result(site: Site, visit: Callable[
     assert page.locator("#detail-title").inner_text() == "r00003"
 
 
-def test_a_plain_web_server_is_enough(site: Site, visit: Callable[..., Visit]) -> None:
+@contextmanager
+def served(site: Site) -> Iterator[str]:
+    """A plain web server over the site; the address of the page. From a disk a browser shows no pixels to scripts."""
     handler = functools.partial(QuietHandler, directory=site.folder)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        origin = f"http://127.0.0.1:{server.server_port}"
-        window = visit()
-        page = window.open(f"{origin}/out/_runs/{RUN}/report.html#id=r00000")
-
-        for _ in range(6):
-            until(page, "[...document.querySelectorAll('.strip canvas')].every((canvas) => canvas.height === 64)")
-            strip = page.evaluate("""[...document.querySelectorAll('.strip canvas')].map((canvas) =>
-              [...canvas.getContext('2d').getImageData(0, 0, 64, 64).data])""")
-            shown = np.asarray(strip).reshape(-1, 64, 64, 4)[..., :3].astype(int)
-            distances = np.abs(shown - frames(0)).mean(axis=(1, 2, 3))
-            if max(distances) < 4:
-                break
-            page.reload()  # on a busy machine Chromium may say that it has sought before it has the picture
-        page.context.close()
+        yield f"http://127.0.0.1:{server.server_port}/out/_runs/{RUN}/report.html"
         server.shutdown()
-    assert max(distances) < 4  # frame k of the strip is frame k of the animation
-    assert all(uri.startswith((origin, "data:")) for uri in window.asked)
+
+
+def strip_of(page: Page) -> npt.NDArray[np.int_]:
+    """The frame strip of the result that is open; shape (8, 64, 64, 3), 0-255."""
+    until(page, "[...document.querySelectorAll('.strip canvas')].every((canvas) => canvas.height === 64)")
+    pixels = page.evaluate("""[...document.querySelectorAll('.strip canvas')].map((canvas) =>
+      [...canvas.getContext('2d').getImageData(0, 0, 64, 64).data])""")
+    return np.asarray(pixels).reshape(-1, 64, 64, 4)[..., :3].astype(int)
+
+
+LATE = """
+const tell = HTMLVideoElement.prototype.requestVideoFrameCallback;
+HTMLVideoElement.prototype.requestVideoFrameCallback = function (callback) {
+  this.late = !this.late;
+  return this.late ? setTimeout(() => callback(0, { mediaTime: -1 })) : tell.call(this, callback);
+};"""
+"""A browser that says of each frame first that it still shows the one before."""
+SILENT = "delete HTMLVideoElement.prototype.requestVideoFrameCallback;"
+
+
+@pytest.mark.parametrize("browser", ["", LATE], ids=["as it is", "late"])
+def test_a_plain_web_server_is_enough(site: Site, visit: Callable[..., Visit], browser: str) -> None:
+    window = visit()
+    window.page.add_init_script(browser)
+    with served(site) as uri:
+        page = window.open(f"{uri}#id=r00000")
+
+        shown = strip_of(page)
+        page.context.close()
+
+    assert max(np.abs(shown - frames(0)).mean(axis=(1, 2, 3))) < 4  # frame k of the strip is frame k of the animation
+    origin = uri.removesuffix(f"/out/_runs/{RUN}/report.html")
+    assert all(asked.startswith((origin, "data:")) for asked in window.asked)
+
+
+def test_a_browser_that_does_not_tell_which_frame_it_shows_gets_a_strip_too(
+    site: Site, visit: Callable[..., Visit]
+) -> None:
+    window = visit()
+    window.page.add_init_script(SILENT)
+    with served(site) as uri:
+        shown = strip_of(window.open(f"{uri}#id=r00000"))
+        window.page.context.close()
+
+    assert shown.std(axis=(1, 2, 3)).min() > 4  # pictures, whichever they are
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -1124,6 +1193,7 @@ def test_the_copied_commands_make_the_same_frames(
     printed = start(["pia-batch", "report", output]).stdout
     page = visit().open(f"{re.search('report: (.*)', printed)[1]}#id=r001")
 
+    assert "prompt" in start(["bash", "-euc", page.locator("#inspect").inner_text()]).stdout
     start(["bash", "-euc", page.locator("#again").inner_text()], cwd=tmp_path)
 
     (drawn,), (again,) = output.glob("animations/*/*.webp"), tmp_path.glob("again/animations/*/*")

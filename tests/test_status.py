@@ -35,7 +35,9 @@ def check_story(store: Store) -> None:
             "started_at": "when night began",
             "pending": 3,
             "rejected": 1,
+            "state": "running",
             "finished": False,
+            "progress": None,
         }
         assert (told["lease"]["state"], told["lease"]["run_id"], told["published"]) == ("held", "night", None)
         assert told["lease"]["since"]

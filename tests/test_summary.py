@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,27 +16,30 @@ from pia_batch import planning, summary
 from pia_batch.budget import Stopped
 from pia_batch.config import RunConfig
 from pia_batch.errors import AccountingError, ConfigError, InterruptedRunError, LeaseHeldError, StorageError
+from pia_batch.progress import Progress, Snapshot
 from pia_batch.storage import Store
-from pia_batch.summary import Progress, Record
+from pia_batch.summary import SHOW_EVERY_S, Record
 
 MakeConfig = Callable[..., RunConfig]
 
 FIELDS = {
     *("run_id", "state", "why", "message", "exit_code", "run_date", "params", "started_at", "finished_at"),
     *("manifest", "folder", "output", "rows", "pending", "chosen", "rejected", "duplicates"),
-    *("version", "versions", "engine_ids", "config"),
+    *("version", "versions", "engine_ids", "config", "progress"),
 }
 AT_THE_END = {
     *("computed", "timings", "requests_per_second", "engines", "engine_hours", "gpu_hours", "cost", "summary"),
 }
 
 
-def begun(config: RunConfig, run_id: str = "night") -> tuple[Record, planning.Plan, Progress]:
+def begun(
+    config: RunConfig, run_id: str = "night", store: type[Store] = Store
+) -> tuple[Record, planning.Plan, Progress]:
     plan = planning.make(config)
     record = Record(config)
     record.planned(plan, run_id)
-    progress = Progress(total=plan.num_chosen, done_before=0)
-    record.begin(Store(config.output), progress)
+    progress = Progress(config, run_id, total=plan.num_chosen, done_before=0)
+    record.begin(store(config.output), progress)
     return record, plan, progress
 
 
@@ -55,6 +60,47 @@ def test_a_run_that_begins_says_what_it_is_about_to_do(make_config: MakeConfig) 
     assert told["params"] == {"shop": "north"}
     assert {"python", "ray", "torch", "diffusers"} <= set(told["versions"])
     assert "secret" not in json.dumps(told)
+
+
+class SlowStore(Store):
+    """Takes its time for what is written from another thread than this one."""
+
+    def replace(self, name: str, data: bytes) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.3)
+        super().replace(name, data)
+
+
+def test_a_run_that_goes_on_says_how_far_it_is_and_nothing_of_that_comes_after_its_end(make_config: MakeConfig) -> None:
+    config = make_config(requests_table(4))
+    record, plan, progress = begun(config, store=SlowStore)
+    assert Snapshot.model_validate(run_json(config)["progress"]).done == 0
+    progress.add(1, {"non_finite": 1}, "s3://user:hunter2@bucket/clip.mp4")
+    record.show(progress)  # it was told a moment ago
+    assert run_json(config)["progress"]["done"] == 0
+
+    record._shown -= SHOW_EVERY_S
+    record.show(progress)
+    progress.add(2, {}, None)
+    progress.enter("finished")
+    record.finish(plan.outcomes, "night")
+
+    told = Snapshot.model_validate(run_json(config)["progress"])
+    assert (told.phase, told.succeeded, told.failures) == ("finished", 3, {"non_finite": 1})
+    assert run_json(config)["state"] == "finished"
+    assert "hunter2" not in json.dumps(run_json(config))
+
+
+def test_run_json_is_written_again_while_a_run_goes_on(make_config: MakeConfig) -> None:
+    config = make_config(requests_table(4))
+    record, _, progress = begun(config)
+    progress.add(3, {}, "file:///out/clip.mp4")
+    record._shown -= SHOW_EVERY_S
+
+    record.show(progress)
+    record._finish_writing()
+
+    assert (run_json(config)["state"], run_json(config)["progress"]["succeeded"]) == ("running", 3)
 
 
 def test_a_run_that_finished_says_what_it_came_to_and_what_it_cost(make_config: MakeConfig) -> None:
@@ -136,7 +182,7 @@ def test_a_store_that_is_gone_does_not_hide_why_the_run_ended(
     record = Record(config)
     record.planned(planning.make(config), "night")
     store = GoneStore(config.output)
-    record.begin(store, Progress(total=1, done_before=0))
+    record.begin(store, Progress(config, "night", total=1, done_before=0))
     store.gone = True
 
     record.fail(InterruptedRunError("the store went away"))
@@ -149,13 +195,3 @@ def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(summary, "_PACKAGES", ("pyarrow", "a-vendors-torch"))
 
     assert set(summary._versions()) == {"pyarrow"}
-
-
-def test_the_time_left_is_that_of_what_was_chosen() -> None:
-    progress = Progress(total=30, done_before=10)
-    assert progress.seconds_left is None
-    progress.succeeded, progress.failed = 9, 1
-    progress.started -= 100
-
-    assert progress.seconds_left == pytest.approx(100, rel=0.1)
-    assert progress.clips_per_second == pytest.approx(0.09, rel=0.1)

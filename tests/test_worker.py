@@ -145,6 +145,30 @@ def test_the_stage_hands_back_one_small_row_for_each_request_in_order(make_confi
     assert outcomes["key"].to_pylist() == requests["key"].to_pylist()
     assert outcomes["status"].to_pylist() == ["succeeded", "failed", "succeeded"]
     assert outcomes["error_kind"].to_pylist() == [None, "non_finite", None]
+    assert outcomes["animation_uri"][1].as_py() is None
+    assert set(stored(config)) == {outcomes["animation_uri"][k].as_py() for k in (0, 2)}
+
+
+def test_seconds_on_the_device_are_counted_while_they_pass(make_config: MakeConfig) -> None:
+    class WatchedEngine(FakeEngine):
+        during: list[float | None]
+
+        def animate(self, shots: Sequence[Any]) -> list[FakeClip]:
+            clips = super().animate(shots)
+            self.during = [animator.drawn_seconds]
+            return clips
+
+    config = make_config(requests_table(2, format=["gif"] * 2))
+    engine = WatchedEngine(seconds=0.05)
+    animator = stage(config, engine)
+    assert Animate.drawn_seconds.fget(Animate.__new__(Animate)) is None  # its engine still loads
+    assert animator.drawn_seconds == 0
+
+    animator(fetched(config))
+
+    drawn = animator.drawn_seconds
+    assert 0.05 <= engine.during[0] <= drawn
+    assert animator.drawn_seconds == drawn  # nothing is on the device any more
 
 
 def test_carried_columns_come_out_as_they_went_in(make_config: MakeConfig) -> None:

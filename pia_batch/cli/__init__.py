@@ -1,9 +1,4 @@
-"""The command line: parse, call, print, exit code. Heavy imports wait until a command needs them.
-
-Exit codes, for schedulers: 0 every request succeeded, or nothing to do · 1 a bug · 2 usage, config, manifest or store ·
-3 requests failed, see `limits.max_failed`, or `verify` found a problem · 4 interrupted, or a limit of the budget was
-reached: start again to go on · 75 another run holds the lease.
-"""
+"""The command line: parse, call, print, exit code. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -20,6 +15,17 @@ from pia_batch.cli import benchmarking, clusters, inspecting, outputs, preparing
 from pia_batch.cli.console import err
 
 log = logging.getLogger("pia_batch")
+
+EXIT_CODES = {
+    0: "every request succeeded, or nothing was left to do",
+    1: "a bug, or results that do not add up; the traceback or the message says which",
+    2: "usage, config, manifest or store: nothing was started; or a device that draws wrongly",
+    3: "finished with failed requests, or stopped by more of them than `limits.max_failed`; `verify`: found a problem, "
+    "repaired or not",
+    4: "interrupted, or a limit of the budget was reached; what was finished is committed. Start again to go on",
+    75: "another run works on this output, or a job for it is there that is not over",
+}
+"""What a command leaves with, for schedulers."""
 
 app = typer.Typer(
     no_args_is_help=True,

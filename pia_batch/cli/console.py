@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
 from rich.status import Status
+from rich.text import Text
+
+from pia_batch.errors import printable
 
 if TYPE_CHECKING:
-    from pia_batch.summary import Progress
+    from pia_batch.progress import Progress, Snapshot
 
 LOG_EVERY_S = 10.0
 """Seconds between progress lines where standard error is no terminal."""
+
+_REFRESHES_PER_SECOND = 4
 
 out = Console(highlight=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
@@ -50,39 +58,101 @@ def counting(what: str, total: int | None = None) -> Iterator[Callable[[], None]
 
 
 @contextmanager
-def shown_progress() -> Iterator[Any]:
-    """A callback for `pipeline.run`: a live bar on a terminal, a line now and then elsewhere."""
-    if not err.is_terminal:
-        yield _log_progress()
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
+def shown_progress(*, as_json: bool = False, console: Console = err) -> Iterator[Callable[[Progress], None]]:
+    """A callback for `pipeline.run`: a live view on a terminal, a line now and then elsewhere.
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Bar(*columns, console=err) as bar:
-        task = bar.add_task("starting", total=None)
+    Args:
+        as_json: where there is no terminal, each line is a JSON object: `event` and the keys of `progress.Snapshot`.
+        console: where to.
+    """
+    if console.is_terminal and not console.is_dumb_terminal:
+        with _live(console) as show:
+            yield show
+    elif as_json:
+        yield _now_and_then(lambda seen: _print_json_line(seen, console))
+    else:
+        from pia_batch.cli import view
 
-        def show(progress: Progress) -> None:
-            left = progress.seconds_left
-            words = f"{progress.failed} failed  {progress.clips_per_second:.2f} clips/s"
-            words += "" if left is None else f"  {left:.0f} s left"
-            bar.update(task, total=progress.total, completed=progress.done, description=words)
-
-        yield show
+        log = logging.getLogger("pia_batch.progress")
+        yield _now_and_then(lambda seen: log.info("progress %s", view.line(seen)))
 
 
-def _log_progress() -> Any:  # a callback
-    last = -LOG_EVERY_S
-    log = logging.getLogger("pia_batch.progress")
+@contextmanager
+def _live(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """The view is drawn a few times a second below the log; its last state stays."""
+    from pia_batch.cli import view
+
+    seen: Snapshot | None = None
+    drawn = 0.0
 
     def show(progress: Progress) -> None:
-        nonlocal last
-        if time.monotonic() - last >= LOG_EVERY_S or progress.done == progress.total:
-            last = time.monotonic()
-            left = "unknown" if progress.seconds_left is None else f"{progress.seconds_left:.0f}"
-            log.info(
-                "progress done=%d failed=%d total=%d clips_per_second=%.2f seconds_left=%s",
-                *(progress.done, progress.failed, progress.total, progress.clips_per_second, left),
-            )
+        nonlocal seen, drawn
+        known = seen is not None and seen.phase == progress.phase
+        if known and (progress.phase == "starting" or time.monotonic() - drawn < 1 / _REFRESHES_PER_SECOND):
+            return
+        seen, drawn = progress.snapshot(), time.monotonic()
+        if progress.phase == "starting":
+            # Ray writes to the terminal itself as it starts, and a frame that stood there could not be drawn over.
+            live.update(Text(), refresh=True)
+            console.print(Text("starting Ray", "dim"))
+        else:
+            live.update(view.Frame(seen))
+
+    stderr = sys.stderr
+    planning = Spinner("dots", Text("planning", "dim"))
+    with Live(planning, console=console, refresh_per_second=_REFRESHES_PER_SECOND) as live, _log_above(console, stderr):
+        try:
+            yield show
+        except BaseException:
+            if seen is not None:
+                live.update(view.Frame(seen, "stopped"))
+            raise
+        finally:
+            live.transient = seen is None  # nothing was to be done: the spinner goes
+
+
+@contextmanager
+def _log_above(console: Console, stream: Any) -> Iterator[None]:
+    """What is logged to `stream` appears above what is live there. Written past it, it would be drawn over."""
+    found = [handler for name in ("", "ray") for handler in logging.getLogger(name).handlers]
+    handlers = [one for one in found if isinstance(one, logging.StreamHandler) and one.stream is stream]
+    for handler in handlers:
+        handler.setStream(_Above(console))
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.setStream(stream)
+
+
+class _Above:
+    """A text stream whose lines a console prints above what is live. A terminal takes none of them for a command."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def write(self, text: str) -> None:
+        """Print lines."""
+        for line in text.splitlines():
+            self._console.print(Text(printable(line)), soft_wrap=True)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+def _print_json_line(seen: Snapshot, console: Console) -> None:
+    told = {"event": "progress", **seen.model_dump(mode="json")}
+    console.print(json.dumps(told), soft_wrap=True, markup=False)
+
+
+def _now_and_then(tell: Callable[[Snapshot], None]) -> Callable[[Progress], None]:
+    """Tell of each phase as it begins, and every LOG_EVERY_S seconds."""
+    phase, last = "", 0.0
+
+    def show(progress: Progress) -> None:
+        nonlocal phase, last
+        if progress.phase != phase or time.monotonic() - last >= LOG_EVERY_S:
+            phase, last = progress.phase, time.monotonic()
+            tell(progress.snapshot())
 
     return show

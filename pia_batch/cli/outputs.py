@@ -6,11 +6,10 @@ import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.live import Live
-from rich.text import Text
 
 from pia_batch import errors
 from pia_batch.cli.console import counting, out, print_json
@@ -32,6 +31,7 @@ def status(
     Examples: `pia-batch status s3://bucket/out`, `pia-batch status s3://bucket/out --watch`
     """
     from pia_batch import status
+    from pia_batch.cli import view
 
     store, every_s = existing(output)[0], seconds_of(every, "--every")
     shown = Live(console=out, auto_refresh=False) if watch and out.is_terminal and not as_json else nullcontext()
@@ -44,37 +44,15 @@ def status(
             before = now, done
             if as_json:
                 print_json(told if pace is None else told | {"requests_per_second": round(pace, 3)})
-            elif screen is None:
-                out.print(_status_text(told, pace), soft_wrap=True)
+            elif screen is not None:
+                screen.update(view.overview(told, pace), refresh=True)
+            elif out.is_terminal:
+                out.print(view.overview(told, pace))
             else:
-                screen.update(_status_text(told, pace), refresh=True)
+                out.print(view.status_text(told, pace), soft_wrap=True)
             if not watch:
                 return
             time.sleep(every_s)
-
-
-def _status_text(told: dict[str, Any], pace: float | None) -> Text:
-    lines = [f"succeeded  {told['succeeded']}", f"failed     {told['failed']}"]
-    lines += [f"  {kind}  {count}" for kind, count in told["failures"].items()]
-    if told["due_again"]:
-        lines.append(f"due again  {told['due_again']}  (taken back by `verify --repair`; the next run draws them)")
-    if pace is not None:
-        lines.append(f"pace       {pace:.2f} requests/s since the last look")
-    begun = told["run"]
-    if begun is None:
-        lines.append("last run   none")
-    else:
-        words = "" if begun["finished"] else f", {begun['pending']} to draw then, not finished"
-        lines.append(f"last run   {begun['run_id']}  started {begun['started_at']}{words}")
-    lines.append(f"published  {told['published'] or 'nothing yet'}")
-    lease = told["lease"]
-    if lease["state"] == "free":
-        lines.append("lease      free")
-    else:
-        since = f" since {lease['since']}" if lease["since"] else ""
-        words = "renewed" if lease["state"] == "held" else "SILENT: the next run takes over; last renewed"
-        lines.append(f"lease      {lease['run_id']} on {lease['host']}{since}, {words} {lease['silent_s']:.0f} s ago")
-    return Text("\n".join(lines))
 
 
 def verify(

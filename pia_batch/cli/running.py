@@ -95,7 +95,7 @@ def _start(flags: RunFlags, config: RunConfig, again: Retry | None) -> None:
             print_json({"exit_code": code, "runs": told})
         raise typer.Exit(code)
     try:
-        with _drawing(retry=again, on_end=told.append) as run_one:
+        with _drawing(as_json=flags.as_json, retry=again, on_end=told.append) as run_one:
             summary = run_one(config)
     finally:
         if flags.as_json and told:
@@ -119,12 +119,12 @@ def _backfill(flags: RunFlags, config: RunConfig, again: Retry | None, told: lis
             _print(came_to, again)
 
     dates = config.templates.dates(flags.backfill or "", datetime.now(UTC))
-    with _drawing(retry=again, on_end=told.append) as run_one:
+    with _drawing(as_json=flags.as_json, retry=again, on_end=told.append) as run_one:
         return backfill(config, dates, run_one, tell)
 
 
 @contextmanager
-def _drawing(**options: Any) -> Iterator[Callable[[RunConfig], RunSummary]]:
+def _drawing(*, as_json: bool = False, **options: Any) -> Iterator[Callable[[RunConfig], RunSummary]]:
     """`pipeline.run` of one config after the other; the first SIGINT or SIGTERM stops all of them."""
     from pia_batch import pipeline
 
@@ -133,7 +133,7 @@ def _drawing(**options: Any) -> Iterator[Callable[[RunConfig], RunSummary]]:
         def run_one(config: RunConfig) -> RunSummary:
             if stop.is_set():
                 raise errors.InterruptedRunError("stopped between two runs; start again to go on")
-            with shown_progress() as show:
+            with shown_progress(as_json=as_json) as show:
                 return pipeline.run(config, on_progress=show, stop=stop, **options)
 
         yield run_one

@@ -205,6 +205,7 @@ def _render(
         "settings": SETTINGS.names,
         "measures": {name: label for name, label in _MEASURES.items() if name in rows.column_names},
         "remedies": REMEDIES,
+        "inspect": store.uri if (config.get("encoding") or {}).get("provenance", True) else None,
         "again": {"columns": _AGAIN, "config": again_config(config, places.folder), "folder": places.folder},
     }
     return page.assemble(head, data, places.sources)

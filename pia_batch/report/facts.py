@@ -86,7 +86,7 @@ class Facts:
         self.total = self.requests if reload_s is None else max(self.requests, int(about.get("pending") or 0))
         self.failed = tally.failed
         self.device = "GPU" if any(name.startswith("cuda") for name in tally.devices) else "Device"
-        self.tiles = list(self._tiles(summary, tally, config.get("placement") or {}, price))
+        self.tiles = list(self._tiles(summary, about.get("progress") or {}, tally, price))
         self.failures = [
             {"kind": kind, "count": count, "remedy": REMEDIES.get(kind, ""), "examples": tally.failures[kind]}
             for kind, count in tally.kinds.most_common()
@@ -97,23 +97,24 @@ class Facts:
         self.config = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
 
     def _tiles(
-        self, summary: dict[str, Any], tally: Tally, place: dict[str, Any], price: float | None
+        self, summary: dict[str, Any], seen: dict[str, Any], tally: Tally, price: float | None
     ) -> Iterator[Tile]:
-        seconds = summary.get("seconds")
+        seconds = summary.get("seconds") or seen.get("seconds")
         if seconds and tally.drawn:
             note = f"{duration(seconds)} in all, start-up included"
             yield Tile("Clips per second", f"{tally.drawn / seconds:.3g}", note)
+        if seen.get("seconds_left") and self.reload_s is not None:
+            yield Tile("Time left", duration(seen["seconds_left"]), "at the recent pace")
         if tally.device_seconds:
             names = ", ".join(sorted(tally.devices))
             mean = duration(tally.device_seconds / max(tally.drawn, 1))
             yield Tile(f"{self.device} time", duration(tally.device_seconds), f"{mean} a clip, on {names}")
-            if price is not None:
-                cost = tally.device_seconds / 3600 * price
-                yield Tile("Cost", f"{cost:,.2f}", f"{self.device} time at {price:,.2f} an hour, without idle time")
-        engines = place.get("max_actors") if place.get("max_actors") == place.get("min_actors") else None
-        if seconds and engines and tally.device_seconds:
-            share = tally.device_seconds / seconds / engines
-            yield Tile("Device busy", f"{share:.0%}", f"of the run, {engines} engine{'s' if engines > 1 else ''}")
+        if seen.get("busy") is not None:
+            yield Tile("Engines busy", f"{seen['busy']:.0%}", "of the time that they were alive, start-up included")
+        hours = summary.get("gpu_hours") or seen.get("gpu_hours")
+        if hours and price is not None:
+            note = f"{hours:.3g} {seen.get('unit', 'GPU hours')} at {price:,.2f}, start-up and idle time included"
+            yield Tile("Cost", f"{hours * price:,.2f}", note)
         if tally.reused:
             note = f"from earlier runs: {duration(tally.reused_device_seconds)} spared"
             yield Tile("Reused", f"{tally.reused:,}", note)

@@ -82,6 +82,7 @@ function detailBody(row, media, signal) {
       ]),
     ),
     again(row),
+    inspection(row),
   );
 }
 
@@ -168,16 +169,28 @@ function again(row) {
       }),
     );
   }
-  parts.push(
-    make(
-      "div",
-      { className: "code" },
-      make("pre", {}, code),
-      make("button", { type: "button", className: "copy", textContent: "Copy", "data-copy": "again" }),
-    ),
-  );
-  return make("section", { className: "again" }, ...parts);
+  return make("section", { className: "again" }, ...parts, copied(code));
 }
+
+/** How to read what the file itself tells of this; nothing where no file has it. */
+function inspection(row) {
+  if (!succeeded(row) || page.inspect === null) return null;
+  const file = `${page.inspect}/${value("media", row).split("/").slice(-3).join("/")}`;
+  const code = make("code", { id: "inspect", textContent: `pia-batch inspect ${shellWord(file)}` });
+  const title = make("h3", { textContent: "What the file tells of itself" });
+  return make("section", { className: "inspect" }, title, copied(code));
+}
+
+const copied = (code) =>
+  make(
+    "div",
+    { className: "code" },
+    make("pre", {}, code),
+    make("button", { type: "button", className: "copy", textContent: "Copy", "data-copy": code.id }),
+  );
+
+/** One word for a shell. */
+const shellWord = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
 
 /** Shell commands. A quoted here-document takes its lines as they are, and no line of JSON or of a config is its end. */
 function commands(row) {

@@ -1,6 +1,7 @@
 // Animations and condition images: what plays when, and what stands in for what cannot be shown.
 
 const still = matchMedia("(prefers-reduced-motion: reduce)");
+const PATIENCE_MS = 1000; // for the picture of a frame that was sought
 const TINY_PX = 160; // below, enlarged pixels tell more than a blur
 
 /** The condition image of a result: by reference, else its thumbnail, else a word. */
@@ -120,22 +121,13 @@ async function strip(row, canvases, signal = null) {
 
 async function stripOfFilm(row, canvases, signal) {
   const video = make("video", { muted: true, preload: "auto", playsInline: true });
-  const once = (name) =>
-    new Promise((done, fail) => {
-      video.addEventListener(name, done, { once: true });
-      video.addEventListener("error", fail, { once: true });
-      signal?.addEventListener("abort", fail, { once: true });
-    });
   try {
-    const ready = once("loadeddata");
+    const ready = toldBy(video, signal, (done) => video.addEventListener("loadeddata", done, { once: true }));
     video.src = value("media", row);
     await ready;
-    const fps = value("fps", row);
     const height = Math.min(video.videoHeight, 144);
     for (const [index, canvas] of canvases.entries()) {
-      const there = once("seeked");
-      video.currentTime = (index + 0.5) / fps; // the middle of the frame
-      await there;
+      await frameShown(video, index, value("fps", row), signal);
       [canvas.width, canvas.height] = [Math.round((height * video.videoWidth) / video.videoHeight), height];
       canvas.getContext("2d").drawImage(video, 0, 0, canvas.width, canvas.height);
     }
@@ -145,4 +137,34 @@ async function stripOfFilm(row, canvases, signal) {
     video.removeAttribute("src");
     video.load();
   }
+}
+
+/** A promise that `start` keeps; broken by an error of the video, or by `signal`. */
+function toldBy(video, signal, start) {
+  return new Promise((done, fail) => {
+    video.addEventListener("error", fail, { once: true });
+    signal?.addEventListener("abort", fail, { once: true });
+    start(done);
+  });
+}
+
+/**
+ * Seek a film to a frame, and wait until that is the picture: a busy browser has sought before it has the picture, and
+ * would give the one before. Not every browser tells which picture it shows, nor whenever it shows the same one again.
+ */
+function frameShown(video, index, fps, signal) {
+  return toldBy(video, signal, (done) => {
+    let patience = null;
+    const look = (_, { mediaTime }) => {
+      if (Math.abs(mediaTime * fps - index) < 0.5) {
+        clearTimeout(patience);
+        done();
+      } else video.requestVideoFrameCallback(look);
+    };
+    if (video.requestVideoFrameCallback) {
+      video.requestVideoFrameCallback(look);
+      video.addEventListener("seeked", () => (patience = setTimeout(done, PATIENCE_MS)), { once: true });
+    } else video.addEventListener("seeked", done, { once: true });
+    video.currentTime = (index + 0.5) / fps; // the middle of the frame
+  });
 }
