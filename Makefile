@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0
 
-.PHONY: setup browser demo test test-long torture lint format lock clean
+.PHONY: setup browser docs demo test test-long torture bench-check lint format lock clean
 
 setup: $(READY)  ## a virtual environment with the pinned versions of constraints.txt
 
@@ -36,7 +36,7 @@ test: lint browser  ## every check and every test, fast ones first
 	$(QUIET) $(BIN)/python -m pytest -n 2 -m 'not gpu and not slow and not s3 and not long'
 	$(QUIET) $(BIN)/python -m pytest --reruns 1 -rR -m 'not gpu and not long and (slow or s3)'
 
-test-long: browser  ## the tutorial word by word, drivers killed at random, commands copied from a page: ten minutes
+test-long: browser  ## pages followed word by word, drivers killed at random, commands copied from a page: a quarter of an hour
 	$(QUIET) $(BIN)/python -m pytest -m 'long and not gpu'
 
 RUNS ?= 1000
@@ -46,6 +46,12 @@ FUZZ ?= 5000
 torture: setup  ## RUNS simulated runs, STACK whole-stack ones, under random faults from SEED on; FUZZ damaged images
 	$(QUIET) PIA_BATCH_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/test_images.py -k any_damage
 	$(QUIET) $(BIN)/python tests/torture.py --runs $(RUNS) --stack $(STACK) --seed $(SEED)
+
+docs: setup  ## the tables of docs/ that come from the code: keys, columns, error kinds, exit codes, metrics
+	$(BIN)/python docs/reference.py
+
+bench-check: setup  ## what must stay fast, as ratios of two sides in one run: some minutes
+	$(QUIET) $(BIN)/python tests/check_speed.py
 
 format: setup  ## rewrite the code as `make lint` wants it
 	$(BIN)/ruff check --fix .

@@ -5,8 +5,9 @@ Ray Data reads it and maps it across actors that each hold one PIA *engine*.
 Every *animation* becomes one object and every request one *result* row, committed to a *journal* as it is made.
 A *run* can be killed at any moment; the same command again finishes it, and nothing is lost, doubled or computed twice.
 
-`run(RunConfig(...))` is the whole job, `plan` what can be known before it, `PiaEngine` the model by itself. Naming one
-of them loads no more than it needs: planning knows neither Ray nor torch.
+`run(RunConfig(...))` is the whole job, `plan` what can be known before it, `animate` its stages over a Dataset of one's
+own, `PiaEngine` the model by itself. Naming one of them loads no more than it needs: planning knows neither Ray nor
+torch.
 """
 
 from importlib import import_module
@@ -19,6 +20,7 @@ _PUBLIC = {
     "PiaEngine": ("engine", "PiaEngine"),
     "RunConfig": ("config", "RunConfig"),
     "Shot": ("engine", "Shot"),
+    "animate": ("dataset", "animate"),
     "plan": ("planning", "make"),
     "run": ("pipeline", "run"),
 }

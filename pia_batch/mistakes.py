@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from pia_batch import uris
 
@@ -29,8 +30,31 @@ def explain(err: ValidationError, root: type[BaseModel], source: str) -> str:
         elif problem["type"] == "missing":
             lines.append(f"{key}: required, and not given")
         else:
-            lines.append(f"{key}: {problem['msg']} (got {_shown(problem['input'])})")
+            lines.append(f"{key}: {_said(problem)}")
     return f"{source}: " + "; ".join(lines)
+
+
+_TYPES = {
+    "bool": "true or false",
+    "dict": "a mapping of names to values",
+    "float": "a number",
+    "int": "a whole number",
+    "model": "a section, with its keys below it",
+    "string": "a text",
+    "tuple": "a list, such as [a, b]",
+}
+"""What a value has to be, by the first word of pydantic's name for the mistake."""
+
+
+def _said(problem: ErrorDetails) -> str:
+    """What is wrong with a value, and the value, in the words of a config rather than of Python."""
+    kind, text = problem["type"], problem["msg"]
+    if kind == "value_error":  # of our own, which name the value
+        return text.removeprefix("Value error, ")
+    expected, _, rest = kind.partition("_")
+    if expected in _TYPES and rest in ("type", "parsing", "from_float", "attributes_type"):
+        text = f"must be {_TYPES[expected]}"
+    return f"{text.replace('Input should', 'must', 1)} (got {_shown(problem['input'])})"
 
 
 def nearest(location: Sequence[str], root: type[BaseModel]) -> str | None:

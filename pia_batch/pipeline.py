@@ -2,7 +2,8 @@
 
     reading → Validate → DropFinished → Arrange → FetchImages → Animate (commits inside)
 
-Neighbours ask for different resources, or Ray would fuse them and fetch images on the GPU's worker.
+Ray makes one operator of neighbours that ask for the same resources: of the first three, for what the driver spends on
+a batch grows with the operators. The others ask for different ones, or images would be fetched on the GPU's worker.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import re
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -44,13 +45,14 @@ from pia_batch.lease import Lease
 from pia_batch.ledger import Control
 from pia_batch.metrics import RayMeter
 from pia_batch.planning import Plan, Retry
+from pia_batch.progress import Progress, listening
 from pia_batch.storage import Store
-from pia_batch.summary import Progress, Record, RunSummary
+from pia_batch.summary import Record, RunSummary
 
 log = logging.getLogger(__name__)
 
-VALIDATE_CPUS, DROP_CPUS, RANK_CPUS, ARRANGE_CPUS = 0.5, 0.4, 0.35, 0.3
-"""Different from each other and from the reader's 1, see above."""
+READ_CPUS, VALIDATE_CPUS, RANK_CPUS, ARRANGE_CPUS = 1.0, 0.5, 0.35, 0.3
+"""The first is what Ray's readers take; the others differ from it and from each other, see above."""
 
 WINDOW, SMALL_WINDOW = 1024, 64
 """Requests that are put in order together; fewer where each brings its image along."""
@@ -132,7 +134,7 @@ def _run(config: RunConfig, record: Record, retry: Retry | None, tools: _Tools) 
                 return record.finish(plan.outcomes, newest)
             run_id = _name_of(config, store)
         before = len(plan.wanted) - plan.num_pending
-        progress = Progress(total=before + plan.num_chosen, done_before=before)
+        progress = Progress(config, run_id, total=before + plan.num_chosen, done_before=before)
         watch = Watch(config, progress, tools.on_progress, tools.stop, lease, budget, plan.num_failed)
         summary = _work(plan, run_id, record, watch, tools.load_engines)
     _report(store, summary)
@@ -163,18 +165,23 @@ def _work(plan: Plan, run_id: str, record: Record, watch: Watch, load_engines: L
     compactor = Compactor(Journal(store), plan.config.placement.batch_size)
     stopped = watch.spent(lambda: 0.0) if plan.num_pending else None
     if plan.num_chosen and stopped is None:
+        watch.on_progress(progress)
         with record.phase("drawing"), cluster.connect(plan.config.placement):
             stopped = _draw(
                 plan, run_id, record, watch.also(lambda progress: compactor.see(progress.computed)), load_engines
             )
     stopped = stopped or not_chosen(plan)
     with record.phase("publishing"):
+        progress.enter("publishing")
+        watch.on_progress(progress)
         compactor.finish()
         outcomes = commits.outcomes().of(plan.wanted)
         left = max(plan.num_pending - progress.computed, len(plan.wanted) - len(outcomes.keys)) if stopped else 0
         if not left:
             about = {"manifest": record.told["manifest"]}
             publication.publish(commits, outcomes, plan.wanted, plan.carried, run_id, about)
+    progress.enter("stopped" if left else "finished")
+    watch.on_progress(progress)
     return record.finish(outcomes, run_id, stopped if left else None, left)
 
 
@@ -183,11 +190,14 @@ def _draw(plan: Plan, run_id: str, record: Record, watch: Watch, load_engines: L
     ledger = cluster.start_ledger(plan.config.limits.max_attempts)
     chained = chain(plan, run_id, ledger, load_engines)
     outcomes = chained.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    watch.progress.enter("drawing")
     try:
-        return draw(outcomes, ledger, ray.cluster_resources, watch.also(RayMeter().show))
+        told = watch.also(record.show).also(listening(ledger.work)).also(RayMeter().show)
+        return draw(outcomes, ledger, ray.cluster_resources, told)
     finally:
         cluster.end_execution(chained)
         with suppress(ray.exceptions.RayError):
+            watch.progress.hear(ledger.work())
             record.engines(ledger.engines(), ledger.engine_seconds())
 
 
@@ -223,39 +233,60 @@ def _name_of(config: RunConfig, store: Store) -> str:
 
 def chain(plan: Plan, run_id: str, control: Control, load_engines: LoadEngines | None = None) -> ray.data.Dataset:
     """The whole job as a lazy Dataset of `worker.OUTCOME` rows, one for each request that is left to do."""
-    config, place = plan.config, plan.config.placement
+    config = plan.config
     _own_the_settings()
     requests = (
         reading.dataset(plan.manifest)
-        .map_batches(stages.Validate(config, plan.engine_ids), **_blocks(VALIDATE_CPUS))
-        .map_batches(stages.DropFinished(plan.settled, plan.chosen), **_blocks(DROP_CPUS))
+        .map_batches(stages.Validate(config, plan.engine_ids), **blocks(READ_CPUS))
+        .map_batches(stages.DropFinished(plan.settled, plan.chosen), **blocks(READ_CPUS))
     )
     if len(plan.repeats):
         requests = requests.union(ray.data.from_arrow(plan.repeats))
     if config.budget.priority is not None:
-        ranked = requests.map_batches(stages.Rank(config.budget.priority), **_blocks(RANK_CPUS))
+        ranked = requests.map_batches(stages.Rank(config.budget.priority), **blocks(RANK_CPUS))
         requests = ranked.sort(stages.RANK, descending=True).drop_columns([stages.RANK])
     if plan.is_mixed:
         window = SMALL_WINDOW if "image_bytes" in plan.manifest.schema.names else WINDOW
         requests = requests.repartition(target_num_rows_per_block=window, strict=True).map_batches(
-            stages.Arrange(config.images, plan.manifest.folder), **_blocks(ARRANGE_CPUS)
+            stages.Arrange(config.images, plan.manifest.folder), **blocks(ARRANGE_CPUS)
         )
     drawn = {name: plan.engine_ids[name] for name in plan.models}
-    device = "cuda" if place.num_gpus else "cpu"
+    loader = load_engines or engine_loader(config)
+    stage = {"load_engines": loader, "engine_ids": drawn, "config": config, "run_id": run_id, "control": control}
+    return draw_in_pool(requests, config, stages.FetchImages(config.images, plan.manifest.folder), Animate, stage)
+
+
+def engine_loader(config: RunConfig) -> engines.EngineLoader:
+    """What gives each worker the engines of the config's models."""
+    device = "cuda" if config.placement.num_gpus else "cpu"
+    return engines.EngineLoader(config.all_models, device, config.placement.max_models)
+
+
+def draw_in_pool(
+    requests: ray.data.Dataset,
+    config: RunConfig,
+    fetch: Callable[[pa.Table], pa.Table],
+    stage: type[Animate],
+    arguments: Mapping[str, Any],
+) -> ray.data.Dataset:
+    """Requests in batches, their images fetched, through a pool of actors as `placement` has it.
+
+    Args:
+        requests: as `stages.Validate` gives them.
+        config: the run's config.
+        fetch: gives a block of them its images, as `stages.FetchImages` does.
+        stage: what each actor holds.
+        arguments: of its constructor, by name.
+    """
+    place = config.placement
+    together = max(1, config.images.threads // place.batch_size) * place.batch_size  # what one task fetches at once
     return (
-        requests.repartition(target_num_rows_per_block=place.batch_size, strict=True)
-        .map_batches(stages.FetchImages(config.images, plan.manifest.folder), **_blocks(place.fetch_num_cpus))
+        requests.repartition(target_num_rows_per_block=together, strict=True)
+        .map_batches(fetch, **blocks(place.fetch_num_cpus))
+        .repartition(target_num_rows_per_block=place.batch_size, strict=True)
         .map_batches(
-            Animate,
-            fn_constructor_kwargs={
-                "load_engines": load_engines or engines.EngineLoader(config.all_models, device, place.max_models),
-                "engine_ids": drawn,
-                "version": __version__,
-                "config": config,
-                "run_id": run_id,
-                "control": control,
-                "count": RayMeter().count,
-            },
+            stage,
+            fn_constructor_kwargs={**arguments, "version": __version__, "count": RayMeter().count},
             batch_size=place.batch_size,
             batch_format="pyarrow",
             num_gpus=place.num_gpus,
@@ -284,7 +315,7 @@ class Animate(worker.Animate):
         try:
             starting.show_log()
             starting.check_version(version)
-            Pulse(arguments["control"])
+            Pulse(arguments["control"], lambda: self.drawn_seconds)
             super().__init__(worker=ray.get_runtime_context().get_actor_id() or "", **arguments)
         except Exception as err:  # noqa: BLE001 - every library has its own classes for a device that it cannot use
             self._mistake = starting.explain(err)
@@ -296,7 +327,8 @@ class Animate(worker.Animate):
         return super().__call__(requests)
 
 
-def _blocks(num_cpus: float) -> dict[str, Any]:
+def blocks(num_cpus: float) -> dict[str, Any]:
+    """How `map_batches` gives a stage whole blocks as Arrow tables, in tasks that take so many CPUs."""
     return {"batch_format": "pyarrow", "batch_size": None, "num_cpus": num_cpus}
 
 

@@ -8,20 +8,42 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch import images, selection, sources, validation
+from pia_batch import images, manifest, selection, sources, validation
 from pia_batch.config import ImagesConfig, RunConfig
 from pia_batch.errors import ImageMismatchError, ImageUnavailableError, ImageUnreadableError, RequestError
-from pia_batch.manifest_files import BATCH_ROWS
-from pia_batch.records import FETCHED, GROUPED, KeySet, Row, keys_from_hex
+from pia_batch.manifest_files import BATCH_ROWS, plain_type
+from pia_batch.records import (
+    EFFECTIVE,
+    FETCHED,
+    GROUPED,
+    REQUEST,
+    KeySet,
+    Row,
+    as_text,
+    carried_columns,
+    keys_from_hex,
+    rejected_keys,
+)
 
 RANK = "__rank__"
 """A column between Rank and the sort."""
+
+DATASET = "this Dataset of requests"
+"""What messages call it: it has no address."""
+
+ERROR_KIND, ERROR = "__error_kind__", "__error__"
+"""Columns between Judge and the result: why a row is rejected; null in sound ones."""
+
+NAMED = ("request_id", "image", "prompt", "model", "ip_adapter_image")
+"""The texts that the result of a rejected request has, as far as they are texts."""
 
 _HEAD_BYTES = 64 * 1024
 """Of an image, for its size. What nearly every file has its width and height in."""
@@ -39,6 +61,82 @@ class Validate:
         starts = range(0, max(1, len(rows)), BATCH_ROWS)
         parts = [validation.check(rows.slice(at, BATCH_ROWS), self._config, self._engine_ids) for at in starts]
         return pa.concat_tables([part.requests for part in parts])
+
+
+class Judge:
+    """Turns rows that no plan has seen into effective requests with keys. Rejected ones stay, and say why.
+
+    What `Validate` gives, and besides ERROR_KIND and ERROR, null but for the rejected rows, of which only the texts
+    NAMED are there. Each row's key has a part of its own after a colon, for rows may be repeated here, and drawn more
+    than once: `content_key` takes it off.
+    """
+
+    def __init__(self, config: RunConfig, engine_ids: Mapping[str, str]) -> None:
+        self._config, self._engine_ids = config, engine_ids
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """One row for each of `rows`, in their order; a ManifestError where a required column is missing."""
+        manifest.check_columns(rows.column_names, DATASET)
+        starts = range(0, max(1, len(rows)), BATCH_ROWS)
+        return pa.concat_tables([self._judge(_plain(rows.slice(at, BATCH_ROWS))) for at in starts])
+
+    def _judge(self, rows: pa.Table) -> pa.Table:
+        checked = validation.check(rows, self._config, self._engine_ids)
+        rejected = self._rejected(rows.take(checked.rejected["row"]), checked.rejected)
+        sound = checked.requests
+        for name in (ERROR_KIND, ERROR):
+            sound = sound.append_column(name, pa.nulls(len(sound), pa.string()))
+        both = pa.concat_tables([sound, rejected.select(sound.column_names)])
+        order = np.argsort(np.concatenate([checked.rows, checked.rejected["row"].to_numpy()]))
+        return _numbered(both.take(pa.array(order)))
+
+    def _rejected(self, rows: pa.Table, reasons: pa.Table) -> pa.Table:
+        columns = {field.name: pa.nulls(len(rows), field.type) for field in EFFECTIVE}
+        columns |= {name: as_text(rows[name]) for name in NAMED if name in rows.column_names}
+        columns["model"] = pc.fill_null(columns["model"], self._config.model.name)
+        kinds, errors = (reasons[name].combine_chunks() for name in ("error_kind", "error"))
+        columns |= {"key": rejected_keys(columns["request_id"], errors), ERROR_KIND: kinds, ERROR: errors}
+        carried = carried_columns(rows)
+        return pa.table(columns | {name: carried[name] for name in carried.column_names})
+
+
+def _plain(rows: pa.Table) -> pa.Table:
+    """`rows` with the values of a request's columns as they are, whatever their encoding."""
+    for at, field in enumerate(rows.schema):
+        plain = plain_type(field.type)
+        if field.name in REQUEST.names and plain != field.type:
+            rows = rows.set_column(at, field.name, rows[field.name].cast(plain))
+    return rows
+
+
+def _numbered(requests: pa.Table) -> pa.Table:
+    keys = [f"{key}:{uuid.uuid4().hex}" for key in requests["key"].to_pylist()]
+    return requests.set_column(requests.column_names.index("key"), "key", pa.array(keys, pa.string()))
+
+
+def content_key(key: str) -> str:
+    """What `Judge` found for the content of a request, out of its `key`."""
+    return key.partition(":")[0]
+
+
+class AroundRejected:
+    """Another stage for the sound rows among those of `Judge`; the rejected ones follow them as they are."""
+
+    def __init__(self, stage: Callable[[pa.Table], pa.Table]) -> None:
+        self._stage = stage
+
+    def __call__(self, requests: pa.Table) -> pa.Table:
+        """What the stage makes of the sound rows, and the rejected ones; null in the columns that they lack."""
+        sound, rejected = parted(requests)
+        done = self._stage(sound)
+        left = rejected.select([name for name in rejected.column_names if name in done.column_names])
+        return pa.concat_tables([done, left], promote_options="default")
+
+
+def parted(requests: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """The sound and the rejected rows among those of `Judge`."""
+    bad = pc.is_valid(requests[ERROR_KIND])
+    return requests.filter(pc.invert(bad)), requests.filter(bad)
 
 
 class DropFinished:

@@ -68,6 +68,7 @@ _DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
 _STAGED = re.compile(r".+#\d+")
 """What obstore calls a local file before it is whole."""
 _HAS_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
+_LACKS_SLASHES = re.compile(r"^(s3a?|gs|az|abfss?|https?):(?!//)")
 
 
 @dataclass(frozen=True)
@@ -325,6 +326,9 @@ def absolute(uri: str) -> str:
         ConfigError: not a URI, or one with credentials in it.
     """
     if not _HAS_SCHEME.match(uri):
+        if scheme := _LACKS_SLASHES.match(uri):
+            msg = f"{redacted_uri(uri)} is neither a URI nor a likely path; write {scheme[1]}://, with two slashes"
+            raise ConfigError(msg)
         return Path(uri).expanduser().absolute().as_uri()
     try:
         parts = urlsplit(uri)
@@ -347,7 +351,7 @@ def _open_store(uri: str) -> Any:  # obstore's stores share no public base class
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as err:
-            msg = f"output {uri} is not a folder that can be made: {err}"
+            msg = f"output {uri} is not a folder that can be made: {err.strerror}; give another one, or the right to it"
             raise StorageError(msg) from None
         return LocalStore(path)
     options: dict[str, Any] = {}
@@ -369,7 +373,10 @@ def _open_store(uri: str) -> Any:  # obstore's stores share no public base class
             **options,
         )
     except (BaseError, ValueError) as err:
-        msg = f"cannot open output {redacted_uri(uri)}: {redacted(message_of(err))}"
+        msg = (
+            f"cannot open output {redacted_uri(uri)}: {redacted(message_of(err))}; an output is a folder of this "
+            "machine, or below s3://, gs:// or az://"
+        )
         raise ConfigError(msg) from None
 
 

@@ -279,7 +279,7 @@ def test_retrying_an_unknown_kind_ends_with_exit_code_2_and_the_kinds_there_are(
     code = pia_batch("retry", "--manifest", write_manifest(), "--output", store.uri, "--kind", "tiemout")
 
     assert code == 2
-    assert "no request failed with the kind tiemout; the kinds of this output's journal: timeout (1)" in (
+    assert "the kind tiemout; did you mean timeout?; this output's journal has: timeout (1)" in (
         capsys.readouterr().err
     )
 

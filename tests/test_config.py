@@ -99,7 +99,7 @@ def test_every_mistake_of_a_config_is_told_at_once() -> None:
     ("key", "value", "remedy"),
     [
         ("defaults.motion_scale", 9, "less than or equal to 8"),
-        ("defaults.motion_scale", 1.5, "integer"),
+        ("defaults.motion_scale", 1.5, "whole number"),
         ("defaults.motion_curve", [0.5, 1.5], "less than or equal to 1"),
         ("defaults.motion_curve", [], "at least 1 item"),
         ("defaults.guidance_scale", float("nan"), "finite number"),
@@ -121,7 +121,7 @@ def test_every_mistake_of_a_config_is_told_at_once() -> None:
         ("placement.num_gpus", 2, "less than or equal to 1"),
         ("placement.batch_size", 0, "greater than or equal to 1"),
         ("limits.lease_ttl_s", 1, "greater than or equal to 3"),
-        ("defaults", 3, "dictionary"),
+        ("defaults", 3, "a section"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_key_itself_and_what_is_allowed(

@@ -66,12 +66,14 @@ def test_every_file_of_ours_that_is_named_exists(path: Path) -> None:
 
 
 VARIABLES = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "ray/_private/accelerators/accelerator.py",
     "RAY_ADDRESS": "ray/_private/ray_constants.py",
     "RAY_AUTH_MODE": "ray/_private/authentication/authentication_token_setup.py",
     "RAY_AUTH_TOKEN": "ray/exceptions.py",
     "RAY_AUTH_TOKEN_PATH": "ray/exceptions.py",
     "RAY_AUTOSCALER_AVAILABILITY_RECOVERY_S": "ray/autoscaler/_private/constants.py",
     "RAY_AUTOSCALER_RECONCILE_ALLOCATE_STATUS_TIMEOUT_S": "ray/autoscaler/v2/instance_manager/config.py",
+    "RAY_BACKEND_LOG_LEVEL": "ray/core/src/ray/raylet/raylet",
     "RAY_HEAD_IP": "ray/autoscaler/_private/util.py",
     "RAY_JOB_STOP_WAIT_TIME_S": "ray/dashboard/modules/job/job_supervisor.py",
     "RAY_USAGE_STATS_ENABLED": "ray/_common/usage/usage_constants.py",
@@ -91,7 +93,7 @@ def test_every_environment_variable_that_is_set_is_read_by_somebody() -> None:
     for name in found:
         source = VARIABLES[name]
         folder = ROOT if source.startswith("pia_batch") else site
-        assert name in (folder / source).read_text(encoding="utf-8"), name
+        assert name.encode() in (folder / source).read_bytes(), name
 
 
 def prepared(path: Path) -> dict[str, Any]:

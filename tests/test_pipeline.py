@@ -26,8 +26,9 @@ from pia_batch import pipeline, planning
 from pia_batch.config import RunConfig
 from pia_batch.errors import BrokenDeviceError, ConfigError, InterruptedRunError, ManifestError
 from pia_batch.journal import Journal
+from pia_batch.progress import Progress
 from pia_batch.storage import Store
-from pia_batch.summary import Progress, RunSummary
+from pia_batch.summary import RunSummary
 
 pytestmark = pytest.mark.slow
 
@@ -158,7 +159,7 @@ def test_jsonl_manifests_run_too(make_config: MakeConfig, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_every_step_is_an_operator_of_its_own_and_blocks_have_the_size_of_a_batch(
+def test_steps_from_the_first_on_are_operators_of_their_own_and_blocks_have_the_size_of_a_batch(
     make_config: MakeConfig, *, mixed: bool
 ) -> None:
     frames = [8, 4, 8, 4, 8, 4, 8] if mixed else [8] * 7
@@ -169,12 +170,12 @@ def test_every_step_is_an_operator_of_its_own_and_blocks_have_the_size_of_a_batc
     sizes = [len(block) for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]
 
     stats = dataset.stats()
-    steps = ["ReadManifest", "MapBatches(Validate)", "MapBatches(DropFinished)", "StreamingRepartition"]
+    steps = ["ReadManifest->MapBatches(Validate)->MapBatches(DropFinished)", "StreamingRepartition"]
     steps += ["MapBatches(Arrange)", "StreamingRepartition"] if mixed else []
-    steps += ["MapBatches(FetchImages)", "MapBatches(Animate)"]
+    steps += ["MapBatches(FetchImages)", "StreamingRepartition", "MapBatches(Animate)"]
     operators = [line.split(" ", 2)[2] for line in stats.splitlines() if line.startswith("Operator ")]
     assert [name.split(":")[0].split("[")[0] for name in operators[-len(steps) :]] == steps
-    assert not any("->" in name for name in operators)  # "->" is how Ray writes a fusion
+    assert not any("->" in name for name in operators[1 - len(steps) :])  # "->" is how Ray writes a fusion
     assert sum(sizes) == 7
     assert max(sizes) <= 3  # Ray may hand the last, smaller block over together with the one before
 
