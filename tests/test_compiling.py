@@ -205,7 +205,7 @@ def small() -> tuple[Any, ...]:
     return network, torch.randn(1, 2, 4, 4, 9), torch.tensor([500]), conditions
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which torch.compile needs on a CPU")
 def test_kernels_of_inductor_equal_eager_and_serve_the_next_process(tmp_path):
     told = []

@@ -111,16 +111,19 @@ def test_relative_images_start_from_the_folder_of_a_manifest_that_is_not_read(ma
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=200 * 2**20,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},  # fakes.py
-    )
-    yield
-    ray.shutdown()
+    # A process whose Ray had a token cannot go on to a cluster without one, as the next tests of this process do.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=200 * 2**20,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},  # fakes.py
+        )
+        yield
+        ray.shutdown()
 
 
 @dataclass
