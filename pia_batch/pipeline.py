@@ -279,7 +279,9 @@ def draw_in_pool(
         arguments: of its constructor, by name.
     """
     place = config.placement
-    together = max(1, config.images.threads // place.batch_size) * place.batch_size  # what one task fetches at once
+    together = place.batch_size  # what one task fetches at once: with priorities no more, as tasks overtake each other
+    if config.budget.priority is None:
+        together *= max(1, config.images.threads // place.batch_size)
     return (
         requests.repartition(target_num_rows_per_block=together, strict=True)
         .map_batches(fetch, **blocks(place.fetch_num_cpus))
