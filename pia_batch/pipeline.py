@@ -197,8 +197,9 @@ def _draw(plan: Plan, run_id: str, record: Record, watch: Watch, load_engines: L
     finally:
         cluster.end_execution(chained)
         with suppress(ray.exceptions.RayError):
-            watch.progress.hear(ledger.work())
-            record.engines(ledger.engines(), ledger.engine_seconds())
+            work = ledger.work()
+            watch.progress.hear(work)
+            record.engines(ledger.engines(), work.seconds)
 
 
 def _report(store: Store, summary: RunSummary) -> None:

@@ -32,6 +32,7 @@ from pia_batch.records import (
     carried_columns,
     keys_from_hex,
     keys_to_hex,
+    named_texts,
     rejected_keys,
     results_table,
 )
@@ -318,26 +319,19 @@ def _rejected_results(
 def _failed(
     rows: pa.Table, reasons: pa.Table, batch: Batch, numbers: npt.NDArray[np.int64], config: RunConfig
 ) -> pa.Table:
-    named = ("request_id", "image", "prompt", "model", "ip_adapter_image")
-    checked = {name: as_text(rows[name]) for name in named if name in rows.column_names}
-    if "model" in checked:
-        checked["model"] = pc.fill_null(checked["model"], config.model.name)
+    texts = named_texts(rows, config.model.name)
     where = pc.binary_join_element_wise(
         pa.scalar(f"{batch.file} row "), pa.array(numbers + batch.first_row).cast(pa.string()), ""
     )
     error = pc.binary_join_element_wise(where, reasons["error"].combine_chunks(), ": ")
-    columns = (
-        {"model": pa.scalar(config.model.name)}
-        | checked
-        | {
-            "key": rejected_keys(checked["request_id"], error),
-            "status": pa.scalar(FAILED),
-            "error_kind": reasons["error_kind"].combine_chunks(),
-            "error": error,
-            "attempts": pa.scalar(0),
-            "finished_at": pa.scalar(datetime.now(UTC), pa.timestamp("us", tz="UTC")),
-        }
-    )
+    columns = texts | {
+        "key": rejected_keys(texts["request_id"], error),
+        "status": pa.scalar(FAILED),
+        "error_kind": reasons["error_kind"].combine_chunks(),
+        "error": error,
+        "attempts": pa.scalar(0),
+        "finished_at": pa.scalar(datetime.now(UTC), pa.timestamp("us", tz="UTC")),
+    }
     return results_table(columns, carried_columns(rows), len(rows))
 
 

@@ -170,7 +170,7 @@ def _sorted(table: pa.Table) -> pa.Table:
 
 @dataclass
 class _Tally:
-    """How many keys there are, and a sum over them: equal for the same keys in any order, and only for those."""
+    """How many keys there are, and sums over them: the same for the same keys in any order, and hardly for others."""
 
     num_keys: int = 0
     high: int = 0

@@ -125,6 +125,9 @@ FETCHED = pa.schema(
 )
 """What fetching an image adds to a request on its way to the engine."""
 
+NAMED = ("request_id", "image", "prompt", "model", "ip_adapter_image")
+"""The texts that the result of a rejected request has, as far as they are texts."""
+
 RESERVED = frozenset(RESULT.names + FETCHED.names) - frozenset(REQUEST.names)
 """Names that a manifest may not use for columns of its own."""
 
@@ -339,6 +342,13 @@ def redacted(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
 def rejected_keys(request_ids: pa.Array, errors: pa.Array) -> pa.Array:
     """A `key` column for requests that have no content to make one of: of their ids and of what is wrong with them."""
     return keys_to_hex(digest(canonical_json({"rejected": errors, "request_id": request_ids})))
+
+
+def named_texts(rows: pa.Table, default_model: str) -> dict[str, pa.Array]:
+    """The columns of a rejected request that its result has: those NAMED that are there, and always `model`."""
+    texts = {name: as_text(rows[name]) for name in NAMED if name in rows.column_names}
+    texts["model"] = pc.fill_null(texts.get("model", pa.nulls(len(rows), pa.string())), default_model)
+    return texts
 
 
 def as_text(column: pa.ChunkedArray) -> pa.Array:

@@ -27,9 +27,9 @@ from pia_batch.records import (
     REQUEST,
     KeySet,
     Row,
-    as_text,
     carried_columns,
     keys_from_hex,
+    named_texts,
     rejected_keys,
 )
 
@@ -41,9 +41,6 @@ DATASET = "this Dataset of requests"
 
 ERROR_KIND, ERROR = "__error_kind__", "__error__"
 """Columns between Judge and the result: why a row is rejected; null in sound ones."""
-
-NAMED = ("request_id", "image", "prompt", "model", "ip_adapter_image")
-"""The texts that the result of a rejected request has, as far as they are texts."""
 
 _HEAD_BYTES = 64 * 1024
 """Of an image, for its size. What nearly every file has its width and height in."""
@@ -67,8 +64,8 @@ class Judge:
     """Turns rows that no plan has seen into effective requests with keys. Rejected ones stay, and say why.
 
     What `Validate` gives, and besides ERROR_KIND and ERROR, null but for the rejected rows, of which only the texts
-    NAMED are there. Each row's key has a part of its own after a colon, for rows may be repeated here, and drawn more
-    than once: `content_key` takes it off.
+    `records.NAMED` are there. Each row's key has a part of its own after a colon, for rows may be repeated here, and
+    drawn more than once: `content_key` takes it off.
     """
 
     def __init__(self, config: RunConfig, engine_ids: Mapping[str, str]) -> None:
@@ -92,8 +89,7 @@ class Judge:
 
     def _rejected(self, rows: pa.Table, reasons: pa.Table) -> pa.Table:
         columns = {field.name: pa.nulls(len(rows), field.type) for field in EFFECTIVE}
-        columns |= {name: as_text(rows[name]) for name in NAMED if name in rows.column_names}
-        columns["model"] = pc.fill_null(columns["model"], self._config.model.name)
+        columns |= named_texts(rows, self._config.model.name)
         kinds, errors = (reasons[name].combine_chunks() for name in ("error_kind", "error"))
         columns |= {"key": rejected_keys(columns["request_id"], errors), ERROR_KIND: kinds, ERROR: errors}
         carried = carried_columns(rows)

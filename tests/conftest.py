@@ -48,6 +48,23 @@ def requests_table(count: int = 4, **columns: Any) -> pa.Table:
     return pa.table(table | columns)
 
 
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """One Ray for all tests of a module: starting it takes longer than they do."""
+    import ray  # noqa: PLC0415 - slow, and most modules need none
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},  # fakes.py
+    )
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture
 def write_manifest(tmp_path: Path) -> Callable[..., str]:
     """Writes a table as `manifest/requests.parquet` beside four images, and returns the folder's path."""

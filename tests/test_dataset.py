@@ -110,20 +110,11 @@ def test_relative_images_start_from_the_folder_of_a_manifest_that_is_not_read(ma
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    # A process whose Ray had a token cannot go on to a cluster without one, as the next tests of this process do.
+def no_token() -> Iterator[None]:
+    """A process whose Ray had a token cannot go on to a cluster without one, as the next tests of this process do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            object_store_memory=200 * 2**20,
-            log_to_driver=False,
-            runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},  # fakes.py
-        )
         yield
-        ray.shutdown()
 
 
 @dataclass
@@ -142,7 +133,7 @@ class Rows:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("no_token", "local_ray")
 def test_the_example_of_the_documentation_animates_a_dataset(
     write_manifest: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +177,7 @@ def test_the_example_of_the_documentation_animates_a_dataset(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("no_token", "local_ray")
 def test_a_row_that_kills_its_worker_fails_alone_each_time_it_is_asked_for(make_config: MakeConfig) -> None:
     table = requests_table(4, prompt=["fine", "exits", "fine", "fine"], format=["gif"] * 4, num_frames=[2] * 4)
     config = make_config(table, limits__max_attempts=2)
@@ -202,7 +193,7 @@ def test_a_row_that_kills_its_worker_fails_alone_each_time_it_is_asked_for(make_
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("no_token", "local_ray")
 def test_files_come_with_their_results_where_nothing_is_to_be_stored(make_config: MakeConfig) -> None:
     table = requests_table(3, prompt=["fine", "not finite", "fine"], format=["gif"] * 3, num_frames=[2, 2, 3])
     config = make_config(table, run_id="mine")
@@ -226,7 +217,7 @@ def test_files_come_with_their_results_where_nothing_is_to_be_stored(make_config
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("no_token", "local_ray")
 def test_what_the_operator_has_to_mend_is_said_before_anything_is_drawn(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

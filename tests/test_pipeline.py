@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from conftest import requests_table
 from fakes import FakeControl, FakeEngine, FakeEngineLoader, FakeShelf, PoisonedEngine
 
@@ -30,24 +29,9 @@ from pia_batch.progress import Progress
 from pia_batch.storage import Store
 from pia_batch.summary import RunSummary
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 MakeConfig = Callable[..., RunConfig]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
-    """One Ray for all of these tests: starting it takes longer than they do."""
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=200 * 2**20,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},  # fakes.py
-    )
-    yield
-    ray.shutdown()
 
 
 def run(config: RunConfig, **options: object) -> RunSummary:
