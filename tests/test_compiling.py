@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +122,7 @@ def test_what_cannot_be_compiled_is_called_as_it_is_with_one_warning(pipe, caplo
 
     for row, clip in zip(ROWS, clips, strict=True):
         assert_same(clip, single_call(pipe, row))
-    said = [record.getMessage() for record in caplog.records if record.name == compiling.__name__]
+    said = refusals(caplog)
     assert [line.split(" reason=")[0] for line in said] == [
         "not_compiled function=run",
         "not_compiled function=decode_chunk",
@@ -134,7 +136,7 @@ def test_a_fault_of_the_function_is_no_fault_of_the_compiler(caplog):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         compiler(linear, nn.Linear(2, 2), torch.ones(1, 3), {"bias": torch.ones(2)})
 
-    assert not [record for record in caplog.records if record.name == compiling.__name__]
+    assert refusals(caplog) == []
 
 
 def test_a_compiler_out_of_memory_is_out_of_memory():
@@ -142,6 +144,83 @@ def test_a_compiler_out_of_memory_is_out_of_memory():
 
     with pytest.raises(RuntimeError, match="out of memory"):
         compiler(half, torch.ones(2))
+
+
+class Broken:
+    """A compiler whose graphs compute something else: what they should, through `fault`."""
+
+    def __init__(self, fault: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.fault = fault
+
+    def __call__(self, graph: Any, _example: Any) -> Any:
+        def compiled(*given: Any) -> Any:
+            return tuple(self.fault(each) if isinstance(each, torch.Tensor) else each for each in graph.forward(*given))
+
+        return compiled
+
+
+def refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == compiling.__name__]
+
+
+FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "zeros": torch.zeros_like,
+    "a tenth too large": lambda out: out * 1.1,
+    "rows in another order": lambda out: out.flip(0),
+    "NaN": lambda out: out * torch.nan,
+    "another dtype": lambda out: out.double(),
+    "another shape": lambda out: out[:1],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_graph_that_computes_something_else_is_not_used(fault, caplog):
+    compiler = Compiler(Broken(FAULTS[fault]), usual_calls=0)
+    values = torch.tensor([1.0, 2.0, 4.0])
+
+    asked = [compiler(half, values) for _ in range(3)]
+
+    assert all(torch.equal(each, values / 2) for each in asked)
+    assert compiler.num_graphs() == 0
+    (line,) = refusals(caplog)
+    assert line.startswith("not_compiled function=half reason=its graph is ")
+    assert compiler.refused == {"half": line.split("reason=")[1]}
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-2), (torch.float16, 2e-2), (torch.bfloat16, 0.1)])
+def test_a_graph_may_be_off_by_what_its_precision_takes(dtype, most):
+    values = torch.linspace(-4, 4, 1000).to(dtype)
+    for factor, refused in ((1 + most / 2, False), (1 + 2 * most, True)):
+        compiler = Compiler(Broken(lambda out, factor=factor: out * factor), usual_calls=0)
+
+        compiler(half, values)
+
+        assert bool(compiler.refused) == refused
+
+
+def test_only_the_first_call_of_each_shape_is_compared():
+    called: list[int] = []
+
+    def counted(values: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            called.append(len(values))
+        return values / 2
+
+    compiler = Compiler(Seen(), usual_calls=0)
+    for size in (3, 3, 4, 4, 3):
+        compiler(counted, torch.ones(size))
+
+    assert called == [3, 4]
+
+
+def test_numbers_that_overflow_prove_and_disprove_nothing(caplog):
+    compiler = Compiler(Broken(torch.zeros_like), usual_calls=0)
+
+    assert torch.isnan(compiler(half, torch.full((3,), torch.nan))).all()
+    assert (compiler.num_graphs(), refusals(caplog)) == (1, [])
+
+    assert torch.equal(compiler(half, torch.ones(3)), torch.full((3,), 0.5))
+    assert (compiler.num_graphs(), len(refusals(caplog))) == (0, 1)
 
 
 def test_a_graph_keeps_no_network_alive():
@@ -178,6 +257,7 @@ compiler = Compiler(usual_calls=0)
 given = small()
 with torch.inference_mode():
     exact = directly(run, *given)
+    compiler(run, *given)  # the first call is compared, and its own
     distance = float((compiler(run, *given) - exact).abs().max())
 found = counters["inductor"]
 print(json.dumps([distance, compiler.num_graphs(), found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]]))
@@ -203,6 +283,17 @@ def small() -> tuple[Any, ...]:
     with torch.no_grad():
         conditions = unet.prepare(network, [0, 0], 1, texts)
     return network, torch.randn(1, 2, 4, 4, 9), torch.tensor([500]), conditions
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_graphs_of_a_gpu_pass_the_comparison(pipe, dtype):
+    compiler = Compiler(usual_calls=0)
+
+    clips = PiaEngine.from_pipeline(copy.deepcopy(pipe).to("cuda", dtype), compiler=compiler).animate(ROWS)
+
+    assert all(clip.error is None for clip in clips)
+    assert (compiler.refused, compiler.num_graphs()) == ({}, 2)
 
 
 @pytest.mark.long

@@ -438,8 +438,9 @@ def test_a_row_alone_is_drawn_after_all_if_memory_was_short_for_a_moment(pipe):
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9000 bytes"),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
     ],
-    ids=["numpy", "cpu", "driver", "cublas"],
+    ids=["numpy", "cpu", "driver", "cublas", "cudnn"],
 )
 def test_memory_that_runs_out_elsewhere_is_no_bug_either(pipe, error):
     engine, unet = cramped(pipe, most=4)

@@ -22,8 +22,8 @@ from pia_batch.errors import NonFiniteError
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 ROWS = [
-    shot(1, guidance_scale=3.0, num_inference_steps=5),
-    shot(2, guidance_scale=1.0, num_inference_steps=4, eta=0.7, strength=0.8),
+    shot(1, guidance_scale=3.0, num_frames=2, num_inference_steps=4),
+    shot(2, guidance_scale=1.0, num_frames=2, num_inference_steps=3, eta=0.7, strength=0.8),
 ]
 
 
@@ -69,7 +69,7 @@ def test_without_it_a_scheduler_makes_the_host_wait(pipe, monkeypatch):
         machine.waits.clear()
         sampling.denoise(own.unet, rows)
 
-    assert machine.waits == ["a copy to the device"] * 8  # the noise of five steps, and of three
+    assert machine.waits == ["a copy to the device"] * 6  # the noise of four steps, and of two
 
 
 @torch.inference_mode()

@@ -60,6 +60,20 @@ def test_freeu_is_the_networks_own(network):
     assert float((laid - plain).abs().max()) > 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_half_precision_is_as_near_to_the_truth_as_the_networks_own(network, dtype):
+    """As a GPU draws: on a CPU the engine leaves such networks to their own call."""
+    given = conditioned()
+    exact = own_call(network, **given)
+    network.to(dtype)
+    given |= {"texts": [text.to(dtype) for text in given["texts"]], "sample": given["sample"].to(dtype)}
+
+    laid, own = (float((call(network, **given) - exact).square().mean().sqrt()) for call in (laid_out, own_call))
+
+    assert laid <= 1.2 * own
+
+
 @torch.no_grad()
 def test_more_heads_than_a_kernel_takes_are_taken_in_parts(network, monkeypatch):
     given = conditioned()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from pia_batch.cli.console import err, out, print_json
 from pia_batch.cli.options import AsJson
+
+_COLUMNS = ("turns", "clips/s", "least-most", "UNet ms", "of matmul", "of sheet", "peak GB", "compile s", "PSNR dB")
+_WIDTH = 124
+"""Characters that the table takes, where the output is no terminal and so has no width."""
 
 
 def bench(
@@ -19,54 +25,170 @@ def bench(
     ] = "full",
     rounds: Annotated[int, typer.Option(min=1, help="how often each contestant takes its turn")] = 3,
     batches: Annotated[str, typer.Option(help="batch sizes of the engine, separated by commas")] = "1,2,4",
+    only: Annotated[str, typer.Option(help="contestants, in the order of their turns, such as d,b,c")] = "a,b,c,d,e",
+    side: Annotated[int | None, typer.Option(min=8, help="width and height, px; by default 512, tiny 64")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, max=32, help="of a clip; by default 16, tiny 8")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="by default 25, tiny 8")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="no turn begins that would end later")] = None,
     device: Annotated[str, typer.Option(help="such as cuda:0; by default a GPU if there is one")] = "",
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="the pipeline compiled, and the engine")
     ] = True,
-    to: Annotated[Path | None, typer.Option("--to", help="also write the numbers to this JSON file")] = None,
+    compile_mode: Annotated[
+        Literal["default", "max-autotune-no-cudagraphs"], typer.Option(help="of Inductor, for all who compile")
+    ] = "default",
+    profile: Annotated[bool, typer.Option("--profile", help="also the engine's step by kind of kernel")] = False,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="also write the numbers to this JSON file, beside those it holds")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Clips a second of the engine, and of what one would use without it, interleaved on one device. No download.
 
-    Examples: `pia-batch bench --to bench.json`, `pia-batch bench --size tiny --no-compile`
+    `--to` is written after each turn, and numbers of another run under the same conditions stay there: a long benchmark
+    may be cut into several commands by `--only`. Exit code 1: no contestant could be measured.
+
+    Examples: `pia-batch bench --to bench.json`, `pia-batch bench --size tiny --no-compile`,
+    `pia-batch bench --only d --batches 4 --profile --minutes 8 --to bench.json`
     """
+    sizes, letters, side_px = _numbers(batches), _letters(only), _multiple_of_eight(side)
     from pia_batch.config import EncodingConfig
     from pia_batch.engine import benchmark
     from pia_batch.video import encode
 
+    options = benchmark.Options(
+        size=size,
+        rounds=rounds,
+        batches=sizes,
+        device=device or None,
+        compiles=compiled,
+        only=letters,
+        side_px=side_px,
+        frames=frames,
+        steps=steps,
+        minutes=minutes,
+        profiles=profile,
+        mode=compile_mode,
+    )
+    known = _known(to, benchmark.conditions(options))
+
+    def tell(told: dict[str, Any], line: str) -> None:
+        err.print(f"pia-batch: {line}", markup=False)
+        if to is not None:
+            _write(to, benchmark.merged(known, told))
+
+    measured = benchmark.run(options, lambda drawn: encode(drawn, "mp4", 8, EncodingConfig()), tell)
+    told = benchmark.merged(known, measured)
+    if as_json:
+        print_json(told)
+    else:
+        _show(told)
+    if not any(one["turns"] for one in measured["contestants"].values()):
+        raise typer.Exit(1)
+
+
+def _show(told: dict[str, Any]) -> None:
+    wide = out if out.is_terminal else Console(highlight=False, emoji=False, width=_WIDTH)
+    wide.print(_table(told))
+    for name, one in told["contestants"].items():
+        for what in ("error", "not_compiled"):
+            if what in one:
+                out.print(f"{name}: {what.replace('_', ' ')}: {one[what]}", markup=False, soft_wrap=True)
+    if "error" in told.get("profile", {}):
+        out.print(f"profile: error: {told['profile']['error']}", markup=False, soft_wrap=True)
+    elif "profile" in told:
+        wide.print(_profile_table(told["profile"]))
+
+
+def _numbers(batches: str) -> tuple[int, ...]:
     try:
         sizes = tuple(int(each) for each in batches.split(","))
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 1:
         raise typer.BadParameter(f"{batches!r} is no list of positive numbers, such as 1,2,4", param_hint="--batches")
-    options = benchmark.Options(size, rounds, sizes, device or None, compiled)
-    err.print(f"pia-batch: {size} network, {rounds} rounds; the first one is not counted")
-    told = benchmark.run(options, lambda frames: encode(frames, "mp4", 8, EncodingConfig()))
-    if to is not None:
-        to.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    if as_json:
-        print_json(told)
-    else:
-        out.print(_table(told))
+    return sizes
+
+
+def _letters(only: str) -> str:
+    letters = only.split(",")
+    if not set(letters) <= set("abcde"):
+        raise typer.BadParameter(f"{only!r} is no list of contestants, such as a,b,c,d,e", param_hint="--only")
+    return "".join(letters)
+
+
+def _multiple_of_eight(side: int | None) -> int | None:
+    if side is not None and side % 8:
+        raise typer.BadParameter(f"{side} is no multiple of 8, by which the VAE shrinks a picture", param_hint="--side")
+    return side
+
+
+def _known(to: Path | None, conditions: dict[str, Any]) -> dict[str, Any]:
+    """What the file holds, if that was measured under the same conditions."""
+    if to is None or not to.exists():
+        return {}
+    try:
+        known = json.loads(to.read_text(encoding="utf-8"))
+        differing = [name for name, value in conditions.items() if known["conditions"][name] != value]
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise typer.BadParameter(f"{to} is no file of this command; name another one", param_hint="--to") from err
+    if differing:
+        name = differing[0]
+        raise typer.BadParameter(
+            f"{to} was measured with {name} {known['conditions'][name]}, this would be {conditions[name]}; name "
+            "another file",
+            param_hint="--to",
+        )
+    return dict(known)
+
+
+def _write(path: Path, told: dict[str, Any]) -> None:
+    """As a whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def _table(told: dict[str, Any]) -> Table:
-    table = Table("contestant", title=f"{told['device']}, {told['dtype']}, {told['tflop_per_clip']:.3g} TFLOP a clip")
-    for head in ("clips/s", "UNet ms", "of matmul", "of datasheet", "peak GB", "compile s", "PSNR dB"):
-        table.add_column(head, justify="right")
+    shape = "{device}, {dtype}, {side_px} px, {frames} frames, {steps} steps".format_map(told["conditions"])
+    table = Table(title=f"{shape}, {told['tflop_per_clip']:.3g} TFLOP a clip")
+    table.add_column("contestant", no_wrap=True)
+    for head in _COLUMNS:
+        table.add_column(head, justify="right", no_wrap=True)
     for name, one in told["contestants"].items():
-        least, most = one["clips_per_s_range"]
+        least, most = one.get("clips_per_s_range") or (None, None)
+        peak = one.get("peak_bytes")
         table.add_row(
             name,
-            f"{one['clips_per_s']:.3g} ({least:.3g}-{most:.3g})",
-            f"{one['unet_ms']:.1f}",
-            f"{one['share_of_measured_matmul']:.0%}",
-            _or_dash(one["share_of_datasheet"], "{:.0%}"),
-            _or_dash(one["peak_bytes"] and one["peak_bytes"] / 1e9, "{:.1f}"),
-            _or_dash(one["compile_s"], "{:.0f}"),
-            f"{one['psnr_db']:.1f}",
+            str(one["turns"]),
+            _or_dash(one.get("clips_per_s"), "{:.3g}"),
+            "-" if least is None else f"{least:.3g}-{most:.3g}",
+            _or_dash(one.get("unet_ms"), "{:.1f}"),
+            _or_dash(one.get("share_of_measured_matmul"), "{:.0%}"),
+            _or_dash(one.get("share_of_datasheet"), "{:.0%}"),
+            _or_dash(peak and peak / 1e9, "{:.1f}"),
+            _or_dash(one.get("compile_s"), "{:.0f}"),
+            _or_dash(one.get("psnr_db"), "{:.1f}"),
         )
+    return table
+
+
+def _profile_table(told: dict[str, Any]) -> Table:
+    table = Table(title=f"{told['what']}: {told['window_ms']:.1f} ms")
+    table.add_column("kind", no_wrap=True)
+    for head in ("ms", "share", "floor ms", "above the floor"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for kind, one in told["kinds"].items():
+        table.add_row(
+            kind,
+            f"{one['ms']:.1f}",
+            f"{one['share']:.1%}",
+            f"{one['floor_ms']:.1f}",
+            f"{one['above_floor_ms']:.1f}",
+        )
+    gaps = told["gaps_ms"]
+    table.add_row("gaps", f"{gaps:.1f}", f"{gaps / told['window_ms']:.1%}", "0.0", f"{gaps:.1f}")
     return table
 
 

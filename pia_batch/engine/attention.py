@@ -7,15 +7,21 @@ depend on the latents, and so is computed once for all frames and steps.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MAX_HEADS = 65_535
 """Heads in one call of the kernel: CUDA's limit of the grid's third dimension, in which they are counted."""
+
+_FRAME_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""What may attend over frames on a GPU: not cuDNN, which torch asks first on an H100 from cuDNN 9.15 on. It plans a
+graph for every shape, raises where it finds no plan, and nobody has tried it with tens of thousands of heads."""
 
 
 class States(NamedTuple):
@@ -70,8 +76,10 @@ def text_states(attention: Any, texts: Sequence[torch.Tensor]) -> States:
     place = {key: index for index, key in enumerate(distinct)}
     order = [place[id(text)] for text in texts]
     features = torch.cat(list(distinct.values()))
-    keys, values = (_split(project(features), attention.heads) for project in (attention.to_k, attention.to_v))
-    return States(keys[order], values[order])
+    projected = [project(features) for project in (attention.to_k, attention.to_v)]
+    # Not by a list as an index, which would be copied to the device, and the host would wait for it.
+    each = [torch.cat([states[index : index + 1] for index in order]) for states in projected]
+    return States(*(_split(states, attention.heads) for states in each))
 
 
 def image_states(attention: Any, prompts: torch.Tensor) -> States:
@@ -105,11 +113,12 @@ def over_frames(attention: Any, tokens: torch.Tensor) -> torch.Tensor:
         project(tokens).view(samples, frames, pixels * attention.heads, -1).transpose(1, 2)
         for project in (attention.to_q, attention.to_k, attention.to_v)
     )
-    if query.shape[1] <= MAX_HEADS:
-        drawn = functional.scaled_dot_product_attention(query, key, value)
-    else:
-        parts = zip(*(states.split(MAX_HEADS, dim=1) for states in (query, key, value)), strict=True)
-        drawn = torch.cat([functional.scaled_dot_product_attention(*part) for part in parts], dim=1)
+    with contextlib.nullcontext() if query.device.type == "cpu" else sdpa_kernel(_FRAME_KERNELS):
+        if query.shape[1] <= MAX_HEADS:
+            drawn = functional.scaled_dot_product_attention(query, key, value)
+        else:
+            parts = zip(*(states.split(MAX_HEADS, dim=1) for states in (query, key, value)), strict=True)
+            drawn = torch.cat([functional.scaled_dot_product_attention(*part) for part in parts], dim=1)
     return _projected(attention, drawn, tokens.shape)
 
 

@@ -1,8 +1,11 @@
-"""What a device can do at most, measured by three kernels, and what its datasheet says."""
+"""What a device can do at most, measured by a few kernels, and what its datasheet says."""
 
 from __future__ import annotations
 
+import itertools
+import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,22 +15,33 @@ import torch
 from torch.nn import functional
 
 DATASHEET_TFLOPS = {
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100": 989.4,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A10G": 70.0,
-    "T4": 65.0,
+    r"\bH200$": 989.4,
+    r"\bH100 PCIe\b": 756.0,
+    r"\bH100 .*HBM3\b": 989.4,
+    r"\bA100\b": 312.0,
+    r"\bL40S\b": 362.05,
+    r"\bL40\b": 181.05,
+    r"\bL4\b": 121.0,
+    r"\bA10G\b": 70.0,
+    r"\bT4\b": 65.0,
+    r"\bRTX 4090$": 165.2,
 }
-"""Dense float16 tensor operations, 10**12 a second, by what a device's name holds; the first that fits counts.
+"""Dense float16 tensor operations with sums in float32, 10**12 a second, by a pattern of a device's name.
 
-Source: NVIDIA's datasheets of H200 SXM, H100 PCIe and SXM, A100, L40S, L4 and T4, sparsity not counted; A10G from
-AWS's description of G5 instances.
+The first that fits counts. Source: NVIDIA's datasheets of H200 SXM, H100 PCIe and SXM, A100, L40S, L40, L4 and T4, and
+its Ada whitepaper for the RTX 4090, sparsity not counted; A10G from AWS's description of G5 instances. Other forms of
+these chips (NVL, laptops, the 4090 D) run at other clocks, and are not known here.
 """
 
 _REPEATS = 7
+
+_STATE = {
+    "driver": "driver_version",
+    "sm_clock_mhz": "clocks.sm",
+    "power_w": "power.draw",
+    "power_limit_w": "power.limit",
+    "temperature_c": "temperature.gpu",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +52,15 @@ class Calibration:
         matmul_tflops: of a square product in the benchmark's dtype, 10**12 operations a second.
         copy_gbps: of a copy within the device's memory, 10**9 bytes a second, read and written ones counted.
         attention_tflops: of scaled dot products as at the UNet's finest level, 10**12 operations a second.
+        convolution_tflops: of its 3 x 3 convolutions there, channels last, 10**12 operations a second. On a CPU all are
+            smaller.
         datasheet_tflops: what the maker says; None where `DATASHEET_TFLOPS` does not know the device.
     """
 
     matmul_tflops: float
     copy_gbps: float
     attention_tflops: float
+    convolution_tflops: float
     datasheet_tflops: float | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -51,38 +68,71 @@ class Calibration:
         return asdict(self)
 
 
+@torch.inference_mode()
 def calibrate(device: torch.device, dtype: torch.dtype) -> Calibration:
-    """Run the three kernels: below a second on a GPU, some seconds on a CPU."""
+    """Run the kernels: some seconds."""
     large = device.type == "cuda"
-    side = 8192 if large else 1024
-    batch, length = (32, 4096) if large else (2, 1024)
-    heads, channels = 8, 40
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    source = torch.empty(2**28 if large else 2**25, device=device, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    query = torch.randn(batch, heads, length, channels, device=device, dtype=dtype)
     return Calibration(
-        matmul_tflops=2 * side**3 / seconds(device, lambda: left @ right) / 1e12,
-        copy_gbps=2 * len(source) / seconds(device, lambda: target.copy_(source)) / 1e9,
-        attention_tflops=4
-        * (batch * heads * length**2 * channels)
-        / seconds(device, lambda: functional.scaled_dot_product_attention(query, query, query))
-        / 1e12,
+        matmul_tflops=_matmul(device, dtype, 8192 if large else 1024) / 1e12,
+        copy_gbps=_copy(device, 2**28 if large else 2**25) / 1e9,
+        attention_tflops=_attention(device, dtype, *((32, 4096) if large else (2, 1024))) / 1e12,
+        convolution_tflops=_convolution(device, dtype, 32 if large else 1) / 1e12,
         datasheet_tflops=datasheet_tflops(device_name(device)) if large else None,
     )
 
 
+def _matmul(device: torch.device, dtype: torch.dtype, side: int) -> float:
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / seconds(device, lambda: left @ right)
+
+
+def _copy(device: torch.device, size: int) -> float:
+    source = torch.empty(size, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * size / seconds(device, lambda: target.copy_(source))
+
+
+def _attention(device: torch.device, dtype: torch.dtype, batch: int, length: int) -> float:
+    heads, channels = 8, 40
+    query, key, value = (torch.randn(batch, heads, length, channels, device=device, dtype=dtype) for _ in range(3))
+    taken = seconds(device, lambda: functional.scaled_dot_product_attention(query, key, value))
+    return 4 * batch * heads * length**2 * channels / taken
+
+
+def _convolution(device: torch.device, dtype: torch.dtype, batch: int) -> float:
+    channels, side = 320, 64 if device.type == "cuda" else 32
+    image = torch.randn(batch, channels, side, side, device=device, dtype=dtype)
+    weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+    image, weight = (each.contiguous(memory_format=torch.channels_last) for each in (image, weight))
+    taken = seconds(device, lambda: functional.conv2d(image, weight, padding=1))
+    return 2 * batch * side**2 * 9 * channels**2 / taken
+
+
 def seconds(device: torch.device, call: Callable[[], Any], repeats: int = _REPEATS) -> float:
-    """The median of several calls, after one that is not counted; each waits for the device."""
+    """The median of several calls, after one that is not counted.
+
+    On a GPU by its own events, with calls queued one behind the other, so that what the host needs to launch them
+    counts only where the device waits for it.
+    """
     call()
-    taken = []
-    for _ in range(repeats):
-        synchronize(device)
-        began = time.perf_counter()
-        call()
-        synchronize(device)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+    synchronize(device)
+    if device.type != "cuda":
+        return statistics.median(_wall_seconds(call) for _ in range(repeats))
+    marks: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
+    with torch.cuda.device(device):
+        marks[0].record()
+        for mark in marks[1:]:
+            call()
+            mark.record()
+    synchronize(device)
+    milliseconds = [float(begin.elapsed_time(end)) for begin, end in itertools.pairwise(marks)]
+    return statistics.median(milliseconds) / 1000
+
+
+def _wall_seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 def synchronize(device: torch.device) -> None:
@@ -100,4 +150,26 @@ def device_name(device: torch.device) -> str:
 
 def datasheet_tflops(name: str) -> float | None:
     """Of a GPU's name, as in `DATASHEET_TFLOPS`."""
-    return next((tflops for part, tflops in DATASHEET_TFLOPS.items() if part in name), None)
+    return next((tflops for pattern, tflops in DATASHEET_TFLOPS.items() if re.search(pattern, name)), None)
+
+
+def state(device: torch.device) -> dict[str, str] | None:
+    """The GPU's driver, clock in MHz, power in W and temperature in degrees Celsius, as `nvidia-smi` prints them.
+
+    None on a CPU, and where that program is missing or fails: a slow GPU may be a hot one, but that is all it is for.
+    """
+    if device.type != "cuda":
+        return None
+    identity = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
+    return queried(["nvidia-smi", f"--id=GPU-{identity}"])
+
+
+def queried(command: list[str]) -> dict[str, str] | None:
+    """What `nvidia-smi`, or what is called like it, says of one GPU; None where it cannot be asked."""
+    question = [f"--query-gpu={','.join(_STATE.values())}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run([*command, *question], capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return None
+    told = [each.strip() for each in done.stdout.strip().split(",")]
+    return dict(zip(_STATE, told, strict=True)) if len(told) == len(_STATE) else None

@@ -2,7 +2,8 @@
 
 The embedded model's clip is compared with an answer that the package holds. Any model's is compared with itself, drawn
 alone and between two batch-mates. That finds kernels that compute something else than they should. It does not find a
-fault that comes later, nor one as small as what half precision does.
+fault that comes later, nor one as small as what half precision does. It draws too few calls to be compiled: `compiling`
+compares each graph with the function's own call itself.
 
     python -m pia_batch.engine.canary
 

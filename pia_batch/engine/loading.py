@@ -105,7 +105,7 @@ def load(
         torch.OutOfMemoryError: the device has too little memory.
     """
     loader = _Loader(model, weights, device, dtype, shared)
-    with _quiet():
+    with quiet():
         scheduler = build_scheduler(model.scheduler, _shipped_scheduler(weights))
         try:
             parts = loader.parts()
@@ -320,8 +320,8 @@ def _shipped_scheduler(weights: Weights) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Errors only and no progress bars from diffusers and transformers, for the time of loading."""
+def quiet() -> Iterator[None]:
+    """Errors only and no progress bars from diffusers and transformers, for a time."""
     libraries = (diffusers_logging, transformers_logging)
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:

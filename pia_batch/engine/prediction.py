@@ -111,7 +111,7 @@ class _Stock:
         self, unet: Any, rows: Sequence[int], conditions: torch.Tensor, texts: Sequence[torch.Tensor], images: Attention
     ) -> None:
         self._unet = unet
-        self._rows = list(rows)
+        self._rows = torch.tensor(rows, device=conditions.device)
         self._images = images
         self._texts = torch.cat(list(texts)).repeat_interleave(conditions.shape[2], dim=0)
         self._conditions = conditions

@@ -7,8 +7,18 @@ from itertools import accumulate, takewhile
 
 import torch
 
-_EXHAUSTED = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-"""What a plain RuntimeError says where memory ran out outside of torch's own allocator of the GPU."""
+_EXHAUSTED = (
+    "out of memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "was unable to find an engine to execute this computation",
+)
+"""What a plain RuntimeError says where memory ran out outside of torch's own allocator of the GPU.
+
+The last is a convolution's: torch tries one algorithm of cuDNN after another, passes over those whose workspace finds
+no memory, and in the end says only that none was left.
+"""
 
 PATIENCE = 8
 """Batches at the limit that must succeed before a larger one is tried."""

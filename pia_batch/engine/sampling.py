@@ -89,8 +89,7 @@ class Row:
             noise = unconditional + self.shot.guidance_scale * (conditional - unconditional)
         timestep = self.timesteps.pop(0)
         part = 1 if self.whole.pop(0) else OUTERMOST_SHARE[self.shortcuts.layers]
-        with Streaming():
-            self.latents = self.scheduler.step(noise, timestep, self.latents, **self.options).prev_sample
+        self.latents = self.scheduler.step(noise, timestep, self.latents, **self.options).prev_sample
         self.unet_samples += part * (1 if unconditional is None else 2)
         if self.passes and not self.timesteps:
             self.latents = free_init.renoise(
@@ -168,7 +167,9 @@ def denoise(unet: Any, rows: Sequence[Row], call: Call = directly) -> None:
         for _ in range(min(len(row.timesteps) for row in left)):
             for alike in _alike(left):
                 key = tuple(id(row) for row in alike)
-                batches.get(key, functools.partial(_Batch, unet, alike, call)).step()
+                with Streaming():
+                    batch = batches.get(key, functools.partial(_Batch, unet, alike, call))
+                batch.step()
         left = [row for row in left if row.timesteps]
 
 
@@ -206,8 +207,9 @@ class _Batch:
         timesteps = torch.stack([row.timesteps[0] for row in self._rows]).to(latents.device, non_blocking=True)
         noise = torch.split(self._noise(latents, timesteps), 1)
         unconditional = dict(zip(self._guided, noise, strict=False))
-        for index, (row, conditional) in enumerate(zip(self._rows, noise[len(self._guided) :], strict=True)):
-            row.advance(conditional, unconditional.get(index))
+        with Streaming():  # not around the UNet, whose compiler knows no such mode
+            for index, (row, conditional) in enumerate(zip(self._rows, noise[len(self._guided) :], strict=True)):
+                row.advance(conditional, unconditional.get(index))
 
     def _noise(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Of each sample; over the deep features that the rows have from earlier steps, if they have enough in them."""
