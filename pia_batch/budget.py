@@ -45,12 +45,12 @@ class Budget:
         """Until the deadline; infinite without one, never negative."""
         return float("inf") if self._deadline is None else max(0.0, (self._deadline - self._now()).total_seconds())
 
-    def reached(self, num_failed: int, engine_seconds: Callable[[], float] = lambda: 0.0) -> Stopped | None:
+    def reached(self, num_failed: int, engine_seconds: float = 0.0) -> Stopped | None:
         """The limit that ends the run now, if one does.
 
         Args:
             num_failed: requests of the manifest that have failed by now, rejected ones and earlier runs' included.
-            engine_seconds: tells those of all engines of this run, by now; asked where a limit depends on it.
+            engine_seconds: of all engines of this run, by now.
         """
         limits, budget = self._config.limits, self._config.budget
         if limits.max_failed is not None and num_failed > limits.max_failed:
@@ -62,7 +62,7 @@ class Budget:
             return Stopped("deadline", f"{said}; start again to go on", 4)
         if budget.max_gpu_hours is None:
             return None
-        hours = gpu_hours(self._config, engine_seconds())
+        hours = gpu_hours(self._config, engine_seconds)
         if hours >= budget.max_gpu_hours:
             said = f"{hours:.3g} {unit(self._config)} are spent, of {budget.max_gpu_hours:g} (budget.max_gpu_hours)"
             return Stopped("max_gpu_hours", f"{said}; start again to spend as much once more", 4)

@@ -1,64 +1,42 @@
-"""A chain that runs: its outcomes are counted as they come, and it is ended where it must be.
+"""A chain that runs: it is pulled, its ledger is asked how far it is, and it is ended where it must be.
 
-Knows the chain as an iterator of outcomes, and the ledger of its engines; nothing of Ray Data.
+Knows the chain as an iterator, and the ledger of its engines; nothing of Ray Data.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from pia_batch import starting
 from pia_batch.budget import Budget, Stopped
 from pia_batch.config import RunConfig
-from pia_batch.errors import (
-    DeviceMemoryError,
-    EngineError,
-    InterruptedRunError,
-    LeaseHeldError,
-    PiaBatchError,
-    RequestTimeoutError,
-    StorageError,
-    WorkerCrashError,
-)
+from pia_batch.errors import InterruptedRunError, LeaseHeldError, PiaBatchError, StorageError
 from pia_batch.lease import Lease
+from pia_batch.ledger import Work
 from pia_batch.progress import Progress
-from pia_batch.records import FAILED, SUCCEEDED
-from pia_batch.worker import OUTCOME
 
 log = logging.getLogger(__name__)
 
-_WORKERS_FAULTS = frozenset(
-    error.kind for error in (WorkerCrashError, RequestTimeoutError, EngineError, DeviceMemoryError)
-)
-"""Of requests that failed for their worker's sake: where all do, it is not the requests."""
+_ASK_S, _LEAST_S = 0.5, 0.1
+"""Seconds between two questions to the ledger: the first, or sooner where the chain moves, but not below the second."""
 
 _TELL_S = 30.0
 """Seconds without an outcome after which a run looks whether it has engines at all."""
 
-_SETTLE_S = 2.0
-"""Seconds that a stopped run waits for outcomes that are committed and have not arrived, for the sake of its count."""
 
-
-class Control(Protocol):
-    """What the driver asks of the ledger: methods of `cluster.RemoteControl`."""
+class RunLedger(Protocol):
+    """What the driver asks of the run's ledger: methods of `cluster.RemoteControl`."""
 
     def stop(self) -> None:
         """Let nothing begin any more."""
 
-    def in_flight(self) -> int:
-        """How many requests were begun and have not ended."""
-
-    def engine_seconds(self) -> float:
-        """How long all engines have lived."""
+    def work(self) -> Work:
+        """What all engines have come to."""
 
 
 @dataclass(frozen=True)
@@ -88,19 +66,21 @@ class Watch:
 
         return replace(self, on_progress=on_progress)
 
-    def spent(self, engine_seconds: Callable[[], float]) -> Stopped | None:
+    def spent(self) -> Stopped | None:
         """The limit that ends the run now, if one does."""
-        return self.budget.reached(self.failed_before + self.progress.failed, engine_seconds)
+        work = self.progress.work
+        return self.budget.reached(self.failed_before + self.progress.failed, 0.0 if work is None else work.seconds)
 
 
 def draw(
-    outcomes: Iterable[pa.Table], control: Control, resources: Callable[[], Mapping[str, float]], watch: Watch
+    chain: Iterable[object], ledger: RunLedger, resources: Callable[[], Mapping[str, float]], watch: Watch
 ) -> Stopped | None:
-    """Pull a chain to its end, or until `watch` says stop. Every outcome counted is committed.
+    """Pull a chain to its end, or until `watch` says stop. What is counted is committed.
 
     Args:
-        outcomes: the chain: OUTCOME tables as they come.
-        control: its ledger.
+        chain: what it gives is not looked at: the ledger hears of each batch when it is committed, and the chain of a
+            task's batches when the last of them is.
+        ledger: its ledger.
         resources: what the cluster has by now.
         watch: counts, and decides.
 
@@ -111,29 +91,27 @@ def draw(
         InterruptedRunError: stopped from outside, by a store that went away, or by workers that all fail.
         LeaseHeldError: another run has taken over.
     """
-    watchman = _Watchman(watch.config, control.in_flight, resources)
-    blocks: queue.Queue[pa.Table | BaseException | None] = queue.Queue()
-    enough = threading.Event()
-    threading.Thread(target=_consume, args=(outcomes, blocks, enough), name="outcomes", daemon=True).start()
+    watchman = _Watchman(watch.config, resources)
+    pulled = _Pulled(chain)
     watch.on_progress(watch.progress)
     stopped = None
     try:
         while not watch.must_stop and stopped is None:
-            block = _next(blocks, 0.5)
-            if block is None:
-                return None
-            _count(watch.progress, block)
+            ended = pulled.wait()
+            work = ledger.work()
+            watch.progress.hear(work)
             watch.on_progress(watch.progress)
-            watchman.see(block)
-            stopped = watch.spent(control.engine_seconds)
+            watchman.see(work)
+            if ended:
+                return None
+            stopped = watch.spent()
         if stopped is not None:
             log.info("stopping why=%s", stopped.why)
-        _drain(control, watch.config.limits.stop_grace_s)
+        watch.progress.hear(_drained(ledger, watch.config.limits.stop_grace_s))
         if stopped is not None:
-            _settle(watch.progress, blocks)
             return stopped
     finally:
-        enough.set()
+        pulled.enough.set()
     if watch.lease.lost.is_set():
         msg = f"another run has taken over {watch.config.output}"
         raise LeaseHeldError(msg)
@@ -144,36 +122,33 @@ def draw(
 class _Watchman:
     """Ends a run whose workers fail request after request, or that is given no worker at all."""
 
-    def __init__(
-        self, config: RunConfig, in_flight: Callable[[], int], resources: Callable[[], Mapping[str, float]]
-    ) -> None:
+    def __init__(self, config: RunConfig, resources: Callable[[], Mapping[str, float]]) -> None:
         self._place, self._max_crashes = config.placement, config.limits.max_crashes
-        self._in_flight, self._resources = in_flight, resources
-        self._crashes = 0
+        self._resources = resources
+        self._ended = 0
         self._moved_at = self._told_at = time.monotonic()
 
-    def see(self, outcomes: pa.Table) -> None:
-        """Look at the outcomes since the last call, none of them included.
+    def see(self, work: Work) -> None:
+        """Look at what the engines have come to.
 
         Raises:
             InterruptedRunError: enough requests in a row failed for their worker's sake, or the run waited enough.
         """
-        for row in outcomes.select(["error_kind", "error"]).to_pylist():
-            self._crashes = self._crashes + 1 if row["error_kind"] in _WORKERS_FAULTS else 0
-            if self._crashes >= self._max_crashes:
-                msg = (
-                    f"{self._crashes} requests in a row failed for their worker's sake (limits.max_crashes), the last "
-                    f"one because {row['error']}; look at the workers' logs and devices. What was finished is "
-                    "committed. Start again to go on, with --retry-failed to try these again"
-                )
-                raise InterruptedRunError(msg)
-        now = time.monotonic()
-        if len(outcomes):
-            self._moved_at = self._told_at = now
+        tally = work.tally
+        if tally.crashes >= self._max_crashes:
+            msg = (
+                f"{tally.crashes} requests in a row failed for their worker's sake (limits.max_crashes), the last "
+                f"one because {tally.crash}; look at the workers' logs and devices. What was finished is "
+                "committed. Start again to go on, with --retry-failed to try these again"
+            )
+            raise InterruptedRunError(msg)
+        now, ended = time.monotonic(), tally.succeeded + tally.failures.total()
+        if ended != self._ended:
+            self._ended, self._moved_at, self._told_at = ended, now, now
         if now - self._told_at < min(_TELL_S, self._place.wait_s):
             return
         self._told_at = now
-        if self._in_flight():
+        if work.in_flight:
             self._moved_at = now
             return
         waited = now - self._moved_at
@@ -191,55 +166,50 @@ class _Watchman:
             raise InterruptedRunError(msg)
 
 
-def _consume(
-    outcomes: Iterable[pa.Table], blocks: queue.Queue[pa.Table | BaseException | None], enough: threading.Event
-) -> None:
-    """Pull outcomes until there are none, or until they are `enough`: leaving earlier would end the engines at once."""
-    try:
-        for block in outcomes:
-            blocks.put(block)
-            if enough.is_set():
-                return
-        blocks.put(None)
-    except BaseException as err:  # noqa: BLE001 - handed to the thread that runs the run
-        blocks.put(err)
+class _Pulled:
+    """A chain that a thread of its own pulls until it ends, or until that is `enough`.
+
+    To leave it earlier would end the engines at once.
+    """
+
+    def __init__(self, chain: Iterable[object]) -> None:
+        self.enough = threading.Event()
+        self._moved, self._ended = threading.Event(), False
+        self._error: BaseException | None = None
+        self._asked_at = time.monotonic()
+        threading.Thread(target=self._pull, args=(chain,), name="chain", daemon=True).start()
+
+    def wait(self) -> bool:
+        """Let some time go by, less where the chain moves. Whether it has come to its end, or raise what ended it."""
+        self._moved.wait(_ASK_S)
+        if not self._ended:
+            time.sleep(max(0.0, self._asked_at + _LEAST_S - time.monotonic()))
+        self._asked_at = time.monotonic()
+        self._moved.clear()
+        if self._error is not None:
+            raise _for_the_operator(self._error)
+        return self._ended
+
+    def _pull(self, chain: Iterable[object]) -> None:
+        try:
+            for _ in chain:
+                self._moved.set()
+                if self.enough.is_set():
+                    return
+        except BaseException as err:  # noqa: BLE001 - handed to the thread that runs the run
+            self._error = err
+        self._ended = True
+        self._moved.set()
 
 
-def _next(blocks: queue.Queue[pa.Table | BaseException | None], timeout_s: float) -> pa.Table | None:
-    """The next outcomes, none if none came in time; None at the end of the chain."""
-    try:
-        block = blocks.get(timeout=timeout_s)
-    except queue.Empty:
-        return OUTCOME.empty_table()
-    if isinstance(block, BaseException):
-        raise _for_the_operator(block)
-    return block
-
-
-def _count(progress: Progress, outcomes: pa.Table) -> None:
-    succeeded = outcomes.filter(pc.equal(outcomes["status"], SUCCEEDED))
-    kinds = outcomes.filter(pc.equal(outcomes["status"], FAILED))["error_kind"].value_counts().to_pylist()
-    newest = succeeded["animation_uri"][-1].as_py() if len(succeeded) else None
-    progress.add(len(succeeded), {str(kind["values"]): kind["counts"] for kind in kinds}, newest)
-
-
-def _drain(control: Control, grace_s: float) -> None:
-    """Let no batch begin, and wait for those in flight to be committed."""
-    control.stop()
+def _drained(ledger: RunLedger, grace_s: float) -> Work:
+    """Let no batch begin, and wait for those in flight to be committed; what all have come to then."""
+    ledger.stop()
     deadline = time.monotonic() + grace_s
-    while (left := control.in_flight()) and time.monotonic() < deadline:
-        log.info("stopping requests_in_flight=%d", left)
+    while (work := ledger.work()).in_flight and time.monotonic() < deadline:
+        log.info("stopping requests_in_flight=%d", work.in_flight)
         time.sleep(0.3)
-
-
-def _settle(progress: Progress, blocks: queue.Queue[pa.Table | BaseException | None]) -> None:
-    """Count what was committed while the run was about to stop."""
-    deadline = time.monotonic() + _SETTLE_S
-    while (left := deadline - time.monotonic()) > 0:
-        block = _next(blocks, left)
-        if block is None:
-            return
-        _count(progress, block)
+    return work
 
 
 def _for_the_operator(err: BaseException) -> BaseException:

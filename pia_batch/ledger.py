@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import statistics
 import time
+import uuid
+from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-from pia_batch.records import Row
+from pia_batch.errors import DeviceMemoryError, EngineError, RequestTimeoutError, WorkerCrashError
+from pia_batch.records import SUCCEEDED, Row
 
 PULSE_S = 2.0
 """Seconds between two signs of life of an engine: by so much a budget of GPU hours may be exceeded, and the drain."""
@@ -19,8 +22,50 @@ PULSE_S = 2.0
 SILENT_S = 5 * PULSE_S
 """Seconds without a sign after which an engine is taken for dead: only what is shown depends on it."""
 
+REMEMBERED = 50_000
+"""Outcomes that are kept, some 40 MB, for a batch that comes again although it is committed: its task died with its
+worker later on. One that is forgotten is drawn once more, and its result is the same."""
+
 Cause = Literal["timeout", "out_of_memory"]
 """Why a worker ends itself: its requests took longer, or its process has grown larger, than the config allows."""
+
+_WORKERS_FAULTS = frozenset(
+    error.kind for error in (WorkerCrashError, RequestTimeoutError, EngineError, DeviceMemoryError)
+)
+"""Of requests that failed for their worker's sake: where all do, it is not the requests."""
+
+
+@dataclass
+class Tally:
+    """What has become of the requests that ended, each counted once.
+
+    Attributes:
+        succeeded: requests.
+        failures: failed requests by error kind.
+        newest: the URI of the animation that was committed last.
+        crashes: requests in a row, to the last one, that failed for their worker's sake.
+        crash: why the last of them did.
+    """
+
+    succeeded: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    newest: str | None = None
+    crashes: int = 0
+    crash: str | None = None
+
+    def count(self, outcome: Row) -> None:
+        """Add a row of `worker.OUTCOME`."""
+        if outcome["status"] == SUCCEEDED:
+            self.succeeded, self.newest = self.succeeded + 1, outcome["animation_uri"]
+            self.crashes, self.crash = 0, None
+            return
+        kind = outcome["error_kind"]
+        self.failures[kind] += 1
+        self.crashes, self.crash = (self.crashes + 1, outcome["error"]) if kind in _WORKERS_FAULTS else (0, None)
+
+    def copy(self) -> Tally:
+        """One that does not change any more."""
+        return replace(self, failures=Counter(self.failures))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +78,19 @@ class Work:
         seconds: that all of them have lived, as `Ledger.engine_seconds`.
         heard_seconds: that they have told so far, and of those
         drawn_seconds: that they were drawing.
+        in_flight: requests that were begun and have not ended.
+        tally: of those that have.
+        ledger: which ledger says so; one whose process has died begins anew.
     """
 
-    engines: int
-    starting: int
-    seconds: float
-    heard_seconds: float
-    drawn_seconds: float
+    engines: int = 0
+    starting: int = 0
+    seconds: float = 0.0
+    heard_seconds: float = 0.0
+    drawn_seconds: float = 0.0
+    in_flight: int = 0
+    tally: Tally = field(default_factory=Tally)
+    ledger: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +115,6 @@ class _Alone:
 
     begun: int = 0
     given_up: Cause | None = None
-    outcome: Row | None = None
 
 
 class Control(Protocol):
@@ -114,6 +164,10 @@ class Ledger:
     """Seconds by engine, and when that was heard."""
     _drawn: dict[str, float] = field(default_factory=dict)
     """Seconds by engine that draws, or has drawn."""
+    _ended: OrderedDict[str, Row] = field(default_factory=OrderedDict)
+    """The REMEMBERED newest outcomes."""
+    _tally: Tally = field(default_factory=Tally, repr=False)
+    _name: str = field(default_factory=lambda: uuid.uuid4().hex, repr=False)
 
     def start(self, worker: str) -> int:
         """A worker's process begins to load its engine; how many in a row have now, this one included.
@@ -162,6 +216,9 @@ class Ledger:
             seconds=self.engine_seconds(),
             heard_seconds=sum(seconds for seconds, _ in self._lived.values()),
             drawn_seconds=sum(self._drawn.values()),
+            in_flight=self.in_flight(),
+            tally=self._tally.copy(),
+            ledger=self._name,
         )
 
     def engine_seconds(self) -> float:
@@ -176,8 +233,8 @@ class Ledger:
             return None
         for key in keys:
             self._begun[key] = self._begun.get(key, 0) + 1
-        # A key that is known from a turn by itself ended in a batch that did not: it is not new either.
-        return [self._begun[key] + (key in self._alone) for key in keys]
+        # A key that had a turn by itself, or has ended, was in a task that did not end: it is not new either.
+        return [self._begun[key] + (key in self._alone or key in self._ended) for key in keys]
 
     def begin_alone(self, key: str) -> Turn | None:
         """A turn for one request that `begin` has counted, or None if the run is stopping."""
@@ -186,9 +243,10 @@ class Ledger:
             return None
         known = self._alone.setdefault(key, _Alone())
         attempt = known.begun + 2  # the first one was in a batch
-        if known.outcome is not None:
+        outcome = self._ended.get(key)
+        if outcome is not None:
             self._begun.pop(key, None)
-            return Turn(attempt - 1, outcome=known.outcome)
+            return Turn(attempt - 1, outcome=outcome)
         if known.begun >= self.max_attempts - 1:
             return Turn(attempt, died_of=known.given_up or "worker_crash")
         known.begun += 1
@@ -206,8 +264,11 @@ class Ledger:
         for outcome in outcomes:
             key = outcome["key"]
             self._begun.pop(key, None)
-            if key in self._alone:
-                self._alone[key].outcome = outcome
+            if key not in self._ended:  # two workers may come to the same end, one of them taken for dead
+                self._tally.count(outcome)
+            self._ended[key] = outcome
+            if len(self._ended) > REMEMBERED:
+                self._ended.popitem(last=False)
 
     def stop(self) -> None:
         """Let nothing begin any more."""

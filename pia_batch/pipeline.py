@@ -36,6 +36,7 @@ from pia_batch import (
     worker,
 )
 from pia_batch.budget import Budget, Pulse, Stopped, not_chosen
+from pia_batch.capacity import READ_CPUS
 from pia_batch.compaction import Compactor
 from pia_batch.config import RunConfig
 from pia_batch.drawing import Watch, draw
@@ -45,20 +46,27 @@ from pia_batch.lease import Lease
 from pia_batch.ledger import Control
 from pia_batch.metrics import RayMeter
 from pia_batch.planning import Plan, Retry
-from pia_batch.progress import Progress, listening
+from pia_batch.progress import Progress
 from pia_batch.storage import Store
 from pia_batch.summary import Record, RunSummary
 
 log = logging.getLogger(__name__)
 
-READ_CPUS, VALIDATE_CPUS, RANK_CPUS, ARRANGE_CPUS = 1.0, 0.5, 0.35, 0.3
-"""The first is what Ray's readers take; the others differ from it and from each other, see above."""
+VALIDATE_CPUS, RANK_CPUS, ARRANGE_CPUS = 0.5, 0.35, 0.3
+"""They differ from READ_CPUS and from each other, see above."""
 
 WINDOW, SMALL_WINDOW = 1024, 64
 """Requests that are put in order together; fewer where each brings its image along."""
 
 IN_FLIGHT = 4
-"""Batches at or queued before one engine: two are worked on, two wait, so that the device never does."""
+"""Tasks at or queued before one engine: two are worked on, two wait, so that the device never does."""
+
+TASKS_PER_ENGINE = 256
+"""A task has several batches where each engine has more tasks than these all the same, as the driver's time and memory
+grow with the tasks. Engines that find none left while others end theirs lose less than a hundredth of the run."""
+
+TASK_ROWS, TASK_BYTES = 64, 32 * 2**20
+"""Requests in a task of several batches, and the bytes of their pixels, as far as the config's defaults tell."""
 
 LoadEngines = Callable[[], engines.Engines]
 
@@ -163,7 +171,7 @@ def _work(plan: Plan, run_id: str, record: Record, watch: Watch, load_engines: L
         *(run_id, len(plan.wanted), plan.num_pending, plan.num_chosen, plan.num_rejected, plan.num_duplicates),
     )
     compactor = Compactor(Journal(store), plan.config.placement.batch_size)
-    stopped = watch.spent(lambda: 0.0) if plan.num_pending else None
+    stopped = watch.spent() if plan.num_pending else None
     if plan.num_chosen and stopped is None:
         watch.on_progress(progress)
         with record.phase("drawing"), cluster.connect(plan.config.placement):
@@ -192,7 +200,7 @@ def _draw(plan: Plan, run_id: str, record: Record, watch: Watch, load_engines: L
     outcomes = chained.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     watch.progress.enter("drawing")
     try:
-        told = watch.also(record.show).also(listening(ledger.work)).also(RayMeter().show)
+        told = watch.also(record.show).also(RayMeter().show)
         return draw(outcomes, ledger, ray.cluster_resources, told)
     finally:
         cluster.end_execution(chained)
@@ -254,7 +262,21 @@ def chain(plan: Plan, run_id: str, control: Control, load_engines: LoadEngines |
     drawn = {name: plan.engine_ids[name] for name in plan.models}
     loader = load_engines or engine_loader(config)
     stage = {"load_engines": loader, "engine_ids": drawn, "config": config, "run_id": run_id, "control": control}
-    return draw_in_pool(requests, config, stages.FetchImages(config.images, plan.manifest.folder), Animate, stage)
+    fetch = stages.FetchImages(config.images, plan.manifest.folder)
+    return draw_in_pool(requests, config, fetch, Animate, stage, batches_per_task(config, plan.num_chosen))
+
+
+def batches_per_task(config: RunConfig, num_requests: int) -> int:
+    """How many batches an engine is given at a time: one, unless there are very many requests for each engine.
+
+    With priorities it is always one, for what is in a task goes before all that comes after it.
+    """
+    place, defaults = config.placement, config.defaults
+    if config.budget.priority is not None:
+        return 1
+    row_bytes = 3 * (defaults.width * defaults.height if defaults.size == "fixed" else defaults.long_side**2)
+    rows = min(TASK_ROWS, TASK_BYTES // row_bytes, num_requests // (TASKS_PER_ENGINE * place.max_actors))
+    return max(1, rows // place.batch_size)
 
 
 def engine_loader(config: RunConfig) -> engines.EngineLoader:
@@ -269,6 +291,7 @@ def draw_in_pool(
     fetch: Callable[[pa.Table], pa.Table],
     stage: type[Animate],
     arguments: Mapping[str, Any],
+    batches: int = 1,
 ) -> ray.data.Dataset:
     """Requests in batches, their images fetched, through a pool of actors as `placement` has it.
 
@@ -278,15 +301,16 @@ def draw_in_pool(
         fetch: gives a block of them its images, as `stages.FetchImages` does.
         stage: what each actor holds.
         arguments: of its constructor, by name.
+        batches: how many of them an actor is given at a time.
     """
     place = config.placement
-    together = place.batch_size  # what one task fetches at once: with priorities no more, as tasks overtake each other
-    if config.budget.priority is None:
-        together *= max(1, config.images.threads // place.batch_size)
+    task = together = place.batch_size * batches
+    if config.budget.priority is None:  # what is fetched at once; with priorities no more, as tasks overtake each other
+        together *= max(1, config.images.threads // task)
     return (
         requests.repartition(target_num_rows_per_block=together, strict=True)
         .map_batches(fetch, **blocks(place.fetch_num_cpus))
-        .repartition(target_num_rows_per_block=place.batch_size, strict=True)
+        .repartition(target_num_rows_per_block=task, strict=True)
         .map_batches(
             stage,
             fn_constructor_kwargs={**arguments, "version": __version__, "count": RayMeter().count},

@@ -1,10 +1,10 @@
-"""How far a run is: counted as outcomes come, and told as one `Snapshot` to people, logs, run.json and programs."""
+"""How far a run is: as its ledger counts, told as one `Snapshot` to people, logs, run.json and programs."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pia_batch.budget import gpu_hours, unit
 from pia_batch.config import RunConfig
-from pia_batch.ledger import PULSE_S, Work
+from pia_batch.ledger import PULSE_S, Tally, Work
 from pia_batch.uris import redacted_uri
 
 Phase = Literal["starting", "drawing", "publishing", "finished", "stopped"]
@@ -84,19 +84,31 @@ class Progress:
     done_before: int
     """Finished by earlier runs, or rejected."""
     now: Callable[[], float] = time.monotonic
-    succeeded: int = 0
-    failures: Counter[str] = field(default_factory=Counter)
-    """Failed requests of this run by error kind."""
-    newest: str | None = None
-    """The URI of the animation that was committed last."""
     phase: Phase = "starting"
     work: Work | None = None
     """What the engines have come to; None: nobody has asked yet."""
+    _before: Tally = field(default_factory=Tally)
+    """What ledgers had counted whose process died."""
 
     def __post_init__(self) -> None:
         self._started = self.now()
         self._ended: float | None = None
         self._marks: deque[_Mark] = deque(maxlen=_MAX_MARKS)
+
+    @property
+    def succeeded(self) -> int:
+        """Requests that this run drew."""
+        return self._before.succeeded + self._tally.succeeded
+
+    @property
+    def failures(self) -> Counter[str]:
+        """Failed requests of this run by error kind."""
+        return self._before.failures + self._tally.failures
+
+    @property
+    def newest(self) -> str | None:
+        """The URI of the animation that was committed last."""
+        return self._tally.newest or self._before.newest
 
     @property
     def failed(self) -> int:
@@ -134,12 +146,6 @@ class Progress:
         pace = self._rate(lambda mark: mark.computed) or self.computed / max(self.seconds, 1e-9)
         return max(0, self.total - self.done) / pace if pace else None
 
-    def add(self, succeeded: int, failures: Mapping[str, int], newest: str | None) -> None:
-        """Count outcomes: how many succeeded, the failed ones by kind, and the last animation if there was one."""
-        self.succeeded += succeeded
-        self.failures.update(failures)
-        self.newest = newest or self.newest
-
     def enter(self, phase: Phase) -> None:
         """Go on to a phase; the clock stops when nothing is drawn any more."""
         self.phase = phase
@@ -147,8 +153,12 @@ class Progress:
             self._ended = self.now()
 
     def hear(self, work: Work) -> None:
-        """Note what the engines have come to, and how far the run was then."""
+        """Note what the engines have come to, and every PULSE_S how far the run was then."""
+        if self.work is not None and self.work.ledger != work.ledger:
+            self._before = Tally(self.succeeded, self.failures, self.newest)
         self.work = work
+        if self._marks and self.now() - self._marks[-1].at < PULSE_S:
+            return
         self._marks.append(self._mark())
         while len(self._marks) > 1 and self._is_old(self._marks[1]):
             self._marks.popleft()
@@ -182,6 +192,10 @@ class Progress:
             newest=None if self.newest is None else redacted_uri(self.newest),
         )
 
+    @property
+    def _tally(self) -> Tally:
+        return Tally() if self.work is None else self.work.tally
+
     def _mark(self) -> _Mark:
         heard, drawn = (0.0, 0.0) if self.work is None else (self.work.heard_seconds, self.work.drawn_seconds)
         at = self.now() if self._ended is None else self._ended
@@ -204,25 +218,6 @@ class Progress:
             return None
         first, last = self._marks[0], self._marks[-1]
         return _share(last.drawn_seconds - first.drawn_seconds, last.heard_seconds - first.heard_seconds)
-
-
-def listening(ask: Callable[[], Work], every_s: float = PULSE_S) -> Callable[[Progress], None]:
-    """What asks the ledger for the engines' work now and then, and has a Progress hear it.
-
-    Args:
-        ask: `ledger.Ledger.work`, from wherever it is.
-        every_s: seconds between two questions; engines tell nothing new more often.
-    """
-    last: float | None = None
-
-    def see(progress: Progress) -> None:
-        nonlocal last
-        now = progress.now()
-        if last is None or now - last >= every_s:
-            last = now
-            progress.hear(ask())
-
-    return see
 
 
 def _share(part: float, whole: float) -> float | None:

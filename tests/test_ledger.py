@@ -1,5 +1,6 @@
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -7,18 +8,68 @@ from pia_batch.ledger import Ledger, Turn
 
 
 def done(*keys: str) -> list[dict[str, str | None]]:
-    return [{"key": key, "status": "succeeded", "error_kind": None} for key in keys]
+    return [{"key": key, "status": "succeeded", "error_kind": None, "animation_uri": f"{key}.mp4"} for key in keys]
 
 
-def test_a_batch_that_ends_leaves_no_trace() -> None:
+def failed(key: str, kind: str) -> dict[str, str | None]:
+    return {"key": key, "status": "failed", "error_kind": kind, "error": f"{kind} of {key}", "animation_uri": None}
+
+
+def test_a_batch_of_a_task_that_comes_again_is_handed_back_and_not_drawn_again() -> None:
     ledger = Ledger(3)
 
     assert ledger.begin(["a", "b"]) == [1, 1]
     assert ledger.in_flight() == 2
     ledger.end(done("a", "b"))
-
     assert ledger.in_flight() == 0
-    assert ledger.begin(["a", "b"]) == [1, 1]
+    assert ledger.begin(["c", "d"]) == [1, 1]  # the next batch of the task, and its worker dies
+
+    assert ledger.begin(["a", "b"]) == [2, 2]
+    assert [ledger.begin_alone(key).outcome for key in "ab"] == done("a", "b")
+    assert ledger.begin(["c", "d"]) == [2, 2]
+    assert ledger.begin(["e", "f"]) == [1, 1]
+    assert ledger.in_flight() == 4
+
+
+def test_the_oldest_outcomes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pia_batch.ledger.REMEMBERED", 2)
+    ledger = Ledger(3)
+    for key in "abc":
+        ledger.begin([key])
+        ledger.end(done(key))
+
+    assert [ledger.begin([key]) for key in "abc"] == [[1], [2], [2]]
+
+
+def test_each_request_that_ended_is_counted_once() -> None:
+    ledger = Ledger(3)
+    ledger.begin(["a", "b", "c"])
+    ledger.end([*done("a", "b"), failed("c", "non_finite")])
+    ledger.end(done("a"))  # by a worker that was taken for dead
+
+    told = ledger.work()
+    assert (told.in_flight, told.tally.succeeded, told.tally.failures) == (0, 2, {"non_finite": 1})
+    assert told.tally.newest == "b.mp4"
+    ledger.end([failed("d", "timeout")])
+    assert told.tally.failures.total() == 1  # what was told does not change
+
+
+def test_requests_in_a_row_that_fail_for_their_workers_sake_are_counted() -> None:
+    ledger = Ledger(3)
+    crashes = []
+    ended = [
+        failed("a", "timeout"),
+        failed("b", "worker_crash"),
+        *done("c"),
+        failed("d", "engine_error"),
+        failed("e", "non_finite"),
+    ]
+    for outcome in ended:
+        ledger.end([outcome])
+        tally = ledger.work().tally
+        crashes.append((tally.crashes, tally.crash))
+
+    assert crashes == [(1, "timeout of a"), (2, "worker_crash of b"), (0, None), (1, "engine_error of d"), (0, None)]
 
 
 def test_a_request_that_was_alone_when_its_worker_died_often_enough_is_blamed() -> None:
@@ -120,7 +171,7 @@ class Worker:
                 outcomes[key] = turn.outcome["status"]
             elif turn.died_of is not None:
                 outcomes[key] = "failed"
-                self.ledger.end([{"key": key, "status": "failed"}])
+                self.ledger.end([failed(key, "worker_crash")])
             else:
                 drawn = self._draw([key])
                 if drawn is None:

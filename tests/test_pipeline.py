@@ -164,6 +164,27 @@ def test_steps_from_the_first_on_are_operators_of_their_own_and_blocks_have_the_
     assert max(sizes) <= 3  # Ray may hand the last, smaller block over together with the one before
 
 
+@pytest.mark.parametrize(
+    ("settings", "requests", "batches"),
+    [
+        ({}, 1000, 1),
+        ({}, 256 * 8, 2),
+        ({}, 10_000_000, 10),  # 42 pictures of 512 x 512 are 32 MiB
+        ({"defaults__size": "auto", "defaults__long_side": 64}, 10_000_000, 16),
+        ({"placement__max_actors": 64}, 256 * 64 * 8, 2),
+        ({"placement__batch_size": 16}, 10_000_000, 2),
+        ({"placement__batch_size": 64}, 10_000_000, 1),
+        ({"budget__priority": "urgency"}, 10_000_000, 1),
+    ],
+)
+def test_an_engine_is_given_several_batches_at_a_time_where_it_has_very_many(
+    make_config: MakeConfig, settings: dict[str, Any], requests: int, batches: int
+) -> None:
+    big = {"defaults__width": 512, "defaults__height": 512, "placement__batch_size": 4}
+
+    assert pipeline.batches_per_task(make_config(requests_table(1), **{**big, **settings}), requests) == batches
+
+
 def test_an_engine_that_is_not_the_drivers_ends_the_run_with_the_remedy(make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"weights of model 'default' on this node are others.*same weights"):
         run(make_config(), load_engines=FakeEngineLoader("0" * 32))
@@ -181,8 +202,13 @@ class LeavesItsPid:
         return FakeShelf(FakeEngine(engine_id=self.engine_id, seconds=0.4))
 
 
-def test_a_killed_engine_is_replaced_and_nothing_is_lost_or_doubled(make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batches", [1, 4])
+def test_a_killed_engine_is_replaced_and_nothing_is_lost_or_doubled(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
+) -> None:
+    monkeypatch.setattr(pipeline, "TASKS_PER_ENGINE", 8 // batches)
     config = make_config(requests_table(16), placement__batch_size=2)
+    assert pipeline.batches_per_task(config, 16) == batches
     pids = tmp_path / "pids"
     pids.mkdir()
     engine_id = planning.make(config).engine_ids["default"]
@@ -231,7 +257,10 @@ def test_a_stopped_run_commits_what_is_in_flight_and_the_next_one_finishes(make_
     assert (rest.computed, rest.succeeded) == (12 - committed, 12)
 
 
-def test_poison_of_every_sort_fails_alone_and_the_run_ends_by_itself(make_config: MakeConfig) -> None:
+def test_poison_of_every_sort_fails_alone_and_the_run_ends_by_itself(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "TASKS_PER_ENGINE", 2)  # tasks of two batches: one death has more to come again
     poison = {3: "raises", 5: "exits", 8: "crashes", 12: "eats", 14: "hungers", 15: "not finite"}
     prompts = [poison.get(k, "fine") for k in range(16)]
     table = requests_table(16, prompt=prompts, format=["gif"] * 16)
@@ -345,14 +374,14 @@ def test_a_manifest_that_cannot_be_trusted_any_more_ends_the_run_with_the_file(
 
 
 def test_a_worker_that_fails_every_request_stops_the_run_before_all_are_spent(make_config: MakeConfig) -> None:
-    table = requests_table(30, prompt=["raises"] * 30)
+    table = requests_table(200, prompt=["raises"] * 200)
     config = make_config(table, placement__batch_size=2, limits__max_crashes=4)
     loader = FakeEngineLoader(planning.make(config).engine_ids["default"], engine=PoisonedEngine)
 
     with pytest.raises(InterruptedRunError, match=r"requests in a row failed .* weights are cursed"):
         run(config, load_engines=loader)
 
-    assert 4 <= len(Journal(Store(config.output)).outcomes().keys) < 30
+    assert 4 <= len(Journal(Store(config.output)).outcomes().keys) < 200
 
 
 def test_several_models_and_sizes_are_drawn_by_the_embedded_model(make_config: MakeConfig) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pia_batch.config import RunConfig
-from pia_batch.ledger import PULSE_S, SILENT_S, Ledger, Work
-from pia_batch.progress import RECENT_CLIPS, RECENT_S, Progress, Snapshot, listening
+from pia_batch.ledger import PULSE_S, SILENT_S, Ledger, Tally, Work
+from pia_batch.progress import RECENT_CLIPS, RECENT_S, Progress, Snapshot
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Run:
         dotted = {"manifest": "m", "output": "o", **self.settings}
         self.ledger = Ledger(3, now=lambda: self.time)
         self.progress = Progress(RunConfig.load(None, dotted), "night", self.total, self.before, now=lambda: self.time)
-        self.see = listening(self.ledger.work)
+        self.keys = map(str, itertools.count())
 
     def go_on(self, seconds: float, clips_per_second: float = 0.0, busy: float = 1.0) -> Snapshot:
         """Let time pass, one sign of one engine after the other."""
@@ -41,9 +43,18 @@ class Run:
             drawn = self.ledger.work().drawn_seconds + PULSE_S * busy
             self.ledger.alive("one", lived, drawn)
             now = clips + int((self.time - begun) * clips_per_second)
-            self.progress.add(now - self.progress.succeeded, {}, None)
-            self.see(self.progress)
+            self.end(now - self.progress.succeeded)
+            self.progress.hear(self.ledger.work())
         return self.progress.snapshot()
+
+    def end(self, succeeded: int, failures: Mapping[str, int] | None = None, uri: str | None = None) -> None:
+        """Tell the ledger of requests that have ended."""
+        kinds = [None] * succeeded + list(Counter(failures or {}).elements())
+        named = [
+            {"key": next(self.keys), "status": "failed" if kind else "succeeded", "error_kind": kind, "error": kind}
+            for kind in kinds
+        ]
+        self.ledger.end([outcome | {"animation_uri": uri} for outcome in named])
 
 
 def test_before_the_first_result_nothing_is_known_of_the_pace() -> None:
@@ -57,7 +68,8 @@ def test_before_the_first_result_nothing_is_known_of_the_pace() -> None:
 
 def test_the_time_left_is_that_of_what_was_chosen() -> None:
     run = Run(total=30, before=10)
-    run.progress.add(9, {"non_finite": 1}, "s3://bucket/x.mp4")
+    run.end(9, {"non_finite": 1}, "s3://bucket/x.mp4")
+    run.progress.hear(run.ledger.work())
     run.time += 100
 
     seen = run.progress.snapshot()
@@ -117,25 +129,36 @@ def test_what_engines_cost_is_told_in_what_they_are(gpus: float, unit: str, hour
     assert (seen.engines, seen.engines_starting, seen.busy) == (2, 1, 0.5)
 
 
-def test_the_ledger_is_asked_as_often_as_engines_tell_something() -> None:
-    run, asked = Run(), Counter[str]()
+def test_what_a_ledger_counted_stays_when_its_process_dies() -> None:
+    run = Run()
+    run.end(3, {"timeout": 2}, "s3://bucket/x.mp4")
+    run.progress.hear(run.ledger.work())
+    run.ledger = Ledger(3, now=lambda: run.time)
 
-    def ask() -> Work:
-        asked["times"] += 1
-        return run.ledger.work()
+    run.progress.hear(run.ledger.work())
+    assert (run.progress.succeeded, run.progress.failures) == (3, {"timeout": 2})
+    assert run.progress.newest == "s3://bucket/x.mp4"
+    run.end(1, {"timeout": 1}, "s3://bucket/y.mp4")
+    run.progress.hear(run.ledger.work())
 
-    see = listening(ask)
+    assert (run.progress.succeeded, run.progress.failures) == (4, {"timeout": 3})
+    assert run.progress.newest == "s3://bucket/y.mp4"
+
+
+def test_marks_are_as_far_apart_as_engines_tell_something() -> None:
+    run = Run()
     for _ in range(100):
-        see(run.progress)
+        run.progress.hear(run.ledger.work())
         run.time += PULSE_S / 10
 
-    assert asked["times"] == 10
+    assert len(run.progress._marks) == 10
 
 
 def test_the_ledger_knows_who_lives_who_loads_and_who_draws() -> None:
     now = 0.0
     ledger = Ledger(3, now=lambda: now)
-    assert ledger.work() == Work(0, 0, 0.0, 0.0, 0.0)
+    nothing = ledger.work()
+    assert nothing == Work(tally=Tally(), ledger=nothing.ledger)
     ledger.alive("dies", 100.0, 60.0)
     now += SILENT_S
     ledger.alive("loads", 10.0, None)
@@ -163,17 +186,19 @@ STEPS = st.lists(
 def test_whatever_comes_the_figures_add_up(
     steps: list[tuple[float, int, dict[str, int], bool]], total: int, before: int
 ) -> None:
-    run = Run(total=before + total, before=before)
+    run, told = Run(total=before + total, before=before), 0
     for seconds, succeeded, failures, heard in steps:
         run.time += seconds
-        run.progress.add(succeeded, failures, None)
+        run.end(succeeded, failures)
+        told += succeeded + sum(failures.values())
         lived = run.time - 5000.0
         run.ledger.alive("one", lived, lived / 2)
         if heard:
-            run.see(run.progress)
+            run.progress.hear(run.ledger.work())
 
         seen = run.progress.snapshot()
-        assert seen.done == before + seen.succeeded + seen.failed
+        assert seen.done == before + seen.succeeded + seen.failed <= before + told
+        assert not heard or seen.done == before + told
         assert seen.failed == sum(seen.failures.values())
         for share in (seen.busy, seen.recent_busy):
             assert share is None or 0 <= share <= 1

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from html import unescape
@@ -23,7 +24,7 @@ from pia_batch.cli import view
 from pia_batch.cli.console import shown_progress
 from pia_batch.config import RunConfig
 from pia_batch.errors import InterruptedRunError
-from pia_batch.ledger import Work
+from pia_batch.ledger import Tally, Work
 from pia_batch.progress import Progress, Snapshot
 
 HALF_DONE = Snapshot(
@@ -333,8 +334,8 @@ def test_the_last_frame_stays_and_log_lines_stand_above_it(progress: Progress, l
         progress.enter("drawing")
         logging.getLogger("pia_batch").warning("something happened key=1 \x1b[2Jgone")
         show(progress)
-        progress.hear(Work(engines=1, starting=0, seconds=3600.0, heard_seconds=3600.0, drawn_seconds=1800.0))
-        progress.add(9, {"timeout": 1}, "file:///out/x.mp4")
+        tally = Tally(9, Counter({"timeout": 1}), "file:///out/x.mp4")
+        progress.hear(Work(engines=1, seconds=3600.0, heard_seconds=3600.0, drawn_seconds=1800.0, tally=tally))
         progress.enter("finished")
         show(progress)
 
@@ -380,7 +381,7 @@ def test_elsewhere_each_phase_and_the_time_between_has_a_line(
     with shown_progress(console=Console(file=io.StringIO())) as show:
         for _ in range(5):
             show(progress)
-        progress.add(10, {}, "s3://clips/x.mp4")
+        progress.hear(Work(tally=Tally(10, newest="s3://clips/x.mp4")))
         progress.enter("publishing")
         for _ in range(5):
             show(progress)
@@ -393,7 +394,8 @@ def test_elsewhere_each_phase_and_the_time_between_has_a_line(
 
 def test_programs_get_one_object_a_line(progress: Progress) -> None:
     written = io.StringIO()
-    progress.add(3, {"[red]\x1b[2J\nkind": 1}, f"s3://clips/{'x' * 200}.mp4")
+    failures = Counter({"[red]\x1b[2J\nkind": 1})
+    progress.hear(Work(tally=Tally(3, failures, f"s3://clips/{'x' * 200}.mp4")))
 
     with shown_progress(as_json=True, console=Console(file=written, width=40)) as show:
         show(progress)

@@ -24,9 +24,10 @@ from pia_batch import video
 from pia_batch.config import RunConfig
 from pia_batch.errors import BrokenDeviceError, ConfigError, EncodingError, StorageError
 from pia_batch.journal import Journal, animation_name
+from pia_batch.keys import KeySet, keys_from_hex
 from pia_batch.manifest import Manifest
 from pia_batch.quality import check_animation, measures
-from pia_batch.records import FETCHED, KeySet, Row, keys_from_hex
+from pia_batch.records import FETCHED, Row
 from pia_batch.stages import Arrange, DropFinished, FetchImages, Validate
 from pia_batch.storage import Store
 from pia_batch.worker import OUTCOME, Animate
@@ -707,11 +708,25 @@ def test_an_engine_is_checked_whenever_it_was_loaded_and_only_then(make_config: 
     config, engine = make_config(requests_table(2, format=["gif"] * 2)), Checked()
     shelf = FakeShelf(engine)
     animator = Animate(lambda: shelf, {"default": ENGINE_ID}, config, "run-1", FakeControl())
-    animator(fetched(config))
+    requests = fetched(config)
+    animator(requests.slice(0, 1))
     again = shelf.default = Checked()
-    animator(fetched(config))
+    animator(requests.slice(1))
 
     assert (engine.checks, again.checks) == (1, 1)
+
+
+def test_a_batch_that_is_committed_is_handed_back_where_its_task_comes_again(make_config: MakeConfig) -> None:
+    config, engine = make_config(requests_table(4, format=["gif"] * 4)), FakeEngine()
+    animator = Animate(lambda: FakeShelf(engine), {"default": ENGINE_ID}, config, "run-1", FakeControl())
+    requests = fetched(config)
+    first = animator(requests.slice(0, 2))  # and its worker dies in the next batch of the task
+
+    again = [animator(requests.slice(start, 2)) for start in (0, 2)]
+
+    assert again[0].equals(first)
+    assert [len(call) for call in engine.calls] == [2, 2]
+    assert len(committed(config)) == 4
 
 
 def test_a_broken_device_ends_the_run_before_it_draws(make_config: MakeConfig) -> None:
