@@ -60,7 +60,7 @@ ASKED = {
     "motion_scale": "the number that diffusers knows: 0-2 more motion, 3-5 loops of 16 frames, 6-8 restyles",
     "motion_curve": "likeness to the image by distance in frames, the last one repeated; overrides `motion`, "
     "`motion_scale`, `loop` and `style`",
-    "num_frames": "and what the model's motion modules know; PIA was trained on 16",
+    "num_frames": "frames, no more than the model's motion modules know; PIA was trained on 16",
     "size": "fixed: `width` x `height`; auto: the image's own shape, in multiples of 64 up to `long_side`",
     "long_side": "pixels of the longer side where `size` is auto; nothing is enlarged",
     "width": "pixels; the image is fitted by `images.fit`",

@@ -37,9 +37,10 @@ import pyarrow.parquet as pq
 from pia_batch import planning, publication, scanning
 from pia_batch.config import RunConfig
 from pia_batch.journal import ANIMATIONS, Journal, animation_name
+from pia_batch.keys import Keys, KeySet, keys_to_hex
 from pia_batch.manifest import Manifest
 from pia_batch.planning import Plan
-from pia_batch.records import Keys, KeySet, keys_to_hex, results_table
+from pia_batch.records import results_table
 from pia_batch.scan_cache import ScanCache
 from pia_batch.storage import ObjectInfo, Store
 from pia_batch.survey import Survey
@@ -176,7 +177,7 @@ def _plan(config: RunConfig, _: int) -> dict[str, Any]:
 
 
 def _plan_told(config: RunConfig, _: int) -> dict[str, Any]:
-    """As `pia-batch plan` does it, which reads every row again to tell what the requests have in common."""
+    """As `pia-batch plan` does it, which also tells what the pending requests have in common."""
     return _costs(lambda: _found(planning.make(config, survey=Survey())))
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 
 from pia_batch import tiny, weights
-from pia_batch.config import EMBEDDED, Defaults, ModelConfig, RunConfig
-from pia_batch.survey import MAX_TOKENS, Survey
+from pia_batch.capacity import Node, cpus_here, shortage
+from pia_batch.config import EMBEDDED, Defaults, ModelConfig, PlacementConfig, RunConfig
+from pia_batch.survey import Survey
+from pia_batch.tokens import MAX_TOKENS
 
 SIDES_PX = (384, 768)
 """Between these sides Stable Diffusion 1.5, which was trained at 512 x 512, draws what one expects."""
@@ -36,6 +39,7 @@ def warnings(config: RunConfig, survey: Survey) -> list[str]:
         *(told for name, model in models.items() for told in _about_scheduler(name, model)),
         *_about_gifs(survey),
         *_about_defaults(config, survey),
+        *_about_room(config.placement),
     ]
 
 
@@ -113,3 +117,11 @@ def _about_defaults(config: RunConfig, survey: Survey) -> Iterator[str]:
         shipped = config.model.base == EMBEDDED and tiny.defaults()["defaults"].get(name) == value
         if survey.num_rows and survey.num_given[name] == survey.num_rows and not shipped:
             yield f"defaults.{name} decides nothing: every row has its own value in column '{name}'; leave one out"
+
+
+def _about_room(place: PlacementConfig) -> Iterator[str]:
+    if place.num_gpus or place.ray_address or os.environ.get("RAY_ADDRESS"):  # `doctor` asks that cluster, or torch
+        return
+    short = shortage(place, [Node(cpus_here())])
+    if short is not None:
+        yield f"a Ray on this machine has {cpus_here()} CPUs: {short}"

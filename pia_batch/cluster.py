@@ -22,6 +22,7 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pia_batch import capacity
 from pia_batch.config import PlacementConfig
 from pia_batch.errors import ConfigError, message_of
 from pia_batch.ledger import Cause, Ledger, Turn, Work
@@ -52,11 +53,12 @@ def connect(place: PlacementConfig) -> Iterator[None]:
     """A connection to Ray: the one that exists, else the cluster's, else a Ray of our own that ends with the run.
 
     Raises:
-        ConfigError: there is no such Ray, it refuses our token, it has too few GPUs, or it is open to everyone and
-            `placement.require_auth` is set.
+        ConfigError: there is no such Ray, it refuses our token, this machine has no room for the engines or for reading
+            beside them, or the cluster is open to everyone and `placement.require_auth` is set.
     """
     if ray.is_initialized():
         check_authentication(ray.get_runtime_context().gcs_address, required=place.require_auth)
+        _check_room(place, ours=False)
         yield
         return
     address = place.ray_address or os.environ.get("RAY_ADDRESS") or "local"
@@ -66,7 +68,7 @@ def connect(place: PlacementConfig) -> Iterator[None]:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of what it will do one day
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or it prints a warning of every engine's restarts
         # What its workers print is in Ray's session folder; what a request failed of is in its result.
-        options |= {"include_dashboard": False, "log_to_driver": False, "num_cpus": max(2, os.cpu_count() or 2)}
+        options |= {"include_dashboard": False, "log_to_driver": False, "num_cpus": capacity.cpus_here()}
         if place.object_store_mb is not None:
             options["object_store_memory"] = place.object_store_mb * 2**20
     _refuse_silence(address)
@@ -89,9 +91,25 @@ def connect(place: PlacementConfig) -> Iterator[None]:
         if address == "local" and gpus < place.num_gpus:
             msg = f"placement.num_gpus is {place.num_gpus:g} and this machine has {gpus:g}; 0 runs on the CPU"
             raise ConfigError(msg)
+        _check_room(place, ours=address == "local")
         yield
     finally:
         ray.shutdown()
+
+
+def _check_room(place: PlacementConfig, *, ours: bool) -> None:
+    """Say at once what a run would wait for; of a cluster that may grow by itself only as a warning."""
+    nodes = [
+        capacity.Node(has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0) / 2**20)
+        for has in (node["Resources"] for node in ray.nodes() if node["Alive"])
+    ]
+    short = capacity.shortage(place, nodes)
+    if short is None:
+        return
+    if ours:
+        msg = f"Ray on this machine: {short}"
+        raise ConfigError(msg)
+    log.warning("small_cluster nodes=%d: %s", len(nodes), short)
 
 
 def _refuse_silence(address: str) -> None:
@@ -226,11 +244,6 @@ class RemoteControl:
         work: Work = ray.get(self.ledger.work.remote())
         return work
 
-    def engine_seconds(self) -> float:
-        """As `Ledger.engine_seconds`."""
-        seconds: float = ray.get(self.ledger.engine_seconds.remote())
-        return seconds
-
     def begin(self, keys: list[str]) -> list[int] | None:
         """As `Ledger.begin`."""
         attempts: list[int] | None = ray.get(self.ledger.begin.remote(keys))
@@ -252,11 +265,6 @@ class RemoteControl:
     def stop(self) -> None:
         """As `Ledger.stop`."""
         ray.get(self.ledger.stop.remote())
-
-    def in_flight(self) -> int:
-        """As `Ledger.in_flight`."""
-        number: int = ray.get(self.ledger.in_flight.remote())
-        return number
 
 
 def start_ledger(max_attempts: int) -> RemoteControl:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from pia_batch import cluster, manifest, pipeline, planning, stages, storage
+from pia_batch import cluster, manifest, manifest_schema, pipeline, planning, stages, storage
 from pia_batch.config import RunConfig
 from pia_batch.errors import ManifestError
 from pia_batch.ledger import Turn
@@ -71,7 +71,7 @@ def animate(
     config = config.model_copy(update={"output": storage.absolute(config.output)})  # workers have folders of their own
     schema = requests.schema(fetch_if_missing=False)
     if schema is not None:
-        manifest.check_columns(schema.names, stages.DATASET)
+        manifest_schema.check_columns(schema.names, stages.DATASET)
         _check_place_of_files(schema.names, store=store)
     engine_ids = planning.engine_ids_of(config)
     if store:

@@ -28,9 +28,10 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from pia_batch import video, weights
+from pia_batch.capacity import Node, cpus_here, shortage
 from pia_batch.config import EMBEDDED, FORMATS, EncodingConfig, ModelConfig, PlacementConfig, RunConfig
 from pia_batch.errors import EncodingError, PiaBatchError, StorageError, message_of, printable
-from pia_batch.manifest import Manifest
+from pia_batch.manifest import Manifest, refuse_output_inside
 from pia_batch.storage import Store
 from pia_batch.uris import redacted_uri
 from pia_batch.weights.fetching import cache_folder
@@ -71,6 +72,15 @@ for index in range(torch.cuda.device_count()):
 print(json.dumps(told))
 """
 
+_ASK_RAY = """
+import json, sys
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import GcsClient
+nodes = GcsClient(address=canonicalize_bootstrap_address(sys.argv[1])).get_all_node_info(timeout=30).values()
+print(json.dumps([dict(node.resources_total) for node in nodes if node.state == 0]))
+"""
+"""Of every node that is alive what Ray may give away of it. In a process of its own: Ray ends one that it refuses."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -95,13 +105,21 @@ def examine(config: RunConfig | None, facts_of_torch: Callable[[], dict[str, Any
     models = {"default": ModelConfig()} if config is None else config.all_models
     yield from _about_packages()
     yield from _about_codecs()
-    yield from _about_devices(facts_of_torch or ask_torch, place, models)
+    facts: dict[str, Any] = {"devices": []}
+    try:
+        facts = (facts_of_torch or ask_torch)()
+    except (OSError, ValueError, subprocess.SubprocessError) as err:
+        told = f"torch cannot be used: {printable(str(err))}"
+        yield Finding("fail", "devices", told, "install the torch that fits this machine: https://pytorch.org")
+    else:
+        yield from _about_devices(facts, place, models)
     yield from _about_disks(models)
     yield from _about_weights(models)
     if config is not None:
         yield from _about_manifest(config)
         yield from _about_store(Store(config.output))
     yield from _about_ray(place)
+    yield from _about_room(place, len(facts["devices"]))
 
 
 def ask_torch() -> dict[str, Any]:
@@ -172,15 +190,7 @@ def _about_codecs() -> Iterator[Finding]:
         yield Finding("ok", "codecs", f"{', '.join(sound)}: encoded and decoded")
 
 
-def _about_devices(
-    ask: Callable[[], dict[str, Any]], place: PlacementConfig, models: dict[str, ModelConfig]
-) -> Iterator[Finding]:
-    try:
-        facts = ask()
-    except (OSError, ValueError, subprocess.SubprocessError) as err:
-        told = f"torch cannot be used: {printable(str(err))}"
-        yield Finding("fail", "devices", told, "install the torch that fits this machine: https://pytorch.org")
-        return
+def _about_devices(facts: dict[str, Any], place: PlacementConfig, models: dict[str, ModelConfig]) -> Iterator[Finding]:
     built = f"torch {facts['torch']}" + (f" for CUDA {facts['cuda']}" if facts["cuda"] else " without CUDA")
     driver = _nvidia_driver()
     for device in facts["devices"]:
@@ -274,8 +284,9 @@ def _about_weights(models: dict[str, ModelConfig]) -> Iterator[Finding]:
 def _about_manifest(config: RunConfig) -> Iterator[Finding]:
     try:
         found = Manifest.open(config.manifest)
+        refuse_output_inside(found, config.output)
     except PiaBatchError as err:
-        yield Finding("fail", "manifest", str(err), "correct `manifest`, or the files there")
+        yield Finding("fail", "manifest", str(err), "correct `manifest` or `output`, or the files there")
     else:
         yield Finding("ok", "manifest", f"{found.num_rows} rows in {redacted_uri(found.uri)}; `plan` checks each")
 
@@ -340,3 +351,39 @@ def _answers(address: str) -> bool:
             return True
     except (OSError, ValueError):
         return False
+
+
+def _about_room(place: PlacementConfig, num_gpus: int) -> Iterator[Finding]:
+    """Whether engines leave a CPU to read with, as far as the machines can be known before a run is on them."""
+    address = _address(place)
+    if address == "local" and num_gpus < place.num_gpus:  # told above
+        return
+    if address == "local":
+        nodes, where = [Node(cpus_here(), num_gpus)], "this machine"
+    else:
+        nodes, where = _nodes_of(address), f"the cluster at {redacted_uri(address)}"
+    if not nodes:
+        return
+    short = shortage(place, nodes)
+    has = f"{where} has {sum(node.cpus for node in nodes):g} CPUs on {len(nodes)} node{'s'[: len(nodes) > 1]}"
+    if short is None:
+        engines = "one engine" if place.min_actors == 1 else f"{place.min_actors} engines at once"
+        yield Finding("ok", "room", f"{has}: enough for {engines}, and to read the manifest beside")
+        return
+    if address == "local":
+        yield Finding("fail", "room", f"{has}: {short.told}", short.remedy)
+    else:
+        yield Finding("warn", "room", f"{has}: {short.told}", f"{short.remedy}; a cluster that scales may do so itself")
+
+
+def _nodes_of(address: str) -> list[Node]:
+    """The nodes of a cluster that tells what it has; none where it does not, or only its dashboard is known."""
+    if "://" in address:
+        return []
+    command = [sys.executable, "-c", _ASK_RAY, address]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_S / 5, check=True)  # noqa: S603 - ours
+        told = json.loads(done.stdout.strip().splitlines()[-1])
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return []
+    return [Node(has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0) / 2**20) for has in told]

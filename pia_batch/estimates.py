@@ -17,7 +17,8 @@ from pia_batch.config import EMBEDDED, Format, ModelConfig, RunConfig
 from pia_batch.journal import Journal
 from pia_batch.records import SUCCEEDED, Row
 from pia_batch.shortcuts import work_share
-from pia_batch.survey import Survey, work_of
+from pia_batch.survey import Survey
+from pia_batch.traits import work_of
 
 _UNET_TFLOP, _ATTENTION_TFLOP, _VAE_TFLOP = 35.354, 3.920, 41.347
 """Of 16 frames at 512 x 512: one guided evaluation of the UNet; the part of that which is spatial self-attention, and

@@ -41,7 +41,7 @@ def version_of(filesystem: pyarrow.fs.FileSystem, path: str) -> str:
         Exception: the client's own.
     """
     if isinstance(filesystem, pyarrow.fs.PyFileSystem):
-        info = filesystem.handler.fs.info(path)
+        info = _info(filesystem.handler.fs, path)
         tags = (str(info[name]).strip('"') for name in _TAGS if info.get(name))
         return f"{info['size']} {next(tags, '')}"
     found = filesystem.get_file_info(path)
@@ -58,8 +58,28 @@ def changed_ns(filesystem: pyarrow.fs.FileSystem, path: str) -> int | None:
     """
     if not isinstance(filesystem, pyarrow.fs.PyFileSystem):
         return int(filesystem.get_file_info(path).mtime_ns)
-    info = filesystem.handler.fs.info(path)
+    info = _info(filesystem.handler.fs, path)
     return None if any(info.get(name) for name in _TAGS[:3]) else time.time_ns()
+
+
+_ABSENT = (404, 410)
+"""What an HTTP server answers where there is nothing."""
+
+
+def _info(filesystem: Any, path: str) -> dict[str, Any]:  # fsspec is untyped
+    """As the file system has it. What keeps HTTP from an answer is an OSError: fsspec takes it for a missing file."""
+    try:
+        info: dict[str, Any] = filesystem.info(path)
+    except FileNotFoundError as err:
+        cause = err.__cause__
+        status = getattr(cause, "status", None)
+        if cause is None or "http" not in filesystem.protocol or status in _ABSENT:
+            raise
+        if status is not None:
+            msg = f"the server answers {status} {getattr(cause, 'message', '')}"
+            raise OSError(msg) from None
+        raise OSError(str(cause) or type(cause).__name__) from None
+    return info
 
 
 def read_object(uri: str, num_bytes: int, *, timeout_s: float, whole: bool = True) -> bytes:

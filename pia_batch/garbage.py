@@ -22,9 +22,9 @@ import pyarrow as pa
 
 from pia_batch import scan_cache
 from pia_batch.journal import ANIMATIONS, FRAGMENTS, RESULTS, WITHDRAWALS, Journal
+from pia_batch.keys import KEY_BYTES, Keys, KeySet, keys_from_hex
 from pia_batch.lease import LEASES
 from pia_batch.publication import latest
-from pia_batch.records import KEY_BYTES, Keys, KeySet, keys_from_hex
 from pia_batch.scan_cache import SCANS
 from pia_batch.storage import ObjectInfo, Store
 

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from pia_batch.errors import ObjectExistsError, StorageError
 from pia_batch.index import Head, Index
 from pia_batch.journal_rows import INDEXED, NO_KEYS, READ, Rows, RowsOf, entry
-from pia_batch.records import KEY_BYTES, Keys, KeySet, halves, keys_from_hex, keys_to_hex, sorted_order
+from pia_batch.keys import KEY_BYTES, Keys, KeySet, halves, keys_from_hex, keys_to_hex, sorted_order
 from pia_batch.storage import ObjectInfo, Store
 
 log = logging.getLogger(__name__)

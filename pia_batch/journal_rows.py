@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.records import KEY_BYTES, SUCCEEDED, Keys, KeySet, keys_from_hex
+from pia_batch.keys import KEY_BYTES, Keys, KeySet, keys_from_hex
+from pia_batch.records import SUCCEEDED
 
 NO_KEYS: Keys = np.empty(0, dtype=f"V{KEY_BYTES}")
 

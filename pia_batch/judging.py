@@ -8,15 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from pia_batch.config import RunConfig
+from pia_batch.keys import KEY_BYTES, Keys
 from pia_batch.manifest import Piece
-from pia_batch.records import EFFECTIVE, GROUPED, KEY_BYTES, Keys, KeySet
+from pia_batch.records import EFFECTIVE
+from pia_batch.traits import Traits
 from pia_batch.validation import Checked, check
 
 CHECKED_AT_ONCE = 16_384
@@ -32,22 +33,6 @@ much."""
 _CHECKERS = min(4, os.cpu_count() or 1)
 
 
-class Survey(Protocol):
-    """Is shown every row of a manifest once, and gathers counts."""
-
-    def __call__(self, rows: pa.Table, pending: pa.Table) -> None:
-        """Count some rows as they stand in the manifest, and those of their requests that are left to do.
-
-        These are as `validation.check` gives them; copies of a request are among them.
-        """
-
-    def empty(self) -> Self:
-        """One that has seen nothing; it can be pickled."""
-
-    def add(self, other: Self) -> None:
-        """Count what `other` has seen, which stands in the manifest after all that this has seen."""
-
-
 @dataclass(frozen=True)
 class Task:
     """What decides the verdicts, the same for all pieces; it can be pickled.
@@ -56,15 +41,11 @@ class Task:
         schema: the columns that are read, with the types that all files of the manifest give them.
         run: gives the defaults, and what else decides a key.
         engine_ids: the identity of each model's engine, by its name.
-        survey: one that has seen nothing; None: there is none.
-        done: what a survey is not shown as pending.
     """
 
     schema: pa.Schema
     run: RunConfig
     engine_ids: Mapping[str, str]
-    survey: Survey | None
-    done: KeySet
 
 
 @dataclass(frozen=True)
@@ -72,38 +53,35 @@ class Judged:
     """What is kept of `check`'s verdict on some rows.
 
     Attributes:
-        num_rows: good and bad ones.
         keys: of the good rows; shape (n,).
         id_hashes: `validation.hashes_of` their request ids; shape (n,).
         rejected: `Checked.rejected`.
-        groups: GROUPED and `num_rows`.
+        traits: of all of them.
     """
 
-    num_rows: int
     keys: Keys
     id_hashes: npt.NDArray[np.uint64]
     rejected: pa.Table
-    groups: pa.Table
+    traits: Traits
 
     @classmethod
-    def of(cls, checked: Checked, num_rows: int) -> Judged:
-        """The part of a verdict on `num_rows` rows."""
-        groups = checked.requests.group_by(list(GROUPED)).aggregate([([], "count_all")])
-        groups = groups.rename_columns([*GROUPED, "num_rows"])
-        return cls(num_rows, checked.keys, checked.id_hashes, checked.rejected, groups)
+    def of(cls, rows: pa.Table, checked: Checked) -> Judged:
+        """The part of a verdict on `rows`, as they stand in the manifest."""
+        return cls(checked.keys, checked.id_hashes, checked.rejected, Traits.of(rows, checked.requests))
 
     @classmethod
     def nothing(cls) -> Judged:
         """The verdict on no rows."""
-        return cls.of(_NOTHING, 0)
+        return cls.of(pa.table({}), _NOTHING)
+
+    @property
+    def num_rows(self) -> int:
+        """Good and bad ones."""
+        return self.traits.num_rows
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """On the rows of a piece, in order, and what a survey saw in them."""
-
-    judged: tuple[Judged, ...]
-    survey: Survey | None
+Verdict = tuple[Judged, ...]
+"""On the rows of a piece, in order."""
 
 
 class Judge:
@@ -117,9 +95,8 @@ class Judge:
 
     def judge(self, piece: Piece, tables: Iterable[pa.Table]) -> Verdict:
         """The verdict on a piece; `tables` are its rows in order, read as they are asked for."""
-        survey = self._task.survey and self._task.survey.empty()
         with self._room(min(piece.num_bytes, READ_BYTES)):
-            return Verdict(tuple(self._judged(tables, survey)), survey)
+            return tuple(self._judged(tables))
 
     @contextmanager
     def _room(self, num_bytes: int) -> Iterator[None]:
@@ -133,15 +110,13 @@ class Judge:
                 self._free_bytes += num_bytes
                 self._freed.notify_all()
 
-    def _judged(self, tables: Iterable[pa.Table], survey: Survey | None) -> Iterator[Judged]:
+    def _judged(self, tables: Iterable[pa.Table]) -> Iterator[Judged]:
         for table in tables:
             for start in range(0, len(table), CHECKED_AT_ONCE):
                 rows = table.slice(start, CHECKED_AT_ONCE)
                 with self._checkers:
-                    checked = check(rows, self._task.run, self._task.engine_ids)
-                    if survey is not None:
-                        survey(rows, checked.requests.filter(pa.array(~self._task.done.contains(checked.keys))))
-                yield Judged.of(checked, len(rows))
+                    judged = Judged.of(rows, check(rows, self._task.run, self._task.engine_ids))
+                yield judged
 
 
 def in_threads(task: Task, pieces: Iterable[tuple[Piece, Iterable[pa.Table]]]) -> Iterator[Verdict]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from urllib.parse import unquote
@@ -19,18 +20,16 @@ import pyarrow as pa
 import pyarrow.fs
 
 from pia_batch import filesystems, storage
-from pia_batch.errors import ManifestError, message_of
+from pia_batch.errors import ConfigError, ManifestError
 from pia_batch.manifest_files import (
     BATCH_ROWS,
-    MAX_COLUMNS,
     Contents,
     FileFormat,
     Known,
     ManifestFile,
-    plain_type,
     reading,
 )
-from pia_batch.records import RESERVED
+from pia_batch.manifest_schema import check_columns, conform, unify
 from pia_batch.uris import redacted_uri
 
 EXTENSIONS: dict[str, FileFormat] = {
@@ -139,10 +138,10 @@ class Manifest:
             opened = tuple(pool.map(lambda path: ManifestFile.open(filesystem, path, file_format, known), files))
         num_rows = sum(contents.num_rows for _, contents in opened)
         if not 0 < num_rows <= MAX_ROWS:
-            limit = f"; split it into manifests of at most {MAX_ROWS}" if num_rows else ""
-            msg = f"manifest {shown} has {num_rows or 'no'} rows{limit}"
+            remedy = f"split it into manifests of at most {MAX_ROWS}" if num_rows else "give it one for each request"
+            msg = f"manifest {shown} has {num_rows or 'no'} rows; {remedy}"
             raise ManifestError(msg)
-        schema = _unify([contents.schema for _, contents in opened], files)
+        schema = unify([contents.schema for _, contents in opened], files)
         for name in _partitions(files[0], root):
             if name not in schema.names:
                 schema = schema.append(pa.field(name, pa.string()))
@@ -261,17 +260,21 @@ def _conformed(
         yield table
 
 
-def conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str] | None = None) -> pa.Table:
-    """`table` in the columns and types of `schema`; what it lacks comes from its `partitions`, or is null."""
-    columns = []
-    for item in schema:
-        if item.name in table.column_names:
-            columns.append(_cast(table[item.name], item))
-        elif item.name in (partitions or {}):
-            columns.append(pa.repeat((partitions or {})[item.name], len(table)))
-        else:
-            columns.append(pa.nulls(len(table), item.type))
-    return pa.table(columns, schema=schema)
+def refuse_output_inside(manifest: Manifest, output: str) -> None:
+    """See that a run's output is no part of the folder that its manifest is.
+
+    Raises:
+        ConfigError: it is: what the run writes there would be read as requests by the next one.
+    """
+    place = storage.absolute(output).rstrip("/")
+    inside = _below(place, manifest.uri) if f"{place}/".startswith(f"{manifest.uri}/") else None
+    if inside is None or any(part.startswith(("_", ".")) for part in inside.parts):
+        return
+    msg = (
+        f"output {redacted_uri(place)} lies inside the folder of the manifest, {redacted_uri(manifest.uri)}, and its "
+        "results would be read as requests; choose another folder, beside it"
+    )
+    raise ConfigError(msg)
 
 
 def _conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str], path: str) -> pa.Table:
@@ -282,31 +285,31 @@ def _conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str], 
         raise ManifestError(msg) from None
 
 
-def _cast(column: pa.ChunkedArray, item: pa.Field) -> pa.ChunkedArray:
-    try:
-        return column.cast(item.type)
-    except pa.ArrowInvalid as err:
-        msg = f"column {item.name!r} is {column.type} here, and {item.type} with the other files: {message_of(err)}"
-        raise ManifestError(msg) from None
-
-
 def _discover(filesystem: pyarrow.fs.FileSystem, root: str, uri: str) -> tuple[tuple[str, ...], FileFormat]:
     info = filesystem.get_file_info(root)
     if info.type == pyarrow.fs.FileType.NotFound:
-        msg = f"manifest {uri} does not exist"
+        with suppress(FileNotFoundError):
+            filesystems.version_of(filesystem, root)  # which tells a server that does not answer from one without it
+        pattern = ", and name a folder in place of a pattern with '*'" if "*" in unquote(uri) else ""
+        msg = f"manifest {uri} does not exist; correct its path or URI{pattern}"
         raise ManifestError(msg)
     if info.type == pyarrow.fs.FileType.File:
         return (root,), EXTENSIONS.get(PurePosixPath(root).suffix.lower(), "parquet")
     found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
     files = sorted(item.path for item in found if item.is_file and not _hidden(item.path, root))
-    formats = {EXTENSIONS.get(PurePosixPath(path).suffix.lower()) for path in files} - {None}
-    if len(formats) != 1:
-        what = "no file that ends in" if not formats else "a mixture of files that end in"
-        msg = f"manifest {uri} has {what} {', '.join(EXTENSIONS)}; give it files of one format"
+    known = (EXTENSIONS.get(PurePosixPath(path).suffix.lower()) for path in files)
+    formats = sorted({file_format for file_format in known if file_format is not None})
+    if not formats:
+        msg = (
+            f"manifest {uri} has no file that ends in {', '.join(EXTENSIONS)}; correct the folder, or the names: those "
+            "that begin with '_' or '.' are not read"
+        )
         raise ManifestError(msg)
-    (file_format,) = formats
+    if len(formats) > 1:
+        msg = f"manifest {uri} has files of several formats, {' and '.join(formats)}; leave those of one"
+        raise ManifestError(msg)
     chosen = tuple(path for path in files if EXTENSIONS.get(PurePosixPath(path).suffix.lower()))
-    return chosen, file_format or "parquet"
+    return chosen, formats[0]
 
 
 def _below(path: str, root: str) -> PurePosixPath:
@@ -321,63 +324,6 @@ def _partitions(path: str, root: str) -> dict[str, str]:
     """The hive partitions in the folders of a file: `dt=2026-11-22/part.parquet` gives {"dt": "2026-11-22"}."""
     pairs = [part.split("=", 1) for part in _below(path, root).parts[:-1] if "=" in part]
     return {name: unquote(value) for name, value in pairs}
-
-
-def _unify(schemas: list[pa.Schema], files: tuple[str, ...]) -> pa.Schema:
-    """One schema for all files: a column may be missing, of a wider type, of another encoding, or null throughout."""
-    unified = pa.schema([])
-    for number, (schema, path) in enumerate(zip(schemas, files, strict=True)):
-        repeated = sorted({name for name in schema.names if schema.names.count(name) > 1})
-        if repeated:
-            msg = f"manifest file {path} has more than one column {', '.join(map(repr, repeated))}"
-            raise ManifestError(msg)
-        plain = pa.schema([pa.field(item.name, plain_type(item.type)) for item in schema])
-        schemas[number] = plain
-        try:
-            unified = pa.unify_schemas([unified, plain], promote_options="permissive")
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            raise ManifestError(_contradiction(schemas[: number + 1], files)) from None
-    return unified
-
-
-def _contradiction(schemas: list[pa.Schema], files: tuple[str, ...]) -> str:
-    """Which column of the last schema does not go with which file before it."""
-    last = schemas[-1]
-    for name in last.names:
-        for schema, path in zip(schemas[:-1], files, strict=False):
-            if name not in schema.names:
-                continue
-            try:
-                pa.unify_schemas([pa.schema([s.field(name)]) for s in (schema, last)], promote_options="permissive")
-            except (pa.ArrowInvalid, pa.ArrowTypeError):
-                return (
-                    f"manifest files disagree on column {name!r}: {schema.field(name).type} in {path}, "
-                    f"{last.field(name).type} in {files[len(schemas) - 1]}; write it with one type"
-                )
-    return f"manifest file {files[len(schemas) - 1]} contradicts the files before it; write all with one schema"
-
-
-def check_columns(names: Sequence[str], place: str) -> None:
-    """Refuse columns that cannot be those of requests; `place` is what has them.
-
-    Raises:
-        ManifestError: too many, a required one missing, or one that bears the name of a result's.
-    """
-    if len(names) > MAX_COLUMNS:
-        msg = f"{place} has {len(names)} columns; at most {MAX_COLUMNS} are read"
-        raise ManifestError(msg)
-    missing = [name for name in ("request_id", "prompt") if name not in names]
-    if "image" not in names and "image_bytes" not in names:
-        missing.append("image")
-    if missing:
-        columns = ", ".join(names[:30]) + (", ..." if len(names) > 30 else "")  # noqa: PLR2004 - some lines
-        lacking = " and no column ".join(map(repr, missing))
-        msg = f"{place} has no column {lacking}; it has: {columns}; add it, or rename the column that is meant"
-        raise ManifestError(msg)
-    taken = sorted(RESERVED.intersection(names))
-    if taken:
-        msg = f"{place}: column {', '.join(map(repr, taken))} has the name of a result column; rename it"
-        raise ManifestError(msg)
 
 
 def _check_text_bytes(filesystem: pyarrow.fs.FileSystem, files: tuple[str, ...], uri: str) -> None:

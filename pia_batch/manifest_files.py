@@ -204,6 +204,10 @@ def reading(place: str) -> Iterator[None]:
 
 
 _REMEDIES = {
+    "Cannot connect to host": "correct the host and the port, or start the server",
+    "the server answers 401": "over http nothing but the URL is sent: sign the URL, or put the manifest elsewhere",
+    "the server answers 403": "over http nothing but the URL is sent: sign the URL, or put the manifest elsewhere",
+    "the server answers 5": "it is the server that fails: try again, and look at its log",
     "credentials": "give this machine the store's, by AWS_PROFILE, AWS_ACCESS_KEY_ID and its secret, or a role",
     "Protocol not known": "a manifest is a path of this machine, or lies at s3://, gs:// or az://",
     "file footer": "JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
@@ -296,7 +300,11 @@ def _unpacked(batch: pa.RecordBatch, sizes: npt.NDArray[np.int64]) -> Iterator[p
 
 def _read_bytes(filesystem: pyarrow.fs.FileSystem, path: str) -> bytes:
     with reading(path), filesystem.open_input_file(path) as source:
-        return bytes(source.read()).removeprefix(codecs.BOM_UTF8)
+        data = bytes(source.read()).removeprefix(codecs.BOM_UTF8)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        msg = f"manifest file {path} is text in UTF-16; save it as UTF-8"
+        raise ManifestError(msg)
+    return data
 
 
 def _read_csv(filesystem: pyarrow.fs.FileSystem, path: str) -> pa.Table:
@@ -317,7 +325,8 @@ def _read_csv(filesystem: pyarrow.fs.FileSystem, path: str) -> pa.Table:
             ),
         )
     except pa.ArrowInvalid as err:
-        msg = f"manifest file {path} is not CSV with a header line: {message_of(err)}"
+        remedy = "; save it as UTF-8" if "invalid UTF8" in str(err) else ""
+        msg = f"manifest file {path} is not CSV with a header line: {message_of(err)}{remedy}"
         raise ManifestError(msg) from None
 
 
@@ -330,10 +339,14 @@ def _read_jsonl(filesystem: pyarrow.fs.FileSystem, path: str) -> pa.Table:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as err:
-            msg = f"manifest file {path}, line {number}: not JSON: {message_of(err)}"
+            remedy = "; save it as UTF-8" if isinstance(err, UnicodeDecodeError) else ""
+            msg = f"manifest file {path}, line {number}: not JSON: {message_of(err)}{remedy}"
             raise ManifestError(msg) from None
         if not isinstance(row, dict):
-            msg = f"manifest file {path}, line {number}: a JSON object is required, not {type(row).__name__}"
+            msg = (
+                f"manifest file {path}, line {number}: each line must be one JSON object, such as "
+                f'{{"request_id": ...}}, not a {_JSON_WORDS.get(type(row), "number")}'
+            )
             raise ManifestError(msg)
         for name in row:
             columns.setdefault(name, [None] * num_rows)
@@ -345,6 +358,9 @@ def _read_jsonl(filesystem: pyarrow.fs.FileSystem, path: str) -> pa.Table:
         num_rows += 1
     with reading(path):  # JSON can spell half a surrogate pair, which is no text
         return pa.table({name: _infer(values) for name, values in columns.items()})
+
+
+_JSON_WORDS = {bool: "truth value", list: "list", str: "text", type(None): "null"}
 
 
 def _infer(values: list[Any]) -> pa.Array:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
@@ -30,7 +32,7 @@ def explain(err: ValidationError, root: type[BaseModel], source: str) -> str:
         elif problem["type"] == "missing":
             lines.append(f"{key}: required, and not given")
         else:
-            lines.append(f"{key}: {_said(problem)}")
+            lines.append(f"{key}: {_said(problem)}" if key else _said(problem))
     return f"{source}: " + "; ".join(lines)
 
 
@@ -52,9 +54,11 @@ def _said(problem: ErrorDetails) -> str:
     if kind == "value_error":  # of our own, which name the value
         return text.removeprefix("Value error, ")
     expected, _, rest = kind.partition("_")
+    if (expected, rest) == ("invalid", "key"):
+        return f"a key must be a text; write it in quotes (got {_shown(problem['input'])})"
     if expected in _TYPES and rest in ("type", "parsing", "from_float", "attributes_type"):
         text = f"must be {_TYPES[expected]}"
-    return f"{text.replace('Input should', 'must', 1)} (got {_shown(problem['input'])})"
+    return f"{re.sub('^(Input|String) should', 'must', text)} (got {_shown(problem['input'])})"
 
 
 def nearest(location: Sequence[str], root: type[BaseModel]) -> str | None:
@@ -104,6 +108,8 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _shown(value: object) -> str:
     """A value of the config for a message, without the secrets of the URIs in it."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_shown, value))}]"
     return uris.redacted(repr(uris.redacted_uri(value) if isinstance(value, str) else value))

@@ -20,25 +20,15 @@ from pia_batch import scanning, selection, weights
 from pia_batch.config import ModelConfig, RunConfig
 from pia_batch.errors import ConfigError, RequestError
 from pia_batch.journal import Journal, Outcomes, digest_of
-from pia_batch.judging import Survey
-from pia_batch.manifest import Batch, Manifest
+from pia_batch.keys import KEY_BYTES, Keys, KeySet, keys_from_hex, keys_to_hex
+from pia_batch.manifest import Batch, Manifest, refuse_output_inside
 from pia_batch.publication import latest, published
-from pia_batch.records import (
-    FAILED,
-    KEY_BYTES,
-    Keys,
-    KeySet,
-    as_text,
-    carried_columns,
-    keys_from_hex,
-    keys_to_hex,
-    named_texts,
-    rejected_keys,
-    results_table,
-)
+from pia_batch.records import FAILED, as_text, carried_columns, named_texts, rejected_keys, results_table
 from pia_batch.scan_cache import Chunk, ScanCache
 from pia_batch.scanning import Scan
 from pia_batch.storage import Store
+from pia_batch.survey import Survey
+from pia_batch.traits import Traits
 from pia_batch.validation import check, hashes_of
 
 
@@ -163,11 +153,12 @@ def make(config: RunConfig, *, retry: Retry | None = None, survey: Survey | None
     Args:
         config: the run's config.
         retry: what to draw again of what failed before; None: nothing.
-        survey: sees the manifest go by.
+        survey: has seen nothing; here it sees the manifest, and which of its requests are to be drawn.
 
     Raises:
         ManifestError: the manifest cannot be read, is empty, or lacks a column.
-        ConfigError: the model cannot be found, or `retry` names a kind that does not exist.
+        ConfigError: the model cannot be found, the output lies inside the manifest's folder, or `retry` names a kind
+            that does not exist.
         StorageError: the output cannot be read.
     """
     engine_ids = engine_ids_of(config)
@@ -175,11 +166,11 @@ def make(config: RunConfig, *, retry: Retry | None = None, survey: Survey | None
     outcomes = Journal(store).outcomes()  # before the scans are read: it needs as much memory for itself
     cache = ScanCache(store, config, engine_ids)
     found = Manifest.open(config.manifest, cache.contents)
+    refuse_output_inside(found, config.output)
     if retry is not None:
         retry.check(outcomes)
 
-    passed_over = None if survey is None else _done(outcomes, retry)
-    scan = scanning.scan(found, config, engine_ids, cache, survey, passed_over)
+    scan = scanning.scan(found, config, engine_ids, cache)
     pa.default_memory_pool().release_unused()
     conflicting, repeated, first_copies = _duplicates(found, scan)
     rejected = _rejected_results(found, scan, conflicting, config)
@@ -190,6 +181,8 @@ def make(config: RunConfig, *, retry: Retry | None = None, survey: Survey | None
     done = _done(outcomes, retry)  # not before: as much memory as the manifest's keys
     finished = done.has(good)
     unfinished = good.take(~finished)
+    if survey is not None:
+        _show(survey, scan, sound, done)
     chosen = _choose(config, found, scan, unfinished)
     repeats = _take(found, first_copies)
     repeats = check(repeats, config, engine_ids).requests
@@ -224,6 +217,16 @@ def _done(outcomes: Outcomes, retry: Retry | None) -> KeySet:
     return KeySet.of(outcomes.keys if retry is None else outcomes.keys[~outcomes.failed(retry.kinds)])
 
 
+def _show(survey: Survey, scan: Scan, sound: npt.NDArray[np.bool_], done: KeySet) -> None:
+    """Let the survey see all rows, of which those that are `sound` and not `done` are to be drawn."""
+    start = 0
+    for packed in scan.traits:
+        traits = Traits.unpacked(packed)
+        rows = slice(start, start + len(traits.class_of))
+        survey.add(traits, scan.id_hashes[rows], sound[rows] & ~done.contains(scan.keys[rows]))
+        start = rows.stop
+
+
 def names_of(run_id: str) -> Iterator[str]:
     """What the runs of one date are called, one after the other: late rows make another run of a finished date."""
     yield run_id
@@ -250,12 +253,18 @@ def engine_ids_of(config: RunConfig) -> dict[str, str]:
     Raises:
         ConfigError: a model cannot be found.
     """
-    on_gpu = config.placement.num_gpus > 0
-    return {name: _engine_id(model, on_gpu=on_gpu) for name, model in config.all_models.items()}
+    return {name: _engine_id(config, name, model) for name, model in config.all_models.items()}
 
 
-def _engine_id(model: ModelConfig, *, on_gpu: bool) -> str:
-    return weights.engine_id(model, weights.resolve(model), weights.resolved_dtype(model, on_gpu=on_gpu))
+def _engine_id(config: RunConfig, name: str, model: ModelConfig) -> str:
+    try:
+        found = weights.resolve(model)
+    except ConfigError as err:
+        if model is config.model:
+            raise
+        msg = f"models.{name}: {err}"
+        raise ConfigError(msg) from None
+    return weights.engine_id(model, found, weights.resolved_dtype(model, on_gpu=config.placement.num_gpus > 0))
 
 
 def _duplicates(manifest: Manifest, scan: Scan) -> tuple[npt.NDArray[np.int64], Keys, npt.NDArray[np.int64]]:

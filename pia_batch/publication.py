@@ -34,7 +34,8 @@ from pia_batch.journal import (
     to_json,
     to_parquet,
 )
-from pia_batch.records import RESULT, SUCCEEDED, KeySet, halves, keys_from_hex
+from pia_batch.keys import KeySet, halves, keys_from_hex
+from pia_batch.records import RESULT, SUCCEEDED
 from pia_batch.storage import Store
 
 log = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ class _Tally:
         return tally
 
     def add(self, high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> None:
-        """Count these keys, given as `records.halves` gives them."""
+        """Count these keys, given as `keys.halves` gives them."""
         self.num_keys += len(high)
         self.high = (self.high + int(high.sum())) % 2**64
         self.low = (self.low + int(low.sum())) % 2**64

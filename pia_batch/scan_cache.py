@@ -25,9 +25,9 @@ from pia_batch import filesystems, storage
 from pia_batch.config import RunConfig
 from pia_batch.errors import ManifestError, PiaBatchError
 from pia_batch.index import Head, Index
+from pia_batch.keys import KEY_BYTES, Keys
 from pia_batch.manifest import Manifest
 from pia_batch.manifest_files import Contents, ManifestFile, reading
-from pia_batch.records import KEY_BYTES, Keys
 from pia_batch.storage import ObjectInfo, Store
 from pia_batch.uris import redacted_uri
 
@@ -45,10 +45,10 @@ SETTLED_WHOLE_SECONDS_NS = 2_000_000_000
 of one that counts seconds."""
 
 _CODE = (
-    "config.py", "conversion.py", "judging.py", "manifest.py", "manifest_files.py", "records.py", "scan_cache.py",
-    "scan_processes.py", "scanning.py", "validation.py",
+    "config/*.py", "conversion.py", "judging.py", "keys.py", "manifest*.py", "records.py",
+    "scan_cache.py", "scan_processes.py", "scanning.py", "tokens.py", "traits.py", "validation.py",
 )  # fmt: skip
-"""What makes a key out of a row, this module included."""
+"""What makes keys and traits out of rows, this module included: names and patterns beside it."""
 
 _CACHED = re.compile(rf"{SCANS}([0-9a-f]{{32}})/[^/]+\.(?:json|parquet)")
 
@@ -63,7 +63,7 @@ _SCANNED = pa.schema(
         ("keys", pa.large_binary()),
         ("id_hashes", pa.large_binary()),
         ("rejected", pa.binary()),
-        ("groups", pa.binary()),
+        ("traits", pa.large_binary()),
     ]
 )
 """An entry: some rows of one file. `shape` is how they were read, `contents` what `Manifest.open` found in the file."""
@@ -83,7 +83,8 @@ class Chunk:
     id_hashes: npt.NDArray[np.uint64]
     rejected: pa.Table
     """`row` counts from the first row of the file."""
-    groups: pa.Table
+    traits: bytes
+    """`Traits.packed`."""
 
 
 class ScanCache:
@@ -183,7 +184,7 @@ class _Entry:
             np.frombuffer(self._large("keys"), f"V{KEY_BYTES}"),
             np.frombuffer(self._large("id_hashes"), np.uint64),
             pa.ipc.open_stream(self._bytes("rejected")).read_all(),
-            pa.ipc.open_stream(self._bytes("groups")).read_all(),
+            self._large("traits").to_pybytes(),
         )
 
     def _bytes(self, name: str) -> pa.Buffer:
@@ -209,7 +210,7 @@ def _entry(chunk: Chunk) -> dict[str, str | int | bytes]:
         "keys": chunk.keys.tobytes(),
         "id_hashes": chunk.id_hashes.astype("<u8").tobytes(),
         "rejected": _stream(chunk.rejected),
-        "groups": _stream(chunk.groups),
+        "traits": chunk.traits,
     }
 
 
@@ -221,8 +222,8 @@ def _stream(table: pa.Table) -> bytes:
 
 
 def _identity(run: RunConfig, engine_ids: Mapping[str, str]) -> str:
-    """32 hex digits over all that decides the keys of a file's rows, beside the file and the shape it is read in."""
-    code = [Path(__file__).with_name(name).read_bytes() for name in _CODE]
+    """32 hex digits over all that decides an entry, beside the file and the shape it is read in."""
+    code = [path.read_bytes() for pattern in _CODE for path in sorted(Path(__file__).parent.glob(pattern))]
     said = {
         "code": [hashlib.blake2b(source, digest_size=16).hexdigest() for source in code],
         "arrow": pa.__version__,

@@ -13,21 +13,17 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-
-import numpy as np
 
 from pia_batch.errors import ManifestError
 from pia_batch.judging import Judge, Task, Verdict
 from pia_batch.manifest import Piece
-from pia_batch.records import KeySet
 
 WORTH_ROWS = 250_000
 """Rows that make up for the start of processes, about 0.6 s each (measured)."""
@@ -50,11 +46,9 @@ def judge_all(task: Task, pieces: Sequence[Piece]) -> Iterator[Verdict]:
         InterruptedRunError: a file was replaced.
     """
     with ExitStack() as held:
-        folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="pia-batch-scan-")))
-        told = _lent(task, folder)
         processes = {}
         for _ in range(min(PROCESSES, len(pieces))):
-            process = _Process(told, folder)
+            process = _Process(task)
             held.callback(process.end)
             processes[process.connection] = process
         todo = iter(enumerate(pieces))
@@ -76,24 +70,24 @@ class _Process:
     """One of them, seen from the driver."""
 
     task: Task
-    folder: Path
     connection: Connection = field(init=False)
     pieces: deque[tuple[int, Piece]] = field(default_factory=deque, init=False)
     """What it has, and has not answered yet."""
 
     def __post_init__(self) -> None:
         ours, theirs = socket.socketpair()
+        searched = [path or str(Path.cwd()) for path in sys.path]
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603 - this package, in a process of its own
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],  # nothing out of the folder it starts in
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C is the driver's
-                env=os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(searched)},
             )
         self.connection = Connection(ours.detach())
-        self._send((self.task, self.folder))
+        self._send(self.task)
 
     def give(self, numbered: tuple[int, Piece] | None) -> None:
         """Let it judge one piece more, if there is one."""
@@ -135,19 +129,9 @@ class _Process:
             return
 
 
-def _lent(task: Task, folder: Path) -> Task:
-    """The task without its keys, which all processes map from files: ten million are 160 MB."""
-    np.save(folder / "high.npy", task.done.high)
-    np.save(folder / "low.npy", task.done.low)
-    nothing = np.empty(0, np.uint64)
-    return replace(task, done=KeySet(nothing, nothing))
-
-
 def _serve(connection: Connection) -> None:
     """Answer with verdicts, or with the error that a piece is, until the driver is gone."""
-    lent, folder = connection.recv()
-    done = KeySet(np.load(folder / "high.npy", mmap_mode="r"), np.load(folder / "low.npy", mmap_mode="r"))
-    task = replace(lent, done=done)
+    task = connection.recv()
     judge = Judge(task)
 
     def judged(piece: Piece) -> Verdict | Exception:

@@ -14,11 +14,13 @@ import pyarrow.compute as pc
 
 from pia_batch import judging, scan_processes
 from pia_batch.config import RunConfig
-from pia_batch.judging import Judged, Survey, Task, Verdict
+from pia_batch.judging import Judged, Task, Verdict
+from pia_batch.keys import KEY_BYTES, Keys
 from pia_batch.manifest import Manifest, Piece
 from pia_batch.manifest_files import Contents, ManifestFile
-from pia_batch.records import GROUPED, KEY_BYTES, REQUEST, Keys, KeySet
+from pia_batch.records import GROUPED, REQUEST
 from pia_batch.scan_cache import Chunk, ScanCache
+from pia_batch.traits import Traits
 
 CHUNK_ROWS = 500_000
 """Rows of a file in one entry of the cache: 12 MB."""
@@ -36,6 +38,8 @@ class Scan:
     """`row` (the number inside the manifest, rising), `error_kind`, `error`."""
     groups: pa.Table
     """GROUPED and `num_rows`: how many good rows can be drawn together."""
+    traits: tuple[bytes, ...] = field(repr=False)
+    """`Traits.packed` of all rows, some in each, in the manifest's order."""
     fresh: tuple[Chunk, ...] = field(repr=False)
     """What was read and not known before."""
 
@@ -60,8 +64,6 @@ def scan(
     run: RunConfig,
     engine_ids: Mapping[str, str],
     cache: ScanCache | None = None,
-    survey: Survey | None = None,
-    done: KeySet | None = None,
 ) -> Scan:
     """Judge every row of a manifest, and read only the files that `cache` does not know.
 
@@ -70,21 +72,17 @@ def scan(
         run: gives the defaults, and what else decides a key.
         engine_ids: the identity of each model's engine, by its name.
         cache: made with the same config and engines; used up by this, but for `save`. None: every file is read.
-        survey: where it is given, every file is read too.
-        done: the requests that `survey` is not shown as pending.
 
     Raises:
         ManifestError: a file is corrupt, or went away.
         InterruptedRunError: a file was replaced meanwhile.
     """
-    known = _known(found, cache) if cache is not None and survey is None else {}
+    known = {} if cache is None else _known(found, cache)
     if cache is not None:
         cache.release()
     pieces = [piece for piece in found.pieces() if piece.file not in known]
-    nothing = np.empty(0, np.uint64)
     schema = pa.schema([item for item in found.schema if item.name in REQUEST.names])
-    task = Task(schema, run, engine_ids, survey and survey.empty(), done or KeySet(nothing, nothing))
-    verdicts = _shown(_verdicts(found, task, pieces), survey)
+    verdicts = _verdicts(found, Task(schema, run, engine_ids), pieces)
     num_pieces = Counter(piece.file for piece in pieces)
     gathered = _Gathered(found.num_rows)
     for file, contents in found.opened:
@@ -113,15 +111,7 @@ def _verdicts(found: Manifest, task: Task, pieces: Sequence[Piece]) -> Iterator[
     return judging.in_threads(task, [(piece, found.read(piece, task.schema.names)) for piece in pieces])
 
 
-def _shown(verdicts: Iterator[Verdict], survey: Survey | None) -> Iterator[tuple[Judged, ...]]:
-    """What the verdicts say; what a survey saw is added to `survey`."""
-    for verdict in verdicts:
-        if survey is not None and verdict.survey is not None:
-            survey.add(verdict.survey)
-        yield verdict.judged
-
-
-def _chunks(file: ManifestFile, shape: str, contents: Contents, parts: Iterable[tuple[Judged, ...]]) -> Iterator[Chunk]:
+def _chunks(file: ManifestFile, shape: str, contents: Contents, parts: Iterable[Verdict]) -> Iterator[Chunk]:
     """What was found in a file's rows, put together in chunks; a file without rows has one too."""
     row, waiting = 0, [Judged.nothing()]
     for judged in parts:
@@ -139,6 +129,7 @@ def _chunk(file: ManifestFile, shape: str, first_row: int, contents: Contents, p
         part.rejected.set_column(0, "row", pc.add(part.rejected["row"], int(end) - part.num_rows + first_row))
         for part, end in zip(parts, ends, strict=True)
     ]
+    id_hashes = [part.id_hashes for part in parts]
     return Chunk(
         file,
         shape,
@@ -146,9 +137,9 @@ def _chunk(file: ManifestFile, shape: str, first_row: int, contents: Contents, p
         int(ends[-1]),
         contents,
         np.concatenate([part.keys for part in parts]),
-        np.concatenate([part.id_hashes for part in parts]),
+        np.concatenate(id_hashes),
         pa.concat_tables(rejected).combine_chunks(),
-        _grouped([part.groups for part in parts]),
+        Traits.joined([part.traits for part in parts], id_hashes).packed(),
     )
 
 
@@ -166,6 +157,7 @@ class _Gathered:
         self._end = self._num_rows = 0
         self._rejected = [Judged.nothing().rejected]
         self._groups: list[pa.Table] = []
+        self._traits: list[bytes] = []
         self._fresh: list[Chunk] = []
 
     def add(self, chunks: Iterable[Chunk], contents: Contents, *, fresh: bool = False) -> None:
@@ -177,7 +169,8 @@ class _Gathered:
             if len(chunk.rejected):
                 rows = pc.add(chunk.rejected["row"], self._num_rows)
                 self._rejected.append(chunk.rejected.set_column(0, "row", rows))
-            self._groups.append(chunk.groups)
+            self._groups.append(Traits.unpacked(chunk.traits).groups)
+            self._traits.append(chunk.traits)
             if fresh:
                 self._fresh.append(replace(chunk, keys=keys, id_hashes=id_hashes))
         self._num_rows += contents.num_rows
@@ -189,5 +182,6 @@ class _Gathered:
             self._id_hashes[: self._end],
             pa.concat_tables(self._rejected),
             _grouped(self._groups),
+            tuple(self._traits),
             tuple(self._fresh),
         )

@@ -127,8 +127,8 @@ class Templates:
             raise ConfigError(msg)
         chosen = RunDate.parse(text)
         if chosen.hourly != self.hourly:
-            wanted = f"the templates have an hour; write {text}T05" if self.hourly else "the templates have no {hour}"
-            msg = f"run_date {text}: {wanted}"
+            having, wanted = ("have an hour", f"{text}T05") if self.hourly else ("have no {hour}", text[:10])
+            msg = f"run_date {text}: the templates {having}; write {wanted}"
             raise ConfigError(msg)
         if chosen.begins > now:
             msg = f"run_date {text} is in the future: it is {now:%Y-%m-%dT%H:%M} UTC"
@@ -147,7 +147,10 @@ class Templates:
             msg = f"--backfill {text}: expected FROM..TO, such as 2026-11-20..2026-11-22"
             raise ConfigError(msg) from None
         if not any(self.has_date(key) for key in ("manifest", "output")):
-            msg = f"--backfill {text}: neither manifest nor output has {{date}}: every run would be the same"
+            msg = (
+                f"--backfill {text}: neither manifest nor output has {{date}}, and every run would be the same; write "
+                "it there, or leave --backfill out"
+            )
             raise ConfigError(msg)
         if (first.hourly or last.hourly) and not self.hourly:
             msg = f"--backfill {text}: the templates have no {{hour}}; name days"
@@ -156,7 +159,8 @@ class Templates:
             last = RunDate(last.begins + timedelta(hours=23), hourly=True)
         at, dates = RunDate(first.begins, self.hourly), []
         if at > last or last.begins > now:
-            wrong = "ends before it begins" if at > last else f"ends in the future: it is {now:%Y-%m-%dT%H:%M} UTC"
+            ended = f"ends in the future: it is {now:%Y-%m-%dT%H:%M} UTC"
+            wrong = "ends before it begins; write the earlier date first" if at > last else ended
             msg = f"--backfill {text} {wrong}"
             raise ConfigError(msg)
         while at <= last:

@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 
 from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError
+from pia_batch.keys import Keys, KeySet
 from pia_batch.manifest import Manifest
-from pia_batch.records import Keys, KeySet
 
 _HASHES = 2.0**64
 

@@ -16,22 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch import images, manifest, selection, sources, validation
+from pia_batch import images, manifest_schema, selection, sources, validation
 from pia_batch.config import ImagesConfig, RunConfig
 from pia_batch.errors import ImageMismatchError, ImageUnavailableError, ImageUnreadableError, RequestError
+from pia_batch.keys import KeySet, keys_from_hex
 from pia_batch.manifest_files import BATCH_ROWS, plain_type
-from pia_batch.records import (
-    EFFECTIVE,
-    FETCHED,
-    GROUPED,
-    REQUEST,
-    KeySet,
-    Row,
-    carried_columns,
-    keys_from_hex,
-    named_texts,
-    rejected_keys,
-)
+from pia_batch.records import EFFECTIVE, FETCHED, GROUPED, REQUEST, Row, carried_columns, named_texts, rejected_keys
 
 RANK = "__rank__"
 """A column between Rank and the sort."""
@@ -73,7 +63,7 @@ class Judge:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """One row for each of `rows`, in their order; a ManifestError where a required column is missing."""
-        manifest.check_columns(rows.column_names, DATASET)
+        manifest_schema.check_columns(rows.column_names, DATASET)
         starts = range(0, max(1, len(rows)), BATCH_ROWS)
         return pa.concat_tables([self._judge(_plain(rows.slice(at, BATCH_ROWS))) for at in starts])
 

@@ -68,6 +68,7 @@ _DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
 _STAGED = re.compile(r".+#\d+")
 """What obstore calls a local file before it is whole."""
 _HAS_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
+_BUCKETS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 _LACKS_SLASHES = re.compile(r"^(s3a?|gs|az|abfss?|https?):(?!//)")
 
 
@@ -323,7 +324,7 @@ def absolute(uri: str) -> str:
     """A URI with its scheme; paths become absolute `file://` URIs.
 
     Raises:
-        ConfigError: not a URI, or one with credentials in it.
+        ConfigError: not a URI, one without a bucket or a path, or one with credentials in it.
     """
     if not _HAS_SCHEME.match(uri):
         if scheme := _LACKS_SLASHES.match(uri):
@@ -341,6 +342,12 @@ def absolute(uri: str) -> str:
             f"{redacted_uri(uri)} was given with credentials, which results and logs would repeat; "
             "give them by the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
+        raise ConfigError(msg)
+    if parts.scheme == "file" and parts.netloc not in ("", "localhost"):
+        msg = f"{uri} names a host where the path should begin; write file:///FULL/PATH, or the path alone"
+        raise ConfigError(msg)
+    if parts.scheme in _BUCKETS and not parts.netloc:
+        msg = f"{uri} names no bucket; write {parts.scheme}://BUCKET/PATH"
         raise ConfigError(msg)
     return uri
 

@@ -17,16 +17,8 @@ import pyarrow.compute as pc
 
 from pia_batch.config import FORMATS, FREE_INIT_METHODS, MOTIONS, SIZES, Defaults, RunConfig
 from pia_batch.conversion import MAX_SEED, Columns, Range, Rejections
-from pia_batch.records import (
-    EFFECTIVE,
-    SETTINGS,
-    Keys,
-    carried_columns,
-    digest,
-    json_digest,
-    keys_to_hex,
-    text_bytes,
-)
+from pia_batch.keys import Keys, digest, json_digest, keys_to_hex, text_bytes
+from pia_batch.records import EFFECTIVE, SETTINGS, carried_columns
 
 MAX_ID_BYTES = 512
 MAX_PROMPT_BYTES = 8192
@@ -85,6 +77,11 @@ def hashes_of(request_ids: pa.Array) -> npt.NDArray[np.uint64]:
     return np.frombuffer(digest(request_ids).tobytes(), dtype=">u8")[::2].astype(np.uint64)
 
 
+def seeds_of(id_hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """The seed of each request that has none of its own, by the hash of its id; shape (n,)."""
+    return (id_hashes & np.uint64(MAX_SEED)).astype(np.int64)
+
+
 class _Columns(Columns):
     """The checks of each column and of several together, and the defaults."""
 
@@ -128,8 +125,13 @@ class _Columns(Columns):
         """Every number inside its range."""
         for name in SETTINGS.names:
             if pa.types.is_integer(SETTINGS.field(name).type) or pa.types.is_floating(SETTINGS.field(name).type):
-                self._check_range(name, Range.of(name))
+                self._check_range(name)
+        self._check_curves(defaults)
+
+    def _check_curves(self, defaults: Defaults) -> None:
         curves = self.typed["motion_curve"]
+        if curves.null_count == self.num_rows:
+            return
         length = pc.list_value_length(curves)
         frames = pc.fill_null(self.typed["num_frames"], defaults.num_frames)
         bad = pc.or_kleene(pc.less(length, 1), pc.greater(length, frames))
@@ -152,6 +154,8 @@ class _Columns(Columns):
             "model": tuple(config.all_models),
         }
         for name, allowed in choices.items():
+            if self.typed[name].null_count == self.num_rows:
+                continue
             unknown = pc.invert(pc.is_in(self.typed[name], value_set=pa.array(allowed), skip_nulls=False))
             wrong = pc.and_(unknown, pc.is_valid(self.typed[name]))
             self.reject(name, wrong, "invalid_value", ", ".join(allowed) + ", or null for the default")
@@ -234,8 +238,7 @@ class _Columns(Columns):
             curve = pa.array([list(defaults.motion_curve)] * self.num_rows, SETTINGS.field("motion_curve").type)
             self.typed["motion_curve"] = pc.coalesce(self.typed["motion_curve"], pc.if_else(words, curve, None))
         if self.typed["seed"].null_count:
-            derived = pa.array(self.id_hashes & np.uint64(MAX_SEED)).cast(pa.int64())
-            self.typed["seed"] = pc.coalesce(self.typed["seed"], derived)
+            self.typed["seed"] = pc.coalesce(self.typed["seed"], pa.array(seeds_of(self.id_hashes)))
         self.typed["image_sha256"] = pc.utf8_lower(self.typed["image_sha256"])
         self.typed["model"] = pc.fill_null(self.typed["model"], config.model.name)
 
@@ -273,12 +276,13 @@ class _Columns(Columns):
         common = {name for name, others in decided_by.items() if name != "seed" and not given & {name, *others}}
         return {name: self.typed[name][0] for name in common} if self.num_rows else {}
 
-    def _check_range(self, name: str, allowed: Range) -> None:
+    def _check_range(self, name: str) -> None:
         values = self.typed[name]
-        if pa.types.is_floating(values.type):
-            self.reject(name, pc.invert(pc.is_finite(values)), "not_finite", str(allowed))
         if values.null_count == len(values):
             return
+        allowed = Range.of(name)
+        if pa.types.is_floating(values.type):
+            self.reject(name, pc.invert(pc.is_finite(values)), "not_finite", str(allowed))
         bad = pc.greater(values, allowed.maximum)
         below = pc.less_equal if allowed.open_below else pc.less
         bad = pc.or_kleene(bad, below(values, allowed.minimum))

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pia_batch.errors import RequestError
 from pia_batch.journal import Journal, Outcomes, name_in
-from pia_batch.records import keys_from_hex
+from pia_batch.keys import keys_from_hex
 from pia_batch.storage import Store
 
 T = TypeVar("T")

@@ -8,20 +8,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from conftest import requests_table
+from test_survey import surveyed
 
 from pia_batch import advice, tiny
 from pia_batch.config import RunConfig
-from pia_batch.survey import Survey
-from pia_batch.validation import check
 
 SD15 = {"manifest": "m", "output": "o", "model.base": "somebody/sd15"}
 
 
 def warnings(table: pa.Table, **overrides: Any) -> list[str]:
     config = RunConfig.load(None, SD15 | {name.replace("__", "."): value for name, value in overrides.items()})
-    survey = Survey()
-    survey(table, check(table, config, dict.fromkeys(config.all_models, "e" * 32)).requests)
-    return advice.warnings(config, survey)
+    return advice.warnings(config, surveyed(table, config=config))
 
 
 def test_an_ordinary_run_gives_nothing_to_warn_of() -> None:
@@ -87,3 +84,17 @@ def test_the_embedded_models_own_defaults_are_nobodys_mistake() -> None:
 
     assert warnings(table, model__base="embedded") == []
     assert len(warnings(table, model__base="embedded", defaults__fps=10)) == 1
+
+
+def test_engines_that_leave_no_cpu_to_read_with_are_told_of_where_the_machine_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    crowd = {"placement__min_actors": 999, "placement__max_actors": 999}
+
+    (told,) = warnings(requests_table(5), **crowd)
+
+    assert "no CPU is left to read the manifest" in told
+    assert "set placement.min_actors to" in told
+    assert warnings(requests_table(5), placement__ray_address="head:6379", **crowd) == []
+    assert warnings(requests_table(5), placement__num_gpus=1, **crowd) == []

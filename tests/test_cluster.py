@@ -17,7 +17,7 @@ from conftest import requests_table
 from fakes import FakeEngine, FakeShelf
 from ray.cluster_utils import Cluster
 
-from pia_batch import cluster, pipeline, planning
+from pia_batch import cluster, doctor, pipeline, planning
 from pia_batch.config import PlacementConfig, RunConfig
 from pia_batch.errors import ConfigError, InterruptedRunError
 from pia_batch.summary import RunSummary
@@ -146,3 +146,20 @@ def test_a_cluster_without_authentication_is_refused_on_demand_and_told_of_other
         pass
 
     assert "open_cluster" in caplog.text or nodes.address.startswith("127.")
+
+
+def test_a_cluster_without_room_for_reading_beside_its_engines_is_told_of_before_it_is_used(
+    nodes: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = PlacementConfig(ray_address=nodes.address, min_actors=64, max_actors=64)
+
+    with cluster.connect(place):
+        (told,) = [record.getMessage() for record in caplog.records if "small_cluster" in record.getMessage()]
+    (finding,) = doctor._about_room(place, num_gpus=0)
+
+    assert "no CPU is left to read the manifest" in told
+    assert (finding.state, finding.subject) == ("warn", "room")
+    assert "no CPU is left to read the manifest" in finding.told
+    assert "set placement.min_actors to" in finding.remedy
+    with pytest.raises(ConfigError, match="Ray on this machine: no CPU is left"):
+        cluster._check_room(place, ours=True)

@@ -21,7 +21,7 @@ from pia_batch import index, journal
 from pia_batch.compaction import WORTH_FRAGMENTS, Compactor
 from pia_batch.errors import StorageError
 from pia_batch.journal import Journal, Outcomes, digest_of
-from pia_batch.records import keys_to_hex
+from pia_batch.keys import keys_to_hex
 from pia_batch.storage import Store
 
 

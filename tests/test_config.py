@@ -1,12 +1,16 @@
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pia_batch import tiny
 from pia_batch.config import FORMATS, Defaults, EncodingConfig, ModelConfig, RunConfig
+from pia_batch.config.layers import read_yaml
 from pia_batch.errors import ConfigError
 
 PATHS = {"manifest": "requests.parquet", "output": "out"}
@@ -115,7 +119,7 @@ def test_every_mistake_of_a_config_is_told_at_once() -> None:
         ("model.dtype", "int8", "'float16'"),
         ("model.name", "", "at least 1 character"),
         ("model.scheduler.name", "magic", "'ddim'"),
-        ("images.background", "red", "pattern"),
+        ("images.background", "red", "a colour such as '#ff8000'"),
         ("images.fit", "zoom", "'cover'"),
         ("encoding.mp4_crf", 52, "less than or equal to 51"),
         ("placement.num_gpus", 2, "less than or equal to 1"),
@@ -281,3 +285,32 @@ def test_models_made_in_python_get_their_names() -> None:
 def test_models_that_cannot_be_are_refused(models: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunConfig.load(None, PATHS | {"models": models})
+
+
+@given(st.lists(st.sampled_from(["manifest", "output", "run_id"]), min_size=1, max_size=5))
+def test_a_key_that_stands_twice_is_refused_with_both_of_its_lines(keys: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.yaml")
+        path.write_text("".join(f"{key}: v{line}\n" for line, key in enumerate(keys, start=1)))
+        if len(set(keys)) == len(keys):
+            assert read_yaml(path) == {key: f"v{line}" for line, key in enumerate(keys, start=1)}
+            return
+        again = next(line for line, key in enumerate(keys, start=1) if key in keys[: line - 1])
+        first = keys.index(keys[again - 1]) + 1
+
+        told = f"line {again}, column 1: the key '{keys[again - 1]}' stands in line {first} already"
+        with pytest.raises(ConfigError, match=told):
+            read_yaml(path)
+
+
+def test_a_section_may_take_over_another_and_change_what_it_took(tmp_path: Path) -> None:
+    text = """
+    manifest: requests.parquet
+    output: out
+    model: &photo {name: photo, dtype: float32, speed: balanced}
+    models:
+      toon: {<<: *photo, speed: fast, name: toon}
+    """
+    loaded = RunConfig.load(written(tmp_path, text))
+
+    assert (loaded.models["toon"].dtype, loaded.models["toon"].speed) == ("float32", "fast")

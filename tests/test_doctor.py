@@ -43,7 +43,7 @@ def test_a_run_that_can_begin_gives_no_failure_and_leaves_one_small_object(make_
     findings = list(examine(config, torch(cuda=None)))
 
     assert {finding.subject for finding in findings if finding.state == "ok"} >= {
-        *("python", "packages", "codecs", "devices", "weights", "manifest", "store", "clock", "ray")
+        *("python", "packages", "codecs", "devices", "weights", "manifest", "store", "clock", "ray", "room")
     }
     assert [finding for finding in findings if finding.state == "fail" and finding.subject != "disk"] == []
     assert [item.name for item in Store(config.output).list("")] == ["_journal/create-only"]
@@ -52,7 +52,7 @@ def test_a_run_that_can_begin_gives_no_failure_and_leaves_one_small_object(make_
 def test_without_a_config_the_machine_alone_is_looked_at() -> None:
     subjects = {finding.subject for finding in examine(None, torch())}
 
-    assert subjects == {"python", "packages", "codecs", "devices", "disk", "weights", "ray"}
+    assert subjects == {"python", "packages", "codecs", "devices", "disk", "weights", "ray", "room"}
 
 
 def test_torch_is_asked_in_a_process_of_its_own() -> None:
@@ -116,6 +116,30 @@ def test_a_gpu_that_torch_does_not_see_is_told_with_its_driver(make_config: Make
     assert finding.state == "fail"
     assert "sees no GPU, and one is there" in finding.told
     assert "driver 535.104.05" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices", "state", "words"),
+    [
+        ({}, [], "ok", "enough for one engine, and to read the manifest beside"),
+        (
+            {"placement__min_actors": 999, "placement__max_actors": 999},
+            [],
+            "fail",
+            "no CPU is left to read the manifest",
+        ),
+        ({"placement__num_cpus": 9999}, [], "fail", "no room for one engine"),
+        ({"placement__num_gpus": 1, "placement__min_actors": 2, "placement__max_actors": 2}, [{}], "ok", "2 engines"),
+    ],
+)
+def test_engines_need_room_on_this_machine_and_leave_some_for_reading(
+    make_config: MakeConfig, overrides: dict[str, Any], devices: list[dict[str, Any]], state: str, words: str
+) -> None:
+    finding = only(make_config(**overrides), "room", torch(*devices))
+
+    assert finding.state == state
+    assert words in finding.told
+    assert bool(finding.remedy) == (state != "ok")
 
 
 def test_a_driver_of_a_cluster_needs_no_gpu(make_config: MakeConfig) -> None:
@@ -188,6 +212,15 @@ def test_what_is_missing_or_unreadable_is_a_failure_with_a_remedy(make_config: M
     assert set(failed) - {"disk"} == {"manifest", "store", "weights"}
     assert "does not exist" in failed["manifest"].told
     assert all(finding.remedy for finding in failed.values())
+
+
+def test_an_output_inside_its_manifest_is_in_the_way_of_a_run(make_config: MakeConfig) -> None:
+    config = make_config()
+
+    finding = only(config.model_copy(update={"output": f"{config.manifest}/out"}), "manifest")
+
+    assert finding.state == "fail"
+    assert "its results would be read as requests" in finding.told
 
 
 class SkewedStore(Store):

@@ -5,6 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from conftest import requests_table
+from test_survey import surveyed
 
 from pia_batch import estimates
 from pia_batch.config import RunConfig
@@ -12,21 +13,18 @@ from pia_batch.journal import Journal
 from pia_batch.records import results_table
 from pia_batch.storage import Store
 from pia_batch.survey import Survey
-from pia_batch.validation import check
 
 SD15 = {"manifest": "m", "output": "o", "model.base": "somebody/sd15", "placement.num_gpus": 1}
 ENGINE = "e" * 32
 
 
-def surveyed(table: pa.Table, **overrides: Any) -> tuple[Survey, RunConfig]:
+def surveyed_as(table: pa.Table, **overrides: Any) -> tuple[Survey, RunConfig]:
     config = RunConfig.load(None, SD15 | {name.replace("__", "."): value for name, value in overrides.items()})
-    survey = Survey()
-    survey(table, check(table, config, {"default": ENGINE}).requests)
-    return survey, config
+    return surveyed(table, config=config), config
 
 
 def hours(table: pa.Table, num_requests: int | None = None, **overrides: Any) -> dict[str, tuple[float, float]]:
-    survey, config = surveyed(table, **overrides)
+    survey, config = surveyed_as(table, **overrides)
     return {cost.device: cost.hours for cost in estimates.costs(survey, num_requests or len(table), config, None)}
 
 
@@ -72,7 +70,7 @@ def test_copies_and_what_the_budget_leaves_out_cost_nothing() -> None:
 
 
 def test_every_device_says_where_its_figures_come_from_and_that_they_are_estimates() -> None:
-    survey, config = surveyed(requests_table(2))
+    survey, config = surveyed_as(requests_table(2))
 
     told = estimates.costs(survey, 2, config, None)
 
@@ -82,7 +80,7 @@ def test_every_device_says_where_its_figures_come_from_and_that_they_are_estimat
 
 
 def test_nothing_is_guessed_of_the_embedded_model_nor_of_nothing() -> None:
-    survey, config = surveyed(requests_table(2), model__base="embedded")
+    survey, config = surveyed_as(requests_table(2), model__base="embedded")
     assert estimates.costs(survey, 2, config, None) == []
 
     assert estimates.costs(Survey(), 0, config, None) == []
@@ -114,7 +112,7 @@ def finished(store: Store, **columns: Any) -> Journal:
 
 
 def test_what_finished_clips_took_comes_before_every_guess(store: Store) -> None:
-    survey, config = surveyed(requests_table(10))
+    survey, config = surveyed_as(requests_table(10))
     journal = finished(store)
     finished(store, key="b" * 32, status="failed")
     finished(store, key="c" * 32, engine_id="d" * 32, gpu_seconds=99.0)
@@ -131,7 +129,7 @@ def test_what_finished_clips_took_comes_before_every_guess(store: Store) -> None
 
 
 def test_a_large_journal_is_sampled(store: Store) -> None:
-    _, config = surveyed(requests_table(1))
+    _, config = surveyed_as(requests_table(1))
     for number in range(40):
         journal = finished(store, key=f"{number:032x}", gpu_seconds=4.0)
 
@@ -142,7 +140,7 @@ def test_a_large_journal_is_sampled(store: Store) -> None:
 
 
 def test_an_output_without_clips_of_these_engines_tells_nothing(store: Store) -> None:
-    _, config = surveyed(requests_table(1))
+    _, config = surveyed_as(requests_table(1))
     journal = finished(store, engine_id="d" * 32)
 
     assert estimates.measured(journal, journal.fragments(), config, {"default": ENGINE}) is None
@@ -151,7 +149,7 @@ def test_an_output_without_clips_of_these_engines_tells_nothing(store: Store) ->
 
 def test_bytes_follow_format_frames_and_size() -> None:
     def low(**columns: Any) -> int:
-        survey, _ = surveyed(requests_table(1, **columns))
+        survey, _ = surveyed_as(requests_table(1, **columns))
         return estimates.num_bytes(survey, 1, None)[0]
 
     assert low() == int(16 * 512 * 512 * 0.03)

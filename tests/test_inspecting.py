@@ -13,7 +13,7 @@ from conftest import requests_table
 
 from pia_batch import cli, planning, provenance, video
 from pia_batch.config import FORMATS, Format, RunConfig
-from pia_batch.records import KeySet
+from pia_batch.keys import KeySet
 from pia_batch.storage import Store
 from pia_batch.validation import check
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from pia_batch import journal
 from pia_batch.errors import EncodingError, LeaseHeldError, ObjectExistsError, StorageError
 from pia_batch.journal import Journal, Outcomes, animation_name, digest_of
+from pia_batch.keys import Keys, KeySet, keys_from_hex, keys_to_hex
 from pia_batch.publication import Published, publish
-from pia_batch.records import Keys, KeySet, keys_from_hex, keys_to_hex, results_table
+from pia_batch.records import results_table
 from pia_batch.storage import Store
 from pia_batch.verification import repair, verify
 

@@ -7,7 +7,10 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from conftest import requests_table
+from conftest import free_port, requests_table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pia_batch import filesystems, manifest_files, planning
 from pia_batch.config import RunConfig
-from pia_batch.errors import ManifestError
-from pia_batch.manifest import Manifest, conform
+from pia_batch.errors import ConfigError, ManifestError
+from pia_batch.manifest import Manifest, refuse_output_inside
 from pia_batch.manifest_files import BATCH_ROWS_WITH_BYTES
+from pia_batch.manifest_schema import conform
 from pia_batch.records import RESERVED
 
 LINE = '{"request_id": "a", "image": "a.png", "prompt": "p"}'
@@ -339,6 +343,79 @@ def test_a_corrupt_file_is_refused_by_name(write: Callable[..., str], tmp_path: 
     assert message.startswith(f"cannot read manifest {tmp_path}/damaged/a.parquet")
 
 
+@pytest.mark.parametrize(
+    ("manifest", "output", "inside"),
+    [
+        ("in", "in", True),
+        ("in", "in/", True),
+        ("in", "in/out", True),
+        ("in/", "in/deep/down", True),
+        ("in", "in/_out", False),  # what begins so is not read
+        ("in", "in/a/.out", False),
+        ("in", "inside", False),
+        ("in", "out", False),
+        ("in/day=1", "in", False),
+        ("in/day=1/a.parquet", "in/day=1", False),
+        ("in/day=1/a.parquet", "in/day=1/out", False),
+    ],
+)
+def test_an_output_that_would_be_read_as_requests_is_refused(
+    manifest: str, output: str, inside: bool, write: Callable[..., str]
+) -> None:
+    folder = write({"in/day=1/a.parquet": requests_table(1)})
+    found = Manifest.open(f"{folder}/{manifest}")
+
+    with pytest.raises(ConfigError, match="lies inside the folder") if inside else nullcontext():
+        refuse_output_inside(found, f"{folder}/{output}")
+
+
+class _Answers(BaseHTTPRequestHandler):
+    """Answers `/403.parquet` with 403."""
+
+    def do_GET(self) -> None:
+        self.send_response(int(self.path.strip("/").removesuffix(".parquet")))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815 - as http.server calls it
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture(scope="module")
+def web_server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (404, "manifest URI does not exist; correct its path or URI"),
+        (410, "manifest URI does not exist; correct its path or URI"),
+        (403, "cannot read manifest URI: the server answers 403 Forbidden; over http nothing but the URL is sent"),
+        (401, "cannot read manifest URI: the server answers 401 Unauthorized; over http nothing but the URL is sent"),
+        (500, "cannot read manifest URI: the server answers 500 Internal Server Error; it is the server that fails"),
+    ],
+)
+def test_what_a_web_server_answers_in_place_of_a_manifest_is_told(web_server: str, status: int, told: str) -> None:
+    uri = f"{web_server}/{status}.parquet"
+
+    assert refusal(uri).startswith(told.replace("URI", uri, 1))
+
+
+def test_a_web_server_that_nobody_can_reach_is_told_as_such() -> None:
+    message = refusal(f"http://127.0.0.1:{free_port()}/m.parquet")
+
+    assert "Cannot connect to host 127.0.0.1" in message
+    assert message.endswith("; correct the host and the port, or start the server")
+
+
 def test_a_manifest_with_a_signature_in_its_uri_is_told_without_it() -> None:
     for uri in ("memory://nowhere?sig=secret", "https://host.invalid/x.parquet?X-Amz-Signature=secret"):
         assert "secret" not in refusal(uri)
@@ -543,10 +620,12 @@ def test_a_manifest_with_one_bad_row_in_a_hundred_is_read_whole_and_only_those_f
     ]
     for row, kind in bad.items():
         table[spoil[kind][0]][row] = spoil[kind][1]
+    folder = tmp_path / "requests"
+    folder.mkdir()
     for part in range(3):
-        pq.write_table(pa.table(table).slice(part * 10_000, 10_000), tmp_path / f"{part}.parquet", row_group_size=3000)
+        pq.write_table(pa.table(table).slice(part * 10_000, 10_000), folder / f"{part}.parquet", row_group_size=3000)
 
-    plan = planning.make(RunConfig.load(None, {"manifest": str(tmp_path), "output": str(tmp_path / "out")}))
+    plan = planning.make(RunConfig.load(None, {"manifest": str(folder), "output": str(tmp_path / "out")}))
 
     assert (plan.num_pending, plan.num_rejected) == (count - len(bad), len(bad))
     found = plan.rejected["error_kind"].value_counts().to_pylist()
@@ -602,8 +681,8 @@ def test_json_values_of_several_types_become_texts_to_be_judged(write: Callable[
     [
         ("{", "line 2: not JSON"),
         ('{"a": 1} x', "line 2: not JSON"),
-        ("[1]", "line 2: a JSON object is required, not list"),
-        ("null", "line 2: a JSON object is required, not NoneType"),
+        ("[1]", "line 2: each line must be one JSON object, such as"),
+        ("null", "not a null"),
         (b"\xff", "line 2: not JSON"),
         ("[" * 100_000, "line 2: not JSON"),
         ("1" * 5000, "line 2: not JSON"),
@@ -669,7 +748,7 @@ def test_a_csv_that_is_no_table_is_refused(write: Callable[..., str], content: s
     [
         ({}, "has no file that ends in .parquet, .pq, .jsonl, .ndjson, .csv"),
         ({"a.txt": "x", "_a.csv": "y"}, "has no file that ends in"),
-        ({"a.csv": "x", "b.jsonl": LINE}, "has a mixture of files that end in"),
+        ({"a.csv": "x", "b.jsonl": LINE}, "has files of several formats, csv and jsonl"),
         ({"a.parquet": requests_table(0)}, "has no rows"),
         ({"a.csv": "request_id,image,prompt\n"}, "has no rows"),
         (

@@ -16,10 +16,11 @@ from pia_batch import journal, planning, publication
 from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError, ManifestError
 from pia_batch.journal import Journal
+from pia_batch.keys import KeySet, keys_from_hex
 from pia_batch.manifest import Manifest
 from pia_batch.manifest_files import BATCH_ROWS_WITH_BYTES
 from pia_batch.planning import Plan, Retry
-from pia_batch.records import RESULT, KeySet, keys_from_hex, results_table
+from pia_batch.records import RESULT, results_table
 from pia_batch.storage import Store
 from pia_batch.validation import check
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import requests_table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_planning import commit, keys_of, members
+from test_planning import commit, members
 
 from pia_batch import judging, manifest_files, planning, scan_cache, scanning
 from pia_batch.config import RunConfig
@@ -227,6 +227,13 @@ def test_a_scan_by_other_code_does_not_count(
     assert read_files(config) == {"0.parquet"}
 
 
+def test_the_code_that_decides_keys_is_there_under_the_names_that_a_scan_is_known_by() -> None:
+    found = {pattern: list(Path(scan_cache.__file__).parent.glob(pattern)) for pattern in scan_cache._CODE}
+
+    assert all(found.values()), found
+    assert "requests.py" in {path.name for path in found["config/*.py"]}
+
+
 def test_a_file_that_changed_just_now_is_not_kept(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,40 +311,6 @@ def test_a_scan_that_cannot_be_kept_is_a_warning(
     cache.save(found, scanning.scan(found, config, ids, cache).fresh)
 
     assert "scan_not_saved" in caplog.text
-
-
-class Seen:
-    """A survey that remembers the ids of what it is shown."""
-
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-        self.left: list[str] = []
-
-    def __call__(self, rows: pa.Table, pending: pa.Table) -> None:
-        self.seen += rows["request_id"].to_pylist()
-        self.left += pending["request_id"].to_pylist()
-
-    def empty(self) -> "Seen":
-        return Seen()
-
-    def add(self, other: "Seen") -> None:
-        self.seen += other.seen
-        self.left += other.left
-
-
-def test_a_survey_sees_every_row_though_all_files_are_known(
-    config: RunConfig, tmp_path: Path, clock: Iterator[float]
-) -> None:
-    for number in range(3):
-        put(tmp_path / "manifest" / f"{number}.parquet", requests(10 * number, 4), next(clock))
-    saved(config)
-    commit(config, keys_of(planning.make(config))[:2], "succeeded")
-    survey = Seen()
-
-    planning.make(config, survey=survey)
-
-    assert survey.seen == [f"r{10 * number + row:03d}" for number in range(3) for row in range(4)]
-    assert survey.left == survey.seen[2:]
 
 
 def test_only_the_row_groups_that_hold_what_is_asked_for_are_read(tmp_path: Path) -> None:

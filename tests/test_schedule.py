@@ -170,7 +170,7 @@ def test_a_backfill_has_every_date_between_its_ends_in_order() -> None:
         ("in/{date}", "2026-11-22..2026-11-24", "ends in the future"),
         ("in/{date}", "2026-11-20T01..2026-11-21", "no {hour}; name days"),
         ("in/{date}/{hour}", "2026-11-20..2026-11-23", "ends in the future"),  # that day has hours to come
-        ("in", "2026-11-20..2026-11-22", "neither manifest nor output has {date}: every run would be the same"),
+        ("in", "2026-11-20..2026-11-22", "neither manifest nor output has {date}, and every run would be the same"),
     ],
 )
 def test_a_backfill_that_cannot_be_meant_is_refused(manifest: str, text: str, why: str) -> None:

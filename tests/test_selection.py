@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pia_batch import planning, selection, stages
 from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError
-from pia_batch.records import KeySet, keys_from_hex, keys_to_hex
+from pia_batch.keys import KeySet, keys_from_hex, keys_to_hex
 
 MakeConfig = Callable[..., RunConfig]
 

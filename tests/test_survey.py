@@ -1,32 +1,55 @@
+"""What a survey counts of a manifest is what one would count row by row, whatever is known of it or finished."""
+
 from __future__ import annotations
 
+import os
+from collections import Counter
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import requests_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_planning import commit, keys_of
+from test_traits import tables
 
-from pia_batch import sd15
+from pia_batch import judging, manifest_files, planning, scan_cache, scanning
 from pia_batch.config import RunConfig
-from pia_batch.survey import MAX_TOKENS, Survey, least_tokens, work_of
+from pia_batch.survey import Survey
+from pia_batch.tokens import MAX_TOKENS, least_tokens
+from pia_batch.traits import WORK, Traits, work_of
 from pia_batch.validation import check
 
 CONFIG = RunConfig.load(None, {"manifest": "m", "output": "o"})
 
 
-def pending(count: int = 4, **columns: Any) -> pa.Table:
-    checked = check(requests_table(count, **columns), CONFIG, {"default": "e" * 32})
-    assert not len(checked.rejected)
-    return checked.requests
-
-
-def surveyed(*batches: pa.Table) -> Survey:
+def surveyed(*batches: pa.Table, config: RunConfig = CONFIG) -> Survey:
+    """A survey of these rows, of which all good ones are pending."""
     survey = Survey()
     for rows in batches:
-        survey(rows, check(rows, CONFIG, {"default": "e" * 32}).requests)
+        checked = check(rows, config, dict.fromkeys(config.all_models, "e" * 32))
+        pending = np.ones(len(checked.keys), dtype=bool)
+        survey.add(Traits.of(rows, checked.requests), checked.id_hashes, pending)
     return survey
+
+
+def told(survey: Survey) -> dict[str, Any]:
+    """All that a survey says."""
+    return {
+        "num_rows": survey.num_rows,
+        "num_given": +survey.num_given,
+        "num_pending": survey.num_pending,
+        "num_truncated": survey.num_truncated,
+        "gif_fps": survey.gif_fps,
+        "only_seed": survey.only_seed,
+        "work": Counter({tuple(row.values())[:-1]: row["num_rows"] for row in survey.work.to_pylist()}),
+    }
 
 
 def test_requests_that_cost_alike_are_counted_together_over_all_batches() -> None:
@@ -45,35 +68,12 @@ def test_requests_that_cost_alike_are_counted_together_over_all_batches() -> Non
 
 
 def test_counts_stay_small_over_many_batches() -> None:
-    rows = pending(70, num_inference_steps=[1 + k % 3 for k in range(70)])
-    survey = Survey()
-    for k in range(70):
-        survey(rows.slice(k, 1), rows.slice(k, 1))
+    table = requests_table(70, num_inference_steps=[1 + k % 3 for k in range(70)])
+
+    survey = surveyed(*(table.slice(k, 1) for k in range(70)))
 
     assert sum(survey.work["num_rows"].to_pylist()) == 70
     assert len(survey._held) < 64
-
-
-@pytest.mark.parametrize(
-    ("columns", "steps"),
-    [
-        ({"num_inference_steps": [25]}, 25),
-        ({"num_inference_steps": [25], "strength": [0.5]}, 12),
-        ({"num_inference_steps": [20], "free_init_iters": [3]}, 60),
-        ({"num_inference_steps": [20], "free_init_iters": [3], "free_init_fast": [True]}, 40),
-        ({"num_inference_steps": [20], "free_init_iters": [0], "free_init_fast": [True]}, 20),
-    ],
-)
-def test_what_is_drawn_is_counted_with_strength_and_passes(columns: dict[str, Any], steps: float) -> None:
-    (work,) = work_of(pending(1, **columns)).to_pylist()
-
-    assert work["steps"] == steps
-
-
-def test_guidance_of_one_and_below_is_none() -> None:
-    work = work_of(pending(3, guidance_scale=[0.0, 1.0, 1.1]))
-
-    assert work["guided"].to_pylist() == [False, False, True]
 
 
 def test_one_seed_for_all_is_seen_and_two_are_not() -> None:
@@ -95,16 +95,95 @@ def test_prompts_of_certainly_too_many_tokens_are_counted() -> None:
     assert survey.num_truncated == 2
 
 
-def test_the_bound_of_tokens_never_exceeds_what_the_tokenizer_of_the_model_counts() -> None:
-    from transformers import CLIPTokenizer  # noqa: PLC0415 - takes a second
+# --- of a manifest ---------------------------------------------------------------------------------------------------
 
-    tokenizer = CLIPTokenizer.from_pretrained(sd15.PATH / "tokenizer")
 
-    @settings(max_examples=150, deadline=None)
-    @given(st.text(max_size=60) | st.text(alphabet="aB1'sSltTvVe.,!? -é中🐱\n\x85\u0301\u3000\u200b½²ﬀẞ", max_size=60))
-    def holds(text: str) -> None:
-        assert least_tokens(pa.array([text]))[0].as_py() <= len(tokenizer(text)["input_ids"])
+def counted(plan: planning.Plan, done: set[str]) -> dict[str, Any]:
+    """What a survey should say, row by row; `done` are the keys that are not drawn again.
 
-    holds()
-    exact = "a photograph of a cat, 35mm, it's 4 o'clock"
-    assert least_tokens(pa.array([exact]))[0].as_py() == len(tokenizer(exact)["input_ids"])
+    An id is rejected as a whole where one of its rows is.
+    """
+    rejected = set(plan.rejected["request_id"].to_pylist())
+    num_rows, num_given, truncated, fps, seeds = 0, Counter[str](), 0, Counter[float](), set()
+    work = Counter[tuple[Any, ...]]()
+    for batch in plan.manifest.batches():
+        num_rows += len(batch.table)
+        num_given += Counter({name: pa.compute.count(batch.table[name]).as_py() for name in batch.table.column_names})
+        requests = check(batch.table, plan.config, plan.engine_ids).requests
+        for row, drawn in zip(requests.to_pylist(), work_of(requests).to_pylist(), strict=True):
+            if row["key"] in done or row["request_id"] in rejected:
+                continue
+            work[tuple(drawn[name] for name in WORK.names)] += 1
+            truncated += least_tokens(pa.array([row["prompt"]]))[0].as_py() > MAX_TOKENS
+            fps += Counter([row["fps"]] if row["format"] == "gif" else [])
+            seeds.add(row["seed"])
+    return {
+        "num_rows": num_rows,
+        "num_given": +num_given,
+        "num_pending": work.total(),
+        "num_truncated": truncated,
+        "gif_fps": fps,
+        "only_seed": seeds.pop() if len(seeds) == 1 else None,
+        "work": work,
+    }
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    files=st.lists(st.tuples(st.sampled_from(range(8)), tables()), min_size=1, max_size=3),
+    finished=st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=8),
+    again=st.booleans(),
+    rows=st.sampled_from([2, 5, 500_000]),
+)
+def test_a_survey_of_a_scanned_manifest_is_that_of_its_rows(
+    files: list[tuple[int, pa.Table]], finished: list[tuple[int, bool]], again: bool, rows: int
+) -> None:
+    with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan_cache, "WORTH_ROWS", 0)
+        for module, constant in (
+            (scanning, "CHUNK_ROWS"),
+            (judging, "CHECKED_AT_ONCE"),
+            (manifest_files, "BATCH_ROWS"),
+        ):
+            patch.setattr(module, constant, rows)
+        config = RunConfig.load(None, {"manifest": f"{name}/manifest", "output": f"{name}/out"})
+        (Path(name) / "manifest").mkdir()
+        for number, (start, table), changed in zip(count(), files, count(1_700_000_000), strict=False):
+            path = Path(name) / "manifest" / f"{number}.parquet"
+            ids = pa.array([f"r{row:02d}" for row in range(start, start + len(table))])  # some stand in several files
+            pq.write_table(table.set_column(0, "request_id", ids), path)
+            os.utime(path, (changed, changed))
+        first = planning.make(config)
+        keys = sorted(set(keys_of(first)))
+        done = {keys[at % len(keys)]: succeeded for at, succeeded in finished if keys}
+        commit(config, [key for key, succeeded in done.items() if succeeded], "succeeded")
+        commit(config, [key for key, succeeded in done.items() if not succeeded], "failed", "timeout")
+        retry = planning.Retry() if again else None
+        truth = counted(first, {key for key, succeeded in done.items() if succeeded or not again})
+
+        read, known = Survey(), Survey()
+        plan = planning.make(config, retry=retry, survey=read)
+        plan.save_scan()
+        again_planned = planning.make(config, retry=retry, survey=known)
+
+        assert (again_planned.fresh, told(known)) == ((), truth)
+        assert told(read) == truth
+        assert plan.num_pending <= read.num_pending  # copies count once there, and each time here
+
+
+def test_a_survey_of_a_scanned_manifest_opens_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan_cache, "WORTH_ROWS", 0)
+    config = RunConfig.load(None, {"manifest": str(tmp_path / "manifest"), "output": str(tmp_path / "out")})
+    path = tmp_path / "manifest" / "0.parquet"
+    path.parent.mkdir()
+    pq.write_table(requests_table(6, width=[64, 64, 128, 64, 64, 128]), path)
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+    read, known = Survey(), Survey()
+    planning.make(config, survey=read).save_scan()
+    path.write_bytes(bytes(path.stat().st_size))
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+
+    planning.make(config, survey=known)
+
+    assert told(known) == told(read)
+    assert known.num_pending == 6

@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import witness
+from cases import Case
 from conftest import png
+from histories import Torture, history
+from simulated_runs import Cluster, Driver, tasks_of
 from simulation import FaultyStore, Luck, Process, Pruned, Search, World
-from torture import Case, Cluster, Driver, Torture, batches_of, history
 
 from pia_batch import planning
 from pia_batch.config import RunConfig
@@ -250,9 +252,9 @@ class Commits:
         (folder / "manifest").mkdir()
         self.case = small_case(folder / "manifest", *prompts)
         self.plan = planning.make(self.case.config.model_copy(update={"output": str(folder / "out")}))
-        self.batches = list(batches_of(self.plan))
+        self.tasks = list(tasks_of(self.plan, 1))
         self.make_store, self.one_run = make_store, one_run
-        self.keys = set(self.batches[0]["key"].to_pylist()) | set(self.plan.rejected["key"].to_pylist())
+        self.keys = set(self.tasks[0]["key"].to_pylist()) | set(self.plan.rejected["key"].to_pylist())
 
     def begin(self, world: World, output: Path) -> None:
         self.torture = Torture(self.case, output, world, self.keys, self.make_store)
@@ -260,12 +262,12 @@ class Commits:
         world.shared_state = lambda: repr([cluster.ledger for cluster in clusters])
         for number in range(2):
             worker = clusters[number % len(clusters)].hire()
-            worker.batches = [self.batches[0]]
-            world.start(worker, partial(worker.call, self.batches[0]))
+            worker.tasks = [self.tasks[0]]
+            world.start(worker, partial(worker.call, self.tasks[0]))
 
     def _cluster(self, name: str) -> Cluster:
         driver = Driver(self.torture, name, name, leased=False)
-        return Cluster(driver, self.plan, self.batches)
+        return Cluster(driver, self.plan, self.tasks)
 
     def wrong_after(self, search: Search, folder: Path) -> tuple[list[str], int]:
         """What is wrong once each history was resumed without faults, and how many different ends there were."""
@@ -328,7 +330,7 @@ class Publications:
         torture = Torture(self.case, folder / "first", world, set())
         driver = Driver(torture, "first", "first", leased=False)
         plan = planning.make(config)
-        cluster = Cluster(driver, plan, list(batches_of(plan)))
+        cluster = Cluster(driver, plan, list(tasks_of(plan, 1)))
         cluster.dispatch()
         world.run()
         self.keys = set(cluster.done[0]["key"].to_pylist()) | set(plan.rejected["key"].to_pylist())

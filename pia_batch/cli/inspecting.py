@@ -61,6 +61,8 @@ def _read(file: str) -> bytes:
         return store.read(name)
     except FileNotFoundError:
         raise errors.ConfigError(f"{file} does not exist") from None
+    except IsADirectoryError:
+        raise errors.ConfigError(f"{file} is a folder; name one animation in it") from None
     except OSError as problem:
         raise errors.ConfigError(f"cannot read {file}: {errors.message_of(problem)}") from None
 

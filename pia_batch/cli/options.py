@@ -71,12 +71,15 @@ def overrides(manifest: str | None, output: str | None, settings: list[str] | No
     overrides: dict[str, Any] = {}
     for setting in settings or []:
         key, equals, text = setting.partition("=")
-        if not equals:
-            raise errors.ConfigError(f"--set {setting}: expected section.key=value")
+        if not equals or not all(key.split(".")):
+            raise errors.ConfigError(
+                f"--set {setting}: expected section.key=value, such as placement.batch_size=4; "
+                "docs/config.md has all keys"
+            )
         try:
             overrides[key] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise errors.ConfigError(f"--set {setting}: {text!r} is no value in YAML") from None
+            raise errors.ConfigError(f"--set {setting}: {text!r} is no value in YAML; put it in quotes") from None
     flags = {"manifest": manifest, "output": output}
     return overrides | {name: value for name, value in flags.items() if value is not None}
 

@@ -1,0 +1,64 @@
+"""RunConfig and its sections: everything a run can be told, checked before anything starts.
+
+A config is one YAML file. Three layers make it, the later wins: the defaults here (made for Stable Diffusion 1.5), the
+embedded model's own defaults where `model.base` is `embedded`, and what the operator wrote. An unknown key is an error.
+"""
+
+from pia_batch.config.models import (
+    EMBEDDED,
+    AddOn,
+    FreeUConfig,
+    IpAdapterConfig,
+    LoraConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SchedulerName,
+    TextualInversionConfig,
+)
+from pia_batch.config.requests import (
+    FORMATS,
+    FREE_INIT_METHODS,
+    MOTIONS,
+    SIZES,
+    Defaults,
+    EncodingConfig,
+    Fit,
+    Format,
+    FreeInitMethod,
+    ImagesConfig,
+    Motion,
+    Size,
+)
+from pia_batch.config.run import RunConfig
+from pia_batch.config.running import BudgetConfig, LimitsConfig, OnFinishConfig, PlacementConfig
+from pia_batch.config.section import Section
+
+__all__ = [
+    "EMBEDDED",
+    "FORMATS",
+    "FREE_INIT_METHODS",
+    "MOTIONS",
+    "SIZES",
+    "AddOn",
+    "BudgetConfig",
+    "Defaults",
+    "EncodingConfig",
+    "Fit",
+    "Format",
+    "FreeInitMethod",
+    "FreeUConfig",
+    "ImagesConfig",
+    "IpAdapterConfig",
+    "LimitsConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "Motion",
+    "OnFinishConfig",
+    "PlacementConfig",
+    "RunConfig",
+    "SchedulerConfig",
+    "SchedulerName",
+    "Section",
+    "Size",
+    "TextualInversionConfig",
+]

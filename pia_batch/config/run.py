@@ -1,0 +1,154 @@
+"""RunConfig: one run as a whole, its templates filled in, and its layers laid over each other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+
+from pia_batch import schedule, tiny, uris
+from pia_batch.config.layers import assign, complete, merge, read_yaml
+from pia_batch.config.models import EMBEDDED, ModelConfig
+from pia_batch.config.requests import Defaults, EncodingConfig, ImagesConfig
+from pia_batch.config.running import BudgetConfig, LimitsConfig, OnFinishConfig, PlacementConfig
+from pia_batch.config.section import Section
+from pia_batch.errors import ConfigError
+from pia_batch.mistakes import explain
+
+
+def _date_text(value: Any) -> Any:  # whatever was written
+    """What YAML reads as a date, as it was written."""
+    return value.isoformat() if isinstance(value, date) and not isinstance(value, datetime) else value
+
+
+class RunConfig(Section):
+    """One run: a manifest in, animations and results out."""
+
+    manifest: str = Field(
+        min_length=1,
+        description="URI of a Parquet, JSONL or CSV file, a folder, or a partitioned prefix; may have `{date}`",
+    )
+    output: str = Field(min_length=1, description="URI of the folder that receives everything; may have `{date}`")
+    run_id: str | None = Field(
+        None, description="names the results; may have `{date}`; null: made from the run date, or from the time"
+    )
+    run_date: Annotated[str, BeforeValidator(_date_text)] | None = Field(
+        None,
+        description="what `{date}` and `{hour}` stand for, UTC: `2026-11-22` or `2026-11-22T05`; null: the last day, "
+        "or hour, that is over",
+    )
+    params: dict[str, Annotated[str, Field(coerce_numbers_to_str=True)]] = Field(
+        default_factory=dict, description="further names that `manifest`, `output` and `run_id` may have in braces"
+    )
+    model: ModelConfig = ModelConfig()
+    models: dict[str, ModelConfig] = Field(
+        default_factory=dict,
+        description="further models by name, for the manifest's `model` column; what one leaves out is as in `model`",
+    )
+    defaults: Defaults = Defaults()
+    images: ImagesConfig = ImagesConfig()
+    encoding: EncodingConfig = EncodingConfig()
+    placement: PlacementConfig = PlacementConfig()
+    limits: LimitsConfig = LimitsConfig()
+    budget: BudgetConfig = BudgetConfig()
+    on_finish: OnFinishConfig = OnFinishConfig()
+
+    @property
+    def templates(self) -> schedule.Templates:
+        """What a run date and `params` are filled into.
+
+        Raises:
+            ConfigError: a placeholder that nothing stands for.
+        """
+        texts = {"manifest": self.manifest, "output": self.output, "run_id": self.run_id or ""}
+        return schedule.Templates(texts, self.params)
+
+    def filled(self, now: datetime | None = None) -> Self:
+        """The config of one run: manifest, output and run id without placeholders, and the run date, if there is one.
+
+        A dated run that has no name gets one of its date and the parameters that were used.
+
+        Raises:
+            ConfigError: a placeholder that nothing stands for, or a run date that does not go with them.
+        """
+        templates = self.templates
+        run_date = templates.date(self.run_date, now or datetime.now(UTC))
+        texts: dict[str, str | None] = dict(templates.fill(run_date))
+        if run_date is not None and self.run_id is None:
+            used = (value for name, value in self.params.items() if name in templates.used)
+            texts["run_id"] = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join([str(run_date), *used]))[:120]
+        texts["run_id"] = texts["run_id"] or None
+        return self.model_copy(update=texts | {"run_date": None if run_date is None else str(run_date)})
+
+    @field_validator("output")
+    @classmethod
+    def _can_be_written_to(cls, text: str) -> str:
+        if text.startswith(("http://", "https://")):
+            msg = f"nothing can be written to {uris.redacted_uri(text)}; name a folder, or s3://, gs:// or az://"
+            raise ValueError(msg)
+        return text
+
+    @field_validator("run_date")
+    @classmethod
+    def _is_a_date(cls, text: str | None) -> str | None:
+        return text if text is None else str(schedule.RunDate.parse(text))
+
+    @field_validator("params")
+    @classmethod
+    def _names_can_stand_in_braces(cls, params: dict[str, str]) -> dict[str, str]:
+        for name, value in params.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name in ("date", "hour"):
+                msg = f"{name!r}: a name has letters, digits and '_', and is neither date nor hour"
+                raise ValueError(msg)
+            if not value or not value.isprintable():
+                msg = f"{name}: a value is a text without control characters, and not empty"
+                raise ValueError(msg)
+        return params
+
+    @property
+    def all_models(self) -> dict[str, ModelConfig]:
+        """Every model by the name that the manifest's `model` column calls it, the default one first."""
+        return {self.model.name: self.model, **self.models}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_models(cls, data: Any) -> Any:  # whatever was written
+        if not isinstance(data, dict) or not isinstance(data.get("models"), dict):
+            return data
+        default = data.get("model") or {}
+        if isinstance(default, ModelConfig):
+            default = default.model_dump(exclude_unset=True)
+        return data | {"models": {name: complete(name, entry, default) for name, entry in data["models"].items()}}
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> RunConfig:
+        if self.model.name in self.models:
+            msg = f"models.{self.model.name}: this is the name of `model` too; set model.name, or choose another"
+            raise ValueError(msg)
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+        """The config of a YAML file with `overrides` laid over it, and the embedded model's defaults under it.
+
+        Args:
+            path: a YAML file; None for defaults and overrides alone.
+            overrides: dotted keys to values, such as `{"placement.batch_size": 4}`.
+
+        Raises:
+            ConfigError: unreadable, unknown key (with the nearest known one), or a value out of range.
+        """
+        written = read_yaml(Path(path)) if path is not None else {}
+        for key, value in (overrides or {}).items():
+            assign(written, key, value)
+        model = written.get("model")
+        base = model.get("base", EMBEDDED) if isinstance(model, dict) else EMBEDDED
+        layers = merge(tiny.defaults(), written) if base == EMBEDDED else written
+        try:
+            return cls.model_validate(layers)
+        except ValidationError as err:
+            raise ConfigError(explain(err, cls, str(path) if path else "command line")) from None

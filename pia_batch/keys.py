@@ -1,0 +1,249 @@
+"""The content key of a request, and sets of millions of them.
+
+A key is a 128-bit BLAKE2b hash of the canonical JSON (sorted names, no spaces, UTF-8) of all that decides an animation,
+so that the same key means the same work: change a setting or a model and the request is due again, change nothing and
+it is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+KEY_BYTES = 16
+
+Keys = npt.NDArray[np.void]
+"""Keys in memory: shape (n,), 16 raw bytes each."""
+
+
+@dataclass(frozen=True)
+class KeySet:
+    """A set of keys with exact membership, as two sorted uint64 columns: 16 bytes a key, no hash table."""
+
+    high: npt.NDArray[np.uint64]
+    low: npt.NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, keys: Keys) -> KeySet:
+        """The distinct ones of `keys`, shape (n,)."""
+        high, low = halves(keys)
+        if not _is_rising(high):
+            order = sorted_order(high, low)
+            high = high[order]  # one after the other: with ten million keys each of these arrays has 80 MB
+            low = low[order]
+        return cls._distinct(high, low)
+
+    @classmethod
+    def _distinct(cls, high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> KeySet:
+        """The set of keys that are sorted already."""
+        first = np.ones(len(high), dtype=bool)
+        first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
+        return cls(high, low) if first.all() else cls(high[first], low[first])
+
+    def __len__(self) -> int:
+        return len(self.high)
+
+    def __or__(self, other: KeySet) -> KeySet:
+        """The members of either."""
+        if not len(other):
+            return self
+        high, low = np.concatenate([self.high, other.high]), np.concatenate([self.low, other.low])
+        order = sorted_order(high, low)
+        return KeySet._distinct(high[order], low[order])
+
+    def take(self, chosen: npt.NDArray[np.bool_]) -> KeySet:
+        """The members where `chosen`, bool, shape (n,), is true."""
+        return self if chosen.all() else KeySet(self.high[chosen], self.low[chosen])
+
+    def has(self, other: KeySet) -> npt.NDArray[np.bool_]:
+        """Which members of `other` are members here; bool, one for each of them in order."""
+        return self._contains(other.high, other.low)
+
+    def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Which of `keys` are members; bool, shape (n,)."""
+        return self._contains(*halves(keys))
+
+    def _contains(self, high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        found = np.zeros(len(high), dtype=bool)
+        if not len(self):
+            return found
+        if len(high) > _MANY and not (high[1:] >= high[:-1]).all():  # in order, each search is near the last one
+            order = np.argsort(high)
+            found[order] = self._contains(high[order], low[order])
+            return found
+        if len(high) > _BLOCK:
+            for start in range(0, len(high), _BLOCK):
+                block = slice(start, start + _BLOCK)
+                found[block] = self._contains(high[block], low[block])
+            return found
+        at = np.searchsorted(self.high, high, side="left")
+        same = at < len(self)
+        same[same] = self.high[at[same]] == high[same]
+        alive = np.flatnonzero(same)
+        # Equal high halves are rare (one pair in 10 million keys at 3e-6), but a miss there would lose a request.
+        while len(alive):
+            here = at[alive]
+            hit = self.low[here] == low[alive]
+            found[alive[hit]] = True
+            alive = alive[~hit]
+            at[alive] += 1
+            alive = alive[at[alive] < len(self)]
+            alive = alive[self.high[at[alive]] == high[alive]]
+        return found
+
+
+def _is_rising(high: npt.NDArray[np.uint64]) -> bool:
+    """Whether keys are sorted and distinct already, as those of a journal's outcomes are."""
+    return bool((high[1:] > high[:-1]).all())
+
+
+def sorted_order(high: npt.NDArray[np.uint64], *others: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """The order that sorts by `high`, then by each of `others`; as `np.lexsort` of them in reverse, but faster.
+
+    Random halves of keys are almost all different, and then one sort of one column is the whole work.
+    """
+    order = np.argsort(high)
+    in_order = high[order]
+    tied = np.zeros(len(order), dtype=bool)
+    np.equal(in_order[1:], in_order[:-1], out=tied[1:])
+    tied[:-1] |= tied[1:]
+    rows = order[tied]
+    if len(rows):
+        order[tied] = rows[np.lexsort((*(other[rows] for other in reversed(others)), high[rows]))]
+    return order
+
+
+_BLOCK = 2**20
+"""Keys that are looked up at a time: a look-up needs five numbers for each."""
+
+_MANY = 1000
+"""Keys from which on it pays to sort them before they are looked up (measured)."""
+
+
+def keys_from_hex(column: pa.ChunkedArray | pa.Array) -> Keys:
+    """The keys of a `key` column (32 hex digits each, no nulls)."""
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    text = b"".join(_buffer(chunk)[0] for chunk in chunks)
+    return np.frombuffer(bytes.fromhex(text.decode("ascii")), dtype=f"V{KEY_BYTES}")
+
+
+def keys_to_hex(keys: Keys) -> pa.Array:
+    """A `key` column, 32 hex digits each."""
+    text = keys.tobytes().hex().encode("ascii")
+    offsets = np.arange(0, len(text) + 1, 2 * KEY_BYTES, dtype=np.int32)
+    if not len(keys):
+        offsets = np.zeros(1, dtype=np.int32)
+    return pa.StringArray.from_buffers(len(keys), pa.py_buffer(offsets), pa.py_buffer(text))
+
+
+def halves(keys: Keys) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """The keys as two numbers each, which sort as the keys do; both of shape (n,)."""
+    pairs = np.frombuffer(np.ascontiguousarray(keys), dtype=">u8").reshape(-1, 2)
+    return pairs[:, 0].astype(np.uint64), pairs[:, 1].astype(np.uint64)
+
+
+def digest(column: pa.Array, size: int = KEY_BYTES, prefix: str = "") -> Keys:
+    """BLAKE2b of every value of a string or binary column without nulls; shape (n,), `size` bytes each.
+
+    `prefix` stands before each value, and is hashed only once.
+    """
+    data, bounds = _buffer(column)
+    begun = hashlib.blake2b(prefix.encode(), digest_size=size).copy  # a copy is cheaper than a new one
+    hashes = []
+    for start, end in pairwise(bounds):
+        one = begun()
+        one.update(data[start:end])
+        hashes.append(one.digest())
+    return np.frombuffer(b"".join(hashes), dtype=f"V{size}")
+
+
+def canonical_json(columns: Mapping[str, pa.Array | pa.Scalar]) -> pa.Array:
+    """One JSON object a row, as `json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False)` gives.
+
+    Args:
+        columns: strings, integers, float64, or lists of float64, all of one length; scalars stand for every row.
+    """
+    return pc.binary_join_element_wise(*_json_parts(columns), "")
+
+
+def json_digest(columns: Mapping[str, pa.Array | pa.Scalar]) -> Keys:
+    """`digest` of `canonical_json`; what all rows begin with is written and hashed once. One column is no scalar."""
+    first, *others = _json_parts(columns)
+    return digest(pc.binary_join_element_wise(*others, ""), prefix=str(first))
+
+
+def _json_parts(columns: Mapping[str, pa.Array | pa.Scalar]) -> list[pa.Array | str]:
+    """What `canonical_json` joins: text that all rows have, then in turns values that vary and such text."""
+    parts: list[pa.Array | str] = []
+    literal = "{"  # what stands between two varying values: joining few parts is what makes this fast
+    for index, name in enumerate(sorted(columns)):
+        literal += ("," if index else "") + json.dumps(name, ensure_ascii=False) + ":"
+        column = columns[name]
+        if isinstance(column, pa.Scalar):
+            literal += json.dumps(column.as_py(), ensure_ascii=False, separators=(",", ":"))
+        else:
+            parts += [literal, _json_values(column)]
+            literal = ""
+    return [*parts, literal + "}"]
+
+
+def _json_values(column: pa.Array) -> pa.Array:
+    if pa.types.is_list(column.type):
+        column = column.take(pa.array(np.arange(len(column))))  # a slice cannot be put together again from its parts
+        inner = _json_floats(column.values)
+        texts = pc.binary_join(pa.ListArray.from_arrays(column.offsets, inner, mask=column.is_null()), ",")
+        encoded = pc.binary_join_element_wise("[", texts, "]", "")
+    elif pa.types.is_floating(column.type):
+        encoded = _json_floats(column)
+    elif pa.types.is_string(column.type):
+        encoded = _json_strings(column)
+    else:
+        encoded = column.cast(pa.string())
+    return pc.fill_null(encoded, "null")
+
+
+def _json_strings(column: pa.Array) -> pa.Array:
+    quoted = pc.binary_join_element_wise('"', column, '"', "")
+    text = text_bytes(column)
+    if not ((text < ord(" ")) | (text == ord('"')) | (text == ord("\\"))).any():  # far faster than to ask each value
+        return quoted
+    special = pc.fill_null(pc.match_substring_regex(column, r'["\\\x00-\x1f]'), False)
+    if not pc.any(special).as_py():
+        return quoted
+    escaped = [json.dumps(text, ensure_ascii=False) for text in column.filter(special).to_pylist()]
+    return pc.replace_with_mask(quoted, special, pa.array(escaped, pa.string()))
+
+
+def _json_floats(column: pa.Array) -> pa.Array:
+    # Arrow prints 1.0 as "1" and 1e-07 as "1e-7"; few values are distinct, so Python may print those.
+    encoded = column.dictionary_encode()
+    texts = pa.array([json.dumps(value) for value in encoded.dictionary.to_pylist()], pa.string())
+    return texts.take(encoded.indices)
+
+
+def text_bytes(column: pa.Array) -> npt.NDArray[np.uint8]:
+    """UTF-8 of all values of a string column, one after the other, with whatever lies below nulls; no copy."""
+    if not len(column):
+        return np.empty(0, np.uint8)
+    wide = pa.types.is_large_string(column.type)
+    offsets = np.frombuffer(column.buffers()[1], dtype=np.int64 if wide else np.int32)
+    first, end = offsets[column.offset], offsets[column.offset + len(column)]
+    return np.frombuffer(column.buffers()[2] or b"", np.uint8)[first:end]
+
+
+def _buffer(column: pa.Array) -> tuple[bytes, list[int]]:
+    """The bytes of a string or binary column, and where each value starts and the last one ends."""
+    wide = pa.types.is_large_string(column.type) or pa.types.is_large_binary(column.type)
+    offsets = np.frombuffer(column.buffers()[1] or bytes(8), dtype=np.int64 if wide else np.int32)
+    offsets = offsets[column.offset : column.offset + len(column) + 1]
+    data = memoryview(column.buffers()[2] or b"")[offsets[0] : offsets[-1]]
+    return bytes(data), (offsets - offsets[0]).tolist()
