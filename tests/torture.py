@@ -27,9 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the first of each")
     options = parser.parse_args(arguments)
     logging.disable(logging.CRITICAL)
-    with tempfile.TemporaryDirectory() as folder:
-        num_bad = _histories(options.seed, options.runs, Path(folder)) if options.runs else 0
-        num_bad += _schedules(options.seed, options.stack, Path(folder)) if options.stack else 0
+    num_bad = 0
+    for work, count in ((_histories, options.runs), (_schedules, options.stack)):
+        with tempfile.TemporaryDirectory() as folder:
+            num_bad += work(options.seed, count, Path(folder)) if count else 0
     return 1 if num_bad else 0
 
 
