@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -81,9 +81,7 @@ def connect(place: PlacementConfig) -> Iterator[None]:
     except (ConnectionError, ValueError, RuntimeError) as err:
         msg = f"cannot reach Ray at {address}: {err}; see placement.ray_address and RAY_ADDRESS"
         raise ConfigError(msg) from None
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)  # Ray's own would end the process with nothing committed
+    _handle(handlers)  # Ray's own would end the process with nothing committed
     try:
         gcs = ray.get_runtime_context().gcs_address
         check_authentication(gcs, required=place.require_auth, ours=address == "local")
@@ -95,6 +93,14 @@ def connect(place: PlacementConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        _handle(handlers)  # it leaves the system's own, whatever Python says: SIGTERM would end what is left of the run
+
+
+def _handle(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Give signals these handlers, where this thread may."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _check_room(place: PlacementConfig, *, ours: bool) -> None:

@@ -420,3 +420,21 @@ def test_what_is_retried_or_repaired_is_drawn_again_and_nothing_else_is(
     assert {row["animation_uri"]: row["sha256"] for row in shown if row["status"] == "succeeded"} == {
         path.as_uri(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
     }
+
+
+TOLD_LATE = """
+import os, signal
+from pia_batch import cluster
+from pia_batch.cli.signals import first_signal
+from pia_batch.config import PlacementConfig
+with first_signal() as stop:
+    with cluster.connect(PlacementConfig()):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.wait(10)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_has_left_ray_and_publishes_still_hears_a_signal() -> None:
+    assert subprocess.run([sys.executable, "-c", TOLD_LATE], check=False, timeout=120).returncode == 0
