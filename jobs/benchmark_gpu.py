@@ -26,13 +26,12 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pia_batch.engine.benchmark import Options
+
 SAVE = (
     "import sys, torch; from pia_batch.engine import benchmark;"
     "benchmark.pipeline('full').to(dtype=torch.float16).save_pretrained(sys.argv[1])"
 )
-
-SHAPES = {"full": (512, 16, 25), "tiny": (64, 8, 8)}
-"""Side in pixels, frames and steps of a request of each size."""
 
 
 class CommandFailedError(Exception):
@@ -91,17 +90,17 @@ def _runs(arguments: argparse.Namespace, work: Path) -> list[str]:
 
 def _measured_run(arguments: argparse.Namespace, manifest: str, base: str, speed: str, output: str) -> dict[str, Any]:
     """One run, and what its results tell of it."""
-    side, frames, steps = SHAPES[arguments.size]
+    shape = Options(arguments.size, side_px=arguments.side, frames=arguments.frames, steps=arguments.steps).shape
     settings = {
         "model.base": base,
         "model.speed": speed,
         "placement.num_gpus": int(arguments.size == "full" and not arguments.cpu),
         "placement.batch_size": arguments.batch_size,
         "limits.max_failed": arguments.requests,
-        "defaults.num_inference_steps": arguments.steps or steps,
-        "defaults.num_frames": arguments.frames or frames,
-        "defaults.width": arguments.side or side,
-        "defaults.height": arguments.side or side,
+        "defaults.num_inference_steps": shape["steps"],
+        "defaults.num_frames": shape["frames"],
+        "defaults.width": shape["side_px"],
+        "defaults.height": shape["side_px"],
     }
     written = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     summary = json.loads(_pia_batch("run", "--manifest", manifest, "--output", output, *written, "--json"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -120,7 +119,7 @@ def _about_defaults(config: RunConfig, survey: Survey) -> Iterator[str]:
 
 
 def _about_room(place: PlacementConfig) -> Iterator[str]:
-    if place.num_gpus or place.ray_address or os.environ.get("RAY_ADDRESS"):  # `doctor` asks that cluster, or torch
+    if place.num_gpus or place.address != "local":  # `doctor` asks torch, or that cluster
         return
     short = shortage(place, [Node(cpus_here())])
     if short is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pia_batch.config import PlacementConfig
@@ -29,6 +29,11 @@ class Node:
     cpus: float
     gpus: float = 0.0
     memory_mb: float | None = None
+
+    @classmethod
+    def of(cls, resources: Mapping[str, float]) -> Node:
+        """A node with Ray's own `resources`, memory in bytes."""
+        return cls(resources.get("CPU", 0), resources.get("GPU", 0), resources.get("memory", 0) / 2**20)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def connect(place: PlacementConfig) -> Iterator[None]:
         _check_room(place, ours=False)
         yield
         return
-    address = place.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    address = place.address
     options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -105,10 +105,7 @@ def _handle(handlers: Mapping[signal.Signals, Any]) -> None:
 
 def _check_room(place: PlacementConfig, *, ours: bool) -> None:
     """Say at once what a run would wait for; of a cluster that may grow by itself only as a warning."""
-    nodes = [
-        capacity.Node(has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0) / 2**20)
-        for has in (node["Resources"] for node in ray.nodes() if node["Alive"])
-    ]
+    nodes = [capacity.Node.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     short = capacity.shortage(place, nodes)
     if short is None:
         return

@@ -202,7 +202,7 @@ def _about_devices(facts: dict[str, Any], place: PlacementConfig, models: dict[s
         yield Finding("fail" if place.num_gpus else "warn", "devices", f"{built} sees no GPU, and one is there", remedy)
     elif not place.num_gpus:
         yield Finding("ok", "devices", f"{built}; no GPU, and placement.num_gpus asks for none")
-    elif _address(place) == "local":
+    elif place.address == "local":
         told = f"no GPU, and placement.num_gpus is {place.num_gpus:g}"
         yield Finding("fail", "devices", told, "set placement.num_gpus: 0, or name a cluster by placement.ray_address")
     else:
@@ -316,12 +316,8 @@ def _about_store(store: Store) -> Iterator[Finding]:
         yield Finding("ok", "clock", f"within {MAX_SKEW_S:g} s of the store's")
 
 
-def _address(place: PlacementConfig) -> str:
-    return place.ray_address or os.environ.get("RAY_ADDRESS") or "local"
-
-
 def _about_ray(place: PlacementConfig) -> Iterator[Finding]:
-    address = _address(place)
+    address = place.address
     if address == "local":
         yield Finding("ok", "ray", "a Ray of its own on this machine, for as long as a run lasts")
         return
@@ -355,7 +351,7 @@ def _answers(address: str) -> bool:
 
 def _about_room(place: PlacementConfig, num_gpus: int) -> Iterator[Finding]:
     """Whether engines leave a CPU to read with, as far as the machines can be known before a run is on them."""
-    address = _address(place)
+    address = place.address
     if address == "local" and num_gpus < place.num_gpus:  # told above
         return
     if address == "local":
@@ -386,4 +382,4 @@ def _nodes_of(address: str) -> list[Node]:
         told = json.loads(done.stdout.strip().splitlines()[-1])
     except (OSError, ValueError, IndexError, subprocess.SubprocessError):
         return []
-    return [Node(has.get("CPU", 0), has.get("GPU", 0), has.get("memory", 0) / 2**20) for has in told]
+    return [Node.of(resources) for resources in told]

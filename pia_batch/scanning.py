@@ -20,7 +20,7 @@ from pia_batch.manifest import Manifest, Piece
 from pia_batch.manifest_files import Contents, ManifestFile
 from pia_batch.records import GROUPED, REQUEST
 from pia_batch.scan_cache import Chunk, ScanCache
-from pia_batch.traits import Traits
+from pia_batch.traits import Traits, summed
 
 CHUNK_ROWS = 500_000
 """Rows of a file in one entry of the cache: 12 MB."""
@@ -143,11 +143,6 @@ def _chunk(file: ManifestFile, shape: str, first_row: int, contents: Contents, p
     )
 
 
-def _grouped(groups: Iterable[pa.Table]) -> pa.Table:
-    counts = pa.concat_tables(groups).group_by(list(GROUPED)).aggregate([("num_rows", "sum")])
-    return counts.rename_columns([*GROUPED, "num_rows"])
-
-
 class _Gathered:
     """Puts the chunks of all files together, and holds the keys of each only once."""
 
@@ -181,7 +176,7 @@ class _Gathered:
             self._keys[: self._end],
             self._id_hashes[: self._end],
             pa.concat_tables(self._rejected),
-            _grouped(self._groups),
+            summed(pa.concat_tables(self._groups), GROUPED),
             tuple(self._traits),
             tuple(self._fresh),
         )

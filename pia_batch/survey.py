@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.traits import WORK, Traits
+from pia_batch.traits import WORK, Traits, summed
 from pia_batch.validation import seeds_of
 
 _HELD_TABLES = 64
@@ -54,7 +54,7 @@ class Survey:
         seeds = seeds_of(id_hashes) if traits.seeds is None else traits.seeds
         self._seeds += [int(seeds.min(where=pending, initial=_MOST)), int(seeds.max(where=pending, initial=0))]
         self._seeds = [min(self._seeds), max(self._seeds)]
-        self._held.append(_summed(counted))  # classes may be many more than what they cost
+        self._held.append(summed(counted, WORK.names))  # classes may be many more than what they cost
         if len(self._held) == _HELD_TABLES:
             self._held = [self.work]
 
@@ -62,18 +62,13 @@ class Survey:
     def work(self) -> pa.Table:
         """WORK and `num_rows`, how many pending requests have it in common; the most frequent first."""
         empty = WORK.append(pa.field("num_rows", pa.int64())).empty_table()
-        counts = _summed(pa.concat_tables([empty, *self._held]))
+        counts = summed(pa.concat_tables([empty, *self._held]), WORK.names)
         return counts.sort_by([("num_rows", "descending"), *((name, "ascending") for name in WORK.names)])
 
     @property
     def only_seed(self) -> int | None:
         """The seed that all pending requests share; None: there is more than one, or no request."""
         return self._seeds[0] if self._seeds and self._seeds[0] == self._seeds[1] else None
-
-
-def _summed(counts: pa.Table) -> pa.Table:
-    summed = counts.group_by(WORK.names).aggregate([("num_rows", "sum")])
-    return summed.rename_columns([*WORK.names, "num_rows"])
 
 
 _MOST = np.iinfo(np.int64).max

@@ -31,6 +31,13 @@ def only(config: RunConfig | None, subject: str, ask: Callable[[], dict[str, Any
     return finding
 
 
+def assert_judged(finding: Finding, state: str, words: str) -> None:
+    """It is so, says so, and has a remedy where one is needed."""
+    assert finding.state == state
+    assert words in finding.told
+    assert bool(finding.remedy) == (state != "ok")
+
+
 @pytest.fixture(autouse=True)
 def _neither_cluster_nor_driver_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -91,11 +98,7 @@ def test_a_torch_that_cannot_be_asked_is_a_failure_with_its_last_word() -> None:
 def test_a_device_is_judged_by_what_the_config_asks_of_it(
     make_config: MakeConfig, overrides: dict[str, Any], devices: list[dict[str, Any]], state: str, words: str
 ) -> None:
-    finding = only(make_config(**overrides), "devices", torch(*devices))
-
-    assert finding.state == state
-    assert words in finding.told
-    assert bool(finding.remedy) == (state != "ok")
+    assert_judged(only(make_config(**overrides), "devices", torch(*devices)), state, words)
 
 
 def test_half_precision_on_a_cpu_is_slow_and_said_to_be(make_config: MakeConfig) -> None:
@@ -135,11 +138,7 @@ def test_a_gpu_that_torch_does_not_see_is_told_with_its_driver(make_config: Make
 def test_engines_need_room_on_this_machine_and_leave_some_for_reading(
     make_config: MakeConfig, overrides: dict[str, Any], devices: list[dict[str, Any]], state: str, words: str
 ) -> None:
-    finding = only(make_config(**overrides), "room", torch(*devices))
-
-    assert finding.state == state
-    assert words in finding.told
-    assert bool(finding.remedy) == (state != "ok")
+    assert_judged(only(make_config(**overrides), "room", torch(*devices)), state, words)
 
 
 def test_a_driver_of_a_cluster_needs_no_gpu(make_config: MakeConfig) -> None:

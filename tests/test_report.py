@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from html import unescape
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urljoin, urlsplit
@@ -33,6 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import png, requests_table
+from fakes import serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageSequence
@@ -1125,10 +1125,8 @@ def test_a_chosen_point_of_a_chart_opens_its_result(site: Site, visit: Callable[
 def served(site: Site) -> Iterator[str]:
     """A plain web server over the site; the address of the page. From a disk a browser shows no pixels to scripts."""
     handler = functools.partial(QuietHandler, directory=site.folder)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/out/_runs/{RUN}/report.html"
-        server.shutdown()
+    with serving(handler) as address:
+        yield f"{address}/out/_runs/{RUN}/report.html"
 
 
 def strip_of(page: Page) -> npt.NDArray[np.int_]:

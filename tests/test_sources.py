@@ -8,13 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
 import pytest
 from conftest import png
+from fakes import serving
 from fsspec.registry import _registry
 
 from pia_batch import filesystems, sources
@@ -365,14 +366,10 @@ class FakeS3(BaseHTTPRequestHandler):
 def fake_s3(monkeypatch: pytest.MonkeyPatch, fresh_clients: None) -> Iterator[type[FakeS3]]:
     del fresh_clients
     FakeS3.seen, FakeS3.sent = [], 0
-    with ThreadingHTTPServer(("127.0.0.1", 0), FakeS3) as server:
-        point_clients_at(monkeypatch, f"http://127.0.0.1:{server.server_port}")
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with serving(FakeS3) as address:
+        point_clients_at(monkeypatch, address)
         yield FakeS3
         forget_clients()
-        server.shutdown()
-        thread.join()
 
 
 def test_an_image_on_s3_costs_one_request_and_may_name_a_version(fake_s3: type[FakeS3]) -> None:

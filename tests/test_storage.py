@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Self
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from fakes import serving
 
 from pia_batch import filesystems, storage
 from pia_batch.errors import ConfigError, ObjectExistsError, StorageError
@@ -320,12 +321,8 @@ def careless_server() -> Iterator[str]:
         def log_message(self, *args: object) -> None:
             del args
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Careless) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with serving(Careless) as address:
+        yield address
 
 
 @pytest.fixture
@@ -356,12 +353,8 @@ def breaking_server() -> Iterator[str]:
         def log_message(self, *args: object) -> None:
             del args
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with serving(Breaking) as address:
+        yield address
 
 
 class _ReplySwallower:

@@ -6,13 +6,14 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import yaml
+from fakes import serving
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,13 +98,8 @@ def dashboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Dashb
         def log_message(self, *_: object) -> None:
             """Nothing."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        fake.address = f"http://127.0.0.1:{server.server_port}"
+    with serving(Handler) as fake.address:
         yield fake
-        server.shutdown()
-        thread.join()
 
 
 def work(output: str = "s3://bucket/out", date: str | None = None, **settings: Any) -> Work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -34,6 +35,11 @@ class PlacementConfig(Section):
     )
     wait_s: float = Field(7200.0, gt=0, description="seconds that a run waits for a cluster to give it an engine")
     object_store_mb: int | None = Field(None, ge=80, description="object store of a Ray of our own, MiB")
+
+    @property
+    def address(self) -> str:
+        """The Ray that a run draws on; `local`: one of its own."""
+        return self.ray_address or os.environ.get("RAY_ADDRESS") or "local"
 
     @model_validator(mode="after")
     def _fits_together(self) -> PlacementConfig:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from pia_batch.engine import Shot
 from pia_batch.engine.calibration import Calibration, calibrate, device_name, seconds, state, synchronize
-from pia_batch.engine.compiling import Call, Mode
+from pia_batch.engine.compiling import Call, Mode, reason_of
 from pia_batch.engine.contestants import (
     GUIDANCE,
     Contestant,
@@ -248,7 +248,7 @@ class _Benchmark:
         try:
             do(turns)
         except Exception as err:  # noqa: BLE001 - whatever it is, the others are measured
-            turns.told["error"] = _reason(err)
+            turns.told["error"] = reason_of(err)
         if "error" in turns.told:  # the exception is gone, and with it what its traceback held
             turns.contestant = None
             gc.collect()
@@ -311,7 +311,7 @@ class _Benchmark:
         try:
             told = profile(self._device, whole.call, whole.directly, self._calibration.matmul_tflops)
         except RuntimeError as err:
-            told = {"error": _reason(err)}
+            told = {"error": reason_of(err)}
         self._told["profile"] |= told
         self._tell(self._told, f"profile: {told.get('error', 'done')}")
 
@@ -381,11 +381,6 @@ def _summary(turns: _Turns, options: Options, flops: int, calibration: Calibrati
         "compile_s": max(0.0, turns.first_s - drawn_s * turns.rows / rows) if turns.compiled else None,
         "compile_mode": options.mode if turns.compiled else None,
     }
-
-
-def _reason(err: Exception) -> str:
-    """On one line: what compilers complain about has hundreds."""
-    return f"{type(err).__name__}: {' '.join(str(err).split())[:500]}"
 
 
 def _bytes_on(device: torch.device, pipe: Any) -> int:

@@ -124,7 +124,7 @@ class Compiler:
             if is_out_of_memory(err):
                 raise
             result = function(*args)  # raises itself where it was no fault of the compiler
-            self._refuse(function, _reason(err))
+            self._refuse(function, reason_of(err))
             return result
         return self._compared(function, graph, compiled, function(*args))
 
@@ -223,7 +223,6 @@ def _keep_kernels() -> None:
         os.environ[_VARIABLE] = str(folder)
 
 
-def _reason(err: Exception) -> str:
-    """The first lines of the compiler's complaint, which may have hundreds."""
-    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
-    return f"{type(err).__name__}: {' '.join(lines)[:500]}"
+def reason_of(err: Exception) -> str:
+    """On one line what another library complains about: of what a compiler says in hundreds, the beginning."""
+    return f"{type(err).__name__}: {' '.join(str(err).split())[:500]}"
