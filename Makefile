@@ -44,14 +44,14 @@ STACK ?= 0
 SEED ?= 1
 FUZZ ?= 5000
 torture: setup  ## RUNS simulated runs, STACK whole-stack ones, under random faults from SEED on; FUZZ damaged images
-	$(QUIET) PIA_BATCH_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/test_images.py -k any_damage
-	$(QUIET) $(BIN)/python tests/torture.py --runs $(RUNS) --stack $(STACK) --seed $(SEED)
+	$(QUIET) PIA_BATCH_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/media/test_images.py -k any_damage
+	$(QUIET) $(BIN)/python tests/support/torture.py --runs $(RUNS) --stack $(STACK) --seed $(SEED)
 
 docs: setup  ## the tables of docs/ that come from the code: keys, columns, error kinds, exit codes, metrics
 	$(BIN)/python docs/reference.py
 
 bench-check: setup  ## what must stay fast, as ratios of two sides in one run: some minutes
-	$(QUIET) $(BIN)/python tests/check_speed.py
+	$(QUIET) $(BIN)/python tests/perf/check_speed.py
 
 format: setup  ## rewrite the code as `make lint` wants it
 	$(BIN)/ruff check --fix .

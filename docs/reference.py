@@ -13,13 +13,14 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel
 
-from pia_batch import config, validation
+from pia_batch import config
 from pia_batch.cli import EXIT_CODES
 from pia_batch.config import Defaults, RunConfig
-from pia_batch.metrics import METRICS
-from pia_batch.progress import Snapshot
-from pia_batch.records import REQUEST, RESULT, SETTINGS
+from pia_batch.driver.progress import Snapshot
+from pia_batch.manifest import validation
+from pia_batch.pipeline.metrics import METRICS
 from pia_batch.report.facts import REMEDIES
+from pia_batch.schema.columns import REQUEST, RESULT, SETTINGS
 
 HERE = Path(__file__).parent
 

@@ -34,9 +34,10 @@ import psutil
 import ray
 from simulated_engine import SimulatedLoader, drawings, write_manifest
 
-from pia_batch import pipeline, planning
 from pia_batch.config import RunConfig
-from pia_batch.progress import Progress
+from pia_batch.driver.progress import Progress
+from pia_batch.pipeline import chain
+from pia_batch.planning import plan
 
 ENGINE_CPUS, FETCH_CPUS, OTHER_CPUS = 0.5, 0.4, 2.0
 """What Ray is told of: enough for every engine, and for a few tasks of the other stages at a time."""
@@ -128,13 +129,13 @@ def _measure_here(case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="pia-batch-chain-") as name:
         folder = Path(name)
         config = _config(folder, case)
-        engine_id = planning.make(config).engine_ids["default"]
+        engine_id = plan.make(config).engine_ids["default"]
         (folder / "drawn").mkdir()
         start_ray(case.actors)
         try:
             watch = _Observer()
             began = time.monotonic()
-            summary = pipeline.run(
+            summary = chain.run(
                 config,
                 on_progress=watch.see,
                 load_engines=SimulatedLoader(engine_id, case.batch_seconds, folder / "drawn", case.actors),

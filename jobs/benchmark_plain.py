@@ -33,9 +33,10 @@ from benchmark_chain import ENGINE_CPUS, FETCH_CPUS, start_ray
 from PIL import Image
 from simulated_engine import SimulatedEngine, SimulatedLoader, drawings, write_manifest
 
-from pia_batch import pipeline, planning
 from pia_batch.config import RunConfig
 from pia_batch.errors import PiaBatchError
+from pia_batch.pipeline import chain
+from pia_batch.planning import plan
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,10 @@ def _run(job: Job) -> int:
             "limits.lease_wait_s": 30,
         },
     )
-    engine_id = planning.make(config).engine_ids["default"]
+    engine_id = plan.make(config).engine_ids["default"]
     loader = SimulatedLoader(engine_id, job.row_seconds * job.batch_size, job.notes)
     try:
-        return pipeline.run(config, load_engines=loader).exit_code
+        return chain.run(config, load_engines=loader).exit_code
     except PiaBatchError as err:
         print(err, file=sys.stderr)
         return err.exit_code

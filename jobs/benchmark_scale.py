@@ -34,16 +34,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pia_batch import planning, publication, scanning
 from pia_batch.config import RunConfig
-from pia_batch.journal import ANIMATIONS, Journal, animation_name
-from pia_batch.keys import Keys, KeySet, keys_to_hex
-from pia_batch.manifest import Manifest
-from pia_batch.planning import Plan
-from pia_batch.records import results_table
-from pia_batch.scan_cache import ScanCache
-from pia_batch.storage import ObjectInfo, Store
-from pia_batch.survey import Survey
+from pia_batch.journal import results
+from pia_batch.journal.log import ANIMATIONS, Journal, animation_name
+from pia_batch.manifest.reader import Manifest
+from pia_batch.planning import plan as planning
+from pia_batch.planning import scan
+from pia_batch.planning.plan import Plan
+from pia_batch.planning.scan_cache import ScanCache
+from pia_batch.planning.statistics import Survey
+from pia_batch.schema.columns import results_table
+from pia_batch.schema.keys import Keys, KeySet, keys_to_hex
+from pia_batch.storage.object_store import ObjectInfo, Store
 
 PROMPTS = ("a lighthouse in a storm, cinematic", "a fox in the snow, watercolour", "waves at dusk", "a red kite, windy")
 CLIP_BYTES = 400_000
@@ -224,7 +226,7 @@ def _keys(config: RunConfig) -> Keys:
     """Of all rows, in the manifest's order, the made-up file last."""
     plan = planning.make(config)
     cache = ScanCache(Store(config.output), config, plan.engine_ids)
-    return scanning.scan(Manifest.open(config.manifest, cache.contents), config, plan.engine_ids, cache).keys
+    return scan.scan(Manifest.open(config.manifest, cache.contents), config, plan.engine_ids, cache).keys
 
 
 def _results(config: RunConfig, keys: Keys, start: int, end: int) -> pa.Table:
@@ -281,7 +283,7 @@ def _finalise(config: RunConfig, _: int) -> dict[str, Any]:
     outcomes = journal.outcomes().of(plan.wanted)
 
     def publish() -> dict[str, Any]:
-        made = publication.publish(journal, outcomes, plan.wanted, plan.carried, "benchmark", {})
+        made = results.publish(journal, outcomes, plan.wanted, plan.carried, "benchmark", {})
         return {"results": made.num_requests}
 
     return _costs(publish)

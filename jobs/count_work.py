@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from pia_batch.engine import contestants, decoding, unet
-from pia_batch.shortcuts import PRESETS, whole_evaluations
+from pia_batch.config.speed_presets import PRESETS, whole_evaluations
+from pia_batch.engine import baselines, decoding, unet
 
 STEPS, FRAMES, SIDE = 25, 16, 512
 TOKENS, FEATURES = 77, 768
@@ -98,7 +98,7 @@ class Full:
 
     def __init__(self) -> None:
         with torch.device("meta"):
-            self.pipe = contestants.pipeline("full")
+            self.pipe = baselines.pipeline("full")
         for network in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
             network.half()
         self.unet = self.pipe.unet

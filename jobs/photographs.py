@@ -20,7 +20,7 @@ import pyarrow.dataset as ds
 import skimage.data
 from PIL import Image
 
-from pia_batch import storage
+from pia_batch.storage import object_store
 
 SUBJECTS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "hubble_deep_field")
 """Inside the scikit-image wheel; the others are downloads. `camera` is grey, the rest is RGB."""
@@ -43,7 +43,7 @@ VARIATIONS: tuple[dict[str, Any], ...] = (
 
 def main(folder_uri: str) -> None:
     """Write images and manifest below `folder_uri`, and print where the manifest is."""
-    folder_uri = storage.absolute(folder_uri).rstrip("/")
+    folder_uri = object_store.absolute(folder_uri).rstrip("/")
     filesystem, root = fsspec.url_to_fs(folder_uri)
     rows = []
     for subject in SUBJECTS:

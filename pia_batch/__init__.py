@@ -20,9 +20,9 @@ _PUBLIC = {
     "PiaEngine": ("engine", "PiaEngine"),
     "RunConfig": ("config", "RunConfig"),
     "Shot": ("engine", "Shot"),
-    "animate": ("dataset", "animate"),
-    "plan": ("planning", "make"),
-    "run": ("pipeline", "run"),
+    "animate": ("pipeline.dataset", "animate"),
+    "plan": ("planning.plan", "make"),
+    "run": ("pipeline.chain", "run"),
 }
 """By public name: the module that has it, and its name there. `__init__.pyi` tells type checkers the same."""
 

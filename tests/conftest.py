@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from inputs import png, requests_table
+from places import PYTHONPATH
 from seaweedfs import SeaweedFS
 
 from pia_batch.config import RunConfig
-from pia_batch.storage import Store
+from pia_batch.storage.object_store import Store
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -27,25 +25,6 @@ os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 
 # Before any test imports torch: networks of this size lose more to waiting for a second core than they gain.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def png(seed: int = 0, width: int = 64, height: int = 64) -> bytes:
-    """A smooth random picture, as a PNG file."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-    sink = io.BytesIO()
-    small.resize((width, height), Image.Resampling.BICUBIC).save(sink, "PNG")
-    return sink.getvalue()
-
-
-def requests_table(count: int = 4, **columns: Any) -> pa.Table:
-    """A manifest of `count` good requests for the embedded model; `columns` are added or replaced."""
-    table: dict[str, Any] = {
-        "request_id": [f"r{k:03d}" for k in range(count)],
-        "image": [f"images/{k % 4}.png" for k in range(count)],
-        "prompt": [f"a red circle moving left, number {k}" for k in range(count)],
-    }
-    return pa.table(table | columns)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +38,7 @@ def local_ray() -> Iterator[None]:
         include_dashboard=False,
         object_store_memory=200 * 2**20,
         log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}},  # fakes.py
+        runtime_env={"env_vars": {"PYTHONPATH": PYTHONPATH}},  # fakes.py
     )
     yield
     ray.shutdown()
@@ -115,10 +94,3 @@ def s3(s3_server: SeaweedFS, monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return f"s3://{s3_server.bucket}/{request.node.name[:60].replace('[', '-').rstrip(']')}-{time.time_ns()}"
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -54,7 +54,7 @@ def bench(
     sizes, letters, side_px = _numbers(batches), _letters(only), _multiple_of_eight(side)
     from pia_batch.config import EncodingConfig
     from pia_batch.engine import benchmark
-    from pia_batch.video import encode
+    from pia_batch.media.codecs import encode
 
     options = benchmark.Options(
         size=size,

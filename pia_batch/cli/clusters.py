@@ -14,7 +14,7 @@ from pia_batch.cli.options import AsJson, RetryFailed
 from pia_batch.cli.signals import first_signal
 
 if TYPE_CHECKING:
-    from pia_batch.submission import Job, Jobs, Work
+    from pia_batch.driver.submission import Job, Jobs, Work
 
 Address = Annotated[
     str | None,
@@ -48,7 +48,7 @@ def submit(
 
     Example: `pia-batch submit nightly.yaml --address http://head:8265 --output s3://bucket/out`
     """
-    from pia_batch.submission import Jobs
+    from pia_batch.driver.submission import Jobs
 
     work = _work(flags, package, retry_failed=retry_failed)
     jobs = Jobs(_known(address))
@@ -72,7 +72,7 @@ def jobs(
 
     Example: `pia-batch jobs --address http://head:8265 --stop pia-batch-0f3a9c41d27e-1`
     """
-    from pia_batch.submission import Jobs
+    from pia_batch.driver.submission import Jobs
 
     there = Jobs(_known(address))
     if stop is not None:
@@ -93,7 +93,7 @@ def jobs(
 
 def _work(flags: RunFlags, package: Path | None, *, retry_failed: bool) -> Work:
     """What `run` would do with these flags, as work for a cluster. The run date is the one of now."""
-    from pia_batch.submission import Work
+    from pia_batch.driver.submission import Work
 
     config = flags.load({})
     # Local paths relative to this folder are no others on the head node.
@@ -153,7 +153,7 @@ def _known(address: str | None) -> str:
 
 
 def _shown(jobs: Jobs) -> str:
-    from pia_batch.uris import redacted_uri
+    from pia_batch.storage.uris import redacted_uri
 
     return redacted_uri(jobs.address)
 

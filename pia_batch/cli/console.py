@@ -19,7 +19,7 @@ from rich.text import Text
 from pia_batch.errors import printable
 
 if TYPE_CHECKING:
-    from pia_batch.progress import Progress, Snapshot
+    from pia_batch.driver.progress import Progress, Snapshot
 
 LOG_EVERY_S = 10.0
 """Seconds between progress lines where standard error is no terminal."""
@@ -39,7 +39,7 @@ def print_json(told: dict[str, Any]) -> None:
 def counting(what: str, total: int | None = None) -> Iterator[Callable[[], None]]:
     """A callback for each of many things: a live count on a terminal, a line now and then elsewhere."""
     done, last = 0, time.monotonic()
-    log = logging.getLogger("pia_batch.progress")
+    log = logging.getLogger("pia_batch.driver.progress")
     with Status("", console=err) if err.is_terminal else nullcontext() as shown:
 
         def one_more() -> None:
@@ -73,7 +73,7 @@ def shown_progress(*, as_json: bool = False, console: Console = err) -> Iterator
     else:
         from pia_batch.cli import view
 
-        log = logging.getLogger("pia_batch.progress")
+        log = logging.getLogger("pia_batch.driver.progress")
         yield _now_and_then(lambda seen: log.info("progress %s", view.line(seen)))
 
 

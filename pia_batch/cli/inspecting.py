@@ -14,7 +14,7 @@ from pia_batch.cli.console import err, out, print_json
 from pia_batch.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from pia_batch.provenance import Provenance
+    from pia_batch.media.provenance import Provenance
 
 MAX_BYTES = 2**30
 """Of a file that is looked into; it is read whole. An animation has a few MB."""
@@ -33,7 +33,7 @@ def inspect(
     Reads GIF, MP4, WebP, zips of PNGs, and single PNGs out of those. Whoever has a file can change what it says.
     Example: `pia-batch inspect outputs/demo/animations/3f/3f09.gif --manifest-row > again.jsonl`
     """
-    from pia_batch.uris import redacted_uri
+    from pia_batch.storage.uris import redacted_uri
 
     data, shown = _read(file), redacted_uri(file)
     made = _provenance(data, shown)
@@ -47,7 +47,7 @@ def inspect(
 
 
 def _read(file: str) -> bytes:
-    from pia_batch.storage import Store, absolute
+    from pia_batch.storage.object_store import Store, absolute
 
     uri = absolute(file)
     try:
@@ -73,11 +73,11 @@ def _check_size(num_bytes: int, file: str) -> None:
 
 
 def _provenance(data: bytes, file: str) -> Provenance:
-    from pia_batch import video
-    from pia_batch.provenance import Provenance
+    from pia_batch.media import codecs
+    from pia_batch.media.provenance import Provenance
 
     try:
-        made = Provenance.found_in(video.comments(data))
+        made = Provenance.found_in(codecs.comments(data))
     except errors.EncodingError as problem:
         raise errors.ConfigError(f"{file} is {problem}") from None
     except ValueError as problem:

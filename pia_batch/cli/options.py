@@ -15,8 +15,8 @@ from pia_batch import errors
 
 if TYPE_CHECKING:
     from pia_batch.config import RunConfig
-    from pia_batch.lease import Lease
-    from pia_batch.storage import Store
+    from pia_batch.journal.lease import Lease
+    from pia_batch.storage.object_store import Store
 
 ConfigPath = Annotated[Path | None, typer.Argument(help="a YAML config; docs/config.md has every key")]
 ManifestUri = Annotated[str | None, typer.Option("--manifest", help="the manifest's URI, over the config's")]
@@ -96,8 +96,8 @@ def existing(output: str) -> tuple[Store, float]:
         output: its URI, or the path of a config that names it.
     """
     from pia_batch.config import LimitsConfig
-    from pia_batch.storage import Store
-    from pia_batch.uris import redacted_uri
+    from pia_batch.storage.object_store import Store
+    from pia_batch.storage.uris import redacted_uri
 
     ttl_s = LimitsConfig().lease_ttl_s
     if output.endswith((".yaml", ".yml")):
@@ -116,7 +116,7 @@ def held(store: Store, command: str, ttl_s: float) -> Iterator[Lease]:
     Raises:
         LeaseHeldError: a run works there.
     """
-    from pia_batch.lease import Lease
+    from pia_batch.journal.lease import Lease
 
     with Lease(store, f"{command}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}", ttl_s) as lease:
         yield lease
@@ -124,9 +124,9 @@ def held(store: Store, command: str, ttl_s: float) -> Iterator[Lease]:
 
 def seconds_of(text: str, option: str) -> float:
     """A duration such as `12h`, given to `option`, in seconds."""
-    from pia_batch import schedule
+    from pia_batch.config import templates
 
     try:
-        return schedule.seconds_of(text)
+        return templates.seconds_of(text)
     except ValueError as err:
         raise errors.ConfigError(f"{option}: {err}") from None

@@ -17,7 +17,7 @@ from pia_batch.cli.options import AsJson, Output, OutputOrConfig, existing, held
 
 if TYPE_CHECKING:
     from pia_batch.report import Options, Report
-    from pia_batch.storage import Store
+    from pia_batch.storage.object_store import Store
 
 
 def status(
@@ -30,8 +30,8 @@ def status(
 
     Examples: `pia-batch status s3://bucket/out`, `pia-batch status s3://bucket/out --watch`
     """
-    from pia_batch import status
     from pia_batch.cli import view
+    from pia_batch.journal import status
 
     store, every_s = existing(output)[0], seconds_of(every, "--every")
     shown = Live(console=out, auto_refresh=False) if watch and out.is_terminal and not as_json else nullcontext()
@@ -66,8 +66,9 @@ def verify(
     Exit code 3 if any is not, repaired or not. `--repair` is refused with 75 while a run works there.
     Example: `pia-batch verify s3://bucket/out --repair`
     """
-    from pia_batch import quality, verification
-    from pia_batch.journal import Journal
+    from pia_batch.journal import verify as verification
+    from pia_batch.journal.log import Journal
+    from pia_batch.media import quality
 
     store, ttl_s = existing(output)
     record = Journal(store)
@@ -106,14 +107,14 @@ def gc(
     Deletes only with `--delete`, and never while a run works there: that ends with exit code 75.
     Example: `pia-batch gc s3://bucket/out --older-than 30d --delete`
     """
-    from pia_batch import garbage
-    from pia_batch.journal import Journal
+    from pia_batch.journal import garbage_collection
+    from pia_batch.journal.log import Journal
 
     store, ttl_s = existing(output)
     before_s = time.time() - seconds_of(older_than, "--older-than")
-    counts = {sort: [0, 0] for sort in garbage.SORTS}
+    counts = {sort: [0, 0] for sort in garbage_collection.SORTS}
 
-    def count(items: Iterable[garbage.Garbage]) -> None:
+    def count(items: Iterable[garbage_collection.Garbage]) -> None:
         with counting("objects found") as one_more:
             for item in items:
                 counts[item.sort][0] += 1
@@ -122,10 +123,10 @@ def gc(
                 if not as_json:
                     out.print(f"{item.sort:11}{item.found.num_bytes:>12}  {item.found.name}", soft_wrap=True)
 
-    found = garbage.find(Journal(store), before_s)
+    found = garbage_collection.find(Journal(store), before_s)
     if delete:
         with held(store, "gc", ttl_s) as lease:
-            count(garbage.delete(store, found, lease.check))
+            count(garbage_collection.delete(store, found, lease.check))
     else:
         count(found)
     if as_json:
@@ -140,7 +141,7 @@ def gc(
         )
         return
     for sort, (number, size) in counts.items():
-        out.print(f"{garbage.SORTS[sort]:40}{number:>9} objects {size / 1e6:>12.2f} MB")
+        out.print(f"{garbage_collection.SORTS[sort]:40}{number:>9} objects {size / 1e6:>12.2f} MB")
     if not delete and any(number for number, _ in counts.values()):
         out.print("nothing was changed; `--delete` removes them")
 
@@ -168,7 +169,7 @@ def report(
     Examples: `pia-batch report s3://bucket/out --price-per-hour 2.49`, `pia-batch report s3://bucket/out --live`
     """
     from pia_batch import report
-    from pia_batch.storage import Store
+    from pia_batch.storage.object_store import Store
 
     options = report.Options(
         max_results=max_results or report.MAX_RESULTS, embed=embed, media_url=media_url, price_per_hour=price_per_hour
@@ -182,8 +183,9 @@ def report(
 
 def _follow(store: Store, run_id: str | None, every_s: float, options: Options, path: Path | None) -> None:
     """Write the page of a run again and again, until it has published, or nobody works there any more."""
-    from pia_batch import publication, report, status
-    from pia_batch.uris import redacted_uri
+    from pia_batch import report
+    from pia_batch.journal import results, status
+    from pia_batch.storage.uris import redacted_uri
 
     begun = status.last_run(store)
     if begun is None:
@@ -192,7 +194,7 @@ def _follow(store: Store, run_id: str | None, every_s: float, options: Options, 
         _print_report(made)
         if status.lease_of(store)["state"] == "held":
             time.sleep(every_s)
-        elif not publication.is_published(store, made.run_id):
+        elif not results.is_published(store, made.run_id):
             out.print("the run has ended without publishing; `pia-batch run` goes on, and then this does")
             return
 

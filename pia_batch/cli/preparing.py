@@ -26,7 +26,7 @@ from pia_batch.cli.options import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from pia_batch.planning import Plan
+    from pia_batch.planning.plan import Plan
 
 SHOWN_GROUPS = 10
 SHOWN_REJECTIONS = 3
@@ -50,8 +50,8 @@ def plan(
 
     Needs neither a GPU nor a cluster. Example: `pia-batch plan nightly.yaml --price-per-hour 2.49`
     """
-    from pia_batch import planning
-    from pia_batch.survey import Survey
+    from pia_batch.planning import plan as planning
+    from pia_batch.planning.statistics import Survey
 
     dated = given({"run_date": run_date}) | params_of(param)
     loaded = load(config, overrides(manifest, output, override) | dated).filled()
@@ -79,12 +79,12 @@ def doctor(
     Exit code 2 if anything fails. Without a config it looks at this machine alone. Below the output it leaves one small
     object, as every run does. Example: `pia-batch doctor nightly.yaml`
     """
-    from pia_batch import doctor
+    from pia_batch.driver import preflight
 
     laid_over = overrides(manifest, output, override) | given({"run_date": run_date}) | params_of(param)
     loaded = load(config, laid_over).filled() if config is not None or laid_over else None
     findings = []
-    for finding in doctor.examine(loaded):
+    for finding in preflight.examine(loaded):
         findings.append(finding)
         if not as_json:
             style = {"ok": "green", "warn": "yellow", "fail": "bold red"}[finding.state]
@@ -101,9 +101,10 @@ def doctor(
 
 
 def _told(made: Plan, survey: Any, price: float | None) -> dict[str, Any]:  # a Survey, whose module waits
-    from pia_batch import advice, estimates
-    from pia_batch.journal import Journal
-    from pia_batch.storage import Store
+    from pia_batch.journal.log import Journal
+    from pia_batch.planning import cost as estimates
+    from pia_batch.planning import plan_warnings
+    from pia_batch.storage.object_store import Store
 
     config = made.config
     journal = Journal(Store(config.output))
@@ -136,7 +137,7 @@ def _told(made: Plan, survey: Any, price: float | None) -> dict[str, Any]:  # a 
             for cost in costs
         ],
         "bytes": list(estimates.num_bytes(survey, made.num_chosen, found)),
-        "warnings": advice.warnings(config, survey),
+        "warnings": plan_warnings.warnings(config, survey),
     }
 
 
@@ -152,7 +153,7 @@ def _rejections(rejected: pa.Table) -> dict[str, dict[str, Any]]:
 
 def _together(work: pa.Table, batch_size: int) -> list[dict[str, Any]]:
     """What is drawn together, the largest groups first: pending requests, and the full batches that they would fill."""
-    from pia_batch.records import GROUPED
+    from pia_batch.schema.columns import GROUPED
 
     groups = work.group_by(list(GROUPED)).aggregate([("num_rows", "sum")])
     groups = groups.rename_columns([*GROUPED, "num_rows"]).sort_by([("num_rows", "descending")])

@@ -19,9 +19,9 @@ from pia_batch.cli.signals import first_signal
 
 if TYPE_CHECKING:
     from pia_batch.config import RunConfig
-    from pia_batch.planning import Retry
-    from pia_batch.schedule import RunDate
-    from pia_batch.summary import RunSummary
+    from pia_batch.config.templates import RunDate
+    from pia_batch.driver.run_record import RunSummary
+    from pia_batch.planning.plan import Retry
 
 
 @with_flags
@@ -30,7 +30,7 @@ def run(flags: RunFlags, *, retry_failed: RetryFailed = False) -> None:
 
     Example: `pia-batch run nightly.yaml --output s3://bucket/out --run-date 2026-11-22 --deadline 06:00`
     """
-    from pia_batch.planning import Retry
+    from pia_batch.planning.plan import Retry
 
     _start(flags, flags.load({}), Retry() if retry_failed else None)
 
@@ -50,7 +50,7 @@ def retry(
 
     Exit codes as those of `run`. Example: `pia-batch retry nightly.yaml --kind image_unavailable --kind timeout`
     """
-    from pia_batch.planning import Retry
+    from pia_batch.planning.plan import Retry
 
     loaded = flags.load(given({"limits.max_attempts": max_attempts}))
     _start(flags, loaded, Retry(frozenset(kinds) if kinds else None))
@@ -68,7 +68,7 @@ def demo(
     import pyarrow.dataset as ds
 
     from pia_batch import tiny
-    from pia_batch.storage import Store
+    from pia_batch.storage.object_store import Store
 
     settings = {"defaults.format": "gif"}
     loaded = load(None, {"manifest": str(tiny.SAMPLE), "output": str(output), **settings})
@@ -106,7 +106,7 @@ def _start(flags: RunFlags, config: RunConfig, again: Retry | None) -> None:
 
 
 def _backfill(flags: RunFlags, config: RunConfig, again: Retry | None, told: list[dict[str, Any]]) -> int:
-    from pia_batch.backfill import backfill
+    from pia_batch.driver.backfill import backfill
 
     if flags.run_date is not None:
         raise errors.ConfigError("--run-date and --backfill: give one of them")
@@ -126,7 +126,7 @@ def _backfill(flags: RunFlags, config: RunConfig, again: Retry | None, told: lis
 @contextmanager
 def _drawing(*, as_json: bool = False, **options: Any) -> Iterator[Callable[[RunConfig], RunSummary]]:
     """`pipeline.run` of one config after the other; the first SIGINT or SIGTERM stops all of them."""
-    from pia_batch import pipeline
+    from pia_batch.pipeline import chain
 
     with first_signal(_tell_of) as stop:
 
@@ -134,7 +134,7 @@ def _drawing(*, as_json: bool = False, **options: Any) -> Iterator[Callable[[Run
             if stop.is_set():
                 raise errors.InterruptedRunError("stopped between two runs; start again to go on")
             with shown_progress(as_json=as_json) as show:
-                return pipeline.run(config, on_progress=show, stop=stop, **options)
+                return chain.run(config, on_progress=show, stop=stop, **options)
 
         yield run_one
 

@@ -16,8 +16,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from pia_batch.driver.progress import Snapshot
 from pia_batch.errors import printable
-from pia_batch.progress import Snapshot
 from pia_batch.report.facts import duration
 
 MAX_WIDTH = 110

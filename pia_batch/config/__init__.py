@@ -4,6 +4,8 @@ A config is one YAML file. Three layers make it, the later wins: the defaults he
 embedded model's own defaults where `model.base` is `embedded`, and what the operator wrote. An unknown key is an error.
 """
 
+from pia_batch.config.base import Section
+from pia_batch.config.execution import BudgetConfig, LimitsConfig, OnFinishConfig, PlacementConfig
 from pia_batch.config.models import (
     EMBEDDED,
     AddOn,
@@ -30,8 +32,6 @@ from pia_batch.config.requests import (
     Size,
 )
 from pia_batch.config.run import RunConfig
-from pia_batch.config.running import BudgetConfig, LimitsConfig, OnFinishConfig, PlacementConfig
-from pia_batch.config.section import Section
 
 __all__ = [
     "EMBEDDED",

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from pia_batch.config.section import Section
-from pia_batch.shortcuts import Speed
+from pia_batch.config.base import Section
+from pia_batch.config.speed_presets import Speed
 
 EMBEDDED = "embedded"
 """The value of `model.base` that means the checkpoint inside this package."""

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from pia_batch import uris
-from pia_batch.config.section import Section
+from pia_batch.config.base import Section
+from pia_batch.storage import uris
 
 Fit = Literal["cover", "contain", "stretch"]
 Format = Literal["mp4", "gif", "webp", "png_zip"]

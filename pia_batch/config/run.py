@@ -10,14 +10,16 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from pia_batch import schedule, tiny, uris
+from pia_batch import tiny
+from pia_batch.config import templates as schedule
+from pia_batch.config.base import Section
+from pia_batch.config.execution import BudgetConfig, LimitsConfig, OnFinishConfig, PlacementConfig
 from pia_batch.config.layers import assign, complete, merge, read_yaml
+from pia_batch.config.messages import explain
 from pia_batch.config.models import EMBEDDED, ModelConfig
 from pia_batch.config.requests import Defaults, EncodingConfig, ImagesConfig
-from pia_batch.config.running import BudgetConfig, LimitsConfig, OnFinishConfig, PlacementConfig
-from pia_batch.config.section import Section
 from pia_batch.errors import ConfigError
-from pia_batch.mistakes import explain
+from pia_batch.storage import uris
 
 
 def _date_text(value: Any) -> Any:  # whatever was written

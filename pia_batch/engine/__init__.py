@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 
 from pia_batch import weights
 from pia_batch.config import ModelConfig
+from pia_batch.config.speed_presets import EXACT, PRESETS, Speed
 from pia_batch.engine import compiling, loading, sampling
+from pia_batch.engine.batch_limit import Room, is_out_of_memory
 from pia_batch.engine.conditioning import ImageEncoder, Prompt, PromptEncoder
 from pia_batch.engine.decoding import FrameDecoder
 from pia_batch.engine.image_prompts import ImagePrompt, ImagePromptEncoder
-from pia_batch.engine.room import Room, is_out_of_memory
-from pia_batch.engine.sharing import SharedParts
+from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.engine.shots import Clip, Shot
 from pia_batch.errors import DeviceMemoryError, NonFiniteError, RequestError
-from pia_batch.shortcuts import EXACT, PRESETS, Speed
 
 if TYPE_CHECKING:
     from diffusers import PIAPipeline
@@ -139,11 +139,11 @@ class PiaEngine:
             BrokenDeviceError: it came out as another clip, flat, or not at all.
             ConfigError: the stored answer is missing, or of another embedded model.
         """
-        from pia_batch.engine import canary  # noqa: PLC0415 - it is a program too, and would be loaded twice
+        from pia_batch.engine import self_test  # noqa: PLC0415 - it is a program too, and would be loaded twice
 
-        scheduler = canary.scheduler(self._parts.scheduler, embedded=self._embedded)
+        scheduler = self_test.scheduler(self._parts.scheduler, embedded=self._embedded)
         exact = dataclasses.replace(self._parts, scheduler=scheduler, shortcuts=EXACT)
-        canary.check(PiaEngine(exact, self._identify, embedded=self._embedded), embedded=self._embedded)
+        self_test.check(PiaEngine(exact, self._identify, embedded=self._embedded), embedded=self._embedded)
 
     def animate(self, shots: Sequence[Shot], *, keep_latents: bool = False) -> list[Clip]:
         """Draw every shot.

@@ -23,9 +23,7 @@ import transformers
 from PIL import Image
 
 from pia_batch.engine import Shot
-from pia_batch.engine.calibration import Calibration, calibrate, device_name, seconds, state, synchronize
-from pia_batch.engine.compiling import Call, Mode, reason_of
-from pia_batch.engine.contestants import (
+from pia_batch.engine.baselines import (
     GUIDANCE,
     Contestant,
     Encode,
@@ -38,6 +36,8 @@ from pia_batch.engine.contestants import (
     pipeline,
     single_call,
 )
+from pia_batch.engine.calibration import Calibration, calibrate, device_name, seconds, state, synchronize
+from pia_batch.engine.compiling import Call, Mode, reason_of
 from pia_batch.engine.loading import quiet
 from pia_batch.engine.profiling import profile
 

@@ -18,12 +18,12 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from pia_batch.config import ModelConfig, SchedulerConfig
+from pia_batch.config.speed_presets import EXACT, PRESETS, Shortcuts
 from pia_batch.engine import adapters, compiling, image_prompts, offloading, single_file
 from pia_batch.engine.offloading import Berth, OnDemand
-from pia_batch.engine.sharing import SharedParts
+from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.engine.shots import Limits
 from pia_batch.errors import ConfigError
-from pia_batch.shortcuts import EXACT, PRESETS, Shortcuts
 from pia_batch.weights import ENGINE_VERSION, Weights
 
 _SCHEDULERS = {

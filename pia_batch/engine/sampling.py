@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
+from pia_batch.config.speed_presets import EXACT, OUTERMOST_SHARE, Shortcuts, whole_evaluations
 from pia_batch.engine import free_init
+from pia_batch.engine.async_transfers import Streaming
 from pia_batch.engine.compiling import Call, directly
 from pia_batch.engine.conditioning import Posterior, Prompt, Recent
-from pia_batch.engine.curves import motion_coefficients
 from pia_batch.engine.image_prompts import Attention, ImagePrompt
 from pia_batch.engine.loading import Components
+from pia_batch.engine.motion import motion_coefficients
 from pia_batch.engine.prediction import Deep, predictor
 from pia_batch.engine.shots import Shot
-from pia_batch.engine.streaming import Streaming
 from pia_batch.errors import UnsupportedSettingError
-from pia_batch.shortcuts import EXACT, OUTERMOST_SHARE, Shortcuts, whole_evaluations
 
 _LATENT_CHANNELS = 4
 

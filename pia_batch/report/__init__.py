@@ -18,14 +18,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from pia_batch import publication, uris
 from pia_batch.errors import ConfigError, StorageError
-from pia_batch.journal import RESULTS, Journal
-from pia_batch.records import REQUEST, SETTINGS
+from pia_batch.journal import results as publication
+from pia_batch.journal.log import RESULTS, Journal
 from pia_batch.report import page, results
 from pia_batch.report.facts import REMEDIES, Facts, again_config
 from pia_batch.report.media import Places, with_embedded, with_media
-from pia_batch.storage import Store
+from pia_batch.schema.columns import REQUEST, SETTINGS
+from pia_batch.storage import uris
+from pia_batch.storage.object_store import Store
 
 MAX_RESULTS = 20_000
 """Results of one page, about 0.3 KB each and their prompts. A browser opens that many at once."""

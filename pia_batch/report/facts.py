@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from pia_batch import uris
 from pia_batch.config import EMBEDDED, RunConfig
 from pia_batch.report.results import Tally
+from pia_batch.storage import uris
 
 REMEDIES = {
     "missing_value": "fill the column",

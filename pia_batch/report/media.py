@@ -15,11 +15,13 @@ import pyarrow.compute as pc
 from PIL import Image
 from pydantic import ValidationError
 
-from pia_batch import images, journal, sources, uris, video
 from pia_batch.config import Format, ImagesConfig
 from pia_batch.errors import ConfigError, RequestError
-from pia_batch.records import SUCCEEDED
-from pia_batch.storage import Store
+from pia_batch.journal import log
+from pia_batch.media import codecs, fetch, images
+from pia_batch.schema.columns import SUCCEEDED
+from pia_batch.storage import uris
+from pia_batch.storage.object_store import Store
 
 NO_ANSWER_S = 5.0
 """Seconds that one condition image may take to become a thumbnail."""
@@ -66,7 +68,7 @@ class Places:
 
     def animation(self, key: str, extension: str) -> str:
         """The reference of an animation."""
-        name = journal.animation_name(key, extension)
+        name = log.animation_name(key, extension)
         if self._media_url is not None:
             return f"{self._media_url.rstrip('/')}/{name}"
         return self._relative((*self._output.parts, *name.split("/")))
@@ -132,7 +134,7 @@ def _origin(place: uris.Location) -> str:
 def with_media(rows: pa.Table, places: Places) -> pa.Table:
     """`rows` with `media`, the reference of each animation, and `image_ref`, that of its condition image, or null."""
     media = [
-        places.animation(key, video.EXTENSIONS[form]) if status == SUCCEEDED else None
+        places.animation(key, codecs.EXTENSIONS[form]) if status == SUCCEEDED else None
         for key, form, status in zip(*(rows[name].to_pylist() for name in ("key", "format", "status")), strict=True)
     ]
     references = {image: places.image(image) for image in pc.unique(rows["image"]).to_pylist()}
@@ -163,7 +165,7 @@ def _extended(rows: pa.Table, **columns: list[str | None]) -> pa.Table:
 def _thumbnail(image: str, places: Places) -> str | None:
     settings = places.images.model_copy(update={"timeout_s": min(places.images.timeout_s, NO_ANSWER_S)})
     try:
-        data = sources.read_image(image, places.folder, settings)
+        data = fetch.read_image(image, places.folder, settings)
         picture = images.decode(data, max_pixels=settings.max_pixels, background=settings.background)
     except RequestError:  # as its request did, or it went away since
         return None
@@ -176,8 +178,8 @@ def _strip(store: Store, key: str, form: Format, status: str) -> str | None:
     if status != SUCCEEDED or form == "mp4":
         return None
     try:
-        data = store.read(journal.animation_name(key, video.EXTENSIONS[form]))
-        frames = video.decode(data, form)
+        data = store.read(log.animation_name(key, codecs.EXTENSIONS[form]))
+        frames = codecs.decode(data, form)
     except (FileNotFoundError, RequestError):  # `verify` is there to complain
         return None
     chosen = np.unique(np.linspace(0, len(frames) - 1, _STRIP_FRAMES).round().astype(int))

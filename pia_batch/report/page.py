@@ -15,8 +15,8 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 
-from pia_batch.records import SETTINGS
 from pia_batch.report.facts import Facts
+from pia_batch.schema.columns import SETTINGS
 
 _SCRIPTS = ("data.js", "filters.js", "media.js", "gallery.js", "detail.js", "charts.js", "main.js")
 _LOADER = jinja2.PackageLoader("pia_batch.report")

@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pia_batch.errors import StorageError
-from pia_batch.journal import Journal
-from pia_batch.records import FAILED, RESULT, SUCCEEDED
-from pia_batch.storage import Store
+from pia_batch.journal.log import Journal
+from pia_batch.schema.columns import FAILED, RESULT, SUCCEEDED
+from pia_batch.storage.object_store import Store
 
 COLUMNS = pa.schema([column for column in RESULT if column.name not in ("animation_uri", "sha256")])
 """What a page holds of a result: the animation's name follows from its key, and the carried columns may be secret."""

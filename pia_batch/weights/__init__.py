@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pia_batch import sd15, tiny
+from pia_batch import tiny
 from pia_batch.config import EMBEDDED, ModelConfig
+from pia_batch.config.speed_presets import PRESETS
 from pia_batch.errors import ConfigError
-from pia_batch.shortcuts import PRESETS
-from pia_batch.weights import addons, components, headers
+from pia_batch.weights import addons, components, safetensors, sd15
 from pia_batch.weights.components import CONFIG, DIFFUSION_MODEL, MODEL, Component
 from pia_batch.weights.fetching import Hub, HuggingFaceHub, Source, locate
 
@@ -209,7 +209,7 @@ def _single_file_base(model: ModelConfig, source: Source, file: str, configs: So
     }
 
 
-def _check_checkpoint(header: headers.Header, file: str, networks: list[str]) -> None:
+def _check_checkpoint(header: safetensors.Header, file: str, networks: list[str]) -> None:
     addons.expect(header, "model.base", "Stable Diffusion 1.5 checkpoint")
     if "text_encoder" in networks and not header.starting("cond_stage_model."):
         raise ConfigError(f"model.base: {file} has no text encoder (cond_stage_model.*); name a whole checkpoint")
@@ -300,7 +300,7 @@ def _check_unet(unet: Component, model: ModelConfig) -> bool:
     return holds_motion
 
 
-def _text_width(header: headers.Header) -> int | None:
+def _text_width(header: safetensors.Header) -> int | None:
     """What a UNet's cross-attention takes. Motion modules have layers of that name too, which see no text."""
     for name, shape in header.shapes.items():
         if name.endswith("attn2.to_k.weight") and "motion_modules" not in name:
@@ -308,11 +308,11 @@ def _text_width(header: headers.Header) -> int | None:
     return None
 
 
-def _header(source: Source, file: str, key: str) -> headers.Header:
+def _header(source: Source, file: str, key: str) -> safetensors.Header:
     path = source.root / file
     if not path.is_file():
         raise ConfigError(f"{key}: there is no {file} in {source.named}")
-    return headers.read(path)
+    return safetensors.read(path)
 
 
 def _beside(file: str) -> str:

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from pia_batch.config import IpAdapterConfig, LoraConfig, ModelConfig, TextualInversionConfig
 from pia_batch.errors import ConfigError
-from pia_batch.weights import components, headers
+from pia_batch.weights import components, safetensors
 from pia_batch.weights.components import CONFIG, MODEL, Component
 from pia_batch.weights.fetching import Hub, Place, locate
 
@@ -66,20 +66,20 @@ def find(model: ModelConfig, text_width: int, text_encoder_width: int, hub: Hub)
     )
 
 
-def expect(header: headers.Header, key: str, *kinds: headers.Kind) -> headers.Kind:
+def expect(header: safetensors.Header, key: str, *kinds: safetensors.Kind) -> safetensors.Kind:
     """What the file is, which must be one of `kinds`.
 
     Raises:
         ConfigError: it is another, with where that one belongs.
     """
-    found = headers.kind(header)
+    found = safetensors.kind(header)
     if found not in kinds:
         remedy = _BELONGS.get(found, "PIA animates Stable Diffusion 1.5 and what is made for it")
         raise ConfigError(f"{key}: {header.path.name} is of the wrong kind: {found}; {remedy}")
     return found
 
 
-_BELONGS: dict[headers.Kind, str] = {
+_BELONGS: dict[safetensors.Kind, str] = {
     "Stable Diffusion 1.5 checkpoint": "it belongs in model.base",
     "LoRA": "it belongs in model.loras",
     "LyCORIS adapter (LoHa or LoKr)": "only plain LoRAs can be applied",
@@ -121,7 +121,7 @@ def _inversion(entry: TextualInversionConfig, key: str, width: int, hub: Hub) ->
     return found
 
 
-def _only(header: headers.Header) -> tuple[str, tuple[int, ...]]:
+def _only(header: safetensors.Header) -> tuple[str, tuple[int, ...]]:
     (found,) = header.shapes.items()
     return found
 
@@ -152,7 +152,7 @@ def _ip_adapter(entry: IpAdapterConfig, text_width: int, hub: Hub) -> tuple[Comp
     return adapter, encoder
 
 
-def _is_for_faces(header: headers.Header) -> bool:
+def _is_for_faces(header: safetensors.Header) -> bool:
     """FaceID, which brings LoRAs or a projection that images have none of. `full-face` takes ordinary images."""
     if any("lora" in name for name in header.shapes) or header.starting("image_proj.perceiver_resampler."):
         return True
@@ -167,7 +167,7 @@ def _image_encoder(entry: IpAdapterConfig, name: str, hub: Hub) -> Component:
     return components.weighted(place.bring(components.patterns("", None)), "", MODEL, None)
 
 
-def _check_encoder(header: headers.Header, encoder: Component, key: str) -> None:
+def _check_encoder(header: safetensors.Header, encoder: Component, key: str) -> None:
     """An IP-Adapter takes an image as one vector, or, as `plus` and `full-face`, as the encoder's hidden states."""
     settings = encoder.settings
     vision = settings.get("vision_config", settings)
@@ -195,10 +195,10 @@ def _choose(
             raise ConfigError(f"{key}: source names the file {file} already; leave weight_name out")
         return place, file
     if wanted is not None:
-        headers.refuse_pickle(wanted, f"{key}.weight_name")
+        safetensors.refuse_pickle(wanted, f"{key}.weight_name")
         return place, wanted
     names = place.names()
-    usable = [name for name in names if name.endswith(headers.SUFFIX)]
+    usable = [name for name in names if name.endswith(safetensors.SUFFIX)]
     nearest = [name for name in usable if "/" not in name] or usable
     if default in nearest:
         return place, default
@@ -210,20 +210,20 @@ def _choose(
 def _refuse_choice(source: str, key: str, names: list[str], usable: list[str]) -> NoReturn:
     if usable:
         raise ConfigError(f"{key}: {source} has several files; set {key}.weight_name to one of {_listed(usable)}")
-    pickles = [name for name in names if Path(name).suffix.lower() in headers.PICKLED]
+    pickles = [name for name in names if Path(name).suffix.lower() in safetensors.PICKLED]
     if pickles:
         raise ConfigError(
-            f"{key}: {source} has no {headers.SUFFIX} file, only {_listed(pickles)}; pickled weights are refused, as "
-            "opening them runs their code. Convert them to safetensors"
+            f"{key}: {source} has no {safetensors.SUFFIX} file, only {_listed(pickles)}; pickled weights are refused, "
+            "as opening them runs their code. Convert them to safetensors"
         )
-    raise ConfigError(f"{key}: {source} has no {headers.SUFFIX} file")
+    raise ConfigError(f"{key}: {source} has no {safetensors.SUFFIX} file")
 
 
-def _header(part: Component, key: str, place: Place) -> headers.Header:
+def _header(part: Component, key: str, place: Place) -> safetensors.Header:
     if not part.path.is_file():
-        usable = [name for name in place.names() if name.endswith(headers.SUFFIX)]
+        usable = [name for name in place.names() if name.endswith(safetensors.SUFFIX)]
         raise ConfigError(f"{key}: there is no {part.files[0]}; weight_name may be one of {_listed(usable)}")
-    return headers.read(part.path)
+    return safetensors.read(part.path)
 
 
 def _listed(names: list[str]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pia_batch.errors import ConfigError
-from pia_batch.weights import headers
+from pia_batch.weights import safetensors
 from pia_batch.weights.fetching import Source
 
 MODEL, DIFFUSION_MODEL = "model", "diffusion_pytorch_model"
@@ -125,7 +125,7 @@ def weighted(source: Source, part: str, stem: str, variant: str | None) -> Compo
     if missing or not names:
         raise ConfigError(_why_no_weights(source, folder, f"{label}{', '.join(missing)}"))
     for name in names:
-        headers.read(folder / name)
+        safetensors.read(folder / name)
     used = {CONFIG, *names, *([index.name] if index.is_file() else [])}
     return Component(folder, variant, tuple(sorted(used)), source.commit)
 
@@ -144,11 +144,11 @@ def only_config(source: Source, part: str) -> Component:
     return plain(source, part, (CONFIG,))
 
 
-def header(part: Component) -> headers.Header:
+def header(part: Component) -> safetensors.Header:
     """The tensors of all its safetensors files together."""
-    found = [headers.read(part.folder / name) for name in part.files if name.endswith(headers.SUFFIX)]
+    found = [safetensors.read(part.folder / name) for name in part.files if name.endswith(safetensors.SUFFIX)]
     shapes = {name: shape for each in found for name, shape in each.shapes.items()}
-    return headers.Header(found[0].path, shapes)
+    return safetensors.Header(found[0].path, shapes)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -182,10 +182,10 @@ def _hash_file(path: Path, size: int, modified_ns: int) -> str:
 
 def _why_no_weights(source: Source, folder: Path, wanted: str) -> str:
     message = f"{source.named} has no {wanted}"
-    others = sorted(path.name for path in folder.glob(f"*{headers.SUFFIX}"))
+    others = sorted(path.name for path in folder.glob(f"*{safetensors.SUFFIX}"))
     if others:
         return f"{message}, but {', '.join(others)}; set or leave out the variant in the config"
-    pickles = sorted(path.name for ending in headers.PICKLED for path in folder.glob(f"*{ending}"))
+    pickles = sorted(path.name for ending in safetensors.PICKLED for path in folder.glob(f"*{ending}"))
     found = f", only {', '.join(pickles)}" if pickles else ""
     return (
         f"{message}{found}; pickled weights are refused, as opening them runs their code. "

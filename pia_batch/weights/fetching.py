@@ -25,9 +25,9 @@ from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from pia_batch.errors import ConfigError
-from pia_batch.storage import ObjectInfo, Store
-from pia_batch.uris import redacted
-from pia_batch.weights import headers
+from pia_batch.storage.object_store import ObjectInfo, Store
+from pia_batch.storage.uris import redacted
+from pia_batch.weights import safetensors
 
 log = logging.getLogger(__name__)
 
@@ -102,14 +102,14 @@ def locate(name: str, revision: str | None, key: str, hub: Hub) -> tuple[Place, 
     if path.is_dir():
         return LocalFolder(path, name), None
     if path.is_file():
-        headers.refuse_pickle(name, key)
+        safetensors.refuse_pickle(name, key)
         return LocalFolder(path.parent, name), path.name
     suffix = Path(name).suffix.lower()
-    if scheme is None and _HUB_ID.fullmatch(name) and suffix not in (headers.SUFFIX, *headers.PICKLED):
+    if scheme is None and _HUB_ID.fullmatch(name) and suffix not in (safetensors.SUFFIX, *safetensors.PICKLED):
         return HubRepository(name, revision, hub), None
     in_repository = None if scheme else _HUB_FILE.fullmatch(name)
     if in_repository is not None:
-        headers.refuse_pickle(name, key)
+        safetensors.refuse_pickle(name, key)
         return HubRepository(in_repository[1], revision, hub), in_repository[2]
     raise ConfigError(
         f"{key}: there is no folder or file {name}, and it is no hub id either "
@@ -125,8 +125,8 @@ def _locate_object(uri: str, scheme: str, key: str) -> tuple[Place, str | None]:
         )
     whole = uri.rstrip("/")
     parent, _, last = whole.rpartition("/")
-    if Path(last).suffix.lower() in (headers.SUFFIX, *headers.PICKLED) and not parent.endswith(":/"):
-        headers.refuse_pickle(redacted(uri), key)
+    if Path(last).suffix.lower() in (safetensors.SUFFIX, *safetensors.PICKLED) and not parent.endswith(":/"):
+        safetensors.refuse_pickle(redacted(uri), key)
         return ObjectFolder(Store(parent), key), last
     return ObjectFolder(Store(whole), key), None
 

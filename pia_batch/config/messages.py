@@ -1,0 +1,115 @@
+"""What is wrong with a config, in words: which key, which value, and for an unknown key the one that was meant."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from pia_batch.storage import uris
+
+
+def explain(err: ValidationError, root: type[BaseModel], source: str) -> str:
+    """One line for an operator.
+
+    Args:
+        err: what pydantic found.
+        root: the class of the whole config.
+        source: where the values come from, such as a file's path.
+    """
+    lines = []
+    for problem in err.errors():
+        location = problem["loc"]
+        key = ".".join(uris.redacted_uri(str(part)) for part in location)
+        if problem["type"] == "extra_forbidden":
+            near = nearest([str(part) for part in location], root)
+            lines.append(f"{key}: unknown key" + (f"; did you mean {near!r}?" if near else ""))
+        elif problem["type"] == "missing":
+            lines.append(f"{key}: required, and not given")
+        else:
+            lines.append(f"{key}: {_said(problem)}" if key else _said(problem))
+    return f"{source}: " + "; ".join(lines)
+
+
+_TYPES = {
+    "bool": "true or false",
+    "dict": "a mapping of names to values",
+    "float": "a number",
+    "int": "a whole number",
+    "model": "a section, with its keys below it",
+    "string": "a text",
+    "tuple": "a list, such as [a, b]",
+}
+"""What a value has to be, by the first word of pydantic's name for the mistake."""
+
+
+def _said(problem: ErrorDetails) -> str:
+    """What is wrong with a value, and the value, in the words of a config rather than of Python."""
+    kind, text = problem["type"], problem["msg"]
+    if kind == "value_error":  # of our own, which name the value
+        return text.removeprefix("Value error, ")
+    expected, _, rest = kind.partition("_")
+    if (expected, rest) == ("invalid", "key"):
+        return f"a key must be a text; write it in quotes (got {_shown(problem['input'])})"
+    if expected in _TYPES and rest in ("type", "parsing", "from_float", "attributes_type"):
+        text = f"must be {_TYPES[expected]}"
+    return f"{re.sub('^(Input|String) should', 'must', text)} (got {_shown(problem['input'])})"
+
+
+def nearest(location: Sequence[str], root: type[BaseModel]) -> str | None:
+    """The key that was most likely meant: spelt alike in the same section, or known elsewhere, or spelt alike there.
+
+    Args:
+        location: the parts of the unknown key, names and numbers of entries included.
+        root: the class of the whole config.
+    """
+    *section, leaf = location
+    siblings, known = _section_at(section, root).model_fields, list(_keys(root))
+    leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
+    for alike in (0.8, 0.6):
+        found = difflib.get_close_matches(leaf, siblings, n=1, cutoff=alike)
+        if found:
+            return ".".join([*section, *found])
+        if leaf in leaves:
+            return leaves[leaf]
+    whole = difflib.get_close_matches(".".join(location), known, n=1, cutoff=0.8)
+    elsewhere = [leaves[match] for match in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)]
+    return next(iter([*whole, *elsewhere]), None)
+
+
+def _section_at(location: Sequence[str], root: type[BaseModel]) -> type[BaseModel]:
+    """The class of a section; parts that number or name the entries of a list or mapping lead nowhere else."""
+    section = root
+    for part in location:
+        if part in section.model_fields:
+            section = _model_in(section.model_fields[part].annotation) or section
+    return section
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:  # any type
+    """The class that a field holds, by itself, as entries, or as one of several kinds of value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of a section and of those in it, by dots; not those of the entries of lists and mappings."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+
+
+def _shown(value: object) -> str:
+    """A value of the config for a message, without the secrets of the URIs in it."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return uris.redacted(repr(uris.redacted_uri(value) if isinstance(value, str) else value))

@@ -1,0 +1,113 @@
+"""Many models in one process: loaded when they are asked for, put away when memory runs short."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+import torch
+
+from pia_batch.config import ModelConfig
+from pia_batch.engine import PiaEngine
+from pia_batch.engine.offloading import total_memory
+from pia_batch.engine.shared_weights import SharedParts
+from pia_batch.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+WEIGHTS_SHARE = 0.6
+"""How much of a memory the weights of all models may take; the rest is for what a batch computes."""
+
+
+def budget(device: torch.device) -> int:
+    """Bytes that weights may take of this device's memory."""
+    return int(WEIGHTS_SHARE * total_memory(device))
+
+
+class ModelShelf:
+    """The engines of several models on one device, as many at a time as there is room for.
+
+    What models have in common is in memory once: text encoder, VAE, tokenizer and UNet where nothing distinguishes
+    them, and the motion modules of UNets with the same motion adapter. A model draws what it draws alone. Not for
+    several threads at a time.
+
+    Args:
+        models: by name.
+        device: such as `cpu` or `cuda:0`; None: a GPU if there is one.
+        max_models: most engines at a time; None: as many as the budget holds.
+        budget: bytes that weights may take of a device. The model in use may take more.
+        load: makes the engine of a model, on a device, with shared parts.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelConfig],
+        device: str | None = None,
+        *,
+        max_models: int | None = None,
+        budget: Callable[[torch.device], int] = budget,
+        load: Callable[[ModelConfig, str | None, SharedParts], PiaEngine] = PiaEngine.load,
+    ) -> None:
+        self._models, self._device, self._max_models = dict(models), device, max_models
+        self._budget, self._load_engine = budget, load
+        self._shared = SharedParts()
+        self._engines: OrderedDict[str, PiaEngine] = OrderedDict()
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The models in memory, the one that was used last at the end."""
+        return tuple(self._engines)
+
+    def engine(self, name: str) -> PiaEngine:
+        """The engine of a model. Ask for it anew each time: whoever keeps it keeps its memory.
+
+        Raises:
+            ConfigError: there is no such model, it cannot be loaded, or the device is too small for it alone.
+        """
+        if name not in self._models:
+            raise ConfigError(f"there is no model {name!r}; the config has {', '.join(sorted(self._models))}")
+        if name not in self._engines:
+            self._evict(down_to=len(self._models) if self._max_models is None else self._max_models - 1)
+            self._engines[name] = self._load(name)
+            while len(self._engines) > 1 and self._is_over_budget():
+                self._evict(down_to=len(self._engines) - 1)
+        self._engines.move_to_end(name)
+        return self._engines[name]
+
+    def _load(self, name: str) -> PiaEngine:
+        began = time.monotonic()
+        engine = self._try_to_load(name)
+        if engine is None and self._engines:
+            self._evict(down_to=0)
+            engine = self._try_to_load(name)
+        if engine is None:
+            raise ConfigError(
+                f"model {name!r} alone is too large for the device's memory; set its `memory` to `low`, or use a "
+                "larger device"
+            )
+        log.info("model_loaded name=%s seconds=%.1f", name, time.monotonic() - began)
+        return engine
+
+    def _try_to_load(self, name: str) -> PiaEngine | None:
+        """The engine; None where memory ran out. When this returns, no traceback holds what was loaded half-way."""
+        try:
+            return self._load_engine(self._models[name], self._device, self._shared)
+        except (MemoryError, torch.OutOfMemoryError) as err:
+            log.warning("model_does_not_fit name=%s loaded=%d reason=%s", name, len(self._engines), err)
+            return None
+
+    def _is_over_budget(self) -> bool:
+        return any(size > self._budget(device) for device, size in self._shared.num_bytes().items())
+
+    def _evict(self, down_to: int) -> None:
+        """Put away the models that were not used for longest, until no more than this many are left."""
+        while len(self._engines) > down_to:
+            name = next(iter(self._engines))
+            del self._engines[name]
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            log.info("model_evicted name=%s", name)

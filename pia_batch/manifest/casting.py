@@ -1,0 +1,210 @@
+"""A manifest's columns in their own types, and the rows that are rejected because they hold something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pia_batch.config import Defaults
+from pia_batch.schema.columns import REQUEST, SETTINGS, redacted
+
+MAX_SEED = 2**63 - 1
+
+
+class Rejections:
+    """Which rows are bad so far, and why; the first reason stands.
+
+    Attributes:
+        bad: bool, one for each row.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.bad = np.zeros(num_rows, dtype=bool)
+        self._found: list[tuple[npt.NDArray[np.int64], str, pa.Array]] = []
+
+    def reject(self, mask: pa.Array, kind: str, explain: Callable[[npt.NDArray[np.int64]], pa.Array | str]) -> None:
+        """Mark the rows of `mask` (null counts as false); `explain` is asked only for those that are newly bad."""
+        flags = np.asarray(pc.fill_null(mask, False).to_numpy(zero_copy_only=False), dtype=bool)
+        rows = np.flatnonzero(flags & ~self.bad)
+        if len(rows):
+            message = explain(rows)
+            self._found.append((rows, kind, pa.repeat(message, len(rows)) if isinstance(message, str) else message))
+            self.bad[rows] = True
+
+    def table(self) -> pa.Table:
+        """`row` (int64, rising), `error_kind`, `error`."""
+        schema = pa.schema([("row", pa.int64()), ("error_kind", pa.string()), ("error", pa.string())])
+        parts = [
+            pa.table([pa.array(rows), pa.repeat(kind, len(rows)), messages], schema=schema)
+            for rows, kind, messages in self._found
+        ]
+        return pa.concat_tables([schema.empty_table(), *parts]).sort_by("row").combine_chunks()
+
+
+class Columns:
+    """The known columns in their own types; values that cannot be converted are rejected, and null from then on.
+
+    Attributes:
+        num_rows: of each column.
+        typed: by name, with the types of `records.REQUEST`.
+    """
+
+    def __init__(self, table: pa.Table, rejections: Rejections) -> None:
+        self._rejections = rejections
+        self.num_rows = len(table)
+        self._raw = {name: _flat(table[name]) for name in table.column_names if name in REQUEST.names}
+        self.typed: dict[str, pa.Array] = {}
+        for name in REQUEST.names:
+            self.typed[name] = self._convert(name)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> None:
+        """Keep `rows` only."""
+        self.typed = {name: column.take(pa.array(rows)) for name, column in self.typed.items()}
+
+    def require(self, name: str, missing: pa.Array, wanted: str) -> None:
+        """Reject the rows of `missing`, which lack a value of column `name`."""
+        self._rejections.reject(missing, "missing_value", lambda _: f"column '{name}' is empty; required: {wanted}")
+
+    def reject(self, name: str, bad: pa.Array, kind: str, allowed: str) -> None:
+        """Reject the rows of `bad` for their value of column `name`; `allowed` says what may stand there."""
+
+        def explain(rows: npt.NDArray[np.int64]) -> pa.Array:
+            raw = self._raw.get(name)
+            shown = pa.nulls(len(rows), pa.string()) if raw is None else _shown(raw.take(pa.array(rows)))
+            shown = pc.fill_null(shown, "the default")
+            return pc.binary_join_element_wise(f"column '{name}': ", shown, f" is not allowed; allowed: {allowed}", "")
+
+        self._rejections.reject(bad, kind, explain)
+
+    def _convert(self, name: str) -> pa.Array:
+        wanted, raw = REQUEST.field(name).type, self._raw.get(name)
+        if raw is None or pa.types.is_null(raw.type):
+            return pa.nulls(self.num_rows, wanted)
+        if raw.type == wanted:
+            return raw
+        if pa.types.is_string(wanted):
+            return self._to_string(name, raw)
+        if pa.types.is_boolean(wanted):
+            return self._to_boolean(name, raw)
+        if pa.types.is_integer(wanted) or pa.types.is_floating(wanted):
+            return self._to_number(name, raw, wanted)
+        return self._to_container(name, raw, wanted)
+
+    def _to_string(self, name: str, raw: pa.Array) -> pa.Array:
+        # Integer ids are common in databases; an integer prompt is a mistake.
+        if pa.types.is_large_string(raw.type) or (name == "request_id" and pa.types.is_integer(raw.type)):
+            return raw.cast(pa.string())
+        self.reject(name, pc.is_valid(raw), "invalid_type", f"a string, and not {raw.type}")
+        return pa.nulls(self.num_rows, pa.string())
+
+    def _to_boolean(self, name: str, raw: pa.Array) -> pa.Array:
+        """Truth out of a column of text, as CSV has it: true and false in any case; empty is null."""
+        if not (pa.types.is_large_string(raw.type) or pa.types.is_string(raw.type)):
+            self.reject(name, pc.is_valid(raw), "invalid_type", f"true, false, or null, and not {raw.type}")
+            return pa.nulls(self.num_rows, pa.bool_())
+        text = pc.utf8_lower(pc.utf8_trim_whitespace(raw.cast(pa.string())))
+        text = pc.if_else(pc.equal(text, ""), None, text)
+        known = pc.is_in(text, value_set=pa.array(["true", "false"]))
+        self.reject(name, pc.and_(pc.is_valid(text), pc.invert(known)), "invalid_type", "true, false, or null")
+        return pc.if_else(known, pc.equal(text, "true"), None)
+
+    def _to_number(self, name: str, raw: pa.Array, wanted: pa.DataType) -> pa.Array:
+        allowed = str(Range.of(name))
+        if pa.types.is_large_string(raw.type) or pa.types.is_string(raw.type) or pa.types.is_decimal(raw.type):
+            return self._parse(name, raw, wanted)
+        if pa.types.is_integer(raw.type):
+            if pa.types.is_integer(wanted):
+                unsigned = pa.types.is_uint64(raw.type)
+                limit = pc.greater(raw, pa.scalar(MAX_SEED, raw.type)) if unsigned else pa.repeat(False, len(raw))
+                self.reject(name, limit, "out_of_range", allowed)
+                return pc.if_else(limit, None, raw).cast(wanted)
+            return raw.cast(wanted, safe=False)
+        if pa.types.is_floating(raw.type):
+            values = raw.cast(pa.float64())
+            if pa.types.is_floating(wanted):
+                return values
+            self.reject(name, pc.invert(pc.is_finite(values)), "not_finite", allowed)
+            whole = pc.and_(pc.equal(values, pc.round(values)), pc.less(pc.abs(values), 2.0**63))
+            self.reject(name, pc.invert(whole), "invalid_type", allowed)
+            return pc.if_else(whole, values, None).cast(wanted, safe=False)
+        self.reject(name, pc.is_valid(raw), "invalid_type", f"{allowed}, and not {raw.type}")
+        return pa.nulls(self.num_rows, wanted)
+
+    def _parse(self, name: str, raw: pa.Array, wanted: pa.DataType) -> pa.Array:
+        """Numbers out of text, digit by digit where a float would round large seeds."""
+        text = pc.utf8_trim_whitespace(raw.cast(pa.string()))
+        text = pc.if_else(pc.equal(text, ""), None, text)
+        numeric = pc.match_substring_regex(text, r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$")
+        self.reject(name, pc.invert(numeric), "invalid_type", str(Range.of(name)))
+        text = pc.if_else(numeric, text, None)
+        if not pa.types.is_integer(wanted):
+            return text.cast(wanted)
+        digits = pc.replace_substring_regex(text, r"\.0*$", "")
+        whole = pc.match_substring_regex(digits, r"^[0-9]{1,19}$")
+        exact = pc.if_else(whole, digits, None).cast(pa.uint64())
+        others = pc.if_else(whole, None, text).cast(pa.float64())
+        return pc.coalesce(self._to_number(name, exact, wanted), self._to_number(name, others, wanted))
+
+    def _to_container(self, name: str, raw: pa.Array, wanted: pa.DataType) -> pa.Array:
+        is_list = (
+            pa.types.is_list(raw.type) or pa.types.is_large_list(raw.type) or pa.types.is_fixed_size_list(raw.type)
+        )
+        fits = is_list and any(
+            test(raw.type.value_type) for test in (pa.types.is_floating, pa.types.is_integer, pa.types.is_null)
+        )
+        if pa.types.is_list(wanted) and fits:
+            return raw.cast(wanted, safe=False)
+        binary = pa.types.is_binary(raw.type) or pa.types.is_fixed_size_binary(raw.type)
+        if pa.types.is_large_binary(wanted) and binary:
+            return raw.cast(pa.binary()).cast(wanted)
+        self.reject(name, pc.is_valid(raw), "invalid_type", f"{wanted}, and not {raw.type}")
+        return pa.nulls(self.num_rows, wanted)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The range of a numeric setting, read from `config.Defaults` so that both edges agree."""
+
+    minimum: float
+    maximum: float
+    open_below: bool
+    multiple_of: int
+    integer: bool
+
+    @classmethod
+    def of(cls, name: str) -> Range:
+        """That of a setting."""
+        limits = {"ge": 0, "gt": None, "le": MAX_SEED, "multiple_of": 1}  # a seed's, which has no default
+        for rule in Defaults.model_fields[name].metadata if name != "seed" else ():
+            limits |= {key: getattr(rule, key, value) for key, value in limits.items()}
+        low = limits["gt"] if limits["gt"] is not None else limits["ge"]
+        integer = pa.types.is_integer(SETTINGS.field(name).type)
+        return cls(low or 0, limits["le"] or 0, limits["gt"] is not None, limits["multiple_of"] or 1, integer)
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.integer else "a number"
+        many = f" that is a multiple of {self.multiple_of}" if self.multiple_of > 1 else ""
+        bounds = f"above {self.minimum:g} up to" if self.open_below else f"from {self.minimum:g} to"
+        maximum = "2^63-1" if self.maximum == MAX_SEED else f"{self.maximum:g}"
+        return f"{kind}{many} {bounds} {maximum}, or null for the default"
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    array = array.storage if isinstance(array, pa.ExtensionArray) else array
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
+def _shown(values: pa.Array) -> pa.Array:
+    try:
+        text = values.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        text = pa.array([str(value)[:80] for value in values.to_pylist()], pa.string())
+    textual = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    quoted = pc.binary_join_element_wise("'", redacted(text), "'", "") if textual else text
+    return pc.utf8_slice_codeunits(quoted, 0, 80)

@@ -1,0 +1,375 @@
+"""One file of a manifest: Parquet, JSONL or CSV, untrusted, read in tables that fit in memory.
+
+A file that is corrupt, or built to unpack to what no machine holds, is a ManifestError that names it. Text and bytes
+are bounded by the constants below, as long as a Parquet footer tells the truth; one that lies can cost 2 GiB, a page's
+maximum, for each column. A list of equal numbers takes no space in a file, and its own size in memory.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from pia_batch.errors import InterruptedRunError, ManifestError, message_of
+from pia_batch.storage import filesystems
+from pia_batch.storage.uris import redacted
+
+FileFormat = Literal["parquet", "jsonl", "csv"]
+
+BATCH_ROWS = 65_536
+BATCH_ROWS_WITH_BYTES = 256
+"""Rows read at a time where the images lie in the manifest: a few hundred images fit in memory, 65,536 do not."""
+
+
+SLICE_BYTES = 256 * 2**20
+"""Text and bytes in one batch, unpacked: rows that hold more come in several batches, one row each at the least."""
+
+MAX_ROW_BYTES = 32 * 2**10
+MAX_ROW_BYTES_WITH_BYTES = 64 * 2**20
+"""Text and bytes of one row, as a mean over the rows that are read at a time. A row that passes validation has at most
+22 KiB, and its image besides; more is a dictionary of long values that many rows share."""
+
+MAX_EXPANSION = 1000
+MAX_EXPANDED_BYTES = 2**30
+"""A row group that is larger than this when unpacked may not be more than so many times the size of its file."""
+
+MAX_COLUMNS = 1000
+
+_MAX_FOOTER_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is known of a file once it was looked at.
+
+    Attributes:
+        schema: of all columns, as stored.
+        groups: int64, (n, 2): rows and unpacked bytes of each Parquet row group; of JSONL and CSV those of the whole
+            file, as one group.
+        table: JSONL and CSV, which cannot be looked at without being read; None of Parquet.
+    """
+
+    schema: pa.Schema
+    groups: npt.NDArray[np.int64]
+    table: pa.Table | None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all groups."""
+        return int(self.groups[:, 0].sum())
+
+
+Known = Callable[[str, str], Contents | None]
+"""What is in a file, by its path and version; None: nobody knows."""
+
+
+@dataclass(frozen=True)
+class ManifestFile:
+    """A file as it was when the manifest was opened.
+
+    Attributes:
+        path: inside the file system.
+        format: what it holds.
+        version: `filesystems.version_of`; another one means that the file was replaced.
+    """
+
+    path: str
+    format: FileFormat
+    version: str
+
+    @classmethod
+    def open(
+        cls, filesystem: pyarrow.fs.FileSystem, path: str, file_format: FileFormat, known: Known
+    ) -> tuple[ManifestFile, Contents]:
+        """Look at a file, unless it is `known`: at the footer of Parquet, at the whole of JSONL and CSV.
+
+        Raises:
+            ManifestError: unreadable, corrupt or too large.
+        """
+        with reading(path):
+            file = cls(path, file_format, filesystems.version_of(filesystem, path))
+        return file, known(path, file.version) or file._contents(filesystem)
+
+    def _contents(self, filesystem: pyarrow.fs.FileSystem) -> Contents:
+        if self.format != "parquet":
+            table = self._read_text(filesystem)
+            return Contents(table.schema, np.array([[len(table), table.nbytes]], np.int64), table)
+        with reading(self.path), filesystem.open_input_file(self.path) as source:
+            file = _opened(source, self.path)
+            groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+            sizes = [(group.num_rows, group.total_byte_size) for group in groups]
+            return Contents(file.schema_arrow.remove_metadata(), np.array(sizes, np.int64).reshape(-1, 2), None)
+
+    def read(
+        self,
+        filesystem: pyarrow.fs.FileSystem,
+        names: Sequence[str],
+        groups: Sequence[int] | None = None,
+        table: pa.Table | None = None,
+    ) -> Iterator[pa.Table]:
+        """The rows in order, with those of the columns `names` that the file has.
+
+        Args:
+            filesystem: that of the manifest.
+            names: of columns.
+            groups: Parquet only: the row groups to read, in rising order; None: all.
+            table: JSONL and CSV only: what `open` gave; None: it is read again.
+
+        Raises:
+            ManifestError: the file is corrupt, too large, or went away.
+        """
+        if self.format == "parquet":
+            yield from self._read_parquet(filesystem, names, groups)
+            return
+        table = self._read_text(filesystem) if table is None else table
+        table = table.select([name for name in names if name in table.column_names])
+        for start in range(0, len(table), BATCH_ROWS):
+            yield table.slice(start, BATCH_ROWS)
+
+    def check_unchanged(self, filesystem: pyarrow.fs.FileSystem) -> None:
+        """See whether the file is still what it was when it was opened.
+
+        Raises:
+            InterruptedRunError: it was replaced, or is gone.
+            ManifestError: the store does not say.
+        """
+        with reading(self.path):
+            try:
+                version = filesystems.version_of(filesystem, self.path)
+            except FileNotFoundError:
+                version = "gone"
+        if version != self.version:
+            msg = (
+                f"manifest file {self.path} was replaced or removed while this run read it; what was finished is "
+                "committed. Start again to go on with the manifest as it is now"
+            )
+            raise InterruptedRunError(msg)
+
+    def _read_text(self, filesystem: pyarrow.fs.FileSystem) -> pa.Table:
+        return (_read_jsonl if self.format == "jsonl" else _read_csv)(filesystem, self.path)
+
+    def _read_parquet(
+        self, filesystem: pyarrow.fs.FileSystem, names: Sequence[str], groups: Sequence[int] | None
+    ) -> Iterator[pa.Table]:
+        path = self.path
+        rows = BATCH_ROWS_WITH_BYTES if "image_bytes" in names else BATCH_ROWS
+        row_bytes = MAX_ROW_BYTES_WITH_BYTES if "image_bytes" in names else MAX_ROW_BYTES
+        with reading(path), filesystem.open_input_file(path) as source:
+            footer = _opened(source, path)
+            chosen = list(range(footer.metadata.num_row_groups) if groups is None else groups)
+            first_row = sum(footer.metadata.row_group(group).num_rows for group in range(min(chosen, default=0)))
+            present = [name for name in names if name in footer.schema_arrow.names]
+            # As dictionaries, so that a value that a million rows share is unpacked once until its size is known.
+            texts = [name for name in present if _is_text(footer.schema_arrow.field(name).type)]
+            file = pq.ParquetFile(
+                source, metadata=footer.metadata, read_dictionary=texts, page_checksum_verification=True
+            )
+            for batch in file.iter_batches(batch_size=rows, row_groups=chosen, columns=present):
+                sizes = _text_bytes(batch)
+                if sizes.sum() > rows * row_bytes:
+                    last, mib, most = first_row + len(batch) - 1, sizes.sum() // 2**20, rows * row_bytes // 2**20
+                    msg = (
+                        f"manifest file {path}: {mib} MiB of text and bytes in the rows {first_row} to {last}; "
+                        f"at most {most} MiB are read"
+                    )
+                    raise ManifestError(msg)
+                yield from _unpacked(batch, sizes)
+                first_row += len(batch)
+
+
+@contextmanager
+def reading(place: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a ManifestError that names `place`."""
+    try:
+        yield
+    except ManifestError:
+        raise
+    except Exception as err:  # noqa: BLE001 - every file system has its own classes for what goes wrong
+        said = redacted(message_of(err))
+        remedy = next((f"; {remedy}" for words, remedy in _REMEDIES.items() if words in said), "")
+        msg = f"cannot read manifest {place}: {said}{remedy}"
+        raise ManifestError(msg) from None
+
+
+_REMEDIES = {
+    "Cannot connect to host": "correct the host and the port, or start the server",
+    "the server answers 401": "over http nothing but the URL is sent: sign the URL, or put the manifest elsewhere",
+    "the server answers 403": "over http nothing but the URL is sent: sign the URL, or put the manifest elsewhere",
+    "the server answers 5": "it is the server that fails: try again, and look at its log",
+    "credentials": "give this machine the store's, by AWS_PROFILE, AWS_ACCESS_KEY_ID and its secret, or a role",
+    "Protocol not known": "a manifest is a path of this machine, or lies at s3://, gs:// or az://",
+    "file footer": "JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
+    "magic bytes": "write it anew; JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
+}
+"""What helps where a library says these words."""
+
+
+def plain_type(data_type: pa.DataType) -> pa.DataType:
+    """The type of the values themselves, whatever their encoding; Arrow can do little with the others."""
+    if pa.types.is_dictionary(data_type):
+        return plain_type(data_type.value_type)
+    views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    return views.get(data_type, data_type)
+
+
+# --- Parquet --------------------------------------------------------------------------------------------------------
+
+
+def _opened(source: pa.NativeFile, path: str) -> pq.ParquetFile:
+    """The file with its footer read, once that is known to be one that can be."""
+    num_bytes = source.size()
+    _check_footer_bytes(source, num_bytes, path)
+    file = pq.ParquetFile(source)
+    _check_expansion(file.metadata, num_bytes, path)
+    return file
+
+
+def _check_footer_bytes(source: pa.NativeFile, num_bytes: int, path: str) -> None:
+    """A footer is read whole, and unpacks to about ten times its size."""
+    if num_bytes <= _MAX_FOOTER_BYTES:
+        return
+    footer_bytes = int.from_bytes(source.read_at(8, num_bytes - 8)[:4], "little")
+    if footer_bytes > _MAX_FOOTER_BYTES:
+        msg = f"manifest file {path} has a footer of {footer_bytes} bytes; write larger row groups, or several files"
+        raise ManifestError(msg)
+
+
+def _check_expansion(metadata: pq.FileMetaData, num_bytes: int, path: str) -> None:
+    """Refuse what says itself that it unpacks to too much.
+
+    Row groups as a whole are asked and not their columns: for some corrupt footers `RowGroupMetaData.column` of
+    pyarrow 26 ends the process by a C++ exception (measured).
+    """
+    if metadata.num_columns > MAX_COLUMNS:
+        msg = f"manifest file {path} has {metadata.num_columns} columns; at most {MAX_COLUMNS} are read"
+        raise ManifestError(msg)
+    for group in range(metadata.num_row_groups):
+        unpacked = metadata.row_group(group).total_byte_size
+        if unpacked > max(MAX_EXPANDED_BYTES, num_bytes * MAX_EXPANSION):
+            msg = (
+                f"manifest file {path}: row group {group} unpacks to {unpacked} bytes, from a file of {num_bytes}; "
+                "write it in smaller row groups"
+            )
+            raise ManifestError(msg)
+
+
+def _is_text(data_type: pa.DataType) -> bool:
+    """Whether Parquet stores it as byte arrays, which it can hand over as dictionaries."""
+    return plain_type(data_type) in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+
+
+def _text_bytes(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
+    """The bytes that the dictionary columns of each row will have, once unpacked; shape (rows,)."""
+    sizes = np.zeros(len(batch), np.int64)
+    for column in batch.columns:
+        if pa.types.is_dictionary(column.type):
+            lengths = pc.fill_null(pc.binary_length(column.dictionary), 0).take(column.indices)
+            sizes += np.asarray(pc.fill_null(lengths, 0))
+    return sizes
+
+
+def _unpacked(batch: pa.RecordBatch, sizes: npt.NDArray[np.int64]) -> Iterator[pa.Table]:
+    """The rows of `batch` without dictionaries, in tables of about SLICE_BYTES."""
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(batch):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + SLICE_BYTES, side="right")))
+        table = pa.Table.from_batches([batch.slice(start, stop - start)])
+        for number, column in enumerate(table.columns):
+            if pa.types.is_dictionary(column.type):
+                table = table.set_column(number, table.field(number).name, column.cast(column.type.value_type))
+        yield table
+        start = stop
+
+
+# --- JSONL and CSV --------------------------------------------------------------------------------------------------
+
+
+def _read_bytes(filesystem: pyarrow.fs.FileSystem, path: str) -> bytes:
+    with reading(path), filesystem.open_input_file(path) as source:
+        data = bytes(source.read()).removeprefix(codecs.BOM_UTF8)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        msg = f"manifest file {path} is text in UTF-16; save it as UTF-8"
+        raise ManifestError(msg)
+    return data
+
+
+def _read_csv(filesystem: pyarrow.fs.FileSystem, path: str) -> pa.Table:
+    """Every column as strings: guessing types would turn the id "007" into 7. An empty field is null."""
+    data = pa.BufferReader(_read_bytes(filesystem, path))
+    parse_options = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    try:
+        names = pyarrow.csv.open_csv(data, parse_options=parse_options).schema.names
+        data.seek(0)
+        return pyarrow.csv.read_csv(
+            data,
+            parse_options=parse_options,
+            convert_options=pyarrow.csv.ConvertOptions(
+                column_types=dict.fromkeys(names, pa.string()),
+                strings_can_be_null=True,
+                null_values=[""],
+                quoted_strings_can_be_null=False,
+            ),
+        )
+    except pa.ArrowInvalid as err:
+        remedy = "; save it as UTF-8" if "invalid UTF8" in str(err) else ""
+        msg = f"manifest file {path} is not CSV with a header line: {message_of(err)}{remedy}"
+        raise ManifestError(msg) from None
+
+
+def _read_jsonl(filesystem: pyarrow.fs.FileSystem, path: str) -> pa.Table:
+    columns: dict[str, list[Any]] = {}
+    num_rows = 0
+    for number, line in enumerate(_read_bytes(filesystem, path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as err:
+            remedy = "; save it as UTF-8" if isinstance(err, UnicodeDecodeError) else ""
+            msg = f"manifest file {path}, line {number}: not JSON: {message_of(err)}{remedy}"
+            raise ManifestError(msg) from None
+        if not isinstance(row, dict):
+            msg = (
+                f"manifest file {path}, line {number}: each line must be one JSON object, such as "
+                f'{{"request_id": ...}}, not a {_JSON_WORDS.get(type(row), "number")}'
+            )
+            raise ManifestError(msg)
+        for name in row:
+            columns.setdefault(name, [None] * num_rows)
+        if len(columns) > MAX_COLUMNS:
+            msg = f"manifest file {path}, line {number}: more than {MAX_COLUMNS} different names; are they values?"
+            raise ManifestError(msg)
+        for name, values in columns.items():
+            values.append(row.get(name))
+        num_rows += 1
+    with reading(path):  # JSON can spell half a surrogate pair, which is no text
+        return pa.table({name: _infer(values) for name, values in columns.items()})
+
+
+_JSON_WORDS = {bool: "truth value", list: "list", str: "text", type(None): "null"}
+
+
+def _infer(values: list[Any]) -> pa.Array:
+    """One Arrow column; values of several types become their JSON texts, and `check` judges those."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError, TypeError, ValueError):
+        texts = [
+            value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for value in values
+        ]
+        return pa.array(texts, pa.string())

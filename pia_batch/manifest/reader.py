@@ -1,0 +1,334 @@
+"""Manifests: finding their files, one schema over all of them, and their rows in batches or in pieces for many workers.
+
+`manifest_files` reads each file with care, `validation` judges the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+from urllib.parse import unquote
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.fs
+
+from pia_batch.errors import ConfigError, ManifestError
+from pia_batch.manifest.files import (
+    BATCH_ROWS,
+    Contents,
+    FileFormat,
+    Known,
+    ManifestFile,
+    reading,
+)
+from pia_batch.manifest.unify import check_columns, conform, unify
+from pia_batch.storage import filesystems, object_store
+from pia_batch.storage.uris import redacted_uri
+
+EXTENSIONS: dict[str, FileFormat] = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+}
+
+MAX_TEXT_BYTES = 512 * 2**20
+"""Of all files of a JSONL or CSV manifest: those are read whole."""
+
+MAX_ROWS = 200_000_000
+"""Of a manifest: the driver holds about 50 bytes a row."""
+
+PIECE_BYTES = 64 * 2**20
+"""Unpacked, in one piece, row groups permitting; and BATCH_ROWS rows."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of a manifest, and where they stand in it."""
+
+    table: pa.Table
+    file: str
+    first_row: int
+    """Row number inside `file`, from 0."""
+    ordinal: int
+    """Row number inside the manifest, from 0."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some row groups of a Parquet file, or a whole JSONL or CSV file: what a worker reads by itself.
+
+    Attributes:
+        uri: of the manifest, with its scheme.
+        file: as it was when the manifest was opened.
+        groups: numbers of row groups, rising; None where there are none.
+        partitions: columns that the file's folders name.
+        num_rows: in all of it.
+        num_bytes: of these rows in memory, about.
+    """
+
+    uri: str
+    file: ManifestFile
+    groups: tuple[int, ...] | None
+    partitions: Mapping[str, str]
+    num_rows: int
+    num_bytes: int
+
+    def tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
+        """The rows in order, in the columns of `schema`.
+
+        Raises:
+            ManifestError: the file is corrupt, or cannot be read.
+            InterruptedRunError: it was replaced since the manifest was opened. Rows of the new file may have been
+                yielded before.
+        """
+        with reading(self.file.path):
+            filesystem, _ = filesystems.arrow_filesystem(self.uri)
+        self.file.check_unchanged(filesystem)
+        rows = self.file.read(filesystem, schema.names, self.groups)
+        yield from _conformed(rows, self.file.path, schema, self.partitions)
+        self.file.check_unchanged(filesystem)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of a manifest, in order, with one schema over all of them."""
+
+    uri: str
+    format: FileFormat
+    files: tuple[str, ...]
+    """Paths inside the file system."""
+    schema: pa.Schema
+    num_rows: int
+    filesystem: pyarrow.fs.FileSystem = field(repr=False)
+    _root: str
+    _opened: tuple[tuple[ManifestFile, Contents], ...] = field(repr=False)
+    _tables: dict[str, pa.Table] = field(repr=False)
+    """JSONL and CSV files, which are slow to read. Parquet is streamed."""
+
+    @classmethod
+    def open(cls, uri: str, known: Known = lambda _path, _version: None) -> Manifest:
+        """Find the files and their schema. Reads Parquet footers, and JSONL and CSV files whole.
+
+        Args:
+            uri: of a file, or of a folder of them.
+            known: what is in a version of a file; None: it is opened to see.
+
+        Raises:
+            ManifestError: nothing there, unreadable, empty, too large, mixed formats, files that contradict each
+                other, a required column missing, or a column that bears the name of a result's.
+            ConfigError: `uri` is none.
+        """
+        uri = object_store.absolute(uri).rstrip("/")
+        shown = redacted_uri(uri)
+        with reading(shown):
+            filesystem, root = filesystems.arrow_filesystem(uri)
+            files, file_format = _discover(filesystem, root, shown)
+        if file_format != "parquet":
+            _check_text_bytes(filesystem, files, shown)
+        with ThreadPoolExecutor(16) as pool:
+            opened = tuple(pool.map(lambda path: ManifestFile.open(filesystem, path, file_format, known), files))
+        num_rows = sum(contents.num_rows for _, contents in opened)
+        if not 0 < num_rows <= MAX_ROWS:
+            remedy = f"split it into manifests of at most {MAX_ROWS}" if num_rows else "give it one for each request"
+            msg = f"manifest {shown} has {num_rows or 'no'} rows; {remedy}"
+            raise ManifestError(msg)
+        schema = unify([contents.schema for _, contents in opened], files)
+        for name in _partitions(files[0], root):
+            if name not in schema.names:
+                schema = schema.append(pa.field(name, pa.string()))
+        check_columns(schema.names, f"manifest {shown}")
+        tables = {file.path: contents.table for file, contents in opened if contents.table is not None}
+        opened = tuple((file, replace(contents, table=None)) for file, contents in opened)
+        return cls(uri, file_format, files, schema, num_rows, filesystem, root, opened, tables)
+
+    @property
+    def opened(self) -> tuple[tuple[ManifestFile, Contents], ...]:
+        """The files in order, as they were when this was made, and what is in them."""
+        return self._opened
+
+    def shape_of(self, file: ManifestFile, columns: Sequence[str]) -> str:
+        """32 hex digits over how these columns of a file are read, given the other files and its folders."""
+        read = [[item.name, str(item.type)] for item in self.schema if item.name in columns]
+        said = json.dumps([file.format, read, _partitions(file.path, self._root)], sort_keys=True)
+        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+
+    @property
+    def folder(self) -> str:
+        """The URI that relative image paths start from."""
+        return self.uri.rsplit("/", 1)[0] if self.files == (self._root,) else self.uri
+
+    def batches(
+        self, columns: Sequence[str] | None = None, ordinals: npt.NDArray[np.int64] | None = None
+    ) -> Iterator[Batch]:
+        """The rows in order, `columns` only (those that exist).
+
+        Args:
+            columns: their names; None: all.
+            ordinals: sorted row numbers inside the manifest: row groups without any of them are passed over.
+
+        Raises:
+            ManifestError: a file is corrupt, or went away.
+        """
+        schema = pa.schema([item for item in self.schema if columns is None or item.name in columns])
+        start = 0
+        for file, contents in self._opened:
+            for first_row, groups in _runs(contents, start, ordinals):
+                row = first_row
+                for table in self._read(file, schema, groups):
+                    yield Batch(table, file.path, row, start + row)
+                    row += len(table)
+            start += contents.num_rows
+
+    def read(self, piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The rows of a piece of this manifest, `columns` only; as `Piece.tables`, but nothing is read twice."""
+        schema = pa.schema([item for item in self.schema if item.name in columns])
+        if piece.file.path in self._tables:
+            yield from self._read(piece.file, schema, None)
+        else:
+            yield from piece.tables(schema)
+
+    def _read(self, file: ManifestFile, schema: pa.Schema, groups: list[int] | None) -> Iterator[pa.Table]:
+        chosen = groups if file.format == "parquet" else None
+        rows = file.read(self.filesystem, schema.names, chosen, table=self._tables.get(file.path))
+        return _conformed(rows, file.path, schema, _partitions(file.path, self._root))
+
+    def release(self) -> None:
+        """Hold no rows any more: workers read the pieces from now on. What `batches` gives stays the same."""
+        self._tables.clear()
+
+    def pieces(self) -> Iterator[Piece]:
+        """The whole manifest in pieces: of JSONL and CSV a file each, of Parquet neighbouring row groups.
+
+        A piece has at most BATCH_ROWS rows and PIECE_BYTES bytes, or one row group.
+        """
+        for file, contents in self._opened:
+            partitions = _partitions(file.path, self._root)
+            for groups in _neighbours(contents):
+                num_rows, num_bytes = contents.groups[groups].sum(axis=0).tolist()
+                chosen = tuple(groups) if file.format == "parquet" else None
+                yield Piece(self.uri, file, chosen, partitions, num_rows, num_bytes)
+
+
+def _runs(
+    contents: Contents, start: int, ordinals: npt.NDArray[np.int64] | None
+) -> Iterator[tuple[int, list[int] | None]]:
+    """The row groups of a file that are read together, and their first row: all of them, or those with `ordinals`."""
+    if ordinals is None:
+        yield 0, None
+        return
+    ends = np.cumsum(contents.groups[:, 0])
+    bounds = np.searchsorted(ordinals, start + np.array([0, *ends]))
+    wanted = np.flatnonzero(bounds[1:] > bounds[:-1])
+    for run in np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1):
+        if len(run):
+            yield int(ends[run[0]] - contents.groups[run[0], 0]), run.tolist()
+
+
+def _neighbours(contents: Contents) -> Iterator[list[int]]:
+    """The numbers of the row groups that have rows, in lists for one piece each."""
+    waiting: list[int] = []
+    rows = num_bytes = 0
+    for group, (group_rows, group_bytes) in enumerate(contents.groups.tolist()):
+        if not group_rows:
+            continue
+        if waiting and (rows + group_rows > BATCH_ROWS or num_bytes + group_bytes > PIECE_BYTES):
+            yield waiting
+            waiting, rows, num_bytes = [], 0, 0
+        waiting.append(group)
+        rows, num_bytes = rows + group_rows, num_bytes + group_bytes
+    if waiting:
+        yield waiting
+
+
+def _conformed(
+    rows: Iterator[pa.Table], path: str, schema: pa.Schema, partitions: Mapping[str, str]
+) -> Iterator[pa.Table]:
+    """The rows of a file in the columns of `schema`, known to be sound Arrow."""
+    for read in rows:
+        with reading(path):
+            table = _conform(read, schema, partitions, path)
+            table.validate(full=True)  # text that is no UTF-8 would stop the checks half-way
+        yield table
+
+
+def refuse_output_inside(manifest: Manifest, output: str) -> None:
+    """See that a run's output is no part of the folder that its manifest is.
+
+    Raises:
+        ConfigError: it is: what the run writes there would be read as requests by the next one.
+    """
+    place = object_store.absolute(output).rstrip("/")
+    inside = _below(place, manifest.uri) if f"{place}/".startswith(f"{manifest.uri}/") else None
+    if inside is None or any(part.startswith(("_", ".")) for part in inside.parts):
+        return
+    msg = (
+        f"output {redacted_uri(place)} lies inside the folder of the manifest, {redacted_uri(manifest.uri)}, and its "
+        "results would be read as requests; choose another folder, beside it"
+    )
+    raise ConfigError(msg)
+
+
+def _conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str], path: str) -> pa.Table:
+    try:
+        return conform(table, schema, partitions)
+    except ManifestError as err:
+        msg = f"manifest file {path}: {err}"
+        raise ManifestError(msg) from None
+
+
+def _discover(filesystem: pyarrow.fs.FileSystem, root: str, uri: str) -> tuple[tuple[str, ...], FileFormat]:
+    info = filesystem.get_file_info(root)
+    if info.type == pyarrow.fs.FileType.NotFound:
+        with suppress(FileNotFoundError):
+            filesystems.version_of(filesystem, root)  # which tells a server that does not answer from one without it
+        pattern = ", and name a folder in place of a pattern with '*'" if "*" in unquote(uri) else ""
+        msg = f"manifest {uri} does not exist; correct its path or URI{pattern}"
+        raise ManifestError(msg)
+    if info.type == pyarrow.fs.FileType.File:
+        return (root,), EXTENSIONS.get(PurePosixPath(root).suffix.lower(), "parquet")
+    found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
+    files = sorted(item.path for item in found if item.is_file and not _hidden(item.path, root))
+    known = (EXTENSIONS.get(PurePosixPath(path).suffix.lower()) for path in files)
+    formats = sorted({file_format for file_format in known if file_format is not None})
+    if not formats:
+        msg = (
+            f"manifest {uri} has no file that ends in {', '.join(EXTENSIONS)}; correct the folder, or the names: those "
+            "that begin with '_' or '.' are not read"
+        )
+        raise ManifestError(msg)
+    if len(formats) > 1:
+        msg = f"manifest {uri} has files of several formats, {' and '.join(formats)}; leave those of one"
+        raise ManifestError(msg)
+    chosen = tuple(path for path in files if EXTENSIONS.get(PurePosixPath(path).suffix.lower()))
+    return chosen, formats[0]
+
+
+def _below(path: str, root: str) -> PurePosixPath:
+    return PurePosixPath(path.removeprefix(root).lstrip("/"))
+
+
+def _hidden(path: str, root: str) -> bool:
+    return any(part.startswith(("_", ".")) for part in _below(path, root).parts)
+
+
+def _partitions(path: str, root: str) -> dict[str, str]:
+    """The hive partitions in the folders of a file: `dt=2026-11-22/part.parquet` gives {"dt": "2026-11-22"}."""
+    pairs = [part.split("=", 1) for part in _below(path, root).parts[:-1] if "=" in part]
+    return {name: unquote(value) for name, value in pairs}
+
+
+def _check_text_bytes(filesystem: pyarrow.fs.FileSystem, files: tuple[str, ...], uri: str) -> None:
+    with reading(uri):
+        num_bytes = sum(info.size or 0 for info in filesystem.get_file_info(list(files)))
+    if num_bytes > MAX_TEXT_BYTES:
+        msg = f"manifest {uri} has {num_bytes} bytes of JSONL or CSV; above {MAX_TEXT_BYTES}, write it as Parquet"
+        raise ManifestError(msg)

@@ -1,0 +1,1 @@
+"""Image and animation bytes: fetch and decode images, encode and decode clips."""

@@ -1,0 +1,183 @@
+"""The bytes of images that requests name by URI: opened only where `uris.Policy` says so, bounded in time and size.
+
+Whatever goes wrong is a RequestError, with the column, the URI without its secrets, and the reason.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import stat
+import time
+
+from pia_batch.config import ImagesConfig
+from pia_batch.errors import ImageNotAllowedError, ImageUnavailableError, message_of, printable
+from pia_batch.storage import filesystems
+from pia_batch.storage.http_client import Web
+from pia_batch.storage.uris import (
+    PORTS,
+    Location,
+    NotAllowedError,
+    Policy,
+    RefusedError,
+    TooLargeError,
+    redacted,
+    redacted_uri,
+)
+
+WEB = Web()
+
+_NO_FILES = ("/proc", "/sys")
+"""Where regular files are none: they show the machine's processes, memory and devices."""
+
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, ValueError)
+_FINAL_NUMBERS = frozenset({errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EPERM})
+"""What another attempt would not mend."""
+
+
+def read_image(uri: str, base_uri: str, images: ImagesConfig, *, column: str = "image", web: Web = WEB) -> bytes:
+    """An image as it is stored: 1 to `images.max_bytes` bytes.
+
+    Args:
+        uri: absolute, or a path relative to the folder `base_uri`.
+        base_uri: the folder of the manifest, with its scheme.
+        images: what may be opened, how much may be read, and how long it may take, retries of passing faults included.
+            Reading a local file cannot be interrupted.
+        column: of the manifest, for the error.
+        web: how http and https are read.
+
+    Raises:
+        ImageNotAllowedError: the policy does not open it.
+        ImageUnavailableError: for every other reason why there are no bytes.
+    """
+    wanted = f"column {column!r}: {printable(redacted_uri(uri))}"
+    too_large = ImageUnavailableError(f"{wanted} has more than {images.max_bytes} bytes (images.max_bytes)")
+    try:
+        data = _read(uri, base_uri, images, web, images.max_bytes + 1, whole=True)
+    except TooLargeError:
+        raise too_large from None
+    except Exception as err:  # noqa: BLE001 - every client has its own classes; `_explain` makes two of them
+        raise _explain(wanted, err) from None
+    if len(data) > images.max_bytes:
+        raise too_large
+    return _not_empty(wanted, data)
+
+
+def read_image_head(
+    uri: str, base_uri: str, images: ImagesConfig, num_bytes: int, *, column: str = "image", web: Web = WEB
+) -> bytes:
+    """The first `num_bytes` bytes of an image, or all of it where it has less; never more.
+
+    Args and errors are those of `read_image`, but that an image of any size has a beginning.
+    """
+    wanted = f"column {column!r}: {printable(redacted_uri(uri))}"
+    try:
+        data = _read(uri, base_uri, images, web, num_bytes, whole=False)
+    except Exception as err:  # noqa: BLE001 - as above
+        raise _explain(wanted, err) from None
+    return _not_empty(wanted, data)
+
+
+@functools.lru_cache(maxsize=16)
+def _policy(base_uri: str, allow: tuple[str, ...]) -> Policy:
+    return Policy(base_uri, allow)
+
+
+def _read(uri: str, base_uri: str, images: ImagesConfig, web: Web, num_bytes: int, *, whole: bool) -> bytes:
+    """Up to `num_bytes` bytes; passing faults are tried again until the time is up."""
+    policy = _policy(base_uri, images.allow)
+    location = policy.locate(uri)
+    deadline = time.monotonic() + images.timeout_s
+    pause_s = 0.2
+    while True:
+        try:
+            return _read_once(location, policy, web, num_bytes, deadline - time.monotonic(), whole=whole)
+        except Exception as err:
+            if _is_final(err) or time.monotonic() + pause_s > deadline:
+                raise
+        time.sleep(pause_s)
+        pause_s *= 2
+
+
+def _read_once(location: Location, policy: Policy, web: Web, num_bytes: int, timeout_s: float, *, whole: bool) -> bytes:
+    if location.scheme == "file":
+        return _read_file(location.target, policy, num_bytes)
+    if location.scheme in PORTS:
+
+        def judge(url: str) -> str:
+            return policy.locate(url).target
+
+        read = functools.partial(web.read, location.target, judge, num_bytes, whole=whole)
+        return filesystems.wait(read, timeout_s=timeout_s)
+    if not location.parts[-1]:
+        raise IsADirectoryError("not an object but a prefix")
+    return filesystems.read_object(location.target, num_bytes, timeout_s=timeout_s, whole=whole)
+
+
+def _read_file(path: str, policy: Policy, num_bytes: int) -> bytes:
+    """The beginning of a regular file below one of the policy's folders, once every link on the way is followed."""
+    real = os.path.realpath(path)
+    open_folders = [os.path.realpath(folder) for folder in policy.folders]
+    if not any(_lies_below(real, folder) for folder in open_folders) or any(_lies_below(real, no) for no in _NO_FILES):
+        raise policy.refusal()
+    with os.fdopen(_open_regular(real), "rb") as file:
+        return file.read(num_bytes)
+
+
+def _lies_below(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
+
+
+def _open_regular(real: str) -> int:
+    """A file descriptor of the regular file `real`, a path without links.
+
+    Folder by folder and without following links, so that nobody can exchange one for a link after the check; and
+    without waiting, as a pipe would make us do.
+    """
+    *folders, name = [part for part in real.split("/") if part] or ["."]
+    at = os.open("/", os.O_PATH | os.O_DIRECTORY)
+    try:
+        for folder in folders:
+            deeper = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            os.close(at)
+            at = deeper
+        # Before it is opened, as opening alone moves a tape; and after, as it may be another by then.
+        _check_regular(os.stat(name, dir_fd=at, follow_symlinks=False))
+        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=at)
+    finally:
+        os.close(at)
+    try:
+        _check_regular(os.fstat(file))
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise RefusedError("cannot be opened: not a regular file")
+
+
+def _is_final(err: Exception) -> bool:
+    return isinstance(err, _FINAL) or (isinstance(err, OSError) and err.errno in _FINAL_NUMBERS)
+
+
+def _explain(wanted: str, err: Exception) -> ImageNotAllowedError | ImageUnavailableError:
+    if isinstance(err, NotAllowedError):
+        return ImageNotAllowedError(f"{wanted} {redacted(message_of(err))}")
+    if isinstance(err, RefusedError):
+        return ImageUnavailableError(f"{wanted} {redacted(message_of(err))}")
+    what = "cannot be opened" if _is_final(err) else "could not be read in time"
+    if isinstance(err, FileNotFoundError):
+        what = "does not exist"
+    elif isinstance(err, PermissionError):
+        what = "may not be read"
+    return ImageUnavailableError(f"{wanted} {what}: {redacted(message_of(err))}")
+
+
+def _not_empty(wanted: str, data: bytes) -> bytes:
+    if not data:
+        raise ImageUnavailableError(f"{wanted} is empty")
+    return data

@@ -1,0 +1,173 @@
+"""What an animation file tells of how it was made, and the request that makes it again.
+
+One line of JSON, the same in every kind of file, and an XMP packet with what standards have names for: made by a
+trained model, by which program, from which prompt. The same request gives the same bytes: no time, no device, no run.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pia_batch import __version__
+from pia_batch.config import RunConfig
+from pia_batch.errors import printable
+from pia_batch.media.metadata import Tags
+from pia_batch.schema.columns import SETTINGS, Row
+from pia_batch.storage.uris import redacted_uri
+
+DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+"""IPTC's word for what a trained model made: https://cv.iptc.org/newscodes/digitalsourcetype/"""
+
+_NAME = "pia_batch"
+"""The one name in the JSON object, so that nobody takes another program's comment for ours."""
+
+
+class Provenance(BaseModel):
+    """How one animation was made. Of a later schema nothing is promised; names that are new in this one are skipped."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
+
+    schema_version: Literal[1] = 1
+    software: str
+    """The program that drew it, and its version."""
+    digital_source_type: str = DIGITAL_SOURCE_TYPE
+    key: str
+    """32 hexadecimal digits over everything that decides the animation, as in its result."""
+    request_id: str
+    prompt: str
+    image: str | None
+    """The condition image's URI as the manifest has it, less what is secret; None: the manifest held the image."""
+    image_sha256: str | None
+    """Of the bytes that were fetched."""
+    image_identity: Literal["uri", "sha256"]
+    """Which of the two is part of the key."""
+    ip_adapter_image: str | None
+    withheld: Sequence[str]
+    """The columns whose URI had a credential or a signature, which is no longer in it."""
+    model: str
+    """What the manifest's `model` column calls it."""
+    base: str
+    """`model.base` of the config; of a local path the last part alone."""
+    engine_id: str
+    speed: str = "exact"
+    """`model.speed` of the config."""
+    fit: str
+    """`images.fit` and `images.background` of the config."""
+    encoder: str
+    """The format, and the settings of `encoding` that decide its bytes."""
+    settings: dict[str, Any]
+    """`records.SETTINGS` as they were used, those that decided nothing left out."""
+
+    @classmethod
+    def of(cls, row: Row, config: RunConfig, engine_id: str) -> Provenance:
+        """How `row` is drawn.
+
+        Args:
+            row: EFFECTIVE less `image_bytes`, then `key` and `fetched_sha256`.
+            config: the run's config.
+            engine_id: of the row's model.
+        """
+        uris = {name: row[name] for name in ("image", "ip_adapter_image")}
+        shown = {name: None if uri is None else redacted_uri(uri) for name, uri in uris.items()}
+        return cls(
+            software=f"{_NAME} {__version__}",
+            key=row["key"],
+            request_id=row["request_id"],
+            prompt=row["prompt"],
+            image=shown["image"],
+            ip_adapter_image=shown["ip_adapter_image"],
+            model=row["model"],
+            image_sha256=row["fetched_sha256"],
+            image_identity="uri" if row["image_sha256"] is None and uris["image"] is not None else "sha256",
+            withheld=[name for name, uri in uris.items() if uri != shown[name]],
+            base=_without_folders(config.all_models[row["model"]].base),
+            engine_id=engine_id,
+            speed=config.all_models[row["model"]].speed,
+            fit=f"{config.images.fit} {config.images.background.lower()}",
+            encoder=config.encoding.identity(row["format"]),
+            settings={name: row[name] for name in SETTINGS.names if row[name] is not None},
+        )
+
+    @classmethod
+    def found_in(cls, comments: Iterable[str]) -> Provenance | None:
+        """What the first of a file's comments that is ours says; None: none is.
+
+        Raises:
+            ValueError: one is ours, and cannot be understood.
+        """
+        for comment in comments:
+            try:
+                told = json.loads(comment)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(told, dict) and _NAME in told:
+                try:
+                    return cls.model_validate(told[_NAME])
+                except ValidationError as err:
+                    problem = err.errors()[0]
+                    raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+        return None
+
+    @property
+    def comment(self) -> str:
+        """All of this as canonical JSON (sorted names, no spaces), escaped to printable ASCII."""
+        return json.dumps({_NAME: self.model_dump(mode="json")}, sort_keys=True, separators=(",", ":"))
+
+    @property
+    def tags(self) -> Tags:
+        """All of this, as files hold it."""
+        prompt = printable(self.prompt)
+        return Tags(comment=self.comment, description=prompt, software=self.software, xmp=self._xmp(prompt))
+
+    def manifest_row(self) -> Row:
+        """The row of a manifest that has the same key under the same config and engine.
+
+        A relative `image` counts from the manifest's own folder. What is `withheld`, and an image that the manifest
+        held, have to be put in again by hand.
+        """
+        from_image = ("width", "height") if self.settings.get("size") == "auto" else ()
+        row: Row = {"request_id": self.request_id, "prompt": self.prompt, "model": self.model, "style": False}
+        row |= {"image": self.image, "ip_adapter_image": self.ip_adapter_image}
+        if self.image_identity == "sha256":
+            row["image_sha256"] = self.image_sha256
+        row |= {name: value for name, value in self.settings.items() if name not in from_image}
+        return {name: value for name, value in row.items() if value is not None}
+
+    def _xmp(self, prompt: str) -> bytes:
+        name, _, version = self.software.partition(" ")
+        properties = {
+            "xmp:CreatorTool": self.software,
+            "Iptc4xmpExt:DigitalSourceType": self.digital_source_type,
+            "Iptc4xmpExt:AIPromptInformation": prompt,
+            "Iptc4xmpExt:AISystemUsed": name,
+            "Iptc4xmpExt:AISystemVersionUsed": version,
+        }
+        written = "".join(f'\n   {key}="{html.escape(value)}"' for key, value in properties.items())
+        return (
+            '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n'
+            '<x:xmpmeta xmlns:x="adobe:ns:meta/">\n'
+            ' <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">\n'
+            '  <rdf:Description rdf:about=""\n'
+            '   xmlns:xmp="http://ns.adobe.com/xap/1.0/"\n'
+            f'   xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"{written}/>\n'
+            " </rdf:RDF>\n"
+            "</x:xmpmeta>\n"
+            '<?xpacket end="r"?>'
+        ).encode()
+
+
+def tags_of(row: Row, config: RunConfig, engine_id: str) -> Tags | None:
+    """What the animation of `row` says of itself, arguments as `Provenance.of`; None: `encoding.provenance` is off."""
+    return Provenance.of(row, config, engine_id).tags if config.encoding.provenance else None
+
+
+def _without_folders(base: str) -> str:
+    """A hub id or the URI of an object as it is; of a path on some machine the last part alone."""
+    is_path = base.startswith(("/", "~", ".", "file:"))
+    return PurePosixPath(base).name if is_path else redacted_uri(base)

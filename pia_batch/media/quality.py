@@ -1,0 +1,72 @@
+"""Whether a clip is worth its place, by numbers, and whether a stored animation is the one that was asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pia_batch.config import LimitsConfig
+from pia_batch.errors import DegenerateError, EncodingError
+from pia_batch.media import codecs
+from pia_batch.schema.columns import Row
+
+
+def check_animation(data: bytes, row: Row) -> codecs.MediaInfo:
+    """Decode an animation wholly and compare it with `width`, `height` and `num_frames` of its request or result.
+
+    Raises:
+        EncodingError: it does not decode, or is another animation.
+    """
+    info = codecs.probe(data, row["format"])
+    found, wanted = (info.width, info.height, info.num_frames), (row["width"], row["height"], row["num_frames"])
+    if found != wanted:
+        msg = f"the {row['format']} has width, height, frames {found} and not {wanted}"
+        raise EncodingError(msg)
+    return info
+
+
+def measures(
+    frames: npt.NDArray[np.uint8], condition: npt.NDArray[np.uint8], cond_frame: int = 0
+) -> dict[str, float | None]:
+    """What can be told of a clip by numbers alone.
+
+    Args:
+        frames: uint8, (F, H, W, 3), 0-255.
+        condition: the fitted condition image, uint8, (H, W, 3), 0-255.
+        cond_frame: the frame that should be that image.
+
+    Returns:
+        `frame_mean` and `frame_std` over all pixels; `motion`, the mean absolute difference of neighbouring frames;
+        all three in 0-255. `first_frame_psnr_db` of the condition frame against the condition image in dB, None where
+        they are identical.
+    """
+    pixels = frames.astype(np.float32)
+    motion = float(np.abs(np.diff(pixels, axis=0)).mean()) if len(frames) > 1 else 0.0
+    error = float(np.square(pixels[cond_frame] - condition).mean())
+    return {
+        "frame_mean": float(pixels.mean()),
+        "frame_std": float(pixels.std()),
+        "motion": motion,
+        "first_frame_psnr_db": None if error == 0 else 10 * float(np.log10(255**2 / error)),
+    }
+
+
+def refuse_degenerate(result: Row, row: Row, limits: LimitsConfig) -> None:
+    """Refuse a clip that shows nothing, or in which nothing happens, past the config's limits.
+
+    Args:
+        result: with `measures`.
+        row: the request.
+        limits: of the config.
+
+    Raises:
+        DegenerateError: it names the measure and the limit.
+    """
+    for name, least, what in (("frame_std", limits.min_frame_std, "flat"), ("motion", limits.min_motion, "frozen")):
+        measured = not (name == "motion" and row["num_frames"] == 1)
+        if measured and least is not None and result[name] < least:
+            msg = (
+                f"the clip is {what}: its {name} is {result[name]:.3g}, below limits.min_{name} {least:g}; change "
+                "the prompt, the seed or the image, or lower the limit"
+            )
+            raise DegenerateError(msg)

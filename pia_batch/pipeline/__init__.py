@@ -1,0 +1,1 @@
+"""Ray Data chain: read, validate, fetch, generate and commit."""

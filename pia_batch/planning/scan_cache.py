@@ -1,0 +1,251 @@
+"""What earlier scans of a manifest found, kept below the output in the packs of an index.
+
+A file that was scanned before and has not changed is not read again. An entry is used only where everything that
+decides it is the same: the file's version, how the manifest's other files make its columns be read, the part of the
+config that keys depend on, the engines, and the code itself. What is not known to be the same is scanned.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pia_batch.config import RunConfig
+from pia_batch.errors import ManifestError, PiaBatchError
+from pia_batch.journal.pack_index import Head, Index
+from pia_batch.manifest.files import Contents, ManifestFile, reading
+from pia_batch.manifest.reader import Manifest
+from pia_batch.schema.keys import KEY_BYTES, Keys
+from pia_batch.storage import filesystems, object_store
+from pia_batch.storage.object_store import ObjectInfo, Store
+from pia_batch.storage.uris import redacted_uri
+
+log = logging.getLogger(__name__)
+
+SCANS = "_scans/"
+
+WORTH_ROWS = 10_000
+WORTH_FILES = 10
+"""A manifest of less than both is read again each time: that takes less than a second."""
+
+SETTLED_NS = 20_000_000
+SETTLED_WHOLE_SECONDS_NS = 2_000_000_000
+"""How long ago a local file must have changed for its time to tell every later change: a tick of the kernel's clock, or
+of one that counts seconds."""
+
+_CODE = ("config/*.py", "manifest/*.py", "schema/*.py", "planning/scan*.py", "planning/work_classes.py")
+"""What makes keys and traits out of rows, this module included: names and patterns beside it."""
+
+_CACHED = re.compile(rf"{SCANS}([0-9a-f]{{32}})/[^/]+\.(?:json|parquet)")
+
+_SCANNED = pa.schema(
+    [
+        ("path", pa.string()),
+        ("version", pa.string()),
+        ("shape", pa.string()),
+        ("first_row", pa.int64()),
+        ("num_rows", pa.int64()),
+        ("contents", pa.binary()),
+        ("keys", pa.large_binary()),
+        ("id_hashes", pa.large_binary()),
+        ("rejected", pa.binary()),
+        ("traits", pa.large_binary()),
+    ]
+)
+"""An entry: some rows of one file. `shape` is how they were read, `contents` what `Manifest.open` found in the file."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What `check` finds in neighbouring rows of one file."""
+
+    file: ManifestFile
+    shape: str
+    first_row: int
+    num_rows: int
+    contents: Contents
+    """Of the whole file."""
+    keys: Keys
+    id_hashes: npt.NDArray[np.uint64]
+    rejected: pa.Table
+    """`row` counts from the first row of the file."""
+    traits: bytes
+    """`Traits.packed`."""
+
+
+class ScanCache:
+    """What earlier scans of one manifest found, with one config. Reading it writes nothing."""
+
+    def __init__(self, store: Store, run: RunConfig, engine_ids: Mapping[str, str]) -> None:
+        self._index = Index(store, f"{SCANS}{_identity(run, engine_ids)}/", _SCANNED)
+        self._head = self._index.head()
+        self._entries: dict[tuple[str, str], list[_Entry]] = {}
+        for table in self._index.tables(self._head):
+            for path, version, shape, first_row, row in zip(
+                *table.select(["path", "version", "shape", "first_row"]).to_pydict().values(),
+                range(len(table)),
+                strict=True,
+            ):
+                self._entries.setdefault((path, version), []).append(_Entry(table, row, shape, first_row))
+        self._versions = frozenset(self._entries)
+        pa.default_memory_pool().release_unused()  # what it took to read the packs is as much again
+
+    def release(self) -> None:
+        """Hold no more than `save` needs."""
+        self._entries.clear()
+
+    def contents(self, path: str, version: str) -> Contents | None:
+        """What `ManifestFile.open` found in this version of a file."""
+        for entry in self._entries.get((path, version), ()):
+            return entry.contents
+        return None
+
+    def chunks(self, file: ManifestFile, shape: str, contents: Contents) -> list[Chunk] | None:
+        """What was found in a file that was read in this shape; None: it is not known, or not all of it."""
+        entries = {entry.first_row: entry for entry in self._entries.get((file.path, file.version), ())}
+        found: list[Chunk] = []
+        row = 0
+        while (entry := entries.get(row)) is not None and entry.shape == shape:
+            found.append(entry.chunk(file, contents))
+            row += found[-1].num_rows
+            if row == contents.num_rows:
+                return found
+        return None
+
+    def save(self, found: Manifest, fresh: Sequence[Chunk]) -> None:
+        """Add what a scan found in files that are still what they were. A failure costs the next plan time, no more."""
+        if found.num_rows < WORTH_ROWS and len(found.files) < WORTH_FILES:
+            return
+        settled = {file for file in {chunk.file for chunk in fresh} if _is_settled(file, found)}
+        entries = pa.Table.from_pylist([_entry(chunk) for chunk in fresh if chunk.file in settled], _SCANNED)
+        used = {(file.path, file.version) for file, _ in found.opened}
+        try:
+            if len(self._versions - used) > len(used):  # most of it is of files that were replaced or are gone
+                old = pa.concat_tables([_SCANNED.empty_table(), *self._index.tables(self._head)])
+                named = zip(old["path"].to_pylist(), old["version"].to_pylist(), strict=True)
+                old = old.filter(pa.array([pair in used for pair in named], pa.bool_()))
+                self._index.extend(Head(self._head.generation), pa.concat_tables([old, entries]))
+            elif len(entries):
+                self._index.extend(self._head, entries)
+        except PiaBatchError as err:
+            log.warning("scan_not_saved manifest=%s: %s", redacted_uri(found.uri), err)
+
+
+def unused(store: Store) -> Iterator[ObjectInfo]:
+    """What lies in the cache of an output and the last scan to be kept has no use for.
+
+    Scans of another manifest or config are among it; what is deleted of them is scanned again when it is asked for.
+    """
+    caches: dict[str, list[ObjectInfo]] = {}
+    for item in store.list(SCANS):
+        if match := _CACHED.fullmatch(item.name):
+            caches.setdefault(match[1], []).append(item)
+    newest = max(caches, key=lambda name: (max(item.modified_s or 0.0 for item in caches[name]), name), default="")
+    for name, items in sorted(caches.items()):
+        yield from Index(store, f"{SCANS}{name}/", _SCANNED).superseded() if name == newest else items
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A row of a pack, as it lies there."""
+
+    table: pa.Table
+    row: int
+    shape: str
+    first_row: int
+
+    @property
+    def contents(self) -> Contents:
+        told = json.loads(self._bytes("contents").to_pybytes())
+        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(told["schema"])))
+        return Contents(schema, np.array(told["groups"], np.int64).reshape(-1, 2), table=None)
+
+    def chunk(self, file: ManifestFile, contents: Contents) -> Chunk:
+        return Chunk(
+            file,
+            self.shape,
+            self.first_row,
+            self.table["num_rows"][self.row].as_py(),
+            contents,
+            np.frombuffer(self._large("keys"), f"V{KEY_BYTES}"),
+            np.frombuffer(self._large("id_hashes"), np.uint64),
+            pa.ipc.open_stream(self._bytes("rejected")).read_all(),
+            self._large("traits").to_pybytes(),
+        )
+
+    def _bytes(self, name: str) -> pa.Buffer:
+        return self.table[name][self.row].as_buffer()
+
+    def _large(self, name: str) -> pa.Buffer:
+        """As `_bytes`, of a large_binary column; a scalar would be a copy."""
+        value = self.table[name].slice(self.row, 1).chunk(0)
+        _, offsets, data = value.buffers()
+        start, end = np.frombuffer(offsets, np.int64)[value.offset : value.offset + 2].tolist()
+        return (data or pa.py_buffer(b"")).slice(start, end - start)
+
+
+def _entry(chunk: Chunk) -> dict[str, str | int | bytes]:
+    schema = base64.b64encode(chunk.contents.schema.serialize()).decode()
+    return {
+        "path": chunk.file.path,
+        "version": chunk.file.version,
+        "shape": chunk.shape,
+        "first_row": chunk.first_row,
+        "num_rows": chunk.num_rows,
+        "contents": json.dumps({"schema": schema, "groups": chunk.contents.groups.tolist()}).encode(),
+        "keys": chunk.keys.tobytes(),
+        "id_hashes": chunk.id_hashes.astype("<u8").tobytes(),
+        "rejected": _stream(chunk.rejected),
+        "traits": chunk.traits,
+    }
+
+
+def _stream(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def _identity(run: RunConfig, engine_ids: Mapping[str, str]) -> str:
+    """32 hex digits over all that decides an entry, beside the file and the shape it is read in."""
+    code = [path.read_bytes() for pattern in _CODE for path in sorted(Path(__file__).parents[1].glob(pattern))]
+    said = {
+        "code": [hashlib.blake2b(source, digest_size=16).hexdigest() for source in code],
+        "arrow": pa.__version__,
+        "manifest": object_store.absolute(run.manifest).rstrip("/"),
+        "defaults": run.defaults.model_dump(mode="json"),
+        "encoding": run.encoding.model_dump(mode="json"),
+        "images": [run.images.fit, run.images.background],
+        "limits": run.limits.max_frame_pixels,
+        "models": {name: model.ip_adapter is not None for name, model in run.all_models.items()},
+        "default_model": run.model.name,
+        "engine_ids": dict(engine_ids),
+    }
+    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _is_settled(file: ManifestFile, found: Manifest) -> bool:
+    """Whether the file is still what was read, and no later change can leave its version as it is."""
+    try:
+        with reading(file.path):
+            if filesystems.version_of(found.filesystem, file.path) != file.version:
+                return False
+            changed_ns = filesystems.changed_ns(found.filesystem, file.path)
+    except ManifestError:
+        return False
+    if changed_ns is None:
+        return True
+    coarse = changed_ns % 1_000_000_000 == 0
+    return time.time_ns() - changed_ns > (SETTLED_WHOLE_SECONDS_NS if coarse else SETTLED_NS)

@@ -1,0 +1,260 @@
+"""Every command of the documentation is run, or named here with the reason why not, and then at least taken apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+from inputs import png
+from servers import free_port
+from walkthroughs import PAGES, ROOT, SHELL, Command, blocks, commands, mentions, mistake_in, mistake_in_mention
+
+from pia_batch import cli, tiny
+from pia_batch.config import RunConfig
+from pia_batch.media import codecs, provenance
+from pia_batch.schema.columns import EFFECTIVE
+
+FOLLOWED = {"docs/tutorial.md", "docs/object-storage.md", "docs/schedules.md", "docs/provenance.md"}
+"""Pages whose every command is run by a test below."""
+
+NOT_RUN = {
+    "make demo": "the demo is run by test_cli",
+    "make test": "what continuous integration runs",
+    "pia-batch plan jobs/configs/single_gpu.yaml": "the published weights",
+    "pia-batch run jobs/configs/single_gpu.yaml": "a GPU and the published weights",
+    "pia-batch submit": "a cluster; the tutorial and test_jobs submit to one",
+    "pia-batch jobs": "a cluster; the tutorial and test_jobs ask one",
+    "pia-batch bench": "minutes; test_benchmark runs it small",
+    "python jobs/benchmark": "minutes; the tests of these programs run them small",
+    "python jobs/tiny/train.py": "hours; test_tiny trains for seconds",
+    "python jobs/tiny/evaluate.py": "minutes",
+    "python -m pia_batch.engine.self_test": "rewrites a file of the package",
+    "python -m pip": "the package index",
+    "python -m pytest": "`make test` runs all of these, with fewer",
+    "pipx run": "the package index",
+    "docker ": "a container runtime; test_deployment reads the Dockerfile",
+}
+"""The beginning of each command that no test runs: what it would need."""
+
+ALL = [command for page in PAGES for command in commands(page)]
+
+
+@pytest.mark.parametrize("command", ALL, ids=str)
+def test_a_command_can_be_given_as_it_stands_there(command: Command) -> None:
+    assert mistake_in(command) is None
+
+
+@pytest.mark.parametrize("command", [command for page in PAGES for command in mentions(page)], ids=str)
+def test_a_command_that_a_text_names_exists(command: Command) -> None:
+    assert mistake_in_mention(command) is None
+
+
+def test_every_command_is_run_or_has_a_reason_why_not() -> None:
+    ours = [command for command in ALL if command.page not in FOLLOWED and command.words[0] not in SHELL]
+    left = [f"{command.page}: {command}" for command in ours if not str(command).startswith(tuple(NOT_RUN))]
+    assert not left, "run these in a test of this file, or say in NOT_RUN why not"
+    stale = [begin for begin in NOT_RUN if not any(str(command).startswith(begin) for command in ours)]
+    assert set(stale) <= {"pia-batch bench", "python jobs/benchmark"}, "no page has these any more"
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("pia-batch rum config.yaml", "No such command 'rum'"),
+        ("pia-batch run --mainfest a", "No such option: --mainfest"),
+        ("pia-batch run nowhere.yaml", "no config nowhere.yaml"),
+        ("pia-batch run --set placement.batchsize=2", "did you mean 'placement.batch_size'"),
+        ("pia-batch retry --kind timeouts", "no error kind timeouts"),
+        ("pia-batch verify", "Missing argument"),
+        ("pia-batch plan --price-per-hour cheap", "a valid number"),
+        ("python jobs/animate_all.py", "no program jobs/animate_all.py"),
+        ("python jobs/tiny/train.py --works x", "knows no --works"),
+        ("python -m pia_batch.nonsense", "no module pia_batch.nonsense"),
+        ("make tests", "no target tests"),
+        ("pipx run pip-audit -r requirements.text.lock", "no file requirements.text.lock"),
+    ],
+)
+def test_a_command_that_drifted_is_noticed(words: str, found: str) -> None:
+    assert found in str(mistake_in(Command("README.md", tuple(words.split()))))
+
+
+def test_a_script_is_taken_apart_as_a_shell_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = """
+```bash
+options="--json --set a.b=[1, 2]"   # a comment
+pia-batch plan $options > told.json 2>&1 || test $? = 2
+until ray list --x 'a; b' > /dev/null; do sleep 1; done
+cat > config.yaml <<'YAML'
+manifest: nothing of a command
+YAML
+pia-batch run config.yaml \\
+  --output "$PWD/out" &
+```
+"""
+    monkeypatch.setitem(PAGES, "page", script)
+
+    assert [command.words for command in commands("page")] == [
+        ("pia-batch", "plan", "--json", "--set", "a.b=[1,", "2]"),
+        ("test", "$?", "=", "2"),
+        ("ray", "list", "--x", "a; b"),
+        ("do", "sleep", "1"),
+        ("done",),
+        ("cat",),
+        ("pia-batch", "run", "config.yaml", "--output", "$PWD/out"),
+    ]
+
+
+# --- pages that are followed word by word ---------------------------------------------------------------------------
+
+
+def follow(page: str, folder: Path, change: Callable[[str], str] = lambda script: script) -> str:
+    """Run every block of a page in its order, in one shell, in `folder`; what it printed.
+
+    A Python block is the file that its first line names, and so is a YAML block.
+    """
+    steps = ["set -eu", "trap 'kill $(jobs -p) 2> /dev/null || true; wait' EXIT"]  # a page that fails leaves no server
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE):
+        step = block.replace("source .venv/bin/activate\n", "")
+        if language in ("python", "yaml"):
+            name = re.match(r"# ([\w.]+)\n", block)
+            if name is None:
+                continue
+            step = f"cat > {name[1]} <<'FILE'\n{block}FILE\n"
+        if language in ("python", "yaml", "bash"):
+            steps.append(step)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "HOME": str(folder),  # Ray puts its token there
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    done = subprocess.run(
+        ["bash"],
+        input=change("\n".join(steps)),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=840,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_tutorial_can_be_followed(tmp_path: Path) -> None:
+    follow("docs/tutorial.md", tmp_path)
+
+    first = tmp_path / "first"
+    assert {path.suffix for path in first.glob("out/animations/*/*")} == {".mp4", ".webp", ".gif"}
+    for day in (20, 21, 22):
+        (night,) = [path for path in first.glob(f"nights/2026-11-{day}/results/*") if path.is_dir()]
+        assert ds.dataset(night).to_table(["status"])["status"].to_pylist() == ["succeeded"] * 3
+    assert len(list(first.glob("out/animations/*/*"))) == 3 * 3
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_photographs_are_animated_on_a_real_server(tmp_path: Path) -> None:
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+
+    told = follow("docs/object-storage.md", tmp_path, lambda script: script.replace("8333", str(free_port())))
+
+    assert "24 requests: 24 succeeded, 0 failed" in told
+
+
+def requests(path: Path, request_id: str) -> None:
+    """A manifest of one small request, beside its image."""
+    path.mkdir(parents=True)
+    (path / "image.png").write_bytes(png())
+    row = {"request_id": [request_id], "image": ["image.png"], "prompt": ["a red circle"]}
+    pq.write_table(pa.table(row | {"num_inference_steps": [2], "num_frames": [2]}), path / "requests.parquet")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_dates_and_backfills_are_run_as_the_page_says(tmp_path: Path) -> None:
+    yesterday = datetime.now(UTC).date() - timedelta(days=1)
+    days = [f"2026-11-{day}" for day in range(20, 23)]
+    for date in {*days, str(yesterday)}:
+        requests(tmp_path / "photos" / "de" / f"dt={date}", date)
+    requests(tmp_path / "photos" / "fr" / "dt=2026-11-22", "fr")
+
+    follow("docs/schedules.md", tmp_path, lambda script: re.sub("s3://(photos|clips)/", r"\1/", script))
+
+    folders = [tmp_path / "clips" / "de" / date.replace("-", "/") for date in {*days, str(yesterday)}]
+    for folder in [*folders, tmp_path / "clips" / "fr" / "2026" / "11" / "22"]:
+        assert len(list(folder.glob("animations/*/*"))) == 1, folder
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_run_from_python_leaves_the_results_that_the_readme_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    shutil.copytree(tiny.SAMPLE / "images", "photos")
+    (manifest, results), whole = blocks("README.md", "python"), blocks("docs/python.md", "python")[0]
+    for name, mine in (("cat.jpg", "blue-square.png"), ("boat.png", "green-triangle.png")):
+        manifest = manifest.replace(f"s3://photos/{name}", f"photos/{mine}")
+    names: dict[str, Any] = {}
+
+    for block in (manifest, whole, results):
+        exec(block, names)  # noqa: S102 - what a reader would do
+
+    assert names["summary"].succeeded == 3
+    assert names["results"]["status"].to_pylist() == ["succeeded"] * 3
+    assert sorted(names["results"]["shop"].to_pylist()) == ["north", "north", "south"]
+
+
+def test_files_tell_how_they_were_made_by_the_commands_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = RunConfig.load(None, {"manifest": "m", "output": "o"})
+    row: dict[str, Any] = dict.fromkeys(EFFECTIVE.names) | {
+        "key": "3f" + 30 * "0",
+        "request_id": "a",
+        "prompt": "a red circle",
+        "image": "a.png",
+        "model": "default",
+        "fetched_sha256": "0" * 64,
+        "width": 16,
+        "height": 16,
+        "num_frames": 2,
+        "seed": 7,
+        "format": "mp4",
+    }
+    tags = provenance.tags_of(row, config, "e" * 32)
+    made = ["outputs/demo/animations/3f/3f09.gif", "bucket/out/animations/3f/3f09.mp4", "3f09.mp4"]
+    for path in map(Path, made):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frames = np.zeros((2, 16, 16, 3), np.uint8)
+        path.write_bytes(codecs.encode(frames, "gif" if path.suffix == ".gif" else "mp4", 8.0, config.encoding, tags))
+
+    told = []
+    for command in commands("docs/provenance.md"):
+        with pytest.raises(SystemExit) as left:
+            cli.main([word.replace("s3://bucket", "bucket") for word in command.words[1:]])
+        assert not left.value.code
+        told.append(capsys.readouterr().out)
+
+    people, programs, again = told
+    assert "a red circle" in people
+    assert json.loads(programs)["provenance"]["prompt"] == "a red circle"
+    assert json.loads(again)["request_id"] == "a"

@@ -1,0 +1,179 @@
+"""A chain that runs, without Ray: it is an iterator, and the ledger is at hand."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fakes import FakeControl
+
+from pia_batch.config import RunConfig
+from pia_batch.driver.budget import Budget
+from pia_batch.driver.monitor import Watch, draw
+from pia_batch.driver.progress import Progress
+from pia_batch.errors import InterruptedRunError, LeaseHeldError, StorageError
+from pia_batch.journal.lease import Lease
+from pia_batch.storage.object_store import Store
+
+_KINDS = {"failed": "non_finite", "crashed": "worker_crash"}
+_KEYS = map(str, itertools.count())
+
+
+class Chain:
+    """Ends requests in the ledger as `worker.Animate` does, and goes on, until `end`, or an error."""
+
+    def __init__(self, control: FakeControl) -> None:
+        self._control = control
+        self._items: queue.Queue[tuple[str, ...] | Exception | None] = queue.Queue()
+
+    def __iter__(self) -> Iterator[object]:
+        while (item := self._items.get(timeout=60)) is not None:
+            if isinstance(item, Exception):
+                raise item
+            self.commit(*item)
+            yield item
+
+    def commit(self, *statuses: str) -> None:
+        """Requests that end, and of which the chain does not tell yet."""
+        for status in statuses:
+            kind = _KINDS.get(status)
+            outcome = {"key": next(_KEYS), "status": "failed" if kind else status, "error_kind": kind, "error": "why"}
+            self._control.end([outcome | {"animation_uri": None if kind else "x.mp4"}])
+
+    def put(self, *items: tuple[str, ...] | Exception | None) -> Chain:
+        for item in items:
+            self._items.put(item)
+        return self
+
+
+class Drawing:
+    """One call of `draw`, and everything around it."""
+
+    def __init__(self, store: Store, failed_before: int = 0, **settings: Any) -> None:
+        dotted = {key.replace("__", "."): value for key, value in settings.items()}
+        self.config = RunConfig.load(None, {"manifest": "m", "output": store.uri, **dotted})
+        self.control, self.stop = FakeControl(), threading.Event()
+        self.chain = Chain(self.control)
+        self.lease = Lease(store, "mine", 60)
+        self.progress = Progress(self.config, "mine", total=100, done_before=10)
+        self.seen: list[int] = []
+        self.failed_before = failed_before
+
+    def __call__(self) -> Any:
+        return draw(self.chain, self.control, dict, self.watch(self.see))
+
+    def watch(self, on_progress: Any) -> Watch:
+        budget = Budget(self.config)
+        return Watch(
+            self.config, self.progress, on_progress, self.stop, self.lease, budget, failed_before=self.failed_before
+        )
+
+    def see(self, progress: Progress) -> None:
+        self.seen.append(progress.done)
+
+
+def test_a_chain_is_pulled_to_its_end_and_what_its_ledger_counted_is_told(store: Store) -> None:
+    drawing = Drawing(store)
+    drawing.chain.put(("succeeded", "failed"), ("succeeded",), None)
+
+    assert drawing() is None
+    assert (drawing.progress.succeeded, drawing.progress.failed, drawing.progress.computed) == (2, 1, 3)
+    assert (drawing.seen[0], drawing.seen[-1]) == (10, 13)
+
+
+def test_what_is_committed_is_counted_before_the_chain_tells_of_it(store: Store) -> None:
+    drawing = Drawing(store)
+    drawing.chain.commit("succeeded", "succeeded")
+
+    def see(progress: Progress) -> None:
+        if progress.done == 12:
+            drawing.chain.put(None)
+
+    assert draw(drawing.chain, drawing.control, dict, drawing.watch(see)) is None
+    assert drawing.progress.succeeded == 2
+
+
+def test_failures_beyond_what_is_tolerated_stop_it_and_what_is_in_flight_is_counted(store: Store) -> None:
+    drawing = Drawing(store, failed_before=1, limits__max_failed=2)
+    drawing.control.begin(["in flight"])
+    drawing.chain.put(("succeeded",), ("failed", "failed"))
+    outcome = {"key": "in flight", "status": "succeeded", "error_kind": None, "animation_uri": "x.mp4"}
+    ended = threading.Timer(0.5, lambda: drawing.control.end([outcome]))  # while it stops
+    ended.start()
+
+    reached = drawing()
+
+    ended.join()
+    drawing.chain.put(None)
+    assert (reached.why, reached.exit_code) == ("max_failed", 3)
+    assert (drawing.progress.succeeded, drawing.progress.failed) == (2, 2)
+    assert drawing.control.begin(["another"]) is None  # the ledger lets nothing begin
+    assert drawing.control.in_flight() == 0
+
+
+def test_gpu_hours_stop_it(store: Store) -> None:
+    drawing = Drawing(store, budget__max_gpu_hours=1)
+    drawing.control.alive("engine", 3500)
+    drawing.chain.put(("succeeded",))
+    later = threading.Timer(0.3, lambda: drawing.control.alive("engine", 3601))
+    later.start()
+
+    reached = drawing()
+
+    later.join()
+    drawing.chain.put(None)
+    assert reached.why == "max_gpu_hours"
+
+
+def test_what_stops_from_outside_is_an_error_and_what_was_committed_is_counted(store: Store) -> None:
+    asked, lost = Drawing(store), Drawing(store)
+    asked.stop.set()
+    lost.lease.lost.set()
+    for each in (asked, lost):
+        each.chain.commit("succeeded")
+
+    with pytest.raises(InterruptedRunError, match="Start again to resume"):
+        asked()
+    with pytest.raises(LeaseHeldError, match="another run has taken over"):
+        lost()
+    for each in (asked, lost):
+        each.chain.put(None)
+        assert each.progress.succeeded == 1
+
+
+def test_an_error_of_a_worker_comes_out_of_its_wrappers(store: Store) -> None:
+    class TaskError(Exception):
+        """As Ray wraps what a task raised."""
+
+        cause = StorageError("the bucket is gone")
+
+    away, bug = Drawing(store), Drawing(store)
+    away.chain.put(RuntimeError().with_traceback(None), None)
+    with pytest.raises(RuntimeError):
+        away()
+    bug.chain.put(TaskError())
+    with pytest.raises(InterruptedRunError, match="the bucket is gone; what was finished is committed"):
+        bug()
+
+
+def test_crash_after_crash_stops_it_and_a_success_between_does_not(store: Store) -> None:
+    mixed = Drawing(store, limits__max_crashes=3)
+    mixed.chain.put(("crashed", "crashed", "succeeded", "crashed", "crashed"), None)
+    assert mixed() is None
+
+    doomed = Drawing(store, limits__max_crashes=3)
+    doomed.chain.put(("crashed", "crashed"), ("crashed",), None)
+    with pytest.raises(InterruptedRunError, match=r"3 requests in a row .* because why"):
+        doomed()
+
+
+def test_a_run_without_engines_says_what_one_needs(store: Store) -> None:
+    drawing = Drawing(store, placement__wait_s=0.1, placement__memory_mb=512)
+
+    with pytest.raises(InterruptedRunError, match=r"needs 0 GPUs and 1 CPUs.*; and 512 MiB of memory .*there are 0\."):
+        drawing()
+    drawing.chain.put(None)

@@ -1,0 +1,218 @@
+"""How far a run is: counted, over time, and as one snapshot."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pia_batch.config import RunConfig
+from pia_batch.driver.progress import RECENT_CLIPS, RECENT_S, Progress, Snapshot
+from pia_batch.pipeline.attempts import PULSE_S, SILENT_S, Ledger, Tally, Work
+
+
+@dataclass
+class Run:
+    """A run by a clock of its own, over one ledger."""
+
+    total: int = 1000
+    before: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    time: float = 5000.0
+
+    def __post_init__(self) -> None:
+        dotted = {"manifest": "m", "output": "o", **self.settings}
+        self.ledger = Ledger(3, now=lambda: self.time)
+        self.progress = Progress(RunConfig.load(None, dotted), "night", self.total, self.before, now=lambda: self.time)
+        self.keys = map(str, itertools.count())
+
+    def go_on(self, seconds: float, clips_per_second: float = 0.0, busy: float = 1.0) -> Snapshot:
+        """Let time pass, one sign of one engine after the other."""
+        begun, drawn = self.time, 0.0
+        clips = self.progress.succeeded
+        while self.time < begun + seconds:
+            self.time += PULSE_S
+            lived = self.time - 5000.0
+            drawn = self.ledger.work().drawn_seconds + PULSE_S * busy
+            self.ledger.alive("one", lived, drawn)
+            now = clips + int((self.time - begun) * clips_per_second)
+            self.end(now - self.progress.succeeded)
+            self.progress.hear(self.ledger.work())
+        return self.progress.snapshot()
+
+    def end(self, succeeded: int, failures: Mapping[str, int] | None = None, uri: str | None = None) -> None:
+        """Tell the ledger of requests that have ended."""
+        kinds = [None] * succeeded + list(Counter(failures or {}).elements())
+        named = [
+            {"key": next(self.keys), "status": "failed" if kind else "succeeded", "error_kind": kind, "error": kind}
+            for kind in kinds
+        ]
+        self.ledger.end([outcome | {"animation_uri": uri} for outcome in named])
+
+
+def test_before_the_first_result_nothing_is_known_of_the_pace() -> None:
+    run = Run(total=30, before=10)
+
+    seen = run.progress.snapshot()
+
+    assert (seen.done, seen.total, seen.seconds_left, seen.recent_clips_per_second) == (10, 30, None, None)
+    assert (seen.engines, seen.busy, seen.gpu_hours, seen.cost, seen.newest) == (None, None, None, None, None)
+
+
+def test_the_time_left_is_that_of_what_was_chosen() -> None:
+    run = Run(total=30, before=10)
+    run.end(9, {"non_finite": 1}, "s3://bucket/x.mp4")
+    run.progress.hear(run.ledger.work())
+    run.time += 100
+
+    seen = run.progress.snapshot()
+
+    assert (seen.done, seen.succeeded, seen.failed, seen.failures) == (20, 9, 1, {"non_finite": 1})
+    assert (seen.seconds_left, seen.clips_per_second, seen.newest) == (100, 0.09, "s3://bucket/x.mp4")
+
+
+def test_a_start_that_took_long_is_in_the_pace_of_all_and_not_in_the_recent_one() -> None:
+    run = Run(total=10_000)
+    run.go_on(300, busy=0.0)
+    seen = run.go_on(300, clips_per_second=4.0)
+
+    assert seen.clips_per_second == pytest.approx(2.0, rel=0.05)
+    assert seen.recent_clips_per_second == pytest.approx(4.0, rel=0.05)
+    assert seen.seconds_left == pytest.approx((10_000 - seen.done) / 4.0, rel=0.1)
+    assert seen.busy == pytest.approx(0.5, rel=0.05)
+    assert seen.recent_busy == pytest.approx(1.0, rel=0.05)
+
+
+def test_a_slow_device_is_looked_at_for_as_long_as_it_takes() -> None:
+    run = Run()
+    seen = run.go_on(3600, clips_per_second=1 / 90)
+
+    assert seen.recent_clips_per_second == pytest.approx(1 / 90, rel=0.15)
+
+
+def test_a_device_that_got_stuck_is_slower_every_minute() -> None:
+    run = Run(total=100_000)
+    before = run.go_on(300, clips_per_second=2.0).recent_clips_per_second or 0.0
+    paces = [run.go_on(RECENT_S).recent_clips_per_second or 0.0 for _ in range(5)]
+
+    assert paces == sorted(paces, reverse=True)
+    assert paces[-1] < before / 4
+
+
+def test_the_clock_stops_when_nothing_is_drawn_any_more() -> None:
+    run = Run()
+    run.go_on(100, clips_per_second=1.0)
+    run.progress.enter("publishing")
+    told = run.progress.snapshot()
+    run.time += 3600
+    run.progress.enter("finished")
+
+    later = run.progress.snapshot()
+    assert (later.phase, later.seconds, later.clips_per_second) == ("finished", told.seconds, told.clips_per_second)
+
+
+@pytest.mark.parametrize(("gpus", "unit", "hours"), [(0, "engine hours", 2.0), (0.5, "GPU hours", 1.0)])
+def test_what_engines_cost_is_told_in_what_they_are(gpus: float, unit: str, hours: float) -> None:
+    run = Run(settings={"placement.num_gpus": gpus, "budget.price_per_hour": 3.0})
+    run.progress.hear(Work(engines=2, starting=1, seconds=7200.0, heard_seconds=7000.0, drawn_seconds=3500.0))
+
+    seen = run.progress.snapshot()
+
+    assert (seen.unit, seen.gpu_hours, seen.cost) == (unit, hours, 3 * hours)
+    assert (seen.engines, seen.engines_starting, seen.busy) == (2, 1, 0.5)
+
+
+def test_what_a_ledger_counted_stays_when_its_process_dies() -> None:
+    run = Run()
+    run.end(3, {"timeout": 2}, "s3://bucket/x.mp4")
+    run.progress.hear(run.ledger.work())
+    run.ledger = Ledger(3, now=lambda: run.time)
+
+    run.progress.hear(run.ledger.work())
+    assert (run.progress.succeeded, run.progress.failures) == (3, {"timeout": 2})
+    assert run.progress.newest == "s3://bucket/x.mp4"
+    run.end(1, {"timeout": 1}, "s3://bucket/y.mp4")
+    run.progress.hear(run.ledger.work())
+
+    assert (run.progress.succeeded, run.progress.failures) == (4, {"timeout": 3})
+    assert run.progress.newest == "s3://bucket/y.mp4"
+
+
+def test_marks_are_as_far_apart_as_engines_tell_something() -> None:
+    run = Run()
+    for _ in range(100):
+        run.progress.hear(run.ledger.work())
+        run.time += PULSE_S / 10
+
+    assert len(run.progress._marks) == 10
+
+
+def test_the_ledger_knows_who_lives_who_loads_and_who_draws() -> None:
+    now = 0.0
+    ledger = Ledger(3, now=lambda: now)
+    nothing = ledger.work()
+    assert nothing == Work(tally=Tally(), ledger=nothing.ledger)
+    ledger.alive("dies", 100.0, 60.0)
+    now += SILENT_S
+    ledger.alive("loads", 10.0, None)
+    ledger.alive("draws", 30.0, 20.0)
+    ledger.alive("draws", 29.0, 5.0)  # overtaken on its way
+
+    work = ledger.work()
+
+    assert (work.engines, work.starting, work.heard_seconds, work.drawn_seconds) == (2, 1, 140.0, 80.0)
+    assert work.seconds == ledger.engine_seconds()
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.floats(0, 500),  # seconds that pass
+        st.integers(0, 30),  # requests that succeed
+        st.dictionaries(st.sampled_from(["non_finite", "timeout", "image_unavailable"]), st.integers(1, 9)),
+        st.booleans(),  # whether the ledger is heard
+    ),
+    max_size=60,
+)
+
+
+@given(STEPS, st.integers(0, 2000), st.integers(0, 50))
+def test_whatever_comes_the_figures_add_up(
+    steps: list[tuple[float, int, dict[str, int], bool]], total: int, before: int
+) -> None:
+    run, told = Run(total=before + total, before=before), 0
+    for seconds, succeeded, failures, heard in steps:
+        run.time += seconds
+        run.end(succeeded, failures)
+        told += succeeded + sum(failures.values())
+        lived = run.time - 5000.0
+        run.ledger.alive("one", lived, lived / 2)
+        if heard:
+            run.progress.hear(run.ledger.work())
+
+        seen = run.progress.snapshot()
+        assert seen.done == before + seen.succeeded + seen.failed <= before + told
+        assert not heard or seen.done == before + told
+        assert seen.failed == sum(seen.failures.values())
+        for share in (seen.busy, seen.recent_busy):
+            assert share is None or 0 <= share <= 1
+        assert seen.clips_per_second >= 0
+        assert (seen.recent_clips_per_second or 0.0) >= 0
+        assert (seen.seconds_left or 0.0) >= 0
+        assert Snapshot.model_validate(json.loads(seen.model_dump_json())) == seen
+    assert len(run.progress._marks) <= len(steps) + 1
+
+
+def test_few_clips_are_not_enough_for_a_recent_pace() -> None:
+    run = Run()
+    run.go_on(RECENT_S * 10, clips_per_second=1.0)
+    first = run.progress._marks[0]
+
+    assert run.time - first.at == pytest.approx(RECENT_S, abs=PULSE_S)
+    assert run.progress.computed - first.computed >= RECENT_CLIPS

@@ -1,0 +1,168 @@
+"""Runs on a cluster of several nodes, all on this machine, with GPUs that exist in name only."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+from fakes import FakeEngine, FakeShelf
+from inputs import requests_table
+from places import PYTHONPATH
+from ray.cluster_utils import Cluster
+
+from pia_batch.config import PlacementConfig, RunConfig
+from pia_batch.driver import preflight, ray_cluster
+from pia_batch.driver.run_record import RunSummary
+from pia_batch.errors import ConfigError, InterruptedRunError
+from pia_batch.pipeline import chain
+from pia_batch.planning import plan
+
+pytestmark = pytest.mark.slow
+
+MakeConfig = Callable[..., RunConfig]
+
+STORE_BYTES = 80 * 2**20
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Cluster]:
+    """A head without GPUs, open to everyone; every test adds the nodes that it needs."""
+    head = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+    path = {"env_vars": {"PYTHONPATH": PYTHONPATH}}  # fakes.py, and this module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        started = Cluster(initialize_head=True, head_node_args=head)
+        ray.init(address=started.address, log_to_driver=False, runtime_env=path)
+        yield started
+        ray.shutdown()
+        started.shutdown()
+
+
+def add_gpu(nodes: Cluster) -> Any:
+    return nodes.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE_BYTES)
+
+
+@dataclass
+class NodeEngine(FakeEngine):
+    """Its device is its node. Draws once `crowd` engines are there; where its node is told to hold, never again."""
+
+    folder: Path = Path()
+    crowd: int = 1
+
+    def animate(self, shots: Any) -> Any:
+        while len(list(self.folder.glob("*.engine"))) < self.crowd:
+            time.sleep(0.05)
+        if (self.folder / f"{self.device}.hold").exists():
+            (self.folder / f"{self.device}.held").touch()
+            time.sleep(3600)
+        return super().animate(shots)
+
+
+@dataclass(frozen=True)
+class NodeEngineLoader:
+    engine_id: str
+    folder: Path
+    crowd: int
+
+    def __call__(self) -> FakeShelf:
+        node = ray.get_runtime_context().get_node_id()
+        (self.folder / f"{node}.engine").touch()
+        return FakeShelf(NodeEngine(self.engine_id, node, seconds=0.1, folder=self.folder, crowd=self.crowd))
+
+
+def run(config: RunConfig, folder: Path, crowd: int, events: Iterator[None]) -> tuple[RunSummary, list[dict[str, Any]]]:
+    """A run beside which `events` goes on, a step about twice a second; its summary and results."""
+    engine_id = plan.make(config).engine_ids["default"]
+    loader = NodeEngineLoader(engine_id, folder, crowd)
+    summary = chain.run(config, load_engines=loader, on_progress=lambda _: next(events, None))
+    return summary, pq.read_table(f"{config.output}/results/{summary.run_id}").to_pylist()
+
+
+def test_a_run_that_is_given_no_engine_says_so_and_leaves_nothing_of_ray_data_behind(
+    nodes: Cluster, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert nodes.address
+
+    with pytest.raises(InterruptedRunError, match="one engine needs 1 GPUs and 1 CPUs, and the cluster has 0 and 2"):
+        chain.run(make_config(placement__num_gpus=1, placement__wait_s=2))
+
+    assert "waiting_for_engines" in caplog.text
+    # An executor that goes on waiting ends this process some time after ray.shutdown().
+    assert not [thread.name for thread in threading.enumerate() if "Executor" in thread.name]
+
+
+def test_a_node_that_joins_is_used_and_one_that_dies_with_a_batch_is_survived(
+    nodes: Cluster, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(
+        requests_table(40, format=["gif"] * 40),
+        placement__num_gpus=1,
+        placement__min_actors=2,
+        placement__max_actors=3,
+        placement__batch_size=2,
+    )
+    engines = tmp_path / "engines"
+    engines.mkdir()
+    gpus = [add_gpu(nodes), add_gpu(nodes)]
+
+    def events() -> Iterator[None]:
+        while len(list(engines.glob("*.engine"))) < 2:
+            yield
+        gpus.append(joined := add_gpu(nodes))  # the others wait for its engine
+        while len(list(Path(config.output, "_journal").glob("*.parquet"))) < 4:
+            yield
+        (engines / f"{joined.node_id}.hold").touch()
+        while not (engines / f"{joined.node_id}.held").exists():
+            yield
+        nodes.remove_node(joined, allow_graceful=False)
+
+    summary, rows = run(config, engines, crowd=3, events=events())
+
+    assert (summary.succeeded, summary.exit_code) == (40, 0)
+    assert Counter(row["request_id"] for row in rows) == Counter({f"r{k:03d}": 1 for k in range(40)})
+    assert len(list(Path(config.output, "animations").rglob("*.gif"))) == 40
+    first, second, dead = (node.node_id for node in gpus)
+    assert {row["device"] for row in rows} == {first, second, dead}
+    begun_again = [row for row in rows if row["attempts"] > 1]
+    assert 1 <= len(begun_again) <= 2 * config.placement.batch_size  # what was on the dead node, and nothing else
+    assert {row["device"] for row in begun_again} <= {first, second}
+    for node in gpus[:2]:
+        nodes.remove_node(node)
+
+
+def test_a_cluster_without_authentication_is_refused_on_demand_and_told_of_otherwise(
+    nodes: Cluster, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ray_cluster.authentication(None) == ray_cluster.authentication(nodes.address) == "none"
+    with pytest.raises(ConfigError, match=r"without token authentication.*RAY_AUTH_MODE=token.*require_auth"):
+        chain.run(make_config(placement__require_auth=True))
+
+    with ray_cluster.connect(PlacementConfig()):
+        pass
+
+    assert "open_cluster" in caplog.text or nodes.address.startswith("127.")
+
+
+def test_a_cluster_without_room_for_reading_beside_its_engines_is_told_of_before_it_is_used(
+    nodes: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = PlacementConfig(ray_address=nodes.address, min_actors=64, max_actors=64)
+
+    with ray_cluster.connect(place):
+        (told,) = [record.getMessage() for record in caplog.records if "small_cluster" in record.getMessage()]
+    (finding,) = preflight._about_room(place, num_gpus=0)
+
+    assert "no CPU is left to read the manifest" in told
+    assert (finding.state, finding.subject) == ("warn", "room")
+    assert "no CPU is left to read the manifest" in finding.told
+    assert "set placement.min_actors to" in finding.remedy
+    with pytest.raises(ConfigError, match="Ray on this machine: no CPU is left"):
+        ray_cluster._check_room(place, ours=True)

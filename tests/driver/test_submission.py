@@ -1,0 +1,445 @@
+"""Jobs of a cluster, asked of a dashboard that is a fake: what is sent, what is refused, and how waiting ends."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from servers import serving
+
+from pia_batch import cli
+from pia_batch.cli import clusters
+from pia_batch.cli.flags import RunFlags
+from pia_batch.config import RunConfig
+from pia_batch.driver import ray_cluster, submission
+from pia_batch.driver.submission import Job, Jobs, Work
+from pia_batch.errors import ConfigError, InterruptedRunError, LeaseHeldError, PiaBatchError
+
+TOKEN = "t" * 64
+
+
+@dataclass
+class Dashboard:
+    """What a head node answers, as far as jobs go. Keeps what was submitted; nothing of it ever runs."""
+
+    token: str | None = None
+    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    logs: str = ""
+    faster: bool = False
+    """Whether somebody else submits the same job just before."""
+    address: str = ""
+
+    def answer(self, method: str, path: str, body: bytes, token: str) -> tuple[int, Any]:
+        """The status and the JSON, or the text, of an answer."""
+        if self.token is not None and token != f"Bearer {self.token}" and path != "/api/authentication_mode":
+            return (403, "Forbidden: Invalid token") if token else (401, "Unauthorized: Missing token")
+        if path.startswith("/api/jobs/") and path != "/api/jobs/":
+            return self._about_one(path)
+        if method == "POST":
+            return self._submit(json.loads(body))
+        version = {"ray_version": ray.__version__, "version": "4", "ray_commit": "", "session_name": ""}
+        return 200, {
+            "/api/authentication_mode": {"authentication_mode": "token" if self.token else "disabled"},
+            "/api/version": version,
+            "/api/jobs/": list(self.jobs.values()),
+        }.get(path, {})
+
+    def _about_one(self, path: str) -> tuple[int, Any]:
+        job_id, _, action = path.removeprefix("/api/jobs/").partition("/")
+        job = self.jobs.get(job_id)
+        if job is None:
+            return 404, f"Job {job_id} does not exist"
+        if action == "stop":
+            job["status"] = "STOPPED"
+            return 200, {"stopped": True}
+        return 200, {"logs": self.logs} if action == "logs" else job
+
+    def _submit(self, asked: dict[str, Any]) -> tuple[int, Any]:
+        job_id = asked["submission_id"]
+        if self.faster or job_id in self.jobs:
+            return 500, f"ValueError: Job with submission_id {job_id} already exists."
+        now = 1_700_000_000_000 + len(self.jobs)
+        told = {"type": "SUBMISSION", "status": "RUNNING", "start_time": now} | asked
+        self.jobs[job_id] = told
+        return 200, {"submission_id": job_id, "job_id": job_id}
+
+    def end(self, job_id: str, status: str, exit_code: int | None = None, **more: str) -> None:
+        self.jobs[job_id] |= {"status": status, "driver_exit_code": exit_code, "end_time": 1_700_000_060_000} | more
+
+
+@pytest.fixture
+def dashboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Dashboard]:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    fake = Dashboard()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, said = fake.answer(self.command, self.path, body, self.headers.get("Authorization", ""))
+            data = (said if isinstance(said, str) else json.dumps(said)).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_POST = do_GET  # noqa: N815 - its name is the method's
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    with serving(Handler) as fake.address:
+        yield fake
+
+
+def work(output: str = "s3://bucket/out", date: str | None = None, **settings: Any) -> Work:
+    manifest = settings.pop("manifest", "s3://bucket/manifest")
+    dotted = {key.replace("__", "."): value for key, value in settings.items()}
+    config = RunConfig.load(None, {"manifest": manifest, "output": output, **dotted})
+    return Work(config, output, manifest, date)
+
+
+def job(**told: Any) -> Job:
+    texts = dict.fromkeys(("error_type", "message", "output", "manifest", "user", "version", "key"), "")
+    rest = dict.fromkeys(("exit_code", "started_at", "ended_at", "run_date"))
+    return Job(**({"id": "pia-batch-0-1"} | texts | rest | told))
+
+
+# --- what is sent ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_submitted_shows_no_secret(dashboard: Dashboard) -> None:
+    canary = "CANARY5f0e"
+    manifest = f"https://user:{canary}@example.com/m.parquet?X-Amz-Signature={canary}"
+
+    sent = Jobs(dashboard.address).submit(work(manifest=manifest))
+
+    shown = json.dumps(dashboard.jobs[sent.id])
+    assert canary not in shown
+    assert sent.manifest == "https://example.com/m.parquet"
+    assert (sent.output, sent.status, sent.attempt, sent.version) == ("s3://bucket/out", "RUNNING", 1, "0.1.0")
+    assert dashboard.jobs[sent.id]["entrypoint"] == "exec python3 -m pia_batch.cli run config.yaml"
+
+
+def test_a_driver_that_is_stopped_has_the_time_of_the_config(dashboard: Dashboard) -> None:
+    sent = Jobs(dashboard.address).submit(work(limits__stop_grace_s=100.5))
+
+    assert dashboard.jobs[sent.id]["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "116"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"model__base": "runwayml/base", "models__cartoon": {"vae": "some/vae"}, "defaults__num_frames": 24},
+        {"limits__lease_wait_s": float("inf"), "placement__num_gpus": 0.5, "images__allow": ["s3://photos/"]},
+        {"params__shop": "north", "budget__deadline": "06:00", "run_date": "2026-11-22", "manifest": "m/{date}/{shop}"},
+    ],
+)
+def test_the_config_arrives_as_it_was(tmp_path: Path, settings: dict[str, Any]) -> None:
+    sent = work(**settings)
+
+    name = submission.pack(sent, tmp_path)
+
+    assert [path.name for path in tmp_path.iterdir()] == [name] == ["config.yaml"]
+    assert RunConfig.load(tmp_path / name) == sent.config
+
+
+def test_a_package_travels_whole_and_without_what_python_keeps(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    sent = Work(**(vars(work()) | {"package": root}))
+
+    submission.pack(sent, tmp_path)
+
+    here = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {Path("config.yaml"), Path("pia_batch/cli/__main__.py"), Path("pia_batch/tiny/defaults.yaml")} <= here
+    assert not any("__pycache__" in path.parts for path in here)
+    with pytest.raises(ConfigError, match="no package pia_batch"):
+        submission.pack(Work(**(vars(work()) | {"package": tmp_path / "pia_batch"})), tmp_path)
+
+
+@given(st.sampled_from(["s3://a/o", "s3://a/p"]), st.sampled_from([None, "2026-11-22"]), st.integers(1, 3))
+def test_equal_work_has_an_equal_key_and_other_work_another(output: str, date: str | None, batch_size: int) -> None:
+    here = work(output, date, placement__batch_size=batch_size)
+
+    assert here.key == work(output, date, placement__batch_size=batch_size).key
+    others = [work("s3://b/o", date, placement__batch_size=batch_size), work(output, "2026-11-23")]
+    others += [work(output, date, placement__batch_size=batch_size + 1)]
+    assert here.key not in {other.key for other in others}
+
+
+# --- doubles --------------------------------------------------------------------------------------------------------
+
+
+def test_one_job_at_a_time_for_an_output_and_a_date(dashboard: Dashboard) -> None:
+    jobs = Jobs(dashboard.address)
+    first = jobs.submit(work(date="2026-11-22"))
+
+    for double in (work(date="2026-11-22"), work(date="2026-11-22", placement__batch_size=8)):
+        with pytest.raises(LeaseHeldError, match=f"job {first.id} is RUNNING for s3://bucket/out"):
+            jobs.submit(double)
+    assert jobs.submit(work(date="2026-11-23")).id != first.id
+    assert jobs.submit(work("s3://bucket/other", date="2026-11-22")).id != first.id
+    queued = jobs.submit(work(date="2026-11-22", limits__lease_wait_s=60))  # it waits there, for its turn
+    assert queued.attempt == 1
+
+
+def test_a_job_that_has_ended_is_followed_by_another_attempt(dashboard: Dashboard) -> None:
+    jobs = Jobs(dashboard.address)
+    ids = []
+    for status in ("FAILED", "STOPPED", "SUCCEEDED"):
+        ids.append(jobs.submit(work()).id)
+        dashboard.end(ids[-1], status)
+
+    assert [job_id.removeprefix(ids[0][:-1]) for job_id in ids] == ["1", "2", "3"]
+    assert [found.id for found in jobs.ours()] == ids[::-1]
+
+
+def test_who_submits_at_the_same_moment_is_refused_by_the_cluster(dashboard: Dashboard) -> None:
+    dashboard.faster = True
+
+    with pytest.raises(LeaseHeldError, match="is there for s3://bucket/out"):
+        Jobs(dashboard.address).submit(work())
+
+
+def test_jobs_of_others_are_neither_listed_nor_stopped(dashboard: Dashboard) -> None:
+    dashboard.jobs["theirs"] = {"type": "SUBMISSION", "submission_id": "theirs", "status": "RUNNING", "entrypoint": "x"}
+    jobs = Jobs(dashboard.address)
+
+    assert jobs.ours() == []
+    with pytest.raises(ConfigError, match="none of pia-batch"):
+        jobs.stop("theirs")
+    with pytest.raises(ConfigError, match="`pia-batch jobs` lists"):
+        jobs.stop("nobodys")
+    assert dashboard.jobs["theirs"]["status"] == "RUNNING"
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("exit_code", "told"), [(0, 0), (3, 3), (75, 75), (-9, 137)])
+def test_the_exit_code_is_the_drivers_own(exit_code: int, told: int) -> None:
+    assert job(status="SUCCEEDED" if exit_code == 0 else "FAILED", exit_code=exit_code).result() == told
+
+
+@pytest.mark.parametrize(
+    ("ended", "error", "words"),
+    [
+        ({"status": "STOPPED"}, InterruptedRunError, "was stopped"),
+        ({"error_type": "JOB_SUPERVISOR_ACTOR_DIED", "message": "its node died"}, InterruptedRunError, "its node died"),
+        ({"error_type": "RUNTIME_ENV_SETUP_FAILURE", "message": "no such URI"}, ConfigError, "no such URI"),
+    ],
+)
+def test_a_job_without_an_exit_code_says_why(ended: dict[str, str], error: type[PiaBatchError], words: str) -> None:
+    with pytest.raises(error, match=words):
+        job(**({"status": "FAILED"} | ended)).result()
+
+
+def test_a_job_is_waited_for_and_its_log_shown_once(dashboard: Dashboard) -> None:
+    jobs = Jobs(dashboard.address)
+    sent = jobs.submit(work())
+    dashboard.logs = "first line\nlast line\n"
+    dashboard.end(sent.id, "FAILED", 3)
+    shown: list[str] = []
+
+    ended = jobs.wait(sent.id, show=shown.append)
+
+    assert "".join(shown) == "first line\nlast line\n"
+    assert (ended.result(), ended.seconds) == (3, 60.0)
+
+
+def test_waiting_ends_on_demand_and_the_job_goes_on(dashboard: Dashboard) -> None:
+    jobs = Jobs(dashboard.address)
+    sent = jobs.submit(work())
+    leave = threading.Event()
+    leave.set()
+
+    assert not jobs.wait(sent.id, leave=leave).is_over
+
+
+def test_a_cluster_that_forgot_the_job_or_went_silent_interrupts(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = Jobs(dashboard.address)
+    sent = jobs.submit(work())
+    monkeypatch.setattr(submission, "_POLL_S", 0.01)
+    asked, kept = [], dashboard.answer
+
+    def forgetful(method: str, path: str, body: bytes, token: str) -> tuple[int, Any]:
+        asked.append(path)
+        return kept(method, path, body, token) if len(asked) < 3 else (404, "Job does not exist")
+
+    dashboard.answer = forgetful  # type: ignore[method-assign]
+    with pytest.raises(InterruptedRunError, match="does not know job"):
+        jobs.wait(sent.id)
+
+
+# --- who is let in --------------------------------------------------------------------------------------------------
+
+
+def put_into(place: str, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    file = home / ".ray" / "auth_token"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"{TOKEN}\n" if place == "home" else "another")
+    if place == "variable":
+        monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    if place == "path":
+        (home / "token").write_text(TOKEN)
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "token"))
+
+
+@pytest.mark.parametrize("place", ["variable", "path", "home"])
+def test_the_token_is_found_where_ray_finds_it(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    dashboard.token = TOKEN
+    put_into(place, monkeypatch, tmp_path / "home")
+
+    assert Jobs(dashboard.address).ours() == []
+
+
+def test_no_token_and_a_wrong_one_are_told_apart(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    dashboard.token = TOKEN
+
+    with pytest.raises(ConfigError, match="there is none: set RAY_AUTH_TOKEN"):
+        Jobs(dashboard.address)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x" * 64)
+    with pytest.raises(ConfigError, match="not its own: set RAY_AUTH_TOKEN"):
+        Jobs(dashboard.address)
+
+
+def test_an_open_cluster_is_refused_where_authentication_is_required(dashboard: Dashboard) -> None:
+    assert ray_cluster.authentication(dashboard.address) == "none"
+
+    with pytest.raises(ConfigError, match="without token authentication"):
+        Jobs(dashboard.address).submit(work(placement__require_auth=True))
+    assert not dashboard.jobs
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("http://127.0.0.1:1", "no Ray dashboard answers at http://127.0.0.1:1; correct --address"),
+        ("head:6379", "expected the dashboard's address, such as http://head:8265"),
+        ("ray://head:10001", "expected the dashboard's address"),
+    ],
+)
+def test_an_address_without_a_dashboard_is_told_of(address: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Jobs(address)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1", "127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_who_does_not_answer_says_nothing_of_authentication(address: str) -> None:
+    assert ray_cluster.authentication(address) == "unknown"
+
+
+@pytest.mark.parametrize(("mode", "found"), [(None, "token"), ("token", "token"), ("disabled", "none")])
+def test_a_ray_of_our_own_has_a_token_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, mode: str | None, found: str
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    if mode is not None:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+
+    assert ray_cluster.authentication("local") == found
+
+
+@pytest.mark.parametrize(
+    ("address", "warned"), [("127.0.0.1:6379", False), ("http://localhost:8265", False), ("10.0.0.7:6379", True)]
+)
+def test_an_open_cluster_is_told_of_where_others_reach_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, address: str, *, warned: bool
+) -> None:
+    monkeypatch.setattr(ray_cluster, "authentication", lambda _: "none")
+
+    ray_cluster.check_authentication(address, required=False)
+
+    assert ("open_cluster" in caplog.text) is warned
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_flags_of_run_become_work_with_the_run_date_of_now(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = RunFlags(manifest="in/{date}", output="out/{date}", run_date="2026-11-22", limit=5)
+
+    made = clusters._work(flags, None, retry_failed=True)
+
+    assert (made.manifest, made.output) == (f"{tmp_path}/in/2026-11-22", f"{tmp_path}/out/2026-11-22")
+    assert (made.run_date, made.config.run_date, made.config.budget.limit) == ("2026-11-22", "2026-11-22", 5)
+    assert made.arguments == ("--retry-failed",)
+    assert made.config.filled().output == made.output  # what the driver makes of it
+
+
+def test_a_backfill_is_one_job_of_many_dates() -> None:
+    flags = RunFlags(manifest="s3://b/{date}", output="s3://b/out/{date}", backfill="2026-11-20..2026-11-22")
+
+    made = clusters._work(flags, None, retry_failed=False)
+
+    assert made.arguments == ("--backfill=2026-11-20..2026-11-22",)
+    assert (made.output, made.run_date) == ("s3://b/out/{date}", "2026-11-20..2026-11-22")
+    assert yaml.safe_load(yaml.safe_dump(made.config.output)) == made.output
+
+
+def pia_batch(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        cli.main(list(arguments))
+    return int(left.value.code or 0)
+
+
+def test_submitting_listing_stopping(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
+    submit = ["submit", "--manifest", "s3://b/in", "--output", "s3://b/out", "--address", dashboard.address]
+
+    assert pia_batch(*submit, "--no-wait") == 0
+    job_id = capsys.readouterr().out.strip()
+    assert job_id in dashboard.jobs
+
+    assert pia_batch(*submit) == 75
+    assert f"job {job_id} is RUNNING for s3://b/out" in capsys.readouterr().err
+
+    assert pia_batch("jobs", "--address", dashboard.address) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["job", "status", "exit", "started", "(UTC)", "seconds", "output"]
+    assert row.split()[:2] + row.split()[-1:] == [job_id, "RUNNING", "s3://b/out"]
+
+    assert pia_batch("jobs", "--address", dashboard.address, "--stop", job_id) == 0
+    assert capsys.readouterr().out == f"{job_id} STOPPED\n"
+    assert pia_batch("jobs", "--address", dashboard.address, "--stop", job_id) == 0
+    assert capsys.readouterr().out == f"{job_id} is over already\n"
+
+    assert pia_batch("jobs", "--address", dashboard.address, "--json") == 0
+    (told,) = json.loads(capsys.readouterr().out)["jobs"]
+    assert (told["id"], told["status"], told["exit_code"]) == (job_id, "STOPPED", None)
+
+
+def test_following_ends_with_the_exit_code_of_the_driver(
+    dashboard: Dashboard, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent = Jobs(dashboard.address).submit(work())
+    dashboard.logs = "[bold]3 requests: 1 failed[/bold]\n"
+    dashboard.end(sent.id, "FAILED", 3)
+
+    assert pia_batch("jobs", "--address", dashboard.address, "--follow", sent.id) == 3
+    shown = capsys.readouterr()
+    assert shown.out == dashboard.logs  # and not as markup
+    assert f"{sent.id} FAILED" in shown.err
+
+
+def test_a_cluster_has_to_be_named(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dashboard.address
+    assert pia_batch("jobs") == 2
+    assert "Give --address, or set RAY_ADDRESS" in capsys.readouterr().err

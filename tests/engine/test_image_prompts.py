@@ -1,0 +1,371 @@
+"""IP-Adapter with an image and a scale per row, against single calls of a pipeline that loaded the same files."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import ip_adapters
+import pytest
+import torch
+from diffusers import PIAPipeline
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pipelines import (
+    Counting,
+    Truth,
+    assert_equals_single_calls,
+    assert_same,
+    build,
+    picture,
+    save,
+    shot,
+    single_call,
+    stock_engine,
+)
+from safetensors.torch import save_file
+
+from pia_batch.config import IpAdapterConfig, LoraConfig, ModelConfig, SchedulerConfig
+from pia_batch.engine import PiaEngine, image_prompts, loading
+from pia_batch.engine.shared_weights import SharedParts
+from pia_batch.errors import ConfigError, ImageUnreadableError, UnsupportedSettingError
+
+ROWS = [
+    shot(1, ip_adapter_scale=0.5),
+    shot(2, ip_adapter_image=picture(9, 50, 40), ip_adapter_scale=1.3, guidance_scale=1.0),
+    shot(3, ip_adapter_image=picture(8), ip_adapter_scale=0.0, num_inference_steps=5),
+    shot(4, ip_adapter_image=picture(9, 50, 40), guidance_scale=4.0, prompt="", strength=0.7),
+    shot(5, ip_adapter_image=picture(7, 9, 90), ip_adapter_scale=0.25, width=40, clip_skip=1),
+    shot(6, ip_adapter_image=picture(6), ip_adapter_scale=2.0, free_init_iters=2, num_frames=2),
+]
+"""Different image prompts, scales and guidance, three sizes, and schedules that end one after another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """One model twice: as a pipeline that loaded an adapter, and as folders."""
+
+    pipe: PIAPipeline
+    model: ModelConfig
+
+    def engine(self) -> PiaEngine:
+        return PiaEngine.load(self.model, device="cpu")
+
+
+def adapted(folder: Path, layout: ip_adapters.Layout = "plain") -> Adapted:
+    pipe = build()
+    save(pipe, folder / "base")
+    path = ip_adapters.write(folder, layout)
+    ip_adapters.load(pipe, path)
+    pipe.unet.eval()  # the adapter's layers arrive as if they were to be trained
+    model = ModelConfig(
+        base=str(folder / "base"),
+        scheduler=SchedulerConfig(name="checkpoint"),
+        ip_adapter=IpAdapterConfig(source=str(path)),
+    )
+    return Adapted(pipe, model)
+
+
+@pytest.fixture(scope="module", params=ip_adapters.LAYOUTS)
+def each(request, tmp_path_factory) -> Adapted:
+    return adapted(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Adapted:
+    return adapted(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def engine(plain) -> PiaEngine:
+    return plain.engine()
+
+
+@pytest.fixture(scope="module")
+def truths(plain) -> list[Truth]:
+    return [single_call(plain.pipe, row) for row in ROWS]
+
+
+def test_rows_with_images_and_scales_of_their_own_equal_single_calls_in_every_layout(each):
+    assert_equals_single_calls(each.pipe, each.engine(), ROWS)
+
+
+def test_a_row_alone_equals_its_single_call_to_the_last_bit_in_every_layout(each):
+    stock = stock_engine(each.pipe)
+
+    for row in ROWS[:4]:
+        assert_same(stock.animate([row], keep_latents=True)[0], single_call(each.pipe, row), tolerance=0.0)
+
+
+def test_a_batch_equals_single_calls_in_float64_where_it_cannot_hide_behind_rounding(plain):
+    exact = copy.deepcopy(plain.pipe).to(torch.float64)
+
+    assert_equals_single_calls(exact, PiaEngine.from_pipeline(exact), ROWS)
+
+
+PROMPTED = st.builds(
+    lambda seed, image, **rest: shot(seed, ip_adapter_image=None if image is None else picture(image), **rest),
+    seed=st.integers(0, 3),
+    image=st.none() | st.integers(0, 2),
+    ip_adapter_scale=st.sampled_from([0.0, 1.0]) | st.floats(0, 2),
+    guidance_scale=st.sampled_from([1.0, 3.0]),
+    num_inference_steps=st.integers(1, 3),
+    num_frames=st.sampled_from([2, 3]),
+)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(rows=st.lists(PROMPTED, min_size=1, max_size=4))
+def test_any_batch_of_image_prompts_equals_single_calls(plain, engine, rows):
+    assert_equals_single_calls(plain.pipe, engine, rows)
+
+
+@pytest.mark.parametrize("order", [(3, 1, 0), (1, 2), (0, 3, 2, 1)])
+def test_order_and_batch_mates_change_no_row(engine, truths, order):
+    clips = engine.animate([ROWS[index] for index in order], keep_latents=True)
+
+    for index, clip in zip(order, clips, strict=True):
+        assert_same(clip, truths[index])
+
+
+def test_the_image_prompt_is_the_rows_own_image_unless_it_names_another(engine):
+    own, same, other, none = engine.animate(
+        [
+            shot(1),
+            shot(1, ip_adapter_image=picture(1)),
+            shot(1, ip_adapter_image=picture(2)),
+            shot(1, ip_adapter_scale=0.0),
+        ],
+        keep_latents=True,
+    )
+
+    assert torch.allclose(own.latents, same.latents, atol=1e-5)
+    assert (own.latents - other.latents).abs().max() > 1e-3
+    assert (own.latents - none.latents).abs().max() > 1e-3
+
+
+def test_a_scale_of_zero_is_without_the_adapter(engine):
+    row = shot(1, ip_adapter_scale=0.0)
+
+    assert_same(engine.animate([row], keep_latents=True)[0], single_call(build(), row))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scales_per_row_compute_what_one_scale_for_all_would(dtype):
+    states = torch.randn(6, 5, 4).to(dtype)
+    scales = [0.3, 1.7, 0.0]
+
+    product = image_prompts._RowScales(scales, 2, states.device, dtype) * states
+
+    assert product.dtype == dtype
+    for sample, scale in enumerate(scales):
+        rows = slice(2 * sample, 2 * sample + 2)
+        assert torch.equal(product[rows], scale * states[rows])
+
+
+def test_an_image_prompt_is_encoded_once_for_all_rows_and_batches(plain):
+    parts = loading.adopt(plain.pipe)
+    encoder = Counting(parts.image_encoder)
+    engine = PiaEngine(dataclasses.replace(parts, image_encoder=encoder), lambda: "counted")
+    rows = [shot(seed, ip_adapter_image=picture(9), num_inference_steps=1) for seed in range(3)]
+
+    engine.animate([*rows, shot(9, num_inference_steps=1)])  # whose own image is that image prompt
+    engine.animate([dataclasses.replace(row, ip_adapter_scale=0.5) for row in rows])
+
+    assert encoder.calls == 1
+
+
+def test_rows_with_different_images_and_scales_share_every_unet_call(plain):
+    parts = loading.adopt(plain.pipe)
+    unet = Counting(parts.unet)
+    engine = PiaEngine(dataclasses.replace(parts, unet=unet), lambda: "counted")
+
+    engine.animate([shot(k, ip_adapter_image=picture(9 + k), ip_adapter_scale=k / 2) for k in range(4)])
+
+    assert unet.calls == 3  # one for each step
+
+
+def test_the_cache_of_image_prompts_is_bounded(plain, monkeypatch):
+    monkeypatch.setattr(image_prompts, "MAX_IMAGE_PROMPTS", 2)
+    parts = loading.adopt(plain.pipe)
+    prompts = image_prompts.ImagePromptEncoder(parts.unet, parts.image_encoder, parts.image_processor, parts.device)
+
+    for seed in range(4):
+        prompts.encode(picture(seed))
+
+    assert len(prompts._recent) == 2
+
+
+def test_a_pipeline_with_an_adapter_is_adopted_and_stays_as_it_is(plain):
+    plain.pipe.set_ip_adapter_scale(0.6)
+    processors = image_prompts._processors(plain.pipe.unet)
+
+    engine = PiaEngine.from_pipeline(plain.pipe)
+    engine.animate(ROWS)
+
+    assert [processor.scale for processor in processors] == [[0.6]] * 4
+    assert_equals_single_calls(plain.pipe, engine, ROWS[:2])
+
+
+def test_a_pipeline_with_freeu_beside_the_adapter_is_adopted(tmp_path):
+    both = adapted(tmp_path).pipe
+    without = PiaEngine.from_pipeline(both)
+    drawn = without.animate(ROWS[:1], keep_latents=True)[0]
+    both.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    engine = PiaEngine.from_pipeline(both)
+
+    assert_equals_single_calls(both, engine, ROWS[:2])
+    assert not torch.equal(engine.animate(ROWS[:1], keep_latents=True)[0].latents, drawn.latents)
+
+
+def test_the_id_of_an_adopted_pipeline_is_also_that_of_its_adapter_and_image_encoder(plain):
+    ids = {PiaEngine.from_pipeline(build()).engine_id, PiaEngine.from_pipeline(plain.pipe).engine_id}
+    other = copy.deepcopy(plain.pipe)
+    other.image_encoder.visual_projection.weight.data.mul_(1.01)
+    ids.add(PiaEngine.from_pipeline(other).engine_id)
+
+    assert len(ids) == 3
+
+
+def test_a_model_with_an_adapter_passes_the_check_of_its_device(engine):
+    engine.check()
+
+
+def test_loading_an_adapter_prints_nothing(plain, capfd):
+    capfd.readouterr()
+
+    plain.engine()
+
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda pipe: setattr(pipe, "image_encoder", None), "no image encoder.*image_encoder_folder"),
+        (lambda pipe: setattr(pipe, "feature_extractor", None), "no image encoder"),
+        (lambda pipe: pipe.set_ip_adapter_scale({"up": {"block_1": [0.0, 1.0]}}), "scale for each block.*1.0"),
+    ],
+    ids=["no encoder", "no processor", "scales by block"],
+)
+def test_an_adapter_that_rows_cannot_have_each_for_itself_is_refused(tmp_path, spoil, message):
+    pipe = adapted(tmp_path).pipe
+    spoil(pipe)
+
+    with pytest.raises(ConfigError, match=message):
+        PiaEngine.from_pipeline(pipe)
+
+
+def test_two_adapters_are_refused(tmp_path):
+    pipe = build()
+    path = ip_adapters.write(tmp_path)
+    pipe.load_ip_adapter(str(tmp_path), subfolder="", weight_name=[path.name, path.name], local_files_only=True)
+
+    with pytest.raises(ConfigError, match="2 IP-Adapters"):
+        PiaEngine.from_pipeline(pipe)
+
+
+def test_an_adapter_of_faces_is_refused():
+    pipe = build()
+    weights = ip_adapters.weights()
+    attention = {name.removeprefix("ip_adapter."): each for name, each in weights.items() if "ip_adapter" in name}
+    faces = {
+        "proj.0.weight": torch.randn(24, 12),
+        "proj.0.bias": torch.randn(24),
+        "proj.2.weight": torch.randn(64, 24),
+        "proj.2.bias": torch.randn(64),
+        "norm.weight": torch.ones(16),
+        "norm.bias": torch.zeros(16),
+    }
+    pipe.unet._load_ip_adapter_weights([{"image_proj": faces, "ip_adapter": attention}])
+
+    with pytest.raises(ConfigError, match="FaceID"):
+        PiaEngine.from_pipeline(pipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ip_adapter.9.to_k_ip.weight": torch.ones(16, 16)}, "1 tensors more"),
+        ({"ip_adapter.3.to_k_ip.weight": torch.ones(8, 16)}, "does not fit the base's UNet"),
+        ({"image_proj.norm.weight": torch.ones(15)}, "does not fit the base's UNet"),
+        ({"unknown.weight": torch.ones(1)}, "does not fit the base's UNet"),
+    ],
+    ids=["more blocks", "other channels", "other text", "other names"],
+)
+def test_a_file_that_does_not_fit_the_unet_is_a_config_error(tmp_path, changes, message):
+    path = ip_adapters.write(tmp_path, **changes)
+
+    with pytest.raises(ConfigError, match=message):
+        image_prompts.install(build().unet, path)
+
+
+def test_a_damaged_file_is_a_config_error(tmp_path):
+    path = ip_adapters.write(tmp_path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+    with pytest.raises(ConfigError, match="damaged"):
+        image_prompts.install(build().unet, path)
+
+
+def test_without_an_adapter_a_row_with_an_image_prompt_fails_alone_and_is_told_which_key_to_set():
+    engine = PiaEngine.from_pipeline(build())
+
+    asked, plain, scaled = engine.animate(
+        [shot(1, ip_adapter_image=picture(2)), shot(2), shot(3, ip_adapter_scale=0.3)]
+    )
+
+    assert isinstance(asked.error, UnsupportedSettingError)
+    with pytest.raises(UnsupportedSettingError, match=r"ip_adapter_image.*model\.ip_adapter"):
+        _ = asked.frames
+    assert plain.error is None
+    assert scaled.error is None  # the default of a column says nothing
+
+
+def test_an_image_prompt_that_cannot_be_used_fails_its_row_alone(engine, truths, tmp_path):
+    cut = tmp_path / "cut.png"
+    picture(0, 64, 64).save(cut)
+    cut.write_bytes(cut.read_bytes()[:2000])
+
+    broken, alpha, wild, good = engine.animate(
+        [
+            shot(1, ip_adapter_image=Image.open(cut)),
+            shot(2, ip_adapter_image=picture().convert("RGBA")),
+            shot(3, ip_adapter_scale=float("nan")),
+            ROWS[0],
+        ],
+        keep_latents=True,
+    )
+
+    assert isinstance(broken.error, ImageUnreadableError)
+    assert str(alpha.error) == "ip_adapter_image is RGBA, not RGB"
+    assert str(wild.error) == "ip_adapter_scale nan is not finite"
+    assert_same(good, truths[0])
+
+
+def test_models_that_differ_in_their_adapter_share_no_unet_and_all_else(plain):
+    shared = SharedParts()
+    without = plain.model.model_copy(update={"ip_adapter": None})
+
+    with_it, bare = (PiaEngine.load(model, "cpu", shared) for model in (plain.model, without))
+
+    assert with_it._parts.vae is bare._parts.vae
+    assert_equals_single_calls(plain.pipe, with_it, ROWS[:2])
+    assert_equals_single_calls(build(), bare, [shot(1)])
+    assert len({with_it.engine_id, bare.engine_id}) == 2
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_lora_beside_the_adapter_draws_as_in_the_stock_pipeline(tmp_path, fuse):
+    both = adapted(tmp_path)
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    lora = {f"{layer}.lora_A.weight": torch.randn(2, 16), f"{layer}.lora_B.weight": torch.randn(16, 2)}
+    save_file(lora, tmp_path / "lora.safetensors")
+    model = both.model.model_copy(
+        update={"loras": (LoraConfig(source=str(tmp_path / "lora.safetensors")),), "fuse_loras": fuse}
+    )
+    both.pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors", local_files_only=True)
+
+    assert_equals_single_calls(both.pipe, PiaEngine.load(model, device="cpu"), ROWS[:2])

@@ -1,0 +1,528 @@
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pia_batch.errors import EncodingError, LeaseHeldError, ObjectExistsError, StorageError
+from pia_batch.journal import log
+from pia_batch.journal.log import Journal, Outcomes, animation_name, digest_of
+from pia_batch.journal.results import Published, publish
+from pia_batch.journal.verify import repair, verify
+from pia_batch.schema.columns import results_table
+from pia_batch.schema.keys import Keys, KeySet, keys_from_hex, keys_to_hex
+from pia_batch.storage.object_store import Store
+
+SHOP = pa.schema([("shop", pa.string())])
+
+
+def key(number: int) -> str:
+    return hashlib.blake2b(str(number).encode(), digest_size=16).hexdigest()
+
+
+def content(number: int) -> bytes:
+    return f"the animation of request {number}".encode()
+
+
+def results(store: Store, statuses: dict[int, str], note: str | None = None, shops: pa.Array | None = None) -> pa.Table:
+    """Result rows of requests, by number; `note` goes where it does not matter."""
+    numbers, count = list(statuses), len(statuses)
+    done = [statuses[number] == "succeeded" for number in numbers]
+
+    def where_done(values: Iterable[Any]) -> pa.Array:
+        return pa.array([value if good else None for value, good in zip(values, done, strict=True)])
+
+    columns = {
+        "request_id": pa.array([f"r{number:03d}" for number in numbers], pa.string()),
+        "key": pa.array([key(number) for number in numbers], pa.string()),
+        "status": pa.array([statuses[number] for number in numbers], pa.string()),
+        "error_kind": pa.array([None if good else "non_finite" for good in done], pa.string()),
+        "animation_uri": where_done(store.uri_of(animation_name(key(number), "gif")) for number in numbers),
+        "num_bytes": where_done(len(content(number)) for number in numbers),
+        "sha256": where_done(hashlib.sha256(content(number)).hexdigest() for number in numbers),
+        "run_id": pa.array([note] * count, pa.string()),
+    }
+    carried = pa.table({"shop": [f"shop {number}" for number in numbers] if shops is None else shops})
+    return results_table(columns, carried, count)
+
+
+def commit(record: Journal, statuses: dict[int, str], **options: Any) -> str:
+    """Store the animations of the good ones, then one fragment for all."""
+    for number, status in statuses.items():
+        if status == "succeeded":
+            record.store.replace(animation_name(key(number), "gif"), content(number))
+    return record.append(results(record.store, statuses, **options))
+
+
+def keyset(*numbers: int) -> KeySet:
+    return KeySet.of(keys_from_hex(pa.array([key(number) for number in numbers], pa.string())))
+
+
+def verdicts(outcomes: Outcomes) -> dict[str, bool]:
+    return dict(zip(keys_to_hex(outcomes.keys).to_pylist(), outcomes.succeeded.tolist(), strict=True))
+
+
+class RecordingStore(Store):
+    """Remembers the names it was told to write, in order."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.written: list[str] = []
+
+    def replace(self, name: str, data: bytes) -> None:
+        super().replace(name, data)
+        self.written.append(name)
+
+
+@pytest.fixture
+def record(store: Store) -> Journal:
+    return Journal(RecordingStore(store.uri))
+
+
+def published_by(record: Journal) -> list[str]:
+    assert isinstance(record.store, RecordingStore)
+    return [name for name in record.store.written if name.startswith("results/")]
+
+
+def publish_all(record: Journal, *numbers: int, run_id: str = "run-1", **about: Any) -> Published:
+    return publish(record, record.outcomes(), keyset(*numbers), SHOP, run_id, about)
+
+
+def rows_of(record: Journal, run_id: str = "run-1") -> list[dict[str, Any]]:
+    folder = Path(record.store.uri.removeprefix("file://"), "results", run_id)
+    return pq.read_table(folder).sort_by("request_id").to_pylist()
+
+
+# --- appending and reading -------------------------------------------------------------------------------------------
+
+
+def test_the_same_outcome_is_committed_once_whatever_else_its_rows_say(record: Journal) -> None:
+    first = commit(record, {1: "succeeded", 2: "failed"}, note="first")
+    again = commit(record, {2: "failed", 1: "succeeded"}, note="again")
+    other = commit(record, {2: "succeeded", 1: "failed"}, note="other")
+
+    assert first == again
+    assert record.fragments() == sorted([first, other])
+    (table,) = record.read([first])
+    assert table["run_id"].to_pylist() == ["first", "first"]
+
+
+def test_a_failure_for_another_reason_is_another_outcome_and_the_same_one_is_not(record: Journal) -> None:
+    def fail(error: str) -> str:
+        table = results(record.store, {1: "failed", 2: "succeeded"})
+        at = table.column_names.index("error")
+        return record.append(table.set_column(at, "error", pa.array([error, None])))
+
+    gone, late = fail("the image is gone"), fail("the image came too late")
+
+    assert fail("the image is gone") == gone != late
+    assert record.fragments() == sorted([gone, late])
+    assert verdicts(record.outcomes()) == {key(1): False, key(2): True}
+
+
+def test_a_fragment_reads_back_as_it_was_appended(record: Journal) -> None:
+    table = results(record.store, {1: "succeeded", 2: "failed"})
+
+    (read,) = record.read([record.append(table)])
+
+    assert read.equals(table)
+
+
+def test_other_files_of_the_journal_are_no_fragments(record: Journal) -> None:
+    record.store.check()
+
+    assert record.fragments() == []
+    assert len(record.outcomes().keys) == 0
+
+
+def test_an_empty_journal_knows_nothing(record: Journal, tmp_path: Path) -> None:
+    outcomes = record.outcomes()
+
+    assert verdicts(outcomes) == {}
+    assert outcomes.failures.total() == 0
+    assert len(outcomes.succeeded_keys) == 0
+    assert len(outcomes.of(keyset(1)).keys) == 0
+    assert list(record.winning_rows(outcomes)) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fragment_without_rows_changes_nothing(record: Journal) -> None:
+    record.append(results(record.store, {}))
+    commit(record, {1: "failed"})
+
+    assert verdicts(record.outcomes()) == {key(1): False}
+
+
+def test_outcomes_know_every_key_once_and_no_other(record: Journal) -> None:
+    commit(record, {1: "succeeded", 2: "failed"})
+    commit(record, {3: "succeeded"})
+
+    outcomes = record.outcomes()
+
+    assert verdicts(outcomes) == {key(1): True, key(2): False, key(3): True}
+    assert outcomes.failures == {"non_finite": 1}
+    assert verdicts(outcomes.of(keyset(2, 3, 99))) == {key(2): False, key(3): True}
+
+
+def test_a_success_beats_a_failure_in_either_order_of_names(record: Journal) -> None:
+    commit(record, {1: "failed", 2: "succeeded"})
+    commit(record, {1: "succeeded", 2: "failed"})
+
+    assert verdicts(record.outcomes()) == {key(1): True, key(2): True}
+
+
+def test_the_smaller_fragment_name_wins_among_equals(record: Journal) -> None:
+    names = [commit(record, {1: "succeeded", other: "failed"}, note=f"with {other}") for other in range(2, 8)]
+    smallest = names.index(min(names)) + 2
+
+    outcomes = record.outcomes().of(keyset(1))
+
+    assert outcomes.fragments[outcomes.fragment[0]] == min(names)
+    (row,) = pa.concat_tables(record.winning_rows(outcomes)).to_pylist()
+    assert (row["key"], row["run_id"]) == (key(1), f"with {smallest}")
+
+
+FRAGMENT = st.dictionaries(st.integers(0, 7), st.sampled_from(["succeeded", "failed"]), max_size=5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(FRAGMENT, max_size=6), st.sets(st.integers(0, 9)))
+def test_outcomes_agree_with_a_plain_dict(fragments: list[dict[int, str]], wanted: set[int]) -> None:
+    with TemporaryDirectory() as folder:
+        record = Journal(Store(folder))
+        named = {}
+        for index, statuses in enumerate(fragments):
+            named.setdefault(record.append(results(record.store, statuses, note=str(index))), (index, statuses))
+        best: dict[str, tuple[bool, str, str]] = {}  # key to (failed, fragment, note): the smallest counts
+        for name, (index, statuses) in named.items():
+            for number, status in statuses.items():
+                mine = (status != "succeeded", name, str(index))
+                best[key(number)] = min(best.get(key(number), mine), mine)
+
+        outcomes = record.outcomes()
+
+        assert verdicts(outcomes) == {one: not failed for one, (failed, _, _) in best.items()}
+        some = outcomes.of(keyset(*wanted))
+        assert set(verdicts(some)) == {key(number) for number in wanted} & set(best)
+        winning = [row for table in record.winning_rows(some) for row in table.to_pylist()]
+        assert {row["key"]: row["run_id"] for row in winning} == {one: best[one][2] for one in verdicts(some)}
+        assert len(winning) == len(some.keys)
+
+
+def flipped(data: bytes, column: str) -> bytes:
+    """One bit of the values of a column turned over."""
+    metadata = pq.ParquetFile(pa.BufferReader(data)).metadata
+    chunk = metadata.row_group(0).column(metadata.schema.names.index(column))
+    end = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size
+    return data[: end - 1] + bytes([data[end - 1] ^ 1]) + data[end:]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-20],
+        lambda data: flipped(data, "key"),
+        lambda data: flipped(data, "status"),
+        lambda data: data[:-8] + bytes([data[-8] ^ 1]) + data[-7:],
+        lambda _: b"",
+        lambda _: b"<html>not found</html>",
+        lambda _: log.to_parquet(pa.table({"a": [1]})),
+    ],
+    ids=["cut", "flipped key", "flipped status", "flipped footer", "empty", "text", "another table"],
+)
+def test_a_damaged_fragment_is_named_and_never_skipped(record: Journal, damage: Callable[[bytes], bytes]) -> None:
+    commit(record, {1: "succeeded"})
+    name = commit(record, {2: "succeeded"})
+    record.store.replace(name, damage(record.store.read(name)))
+
+    with pytest.raises(StorageError, match=f"(?s){name} is damaged.*restore it, or delete it"):
+        record.outcomes()
+
+
+def test_damage_that_only_the_other_columns_have_publishes_nothing(record: Journal) -> None:
+    name = commit(record, {1: "succeeded"})
+    record.store.replace(name, flipped(record.store.read(name), "sha256"))
+
+    with pytest.raises(StorageError, match=f"{name} is damaged"):
+        publish_all(record, 1)
+
+    assert published_by(record) == []
+
+
+def test_digests_are_equal_where_outcomes_are_and_only_there(record: Journal) -> None:
+    seen = [digest_of(record.outcomes())]
+    commit(record, {1: "succeeded", 2: "failed"})
+    seen.append(digest_of(record.outcomes()))
+    commit(record, {2: "failed"})
+    assert digest_of(record.outcomes()) == seen[-1]
+    commit(record, {2: "succeeded"})
+    seen.append(digest_of(record.outcomes()))
+    commit(record, {3: "failed"})
+    seen.append(digest_of(record.outcomes()))
+
+    assert len(set(seen)) == len(seen)
+    assert all(len(digest) == 32 for digest in seen)
+    other = Journal(Store(record.store.uri + "-other"))
+    commit(other, {3: "failed"})
+    commit(other, {1: "succeeded"})
+    commit(other, {2: "succeeded"})
+    assert digest_of(other.outcomes()) == seen[-1]
+
+
+def test_an_animation_lies_where_no_manifest_can_name(record: Journal) -> None:
+    del record
+    assert animation_name("ab" * 16, "gif") == f"animations/ab/{'ab' * 16}.gif"
+
+
+# --- verifying -------------------------------------------------------------------------------------------------------
+
+
+def accept(data: bytes, row: dict[str, Any]) -> None:
+    """Stands for the decoder; knows what was stored."""
+    if data != content(int(row["request_id"].removeprefix("r"))):
+        msg = "not a complete gif file of ours"
+        raise EncodingError(msg)
+
+
+def problems(record: Journal) -> dict[str, str]:
+    return {found.request_id: f"{found.kind}: {found.what}" for found in verify(record, record.outcomes(), accept)}
+
+
+def test_verify_finds_nothing_where_all_is_well_or_nothing_is_there(record: Journal) -> None:
+    assert problems(record) == {}
+    commit(record, {1: "failed"})
+    assert problems(record) == {}
+    commit(record, {1: "succeeded", 2: "succeeded", 3: "failed"})
+    assert problems(record) == {}
+
+
+def test_verify_tells_missing_changed_and_resized_animations_from_good_ones(record: Journal) -> None:
+    commit(record, dict.fromkeys(range(5), "succeeded"))
+    record.store.replace(animation_name(key(1), "gif"), content(1)[::-1])
+    record.store.replace(animation_name(key(2), "gif"), content(2) + b" ")
+    Path(record.store.uri.removeprefix("file://"), animation_name(key(3), "gif")).unlink()
+
+    assert problems(record) == {
+        "r001": "content: its bytes are not those that were committed",
+        "r002": f"size: it has {len(content(2)) + 1} bytes, its result says {len(content(2))}",
+        "r003": "missing: it is not there",
+    }
+    assert {found.animation_uri for found in verify(record, record.outcomes(), accept)} == {
+        record.store.uri_of(animation_name(key(number), "gif")) for number in (1, 2, 3)
+    }
+
+
+def test_verify_finds_what_was_committed_but_does_not_decode(record: Journal) -> None:
+    table = results(record.store, {1: "succeeded"})
+    for column, value in {"sha256": hashlib.sha256(b"broken").hexdigest(), "num_bytes": len(b"broken")}.items():
+        table = table.set_column(table.column_names.index(column), column, pa.array([value]))
+    record.store.create(animation_name(key(1), "gif"), b"broken")
+    record.append(table)
+
+    assert problems(record) == {"r001": "undecodable: not a complete gif file of ours"}
+
+
+def test_verify_looks_at_every_animation_of_many_small_fragments_and_counts_them(record: Journal) -> None:
+    for number in range(80):
+        commit(record, {number: "succeeded"})
+    Path(record.store.uri.removeprefix("file://"), animation_name(key(79), "gif")).unlink()
+    examined = []
+
+    found = list(verify(record, record.outcomes(), accept, lambda: examined.append(None)))
+
+    assert [problem.request_id for problem in found] == ["r079"]
+    assert len(examined) == 80
+
+
+# --- taking back -----------------------------------------------------------------------------------------------------
+
+
+def keys(*numbers: int) -> Keys:
+    return keys_from_hex(pa.array([key(number) for number in numbers], pa.string()))
+
+
+def held() -> None:
+    """Nobody else works here."""
+
+
+def test_what_is_taken_back_is_unknown_until_it_is_committed_again(record: Journal) -> None:
+    commit(record, {1: "failed", 2: "succeeded"})
+    first = commit(record, {1: "succeeded", 3: "succeeded"})
+    digests = [digest_of(record.outcomes())]
+
+    record.withdraw(keys(1), record.outcomes())
+
+    outcomes = record.outcomes()
+    assert verdicts(outcomes) == {key(2): True, key(3): True}
+    assert outcomes.due_again == 1
+    digests.append(digest_of(outcomes))
+    again = commit(record, {1: "succeeded", 3: "succeeded"}, note="again")
+    assert again != first
+    assert verdicts(record.outcomes()) == {key(1): True, key(2): True, key(3): True}
+    assert record.outcomes().due_again == 0
+    rows = [row for table in record.winning_rows(record.outcomes()) for row in table.to_pylist()]
+    assert {row["run_id"] for row in rows if row["key"] == key(1)} == {"again"}
+    digests.append(digest_of(record.outcomes()))
+    assert len(set(digests)) == 3  # what is published tells of the first animation, so it is outdated
+
+
+def test_the_same_outcome_is_committed_once_after_it_was_taken_back_too(record: Journal) -> None:
+    commit(record, {1: "succeeded"})
+    names = []
+    for _ in range(2):
+        record.withdraw(keys(1), record.outcomes())
+        names += [commit(record, {1: "succeeded"}), commit(record, {1: "succeeded"})]
+
+    assert names[0] == names[1] != names[2] == names[3]
+    assert len(record.fragments()) == 3
+
+
+def test_taking_back_the_same_twice_or_nothing_at_all_changes_nothing(record: Journal) -> None:
+    commit(record, {1: "succeeded", 2: "succeeded"})
+    seen = record.outcomes()
+    record.withdraw(keys(), seen)
+    assert list(record.store.list(log.WITHDRAWALS)) == []
+    record.withdraw(keys(1), seen)
+    digest = digest_of(record.outcomes())
+
+    record.withdraw(keys(1), seen)
+
+    assert digest_of(record.outcomes()) == digest
+    assert verdicts(record.outcomes()) == {key(2): True}
+
+
+def test_a_fragment_that_nobody_had_seen_is_not_taken_back(record: Journal) -> None:
+    commit(record, {1: "succeeded"})
+    seen = record.outcomes()
+    commit(record, {1: "succeeded", 2: "failed"}, note="meanwhile")
+
+    record.withdraw(keys(1), seen)
+
+    assert verdicts(record.outcomes()) == {key(1): True, key(2): False}
+
+
+def test_a_damaged_withdrawal_is_named_and_never_skipped(record: Journal) -> None:
+    commit(record, {1: "succeeded"})
+    record.withdraw(keys(1), record.outcomes())
+    (item,) = record.store.list(log.WITHDRAWALS)
+    record.store.replace(item.name, record.store.read(item.name)[:-5])
+
+    with pytest.raises(StorageError, match=f"{item.name} is damaged"):
+        record.outcomes()
+
+
+STEP = st.one_of(
+    st.tuples(st.just("commit"), FRAGMENT),
+    st.tuples(st.just("commit again"), st.integers(0, 8)),
+    st.tuples(st.just("take back"), st.sets(st.integers(0, 7), max_size=4)),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(STEP, max_size=9), st.randoms(use_true_random=False), st.integers(0, 20))
+def test_what_counts_is_what_was_not_taken_back_in_whatever_order_the_files_arrive(
+    steps: list[tuple[str, Any]], random: Random, cut: int
+) -> None:
+    with TemporaryDirectory() as folder:
+        record = Journal(Store(f"{folder}/one"))
+        committed: list[dict[int, str]] = []
+        live: list[dict[int, str]] = []  # what each commit says, less what was taken back since
+        for what, argument in steps:
+            if what == "take back":
+                record.withdraw(keys(*argument), record.outcomes())
+                live = [{n: status for n, status in said.items() if n not in argument} for said in live]
+                continue
+            if what == "commit again":
+                argument = committed[argument % len(committed)] if committed else {}  # noqa: PLW2901
+            record.append(results(record.store, argument))
+            committed.append(argument)
+            live.append(argument)
+        expected: dict[str, bool] = {}
+        for said in live:
+            for number, status in said.items():
+                expected[key(number)] = expected.get(key(number), False) or status == "succeeded"
+
+        assert verdicts(record.outcomes()) == expected
+
+        names = [item.name for item in record.store.list("")]
+        random.shuffle(names)
+        other = Journal(Store(f"{folder}/two"))
+        for index, name in enumerate(names):
+            if index == cut:
+                other.outcomes()  # a reader in between must not trip over what has not arrived
+            other.store.create(name, record.store.read(name))
+        mine, theirs = record.outcomes(), other.outcomes()
+        assert verdicts(theirs) == expected
+        assert digest_of(theirs) == digest_of(mine)
+        assert theirs.due_again == mine.due_again
+
+
+def test_repair_removes_what_is_broken_and_nothing_else(record: Journal) -> None:
+    commit(record, dict.fromkeys(range(6), "succeeded"))
+    commit(record, {9: "failed"})
+    root = Path(record.store.uri.removeprefix("file://"))
+    (root / animation_name(key(1), "gif")).unlink()
+    record.store.replace(animation_name(key(2), "gif"), b"cut")
+    before = {path: path.stat().st_mtime_ns for path in (root / "animations").rglob("*.gif")}
+    seen = record.outcomes()
+
+    repair(record, seen, verify(record, seen, accept), held)
+
+    broken = root / animation_name(key(2), "gif")
+    del before[broken]
+    assert {path: path.stat().st_mtime_ns for path in (root / "animations").rglob("*.gif")} == before
+    assert verdicts(record.outcomes()) == {key(0): True} | {key(n): True for n in (3, 4, 5)} | {key(9): False}
+    assert problems(record) == {}
+    commit(record, {1: "succeeded", 2: "succeeded"})
+    assert publish_all(record, *range(6), 9).num_succeeded == 6
+
+
+def test_a_repair_that_is_overtaken_or_killed_is_found_again(record: Journal) -> None:
+    commit(record, {1: "succeeded", 2: "succeeded"})
+    for number in (1, 2):
+        record.store.replace(animation_name(key(number), "gif"), b"cut")
+    seen = record.outcomes()
+    asked = iter([True])
+
+    def overtaken() -> None:
+        if not next(asked, False):
+            raise LeaseHeldError("another run")
+
+    with pytest.raises(LeaseHeldError):
+        repair(record, seen, verify(record, seen, accept), overtaken)
+
+    assert sorted(what.split(":")[0] for what in problems(record).values()) == ["missing", "size"]
+    repair(record, seen, verify(record, seen, accept), held)
+    assert record.outcomes().due_again == 2
+
+
+@pytest.mark.s3
+def test_append_outcomes_publish_and_verify_work_on_s3(s3: str) -> None:
+    record = Journal(Store(s3))
+    commit(record, {1: "failed", 2: "succeeded"})
+    commit(record, {1: "failed", 2: "succeeded"})
+    commit(record, {1: "succeeded"})
+
+    published = publish_all(record, 1, 2)
+
+    assert (published.num_succeeded, published.num_failed) == (2, 0)
+    (part,) = record.read(["results/run-1/part-00000.parquet"])
+    assert part["status"].to_pylist() == ["succeeded", "succeeded"]
+    assert problems(record) == {}
+    assert np.array_equal(record.outcomes().succeeded, [True, True])
+    record.store.delete(animation_name(key(2), "gif"))
+    seen = record.outcomes()
+    repair(record, seen, verify(record, seen, accept), held)
+    assert verdicts(record.outcomes()) == {key(1): True}
+    commit(record, {1: "failed", 2: "succeeded"})
+    assert verdicts(record.outcomes()) == {key(1): True, key(2): True}
+    with pytest.raises(ObjectExistsError):
+        record.store.create(record.fragments()[0], b"")

@@ -1,0 +1,71 @@
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from pia_batch.journal.lease import Lease
+from pia_batch.journal.log import Journal
+from pia_batch.journal.results import publish
+from pia_batch.journal.status import status
+from pia_batch.storage.object_store import Store
+from tests.journal.test_log import SHOP, commit, keys, keyset
+
+
+def begin(store: Store, run_id: str, **more: object) -> None:
+    """Write what a run tells of itself as it begins, or as it ends."""
+    about = {"run_id": run_id, "started_at": f"when {run_id} began", "pending": 3, "rejected": 1, "rows": 4}
+    store.replace(f"_runs/{run_id}/run.json", json.dumps(about | more).encode())
+
+
+def check_story(store: Store) -> None:
+    """From the first lease to the second run, as another machine sees it."""
+    record = Journal(Store(store.uri))
+    assert status(store)["run"] is None
+    assert status(store)["lease"] == {"state": "free"}
+
+    with Lease(record.store, "night", ttl_s=60):
+        begin(record.store, "night")
+        commit(record, {1: "succeeded", 2: "failed", 3: "succeeded"})
+        told = status(store)
+        assert (told["succeeded"], told["failed"], told["failures"]) == (2, 1, {"non_finite": 1})
+        assert told["run"] == {
+            "run_id": "night",
+            "started_at": "when night began",
+            "pending": 3,
+            "rejected": 1,
+            "state": "running",
+            "finished": False,
+            "progress": None,
+        }
+        assert (told["lease"]["state"], told["lease"]["run_id"], told["published"]) == ("held", "night", None)
+        assert told["lease"]["since"]
+        publish(record, record.outcomes(), keyset(1, 2, 3), SHOP, "night", {})
+        begin(record.store, "night", state="finished")
+
+    record.withdraw(keys(1), record.outcomes())
+    told = status(store)
+    assert (told["succeeded"], told["due_again"]) == (1, 1)
+    assert told["run"]["finished"]
+    assert told["published"] == store.uri_of("results/night")
+    assert told["lease"] == {"state": "free"}
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_status_follows_a_run_from_its_first_lease_to_a_repair(store: Store) -> None:
+    check_story(store)
+
+
+@pytest.mark.s3
+def test_status_follows_a_run_on_s3(s3: str) -> None:
+    check_story(Store(s3))
+
+
+def test_the_last_run_is_the_one_that_wrote_last_whatever_it_is_called(store: Store, tmp_path: Path) -> None:
+    begin(store, "zebra", state="finished")
+    hour_ago = time.time() - 3600
+    os.utime(tmp_path / "out/_runs/zebra/run.json", (hour_ago, hour_ago))
+    begin(store, "aardvark")
+
+    assert status(store)["run"]["run_id"] == "aardvark"

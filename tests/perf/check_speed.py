@@ -1,0 +1,174 @@
+"""What must stay fast, as ratios of two sides measured in turns by one program: `make bench-check`.
+
+    python tests/perf/check_speed.py
+
+CPU seconds are compared, not those on the wall, so that other work on the machine disturbs little. Each line tells what
+was measured and the least it must be; one below it makes the exit code 1.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import check_scale
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "jobs"))
+ROUNDS = 2
+
+HELP = "import sys; from pia_batch.cli import main; main(['--help'])"
+TYPER = "import typer, rich.console, rich.table"
+PLAN = "import sys, pia_batch.planning.plan, pia_batch.cli.preparing; sys.exit('torch' in sys.modules)"
+ENGINE = (
+    "from pia_batch.config import ModelConfig; from pia_batch.engine import PiaEngine;"
+    "PiaEngine.load(ModelConfig(), 'cpu')"
+)
+PIPELINE = "from diffusers import PIAPipeline, MotionAdapter; from transformers import CLIPTextModel, CLIPTokenizer"
+
+
+def main() -> int:
+    """Measure, print, and tell by the exit code whether all is as fast as it must be."""
+    checks: list[tuple[float, str, Callable[[], float]]] = [
+        (1.3, "engine: eight mixed requests, one thread, times as fast as single calls", cpu_gain),
+        (
+            1 / 1.3,
+            "engine load: import of diffusers' pipeline alone, as a share of it",
+            lambda: started(PIPELINE, ENGINE),
+        ),
+        (0.25, "--help: import of typer and rich alone, as a share of it", lambda: started(TYPER, HELP)),
+        (1.0, "plan without torch: 1 if so", lambda: float(run(PLAN).returncode == 0)),
+        (20.0, "GIF: times as fast as Pillow's own", gif_gain),
+        (1.0, "MP4 of 16 x 512 x 512: 100 ms of a core, as a share of it", mp4_gain),
+        (0.9, "chain: share of their time in which two engines draw batches of one second", chain_busy),
+        (0.25, "chain: 1 ms of the driver, as a share of what a row costs it in batches of 16", chain_driver),
+        *((least, str(check.__doc__), check) for least, check in check_scale.CHECKS),
+    ]
+    missed = 0
+    for least, name, measure in checks:
+        value = measure()
+        missed += value < least
+        print(f"{'ok  ' if value >= least else 'SLOW'} {value:7.2f}  at least {least:5.2f}  {name}", flush=True)  # noqa: T201
+    return int(missed > 0)
+
+
+def cpu_gain() -> float:
+    """Eight rows that differ in guidance, motion, seed and prompt: single pipeline calls against one `animate`."""
+    import torch  # noqa: PLC0415 - the other checks need none of it
+
+    from pia_batch.engine import PiaEngine, Shot, benchmark  # noqa: PLC0415
+
+    torch.set_num_threads(1)  # on a busy machine threads spin while they wait for each other, which is CPU time too
+    pipe = benchmark.pipeline("tiny")
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
+    shots = [
+        Shot(
+            image=Image.fromarray(picture).resize((64, 64)),
+            prompt=f"a {colour} circle moving left",
+            seed=seed,
+            motion_scale=seed,
+            guidance_scale=1.0 if seed == 3 else 1.5,
+            num_inference_steps=4,
+            num_frames=8,
+            width=64,
+            height=64,
+        )
+        for seed, (picture, colour) in enumerate(zip(pictures, ["red", "blue", "green", "yellow"] * 2, strict=True))
+    ]
+    single: Callable[[], Any] = lambda: [benchmark.single_call(pipe, shot) for shot in shots]  # noqa: E731
+    return ratio(single, lambda: PiaEngine.from_pipeline(pipe).animate(shots))
+
+
+def gif_gain() -> float:
+    """Pillow's default encoder, as diffusers calls it, against ours."""
+    from pia_batch.config import EncodingConfig  # noqa: PLC0415
+    from pia_batch.media.codecs import encode  # noqa: PLC0415
+
+    frames = clip()
+    images = [Image.fromarray(frame) for frame in frames]
+    pillow = {"format": "GIF", "save_all": True, "append_images": images[1:], "optimize": False, "duration": 120}
+    return ratio(lambda: images[0].save(io.BytesIO(), **pillow), lambda: encode(frames, "gif", 8, EncodingConfig()))
+
+
+def mp4_gain() -> float:
+    """How many MP4s fit in 100 ms of a core."""
+    from pia_batch.config import EncodingConfig  # noqa: PLC0415
+    from pia_batch.media.codecs import encode  # noqa: PLC0415
+
+    frames = clip()
+    return 0.1 / min(seconds(lambda: encode(frames, "mp4", 8, EncodingConfig())) for _ in range(ROUNDS + 1))
+
+
+def chain_busy() -> float:
+    """A run of two engines, from the manifest to the results."""
+    import benchmark_chain  # noqa: PLC0415 - starts Ray
+
+    return float(benchmark_chain.measure(benchmark_chain.Case(2, 1.0, 4, 64))["busy"])
+
+
+def chain_driver() -> float:
+    """A run of engines that take no time."""
+    import benchmark_chain  # noqa: PLC0415 - starts Ray
+
+    case = benchmark_chain.Case(2, 0.0, 16, 800, side_px=32, num_frames=1)
+    return 1 / float(benchmark_chain.measure(case)["driver_ms_per_row"])
+
+
+def clip() -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """16 frames of 512 x 512: 1/f noise, as photographs have it, that drifts."""
+    rng = np.random.default_rng(0)
+    octaves = [(side, rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for side in (8, 16, 32, 64, 128)]
+    grown = [np.asarray(Image.fromarray(noise).resize((512, 512)), np.float64) / side for side, noise in octaves]
+    still = sum(grown) / sum(1 / side for side, _ in octaves)
+    return np.stack([np.roll(still, 3 * frame, axis=1).astype(np.uint8) for frame in range(16)])
+
+
+def ratio(slow: Callable[[], Any], fast: Callable[[], Any]) -> float:
+    """CPU seconds of one over those of the other, the median of several pairs after one that is not counted."""
+    pairs = [seconds(slow) / seconds(fast) for _ in range(ROUNDS + 1)]
+    return statistics.median(pairs[1:])
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Of this process's CPU time."""
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
+def started(less: str, more: str) -> float:
+    """CPU seconds of one program over those of another, the median of several pairs after one that is not counted."""
+    pairs = [_child_seconds(less) / _child_seconds(more) for _ in range(ROUNDS + 1)]
+    return statistics.median(pairs[1:])
+
+
+def _child_seconds(program: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run(program)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def run(program: str) -> subprocess.CompletedProcess[bytes]:
+    """A Python of its own."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        check=False,
+        capture_output=True,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""Requests in a Dataset of one's own: every row a result, whatever became of it; nothing journalled."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+import ray
+from fakes import ENGINE_ID, FakeEngineLoader, PoisonedEngine
+from inputs import png, requests_table
+from ray.data.expressions import col
+
+from pia_batch import animate
+from pia_batch.config import RunConfig
+from pia_batch.errors import ConfigError, ManifestError, StorageError
+from pia_batch.manifest.validation import check
+from pia_batch.media import codecs
+from pia_batch.pipeline import dataset, stages
+from pia_batch.planning.plan import engine_ids_of
+from pia_batch.schema.columns import FETCHED, RESULT
+
+MakeConfig = Callable[..., RunConfig]
+
+ENGINES = {"default": ENGINE_ID}
+ROOT = Path(__file__).parents[2]
+
+
+def judged(table: pa.Table, config: RunConfig) -> pa.Table:
+    return stages.Judge(config, ENGINES)(table)
+
+
+def test_every_row_is_judged_in_its_place_and_keeps_its_own_columns(make_config: MakeConfig) -> None:
+    config = make_config()
+    table = requests_table(5, seed=[1, -1, None, 2, 3], prompt=["a", "b", " ", "d", "e"], shop=list("vwxyz"))
+
+    rows = judged(table, config).to_pylist()
+
+    assert [row["request_id"] for row in rows] == ["r000", "r001", "r002", "r003", "r004"]
+    assert [row[stages.ERROR_KIND] for row in rows] == [None, "out_of_range", "missing_value", None, None]
+    assert rows[1][stages.ERROR].startswith("column 'seed': -1 is not allowed")
+    assert [row["shop"] for row in rows] == list("vwxyz")
+    assert [row["num_frames"] for row in rows] == [8, None, None, 8, 8]
+    sound = [stages.content_key(row["key"]) for row in rows if row[stages.ERROR_KIND] is None]
+    assert sound == check(table, config, ENGINES).requests["key"].to_pylist()
+
+
+def test_equal_rows_have_equal_content_and_keys_of_their_own(make_config: MakeConfig) -> None:
+    table = pa.concat_tables([requests_table(1)] * 3)
+
+    keys = judged(table, make_config())["key"].to_pylist()
+
+    assert len(set(keys)) == 3
+    assert len({stages.content_key(key) for key in keys}) == 1
+
+
+def test_text_in_any_encoding_is_text(make_config: MakeConfig) -> None:
+    table = requests_table(2)
+    coded = table.set_column(0, "request_id", table["request_id"].dictionary_encode())
+    viewed = coded.set_column(2, "prompt", coded["prompt"].cast(pa.string_view()))
+
+    rows = judged(viewed, make_config())
+
+    assert rows[stages.ERROR_KIND].null_count == 2
+    assert rows["request_id"].to_pylist() == ["r000", "r001"]
+
+
+@pytest.mark.parametrize("bad", [0, 1, 3])
+def test_other_stages_see_the_sound_rows_only(make_config: MakeConfig, bad: int) -> None:
+    table = requests_table(3, seed=[-1] * bad + [7] * (3 - bad), image_bytes=[png()] * 3).drop_columns(["image"])
+    config = make_config()
+    seen: list[int] = []
+
+    def count(requests: pa.Table) -> pa.Table:
+        seen.append(len(requests))
+        return stages.FetchImages(config.images, "file:///nowhere")(requests)
+
+    done = stages.AroundRejected(count)(judged(table, config))
+
+    assert (seen, len(done)) == ([3 - bad], 3)
+    assert set(FETCHED.names) < set(done.column_names)
+    assert "image_bytes" not in done.column_names
+    assert done[stages.ERROR_KIND].null_count == 3 - bad
+    assert done["pixels"].null_count == bad
+
+
+def test_a_required_column_that_is_missing_is_named(make_config: MakeConfig) -> None:
+    with pytest.raises(ManifestError, match="this Dataset of requests has no column 'prompt'; it has: request_id"):
+        judged(requests_table(1).drop_columns(["prompt"]), make_config())
+
+
+@pytest.mark.parametrize(
+    ("manifest", "folder"),
+    [
+        ("s3://bucket/m/requests.parquet", "s3://bucket/m"),
+        ("s3://bucket/m/", "s3://bucket/m"),
+        ("/data/dt=2026-11-22/rows.CSV", "file:///data/dt%3D2026-11-22"),
+        ("/data/v1.2", "file:///data/v1.2"),
+    ],
+)
+def test_relative_images_start_from_the_folder_of_a_manifest_that_is_not_read(manifest: str, folder: str) -> None:
+    assert dataset._folder(manifest) == folder
+
+
+# --- on a real Ray --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def no_token() -> Iterator[None]:
+    """A process whose Ray had a token cannot go on to a cluster without one, as the next tests of this process do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        yield
+
+
+@dataclass
+class Rows:
+    """What a Dataset comes to, by request id."""
+
+    table: pa.Table
+
+    @classmethod
+    def of(cls, results: ray.data.Dataset) -> Rows:
+        blocks = [ray.get(block) for block in results.to_arrow_refs()]
+        return cls(pa.concat_tables(blocks, promote_options="permissive"))
+
+    def column(self, name: str) -> dict[str, Any]:
+        return dict(zip(self.table["request_id"].to_pylist(), self.table[name].to_pylist(), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_token", "local_ray")
+def test_the_example_of_the_documentation_animates_a_dataset(
+    write_manifest: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = requests_table(
+        6,
+        image=["images/0.png", "images/gone.png", "images/1.png", "/etc/passwd", "images/0.png", "images/0.png"],
+        prompt=["a red circle moving left"] * 6,
+        num_frames=[4, 4, 99, 4, 4, 4],
+        num_inference_steps=[2] * 6,
+        format=["gif"] * 6,
+        shop=["north"] * 5 + ["south"],
+    )
+    monkeypatch.chdir(write_manifest(pa.concat_tables([table, table.slice(4, 1)])))
+    Path("jobs").symlink_to(ROOT / "jobs")
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n([^`]*animate\(requests[^`]*)```", page)
+
+    for name in ("requests.parquet", "table"):  # the workers of this Ray were started in another folder
+        example = example.replace(f'"{name}"', f'"{Path.cwd() / name}"')
+    exec(example, {})  # noqa: S102 - what a reader would do
+
+    rows = Rows(ds.dataset("table").to_table())
+    assert rows.table.column_names == [*RESULT.names, "shop"]
+    assert sorted(rows.table["request_id"].to_pylist()) == ["r000", "r001", "r002", "r003", "r004", "r004"]
+    assert rows.column("error_kind") == {
+        "r000": None,
+        "r001": "image_unavailable",
+        "r002": "out_of_range",
+        "r003": "image_not_allowed",
+        "r004": None,
+    }
+    assert rows.column("error")["r002"].startswith("column 'num_frames': 99 is not allowed")
+    assert set(rows.column("shop").values()) == {"north"}
+    stored = {path.as_uri(): path.read_bytes() for path in (Path.cwd() / "clips").glob("animations/*/*")}
+    uris, hashes, keys = (rows.column(name) for name in ("animation_uri", "sha256", "key"))
+    assert set(stored) == {uris["r000"], uris["r004"]}
+    for name in ("r000", "r004"):
+        assert hashlib.sha256(stored[uris[name]]).hexdigest() == hashes[name]
+        assert codecs.probe(stored[uris[name]], "gif").num_frames == 4
+        assert Path(uris[name]).stem == keys[name]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_token", "local_ray")
+def test_a_row_that_kills_its_worker_fails_alone_each_time_it_is_asked_for(make_config: MakeConfig) -> None:
+    table = requests_table(4, prompt=["fine", "exits", "fine", "fine"], format=["gif"] * 4, num_frames=[2] * 4)
+    config = make_config(table, limits__max_attempts=2)
+    loader = FakeEngineLoader(engine_ids_of(config)["default"], engine=PoisonedEngine)
+
+    results = animate(ray.data.from_arrow(table), config, load_engines=loader)
+    for rows in (Rows.of(results), Rows.of(results)):
+        kinds = rows.column("error_kind")
+        assert kinds == {"r000": None, "r001": "worker_crash", "r002": None, "r003": None}
+        stored = {path.as_uri() for path in Path(config.output).glob("animations/*/*")}
+        assert {uri for uri in rows.column("animation_uri").values() if uri} == stored
+        assert len(stored) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_token", "local_ray")
+def test_files_come_with_their_results_where_nothing_is_to_be_stored(make_config: MakeConfig) -> None:
+    table = requests_table(3, prompt=["fine", "not finite", "fine"], format=["gif"] * 3, num_frames=[2, 2, 3])
+    config = make_config(table, run_id="mine")
+    loader = FakeEngineLoader(engine_ids_of(config)["default"])
+
+    requests = ray.data.from_arrow(table)
+    rows = Rows.of(animate(requests, config, store=False, load_engines=loader))
+    nobody = requests.filter(expr=col("request_id") == "nobody")
+    assert animate(nobody, config, store=False, load_engines=loader).count() == 0
+
+    assert rows.table.column_names == [*RESULT.names, "animation_bytes"]
+    assert rows.column("error_kind") == {"r000": None, "r001": "non_finite", "r002": None}
+    files, hashes = rows.column("animation_bytes"), rows.column("sha256")
+    assert files["r001"] is None
+    for name, frames in (("r000", 2), ("r002", 3)):
+        assert codecs.probe(files[name], "gif").num_frames == frames
+        assert hashlib.sha256(files[name]).hexdigest() == hashes[name]
+    assert set(rows.column("animation_uri").values()) == {None}
+    assert set(rows.column("run_id").values()) == {"mine"}
+    assert not Path(config.output).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_token", "local_ray")
+def test_what_the_operator_has_to_mend_is_said_before_anything_is_drawn(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config()
+    with pytest.raises(ManifestError, match="this Dataset of requests has no column 'prompt'"):
+        animate(ray.data.from_items([{"request_id": "a", "image": "a.png"}]), config)
+    named = requests_table(1, animation_bytes=[b"mine"])
+    with pytest.raises(ManifestError, match="'animation_bytes' has the name of a result column"):
+        animate(ray.data.from_arrow(named), config, store=False)
+    with pytest.raises(ConfigError, match="nowhere"):
+        animate(ray.data.from_arrow(requests_table(1)), make_config(model__base=str(tmp_path / "nowhere")))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StorageError, match="file"):
+        animate(ray.data.from_arrow(requests_table(1)), make_config(output=str(tmp_path / "file" / "out")))

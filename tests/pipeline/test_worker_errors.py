@@ -1,0 +1,77 @@
+import socket
+import subprocess
+import sys
+
+import pytest
+from ray.exceptions import RaySystemError, WorkerCrashedError
+
+from pia_batch import __version__
+from pia_batch.errors import BrokenDeviceError, ConfigError, InterruptedRunError, StorageError
+from pia_batch.pipeline.worker_errors import check_version, explain, explain_loss
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch calls it."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "remedy"),
+    [
+        (ModuleNotFoundError("No module named 'torch'"), ConfigError, "install the versions of constraints.txt"),
+        (ImportError("libcudart.so.13: cannot open shared object file"), ConfigError, "constraints.txt on every node"),
+        (MemoryError(), ConfigError, "larger device or machine"),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), ConfigError, "model.memory: low"),
+        (RuntimeError("CUDA error: out of memory"), ConfigError, "placement.num_gpus"),
+        (OSError(28, "No space left on device"), ConfigError, "there must be room for them"),
+        (RuntimeError("The NVIDIA driver on your system is too old"), BrokenDeviceError, "compare its driver"),
+        (RuntimeError("No CUDA GPUs are available"), BrokenDeviceError, "mend the node or take it out"),
+        (AssertionError("Torch not compiled with CUDA enabled"), BrokenDeviceError, "torch was built for"),
+        (RuntimeError("CUDA error: no kernel image is available for execution"), BrokenDeviceError, "nvidia-smi"),
+    ],
+)
+def test_what_a_node_lacks_is_told_with_the_node_the_cause_and_the_remedy(
+    raised: Exception, kind: type[Exception], remedy: str
+) -> None:
+    told = explain(raised)
+
+    assert type(told) is kind
+    assert f"an engine cannot start on node {socket.gethostname()}: {type(raised).__name__}" in str(told)
+    assert remedy in str(told)
+
+
+@pytest.mark.parametrize("raised", [KeyError("unet"), TypeError("no such argument"), StorageError("S3 is down")])
+def test_a_bug_and_what_is_explained_already_stay_what_they_are(raised: Exception) -> None:
+    assert explain(raised) is raised
+
+
+def test_work_that_ray_gave_up_is_an_interruption_and_code_that_is_missing_a_mistake() -> None:
+    lost = explain_loss(WorkerCrashedError())
+    missing = explain_loss(RaySystemError("No module named 'pia_batch.pipeline.worker_errors'", "Traceback"))
+
+    assert isinstance(lost, InterruptedRunError)
+    assert "WorkerCrashedError" in str(lost)
+    assert isinstance(missing, ConfigError)
+    assert "lacks code of this run: No module named 'pia_batch.pipeline.worker_errors'; install one version" in str(
+        missing
+    )
+    for bug in (RaySystemError("what?", "Traceback"), ModuleNotFoundError("No module named 'x'"), KeyError("unet")):
+        assert explain_loss(bug) is bug
+
+
+def test_a_worker_shows_what_this_package_logs_and_no_more_of_others() -> None:
+    logs = "; ".join(
+        f"logging.getLogger('{name}').info('{name} is ready')" for name in ("pia_batch.pipeline.animate", "other")
+    )
+    program = f"import logging; from pia_batch.pipeline import worker_errors as starting; starting.show_log(); {logs}"
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert done.stderr.strip().endswith("INFO pia_batch.pipeline.animate is ready")
+    assert "other" not in done.stderr
+
+
+def test_a_node_with_another_version_is_refused() -> None:
+    check_version(__version__)
+
+    with pytest.raises(ConfigError, match=rf"has pia_batch {__version__}, and the driver 99\.0; install one version"):
+        check_version("99.0")

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from inputs import requests_table
+
+from pia_batch.config import RunConfig
+from pia_batch.journal.log import Journal
+from pia_batch.planning import cost as estimates
+from pia_batch.planning.statistics import Survey
+from pia_batch.schema.columns import results_table
+from pia_batch.storage.object_store import Store
+from tests.planning.test_statistics import surveyed
+
+SD15 = {"manifest": "m", "output": "o", "model.base": "somebody/sd15", "placement.num_gpus": 1}
+ENGINE = "e" * 32
+
+
+def surveyed_as(table: pa.Table, **overrides: Any) -> tuple[Survey, RunConfig]:
+    config = RunConfig.load(None, SD15 | {name.replace("__", "."): value for name, value in overrides.items()})
+    return surveyed(table, config=config), config
+
+
+def hours(table: pa.Table, num_requests: int | None = None, **overrides: Any) -> dict[str, tuple[float, float]]:
+    survey, config = surveyed_as(table, **overrides)
+    return {cost.device: cost.hours for cost in estimates.costs(survey, num_requests or len(table), config, None)}
+
+
+def test_the_reference_clip_is_925_tflop_and_takes_an_h100_three_seconds() -> None:
+    low, high = (hour * 3600 for hour in hours(requests_table(1))["H100"])
+
+    assert low * 314 == pytest.approx(925, rel=0.001)
+    assert 2.9 < low < high < 3.6
+
+
+@pytest.mark.parametrize(
+    ("columns", "factor"),
+    [
+        ({"num_frames": [32]}, 2.0),
+        ({"num_inference_steps": [50]}, 1.955),
+        ({"guidance_scale": [1.0]}, 0.522),
+        ({"free_init_iters": [3]}, 2.91),
+        ({"strength": [0.5]}, 0.503),
+        ({"width": [1024], "height": [1024]}, 5.27),
+    ],
+)
+def test_hours_follow_the_work(columns: dict[str, Any], factor: float) -> None:
+    usual, changed = (hours(table)["A100"][0] for table in (requests_table(1), requests_table(1, **columns)))
+
+    assert changed / usual == pytest.approx(factor, rel=0.01)
+
+
+def test_heun_asks_the_network_twice_a_step() -> None:
+    usual, heun = (hours(requests_table(1), model__scheduler__name=name)["H100"][0] for name in ("ddim", "heun"))
+
+    assert heun / usual == pytest.approx(1.955, rel=0.01)
+
+
+@pytest.mark.parametrize(("speed", "times"), [("balanced", 1.58), ("fast", 2.74)])
+def test_a_preset_of_speed_leaves_work_out_of_the_network_and_none_out_of_the_vae(speed: str, times: float) -> None:
+    exact, lossy = (hours(requests_table(1), model__speed=name)["H100"][0] for name in ("exact", speed))
+
+    assert exact / lossy == pytest.approx(times, rel=0.01)
+
+
+def test_copies_and_what_the_budget_leaves_out_cost_nothing() -> None:
+    assert hours(requests_table(8), 2)["H100"][0] == pytest.approx(2 * hours(requests_table(1))["H100"][0])
+
+
+def test_every_device_says_where_its_figures_come_from_and_that_they_are_estimates() -> None:
+    survey, config = surveyed_as(requests_table(2))
+
+    told = estimates.costs(survey, 2, config, None)
+
+    assert {cost.device for cost in told} == {"H100", "H200", "A100", "RTX 4090"}
+    assert all(cost.source.startswith("estimate: ") for cost in told)
+    assert all(cost.hours[0] < cost.hours[1] for cost in told)
+
+
+def test_nothing_is_guessed_of_the_embedded_model_nor_of_nothing() -> None:
+    survey, config = surveyed_as(requests_table(2), model__base="embedded")
+    assert estimates.costs(survey, 2, config, None) == []
+
+    assert estimates.costs(Survey(), 0, config, None) == []
+    assert estimates.num_bytes(Survey(), 0, None) == (0, 0)
+
+
+def finished(store: Store, **columns: Any) -> Journal:
+    usual: dict[str, Any] = {
+        "key": "a" * 32,
+        "status": "succeeded",
+        "engine_id": ENGINE,
+        "device": "cuda:0",
+        "gpu_seconds": 4.0,
+        "num_bytes": 419_430,
+        "format": "mp4",
+        "size": "fixed",
+        "width": 512,
+        "height": 512,
+        "num_frames": 16,
+        "num_inference_steps": 25,
+        "strength": 1.0,
+        "guidance_scale": 7.5,
+        "free_init_iters": 0,
+    }
+    journal = Journal(store)
+    row = {name: pa.scalar(value) for name, value in (usual | columns).items()}
+    journal.append(results_table(row, pa.table({}), 1))
+    return journal
+
+
+def test_what_finished_clips_took_comes_before_every_guess(store: Store) -> None:
+    survey, config = surveyed_as(requests_table(10))
+    journal = finished(store)
+    finished(store, key="b" * 32, status="failed")
+    finished(store, key="c" * 32, engine_id="d" * 32, gpu_seconds=99.0)
+
+    found = estimates.measured(journal, journal.fragments(), config, {"default": ENGINE})
+
+    assert found is not None
+    assert (found.num_clips, found.device) == (1, "cuda:0")
+    first = estimates.costs(survey, 10, config, found)[0]
+    assert first.device == "cuda:0"
+    assert first.hours == pytest.approx((40 / 3600, 40 / 3600))
+    assert first.source.startswith("measured: 1 finished")
+    assert estimates.num_bytes(survey, 10, found) == pytest.approx((4_194_300, 4_194_300), abs=1)
+
+
+def test_a_large_journal_is_sampled(store: Store) -> None:
+    _, config = surveyed_as(requests_table(1))
+    for number in range(40):
+        journal = finished(store, key=f"{number:032x}", gpu_seconds=4.0)
+
+    found = estimates.measured(journal, journal.fragments(), config, {"default": ENGINE})
+
+    assert found is not None
+    assert 10 <= found.num_clips <= 16
+
+
+def test_an_output_without_clips_of_these_engines_tells_nothing(store: Store) -> None:
+    _, config = surveyed_as(requests_table(1))
+    journal = finished(store, engine_id="d" * 32)
+
+    assert estimates.measured(journal, journal.fragments(), config, {"default": ENGINE}) is None
+    assert estimates.measured(journal, [], config, {"default": ENGINE}) is None
+
+
+def test_bytes_follow_format_frames_and_size() -> None:
+    def low(**columns: Any) -> int:
+        survey, _ = surveyed_as(requests_table(1, **columns))
+        return estimates.num_bytes(survey, 1, None)[0]
+
+    assert low() == int(16 * 512 * 512 * 0.03)
+    assert low(format=["gif"]) == int(16 * 512 * 512 * 0.33)
+    assert low(num_frames=[8]) == pytest.approx(low() / 2, abs=1)
+    assert low(size=["auto"], long_side=[1024]) == pytest.approx(4 * low(), abs=4)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from inputs import requests_table
+
+from pia_batch import tiny
+from pia_batch.config import RunConfig
+from pia_batch.planning import plan_warnings
+from tests.planning.test_statistics import surveyed
+
+SD15 = {"manifest": "m", "output": "o", "model.base": "somebody/sd15"}
+
+
+def warnings(table: pa.Table, **overrides: Any) -> list[str]:
+    config = RunConfig.load(None, SD15 | {name.replace("__", "."): value for name, value in overrides.items()})
+    return plan_warnings.warnings(config, surveyed(table, config=config))
+
+
+def test_an_ordinary_run_gives_nothing_to_warn_of() -> None:
+    assert warnings(requests_table(5)) == []
+    assert warnings(requests_table(5), model__base="embedded") == []
+    assert warnings(requests_table(1, seed=[7])) == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"seed": [7, 7, 7]}, "all 3 pending requests have the seed 7"),
+        ({"width": [512, 520, 512]}, "1 requests have a side that is no multiple of 64"),
+        ({"width": [256, 512, 1024]}, "2 requests have a side outside of 384 to 768 px"),
+        ({"size": ["auto"] * 3, "long_side": [1024, 512, 512]}, "1 requests have a side outside of 384 to 768 px"),
+        ({"prompt": ["word " * 76, "short", "w " * 500]}, "at least 2 prompts have more than 77 tokens"),
+        ({"format": ["gif"] * 3, "fps": [8, 12, 12]}, "2 GIFs have 12 fps, which GIF cannot hold"),
+        ({"format": ["gif"] * 3, "fps": [30.0] * 3}, "frames show for 30 or 40 ms"),
+    ],
+)
+def test_what_rows_have_is_told_with_its_number(columns: dict[str, Any], words: str) -> None:
+    (told,) = warnings(requests_table(3, **columns))
+
+    assert words in told
+
+
+@pytest.mark.parametrize("fps", [1, 8, 10, 12.5, 20, 25, 50, 7.5])
+def test_rates_that_a_gif_holds_or_nearly_holds_are_fine(fps: float) -> None:
+    assert warnings(requests_table(2, format=["gif"] * 2, fps=[fps] * 2)) == []
+
+
+def test_the_embedded_model_at_another_size_is_told() -> None:
+    (told,) = warnings(requests_table(2, width=[64, 128]), model__base="embedded")
+
+    assert "1 requests are not 64 x 64, the only size that the embedded model knows" in told
+
+
+def test_a_schedule_that_pia_was_not_trained_on_is_told(tmp_path: Path) -> None:
+    (told,) = warnings(requests_table(1), model__scheduler__settings={"beta_schedule": "scaled_linear"})
+    assert "draws with beta_schedule 'scaled_linear': PIA was trained on 'linear'" in told
+
+    shutil.copytree(tiny.PATH, tmp_path / "base")
+    file = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    shipped = json.loads(file.read_text())
+    usual = {"model__base": str(tmp_path / "base"), "model__scheduler__name": "checkpoint"}
+    for schedule, count in (("linear", 0), ("scaled_linear", 1)):
+        file.write_text(json.dumps(shipped | {"beta_schedule": schedule}))
+        assert len(warnings(requests_table(1), **usual)) == count
+    overridden = {"model__scheduler__settings": {"beta_schedule": "linear"}}
+    assert warnings(requests_table(1), **usual, **overridden) == []
+
+
+def test_a_default_that_every_row_overrides_is_told_and_others_are_not() -> None:
+    table = requests_table(2, fps=[8.0, 9.0], num_frames=[8, None], eta=[0.5, 0.5])
+
+    (told,) = warnings(table, defaults__fps=12, defaults__num_frames=24)
+
+    assert told.startswith("defaults.fps decides nothing: every row has its own value in column 'fps'")
+
+
+def test_the_embedded_models_own_defaults_are_nobodys_mistake() -> None:
+    table = requests_table(2, width=[64, 64], fps=[9, 9])
+
+    assert warnings(table, model__base="embedded") == []
+    assert len(warnings(table, model__base="embedded", defaults__fps=10)) == 1
+
+
+def test_engines_that_leave_no_cpu_to_read_with_are_told_of_where_the_machine_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    crowd = {"placement__min_actors": 999, "placement__max_actors": 999}
+
+    (told,) = warnings(requests_table(5), **crowd)
+
+    assert "no CPU is left to read the manifest" in told
+    assert "set placement.min_actors to" in told
+    assert warnings(requests_table(5), placement__ray_address="head:6379", **crowd) == []
+    assert warnings(requests_table(5), placement__num_gpus=1, **crowd) == []

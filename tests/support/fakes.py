@@ -1,0 +1,144 @@
+"""Stand-ins for what is slow or far away. Importable by Ray's workers, so a module of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from pia_batch.errors import NonFiniteError, RequestError
+from pia_batch.pipeline.attempts import Ledger
+from pia_batch.schema.columns import Row
+
+ENGINE_ID = "f" * 32
+
+
+@dataclass
+class FakeClip:
+    """What `pia_batch.engine.Clip` offers to `worker.Animate`."""
+
+    drawn: Any = None
+    error: RequestError | None = None
+    prompt_tokens: int = 7
+    prompt_truncated: bool = False
+    device_seconds: float = 0.01
+
+    @property
+    def frames(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.drawn
+
+
+@dataclass
+class FakeEngine:
+    """Rolls the condition image by one pixel a frame; fails a shot whose prompt says so. Counts its calls."""
+
+    engine_id: str = ENGINE_ID
+    device: str = "fake"
+    seconds: float = 0.0
+    calls: list[list[Any]] = field(default_factory=list)
+
+    @staticmethod
+    def shot(**settings: Any) -> SimpleNamespace:
+        """What was given, and no curve and no clip_skip where none was, as with `pia_batch.engine.Shot`."""
+        return SimpleNamespace(**({"motion_curve": None, "clip_skip": None} | settings))
+
+    def check(self) -> None:
+        """A fake device is never broken."""
+
+    def animate(self, shots: Sequence[Any]) -> list[FakeClip]:
+        self.calls.append(list(shots))
+        time.sleep(self.seconds)
+        return [self._draw(shot) for shot in shots]
+
+    @staticmethod
+    def _draw(shot: Any) -> FakeClip:
+        if "not finite" in shot.prompt:
+            return FakeClip(error=NonFiniteError("the latents of this request are not finite"))
+        picture = np.asarray(shot.image)
+        return FakeClip(np.stack([np.roll(picture, k, axis=1) for k in range(shot.num_frames)]))
+
+
+@dataclass
+class PoisonedEngine(FakeEngine):
+    """Does to its process what a prompt says."""
+
+    def animate(self, shots: Sequence[Any]) -> list[FakeClip]:
+        for shot in shots:
+            if "raises" in shot.prompt:
+                raise RuntimeError("weights are cursed")
+            if "exits" in shot.prompt:
+                os._exit(3)
+            if "crashes" in shot.prompt:
+                ctypes.string_at(0)  # in this thread and at once; a signal that is sent may be served by another, later
+            if "hangs" in shot.prompt:
+                time.sleep(3600)
+            if "hungers" in shot.prompt:
+                raise MemoryError
+            if "eats" in shot.prompt:
+                _eat(3 * 2**30)
+        return super().animate(shots)
+
+
+@dataclass
+class RestlessEngine(FakeEngine):
+    """Draws no request twice with the same pixels, as no two batches do on a GPU: who mixes two of them up is seen."""
+
+    def animate(self, shots: Sequence[Any]) -> list[FakeClip]:
+        clips = super().animate(shots)
+        for clip in clips:
+            if clip.error is None:
+                clip.drawn = clip.drawn ^ np.uint8(os.urandom(1)[0])
+        return clips
+
+
+def _eat(num_bytes: int) -> None:
+    """Take memory in steps, as long as nobody ends this process, and let go of it."""
+    hoard = []
+    while len(hoard) * 2**25 < num_bytes:
+        hoard.append(np.ones(2**25, np.uint8))
+        time.sleep(0.02)
+
+
+@dataclass
+class FakeShelf:
+    """`engines.Engines` of one engine for every name, or of those given; remembers what it was asked for."""
+
+    default: Any = None
+    engines: dict[str, Any] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+
+    def engine(self, name: str) -> Any:
+        self.asked.append(name)
+        return self.engines.get(name, self.default)
+
+
+class FakeControl(Ledger):
+    """The run's ledger, in this process. Remembers what ended."""
+
+    def __init__(self, max_attempts: int = 3) -> None:
+        super().__init__(max_attempts)
+        self.ended: list[str] = []
+
+    def end(self, outcomes: list[Row]) -> None:
+        self.ended += [outcome["key"] for outcome in outcomes]
+        super().end(outcomes)
+
+
+@dataclass(frozen=True)
+class FakeEngineLoader:
+    """What a run gives to its workers instead of `engines.EngineLoader`."""
+
+    engine_id: str
+    seconds: float = 0.0
+    engine: type[FakeEngine] = FakeEngine
+
+    def __call__(self) -> FakeShelf:
+        return FakeShelf(self.engine(engine_id=self.engine_id, seconds=self.seconds))

@@ -1,0 +1,67 @@
+"""The real command line over a fake engine: `python tests/support/fast_cli.py SECONDS FOLDER run --manifest …`.
+
+SECONDS are what it takes for each batch; in FOLDER every worker that loads the engine leaves a file named by its pid.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fakes import FakeShelf, RestlessEngine
+
+from pia_batch import cli, weights
+from pia_batch.config import RunConfig
+from pia_batch.driver.run_record import RunSummary
+from pia_batch.pipeline import chain
+
+
+@dataclass(frozen=True)
+class FastLoader:
+    """What workers load instead of the config's model, under its identity."""
+
+    engine_id: str
+    seconds: float
+    folder: Path
+
+    @classmethod
+    def of(cls, config: RunConfig, seconds: float, folder: Path) -> FastLoader:
+        model = config.model
+        engine_id = weights.engine_id(model, weights.resolve(model), weights.resolved_dtype(model, on_gpu=False))
+        return cls(engine_id, seconds, folder)
+
+    def __call__(self) -> FakeShelf:
+        (self.folder / str(os.getpid())).touch()
+        return FakeShelf(RestlessEngine(engine_id=self.engine_id, seconds=self.seconds))
+
+
+def main(seconds: float, folder: Path, arguments: list[str]) -> int:
+    """The exit code of the command. In another thread than the main one signals are not heard."""
+    real = chain.run
+
+    @functools.wraps(real)
+    def run(config: RunConfig, **options: Any) -> RunSummary:
+        return real(config, load_engines=FastLoader.of(config, seconds, folder), **options)
+
+    chain.run = run
+    try:
+        cli.main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    except Exception:  # noqa: BLE001 - as Python itself ends a program
+        traceback.print_exc()
+        return 1
+    finally:
+        chain.run = real
+    return 0
+
+
+if __name__ == "__main__":
+    import fast_cli  # workers find its classes under this name
+
+    sys.exit(fast_cli.main(float(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))

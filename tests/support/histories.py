@@ -1,0 +1,220 @@
+"""Random histories of whole runs, started again until nothing is left to do, and all that must hold then."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import witness
+from cases import Case
+from simulated_runs import Driver
+from simulation import FaultyStore, Luck, Process, Task, World
+
+from pia_batch.config import RunConfig
+from pia_batch.journal import garbage_collection, verify
+from pia_batch.journal.log import Journal
+from pia_batch.media import quality
+from pia_batch.storage.object_store import Store
+
+NUM_CASES = 12
+MOST_STARTS = 60
+"""More than the mishaps of a history can ask for."""
+
+
+@dataclass
+class Report:
+    """What became of one history."""
+
+    seed: int
+    problems: list[str]
+    tallies: Counter[str]
+
+
+@dataclass
+class Torture:
+    """One output, and everything that works on it."""
+
+    case: Case
+    output: Path
+    world: World
+    keys: set[str]
+    make_store: Callable[[str, Process], FaultyStore] = FaultyStore
+    suspected: Counter[str] = field(default_factory=Counter)
+    """How many workers died or were taken for dead while they held a key."""
+
+    @property
+    def config(self) -> RunConfig:
+        return self.case.config.model_copy(update={"output": str(self.output)})
+
+    @property
+    def batches(self) -> int:
+        return self.case.batches
+
+    def store(self, process: Process) -> FaultyStore:
+        return self.make_store(self.config.output, process)
+
+    def start(self, count: int = 1, *, leased: bool = True, retry_failed: bool = False) -> bool:
+        """Run drivers, all at once, to their ends. Whether one of them found that nothing is left to do."""
+        self.world.tallies["starts"] += count
+        number = self.world.tallies["starts"]
+        drivers = [
+            Driver(self, f"driver {number - k}", f"run-{number - k}", leased=leased, retry_failed=retry_failed)
+            for k in range(count)
+        ]
+        for driver in drivers[number % 2 :: 2]:
+            driver.compacts = True
+        tasks: list[Task] = [self.world.start(driver, driver.work) for driver in drivers]
+        self.world.run(until=lambda: all(task.done for task in tasks))
+        return any(driver.idle for driver in drivers)
+
+    def wrong_with_results(self) -> list[str]:
+        """What a reader of the published results could complain of at any time after the first publication."""
+        rows, problems = witness.results(self.output)
+        due = Counter[str]()
+        for (request_id, _, _), count in self.case.due.items():
+            due[request_id] += count
+        return problems + witness.missing_or_doubled(rows, due) + witness.false_successes(rows, self.output)
+
+    def wrong_with_outcomes(self) -> list[str]:
+        """Results that are not what the manifest deserves, though their workers were not to blame."""
+        rows, problems = witness.results(self.output)
+        if {row["key"] for row in rows} != self.keys:
+            problems.append("the keys are not those of a run without faults")
+        for row in rows:
+            got = (row["request_id"], row["status"], row["error_kind"])
+            of_a_death = row["error_kind"] in ("worker_crash", "timeout")
+            # What raises in its batch, or stands beside what does, is alone already when its first worker dies.
+            excused = of_a_death and self.suspected[row["key"]] >= self.config.limits.max_attempts - 1
+            if got not in self.case.due and not excused:
+                problems.append(f"result {got} after {self.suspected[row['key']]} deaths")
+        return problems
+
+    def wrong_with_objects(self) -> list[str]:
+        """What was created and is not as it was then, and animations that no result tells of, and no death explains."""
+        now, rows = witness.objects(self.output), witness.results(self.output)[0]
+        first = {name: sha for name, sha in self.world.first_sha256.items() if name.startswith(witness.IMMUTABLE)}
+        problems = [f"{name} was changed or removed" for name, sha in first.items() if now.get(name) != sha]
+        problems += [f"{name} came from nowhere" for name in now if name not in first]
+        told = {row["key"] for row in rows if row["status"] == "succeeded"}
+        excused = {row["key"] for row in rows if row["error_kind"] in ("worker_crash", "timeout")}
+        orphans = witness.animated_keys(self.output) - told
+        return problems + [f"orphan {key}" for key in orphans if not (key in excused and self.suspected[key])]
+
+    def judge(self) -> list[str]:
+        return self.wrong_with_results() + self.wrong_with_outcomes() + self.wrong_with_objects()
+
+
+@functools.cache
+def _keys_without_faults(number: int, folder: Path) -> set[str]:
+    """The keys that the results of a case have where nothing goes wrong."""
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        luck = Luck(0)
+        luck.calm_down()
+        torture = Torture(Case.make(number, folder), Path(output, "out"), World(luck), set())
+        torture.start()
+        return {row["key"] for row in witness.results(torture.output)[0]}
+
+
+def history(seed: int, folder: Path, make_store: Callable[[str, Process], FaultyStore] = FaultyStore) -> Report:
+    """One run and its faults, from the first start until nothing is left to do, and all that must hold then."""
+    luck = Luck(seed)
+    case = Case.make(seed % NUM_CASES, folder)
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        keys = _keys_without_faults(seed % NUM_CASES, folder)
+        torture = Torture(case, Path(output, "out"), World(luck), keys, make_store)
+        problems = _live(torture, luck)
+    return Report(seed, problems + torture.world.bugs, torture.world.tallies)
+
+
+def _live(torture: Torture, luck: Luck) -> list[str]:
+    for _ in range(MOST_STARTS):
+        two, leased = luck.coin() and luck.coin(), luck.coin()
+        if torture.start(1 + two, leased=leased):
+            break
+        if (torture.output / "results" / "LATEST.json").exists() and (problems := torture.wrong_with_results()):
+            return [f"while the run went on: {problem}" for problem in problems]
+    else:
+        return [f"not finished after {MOST_STARTS} starts"]
+    problems = [f"when it was finished: {problem}" for problem in torture.judge()]
+    luck.calm_down()
+    torture.world.run()  # zombies wake, and write what they have
+    problems += [f"after the zombies: {problem}" for problem in torture.wrong_with_results()]
+    problems += _wrong_with_reruns(torture) or torture.judge()
+    problems = problems or _wrong_with_a_retry(torture)
+    if problems or luck.coin():
+        return problems
+    return _wrong_with_a_repair(torture, luck) or _wrong_with_gc(torture)
+
+
+def _wrong_with_reruns(torture: Torture) -> list[str]:
+    """A run that has nothing to do must do nothing. Zombies may have left the first one something to publish."""
+    tallies = torture.world.tallies
+    for _ in range(3):
+        before = (tallies["attempts to write"], tallies["drawn"])
+        idle = torture.start()
+        after = (tallies["attempts to write"], tallies["drawn"])
+        if idle:
+            return [] if after == before else [f"a run with nothing to do wrote and drew: {before} -> {after}"]
+        if after[1] != before[1]:
+            return [f"a run drew what was finished: {before} -> {after}"]
+    return ["not finished without faults"]
+
+
+def _wrong_with_a_retry(torture: Torture) -> list[str]:
+    """Without faults, what only a death could fail succeeds, and every animation there is has its result."""
+    torture.start(retry_failed=True)
+    rows, problems = witness.results(torture.output)
+    got = Counter((row["request_id"], row["status"]) for row in rows)
+    due = Counter[tuple[str, str]]()
+    for (request_id, status, _), count in torture.case.due.items():
+        due[request_id, status] += count
+    if got != due:
+        problems.append(f"after --retry-failed: {got - due} instead of {due - got}")
+    told = {row["key"] for row in rows if row["status"] == "succeeded"}
+    if told != witness.animated_keys(torture.output):
+        problems.append("after --retry-failed: animations and succeeded results are not the same")
+    return problems + torture.wrong_with_results()
+
+
+def _wrong_with_a_repair(torture: Torture, luck: Luck) -> list[str]:
+    """`verify` names what was damaged and nothing else; what it takes back is drawn again by runs that die anew."""
+    damages = itertools.cycle((Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1]), _flip_a_bit))
+    animations = sorted(path for path in (torture.output / "animations").rglob("*") if path.is_file())
+    damaged = {path.stem: path for path in animations if luck.coin()}
+    for path, damage in zip(damaged.values(), damages, strict=False):
+        damage(path)
+    record = Journal(Store(torture.config.output))
+    outcomes = record.outcomes()
+    found = list(verify.verify(record, outcomes, quality.check_animation))
+    if {problem.key for problem in found} != set(damaged):
+        return [f"verify found {found} where {set(damaged)} were damaged"]
+    verify.repair(record, outcomes, found, lambda: None)
+    for path in damaged.values():
+        del torture.world.first_sha256[str(path.relative_to(torture.output))]
+    luck.worsen()
+    if not any(torture.start(leased=luck.coin()) for _ in range(MOST_STARTS)):
+        return ["not finished after a repair"]
+    luck.calm_down()
+    torture.world.run()
+    problems = _wrong_with_reruns(torture) or torture.judge()
+    return [f"after a repair: {problem}" for problem in problems]
+
+
+def _flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def _wrong_with_gc(torture: Torture) -> list[str]:
+    """When nobody works any more `gc --delete` removes every orphan, and nothing that a result needs."""
+    record = Journal(Store(torture.config.output))
+    list(garbage_collection.delete(record.store, garbage_collection.find(record, time.time() + 3600), lambda: None))
+    problems = torture.wrong_with_results() + torture.wrong_with_outcomes() + witness.orphans(torture.output)
+    return [f"after gc: {problem}" for problem in problems or _wrong_with_reruns(torture)]

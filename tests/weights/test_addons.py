@@ -1,0 +1,355 @@
+"""`pia_batch.weights.addons`: which file a LoRA, textual inversion or IP-Adapter is, and whether it fits the base.
+
+The base is the embedded model, whose text embeddings have 64 numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hubs import COMMIT, FakeHub
+from safetensors.numpy import save_file
+
+from pia_batch import weights
+from pia_batch.config import IpAdapterConfig, LoraConfig, ModelConfig, TextualInversionConfig
+from pia_batch.errors import ConfigError
+from pia_batch.storage.object_store import Store
+from pia_batch.weights import Weights
+
+KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
+PEFT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.lora_A.weight"
+OLD = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight"
+
+
+def write(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
+    """A safetensors file of zeros."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, path)
+    return str(path)
+
+
+def lora_file(path: Path, width: int = 64, name: str = KOHYA) -> str:
+    return write(path, {name: (4, width), "b": (1,)})
+
+
+def lora(source: str, hub: FakeHub | None = None, **more: Any) -> Weights:
+    return weights.resolve(ModelConfig(loras=(LoraConfig(source=source, **more),)), hub)
+
+
+def word(source: str, **more: Any) -> Weights:
+    return weights.resolve(ModelConfig(textual_inversions=(TextualInversionConfig(source=source, **more),)))
+
+
+# --- which file -----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_itself_by_path_or_uri(tmp_path):
+    path = tmp_path / "style.safetensors"
+    lora_file(path)
+
+    for source in (str(path), path.as_uri()):
+        (part,) = lora(source).loras
+        assert (part.path, part.layout, part.commit) == (path, "single_file", None)
+
+
+def test_the_only_file_of_a_folder_needs_no_name(tmp_path):
+    lora_file(tmp_path / "style.safetensors")
+    lora_file(tmp_path / "older" / "style.safetensors")
+    (tmp_path / "README.md").write_text("hello")
+
+    assert lora(str(tmp_path)).loras[0].path == tmp_path / "style.safetensors"
+
+
+def test_the_only_file_may_lie_deeper(tmp_path):
+    lora_file(tmp_path / "older" / "style.safetensors")
+
+    assert lora(str(tmp_path)).loras[0].path == tmp_path / "older" / "style.safetensors"
+
+
+def test_the_usual_name_is_taken_among_several(tmp_path):
+    for name in ("pytorch_lora_weights", "other"):
+        lora_file(tmp_path / f"{name}.safetensors")
+
+    assert lora(str(tmp_path)).loras[0].path.name == "pytorch_lora_weights.safetensors"
+
+
+def test_several_files_are_listed_with_the_key_that_chooses(tmp_path):
+    for k in range(14):
+        lora_file(tmp_path / f"{k:02d}.safetensors")
+
+    message = r"several files; set model\.loras\[0\]\.weight_name to one of 00\..*, 11\.safetensors and 2 more"
+    with pytest.raises(ConfigError, match=message):
+        lora(str(tmp_path))
+    assert lora(str(tmp_path), weight_name="07.safetensors").loras[0].path.name == "07.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("names", "weight_name", "message"),
+    [
+        (["a.safetensors"], "b.safetensors", "there is no b.safetensors; weight_name may be one of a.safetensors"),
+        (["a.safetensors"], "b.bin", "model.loras[0].weight_name: b.bin is a pickle"),
+        (["a.bin", "b.pt"], None, "has no .safetensors file, only a.bin, b.pt; pickled weights are refused"),
+        (["README.md"], None, "has no .safetensors file"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_explained(tmp_path, names, weight_name, message):
+    for name in names:
+        lora_file(tmp_path / name)
+
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        lora(str(tmp_path), weight_name=weight_name)
+
+
+def test_a_file_cannot_be_named_twice(tmp_path):
+    source = lora_file(tmp_path / "a.safetensors")
+
+    assert lora(source, weight_name="a.safetensors").loras[0].path == Path(source)
+    with pytest.raises(ConfigError, match=r"source names the file a\.safetensors already; leave weight_name out"):
+        lora(source, weight_name="b.safetensors")
+
+
+def test_a_file_of_the_hub_is_found_fetched_alone_and_identified_by_its_commit_and_name(tmp_path):
+    lora_file(tmp_path / "loras" / "a" / "style.safetensors")
+    hub = FakeHub(tmp_path / "hub", loras=tmp_path / "loras")
+
+    (part,) = lora("someone/loras", hub, revision="v2").loras
+    (same,) = lora("someone/loras/a/style.safetensors", hub).loras
+
+    assert part.path == same.path == tmp_path / "hub" / "loras" / COMMIT / "a" / "style.safetensors"
+    assert part.identity() == same.identity() == {"commit": COMMIT, "file": "a/style.safetensors"}
+    assert hub.asked[0] == ("someone/loras", "v2")
+    assert set(hub.patterns) == {"a/style.safetensors"}
+
+
+@pytest.mark.s3
+def test_a_file_on_s3_is_found_and_fetched_alone(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PIA_BATCH_CACHE", str(tmp_path / "cache"))
+    local = tmp_path / "style.safetensors"
+    lora_file(local)
+    store = Store(s3)
+    store.create("loras/style.safetensors", local.read_bytes())
+    store.create("loras/preview.png", b"picture")
+
+    for source in (f"{s3}/loras", f"{s3}/loras/style.safetensors"):
+        (part,) = lora(source).loras
+        assert part.identity() == lora(str(local)).loras[0].identity()
+        assert {path.name for path in part.folder.iterdir()} == {"style.safetensors", ".fetched.json"}
+
+
+# --- LoRAs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [KOHYA, PEFT, OLD])
+def test_a_lora_for_another_width_of_text_is_refused_in_every_spelling(tmp_path, name):
+    lora(lora_file(tmp_path / "a.safetensors", 64, name))
+
+    with pytest.raises(ConfigError, match="takes text embeddings of 2048 numbers, the base 64: is made for another"):
+        lora(lora_file(tmp_path / "b.safetensors", 2048, name))
+
+
+def test_a_lora_of_motion_modules_has_its_own_widths(tmp_path):
+    name = "unet.down_blocks.0.motion_modules.0.transformer_blocks.0.attn2.to_k.lora_A.weight"
+
+    assert len(lora(lora_file(tmp_path / "a.safetensors", 320, name)).loras) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
+        "transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight",
+        "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+        "text_encoder_2.encoder.layers.0.mlp.fc1.lora_A.weight",
+    ],
+)
+def test_a_lora_of_another_family_is_refused_by_its_names(tmp_path, name):
+    with pytest.raises(ConfigError, match=r"a\.safetensors is made for another family"):
+        lora(write(tmp_path / "a.safetensors", {name: (4, 8), "b": (1,)}))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"lora_unet_mid.hada_w1_a": (4, 4), "b": (1,)}, r"LyCORIS adapter \(LoHa or LoKr\); only plain LoRAs"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3), "b": (1,)}, r"it belongs in model\.base"),
+        ({"cat": (1, 64)}, r"it belongs in model\.textual_inversions"),
+        ({"ip_adapter.1.to_k_ip.weight": (8, 64), "b": (1,)}, r"it belongs in model\.ip_adapter"),
+    ],
+)
+def test_another_kind_of_file_is_no_lora(tmp_path, shapes, message):
+    with pytest.raises(ConfigError, match=r"model\.loras\[0\]: a\.safetensors is of the wrong kind: .*" + message):
+        lora(write(tmp_path / "a.safetensors", shapes))
+
+
+def test_loras_keep_the_order_of_the_config(tmp_path):
+    sources = [lora_file(tmp_path / f"{name}.safetensors") for name in "bca"]
+
+    found = weights.resolve(ModelConfig(loras=tuple(LoraConfig(source=source) for source in sources)))
+
+    assert [str(part.path) for part in found.loras] == sources
+    assert [label for label, _ in found.parts()][-3:] == ["loras.0", "loras.1", "loras.2"]
+
+
+def test_two_loras_of_one_name_are_pinned_by_their_places(tmp_path):
+    sources = [
+        lora_file(tmp_path / name / "style.safetensors", name=tensor) for name, tensor in (("a", KOHYA), ("b", PEFT))
+    ]
+    entries = tuple(LoraConfig(source=source) for source in sources)
+    hashes = [part.identity()["sha256"] for part in weights.resolve(ModelConfig(loras=entries)).loras]
+    right = {f"loras.{k}/style.safetensors": each for k, each in enumerate(hashes)}
+
+    weights.resolve(ModelConfig(loras=entries, sha256=right))
+    with pytest.raises(ConfigError, match="it is another file"):
+        weights.resolve(ModelConfig(loras=entries, sha256={"style.safetensors": hashes[0]}))
+
+
+# --- textual inversions ---------------------------------------------------------------------------------------------
+
+
+def test_a_textual_inversion_may_name_its_word_or_be_given_one(tmp_path):
+    named = write(tmp_path / "cat.safetensors", {"<cat>": (2, 64)})
+    nameless = write(tmp_path / "easynegative.safetensors", {"emb_params": (8, 64)})
+
+    assert word(named).textual_inversions[0].path == Path(named)
+    assert word(nameless, token="easynegative").textual_inversions[0].path == Path(nameless)  # noqa: S106 - a word
+    with pytest.raises(ConfigError, match=r"set model\.textual_inversions\[0\]\.token"):
+        word(nameless)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"<cat>": (1, 768)}, "has embeddings of 768 numbers, the base's text encoder 64"),
+        ({"clip_l": (1, 768), "clip_g": (1, 1280)}, "wrong kind: Stable Diffusion XL textual inversion"),
+        ({KOHYA: (4, 64), "b": (1,)}, r"it belongs in model\.loras"),
+    ],
+)
+def test_a_textual_inversion_that_does_not_fit_is_refused(tmp_path, shapes, message):
+    with pytest.raises(ConfigError, match=message):
+        word(write(tmp_path / "a.safetensors", shapes))
+
+
+# --- IP-Adapters ----------------------------------------------------------------------------------------------------
+
+PLAIN = {"image_proj.proj.weight": (256, 12), "ip_adapter.1.to_k_ip.weight": (8, 64)}
+PLUS = {"image_proj.proj_in.weight": (16, 24), "ip_adapter.1.to_k_ip.weight": (8, 64)}
+FULL_FACE = {
+    "image_proj.proj.0.weight": (24, 24),
+    "image_proj.proj.3.weight": (64,),
+    "ip_adapter.1.to_k_ip.weight": (8, 64),
+}
+
+
+def encoder(folder: Path, nested: bool = False, **settings: Any) -> str:
+    write(folder / "model.safetensors", {"vision_model.post_layernorm.weight": (24,)})
+    known = {"model_type": "clip_vision_model", "hidden_size": 24, "projection_dim": 12} | settings
+    if nested:
+        known = {"projection_dim": known.pop("projection_dim"), "vision_config": known}
+    (folder / "config.json").write_text(json.dumps(known))
+    return str(folder)
+
+
+def adapter(source: str, hub: FakeHub | None = None, **more: Any) -> Weights:
+    return weights.resolve(ModelConfig(ip_adapter=IpAdapterConfig(source=source, **more)), hub)
+
+
+@pytest.mark.parametrize("shapes", [PLAIN, PLUS, FULL_FACE], ids=["plain", "plus", "full face"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_ip_adapter_has_its_image_encoder_beside_it(tmp_path, shapes, nested):
+    source = write(tmp_path / "models" / "ip-adapter.safetensors", shapes)
+    encoder(tmp_path / "models" / "image_encoder", nested)
+
+    for found in (adapter(source), adapter(str(tmp_path), weight_name="models/ip-adapter.safetensors")):
+        assert found.ip_adapter is not None
+        assert found.image_encoder is not None
+        assert found.ip_adapter.path == Path(source)
+        assert found.image_encoder.folder == tmp_path / "models" / "image_encoder"
+        assert found.image_encoder.files == ("config.json", "model.safetensors")
+        assert [label for label, _ in found.parts()][-2:] == ["ip_adapter", "image_encoder"]
+
+
+def test_an_image_encoder_may_be_elsewhere(tmp_path):
+    source = write(tmp_path / "ip-adapter.safetensors", PLAIN)
+
+    found = adapter(source, image_encoder=encoder(tmp_path / "clip"))
+
+    assert found.image_encoder is not None
+    assert found.image_encoder.folder == tmp_path / "clip"
+
+
+def test_adapter_and_encoder_of_the_hub_are_fetched_alone(tmp_path):
+    for name in ("ip-adapter_sd15", "ip-adapter-plus_sd15"):
+        write(tmp_path / "repository" / "models" / f"{name}.safetensors", PLAIN)
+    encoder(tmp_path / "repository" / "models" / "image_encoder")
+    encoder(tmp_path / "repository" / "sdxl_models" / "image_encoder")
+    (tmp_path / "repository" / "models" / "image_encoder" / "pytorch_model.bin").write_bytes(b"\x80")
+    hub = FakeHub(tmp_path / "hub", adapters=tmp_path / "repository")
+
+    found = adapter("h94/adapters", hub, weight_name="models/ip-adapter_sd15.safetensors")
+
+    snapshot = tmp_path / "hub" / "adapters" / COMMIT
+    assert {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()} == {
+        "models/ip-adapter_sd15.safetensors",
+        "models/image_encoder/config.json",
+        "models/image_encoder/model.safetensors",
+    }
+    assert found.ip_adapter is not None
+    assert found.ip_adapter.identity() == {"commit": COMMIT, "file": "models/ip-adapter_sd15.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (PLAIN | {"ip_adapter.1.to_k_ip.weight": (8, 2048)}, "made for another family of models than the base"),
+        (PLAIN | {"ip_adapter.0.to_k_lora.down.weight": (8, 8)}, "is a FaceID adapter"),
+        ({**PLAIN, "image_proj.proj.0.weight": (64, 512)}, "is a FaceID adapter"),
+        (PLAIN | {"image_proj.perceiver_resampler.proj_in.weight": (8, 8)}, "is a FaceID adapter"),
+        (PLAIN | {"image_proj.proj.weight": (256, 13)}, "takes images as 13 numbers, but the image encoder in"),
+        (PLUS | {"image_proj.proj_in.weight": (16, 25)}, "takes images as 25 numbers, but the image encoder in"),
+        ({KOHYA: (4, 64), "b": (1,)}, r"it belongs in model\.loras"),
+    ],
+)
+def test_an_ip_adapter_that_does_not_fit_is_refused(tmp_path, shapes, message):
+    encoder(tmp_path / "image_encoder")
+
+    with pytest.raises(ConfigError, match=message):
+        adapter(write(tmp_path / "ip-adapter.safetensors", shapes))
+
+
+def test_an_ip_adapter_without_image_encoder_asks_for_one(tmp_path):
+    source = write(tmp_path / "ip-adapter.safetensors", PLAIN)
+
+    with pytest.raises(
+        ConfigError, match=r"there is no image_encoder/ beside .*; set model\.ip_adapter\.image_encoder"
+    ):
+        adapter(source)
+    with pytest.raises(ConfigError, match=r"model\.ip_adapter\.image_encoder: .* is a file; name the folder"):
+        adapter(source, image_encoder=source)
+
+
+def test_a_pickled_image_encoder_is_refused(tmp_path):
+    source = write(tmp_path / "ip-adapter.safetensors", PLAIN)
+    encoder(tmp_path / "image_encoder")
+    (tmp_path / "image_encoder" / "model.safetensors").rename(tmp_path / "image_encoder" / "pytorch_model.bin")
+
+    with pytest.raises(ConfigError, match=r"only pytorch_model\.bin; pickled weights are refused"):
+        adapter(source)
+
+
+def test_adapter_and_encoder_are_part_of_the_id(tmp_path):
+    source = write(tmp_path / "ip-adapter.safetensors", PLAIN)
+    encoder(tmp_path / "image_encoder")
+    model = ModelConfig(ip_adapter=IpAdapterConfig(source=source))
+    seen = {weights.engine_id(each, weights.resolve(each), "float32") for each in (ModelConfig(), model)}
+
+    encoder(tmp_path / "image_encoder", attention_dropout=0.1)
+    seen.add(weights.engine_id(model, weights.resolve(model), "float32"))
+    write(tmp_path / "ip-adapter.safetensors", PLAIN | {"image_proj.norm.weight": (64,)})
+    seen.add(weights.engine_id(model, weights.resolve(model), "float32"))
+
+    assert len(seen) == 4

@@ -1,0 +1,622 @@
+"""`pia_batch.weights`: finding, refusing and naming weights, without torch and without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hubs import COMMIT, FakeHub
+from safetensors.numpy import save_file
+
+from pia_batch import tiny, weights
+from pia_batch.config import FreeUConfig, LoraConfig, ModelConfig, SchedulerConfig, TextualInversionConfig
+from pia_batch.errors import ConfigError
+from pia_batch.weights import sd15
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A copy of the embedded checkpoint, to be spoiled."""
+    return shutil.copytree(tiny.PATH, tmp_path / "base")
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def identify(model: ModelConfig, dtype: str = "float32") -> str:
+    return weights.engine_id(model, weights.resolve(model), dtype)
+
+
+def test_the_embedded_model_is_a_whole_checkpoint():
+    found = weights.resolve(ModelConfig())
+
+    assert found.base == tiny.PATH
+    assert {name: part.folder for name, part in found.components.items()} == {
+        name: tiny.PATH / name for name in ("scheduler", "tokenizer", "text_encoder", "unet", "vae", "motion_adapter")
+    }
+    assert list(found.parts()) == list(found.components.items())
+
+
+def test_an_engine_id_is_32_hexadecimal_digits_and_the_same_every_time():
+    first, second = identify(ModelConfig()), identify(ModelConfig())
+
+    assert first == second
+    assert len(first) == 32
+    assert int(first, 16) >= 0
+
+
+def test_the_same_files_elsewhere_under_another_name_have_the_same_id(base):
+    assert identify(ModelConfig(base=str(base), name="moved")) == identify(ModelConfig())
+
+
+def test_one_changed_byte_of_any_used_file_changes_the_id(base):
+    model = ModelConfig(base=str(base))
+    seen = {identify(model)}
+    for part in weights.resolve(model).components.values():
+        for name in part.files:
+            path = part.folder / name
+            content = path.read_bytes()
+            path.write_bytes(
+                content[:-1] + bytes([content[-1] ^ 1]) if path.suffix == ".safetensors" else content + b" "
+            )
+            seen.add(identify(model))
+            path.write_bytes(content)
+
+    files = sum(len(part.files) for part in weights.resolve(model).components.values())
+    assert len(seen) == 1 + files
+
+
+def test_a_file_that_is_not_used_does_not_change_the_id(base):
+    before = identify(ModelConfig(base=str(base)))
+    (base / "README.md").write_text("hello")
+    (base / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"another variant")
+
+    assert identify(ModelConfig(base=str(base))) == before
+
+
+def test_scheduler_and_dtype_are_part_of_the_id():
+    models = [
+        ModelConfig(),
+        ModelConfig(scheduler=SchedulerConfig(name="euler")),
+        ModelConfig(scheduler=SchedulerConfig(settings={"steps_offset": 0})),
+    ]
+
+    ids = {identify(model, dtype) for model in models for dtype in ("float32", "float16")}
+
+    assert len(ids) == 6
+
+
+def test_auto_means_half_precision_on_a_gpu_and_full_precision_on_a_cpu():
+    auto, fixed = ModelConfig(), ModelConfig(dtype="bfloat16")
+
+    assert weights.resolved_dtype(auto, on_gpu=True) == "float16"
+    assert weights.resolved_dtype(auto, on_gpu=False) == "float32"
+    assert weights.resolved_dtype(fixed, on_gpu=False) == "bfloat16"
+
+
+def test_adapter_and_vae_may_come_from_folders_of_their_own(base, tmp_path):
+    for part in ("motion_adapter", "vae"):
+        shutil.move(base / part, tmp_path / part)
+    model = ModelConfig(base=str(base), motion_adapter=str(tmp_path / "motion_adapter"), vae=str(tmp_path / "vae"))
+
+    found = weights.resolve(model)
+
+    assert [found.components[part].folder for part in ("motion_adapter", "vae")] == [
+        tmp_path / "motion_adapter",
+        tmp_path / "vae",
+    ]
+    assert identify(model) == identify(ModelConfig())
+
+
+@pytest.mark.parametrize("part", ["scheduler", "tokenizer", "text_encoder", "unet", "vae"])
+def test_a_missing_part_is_named(base, part):
+    shutil.rmtree(base / part)
+
+    with pytest.raises(ConfigError, match=f"has no {part}/"):
+        weights.resolve(ModelConfig(base=str(base)))
+
+
+def test_a_base_without_an_adapter_asks_for_one(base):
+    shutil.rmtree(base / "motion_adapter")
+
+    with pytest.raises(ConfigError, match=r"set model\.motion_adapter"):
+        weights.resolve(ModelConfig(base=str(base)))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (ModelConfig(base="/no/such/folder"), "model.base: there is no folder or file /no/such/folder"),
+        (ModelConfig(motion_adapter="./nowhere"), "model.motion_adapter: there is no folder"),
+        (ModelConfig(vae="nowhere"), "model.vae: there is no folder or file nowhere"),
+        (ModelConfig(base=__file__), "no .safetensors file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_folder_that_is_not_there_is_named_with_its_key(model, message):
+    with pytest.raises(ConfigError, match=message):
+        weights.resolve(model)
+
+
+def test_pickled_weights_are_refused(base):
+    (base / "unet" / "diffusion_pytorch_model.safetensors").rename(base / "unet" / "diffusion_pytorch_model.bin")
+
+    with pytest.raises(ConfigError, match=r"only diffusion_pytorch_model\.bin; pickled weights are refused"):
+        weights.resolve(ModelConfig(base=str(base)))
+
+
+def test_weights_of_another_variant_only_ask_for_the_variant(base):
+    plain = base / "vae" / "diffusion_pytorch_model.safetensors"
+    plain.rename(plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
+
+    with pytest.raises(ConfigError, match=r"but diffusion_pytorch_model\.fp16\.safetensors; set"):
+        weights.resolve(ModelConfig(base=str(base)))
+
+
+def test_a_variant_is_taken_where_it_is_asked_for(base):
+    for part, stem in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        (base / part / f"{stem}.safetensors").rename(base / part / f"{stem}.fp16.safetensors")
+
+    found = weights.resolve(ModelConfig(base=str(base), variant="fp16"))
+
+    assert found.components["text_encoder"].files == ("config.json", "model.fp16.safetensors")
+    assert found.components["unet"].variant == "fp16"
+    assert found.components["motion_adapter"].variant is None
+
+
+def test_shards_are_all_needed_and_all_part_of_the_id(base):
+    unet = base / "unet"
+    (unet / "diffusion_pytorch_model.safetensors").rename(unet / "diffusion_pytorch_model-00001-of-00002.safetensors")
+    shards = [f"diffusion_pytorch_model-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    index = {"weight_map": {"a": shards[0], "b": shards[1]}}
+    (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    model = ModelConfig(base=str(base))
+
+    with pytest.raises(ConfigError, match="has no unet/diffusion_pytorch_model-00002-of-00002"):
+        weights.resolve(model)
+    save_file({"b": np.zeros(2)}, unet / shards[1])
+
+    assert set(shards) < set(weights.resolve(model).components["unet"].files)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("unet", {"in_channels": 9}, "inpainting"),
+        ("unet", {"in_channels": 8}, "not the UNet of Stable Diffusion 1.5"),
+        ("unet", {"addition_embed_type": "text_time"}, "not the UNet of Stable Diffusion 1.5"),
+        ("unet", {"_class_name": "UNetMotionModel"}, "not PIA's UNet"),
+        ("motion_adapter", {"conv_in_channels": None}, "no PIA motion adapter"),
+    ],
+)
+def test_networks_that_pia_cannot_use_are_refused(base, part, changes, message):
+    edit(base / part / "config.json", **changes)
+
+    with pytest.raises(ConfigError, match=message):
+        weights.resolve(ModelConfig(base=str(base)))
+
+
+def test_a_saved_pia_pipeline_needs_no_adapter_and_takes_no_other(base):
+    edit(base / "unet" / "config.json", _class_name="UNetMotionModel", in_channels=9)
+
+    assert "motion_adapter" not in weights.resolve(ModelConfig(base=str(base))).components
+    with pytest.raises(ConfigError, match=r"leave model\.motion_adapter out"):
+        weights.resolve(ModelConfig(base=str(base), motion_adapter=str(tiny.PATH / "motion_adapter")))
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_broken_config_file_is_named(base, text):
+    (base / "unet" / "config.json").write_text(text)
+
+    with pytest.raises(ConfigError, match=r"unet/config\.json"):
+        weights.resolve(ModelConfig(base=str(base)))
+
+
+def test_hub_ids_are_fetched_at_their_revisions_and_identified_by_their_commits(tmp_path):
+    hub = FakeHub(tmp_path, sd15=tiny.PATH, adapter=tiny.PATH / "motion_adapter", better_vae=tiny.PATH / "vae")
+    model = ModelConfig(
+        base="someone/sd15",
+        revision="main",
+        motion_adapter="else/adapter",
+        motion_adapter_revision=COMMIT,
+        vae="third/better_vae",
+    )
+
+    found = weights.resolve(model, hub)
+
+    assert hub.asked == [("someone/sd15", "main"), ("third/better_vae", None), ("else/adapter", COMMIT)]
+    assert {part.commit for part in found.components.values()} == {COMMIT}
+    assert found.components["vae"].identity() == {"commit": COMMIT, "variant": None}
+    assert not (found.base / "vae").exists()
+    assert not (found.base / "motion_adapter").exists()
+
+
+def test_nothing_but_json_text_and_safetensors_is_asked_of_the_hub(tmp_path):
+    hub = FakeHub(tmp_path, sd15=tiny.PATH)
+
+    weights.resolve(ModelConfig(base="someone/sd15"), hub)
+
+    assert {Path(pattern).suffix for pattern in hub.patterns} == {".json", ".txt", ".safetensors"}
+
+
+IN_A_FRESH_PROCESS = """
+import sys
+from pia_batch import weights
+from pia_batch.config import ModelConfig
+from pia_batch.errors import ConfigError
+model = ModelConfig(base="someone/sd15", revision="main")
+print(weights.engine_id(model, weights.resolve(model), "float32"))
+try:
+    weights.resolve(ModelConfig(base="someone/not-cached"))
+except ConfigError as err:
+    print(err)
+print(sorted({"torch", "diffusers", "transformers"} & set(sys.modules)))
+"""
+
+
+def test_without_a_network_the_hub_cache_answers_and_torch_is_never_imported(tmp_path):
+    repository = tmp_path / "hub" / "models--someone--sd15"
+    shutil.copytree(tiny.PATH, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""}
+
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_FRESH_PROCESS],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+    )
+
+    identity, error, imported = done.stdout.splitlines()[0], done.stdout, done.stdout.splitlines()[-1]
+    assert len(identity) == 32
+    assert "cannot get someone/not-cached from the hub" in error
+    assert imported == "[]"
+
+
+# --- single files ---------------------------------------------------------------------------------------------------
+
+UNET_INPUT = "model.diffusion_model.input_blocks.0.0.weight"
+READS_TEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+POSITIONS = "down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.pos_encoder.pe"
+
+
+def write(path: Path, **shapes: tuple[int, ...]) -> str:
+    """A safetensors file of zeros; two underscores in a name are a dot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name.replace("__", "."): np.zeros(shape, np.float16) for name, shape in shapes.items()}, path)
+    return str(path)
+
+
+def checkpoint(path: Path, width: int = 768, channels: int = 4, without: str = "-", **more: tuple[int, ...]) -> str:
+    """A file with some of the names that tell a Stable Diffusion 1.5 checkpoint."""
+    shapes = {
+        UNET_INPUT: (8, channels, 3, 3),
+        READS_TEXT: (8, width),
+        "first_stage_model.encoder.conv_in.weight": (8, 3, 3, 3),
+        "first_stage_model.decoder.conv_in.weight": (8, 4, 3, 3),
+        "cond_stage_model.transformer.text_model.final_layer_norm.weight": (8,),
+    }
+    return write(path, **{name: shape for name, shape in shapes.items() if not name.startswith(without)}, **more)
+
+
+def adapter_file(path: Path, **shapes: tuple[int, ...]) -> str:
+    """A file with some of the names that tell a PIA motion adapter."""
+    known = {"conv_in__weight": (8, 9, 3, 3), "down_blocks__0__motion_modules__0__proj_in__weight": (8, 8)}
+    return write(path, **(known | shapes))
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> dict[str, str]:
+    """A base and an adapter in single files."""
+    return {
+        "base": checkpoint(tmp_path / "models" / "realistic.safetensors"),
+        "motion_adapter": adapter_file(tmp_path / "adapters" / "pia.safetensors"),
+    }
+
+
+def test_a_single_file_gets_the_packages_configs_and_tokenizer(single):
+    found = weights.resolve(ModelConfig(**single))
+
+    assert found.base == Path(single["base"])
+    assert set(found.components) == {"scheduler", "tokenizer", "text_encoder", "unet", "vae", "motion_adapter"}
+    for name in ("text_encoder", "unet", "vae"):
+        part = found.components[name]
+        assert (part.layout, part.path) == ("single_file", found.base)
+        assert part.config is not None
+        assert part.config.folder == sd15.PATH / name
+    for name in ("scheduler", "tokenizer"):
+        assert (found.components[name].layout, found.components[name].folder) == ("diffusers", sd15.PATH / name)
+    adapter = found.components["motion_adapter"]
+    assert (adapter.layout, adapter.path) == ("single_file", Path(single["motion_adapter"]))
+    assert adapter.settings["conv_in_channels"] == 9
+
+
+def test_the_id_of_a_single_file_is_that_of_its_content_and_not_of_its_name(single, tmp_path):
+    before = identify(ModelConfig(**single))
+    moved = shutil.copy(single["base"], tmp_path / "other.safetensors")
+    assert identify(ModelConfig(**(single | {"base": str(moved)}))) == before
+
+    content = bytearray(moved.read_bytes())
+    content[-1] ^= 1
+    moved.write_bytes(content)
+    assert identify(ModelConfig(**(single | {"base": str(moved)}))) != before
+
+
+def test_other_configs_make_another_model_of_a_single_file(single, tmp_path):
+    other = shutil.copytree(sd15.PATH, tmp_path / "configs")
+    same = ModelConfig(**single, config=str(other))
+    before = identify(same)
+    assert before == identify(ModelConfig(**single))
+
+    for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", "tokenizer/merges.txt"):
+        content = (other / name).read_text()
+        (other / name).write_text(content + "\n")
+        assert identify(same) != before
+        (other / name).write_text(content)
+
+
+def test_a_single_file_may_come_from_the_hub_or_an_uri(single, tmp_path):
+    hub = FakeHub(tmp_path / "hub", files=Path(single["base"]).parent)
+    names = ["someone/files/realistic.safetensors", Path(single["base"]).as_uri()]
+    models = [ModelConfig(**(single | {"base": name, "revision": "v1"})) for name in names]
+
+    found = [weights.resolve(model, hub) for model in models]
+
+    assert hub.asked == [("someone/files", "v1")]
+    assert found[0].components["unet"].commit == COMMIT
+    assert found[0].components["unet"].identity()["commit"] == COMMIT
+    assert found[0].components["unet"].identity()["file"] == "realistic.safetensors"
+    assert found[1].components["unet"].path == Path(single["base"])
+
+
+def test_configs_may_come_from_the_hub(single, tmp_path):
+    hub = FakeHub(tmp_path / "hub", configs=sd15.PATH)
+
+    found = weights.resolve(ModelConfig(**single, config="someone/configs"), hub)
+
+    assert found.components["unet"].identity()["config"] == {"commit": COMMIT, "variant": None}
+    assert found.components["tokenizer"].commit == COMMIT
+    assert not any(pattern.endswith(".safetensors") for pattern in hub.patterns)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"channels": 9}, r"realistic\.safetensors is of the wrong kind: inpainting checkpoint"),
+        ({"conditioner__embedders__0__x": (1,)}, "wrong kind: Stable Diffusion XL checkpoint"),
+        ({"cond_stage_model__model__ln_final__weight": (1,)}, "wrong kind: Stable Diffusion 2 checkpoint"),
+        ({"width": 1024}, "takes text embeddings of 1024 numbers, but its config says 768"),
+        ({"without": "cond_stage_model."}, r"has no text encoder \(cond_stage_model"),
+        ({"without": "first_stage_model."}, r"has no VAE \(first_stage_model.*set model\.vae"),
+    ],
+    ids=["inpainting", "xl", "sd2", "width", "text encoder", "vae"],
+)
+def test_a_checkpoint_of_another_family_is_refused_by_its_header(tmp_path, changes, message):
+    base = checkpoint(tmp_path / "realistic.safetensors", **changes)
+
+    with pytest.raises(ConfigError, match=message):
+        weights.resolve(ModelConfig(base=base, motion_adapter=str(tiny.PATH / "motion_adapter")))
+
+
+def test_a_checkpoint_without_vae_takes_another(tmp_path, single):
+    bare = checkpoint(tmp_path / "bare.safetensors", without="first_stage_model.")
+
+    found = weights.resolve(ModelConfig(**(single | {"base": bare}), vae=single["base"]))
+
+    assert found.components["vae"].path == Path(single["base"])
+
+
+@pytest.mark.parametrize(
+    ("key", "shapes", "message"),
+    [
+        ("base", {"unet__mid__lora_A__weight": (4, 8), "b": (1,)}, r"model\.base: .*LoRA; it belongs in model\.loras"),
+        ("base", {"cat": (1, 768)}, r"textual inversion; it belongs in model\.textual_inversions"),
+        ("base", {"conv_in__weight": (8, 4, 3, 3), "b": (1,)}, "unknown layout; its tensors have none of the names"),
+        ("vae", {UNET_INPUT: (8, 9, 3, 3), "b": (1,)}, r"model\.vae: .*inpainting"),
+        ("vae", {"encoder.conv_in.weight": (1,), "b": (1,)}, "has no decoder"),
+        ("vae", {"decoder.conv_in.weight": (8, 4, 3, 3)}, "has no encoder"),
+        ("vae", {UNET_INPUT: (8, 4, 3, 3), "b": (1,)}, "has no encoder and no decoder"),
+        ("vae", {"encoder.conv_in.weight": (1,), "decoder.conv_in.weight": (8, 16, 3, 3)}, "latents have 16 channels"),
+        (
+            "motion_adapter",
+            {"first_stage_model__x": (1,), "b": (1,)},
+            r"model\.motion_adapter: .*belongs in model\.vae",
+        ),
+    ],
+)
+def test_a_file_of_the_wrong_kind_is_told_where_it_belongs(tmp_path, single, key, shapes, message):
+    wrong = write(tmp_path / "wrong.safetensors", **shapes)
+
+    with pytest.raises(ConfigError, match=message):
+        weights.resolve(ModelConfig(**(single | {key: wrong})))
+
+
+@pytest.mark.parametrize("file", ["model.ckpt", "model.safetensors"])
+def test_a_pickled_checkpoint_is_refused_whatever_its_name(tmp_path, file):
+    (tmp_path / file).write_bytes(pickle.dumps({"state_dict": {}}, protocol=2) + bytes(100))
+
+    with pytest.raises(ConfigError, match=r"is a pickle|a pickle inside"):
+        weights.resolve(ModelConfig(base=str(tmp_path / file)))
+
+
+def test_a_pickle_in_the_place_of_safetensors_in_a_folder_is_refused(base):
+    (base / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(pickle.dumps(list(range(100)), protocol=4))
+
+    with pytest.raises(ConfigError, match=r"vae/diffusion_pytorch_model\.safetensors is named as safetensors, but"):
+        weights.resolve(ModelConfig(base=str(base)))
+
+
+def test_a_file_of_a_folder_that_was_cut_short_is_told_before_anything_is_loaded(base):
+    path = base / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+    with pytest.raises(ConfigError, match="was not copied in full"):
+        weights.resolve(ModelConfig(base=str(base)))
+
+
+@pytest.mark.parametrize("name", ["vae", "motion_adapter"])
+def test_a_config_beside_a_single_file_counts_where_it_is_of_that_network(tmp_path, single, name):
+    held = {"encoder.conv_in.weight": (1,), "decoder.conv_in.weight": (8, 4, 3, 3)}
+    file = tmp_path / "own" / "own.safetensors"
+    _ = write(file, **held) if name == "vae" else adapter_file(file)
+    shutil.copy(sd15.PATH / name / "config.json", file.with_name("config.json"))
+    model = ModelConfig(**(single | {name: str(file)}))
+
+    part = weights.resolve(model).components[name]
+    edit(file.with_name("config.json"), _class_name="ControlNetModel")
+    other = weights.resolve(model).components[name]
+
+    assert part.config is not None
+    assert other.config is not None
+    assert (part.config.folder, other.config.folder) == (file.parent, sd15.PATH / name)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"conv_in__weight": (8, 4, 3, 3)}, r"not both 9 \(4\); an AnimateDiff adapter does not see the image"),
+        ({POSITIONS: (1, 24, 8)}, "knows 24 frames, its config 32; correct motion_max_seq_length"),
+    ],
+    ids=["channels", "frames"],
+)
+def test_an_adapter_that_is_not_pias_is_refused_by_its_header(tmp_path, single, shapes, message):
+    wrong = adapter_file(tmp_path / "wrong.safetensors", **shapes)
+
+    with pytest.raises(ConfigError, match=message):
+        weights.resolve(ModelConfig(**(single | {"motion_adapter": wrong})))
+
+
+def test_an_animatediff_adapter_has_no_first_layer(tmp_path, single):
+    wrong = write(tmp_path / "mm_sd_v15.safetensors", **{POSITIONS: (1, 32, 8), "b": (1,)})
+
+    with pytest.raises(ConfigError, match=r"is no PIA motion adapter: .*\(None\)"):
+        weights.resolve(ModelConfig(**(single | {"motion_adapter": wrong})))
+
+
+def test_an_adapter_whose_config_lies_about_its_file_is_refused(base):
+    path = base / "motion_adapter" / "diffusion_pytorch_model.safetensors"
+    adapter_file(path, conv_in__weight=(8, 4, 3, 3))
+
+    with pytest.raises(ConfigError, match=r"not both 9 \(4\)"):
+        weights.resolve(ModelConfig(base=str(base)))
+
+
+def test_the_vae_of_another_family_is_refused(base, tmp_path):
+    shutil.copytree(base / "vae", tmp_path / "sdxl-vae")
+    edit(tmp_path / "sdxl-vae" / "config.json", scaling_factor=0.13025)
+
+    with pytest.raises(ConfigError, match="the VAE of Stable Diffusion XL"):
+        weights.resolve(ModelConfig(vae=str(tmp_path / "sdxl-vae")))
+
+
+def test_configs_without_a_single_file_are_an_error():
+    with pytest.raises(ConfigError, match=r"model\.config is for .* in a single file, and none is"):
+        weights.resolve(ModelConfig(config=str(sd15.PATH)))
+
+
+def test_configs_must_be_a_folder_and_whole(single, tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.config: .* is a file; name the folder"):
+        weights.resolve(ModelConfig(**single, config=single["base"]))
+    (tmp_path / "configs" / "unet").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"configs has no text_encoder/config\.json"):
+        weights.resolve(ModelConfig(**single, config=str(tmp_path / "configs")))
+
+
+def test_a_file_that_the_hub_does_not_have_is_named(tmp_path):
+    hub = FakeHub(tmp_path / "hub", files=tmp_path)
+    (tmp_path / "hub" / "files" / COMMIT).mkdir(parents=True)
+
+    with pytest.raises(ConfigError, match=r"model\.base: there is no x\.safetensors in someone/files"):
+        weights.resolve(ModelConfig(base="someone/files/x.safetensors"), hub)
+
+
+# --- pins -----------------------------------------------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_pins_that_hold_change_nothing(base, single):
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    pins = {unet: sha256(base / unet), "tokenizer/tokenizer.json": sha256(base / "tokenizer/tokenizer.json").upper()}
+    assert identify(ModelConfig(base=str(base), sha256=pins)) == identify(ModelConfig(base=str(base)))
+
+    pins = {Path(name).name: sha256(Path(name)) for name in single.values()}
+    assert identify(ModelConfig(**single, sha256=pins)) == identify(ModelConfig(**single))
+
+
+def test_a_pin_of_another_file_names_the_file_and_both_hashes(base):
+    name = "vae/diffusion_pytorch_model.safetensors"
+
+    with pytest.raises(ConfigError) as caught:
+        weights.resolve(ModelConfig(base=str(base), sha256={name: "0" * 64}))
+
+    assert all(part in str(caught.value) for part in (name, sha256(base / name), "0" * 64))
+
+
+def test_a_pin_that_pins_nothing_is_an_error_with_the_nearest_name():
+    model = ModelConfig(sha256={"unet/diffusion_pytorch_model.fp16.safetensors": "0" * 64})
+
+    with pytest.raises(ConfigError, match=r"is used; did you mean unet/diffusion_pytorch_model\.safetensors\?"):
+        weights.resolve(model)
+
+
+def test_pins_hold_for_files_of_the_hub_too(tmp_path):
+    hub = FakeHub(tmp_path / "hub", sd15=tiny.PATH)
+    name = "unet/diffusion_pytorch_model.safetensors"
+
+    weights.resolve(ModelConfig(base="someone/sd15", sha256={name: sha256(tiny.PATH / name)}), hub)
+    with pytest.raises(ConfigError, match="it is another file"):
+        weights.resolve(ModelConfig(base="someone/sd15", sha256={name: "0" * 64}), hub)
+
+
+# --- what is laid over, in the id -----------------------------------------------------------------------------------
+
+
+def test_what_is_laid_over_a_base_is_part_of_the_id(tmp_path):
+    lora = LoraConfig(source=write(tmp_path / "a.safetensors", unet__x__lora_A__weight=(4, 8), b=(1,)))
+    other = LoraConfig(source=write(tmp_path / "b.safetensors", unet__x__lora_A__weight=(4, 9), b=(1,)))
+    word = TextualInversionConfig(source=write(tmp_path / "c.safetensors", cat=(1, 64)))
+    models = [
+        ModelConfig(),
+        ModelConfig(loras=(lora,)),
+        ModelConfig(loras=(lora.model_copy(update={"scale": 0.5}),)),
+        ModelConfig(loras=(lora,), fuse_loras=True),
+        ModelConfig(loras=(lora, other)),
+        ModelConfig(loras=(other, lora)),
+        ModelConfig(textual_inversions=(word,)),
+        ModelConfig(textual_inversions=(word.model_copy(update={"token": "<dog>"}),)),
+        ModelConfig(freeu=FreeUConfig()),
+        ModelConfig(freeu=FreeUConfig(b1=1.4)),
+        ModelConfig(memory="low"),
+    ]
+
+    assert len({identify(model) for model in models}) == len(models)
+
+
+def test_what_cannot_change_a_pixel_is_no_part_of_the_id(tmp_path):
+    lora = tmp_path / "a.safetensors"
+    write(lora, unet__x__lora_A__weight=(4, 8), b=(1,))
+    renamed = shutil.copy(lora, tmp_path / "renamed.safetensors")
+
+    assert identify(ModelConfig(memory="max_speed", name="x", fuse_loras=True)) == identify(ModelConfig())
+    assert identify(ModelConfig(loras=(LoraConfig(source=str(lora)),))) == identify(
+        ModelConfig(loras=(LoraConfig(source=str(renamed)),))
+    )

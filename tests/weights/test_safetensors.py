@@ -1,0 +1,207 @@
+"""`pia_batch.weights.safetensors`: telling files apart, and refusing what could run code, by the first bytes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save, save_file
+
+from pia_batch.errors import ConfigError
+from pia_batch.weights import safetensors
+
+OTHER_FAMILY = "checkpoint of another family than Stable Diffusion 1.5"
+SHAPES = st.dictionaries(
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
+        lambda name: name != "__metadata__"
+    ),
+    st.lists(st.integers(0, 4), max_size=3).map(tuple),
+    max_size=6,
+)
+
+
+def tensors(*names: str, **shapes: tuple[int, ...]) -> dict[str, Any]:
+    """Zeros; names with dots come first, with the shape 1."""
+    return {name: np.zeros(1, np.float16) for name in names} | {
+        name.replace("__", "."): np.zeros(shape, np.float16) for name, shape in shapes.items()
+    }
+
+
+def unet(channels: int) -> dict[str, Any]:
+    return tensors(model__diffusion_model__input_blocks__0__0__weight=(8, channels, 3, 3))
+
+
+@given(shapes=SHAPES)
+@settings(max_examples=50, deadline=None)
+def test_names_and_shapes_are_those_that_were_saved(shapes, tmp_path_factory):
+    path = tmp_path_factory.mktemp("files") / "x.safetensors"
+    save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, path, {"format": "pt"})
+
+    assert safetensors.read(path).shapes == shapes
+
+
+def with_length(text: bytes) -> bytes:
+    return len(text).to_bytes(8, "little") + text
+
+
+@given(data=st.binary(max_size=64) | st.binary(max_size=40).map(with_length))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_other_bytes_are_a_config_error_or_a_file_that_the_library_opens_too(data, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+
+    try:
+        safetensors.read(path)
+    except ConfigError:
+        return
+    with safe_open(path, "np"):
+        pass
+
+
+@given(cut=st.integers(1, 10_000))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_file_that_was_cut_short_or_is_too_long_is_refused(cut, tmp_path):
+    whole = save({"a": np.zeros(100), "b": np.ones(30)})
+    path = tmp_path / "x.safetensors"
+
+    for content in (whole[: -(cut % len(whole)) or None], whole + bytes(cut)):
+        path.write_bytes(content)
+        if content != whole:
+            with pytest.raises(ConfigError, match=r"cut short|not copied in full|cannot be read"):
+                safetensors.read(path)
+            with pytest.raises((SafetensorError, OSError)), safe_open(path, "np"):
+                pass
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"1",
+        b'{"a": 1}',
+        b'{"a": {"shape": [1]}}',
+        b'{"a": {"shape": [1e999], "data_offsets": [0, 0]}}',
+        b"[" * 10**5,
+    ],
+    ids=["list", "number", "no tensor", "no offsets", "infinite", "deep"],
+)
+def test_a_header_that_means_nothing_is_a_config_error(header, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(with_length(header))
+
+    with pytest.raises(ConfigError, match="its header cannot be read"):
+        safetensors.read(path)
+
+
+class RunsCode:
+    """What a malicious checkpoint holds."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.mark,))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_under_the_name_of_safetensors_is_refused_unopened(protocol, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(pickle.dumps(RunsCode(tmp_path / "ran"), protocol))
+
+    with pytest.raises(ConfigError, match=r"x\.safetensors is named as safetensors, but it is a pickle inside"):
+        safetensors.read(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_torch_archive_under_the_name_of_safetensors_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}))
+
+    with pytest.raises(ConfigError, match=r"a pickle inside.*Convert it to safetensors"):
+        safetensors.read(path)
+
+
+@pytest.mark.parametrize("name", ["x.ckpt", "x.PT", "s3://bucket/x.pth", "owner/name/x.bin"])
+def test_names_of_pickles_are_refused_with_their_key_and_a_remedy(name):
+    with pytest.raises(ConfigError, match=r"model\.base: .* is a pickle, .*Convert it to safetensors"):
+        safetensors.refuse_pickle(name, "model.base")
+
+
+def test_other_names_than_safetensors_are_refused_and_safetensors_are_not():
+    safetensors.refuse_pickle("x.safetensors", "model.base")
+    safetensors.refuse_pickle("X.SafeTensors", "model.base")
+
+    with pytest.raises(ConfigError, match=r"x\.gguf is no \.safetensors file"):
+        safetensors.refuse_pickle("x.gguf", "model.base")
+
+
+def test_a_file_that_is_not_there_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read .*x\.safetensors"):
+        safetensors.read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("held", "kind"),
+    [
+        (unet(4), "Stable Diffusion 1.5 checkpoint"),
+        (unet(9), "inpainting checkpoint"),
+        (unet(8), "InstructPix2Pix checkpoint"),
+        (unet(4) | tensors("cond_stage_model.model.ln_final.weight"), "Stable Diffusion 2 checkpoint"),
+        (unet(9) | tensors("cond_stage_model.model.ln_final.weight"), "Stable Diffusion 2 checkpoint"),
+        (unet(4) | tensors("conditioner.embedders.0.transformer.x"), "Stable Diffusion XL checkpoint"),
+        (
+            tensors("model.diffusion_model.double_blocks.0.x", "b"),
+            OTHER_FAMILY,
+        ),
+        (tensors("double_blocks.0.img_attn.qkv.weight", "b"), OTHER_FAMILY),
+        (tensors("control_model.input_blocks.0.0.weight", "b"), "ControlNet"),
+        (tensors("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", "b"), "LoRA"),
+        (tensors("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight", "b"), "LoRA"),
+        (tensors("unet.mid_block.attentions.0.attn1.processor.to_q_lora.down.weight", "b"), "LoRA"),
+        (tensors("unet.mid_block.attentions.0.proj_in.lora.down.weight", "b"), "LoRA"),
+        (tensors("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", "b"), "LyCORIS adapter (LoHa or LoKr)"),
+        (tensors("lora_unet_mid_block_attentions_0_proj_in.lokr_w1", "b"), "LyCORIS adapter (LoHa or LoKr)"),
+        (tensors("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"), "IP-Adapter"),
+        (tensors("ip_adapter.0.to_k_lora.down.weight", "b"), "IP-Adapter"),
+        ({"<cat>": np.zeros((2, 16))}, "textual inversion"),
+        ({"emb_params": np.zeros((2, 16)), "step": np.zeros(1)}, "textual inversion"),
+        (tensors("clip_l", "clip_g"), "Stable Diffusion XL textual inversion"),
+        (tensors("down_blocks.0.motion_modules.0.norm.weight", "conv_in.weight"), "motion adapter"),
+        (tensors("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight", "b"), "motion adapter"),
+        (tensors("first_stage_model.decoder.conv_in.weight", "b"), "VAE"),
+        (tensors("encoder.conv_in.weight", "decoder.conv_in.weight"), "VAE"),
+        (tensors("encoder.down_blocks.0.resnets.0.norm1.weight", "decoder.conv_in.weight"), "VAE"),
+        (
+            tensors("conv_in.weight", "down_blocks.0.resnets.0.norm1.weight", "time_embedding.linear_1.weight"),
+            "UNet of a diffusers folder",
+        ),
+        (tensors("text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.x"), "text encoder"),
+        (tensors("embeddings.token_embedding.weight", "encoder.layers.0.x"), "text encoder"),
+        (tensors("model.layers.0.mlp.weight", "model.layers.1.mlp.weight"), "file of unknown layout"),
+        ({}, "file of unknown layout"),
+    ],
+)
+def test_files_are_told_apart_by_their_names_and_shapes(held, kind, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file(held, path)
+
+    assert safetensors.kind(safetensors.read(path)) == kind
+
+
+def test_the_header_alone_is_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    header = json.dumps({"a": {"dtype": "F16", "shape": [2**35], "data_offsets": [0, 2**36]}}).encode()
+    with path.open("wb") as file:
+        file.write(with_length(header))
+        file.truncate(8 + len(header) + 2**36)  # 64 GB that the disk need not have
+
+    assert safetensors.read(path).shapes == {"a": (2**35,)}
