@@ -36,7 +36,7 @@ from simulated_engine import SimulatedLoader, drawings, write_manifest
 
 from pia_batch.config import RunConfig
 from pia_batch.driver.progress import Progress
-from pia_batch.pipeline import chain
+from pia_batch.driver.run import run
 from pia_batch.planning import plan
 
 ENGINE_CPUS, FETCH_CPUS, OTHER_CPUS = 0.5, 0.4, 2.0
@@ -135,7 +135,7 @@ def _measure_here(case: Case) -> dict[str, Any]:
         try:
             watch = _Observer()
             began = time.monotonic()
-            summary = chain.run(
+            summary = run(
                 config,
                 on_progress=watch.see,
                 load_engines=SimulatedLoader(engine_id, case.batch_seconds, folder / "drawn", case.actors),

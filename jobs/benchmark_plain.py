@@ -34,8 +34,8 @@ from PIL import Image
 from simulated_engine import SimulatedEngine, SimulatedLoader, drawings, write_manifest
 
 from pia_batch.config import RunConfig
+from pia_batch.driver.run import run
 from pia_batch.errors import PiaBatchError
-from pia_batch.pipeline import chain
 from pia_batch.planning import plan
 
 
@@ -172,7 +172,7 @@ def _run(job: Job) -> int:
     engine_id = plan.make(config).engine_ids["default"]
     loader = SimulatedLoader(engine_id, job.row_seconds * job.batch_size, job.notes)
     try:
-        return chain.run(config, load_engines=loader).exit_code
+        return run(config, load_engines=loader).exit_code
     except PiaBatchError as err:
         print(err, file=sys.stderr)
         return err.exit_code

@@ -22,7 +22,7 @@ _PUBLIC = {
     "Shot": ("engine", "Shot"),
     "animate": ("pipeline.dataset", "animate"),
     "plan": ("planning.plan", "make"),
-    "run": ("pipeline.chain", "run"),
+    "run": ("driver.run", "run"),
 }
 """By public name: the module that has it, and its name there. `__init__.pyi` tells type checkers the same."""
 

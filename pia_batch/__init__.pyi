@@ -1,8 +1,8 @@
 from pia_batch.config import ModelConfig as ModelConfig
 from pia_batch.config import RunConfig as RunConfig
+from pia_batch.driver.run import run as run
 from pia_batch.engine import PiaEngine as PiaEngine
 from pia_batch.engine import Shot as Shot
-from pia_batch.pipeline.chain import run as run
 from pia_batch.pipeline.dataset import animate as animate
 from pia_batch.planning.plan import make as plan
 

@@ -126,7 +126,7 @@ def _backfill(flags: RunFlags, config: RunConfig, again: Retry | None, told: lis
 @contextmanager
 def _drawing(*, as_json: bool = False, **options: Any) -> Iterator[Callable[[RunConfig], RunSummary]]:
     """`pipeline.run` of one config after the other; the first SIGINT or SIGTERM stops all of them."""
-    from pia_batch.pipeline import chain
+    from pia_batch.driver import run as driver_run
 
     with first_signal(_tell_of) as stop:
 
@@ -134,7 +134,7 @@ def _drawing(*, as_json: bool = False, **options: Any) -> Iterator[Callable[[Run
             if stop.is_set():
                 raise errors.InterruptedRunError("stopped between two runs; start again to go on")
             with shown_progress(as_json=as_json) as show:
-                return chain.run(config, on_progress=show, stop=stop, **options)
+                return driver_run.run(config, on_progress=show, stop=stop, **options)
 
         yield run_one
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pia_batch.config import RunConfig
 from pia_batch.driver.budget import gpu_hours, unit
 from pia_batch.pipeline.attempts import PULSE_S, Tally, Work
+from pia_batch.pipeline.metrics import RayMeter
 from pia_batch.storage.uris import redacted_uri
 
 Phase = Literal["starting", "drawing", "publishing", "finished", "stopped"]
@@ -218,6 +219,18 @@ class Progress:
             return None
         first, last = self._marks[0], self._marks[-1]
         return _share(last.drawn_seconds - first.drawn_seconds, last.heard_seconds - first.heard_seconds)
+
+
+class Gauges:
+    """The gauges of a run, set from its driver."""
+
+    def __init__(self) -> None:
+        self._meter = RayMeter()
+
+    def show(self, progress: Progress) -> None:
+        """Set them to what is done and what is left."""
+        self._meter.set("pia_batch_requests", progress.done, state="done")
+        self._meter.set("pia_batch_requests", progress.total - progress.done, state="left")
 
 
 def _share(part: float, whole: float) -> float | None:

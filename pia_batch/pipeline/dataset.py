@@ -12,11 +12,11 @@ import ray
 import ray.data
 
 from pia_batch.config import RunConfig
-from pia_batch.driver import ray_cluster
 from pia_batch.errors import ManifestError
 from pia_batch.manifest import reader, unify
 from pia_batch.pipeline import chain, stages
 from pia_batch.pipeline.attempts import Turn
+from pia_batch.pipeline.attempts_actor import RemoteControl, start_ledger
 from pia_batch.pipeline.chain import LoadEngines
 from pia_batch.planning import plan
 from pia_batch.schema.columns import FAILED, RESULT, Row
@@ -94,7 +94,7 @@ def animate(
         "engine_ids": engine_ids,
         "config": config,
         "run_id": config.run_id or "",
-        "control": _Redrawing(ray_cluster.start_ledger(config.limits.max_attempts).ledger),
+        "control": _Redrawing(start_ledger(config.limits.max_attempts).ledger),
         "store": store,
     }
     fetch = stages.AroundRejected(stages.FetchImages(config.images, folder))
@@ -113,7 +113,7 @@ def _folder(uri: str) -> str:
     return uri.rsplit("/", 1)[0] if PurePosixPath(uri).suffix.lower() in reader.EXTENSIONS else uri
 
 
-class _Redrawing(ray_cluster.RemoteControl):
+class _Redrawing(RemoteControl):
     """Has a request drawn again that was finished before its worker died: its result died with it."""
 
     def begin_alone(self, key: str) -> Turn | None:

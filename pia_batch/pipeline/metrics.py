@@ -11,8 +11,6 @@ from typing import Literal
 
 from ray.util import metrics
 
-from pia_batch.driver.progress import Progress
-
 
 @dataclass(frozen=True)
 class Metric:
@@ -59,11 +57,6 @@ class RayMeter:
     def set(self, name: str, value: float, **tags: str) -> None:
         """Set a gauge of METRICS; `tags` are all of its tags."""
         self._get(name).set(value, tags)
-
-    def show(self, progress: Progress) -> None:
-        """Set the gauges of a run, from its driver."""
-        self.set("pia_batch_requests", progress.done, state="done")
-        self.set("pia_batch_requests", progress.total - progress.done, state="left")
 
     def _get(self, name: str) -> metrics.Counter | metrics.Gauge:
         if name not in self._made:

@@ -10,8 +10,9 @@ import pytest
 
 from pia_batch.config import BudgetConfig, RunConfig
 from pia_batch.driver import budget
-from pia_batch.driver.budget import Budget, Pulse
+from pia_batch.driver.budget import Budget
 from pia_batch.pipeline.attempts import PULSE_S, Ledger
+from pia_batch.pipeline.heartbeat import Pulse
 
 NOW = datetime(2026, 11, 23, 5, 0, tzinfo=UTC)
 

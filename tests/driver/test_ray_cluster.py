@@ -20,9 +20,9 @@ from ray.cluster_utils import Cluster
 
 from pia_batch.config import PlacementConfig, RunConfig
 from pia_batch.driver import preflight, ray_cluster
+from pia_batch.driver import run as driver_run
 from pia_batch.driver.run_record import RunSummary
 from pia_batch.errors import ConfigError, InterruptedRunError
-from pia_batch.pipeline import chain
 from pia_batch.planning import plan
 
 pytestmark = pytest.mark.slow
@@ -82,7 +82,7 @@ def run(config: RunConfig, folder: Path, crowd: int, events: Iterator[None]) -> 
     """A run beside which `events` goes on, a step about twice a second; its summary and results."""
     engine_id = plan.make(config).engine_ids["default"]
     loader = NodeEngineLoader(engine_id, folder, crowd)
-    summary = chain.run(config, load_engines=loader, on_progress=lambda _: next(events, None))
+    summary = driver_run.run(config, load_engines=loader, on_progress=lambda _: next(events, None))
     return summary, pq.read_table(f"{config.output}/results/{summary.run_id}").to_pylist()
 
 
@@ -92,7 +92,7 @@ def test_a_run_that_is_given_no_engine_says_so_and_leaves_nothing_of_ray_data_be
     assert nodes.address
 
     with pytest.raises(InterruptedRunError, match="one engine needs 1 GPUs and 1 CPUs, and the cluster has 0 and 2"):
-        chain.run(make_config(placement__num_gpus=1, placement__wait_s=2))
+        driver_run.run(make_config(placement__num_gpus=1, placement__wait_s=2))
 
     assert "waiting_for_engines" in caplog.text
     # An executor that goes on waiting ends this process some time after ray.shutdown().
@@ -143,7 +143,7 @@ def test_a_cluster_without_authentication_is_refused_on_demand_and_told_of_other
 ) -> None:
     assert ray_cluster.authentication(None) == ray_cluster.authentication(nodes.address) == "none"
     with pytest.raises(ConfigError, match=r"without token authentication.*RAY_AUTH_MODE=token.*require_auth"):
-        chain.run(make_config(placement__require_auth=True))
+        driver_run.run(make_config(placement__require_auth=True))
 
     with ray_cluster.connect(PlacementConfig()):
         pass

@@ -18,7 +18,7 @@ from servers import free_port
 
 from pia_batch.config import RunConfig
 from pia_batch.driver.progress import Progress, Snapshot
-from pia_batch.pipeline import chain
+from pia_batch.driver.run import run
 from pia_batch.pipeline.metrics import METRICS
 from pia_batch.planning import plan
 from pia_batch.storage.object_store import Store
@@ -55,7 +55,7 @@ def test_a_run_can_be_scraped(metrics_port: int, make_config: Callable[..., RunC
         if progress.done < progress.total:  # the engine's process, and what it counted, end with the last one
             seen.update(scraped(metrics_port))
 
-    summary = chain.run(config, on_progress=scrape, load_engines=loader)
+    summary = run(config, on_progress=scrape, load_engines=loader)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not seen:
         seen.update(scraped(metrics_port))

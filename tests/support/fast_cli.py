@@ -17,8 +17,8 @@ from fakes import FakeShelf, RestlessEngine
 
 from pia_batch import cli, weights
 from pia_batch.config import RunConfig
+from pia_batch.driver import run as driver_run
 from pia_batch.driver.run_record import RunSummary
-from pia_batch.pipeline import chain
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class FastLoader:
 
 def main(seconds: float, folder: Path, arguments: list[str]) -> int:
     """The exit code of the command. In another thread than the main one signals are not heard."""
-    real = chain.run
+    real = driver_run.run
 
     @functools.wraps(real)
     def run(config: RunConfig, **options: Any) -> RunSummary:
         return real(config, load_engines=FastLoader.of(config, seconds, folder), **options)
 
-    chain.run = run
+    driver_run.run = run
     try:
         cli.main(arguments)
     except SystemExit as end:
@@ -57,7 +57,7 @@ def main(seconds: float, folder: Path, arguments: list[str]) -> int:
         traceback.print_exc()
         return 1
     finally:
-        chain.run = real
+        driver_run.run = real
     return 0
 
 

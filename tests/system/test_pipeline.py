@@ -22,6 +22,7 @@ from fakes import FakeControl, FakeEngine, FakeEngineLoader, FakeShelf, Poisoned
 from inputs import requests_table
 
 from pia_batch.config import RunConfig
+from pia_batch.driver import run as driver_run
 from pia_batch.driver.progress import Progress
 from pia_batch.driver.run_record import RunSummary
 from pia_batch.errors import BrokenDeviceError, ConfigError, InterruptedRunError, ManifestError
@@ -38,7 +39,7 @@ MakeConfig = Callable[..., RunConfig]
 def run(config: RunConfig, **options: object) -> RunSummary:
     engine_id = planning.make(config).engine_ids["default"]
     options.setdefault("load_engines", FakeEngineLoader(engine_id))
-    return chain.run(config, **options)
+    return driver_run.run(config, **options)
 
 
 def results_of(config: RunConfig, summary: RunSummary) -> dict[str, dict]:
@@ -371,7 +372,7 @@ def test_a_manifest_that_cannot_be_trusted_any_more_ends_the_run_with_the_file(
 
     monkeypatch.setattr(planning, "make", plan_and_be_overtaken)
     with pytest.raises(InterruptedRunError, match=r"requests\.parquet was replaced or removed .* Start again"):
-        chain.run(config, load_engines=FakeEngineLoader("0" * 32))
+        driver_run.run(config, load_engines=FakeEngineLoader("0" * 32))
 
 
 def test_a_worker_that_fails_every_request_stops_the_run_before_all_are_spent(make_config: MakeConfig) -> None:
@@ -397,7 +398,7 @@ def test_several_models_and_sizes_are_drawn_by_the_embedded_model(make_config: M
     )
     config = make_config(table, models__ddim={"scheduler": {"name": "ddim"}}, defaults__num_inference_steps=2)
 
-    summary = chain.run(config)
+    summary = driver_run.run(config)
 
     rows = results_of(config, summary)
     ids = planning.make(config).engine_ids
