@@ -168,7 +168,7 @@ def _allowed(name: str) -> str:
         return ""
     low = f"above {limits['gt']:g} up" if "gt" in limits else f"{limits['ge']:g}"
     multiples = f", multiples of {limits['multiple_of']}" if "multiple_of" in limits else ""
-    gif = f"; a GIF to {validation.MAX_GIF_FPS}" if name == "fps" else ""
+    gif = f"; a GIF to {config.MAX_FPS['gif']}" if name == "fps" else ""
     return f"{low} to {limits['le']:g}{multiples}{gif}"
 
 

@@ -20,6 +20,7 @@ from pia_batch.config.models import (
 from pia_batch.config.requests import (
     FORMATS,
     FREE_INIT_METHODS,
+    MAX_FPS,
     MOTIONS,
     SIZES,
     Defaults,
@@ -37,6 +38,7 @@ __all__ = [
     "EMBEDDED",
     "FORMATS",
     "FREE_INIT_METHODS",
+    "MAX_FPS",
     "MOTIONS",
     "SIZES",
     "AddOn",

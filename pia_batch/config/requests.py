@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -13,6 +15,11 @@ from pia_batch.storage import uris
 Fit = Literal["cover", "contain", "stretch"]
 Format = Literal["mp4", "gif", "webp", "png_zip"]
 FORMATS: tuple[Format, ...] = ("mp4", "gif", "webp", "png_zip")
+MAX_FPS: Mapping[Format, int] = MappingProxyType({"mp4": 60, "gif": 50, "webp": 60, "png_zip": 60})
+"""Highest rate of each format, in frames per second.
+
+GIF delays are multiples of 10 ms, and browsers show a frame of 10 ms for 100 ms.
+"""
 Motion = Literal["small", "medium", "large"]
 MOTIONS: tuple[Motion, ...] = ("small", "medium", "large")
 Size = Literal["fixed", "auto"]
@@ -57,7 +64,9 @@ class Defaults(Section):
     free_init_spatial_stop: float = Field(0.25, ge=0, le=1, description="stop frequency over the picture")
     free_init_temporal_stop: float = Field(0.25, ge=0, le=1, description="stop frequency over the frames")
     free_init_fast: bool = Field(default=False, description="coarser first passes: about half the cost, less gain")
-    fps: float = Field(8.0, ge=1, le=60, description="frames per second; GIF ends at 50")
+    fps: float = Field(
+        8.0, ge=1, le=max(MAX_FPS.values()), description=f"frames per second; at most {MAX_FPS['gif']} in a GIF"
+    )
     format: Format = Field("mp4", description="mp4, gif, webp, or png_zip: the frames as PNG files in a zip")
 
 

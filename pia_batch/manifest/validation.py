@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.config import FORMATS, FREE_INIT_METHODS, MOTIONS, SIZES, Defaults, RunConfig
+from pia_batch.config import FORMATS, FREE_INIT_METHODS, MAX_FPS, MOTIONS, SIZES, Defaults, RunConfig
 from pia_batch.manifest.casting import MAX_SEED, Columns, Range, Rejections
 from pia_batch.schema.columns import EFFECTIVE, SETTINGS, carried_columns
 from pia_batch.schema.keys import Keys, digest, json_digest, keys_to_hex, text_bytes
@@ -23,7 +23,6 @@ from pia_batch.schema.keys import Keys, digest, json_digest, keys_to_hex, text_b
 MAX_ID_BYTES = 512
 MAX_PROMPT_BYTES = 8192
 MAX_URI_BYTES = 4096
-MAX_GIF_FPS = 50
 
 
 @dataclass(frozen=True)
@@ -203,8 +202,9 @@ class _Columns(Columns):
         get = {name: pc.fill_null(self.typed[name], getattr(defaults, name)) for name in _FILLED}
         drawn = pc.floor(pc.multiply(get["strength"], pc.cast(get["num_inference_steps"], pa.float64(), safe=False)))
         self.reject("strength", pc.less(drawn, 1), "out_of_range", "num_inference_steps x strength of at least 1")
-        too_fast = pc.and_(pc.equal(get["format"], "gif"), pc.greater(get["fps"], MAX_GIF_FPS))
-        self.reject("fps", too_fast, "out_of_range", f"at most {MAX_GIF_FPS} in a GIF")
+        for fmt, max_fps in MAX_FPS.items():
+            too_fast = pc.and_(pc.equal(get["format"], fmt), pc.greater(get["fps"], max_fps))
+            self.reject("fps", too_fast, "out_of_range", f"at most {max_fps} where `format` is {fmt}")
         self.reject(
             "cond_frame", pc.greater_equal(get["cond_frame"], get["num_frames"]), "out_of_range", "below num_frames"
         )

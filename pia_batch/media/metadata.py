@@ -30,7 +30,7 @@ _ASCII_COMMENT = b"ASCII\0\0\0"
 
 
 @dataclass(frozen=True, slots=True)
-class Tags:
+class Metadata:
     """What a file says of itself."""
 
     comment: str
@@ -43,32 +43,32 @@ class Tags:
     """An XMP packet: UTF-8, without zero bytes."""
 
 
-def gif_blocks(tags: Tags) -> bytes:
+def gif_blocks(metadata: Metadata) -> bytes:
     """The extension blocks of a GIF; they stand before its first frame."""
-    comment = tags.comment.encode("ascii")
+    comment = metadata.comment.encode("ascii")
     pieces = (comment[start : start + 255] for start in range(0, len(comment), 255))
     blocks = b"".join(bytes([len(piece)]) + piece for piece in pieces)
-    return b"!\xfe" + blocks + b"\0" + _XMP_IN_GIF + tags.xmp + _XMP_TRAILER_IN_GIF
+    return b"!\xfe" + blocks + b"\0" + _XMP_IN_GIF + metadata.xmp + _XMP_TRAILER_IN_GIF
 
 
-def webp_chunks(tags: Tags) -> list[tuple[bytes, bytes]]:
+def webp_chunks(metadata: Metadata) -> list[tuple[bytes, bytes]]:
     """Names and contents of the last chunks of a WebP, in order. Its VP8X chunk has to announce both."""
     exif = Image.Exif()
-    exif[_SOFTWARE] = tags.software
-    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII_COMMENT + tags.comment.encode("ascii")
-    return [(b"EXIF", exif.tobytes().removeprefix(b"Exif\0\0")), (b"XMP ", tags.xmp)]
+    exif[_SOFTWARE] = metadata.software
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII_COMMENT + metadata.comment.encode("ascii")
+    return [(b"EXIF", exif.tobytes().removeprefix(b"Exif\0\0")), (b"XMP ", metadata.xmp)]
 
 
-def in_png(png: bytes, tags: Tags) -> bytes:
+def in_png(png: bytes, metadata: Metadata) -> bytes:
     """The PNG file with its texts."""
-    texts = {"Software": tags.software, "Description": tags.description, "Comment": tags.comment}
+    texts = {"Software": metadata.software, "Description": metadata.description, "Comment": metadata.comment}
     chunks = [_itxt(keyword, text.encode()) for keyword, text in texts.items()]
-    return png[:_PNG_HEAD_BYTES] + b"".join([*chunks, _itxt(XMP_KEYWORD, tags.xmp)]) + png[_PNG_HEAD_BYTES:]
+    return png[:_PNG_HEAD_BYTES] + b"".join([*chunks, _itxt(XMP_KEYWORD, metadata.xmp)]) + png[_PNG_HEAD_BYTES:]
 
 
-def mp4_box(tags: Tags) -> bytes:
+def mp4_box(metadata: Metadata) -> bytes:
     """The box of the XMP packet, which may stand at the end of an MP4."""
-    return struct.pack(">I4s", 24 + len(tags.xmp), b"uuid") + _XMP_UUID + tags.xmp
+    return struct.pack(">I4s", 24 + len(metadata.xmp), b"uuid") + _XMP_UUID + metadata.xmp
 
 
 def gif_comments(data: bytes) -> list[str]:

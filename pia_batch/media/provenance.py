@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pia_batch import __version__
 from pia_batch.config import RunConfig
 from pia_batch.errors import printable
-from pia_batch.media.metadata import Tags
+from pia_batch.media.metadata import Metadata
 from pia_batch.schema.columns import SETTINGS, Row
 from pia_batch.storage.uris import redacted_uri
 
@@ -120,10 +120,10 @@ class Provenance(BaseModel):
         return json.dumps({_NAME: self.model_dump(mode="json")}, sort_keys=True, separators=(",", ":"))
 
     @property
-    def tags(self) -> Tags:
+    def metadata(self) -> Metadata:
         """All of this, as files hold it."""
         prompt = printable(self.prompt)
-        return Tags(comment=self.comment, description=prompt, software=self.software, xmp=self._xmp(prompt))
+        return Metadata(comment=self.comment, description=prompt, software=self.software, xmp=self._xmp(prompt))
 
     def manifest_row(self) -> Row:
         """The row of a manifest that has the same key under the same config and engine.
@@ -162,9 +162,9 @@ class Provenance(BaseModel):
         ).encode()
 
 
-def tags_of(row: Row, config: RunConfig, engine_id: str) -> Tags | None:
+def metadata_of(row: Row, config: RunConfig, engine_id: str) -> Metadata | None:
     """What the animation of `row` says of itself, arguments as `Provenance.of`; None: `encoding.provenance` is off."""
-    return Provenance.of(row, config, engine_id).tags if config.encoding.provenance else None
+    return Provenance.of(row, config, engine_id).metadata if config.encoding.provenance else None
 
 
 def _without_folders(base: str) -> str:

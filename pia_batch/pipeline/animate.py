@@ -365,10 +365,10 @@ class Animate:
     def _save(self, row: Row, frames: npt.NDArray[np.uint8]) -> Row:
         """Encode, decode as a check, store unless it is there already, and tell what is there now."""
         started = time.monotonic()
-        tags = provenance.tags_of(row, self._config, self._engine_ids[row["model"]])
-        data = codecs.encode(frames, row["format"], row["fps"], self._config.encoding, tags)
+        metadata = provenance.metadata_of(row, self._config, self._engine_ids[row["model"]])
+        data = codecs.encode(frames, row["format"], row["fps"], self._config.encoding, metadata)
         info = quality.check_animation(data, row)
-        name = animation_name(row["key"], codecs.EXTENSIONS[row["format"]])
+        name = animation_name(row["key"], codecs.CODECS[row["format"]].extension)
         encode_seconds = time.monotonic() - started
         try:
             self._store.create(name, data)

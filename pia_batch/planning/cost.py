@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.config import EMBEDDED, Format, ModelConfig, RunConfig
+from pia_batch.config import EMBEDDED, ModelConfig, RunConfig
 from pia_batch.config.speed_presets import work_share
 from pia_batch.journal.log import Journal
+from pia_batch.media.codecs import CODECS
 from pia_batch.planning.statistics import Survey
 from pia_batch.planning.work_classes import work_of
 from pia_batch.schema.columns import SUCCEEDED, Row
@@ -51,15 +52,6 @@ DEVICES = (
     Device("RTX 4090", 62, 77, "reports of AnimateDiff: guoyww/AnimateDiff #25, ComfyUI-AnimateDiff-Evolved #146"),
 )
 """From published figures and counted operations. None was measured by this project."""
-
-BYTES_PER_PIXEL: dict[Format, tuple[float, float]] = {
-    "mp4": (0.03, 0.08),
-    "gif": (0.33, 0.60),
-    "webp": (0.12, 0.28),
-    "png_zip": (1.4, 2.0),
-}
-"""Of every frame, from calm pictures to busy ones. Measured: 16 frames of a slow zoom into six photographs of
-scikit-image at 512 x 512, the default `encoding`. At half the side it is up to twice as much."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +143,7 @@ def num_bytes(survey: Survey, num_requests: int, found: Measured | None) -> tupl
         width, height = _sides(row)
         pixels = row["num_rows"] * row["num_frames"] * width * height
         rate = found.bytes_per_pixel.get(row["format"]) if found else None
-        least, most = (rate, rate) if rate else BYTES_PER_PIXEL[row["format"]]
+        least, most = (rate, rate) if rate else CODECS[row["format"]].bytes_per_pixel
         low, high = low + pixels * least, high + pixels * most
     share = num_requests / max(1, survey.num_pending)
     return int(low * share), int(high * share)

@@ -21,6 +21,7 @@ import pyarrow as pa
 from pia_batch.errors import ConfigError, StorageError
 from pia_batch.journal import results as publication
 from pia_batch.journal.log import RESULTS, Journal
+from pia_batch.media.codecs import CODECS
 from pia_batch.report import page, results
 from pia_batch.report.facts import REMEDIES, Facts, again_config
 from pia_batch.report.media import Places, with_embedded, with_media
@@ -206,6 +207,7 @@ def _render(
         "settings": SETTINGS.names,
         "measures": {name: label for name, label in _MEASURES.items() if name in rows.column_names},
         "remedies": REMEDIES,
+        "players": {name: codec.player for name, codec in CODECS.items()},
         "inspect": store.uri if (config.get("encoding") or {}).get("provenance", True) else None,
         "again": {"columns": _AGAIN, "config": again_config(config, places.folder), "folder": places.folder},
     }

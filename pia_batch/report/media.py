@@ -134,7 +134,7 @@ def _origin(place: uris.Location) -> str:
 def with_media(rows: pa.Table, places: Places) -> pa.Table:
     """`rows` with `media`, the reference of each animation, and `image_ref`, that of its condition image, or null."""
     media = [
-        places.animation(key, codecs.EXTENSIONS[form]) if status == SUCCEEDED else None
+        places.animation(key, codecs.CODECS[form].extension) if status == SUCCEEDED else None
         for key, form, status in zip(*(rows[name].to_pylist() for name in ("key", "format", "status")), strict=True)
     ]
     references = {image: places.image(image) for image in pc.unique(rows["image"]).to_pylist()}
@@ -175,10 +175,10 @@ def _thumbnail(image: str, places: Places) -> str | None:
 
 def _strip(store: Store, key: str, form: Format, status: str) -> str | None:
     """Up to `_STRIP_FRAMES` frames of an animation, side by side. None for MP4, which the browser itself can seek."""
-    if status != SUCCEEDED or form == "mp4":
+    if status != SUCCEEDED or codecs.CODECS[form].player == "video":
         return None
     try:
-        data = store.read(log.animation_name(key, codecs.EXTENSIONS[form]))
+        data = store.read(log.animation_name(key, codecs.CODECS[form].extension))
         frames = codecs.decode(data, form)
     except (FileNotFoundError, RequestError):  # `verify` is there to complain
         return None

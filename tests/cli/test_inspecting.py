@@ -34,7 +34,7 @@ def animation(config: RunConfig, fmt: Format, **columns: Any) -> bytes:
     (row,) = check(requests_table(1, format=[fmt], **columns), config, engines).requests.to_pylist()
     row["fetched_sha256"] = "ab" * 32
     frames = np.zeros((2, 16, 16, 3), np.uint8)
-    return codecs.encode(frames, fmt, 8, config.encoding, provenance.tags_of(row, config, engines["default"]))
+    return codecs.encode(frames, fmt, 8, config.encoding, provenance.metadata_of(row, config, engines["default"]))
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -112,8 +112,8 @@ def test_it_warns_of_what_the_row_lacks(
     ("content", "words"),
     [
         (None, "does not exist"),
-        (b"", "neither a GIF, an MP4, a WebP, a PNG nor a zip"),
-        (b"%PDF-1.7", "neither a GIF, an MP4, a WebP, a PNG nor a zip"),
+        (b"", "not a GIF, an MP4, a WebP, a PNG or a zip"),
+        (b"%PDF-1.7", "not a GIF, an MP4, a WebP, a PNG or a zip"),
         (b"GIF89a", "too damaged to be read"),
         ("silent", "does not tell how it was made"),
         ("later", "in a way that this version does not understand: schema_version"),

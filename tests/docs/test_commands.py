@@ -240,7 +240,7 @@ def test_files_tell_how_they_were_made_by_the_commands_of_the_page(
         "seed": 7,
         "format": "mp4",
     }
-    tags = provenance.tags_of(row, config, "e" * 32)
+    tags = provenance.metadata_of(row, config, "e" * 32)
     made = ["outputs/demo/animations/3f/3f09.gif", "bucket/out/animations/3f/3f09.mp4", "3f09.mp4"]
     for path in map(Path, made):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -257,7 +257,7 @@ def test_a_bad_value_is_rejected_with_its_column_itself_and_what_is_allowed(
 @pytest.mark.parametrize(
     ("columns", "column", "shown", "allowed"),
     [
-        ({"format": [None, "gif", None], "fps": [60.0, 51.0, 60.0]}, "fps", "51", "at most 50 in a GIF"),
+        ({"format": [None, "gif", None], "fps": [60.0, 51.0, 60.0]}, "fps", "51", "at most 50 where `format` is gif"),
         ({"num_inference_steps": [2, 1, 2], "strength": [0.5, 0.99, 0.5]}, "strength", "0.99", "at least 1"),
         (
             {"width": [8, 4096, 8], "height": [4096] * 3, "num_frames": [32] * 3},
@@ -281,7 +281,7 @@ def test_settings_that_do_not_go_together_are_rejected(
 def test_a_default_that_does_not_go_with_a_row_is_called_the_default() -> None:
     _, message = only_error(one("gif", "format"), config(defaults__fps=60))
 
-    assert "column 'fps': the default is not allowed; allowed: at most 50 in a GIF" in message
+    assert "column 'fps': the default is not allowed; allowed: at most 50 where `format` is gif" in message
 
 
 def test_both_a_uri_and_bytes_are_rejected_without_showing_credentials() -> None:

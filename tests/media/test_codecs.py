@@ -359,11 +359,22 @@ def test_a_rate_that_the_format_cannot_play_is_refused(fmt, fps):
 
 
 def test_what_the_encoder_refuses_is_an_encoding_error():
-    with pytest.raises(EncodingError, match="even sides, not 9 x 8"):
+    with pytest.raises(EncodingError, match=r"multiples of 2 \(got 9 x 8\)"):
         codecs.encode(np.zeros((2, 8, 9, 3), np.uint8), "mp4", 8, CONFIG)
     with pytest.raises(EncodingError, match="webp"):
         codecs.encode(np.zeros((1, 8, 16384, 3), np.uint8), "webp", 8, CONFIG)
 
 
-def test_every_format_has_an_extension_and_a_media_type():
-    assert set(codecs.EXTENSIONS) == set(codecs.MEDIA_TYPES) == set(FORMATS)
+def test_every_format_has_a_codec_with_an_extension_and_a_media_type_of_its_own():
+    found = codecs.CODECS.values()
+
+    assert tuple(codecs.CODECS) == FORMATS == tuple(codec.format for codec in found)
+    assert len({codec.extension for codec in found}) == len({codec.media_type for codec in found}) == len(FORMATS)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_file_bears_the_signature_of_its_codec_alone(fmt):
+    data = codecs.encode(clip(1), fmt, 8, CONFIG)
+
+    bears = [c.format for c in codecs.CODECS.values() if data[c.signature[0] :].startswith(c.signature[1])]
+    assert bears == [fmt]

@@ -14,15 +14,15 @@ from PIL import Image
 from pia_batch.config import FORMATS, EncodingConfig, Format
 from pia_batch.errors import EncodingError
 from pia_batch.media import codecs
-from pia_batch.media.metadata import Tags, walk_gif
+from pia_batch.media.metadata import Metadata, walk_gif
 
 CONFIG = EncodingConfig(webp_lossless=True)
 XMP = "<x:xmpmeta>\ufeff 'packet' grüße</x:xmpmeta>".encode()
-TAGS = Tags(comment='{"a":"' + "x" * 700 + '"}', description="a wörd 🐱", software="maker 1.2", xmp=XMP)
+TAGS = Metadata(comment='{"a":"' + "x" * 700 + '"}', description="a wörd 🐱", software="maker 1.2", xmp=XMP)
 FRAMES = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), dtype=np.uint8)
 
 
-def tagged(fmt: Format, tags: Tags | None = TAGS) -> bytes:
+def tagged(fmt: Format, tags: Metadata | None = TAGS) -> bytes:
     return codecs.encode(FRAMES, fmt, 8, CONFIG, tags)
 
 
@@ -40,7 +40,7 @@ def test_tags_change_no_frame_no_duration_and_come_back(fmt: Format) -> None:
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("length", [0, 1, 254, 255, 256, 100_000])
 def test_a_comment_of_any_length_comes_back(fmt: Format, length: int) -> None:
-    tags = Tags(comment="c" * length, description="d" * length, software="s", xmp=b"<x/>" * (length or 1))
+    tags = Metadata(comment="c" * length, description="d" * length, software="s", xmp=b"<x/>" * (length or 1))
 
     data = tagged(fmt, tags)
 
@@ -81,7 +81,7 @@ def test_pillow_and_pyav_read_what_is_meant_for_them() -> None:
 
 
 def test_an_mp4_with_tags_still_starts_with_its_index() -> None:
-    data = tagged("mp4", Tags(comment="c" * 50_000, description="ü" * 50_000, software="s", xmp=XMP))
+    data = tagged("mp4", Metadata(comment="c" * 50_000, description="ü" * 50_000, software="s", xmp=XMP))
 
     assert data.index(b"moov") < data.index(b"mdat")
     assert b"moof" not in data

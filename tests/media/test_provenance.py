@@ -66,7 +66,7 @@ def request(**columns: Any) -> Row:
 def told_by(row: Row, config: RunConfig = CONFIG, fmt: Format = "gif") -> Provenance:
     """What a file says that was made of a row, read out of its bytes."""
     made = effective(row | {"format": fmt}, config)
-    data = codecs.encode(FRAMES, fmt, 8, config.encoding, provenance.tags_of(made, config, ENGINES[made["model"]]))
+    data = codecs.encode(FRAMES, fmt, 8, config.encoding, provenance.metadata_of(made, config, ENGINES[made["model"]]))
     told = Provenance.found_in(codecs.comments(data))
     assert told is not None
     return told
@@ -114,7 +114,7 @@ def test_any_text_comes_back_as_it_was_from_every_kind_of_file(
     prompt: str, negative: str, request_id: str, fmt: Format
 ) -> None:
     made = effective(request(format=fmt)) | {"prompt": prompt, "negative_prompt": negative, "request_id": request_id}
-    tags = provenance.tags_of(made, CONFIG, "e" * 32)
+    tags = provenance.metadata_of(made, CONFIG, "e" * 32)
     assert tags is not None
 
     data = codecs.encode(FRAMES, fmt, 8, CONFIG.encoding, tags)
@@ -214,7 +214,7 @@ def test_no_credential_gets_in_and_the_file_says_that_something_is_missing() -> 
     told = Provenance.of(made, config, "e" * 32)
 
     assert "hunter2" not in told.comment
-    assert b"hunter2" not in told.tags.xmp
+    assert b"hunter2" not in told.metadata.xmp
     assert told.image == "https://host/cat.png"
     assert list(told.withheld) == ["image", "ip_adapter_image"]
     assert list(Provenance.of(effective(request()), CONFIG, "e" * 32).withheld) == []
@@ -241,14 +241,14 @@ def test_the_model_is_named_without_the_folders_of_a_machine(base: str, told: st
 def test_nothing_is_told_where_the_config_says_so_and_that_is_another_key() -> None:
     silent = config_of(encoding__provenance=False)
 
-    assert provenance.tags_of(effective(request(), silent), silent, "e" * 32) is None
+    assert provenance.metadata_of(effective(request(), silent), silent, "e" * 32) is None
     assert effective(request(), silent)["key"] != effective(request())["key"]
 
 
 def test_the_same_request_gives_the_same_tags_and_another_one_others() -> None:
-    one, other = (provenance.tags_of(effective(request(seed=seed)), CONFIG, "e" * 32) for seed in (1, 2))
+    one, other = (provenance.metadata_of(effective(request(seed=seed)), CONFIG, "e" * 32) for seed in (1, 2))
 
-    assert provenance.tags_of(effective(request(seed=1)), CONFIG, "e" * 32) == one
+    assert provenance.metadata_of(effective(request(seed=1)), CONFIG, "e" * 32) == one
     assert one != other
 
 

@@ -90,7 +90,7 @@ def test_every_good_request_has_an_animation_and_a_result_that_tells_the_truth(m
     for number, request in enumerate(table.to_pylist()):
         row = rows[request["request_id"]]
         assert (row["status"], row["error_kind"], row["error"]) == ("succeeded", None, None)
-        name = animation_name(row["key"], codecs.EXTENSIONS[request["format"]])
+        name = animation_name(row["key"], codecs.CODECS[request["format"]].extension)
         assert row["animation_uri"] == Store(config.output).uri_of(name)
         data = objects[row["animation_uri"]]
         assert (row["num_bytes"], row["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())

@@ -493,7 +493,7 @@ def test_a_page_elsewhere_needs_the_address_of_its_media(tmp_path: Path) -> None
 
 def store_clip(store: Store, row: dict[str, Any], seed: int = 0) -> None:
     data = codecs.encode(frames(seed), row["format"], row["fps"], EncodingConfig())
-    store.replace(log.animation_name(row["key"], codecs.EXTENSIONS[row["format"]]), data)
+    store.replace(log.animation_name(row["key"], codecs.CODECS[row["format"]].extension), data)
 
 
 def picture_in(data_uri: str) -> Image.Image:
@@ -951,7 +951,7 @@ def inspected(page: Page) -> Path:
 @pytest.mark.parametrize("index", [0, 3])
 def test_the_file_of_a_result_can_be_inspected(site: Site, visit: Callable[..., Visit], index: int) -> None:
     row = site.rows[index]
-    name = log.animation_name(row["key"], codecs.EXTENSIONS[row["format"]])
+    name = log.animation_name(row["key"], codecs.CODECS[row["format"]].extension)
     assert inspected(visit().open(f"{site.uri}#id={row['request_id']}")) == site.folder / "out" / name
 
 

@@ -218,7 +218,7 @@ CASES = [
     ("status nowhere", "no run has ever written to"),
     ("verify s3:bucket/out", "write s3://, with two slashes"),
     ("report nowhere", "has no results yet; `pia-batch run` publishes them"),
-    ("inspect notes.txt", "notes.txt is neither a GIF, an MP4, a WebP, a PNG nor a zip of PNGs"),
+    ("inspect notes.txt", "notes.txt is not a GIF, an MP4, a WebP, a PNG or a zip of PNGs"),
     ("inspect gone.gif", "gone.gif does not exist"),
     ("inspect folder", "folder is a folder; name one animation in it"),
     ("demo --output notes.txt", "notes.txt is not a folder that can be made: File exists; give another one, or"),

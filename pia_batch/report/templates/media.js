@@ -24,12 +24,14 @@ function conditionImage(row, { eager = false } = {}) {
   return box;
 }
 
+/** The HTML element that plays the format of a result, "video" or "image"; null: browsers do not play it. */
+const element = (row) => page.players[value("format", row)];
+
 /** The animation of a succeeded result: an element with `play()`, `pause()` and `release()`. */
 function animation(row, { controls = false } = {}) {
-  const format = value("format", row);
   const box = make("span", { className: "picture animation" });
   if (value("width", row) < TINY_PX) box.classList.add("tiny");
-  const player = format === "mp4" ? film(row, controls) : format === "png_zip" ? archive(row) : loop(row, controls);
+  const player = PLAYERS[element(row) ?? "none"](row, controls);
   player.parts[0].addEventListener("error", () => {
     player.release();
     box.replaceChildren(make("span", { className: "absent", textContent: "animation missing, or not playable here" }));
@@ -85,7 +87,7 @@ function loop(row, controls) {
   };
 }
 
-/** Zipped PNGs are not played by a browser: the first frame of the strip, if there is one, and a download. */
+/** A file that browsers do not play, such as zipped PNGs: the first frame of the strip, if there is one. */
 function archive(row) {
   const first = make("canvas", { className: "first" });
   strip(row, [first]);
@@ -97,17 +99,19 @@ function archive(row) {
   };
 }
 
+const PLAYERS = { video: film, image: loop, none: archive };
+
 /** How many frames the strip of a result shows; 0 where there is none. */
 function stripLength(row) {
   if (!succeeded(row)) return 0;
   const frames = value("num_frames", row);
-  if (value("format", row) === "mp4") return frames;
+  if (element(row) === "video") return frames;
   return value("strip", row) === null ? 0 : Math.min(frames, 16);
 }
 
 /** Draw the frames of a result, in order, on `canvases`; stops when `signal` says so. */
 async function strip(row, canvases, signal = null) {
-  if (value("format", row) === "mp4") return stripOfFilm(row, canvases, signal);
+  if (element(row) === "video") return stripOfFilm(row, canvases, signal);
   const source = value("strip", row);
   if (source === null) return;
   const image = make("img", { src: source });
