@@ -110,7 +110,7 @@ def _told(made: Plan, survey: Any, price: float | None) -> dict[str, Any]:  # a 
     journal = Journal(Store(config.output))
     found = estimates.measured(journal, made.outcomes.fragments, config, made.engine_ids)
     costs = estimates.costs(survey, made.num_chosen, config, found)
-    actors = config.placement.max_actors
+    actors = config.placement.max_engines
     return {
         "manifest": {
             "uri": made.manifest.uri,

@@ -20,8 +20,12 @@ class PlacementConfig(Section):
     ray_address: str | None = Field(None, description="null: RAY_ADDRESS, else a Ray of our own on this machine")
     num_gpus: float = Field(0.0, ge=0, le=1, description="GPUs of one engine; a fraction shares one; 0: on the CPU")
     num_cpus: float = Field(1.0, gt=0, description="CPUs of one engine, its encoder included")
-    min_actors: int = Field(1, ge=1, description="engines started at once")
-    max_actors: int = Field(1, ge=1, description="engines when there is work for them")
+    min_engines: int = Field(1, ge=1, description="Number of engines that are started at once.")
+    max_engines: int = Field(
+        1,
+        ge=1,
+        description="Largest number of engines; those above min_engines are started while there is work for them.",
+    )
     batch_size: int = Field(2, ge=1, le=64, description="requests animated together; also what a crash can cost")
     fetch_num_cpus: float = Field(0.25, gt=0, description="CPUs of one fetch task; it mostly waits")
     max_models: int | None = Field(None, ge=1, description="models that one engine keeps; null: as many as fit")
@@ -44,8 +48,8 @@ class PlacementConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PlacementConfig:
-        if self.max_actors < self.min_actors:
-            msg = f"max_actors {self.max_actors} is below min_actors {self.min_actors}"
+        if self.max_engines < self.min_engines:
+            msg = f"max_engines {self.max_engines} is below min_engines {self.min_engines}"
             raise ValueError(msg)
         if self.fetch_num_cpus >= self.num_cpus:
             msg = (

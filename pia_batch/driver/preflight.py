@@ -364,7 +364,7 @@ def _about_room(place: PlacementConfig, num_gpus: int) -> Iterator[Finding]:
     short = shortage(place, nodes)
     has = f"{where} has {sum(node.cpus for node in nodes):g} CPUs on {len(nodes)} node{'s'[: len(nodes) > 1]}"
     if short is None:
-        engines = "one engine" if place.min_actors == 1 else f"{place.min_actors} engines at once"
+        engines = "one engine" if place.min_engines == 1 else f"{place.min_engines} engines at once"
         yield Finding("ok", "room", f"{has}: enough for {engines}, and to read the manifest beside")
         return
     if address == "local":

@@ -80,7 +80,7 @@ def batches_per_task(config: RunConfig, num_requests: int) -> int:
     if config.budget.priority is not None:
         return 1
     row_bytes = 3 * (defaults.width * defaults.height if defaults.size == "fixed" else defaults.long_side**2)
-    rows = min(TASK_ROWS, TASK_BYTES // row_bytes, num_requests // (TASKS_PER_ENGINE * place.max_actors))
+    rows = min(TASK_ROWS, TASK_BYTES // row_bytes, num_requests // (TASKS_PER_ENGINE * place.max_engines))
     return max(1, rows // place.batch_size)
 
 
@@ -125,8 +125,8 @@ def draw_in_pool(
             num_cpus=place.num_cpus,
             memory=None if place.memory_mb is None else place.memory_mb * 2**20,
             compute=ray.data.ActorPoolStrategy(
-                min_size=place.min_actors,
-                max_size=place.max_actors,
+                min_size=place.min_engines,
+                max_size=place.max_engines,
                 max_tasks_in_flight_per_actor=IN_FLIGHT,
                 # One batch is encoded and committed while the next is on the device; Animate sees to the order.
                 max_concurrent_calls_per_actor=2,

@@ -55,7 +55,7 @@ def cpus_here() -> int:
 def shortage(place: PlacementConfig, nodes: Sequence[Node]) -> Shortage | None:
     """What a run would wait for without end on these nodes; None: nothing.
 
-    Engines are placed first, `min_actors` of them or as many as there is room for, and they stay. If no placement of
+    Engines are placed first, `min_engines` of them or as many as there is room for, and they stay. If no placement of
     them leaves READ_CPUS on any node, the manifest is never read, and they have nothing to draw.
 
     Args:
@@ -65,7 +65,7 @@ def shortage(place: PlacementConfig, nodes: Sequence[Node]) -> Shortage | None:
     room = [_engines(place, node) for node in nodes]
     if not any(room):
         return _no_room(place, nodes)
-    placed = min(place.min_actors, sum(room))
+    placed = min(place.min_engines, sum(room))
     beside = max(_beside_reading(place, nodes, room, at) for at in range(len(nodes)))
     return None if placed <= beside else _no_reading(place, nodes, placed, beside)
 
@@ -82,12 +82,12 @@ def _no_room(place: PlacementConfig, nodes: Sequence[Node]) -> Shortage:
 
 
 def _no_reading(place: PlacementConfig, nodes: Sequence[Node], placed: int, beside: int) -> Shortage:
-    remedies = [f"set placement.min_actors to {beside}"] if beside else []
+    remedies = [f"set placement.min_engines to {beside}"] if beside else []
     left = nodes[0].cpus - READ_CPUS
-    if len(nodes) == 1 and left > 0 and placed == place.min_actors:
+    if len(nodes) == 1 and left > 0 and placed == place.min_engines:
         remedies.append(f"set placement.num_cpus to {math.floor(100 * left / placed) / 100:g} or less")
     return Shortage(
-        f"no CPU is left to read the manifest: {placed} engines of {place.num_cpus:g} CPUs (placement.min_actors, "
+        f"no CPU is left to read the manifest: {placed} engines of {place.num_cpus:g} CPUs (placement.min_engines, "
         f"num_cpus) leave less than {READ_CPUS:g} on every node, of {sum(node.cpus for node in nodes):g} CPUs in all",
         ", ".join([*remedies, "or add a CPU" if remedies else "add a CPU"]),
     )

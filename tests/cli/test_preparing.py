@@ -60,7 +60,7 @@ def test_a_plan_of_a_real_model_tells_hours_cost_and_bytes(
     from pia_batch import tiny  # noqa: PLC0415
 
     where = ("--manifest", write_manifest(requests_table(100)), "--output", str(tmp_path / "out"))
-    model = ("--set", f"model.base={tiny.PATH}", "--set", "placement.max_actors=4")
+    model = ("--set", f"model.base={tiny.PATH}", "--set", "placement.max_engines=4")
 
     assert pia_batch("plan", *where, *model, *REAL, "--price-per-hour", "2", "--json") == 0
     told = json.loads(capsys.readouterr().out)

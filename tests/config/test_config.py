@@ -141,13 +141,13 @@ def test_a_value_out_of_range_is_refused_with_its_key_itself_and_what_is_allowed
 
 
 def test_fewer_actors_at_most_than_at_least_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"placement.*: .*max_actors 2 is below min_actors 3"):
-        load(placement__min_actors=3, placement__max_actors=2)
+    with pytest.raises(ConfigError, match=r"placement.*: .*max_engines 2 is below min_engines 3"):
+        load(placement__min_engines=3, placement__max_engines=2)
 
 
 def test_a_minimum_out_of_range_is_told_without_a_word_about_the_maximum() -> None:
-    with pytest.raises(ConfigError, match=r"placement.min_actors: [^;]*$"):
-        load(placement__min_actors=0, placement__max_actors=2)
+    with pytest.raises(ConfigError, match=r"placement.min_engines: [^;]*$"):
+        load(placement__min_engines=0, placement__max_engines=2)
 
 
 @pytest.mark.parametrize(

@@ -126,13 +126,13 @@ def test_a_gpu_that_torch_does_not_see_is_told_with_its_driver(make_config: Make
     [
         ({}, [], "ok", "enough for one engine, and to read the manifest beside"),
         (
-            {"placement__min_actors": 999, "placement__max_actors": 999},
+            {"placement__min_engines": 999, "placement__max_engines": 999},
             [],
             "fail",
             "no CPU is left to read the manifest",
         ),
         ({"placement__num_cpus": 9999}, [], "fail", "no room for one engine"),
-        ({"placement__num_gpus": 1, "placement__min_actors": 2, "placement__max_actors": 2}, [{}], "ok", "2 engines"),
+        ({"placement__num_gpus": 1, "placement__min_engines": 2, "placement__max_engines": 2}, [{}], "ok", "2 engines"),
     ],
 )
 def test_engines_need_room_on_this_machine_and_leave_some_for_reading(

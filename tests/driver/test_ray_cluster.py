@@ -105,8 +105,8 @@ def test_a_node_that_joins_is_used_and_one_that_dies_with_a_batch_is_survived(
     config = make_config(
         requests_table(40, format=["gif"] * 40),
         placement__num_gpus=1,
-        placement__min_actors=2,
-        placement__max_actors=3,
+        placement__min_engines=2,
+        placement__max_engines=3,
         placement__batch_size=2,
     )
     engines = tmp_path / "engines"
@@ -154,7 +154,7 @@ def test_a_cluster_without_authentication_is_refused_on_demand_and_told_of_other
 def test_a_cluster_without_room_for_reading_beside_its_engines_is_told_of_before_it_is_used(
     nodes: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
-    place = PlacementConfig(ray_address=nodes.address, min_actors=64, max_actors=64)
+    place = PlacementConfig(ray_address=nodes.address, min_engines=64, max_engines=64)
 
     with ray_cluster.connect(place):
         (told,) = [record.getMessage() for record in caplog.records if "small_cluster" in record.getMessage()]
@@ -163,6 +163,6 @@ def test_a_cluster_without_room_for_reading_beside_its_engines_is_told_of_before
     assert "no CPU is left to read the manifest" in told
     assert (finding.state, finding.subject) == ("warn", "room")
     assert "no CPU is left to read the manifest" in finding.told
-    assert "set placement.min_actors to" in finding.remedy
+    assert "set placement.min_engines to" in finding.remedy
     with pytest.raises(ConfigError, match="Ray on this machine: no CPU is left"):
         ray_cluster._check_room(place, ours=True)

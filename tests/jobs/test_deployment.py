@@ -161,7 +161,7 @@ def test_a_cluster_has_a_node_for_every_engine_of_its_config(path: Path) -> None
     place = RunConfig.load(ROOT / "jobs/configs/cluster.yaml", {"manifest": "m", "output": "o"}).placement
     config = prepared(path)
     workers = {name: kind for name, kind in config["available_node_types"].items() if name != "head"}
-    assert sum(kind["max_workers"] for kind in workers.values()) == config["max_workers"] == place.max_actors
+    assert sum(kind["max_workers"] for kind in workers.values()) == config["max_workers"] == place.max_engines
     for kind in workers.values():
         assert kind["resources"]["GPU"] >= place.num_gpus
         assert kind["resources"]["CPU"] >= place.num_cpus + place.fetch_num_cpus

@@ -256,7 +256,7 @@ def test_workers_are_spot_while_there_is_spot_and_on_demand_otherwise() -> None:
     assert launched(5) == {"gpu-spot": 5}
     assert launched(3, without_spot=True) == {"gpu-on-demand": 3}
     assert launched(99) == {"gpu-spot": 16, "gpu-on-demand": 4}
-    assert CLUSTER["workerGroupSpecs"][0]["maxReplicas"] == nightly().placement.max_actors
+    assert CLUSTER["workerGroupSpecs"][0]["maxReplicas"] == nightly().placement.max_engines
 
 
 KUBECTL = """#!/bin/sh

@@ -91,11 +91,11 @@ def test_engines_that_leave_no_cpu_to_read_with_are_told_of_where_the_machine_is
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    crowd = {"placement__min_actors": 999, "placement__max_actors": 999}
+    crowd = {"placement__min_engines": 999, "placement__max_engines": 999}
 
     (told,) = warnings(requests_table(5), **crowd)
 
     assert "no CPU is left to read the manifest" in told
-    assert "set placement.min_actors to" in told
+    assert "set placement.min_engines to" in told
     assert warnings(requests_table(5), placement__ray_address="head:6379", **crowd) == []
     assert warnings(requests_table(5), placement__num_gpus=1, **crowd) == []

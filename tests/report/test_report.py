@@ -544,7 +544,7 @@ def test_the_config_of_a_clip_has_what_is_not_in_its_row(tmp_path: Path) -> None
     settings = {
         "manifest": "m", "output": "o", "model.base": "/weights", "model.dtype": "float32", "images.fit": "contain",
         "images.allow": ["https://i.example.com/"], "encoding.mp4_crf": 20, "defaults.num_frames": 12,
-        "placement.num_gpus": 1.0, "placement.max_actors": 4, "models": {"second": {"base": "/others"}},
+        "placement.num_gpus": 1.0, "placement.max_engines": 4, "models": {"second": {"base": "/others"}},
     }  # fmt: skip
     config = RunConfig.load(None, settings)
 
@@ -557,7 +557,7 @@ def test_the_config_of_a_clip_has_what_is_not_in_its_row(tmp_path: Path) -> None
     assert again.images == config.images.model_copy(update={"allow": ("https://i.example.com/", "s3://bucket")})
     assert again.placement.num_gpus == 1.0
     assert "num_frames" not in text
-    assert "max_actors" not in text
+    assert "max_engines" not in text
     plain = RunConfig.load(None, {"manifest": "m", "output": "o"}).model_dump(mode="json")
     assert (
         facts.again_config(plain, "file:///d/in") == "model:\n  base: embedded\nimages:\n  allow:\n  - file:///d/in\n"

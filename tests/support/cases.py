@@ -75,7 +75,7 @@ class Case:
             "defaults.height": 16,
             "images.threads": 1,
             "placement.batch_size": random.randint(1, 4),
-            "placement.max_actors": random.randint(1, 3),
+            "placement.max_engines": random.randint(1, 3),
             "limits.max_attempts": random.randint(2, 3),
         }
         return cls(RunConfig.load(None, settings), due, batches=random.choice((1, 1, 2, 3)))

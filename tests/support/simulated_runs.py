@@ -179,7 +179,7 @@ class Cluster:
         place = self.plan.config.placement
         while self.waiting and not self.error:
             free = [worker for worker in self.workers if len(worker.tasks) < 2]
-            if not free and len(self.workers) >= place.max_actors:
+            if not free and len(self.workers) >= place.max_engines:
                 return
             worker = free[0] if free else self.hire()
             task = self.waiting.pop(0)

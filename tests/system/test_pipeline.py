@@ -173,7 +173,7 @@ def test_steps_from_the_first_on_are_operators_of_their_own_and_blocks_have_the_
         ({}, 256 * 8, 2),
         ({}, 10_000_000, 10),  # 42 pictures of 512 x 512 are 32 MiB
         ({"defaults__size": "auto", "defaults__long_side": 64}, 10_000_000, 16),
-        ({"placement__max_actors": 64}, 256 * 64 * 8, 2),
+        ({"placement__max_engines": 64}, 256 * 64 * 8, 2),
         ({"placement__batch_size": 16}, 10_000_000, 2),
         ({"placement__batch_size": 64}, 10_000_000, 1),
         ({"budget__priority": "urgency"}, 10_000_000, 1),
