@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pia_batch.engine.benchmark import Options
+from pia_batch.journal.layout import LATEST_RESULTS, results_folder
 
 SAVE = (
     "import sys, torch; from pia_batch.engine import benchmark;"
@@ -104,8 +105,8 @@ def _measured_run(arguments: argparse.Namespace, manifest: str, base: str, speed
     }
     written = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     summary = json.loads(_pia_batch("run", "--manifest", manifest, "--output", output, *written, "--json"))
-    newest = json.loads((Path(output) / "results" / "LATEST.json").read_text(encoding="utf-8"))["run_id"]
-    rows = ds.dataset(f"{output}/results/{newest}").to_table().sort_by("finished_at")
+    newest = json.loads((Path(output) / LATEST_RESULTS).read_text(encoding="utf-8"))["run_id"]
+    rows = ds.dataset(f"{output}/{results_folder(newest)}").to_table().sort_by("finished_at")
     return {"settings": settings, **steady(rows, arguments.batch_size), "summary": summary}
 
 

@@ -36,7 +36,8 @@ import pyarrow.parquet as pq
 
 from pia_batch.config import RunConfig
 from pia_batch.journal import results
-from pia_batch.journal.log import ANIMATIONS, Journal, animation_name
+from pia_batch.journal.layout import ANIMATIONS, animation_name
+from pia_batch.journal.log import Journal
 from pia_batch.manifest.reader import Manifest
 from pia_batch.planning import plan as planning
 from pia_batch.planning import scan

@@ -96,6 +96,7 @@ def existing(output: str) -> tuple[Store, float]:
         output: its URI, or the path of a config that names it.
     """
     from pia_batch.config import LimitsConfig
+    from pia_batch.journal import layout
     from pia_batch.storage.object_store import Store
     from pia_batch.storage.uris import redacted_uri
 
@@ -104,7 +105,7 @@ def existing(output: str) -> tuple[Store, float]:
         loaded = load(Path(output), {}).filled()
         output, ttl_s = loaded.output, loaded.limits.lease_ttl_s
     store = Store(output)
-    if not any(True for prefix in ("_journal/", "_runs/", "_lease/") for _ in store.list(prefix)):
+    if not any(True for prefix in layout.RUN_PREFIXES for _ in store.list(prefix)):
         raise errors.ConfigError(f"no run has ever written to {redacted_uri(store.uri)}; correct the URI of the output")
     return store, ttl_s
 

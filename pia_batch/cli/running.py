@@ -68,20 +68,23 @@ def demo(
     import pyarrow.dataset as ds
 
     from pia_batch import tiny
+    from pia_batch.journal.layout import ANIMATIONS, report_name, results_folder
     from pia_batch.storage.object_store import Store
 
     settings = {"defaults.format": "gif"}
     loaded = load(None, {"manifest": str(tiny.SAMPLE), "output": str(output), **settings})
     with _drawing() as run_one:
         summary = run_one(loaded)
-    results = ds.dataset(output / "results" / summary.run_id).to_table(
+    results = ds.dataset(output / results_folder(summary.run_id)).to_table(
         ["request_id", "prompt", "animation_uri", "error"]
     )
     for row in results.sort_by("request_id").to_pylist():
         place = str(row["animation_uri"] or row["error"]).replace(Store(loaded.output).uri, str(output))
         out.print(f"{row['request_id']:24}  {row['prompt']:28}  {place}", soft_wrap=True, markup=False)
-    out.print(f"\nanimations: {output}/animations/\nresults:    {output}/results/{summary.run_id}/", soft_wrap=True)
-    out.print(f"report:     {output}/_runs/{summary.run_id}/report.html", soft_wrap=True)
+    out.print(
+        f"\nanimations: {output}/{ANIMATIONS}\nresults:    {output}/{results_folder(summary.run_id)}/", soft_wrap=True
+    )
+    out.print(f"report:     {output}/{report_name(summary.run_id)}", soft_wrap=True)
     _print(summary)
     raise typer.Exit(summary.exit_code)
 

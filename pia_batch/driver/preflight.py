@@ -30,6 +30,7 @@ from packaging.version import Version
 from pia_batch import weights
 from pia_batch.config import EMBEDDED, FORMATS, EncodingConfig, ModelConfig, PlacementConfig, RunConfig
 from pia_batch.errors import EncodingError, PiaBatchError, StorageError, message_of, printable
+from pia_batch.journal import layout
 from pia_batch.manifest.reader import Manifest, refuse_output_inside
 from pia_batch.media import codecs
 from pia_batch.planning.capacity import Node, cpus_here, shortage
@@ -293,9 +294,9 @@ def _about_manifest(config: RunConfig) -> Iterator[Finding]:
 
 
 def _about_store(store: Store) -> Iterator[Finding]:
-    shown, probe = redacted_uri(store.uri), "_runs/doctor.json"
+    shown, probe = redacted_uri(store.uri), layout.DOCTOR_PROBE
     try:
-        store.check()
+        store.check(layout.CREATE_ONLY_PROBE)
         store.replace(probe, b"{}")
         now = time.time()
         written_s = store.stat(probe).modified_s

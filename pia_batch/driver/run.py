@@ -22,7 +22,7 @@ from pia_batch.driver.monitor import Watch, draw
 from pia_batch.driver.progress import Gauges, Progress
 from pia_batch.driver.run_record import Record, RunSummary
 from pia_batch.errors import ConfigError, PiaBatchError
-from pia_batch.journal import results
+from pia_batch.journal import layout, results
 from pia_batch.journal.compaction import Compactor
 from pia_batch.journal.lease import Lease
 from pia_batch.journal.log import Journal
@@ -94,7 +94,7 @@ def _run(config: RunConfig, record: Record, retry: Retry | None, tools: _Tools) 
     if newest is not None:
         return record.finish(plan.outcomes, newest)
     run_id = _name_of(config, store)
-    store.check()
+    store.check(layout.CREATE_ONLY_PROBE)
     patience = min(config.limits.lease_wait_s, budget.seconds_left)
     lease = Lease(store, run_id, config.limits.lease_ttl_s, wait_s=patience, stop=tools.stop)
     with ExitStack() as held:

@@ -18,6 +18,7 @@ from pia_batch.config import RunConfig
 from pia_batch.driver.budget import Stopped, gpu_hours
 from pia_batch.driver.progress import Progress
 from pia_batch.errors import InterruptedRunError, LeaseHeldError, PiaBatchError, StorageError, message_of
+from pia_batch.journal import layout
 from pia_batch.journal import log as journal
 from pia_batch.journal.log import Outcomes
 from pia_batch.planning.plan import Plan
@@ -176,7 +177,7 @@ class Record:
             seconds=round(time.monotonic() - self._began, 3),
             gpu_hours=self._gpu_hours,
             cost=self._cost,
-            results_uri=None if stopped else Store(plan.config.output).uri_of(f"{journal.RESULTS}{run_id}"),
+            results_uri=None if stopped else Store(plan.config.output).uri_of(layout.results_folder(run_id)),
             why=stopped.why if stopped else None,
             message=message,
             exit_code=exit_code,
@@ -240,7 +241,7 @@ class Record:
 
     def _put(self, data: bytes) -> None:
         if self._store is not None:
-            self._store.replace(f"_runs/{self.told['run_id']}/run.json", data)
+            self._store.replace(layout.run_record_name(self.told["run_id"]), data)
 
     def _put_if_possible(self, data: bytes) -> None:
         try:

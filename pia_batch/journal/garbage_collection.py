@@ -10,7 +10,6 @@ the age that the operator gives: it may belong to something that goes on.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,11 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pia_batch.journal.lease import LEASES
-from pia_batch.journal.log import ANIMATIONS, FRAGMENTS, RESULTS, WITHDRAWALS, Journal
+from pia_batch.journal import layout, pack_index
+from pia_batch.journal.log import Journal
 from pia_batch.journal.results import latest
-from pia_batch.planning import scan_cache
-from pia_batch.planning.scan_cache import SCANS
 from pia_batch.schema.keys import KEY_BYTES, Keys, KeySet, keys_from_hex
 from pia_batch.storage.object_store import ObjectInfo, Store
 
@@ -46,10 +43,6 @@ DELETE_THREADS = 16
 
 _WINDOW = 10_000
 """Objects that are compared with the journal at a time: what a listing needs of memory."""
-
-_ANIMATION = re.compile(rf"{ANIMATIONS}([0-9a-f]{{2}})/(\1[0-9a-f]{{30}})\.[a-z0-9]+")
-_LEASE = re.compile(rf"{LEASES}[0-9]{{12}}\.json")
-_RUN = re.compile(rf"{RESULTS}([A-Za-z0-9][A-Za-z0-9._-]*)/[^/]+")
 
 
 @dataclass(frozen=True)
@@ -78,14 +71,14 @@ def find(journal: Journal, before_s: float) -> Iterator[Garbage]:
     def old(item: ObjectInfo) -> bool:
         return item.modified_s is not None and item.modified_s < before_s
 
-    orphans = _animations(filter(old, store.list(ANIMATIONS)), named)
+    orphans = _animations(filter(old, store.list(layout.ANIMATIONS)), named)
     yield from (Garbage("animations", item) for item in orphans)
-    for prefix in (ANIMATIONS, RESULTS, FRAGMENTS, WITHDRAWALS, LEASES, SCANS, "_runs/"):
+    for prefix in layout.PREFIXES:
         yield from (Garbage("staged", item) for item in filter(old, store.staged(prefix)))
     yield from (Garbage("leases", item) for item in filter(old, _old_leases(store)))
     yield from (Garbage("results", item) for item in _incomplete_results(store, old))
-    yield from (Garbage("index", item) for item in filter(old, journal.superseded()))
-    yield from (Garbage("scans", item) for item in filter(old, scan_cache.unused(store)))
+    yield from (Garbage("index", item) for item in filter(old, pack_index.superseded(store, layout.FRAGMENT_INDEX)))
+    yield from (Garbage("scans", item) for item in filter(old, _unused_scans(store)))
 
 
 def delete(store: Store, garbage: Iterable[Garbage], check: Callable[[], None]) -> Iterator[Garbage]:
@@ -132,14 +125,14 @@ def _published_keys(journal: Journal) -> Keys:
     newest = latest(journal.store)
     keys = [np.empty(0, dtype=f"V{KEY_BYTES}")]
     if newest is not None:
-        folder = f"{RESULTS}{newest['run_id']}/"
-        names = sorted(item.name for item in journal.store.list(folder) if item.name.endswith(".parquet"))
+        listed = journal.store.list(f"{layout.results_folder(newest['run_id'])}/")
+        names = sorted(item.name for item in listed if item.name.endswith(".parquet"))
         keys += [keys_from_hex(table["key"]) for table in journal.read(names, ["key"])]
     return np.concatenate(keys)
 
 
 def _animations(listed: Iterable[ObjectInfo], named: _Named) -> Iterator[ObjectInfo]:
-    matched = ((match[2], item) for item in listed if (match := _ANIMATION.fullmatch(item.name)))
+    matched = ((key, item) for item in listed if (key := layout.animation_key(item.name)))
     while window := list(itertools.islice(matched, _WINDOW)):
         missed = named.misses(keys_from_hex(pa.array([key for key, _ in window], pa.string())))
         yield from (item for (_, item), nobody in zip(window, missed, strict=True) if nobody)
@@ -148,8 +141,8 @@ def _animations(listed: Iterable[ObjectInfo], named: _Named) -> Iterator[ObjectI
 def _old_leases(store: Store) -> Iterator[ObjectInfo]:
     """All generations but the newest few, found in one listing that is not kept."""
     newest: list[ObjectInfo] = []
-    for item in store.list(LEASES):
-        if _LEASE.fullmatch(item.name):
+    for item in store.list(layout.LEASES):
+        if layout.lease_generation(item.name) is not None:
             newest = sorted([*newest, item], key=lambda one: one.name, reverse=True)
             yield from newest[KEPT_LEASES:]
             del newest[KEPT_LEASES:]
@@ -159,10 +152,24 @@ def _incomplete_results(store: Store, old: Callable[[ObjectInfo], bool]) -> Iter
     """The objects of every results folder that has no `_SUCCESS.json`, where all of them are old."""
     newest = latest(store)
     folders: dict[str, list[ObjectInfo]] = {}
-    for item in store.list(RESULTS):
-        if match := _RUN.fullmatch(item.name):
-            folders.setdefault(match[1], []).append(item)
+    for item in store.list(layout.RESULTS):
+        if run_id := layout.results_run_id(item.name):
+            folders.setdefault(run_id, []).append(item)
     for run_id, items in sorted(folders.items()):
-        complete = any(item.name == f"{RESULTS}{run_id}/_SUCCESS.json" for item in items)
+        complete = any(item.name == layout.success_marker(run_id) for item in items)
         if not complete and all(map(old, items)) and (newest is None or newest["run_id"] != run_id):
             yield from items
+
+
+def _unused_scans(store: Store) -> Iterator[ObjectInfo]:
+    """Yield what the scan cache that was written last does not need, and every other scan cache.
+
+    The others belong to another manifest or config; the next plan of that config scans again what is deleted of them.
+    """
+    caches: dict[str, list[ObjectInfo]] = {}
+    for item in store.list(layout.SCAN_CACHES):
+        if identity := layout.scan_cache_identity(item.name):
+            caches.setdefault(identity, []).append(item)
+    newest = max(caches, key=lambda name: (max(item.modified_s or 0.0 for item in caches[name]), name), default="")
+    for name, items in sorted(caches.items()):
+        yield from pack_index.superseded(store, layout.scan_cache_folder(name)) if name == newest else items

@@ -22,11 +22,10 @@ from typing import Any, Self
 import psutil
 
 from pia_batch.errors import InterruptedRunError, LeaseHeldError, ObjectExistsError, StorageError
+from pia_batch.journal import layout
 from pia_batch.storage.object_store import Store
 
 log = logging.getLogger(__name__)
-
-LEASES = "_lease/"
 
 _POLL_S = 2.0
 """Seconds between two looks of a run that waits for another one's end."""
@@ -177,7 +176,7 @@ class Lease:
             "process_started": psutil.Process().create_time(),
             "boot": psutil.boot_time(),
         }
-        name, data = name_of(generation), json.dumps(state).encode()
+        name, data = layout.lease_name(generation), json.dumps(state).encode()
         try:
             self._store.create(name, data)
         except ObjectExistsError:
@@ -186,18 +185,13 @@ class Lease:
         self._generation = generation
 
 
-def name_of(generation: int) -> str:
-    """The object of a generation of the lease."""
-    return f"{LEASES}{generation:012d}.json"
-
-
 def newest(store: Store) -> tuple[int, dict[str, Any] | None]:
     """The highest generation and who wrote it; (0, None) before the first."""
-    names = [item.name for item in store.list(LEASES)]
-    if not names:
+    listed = (layout.lease_generation(item.name) for item in store.list(layout.LEASES))
+    generation = max((number for number in listed if number is not None), default=0)
+    if not generation:
         return 0, None
-    name = max(names)
-    return int(name.removeprefix(LEASES).removesuffix(".json")), dict(json.loads(store.read(name)))
+    return generation, dict(json.loads(store.read(layout.lease_name(generation))))
 
 
 def _died_here(holder: dict[str, Any]) -> bool:

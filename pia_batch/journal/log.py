@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,19 +29,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pia_batch.errors import ObjectExistsError, StorageError
+from pia_batch.journal import layout
 from pia_batch.journal.pack_index import Head, Index
 from pia_batch.journal.rows import INDEXED, NO_KEYS, READ, Rows, RowsOf, entry
 from pia_batch.schema.keys import KEY_BYTES, Keys, KeySet, halves, keys_from_hex, keys_to_hex, sorted_order
-from pia_batch.storage.object_store import ObjectInfo, Store
+from pia_batch.storage.object_store import Store
 
 log = logging.getLogger(__name__)
-
-FRAGMENTS = "_journal/"
-INDEX = "_journal/index/"
-WITHDRAWALS = "_withdrawn/"
-RESULTS = "results/"
-ANIMATIONS = "animations/"
-LATEST = RESULTS + "LATEST.json"
 
 ROWS_AT_ONCE = 500_000
 """Rows whose keys are looked at together where what is done needs memory for each."""
@@ -50,18 +43,7 @@ ROWS_AT_ONCE = 500_000
 COMPACTED_AT_ONCE = 10_000
 """Fragments that are read before they are written to the index: what compaction needs of memory, and can lose."""
 
-_FRAGMENT = re.compile(rf"{FRAGMENTS}[^/]+\.parquet")
 _WITHDRAWAL = pa.schema([("key", pa.string()), ("fragment", pa.string())])
-
-
-def animation_name(key: str, extension: str) -> str:
-    """Where the animation of a key lies; the key is hex, so no manifest can name a path."""
-    return f"{ANIMATIONS}{key[:2]}/{key}.{extension}"
-
-
-def name_in(animation_uri: str) -> str:
-    """The object's name below whatever folder the output lies in today: it may have been moved as a whole."""
-    return ANIMATIONS + "/".join(animation_uri.rsplit("/", 2)[-2:])
 
 
 @dataclass(frozen=True)
@@ -124,7 +106,7 @@ class Journal:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._index = Index(store, INDEX, INDEXED)
+        self._index = Index(store, layout.FRAGMENT_INDEX, INDEXED)
 
     def append(self, results: pa.Table) -> str:
         """Commit result rows by one conditional PUT, and return the fragment's name.
@@ -138,7 +120,7 @@ class Journal:
         data = to_parquet(results, small=True)
         for again in itertools.count():
             said = outcome if not again else f"{outcome} {again}"
-            name = f"{FRAGMENTS}{hashlib.blake2b(said.encode(), digest_size=16).hexdigest()}.parquet"
+            name = layout.fragment_name(hashlib.blake2b(said.encode(), digest_size=16).hexdigest())
             try:
                 self.store.create(name, data)
             except ObjectExistsError:
@@ -162,7 +144,7 @@ class Journal:
         table = pa.table([keys_to_hex(rows.keys[here]), names], schema=_WITHDRAWAL)
         table = table.sort_by([("key", "ascending"), ("fragment", "ascending")])
         said = json.dumps(table.to_pydict(), sort_keys=True).encode()
-        name = f"{WITHDRAWALS}{hashlib.blake2b(said, digest_size=16).hexdigest()}.parquet"
+        name = layout.tombstone_name(hashlib.blake2b(said, digest_size=16).hexdigest())
         try:
             self.store.create(name, to_parquet(table))
         except ObjectExistsError:
@@ -170,7 +152,7 @@ class Journal:
 
     def _withdrawn(self) -> dict[str, KeySet]:
         """What was taken back: keys by the fragment that had them."""
-        names = sorted(item.name for item in self.store.list(WITHDRAWALS) if item.name.endswith(".parquet"))
+        names = sorted(item.name for item in self.store.list(layout.TOMBSTONES) if item.name.endswith(".parquet"))
         if not names:
             return {}
         # The same row may be named by two withdrawals, by a repair that was killed and one that followed.
@@ -183,7 +165,7 @@ class Journal:
 
     def fragments(self) -> list[str]:
         """The names of all fragments, sorted."""
-        return sorted(item.name for item in self.store.list(FRAGMENTS) if _FRAGMENT.fullmatch(item.name))
+        return sorted(item.name for item in self.store.list(layout.FRAGMENTS) if layout.is_fragment(item.name))
 
     def compact(self, at_least: int = 1) -> int:
         """Put the fragments into the index that it lacks, and return how many these were. Safe at any moment.
@@ -205,10 +187,6 @@ class Journal:
             head = self._index.extend(head, pa.Table.from_pylist(entries, INDEXED))
         log.info("journal_compacted fragments=%d of=%d", len(new), len(names))
         return len(new)
-
-    def superseded(self) -> Iterator[ObjectInfo]:
-        """What lies in the index and no reader needs any more."""
-        return self._index.superseded()
 
     def _not_indexed(self, names: list[str], head: Head) -> list[str]:
         indexed = pc.is_in(pa.array(names, pa.string()), value_set=self._index.entries(head))

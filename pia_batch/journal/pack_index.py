@@ -73,7 +73,7 @@ class Index:
         """
         names = (item.name.removeprefix(self._prefix) for item in self._store.list(self._prefix))
         for name in sorted(filter(_HEAD.fullmatch, names), reverse=True):
-            head = self._read_head(name)
+            head = _read_head(self._store, self._prefix, name)
             if head is not None:
                 return head
         return Head()
@@ -120,33 +120,6 @@ class Index:
         self._create(f"{new.generation:012d}-{_hash(said)}.json", said)
         return new
 
-    def superseded(self) -> Iterator[ObjectInfo]:
-        """The objects that no reader needs any more: all but the newest heads and their packs.
-
-        Raises:
-            StorageError: the store refused or did not answer.
-        """
-        listed = {item.name.removeprefix(self._prefix): item for item in self._store.list(self._prefix)}
-        heads = sorted(filter(_HEAD.fullmatch, listed), reverse=True)
-        needed = set(heads[:KEPT_HEADS])
-        for name in heads[:KEPT_HEADS]:
-            head = self._read_head(name)
-            needed |= {pack.name for pack in head.packs} if head is not None else set()
-        ours = (name for name in listed if _HEAD.fullmatch(name) or _PACK.fullmatch(name))
-        yield from (listed[name] for name in sorted(ours) if name not in needed)
-
-    def _read_head(self, name: str) -> Head | None:
-        try:
-            data = self._store.read(self._prefix + name)
-            generation, expected = name.removesuffix(".json").split("-")
-            if _hash(data) == expected:
-                packs = tuple(Pack(str(pack), int(size)) for pack, size in json.loads(data)["packs"])
-                return Head(int(generation), packs)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            pass
-        self._warn(name)
-        return None
-
     def _read_packs(self, packs: tuple[Pack, ...]) -> Iterator[pa.Table | None]:
         """One table for each pack, in order, None for one that cannot be read."""
         names = [self._prefix + pack.name for pack in packs]
@@ -157,7 +130,7 @@ class Index:
                     done += 1
                     yield self._table(packs[done - 1].name, data)
             except FileNotFoundError:
-                self._warn(packs[done].name)
+                _warn(self._prefix + packs[done].name)
                 done += 1
                 yield None
 
@@ -169,11 +142,8 @@ class Index:
                     return table
         except (pa.ArrowException, OSError):
             pass
-        self._warn(name)
+        _warn(self._prefix + name)
         return None
-
-    def _warn(self, name: str) -> None:
-        log.warning("index_damaged name=%s%s: left out; what it held is read where it came from", self._prefix, name)
 
     def _write_pack(self, table: pa.Table) -> Pack:
         sink = pa.BufferOutputStream()
@@ -192,6 +162,39 @@ class Index:
             self._store.create(self._prefix + name, data)
         except ObjectExistsError:  # named by its content: somebody else has written the same
             log.info("index_exists name=%s%s", self._prefix, name)
+
+
+def superseded(store: Store, prefix: str) -> Iterator[ObjectInfo]:
+    """Yield the objects of the index at `prefix` that no reader needs: all but the newest heads and their packs.
+
+    Raises:
+        StorageError: the store refused the request or did not answer.
+    """
+    listed = {item.name.removeprefix(prefix): item for item in store.list(prefix)}
+    heads = sorted(filter(_HEAD.fullmatch, listed), reverse=True)
+    needed = set(heads[:KEPT_HEADS])
+    for name in heads[:KEPT_HEADS]:
+        head = _read_head(store, prefix, name)
+        needed |= {pack.name for pack in head.packs} if head is not None else set()
+    ours = (name for name in listed if _HEAD.fullmatch(name) or _PACK.fullmatch(name))
+    yield from (listed[name] for name in sorted(ours) if name not in needed)
+
+
+def _read_head(store: Store, prefix: str, name: str) -> Head | None:
+    try:
+        data = store.read(prefix + name)
+        generation, expected = name.removesuffix(".json").split("-")
+        if _hash(data) == expected:
+            packs = tuple(Pack(str(pack), int(size)) for pack, size in json.loads(data)["packs"])
+            return Head(int(generation), packs)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass
+    _warn(prefix + name)
+    return None
+
+
+def _warn(name: str) -> None:
+    log.warning("index_damaged name=%s: left out; what it held is read where it came from", name)
 
 
 def _parts(table: pa.Table) -> Iterator[pa.Table]:

@@ -22,18 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.errors import AccountingError
-from pia_batch.journal.log import (
-    FRAGMENTS,
-    INDEX,
-    LATEST,
-    RESULTS,
-    Journal,
-    Outcomes,
-    digest_of,
-    name_in,
-    to_json,
-    to_parquet,
-)
+from pia_batch.journal import layout
+from pia_batch.journal.log import Journal, Outcomes, digest_of, to_json, to_parquet
 from pia_batch.schema.columns import RESULT, SUCCEEDED
 from pia_batch.schema.keys import KeySet, halves, keys_from_hex
 from pia_batch.storage.object_store import Store
@@ -82,7 +72,6 @@ def publish(
     if missing:
         msg = f"{missing} of {len(wanted)} requests have no result yet; start the run again to finish them"
         raise AccountingError(msg)
-    folder = f"{RESULTS}{run_id}/"
     schema = pa.schema([*RESULT, *carried])
     counts = {"succeeded": 0, "failed": 0}
     parts = []
@@ -91,31 +80,31 @@ def publish(
         expected = _Expected(disk)
         for index, part in enumerate(_parts(journal.winning_rows(outcomes), schema)):
             expected.add(part)
-            name = f"part-{index:05d}.parquet"
-            journal.store.replace(folder + name, to_parquet(part))
-            parts.append({"name": name, "rows": len(part)})
+            name = layout.results_part(run_id, index)
+            journal.store.replace(name, to_parquet(part))
+            parts.append({"name": name.rpartition("/")[2], "rows": len(part)})
             written.add(*halves(keys_from_hex(part["key"])))
             for status in counts:
                 counts[status] += pc.sum(pc.equal(part["status"], status)).as_py() or 0
         expected.check(journal.store)
     if written != _Tally.of(wanted):
         msg = (
-            f"the fragments of {journal.store.uri_of(FRAGMENTS)} have other rows than its index tells of; delete "
-            f"{journal.store.uri_of(INDEX)} and start the run again"
+            f"the index {journal.store.uri_of(layout.FRAGMENT_INDEX)} does not match the rows of the fragments in "
+            f"{journal.store.uri_of(layout.FRAGMENTS)}; delete the index and start the run again"
         )
         raise AccountingError(msg)
     state = {"run_id": run_id, "requests": len(wanted), **counts, "parts": parts, "digest": digest_of(outcomes)}
     state |= {"published_at": datetime.now(UTC).isoformat(timespec="seconds"), **about}
-    journal.store.replace(f"{folder}_SUCCESS.json", to_json(state))
-    journal.store.replace(LATEST, to_json({"run_id": run_id, "digest": state["digest"]}))
-    uri = journal.store.uri_of(folder.rstrip("/"))
+    journal.store.replace(layout.success_marker(run_id), to_json(state))
+    journal.store.replace(layout.LATEST_RESULTS, to_json({"run_id": run_id, "digest": state["digest"]}))
+    uri = journal.store.uri_of(layout.results_folder(run_id))
     return Published(run_id, len(wanted), counts["succeeded"], counts["failed"], uri)
 
 
 def published(store: Store, run_id: str) -> dict[str, Any] | None:
     """What `_SUCCESS.json` says of this run, or None: it has no complete results."""
     try:
-        return dict(json.loads(store.read(f"{RESULTS}{run_id}/_SUCCESS.json")))
+        return dict(json.loads(store.read(layout.success_marker(run_id))))
     except FileNotFoundError:
         return None
 
@@ -128,7 +117,7 @@ def is_published(store: Store, run_id: str) -> bool:
 def latest(store: Store) -> dict[str, Any] | None:
     """What `results/LATEST.json` says, or None before the first complete run."""
     try:
-        return dict(json.loads(store.read(LATEST)))
+        return dict(json.loads(store.read(layout.LATEST_RESULTS)))
     except FileNotFoundError:
         return None
 
@@ -204,7 +193,7 @@ class _Expected:
     def add(self, part: pa.Table) -> None:
         """Remember the succeeded rows."""
         rows = part.filter(pc.equal(part["status"], SUCCEEDED))
-        names = pa.array(map(name_in, rows["animation_uri"].to_pylist()), pa.string())
+        names = pa.array(map(layout.animation_name_in, rows["animation_uri"].to_pylist()), pa.string())
         table = pa.table([names, rows["num_bytes"], rows["request_id"]], schema=self._SCHEMA).sort_by("name")
         folders = pc.replace_substring_regex(table["name"], "[^/]*$", "").combine_chunks().dictionary_encode()
         bounds = np.searchsorted(folders.indices.to_numpy(), np.arange(len(folders.dictionary) + 1))

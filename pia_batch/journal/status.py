@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from pia_batch.journal import lease
+from pia_batch.journal import layout, lease
 from pia_batch.journal.log import Journal
 from pia_batch.journal.results import latest
 from pia_batch.storage.object_store import Store
@@ -36,7 +36,7 @@ def status(store: Store) -> dict[str, Any]:
         "failed": outcomes.failures.total(),
         "failures": dict(outcomes.failures.most_common()),
         "due_again": outcomes.due_again,
-        "published": store.uri_of(f"results/{newest['run_id']}") if newest else None,
+        "published": store.uri_of(layout.results_folder(newest["run_id"])) if newest else None,
         "run": last_run(store),
         "lease": lease_of(store),
     }
@@ -44,7 +44,7 @@ def status(store: Store) -> dict[str, Any]:
 
 def last_run(store: Store) -> dict[str, Any] | None:
     """The `run` of `status`, by itself."""
-    runs = [item for item in store.list("_runs/") if item.name.endswith("/run.json")]
+    runs = [item for item in store.list(layout.RUNS) if layout.is_run_record(item.name)]
     if not runs:
         return None
     newest = max(runs, key=lambda item: (item.modified_s or 0.0, item.name))  # a run writes it at both its ends
@@ -61,7 +61,7 @@ def lease_of(store: Store) -> dict[str, Any]:
     generation, holder = lease.newest(store)
     if holder is None or holder["released"]:
         return {"state": "free"}
-    written_s = store.stat(lease.name_of(generation)).modified_s
+    written_s = store.stat(layout.lease_name(generation)).modified_s
     silent_s = max(0.0, time.time() - written_s) if written_s is not None else 0.0
     return {
         "state": "silent" if silent_s > holder["ttl_s"] else "held",

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from pia_batch.errors import RequestError
-from pia_batch.journal.log import Journal, Outcomes, name_in
+from pia_batch.journal.layout import animation_name_in
+from pia_batch.journal.log import Journal, Outcomes
 from pia_batch.schema.keys import keys_from_hex
 from pia_batch.storage.object_store import Store
 
@@ -114,7 +115,7 @@ def _several_at_a_time(function: Callable[[T], V], items: Iterable[T]) -> Iterat
 
 
 def _examine(store: Store, row: dict[str, Any], decode: Callable[[bytes, dict[str, Any]], object]) -> Problem | None:
-    name = name_in(row["animation_uri"])
+    name = animation_name_in(row["animation_uri"])
 
     def problem(kind: str, what: str) -> Problem:
         return Problem(row["key"], row["request_id"], row["animation_uri"], name, kind, what)

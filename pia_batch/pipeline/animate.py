@@ -37,7 +37,8 @@ from pia_batch.errors import (
     WorkerCrashError,
     message_of,
 )
-from pia_batch.journal.log import Journal, animation_name
+from pia_batch.journal.layout import animation_name
+from pia_batch.journal.log import Journal
 from pia_batch.media import codecs, images, provenance, quality
 from pia_batch.pipeline.attempts import Control, Turn
 from pia_batch.pipeline.engine_loader import Engine, Engines

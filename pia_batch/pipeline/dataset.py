@@ -13,6 +13,7 @@ import ray.data
 
 from pia_batch.config import RunConfig
 from pia_batch.errors import ManifestError
+from pia_batch.journal import layout
 from pia_batch.manifest import reader, unify
 from pia_batch.pipeline import chain, stages
 from pia_batch.pipeline.attempts import Turn
@@ -81,7 +82,7 @@ def animate(
         _check_place_of_files(schema.names, store=store)
     engine_ids = plan.engine_ids_of(config)
     if store:
-        Store(config.output).check()
+        Store(config.output).check(layout.CREATE_ONLY_PROBE)
     if not ray.is_initialized():  # as Ray Data itself would, a moment later
         ray.init()
     folder = _folder(config.manifest)

@@ -11,9 +11,8 @@ import base64
 import hashlib
 import json
 import logging
-import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,17 +22,16 @@ import pyarrow as pa
 
 from pia_batch.config import RunConfig
 from pia_batch.errors import ManifestError, PiaBatchError
+from pia_batch.journal import layout
 from pia_batch.journal.pack_index import Head, Index
 from pia_batch.manifest.files import Contents, ManifestFile, reading
 from pia_batch.manifest.reader import Manifest
 from pia_batch.schema.keys import KEY_BYTES, Keys
 from pia_batch.storage import filesystems, object_store
-from pia_batch.storage.object_store import ObjectInfo, Store
+from pia_batch.storage.object_store import Store
 from pia_batch.storage.uris import redacted_uri
 
 log = logging.getLogger(__name__)
-
-SCANS = "_scans/"
 
 WORTH_ROWS = 10_000
 WORTH_FILES = 10
@@ -46,8 +44,6 @@ of one that counts seconds."""
 
 _CODE = ("config/*.py", "manifest/*.py", "schema/*.py", "planning/scan*.py", "planning/work_classes.py")
 """What makes keys and traits out of rows, this module included: names and patterns beside it."""
-
-_CACHED = re.compile(rf"{SCANS}([0-9a-f]{{32}})/[^/]+\.(?:json|parquet)")
 
 _SCANNED = pa.schema(
     [
@@ -88,7 +84,7 @@ class ScanCache:
     """What earlier scans of one manifest found, with one config. Reading it writes nothing."""
 
     def __init__(self, store: Store, run: RunConfig, engine_ids: Mapping[str, str]) -> None:
-        self._index = Index(store, f"{SCANS}{_identity(run, engine_ids)}/", _SCANNED)
+        self._index = Index(store, layout.scan_cache_folder(_identity(run, engine_ids)), _SCANNED)
         self._head = self._index.head()
         self._entries: dict[tuple[str, str], list[_Entry]] = {}
         for table in self._index.tables(self._head):
@@ -140,20 +136,6 @@ class ScanCache:
                 self._index.extend(self._head, entries)
         except PiaBatchError as err:
             log.warning("scan_not_saved manifest=%s: %s", redacted_uri(found.uri), err)
-
-
-def unused(store: Store) -> Iterator[ObjectInfo]:
-    """What lies in the cache of an output and the last scan to be kept has no use for.
-
-    Scans of another manifest or config are among it; what is deleted of them is scanned again when it is asked for.
-    """
-    caches: dict[str, list[ObjectInfo]] = {}
-    for item in store.list(SCANS):
-        if match := _CACHED.fullmatch(item.name):
-            caches.setdefault(match[1], []).append(item)
-    newest = max(caches, key=lambda name: (max(item.modified_s or 0.0 for item in caches[name]), name), default="")
-    for name, items in sorted(caches.items()):
-        yield from Index(store, f"{SCANS}{name}/", _SCANNED).superseded() if name == newest else items
 
 
 @dataclass(frozen=True)

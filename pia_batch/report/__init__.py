@@ -19,8 +19,9 @@ from typing import Any
 import pyarrow as pa
 
 from pia_batch.errors import ConfigError, StorageError
+from pia_batch.journal import layout
 from pia_batch.journal import results as publication
-from pia_batch.journal.log import RESULTS, Journal
+from pia_batch.journal.log import Journal
 from pia_batch.media.codecs import CODECS
 from pia_batch.report import page, results
 from pia_batch.report.facts import REMEDIES, Facts, again_config
@@ -98,8 +99,8 @@ def write(store: Store, run_id: str | None = None, options: Options | None = Non
     options = options or Options()
     run_id = _published(store, run_id)
     tally, sample = results.Tally(run_id), results.Sample(options.max_results)
-    for part in _json_object(store, f"{RESULTS}{run_id}/_SUCCESS.json")["parts"]:
-        rows = results.read_part(store, f"{RESULTS}{run_id}/{part['name']}")
+    for part in _json_object(store, layout.success_marker(run_id))["parts"]:
+        rows = results.read_part(store, f"{layout.results_folder(run_id)}/{part['name']}")
         tally.add(rows)
         sample.add(rows)
     return _write(store, tally, sample, options, path)
@@ -153,7 +154,7 @@ def _write(
     reload_s: float | None = None,
 ) -> Report:
     """Render a page and put it where it belongs."""
-    name = f"_runs/{tally.run_id}/report.html"
+    name = layout.report_name(tally.run_id)
     uri = path.absolute().as_uri() if path else store.uri_of(name)
     shown = sample.rows()
     data = _render(store, tally, shown, uri, options, reload_s).encode()
@@ -178,9 +179,9 @@ def _published(store: Store, run_id: str | None) -> str:
             raise ConfigError(msg)
         return str(newest["run_id"])
     if not publication.is_published(store, run_id):
-        names = (item.name.split("/") for item in store.list(RESULTS) if item.name.endswith("/_SUCCESS.json"))
-        known = ", ".join(sorted(parts[-2] for parts in names)) or "none"
-        msg = f"run {run_id!r} has no complete results below {store.uri}; those that have: {known}"
+        names = {item.name: layout.results_run_id(item.name) for item in store.list(layout.RESULTS)}
+        known = ", ".join(sorted(run for name, run in names.items() if run and name == layout.success_marker(run)))
+        msg = f"run {run_id!r} has no complete results below {store.uri}; those that have: {known or 'none'}"
         raise ConfigError(msg)
     return run_id
 
@@ -189,7 +190,7 @@ def _render(
     store: Store, tally: results.Tally, shown: pa.Table, page_uri: str, options: Options, reload_s: float | None
 ) -> str:
     """The page of `shown`; one that a browser loads again while the run goes on, every `reload_s` seconds."""
-    about = _json_object(store, f"_runs/{tally.run_id}/run.json")
+    about = _json_object(store, layout.run_record_name(tally.run_id))
     config = uris.redacted_json(about.get("config") or {})
     places = Places(store.uri, page_uri, str(about.get("folder") or ""), options.media_url, config.get("images"))
     rows = with_media(shown, places)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from pia_batch.config import Format, ImagesConfig
 from pia_batch.errors import ConfigError, RequestError
-from pia_batch.journal import log
+from pia_batch.journal import layout
 from pia_batch.media import codecs, fetch, images
 from pia_batch.schema.columns import SUCCEEDED
 from pia_batch.storage import uris
@@ -68,7 +68,7 @@ class Places:
 
     def animation(self, key: str, extension: str) -> str:
         """The reference of an animation."""
-        name = log.animation_name(key, extension)
+        name = layout.animation_name(key, extension)
         if self._media_url is not None:
             return f"{self._media_url.rstrip('/')}/{name}"
         return self._relative((*self._output.parts, *name.split("/")))
@@ -178,7 +178,7 @@ def _strip(store: Store, key: str, form: Format, status: str) -> str | None:
     if status != SUCCEEDED or codecs.CODECS[form].player == "video":
         return None
     try:
-        data = store.read(log.animation_name(key, codecs.CODECS[form].extension))
+        data = store.read(layout.animation_name(key, codecs.CODECS[form].extension))
         frames = codecs.decode(data, form)
     except (FileNotFoundError, RequestError):  # `verify` is there to complain
         return None

@@ -246,18 +246,20 @@ class Store:
         except (PreconditionError, FileNotFoundError):
             raise StorageError(_changed(self.uri_of(found.name))) from None
 
-    def check(self) -> None:
+    def check(self, probe: str) -> None:
         """Make sure that this store can be written, and that it refuses to create what exists.
 
-        Leaves one small object, `_journal/create-only`, and never writes it twice.
+        Leaves one small object, and never writes it twice.
+
+        Args:
+            probe: the name of that object.
 
         Raises:
             StorageError: not writable, or a store that ignores `If-None-Match` and so could lose finished work.
         """
-        name = "_journal/create-only"
         for _ in range(2):
             try:
-                self.create(name, b"this store creates only where nothing is\n")
+                self.create(probe, b"this store creates only where nothing is\n")
             except ObjectExistsError:
                 return
         msg = (

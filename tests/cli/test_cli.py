@@ -24,8 +24,9 @@ from inputs import png, requests_table
 
 from pia_batch import cli
 from pia_batch.config import EncodingConfig
+from pia_batch.journal.layout import CREATE_ONLY_PROBE, animation_name
 from pia_batch.journal.lease import Lease
-from pia_batch.journal.log import Journal, animation_name
+from pia_batch.journal.log import Journal
 from pia_batch.media import codecs
 from pia_batch.schema.columns import results_table
 from pia_batch.storage.object_store import Store
@@ -155,7 +156,7 @@ def finished_output(store: Store, count: int = 3) -> Journal:
     journal.append(results_table(columns, pa.table({}), count))
     failed = {"key": pa.scalar("f" * 32), "status": pa.scalar("failed"), "error_kind": pa.scalar("timeout")}
     journal.append(results_table(failed, pa.table({}), 1))
-    store.check()
+    store.check(CREATE_ONLY_PROBE)
     return journal
 
 

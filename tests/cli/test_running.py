@@ -17,7 +17,7 @@ from inputs import png, requests_table
 
 from pia_batch import cli
 from pia_batch.config import RunConfig
-from pia_batch.journal import log
+from pia_batch.journal import layout
 from pia_batch.journal.lease import Lease
 from pia_batch.journal.log import Journal
 from pia_batch.journal.results import published
@@ -56,12 +56,12 @@ def draw(path: Path, day: str, **settings: Any) -> None:
     due = plan.wanted if plan.chosen is None else plan.chosen
     keys = [f"{high:016x}{low:016x}" for high, low in zip(due.high.tolist(), due.low.tolist(), strict=True)]
     for key in keys:
-        store.replace(log.animation_name(key, "mp4"), b"x")
+        store.replace(layout.animation_name(key, "mp4"), b"x")
     rows: dict[str, Any] = {
         "request_id": pa.array(keys, pa.string()),
         "key": pa.array(keys, pa.string()),
         "status": pa.scalar("succeeded"),
-        "animation_uri": pa.array([store.uri_of(log.animation_name(key, "mp4")) for key in keys]),
+        "animation_uri": pa.array([store.uri_of(layout.animation_name(key, "mp4")) for key in keys]),
         "num_bytes": pa.scalar(1),
         "format": pa.scalar("mp4"),
     }

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pia_batch.errors import StorageError
-from pia_batch.journal import log, pack_index
+from pia_batch.journal import layout, log, pack_index
 from pia_batch.journal.compaction import WORTH_FRAGMENTS, Compactor
 from pia_batch.journal.log import Journal, Outcomes, digest_of
 from pia_batch.schema.keys import keys_to_hex
@@ -59,7 +59,7 @@ def told(outcomes: Outcomes) -> tuple[Any, ...]:
 
 
 def index_of(record: Journal) -> list[Path]:
-    return sorted(Path(record.store.uri.removeprefix("file://"), log.INDEX).glob("*"))
+    return sorted(Path(record.store.uri.removeprefix("file://"), layout.FRAGMENT_INDEX).glob("*"))
 
 
 def without_index(record: Journal) -> Outcomes:
@@ -67,7 +67,7 @@ def without_index(record: Journal) -> Outcomes:
 
     class Hidden(Store):
         def list(self, prefix: str) -> Any:
-            return iter(()) if prefix == log.INDEX else super().list(prefix)
+            return iter(()) if prefix == layout.FRAGMENT_INDEX else super().list(prefix)
 
     return Journal(Hidden(record.store.uri)).outcomes()
 

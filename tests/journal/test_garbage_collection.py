@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from pia_batch.errors import LeaseHeldError, StorageError
-from pia_batch.journal import garbage_collection, log
-from pia_batch.journal.lease import LEASES, name_of
-from pia_batch.journal.log import Journal, animation_name
+from pia_batch.journal import garbage_collection, layout
+from pia_batch.journal.layout import LEASES, animation_name, lease_name
+from pia_batch.journal.log import Journal
 from pia_batch.journal.pack_index import Head, Index
 from pia_batch.journal.results import publish
-from pia_batch.planning import scan_cache
+from pia_batch.journal.rows import INDEXED
 from pia_batch.storage.object_store import Store
 from tests.journal.test_log import SHOP, commit, key, keys, keyset, results
 
@@ -47,13 +47,13 @@ def on() -> None:
 
 
 def test_an_output_without_garbage_has_none_however_old_it_is(record: Journal) -> None:
-    record.store.check()
+    record.store.check(layout.CREATE_ONLY_PROBE)
     commit(record, {1: "succeeded", 2: "failed"})
     publish(record, record.outcomes(), keyset(1, 2), SHOP, "run-1", {})
     record.store.create("_runs/run-1/run.json", b"{}")
     record.store.create("_runs/run-1/report.html", b"")
     for generation in range(1, 4):
-        record.store.create(name_of(generation), b"{}")
+        record.store.create(lease_name(generation), b"{}")
     age(record, 1000)
 
     assert found(record) == {}
@@ -111,11 +111,11 @@ def test_unfinished_files_of_a_local_store_are_found_though_no_listing_shows_the
 
 def test_old_generations_of_the_lease_are_garbage_but_for_the_newest(record: Journal) -> None:
     for generation in range(1, 12):
-        record.store.create(name_of(generation), b"{}")
+        record.store.create(lease_name(generation), b"{}")
     age(record, 30)
-    age(record, 1, name_of(7))
+    age(record, 1, lease_name(7))
 
-    assert found(record) == {"leases": {name_of(generation) for generation in (1, 2, 3, 4, 5, 6, 8)}}
+    assert found(record) == {"leases": {lease_name(generation) for generation in (1, 2, 3, 4, 5, 6, 8)}}
     assert all(name.startswith(LEASES) for name in found(record)["leases"])
 
 
@@ -150,7 +150,7 @@ def test_a_commit_between_the_first_look_and_the_listing_saves_its_animation(rec
         """Another worker commits as soon as the animations are listed."""
 
         def list(self, prefix):
-            if prefix == log.ANIMATIONS:
+            if prefix == layout.ANIMATIONS:
                 record.append(results(record.store, {2: "succeeded"}))
             return super().list(prefix)
 
@@ -186,10 +186,10 @@ def test_what_is_replaced_in_the_index_is_garbage_and_outcomes_stay_without_it(r
 
 def test_scans_are_garbage_but_for_the_last_that_was_kept(record: Journal) -> None:
     for name in ("aa" * 16, "bb" * 16):
-        cache = Index(record.store, f"_scans/{name}/", scan_cache._SCANNED)
+        cache = Index(record.store, layout.scan_cache_folder(name), INDEXED)
         head = Head()
         for _ in range(3):
-            head = cache.extend(head, scan_cache._SCANNED.empty_table())
+            head = cache.extend(head, INDEXED.empty_table())
     record.store.create("_scans/notes.txt", b"mine")
     age(record, 9)
     age(record, 8, f"_scans/{'aa' * 16}/{min((root_of(record) / '_scans' / ('aa' * 16)).iterdir()).name}")
@@ -209,7 +209,7 @@ def make_garbage(record: Journal, put: Callable[[str, bytes], None]) -> Counter[
     for number in range(10, 40):
         put(animation_name(key(number), "gif"), b"orphan")
     for generation in range(1, 6):
-        put(name_of(generation), b"{}")
+        put(lease_name(generation), b"{}")
     put("results/dead/part-00000.parquet", b"x")
     return Counter(animations=30, leases=2, results=1)
 

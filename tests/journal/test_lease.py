@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pia_batch.errors import InterruptedRunError, LeaseHeldError, ObjectExistsError, StorageError
-from pia_batch.journal import lease
+from pia_batch.journal import layout, lease
 from pia_batch.journal.lease import Lease, newest
 from pia_batch.storage.object_store import Store
 
@@ -141,7 +141,7 @@ def test_renewals_write_one_generation_after_the_other(store: Store) -> None:
         until(lambda: newest(store)[0] >= 4)
 
     generation, _ = newest(store)
-    names = sorted(item.name for item in store.list(lease.LEASES))
+    names = sorted(item.name for item in store.list(layout.LEASES))
     assert names == [f"_lease/{k:012d}.json" for k in range(1, generation + 1)]
 
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pia_batch.errors import EncodingError, LeaseHeldError, ObjectExistsError, StorageError
-from pia_batch.journal import log
-from pia_batch.journal.log import Journal, Outcomes, animation_name, digest_of
+from pia_batch.journal import layout, log
+from pia_batch.journal.layout import animation_name
+from pia_batch.journal.log import Journal, Outcomes, digest_of
 from pia_batch.journal.results import Published, publish
 from pia_batch.journal.verify import repair, verify
 from pia_batch.schema.columns import results_table
@@ -137,7 +138,7 @@ def test_a_fragment_reads_back_as_it_was_appended(record: Journal) -> None:
 
 
 def test_other_files_of_the_journal_are_no_fragments(record: Journal) -> None:
-    record.store.check()
+    record.store.check(layout.CREATE_ONLY_PROBE)
 
     assert record.fragments() == []
     assert len(record.outcomes().keys) == 0
@@ -389,7 +390,7 @@ def test_taking_back_the_same_twice_or_nothing_at_all_changes_nothing(record: Jo
     commit(record, {1: "succeeded", 2: "succeeded"})
     seen = record.outcomes()
     record.withdraw(keys(), seen)
-    assert list(record.store.list(log.WITHDRAWALS)) == []
+    assert list(record.store.list(layout.TOMBSTONES)) == []
     record.withdraw(keys(1), seen)
     digest = digest_of(record.outcomes())
 
@@ -412,7 +413,7 @@ def test_a_fragment_that_nobody_had_seen_is_not_taken_back(record: Journal) -> N
 def test_a_damaged_withdrawal_is_named_and_never_skipped(record: Journal) -> None:
     commit(record, {1: "succeeded"})
     record.withdraw(keys(1), record.outcomes())
-    (item,) = record.store.list(log.WITHDRAWALS)
+    (item,) = record.store.list(layout.TOMBSTONES)
     record.store.replace(item.name, record.store.read(item.name)[:-5])
 
     with pytest.raises(StorageError, match=f"{item.name} is damaged"):

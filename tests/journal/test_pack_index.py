@@ -135,7 +135,7 @@ def test_what_others_have_put_there_under_its_right_name_is_left_out(made: Index
 
     assert made.head() == head
     assert rows(made, Head(1, (pack_index.Pack(f"{name}.parquet", 1),))) == []
-    assert "_journal/index/notes.txt" not in {item.name for item in made.superseded()}
+    assert "_journal/index/notes.txt" not in {item.name for item in pack_index.superseded(made._store, made._prefix)}
 
 
 def test_a_pack_of_another_schema_is_left_out(made: Index, store: Store) -> None:
@@ -166,11 +166,11 @@ def test_superseded_are_all_but_the_two_newest_heads_and_their_packs(made: Index
         kept.add(head.packs[0].name)
     listed = {path.name for path in objects(store)}
 
-    gone = {item.name.removeprefix("_journal/index/") for item in made.superseded()}
+    gone = {item.name.removeprefix("_journal/index/") for item in pack_index.superseded(made._store, made._prefix)}
 
     assert len(listed) == 8
     assert len(gone) == 4
     for name in gone:
         store.delete(f"_journal/index/{name}")
     assert [row["name"] for row in rows(made)] == ["a", "b", "c", "d"]
-    assert list(made.superseded()) == []
+    assert list(pack_index.superseded(made._store, made._prefix)) == []

@@ -20,7 +20,7 @@ from inputs import png
 
 from pia_batch import __version__
 from pia_batch.config import FORMATS, Format, RunConfig
-from pia_batch.journal.log import animation_name
+from pia_batch.journal.layout import animation_name
 from pia_batch.manifest.reader import Manifest
 from pia_batch.manifest.validation import check
 from pia_batch.media import codecs, provenance

@@ -22,7 +22,8 @@ from PIL import Image
 
 from pia_batch.config import RunConfig
 from pia_batch.errors import BrokenDeviceError, ConfigError, EncodingError, StorageError
-from pia_batch.journal.log import Journal, animation_name
+from pia_batch.journal.layout import animation_name
+from pia_batch.journal.log import Journal
 from pia_batch.manifest.reader import Manifest
 from pia_batch.media import codecs
 from pia_batch.media.quality import check_animation, measures

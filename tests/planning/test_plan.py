@@ -14,8 +14,7 @@ from inputs import requests_table
 
 from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError, ManifestError
-from pia_batch.journal import log as journal
-from pia_batch.journal import results
+from pia_batch.journal import layout, results
 from pia_batch.journal.log import Journal
 from pia_batch.manifest.files import BATCH_ROWS_WITH_BYTES
 from pia_batch.manifest.reader import Manifest
@@ -326,11 +325,11 @@ def finished(tmp_path: Path) -> Callable[[pa.Table], RunConfig]:
             "request_id": pa.array(keys, pa.string()),
             "key": pa.array(keys, pa.string()),
             "status": pa.scalar("succeeded"),
-            "animation_uri": pa.array([store.uri_of(journal.animation_name(key, "mp4")) for key in keys]),
+            "animation_uri": pa.array([store.uri_of(layout.animation_name(key, "mp4")) for key in keys]),
             "num_bytes": pa.scalar(1),
         }
         for key in keys:
-            store.create(journal.animation_name(key, "mp4"), b"x")
+            store.create(layout.animation_name(key, "mp4"), b"x")
         Journal(store).append(results_table(rows, pa.table({}), len(keys)))
         publish(planning.make(config))
         return config

@@ -41,7 +41,7 @@ from servers import serving
 from pia_batch import cli, report
 from pia_batch.config import EncodingConfig, RunConfig
 from pia_batch.errors import ConfigError, StorageError
-from pia_batch.journal import log
+from pia_batch.journal import layout, log
 from pia_batch.manifest import validation
 from pia_batch.media import codecs, fetch
 from pia_batch.planning import plan
@@ -126,7 +126,7 @@ def failure(index: int, kind: str, error: str, **columns: Any) -> dict[str, Any]
 
 def publish(store: Store, rows: list[dict[str, Any]], part_rows: int = 100_000, **config: Any) -> Store:
     """What a run leaves behind: result parts, `_SUCCESS.json`, LATEST.json and run.json, but no animations."""
-    folder = f"{log.RESULTS}{RUN}/"
+    folder = f"{layout.RESULTS}{RUN}/"
     parts = []
     for start in range(0, len(rows), part_rows):
         part = pa.Table.from_pylist(rows[start : start + part_rows], RESULT)
@@ -147,7 +147,7 @@ def publish(store: Store, rows: list[dict[str, Any]], part_rows: int = 100_000, 
         "progress": {"busy": 0.625, "gpu_hours": 0.5, "unit": "GPU hours"},
     }
     store.replace(f"{folder}_SUCCESS.json", log.to_json({"run_id": RUN, "parts": parts, "requests": len(rows)}))
-    store.replace(log.LATEST, log.to_json({"run_id": RUN, "digest": ""}))
+    store.replace(layout.LATEST_RESULTS, log.to_json({"run_id": RUN, "digest": ""}))
     store.replace(f"_runs/{RUN}/run.json", log.to_json(about))
     return store
 
@@ -253,7 +253,7 @@ def test_sizes_are_for_people(num_bytes: float, text: str) -> None:
 
 def test_parts_are_read_one_by_one_and_older_ones_may_lack_columns(store: Store) -> None:
     publish(store, [result(k) for k in range(25)], part_rows=10)
-    name = f"{log.RESULTS}{RUN}/part-00001.parquet"
+    name = f"{layout.RESULTS}{RUN}/part-00001.parquet"
     part = pq.read_table(pa.BufferReader(store.read(name)))
     store.replace(name, log.to_parquet(part.drop_columns(["eta", "motion"])))
 
@@ -305,7 +305,7 @@ def test_damaged_results_are_named(store: Store) -> None:
     store.replace(f"_runs/{RUN}/run.json", b"{")
     with pytest.raises(StorageError, match=r"run\.json is damaged"):
         report.write(store)
-    store.replace(f"{log.RESULTS}{RUN}/part-00000.parquet", b"PAR1 and no more")
+    store.replace(f"{layout.RESULTS}{RUN}/part-00000.parquet", b"PAR1 and no more")
     with pytest.raises(StorageError, match=r"part-00000\.parquet are damaged"):
         report.write(store)
 
@@ -493,7 +493,7 @@ def test_a_page_elsewhere_needs_the_address_of_its_media(tmp_path: Path) -> None
 
 def store_clip(store: Store, row: dict[str, Any], seed: int = 0) -> None:
     data = codecs.encode(frames(seed), row["format"], row["fps"], EncodingConfig())
-    store.replace(log.animation_name(row["key"], codecs.CODECS[row["format"]].extension), data)
+    store.replace(layout.animation_name(row["key"], codecs.CODECS[row["format"]].extension), data)
 
 
 def picture_in(data_uri: str) -> Image.Image:
@@ -951,7 +951,7 @@ def inspected(page: Page) -> Path:
 @pytest.mark.parametrize("index", [0, 3])
 def test_the_file_of_a_result_can_be_inspected(site: Site, visit: Callable[..., Visit], index: int) -> None:
     row = site.rows[index]
-    name = log.animation_name(row["key"], codecs.CODECS[row["format"]].extension)
+    name = layout.animation_name(row["key"], codecs.CODECS[row["format"]].extension)
     assert inspected(visit().open(f"{site.uri}#id={row['request_id']}")) == site.folder / "out" / name
 
 
@@ -1088,7 +1088,7 @@ def test_what_is_missing_says_so(site: Site, visit: Callable[..., Visit]) -> Non
     page = window.open(f"{site.uri}#q=gone.png")
     page.get_by_text("image not reachable from this page").wait_for()
     (site.folder / "aside").mkdir()
-    clip = site.folder / "out" / log.animation_name(site.rows[5]["key"], "mp4")
+    clip = site.folder / "out" / layout.animation_name(site.rows[5]["key"], "mp4")
     moved = clip.rename(site.folder / "aside" / clip.name)
     page.get_by_label("Search").fill("r00005")
     page.locator("#grid").scroll_into_view_if_needed()

@@ -140,8 +140,8 @@ def test_a_store_pickles_also_after_use(any_store: Store) -> None:
 
 
 def test_check_accepts_a_store_that_creates_only_where_nothing_is(any_store: Store) -> None:
-    any_store.check()
-    any_store.check()
+    any_store.check("_journal/create-only")
+    any_store.check("_journal/create-only")
 
     assert [item.name for item in any_store.list("")] == ["_journal/create-only"]
 
@@ -241,7 +241,7 @@ def test_a_store_that_ignores_if_none_match_is_refused_by_name(
     _point_clients_at(monkeypatch, careless_server)
 
     with pytest.raises(StorageError, match=r"s3://bucket/out ignores conditional creation.*use a store that honours"):
-        Store("s3://bucket/out").check()
+        Store("s3://bucket/out").check("_journal/create-only")
 
 
 @pytest.mark.s3

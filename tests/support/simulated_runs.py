@@ -15,7 +15,7 @@ from simulation import FaultyStore, Mutex, Process, World
 
 from pia_batch.config import RunConfig
 from pia_batch.errors import InterruptedRunError, LeaseHeldError
-from pia_batch.journal import results
+from pia_batch.journal import layout, results
 from pia_batch.journal.lease import Lease
 from pia_batch.journal.log import Journal
 from pia_batch.pipeline import stages
@@ -284,13 +284,13 @@ class Driver(Process):
 
     def carry_out(self, plan: Plan) -> None:
         store = self.around.store(self)
-        store.check()
+        store.check(layout.CREATE_ONLY_PROBE)
         with ExitStack() as stack:
             lease = Lease(store, self.run_id, LEASE_S, clock=lambda: self.world.now, sleep=self.sleep)
             if self.leased:
                 stack.enter_context(lease)
             record = Journal(store)
-            store.replace(f"_runs/{self.run_id}/run.json", b"{}\n")
+            store.replace(layout.run_record_name(self.run_id), b"{}\n")
             for rejected in plan.rejections_to_commit(self.run_id):
                 record.append(rejected)
             if plan.num_pending:

@@ -1,0 +1,138 @@
+"""Layout of an output: the name of every object below it, and the patterns by which this package recognizes its own.
+
+    animations/<key[:2]>/<key>.<extension>     one object per animation
+    results/<run_id>/part-<number>.parquet     one row per request of that run's manifest
+    results/<run_id>/_SUCCESS.json             written last: the results of the run are complete
+    results/LATEST.json                        points at the newest complete results
+    _journal/<hash>.parquet                    the fragments of the commit log
+    _journal/index/                            packs of fragments, see `pack_index`
+    _journal/create-only                       probe: the store creates an object only where none exists
+    _withdrawn/<hash>.parquet                  tombstones: rows of fragments that no longer count
+    _scans/<identity>/                         packs of scanned manifest files, see `planning.scan_cache`
+    _runs/<run_id>/run.json, report.html       the record and the page of a run
+    _runs/doctor.json                          probe of `pia-batch doctor`, deleted again
+    _lease/<generation>.json                   the lease of the output
+
+Names are relative to the output's URI. Readers such as Spark, DuckDB and pyarrow skip names that begin with `_`.
+"""
+
+from __future__ import annotations
+
+import re
+
+ANIMATIONS = "animations/"
+RESULTS = "results/"
+LATEST_RESULTS = f"{RESULTS}LATEST.json"
+FRAGMENTS = "_journal/"
+FRAGMENT_INDEX = f"{FRAGMENTS}index/"
+CREATE_ONLY_PROBE = f"{FRAGMENTS}create-only"
+TOMBSTONES = "_withdrawn/"
+SCAN_CACHES = "_scans/"
+RUNS = "_runs/"
+DOCTOR_PROBE = f"{RUNS}doctor.json"
+LEASES = "_lease/"
+
+PREFIXES = (ANIMATIONS, RESULTS, FRAGMENTS, TOMBSTONES, LEASES, SCAN_CACHES, RUNS)
+"""Every prefix to which this package writes; together they hold everything that it stores."""
+
+RUN_PREFIXES = (FRAGMENTS, RUNS, LEASES)
+"""The prefixes that hold objects as soon as any run has begun."""
+
+RUN_ID = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""Pattern of a run id: the name of a folder on every store."""
+
+_ANIMATION = re.compile(rf"{ANIMATIONS}([0-9a-f]{{2}})/(\1[0-9a-f]{{30}})\.[a-z0-9]+")
+_FRAGMENT = re.compile(rf"{FRAGMENTS}[^/]+\.parquet")
+_LEASE = re.compile(rf"{LEASES}([0-9]{{12}})\.json")
+_RESULT = re.compile(rf"{RESULTS}({RUN_ID})/[^/]+")
+_RUN_RECORD = re.compile(rf"{RUNS}[^/]+/run\.json")
+_SCAN_CACHE = re.compile(rf"{SCAN_CACHES}([0-9a-f]{{32}})/[^/]+\.(?:json|parquet)")
+
+
+def animation_name(key: str, extension: str) -> str:
+    """Return the name of the animation of a key; the key is hexadecimal, so no manifest can choose a path."""
+    return f"{ANIMATIONS}{key[:2]}/{key}.{extension}"
+
+
+def animation_name_in(animation_uri: str) -> str:
+    """Return the name part of an `animation_uri`; its output may have been moved as a whole since it was written."""
+    return ANIMATIONS + "/".join(animation_uri.rsplit("/", 2)[-2:])
+
+
+def animation_key(name: str) -> str | None:
+    """Return the key in the name of an animation, or None for any other object."""
+    match = _ANIMATION.fullmatch(name)
+    return match[2] if match else None
+
+
+def results_folder(run_id: str) -> str:
+    """Return the name of the folder of a run's results, without a final slash."""
+    return f"{RESULTS}{run_id}"
+
+
+def results_part(run_id: str, number: int) -> str:
+    """Return the name of one Parquet file of a run's results."""
+    return f"{results_folder(run_id)}/part-{number:05d}.parquet"
+
+
+def success_marker(run_id: str) -> str:
+    """Return the name of the object that marks the results of a run as complete."""
+    return f"{results_folder(run_id)}/_SUCCESS.json"
+
+
+def results_run_id(name: str) -> str | None:
+    """Return the run id in the name of an object of a results folder, or None for any other object."""
+    match = _RESULT.fullmatch(name)
+    return match[1] if match else None
+
+
+def fragment_name(digest: str) -> str:
+    """Return the name of the fragment with this content hash, in hexadecimal."""
+    return f"{FRAGMENTS}{digest}.parquet"
+
+
+def is_fragment(name: str) -> bool:
+    """Return whether an object is a fragment of the commit log."""
+    return _FRAGMENT.fullmatch(name) is not None
+
+
+def tombstone_name(digest: str) -> str:
+    """Return the name of the tombstone with this content hash, in hexadecimal."""
+    return f"{TOMBSTONES}{digest}.parquet"
+
+
+def scan_cache_folder(identity: str) -> str:
+    """Return the prefix of the scan cache with this identity (32 hexadecimal digits), with its final slash."""
+    return f"{SCAN_CACHES}{identity}/"
+
+
+def scan_cache_identity(name: str) -> str | None:
+    """Return the identity of the scan cache that an object belongs to, or None for any other object."""
+    match = _SCAN_CACHE.fullmatch(name)
+    return match[1] if match else None
+
+
+def run_record_name(run_id: str) -> str:
+    """Return the name of a run's record."""
+    return f"{RUNS}{run_id}/run.json"
+
+
+def is_run_record(name: str) -> bool:
+    """Return whether an object is the record of a run."""
+    return _RUN_RECORD.fullmatch(name) is not None
+
+
+def report_name(run_id: str) -> str:
+    """Return the name of a run's page."""
+    return f"{RUNS}{run_id}/report.html"
+
+
+def lease_name(generation: int) -> str:
+    """Return the name of a generation of the lease."""
+    return f"{LEASES}{generation:012d}.json"
+
+
+def lease_generation(name: str) -> int | None:
+    """Return the generation in the name of a lease, or None for any other object."""
+    match = _LEASE.fullmatch(name)
+    return int(match[1]) if match else None
