@@ -274,7 +274,7 @@ def _cpu_seconds() -> dict[str, float]:
 
 _KINDS = {
     "ray::MapWorker(MapBatches(Animate))": "engines",
-    "ray::Ledger": "ledger",
+    "ray::AttemptTracker": "attempt tracker",
     "ray::": "tasks",
     "raylet": "raylet",
     "gcs_server": "gcs",

@@ -1,8 +1,8 @@
 """What a run may spend, and what it has spent: the limits of `budget` and `limits.max_failed`, while it draws.
 
 Engines cost whether they draw or wait, so that the hours of a run are those during which its engines are alive. Each of
-them says so every PULSE_S seconds by a thread of its own, and the ledger adds them up; after its last word an engine
-counts for as long as another word could take.
+them says so every HEARTBEAT_S seconds by a thread of its own, and the attempt tracker adds them up; after its last word
+an engine counts for as long as another word could take.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A chain that runs: it is pulled, its ledger is asked how far it is, and it is ended where it must be.
+"""A chain that runs: it is pulled, its tracker is asked how far it is, and it is ended where it must be.
 
-Knows the chain as an iterator, and the ledger of its engines; nothing of Ray Data.
+Knows the chain as an iterator, and the tracker of its engines; nothing of Ray Data.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from pia_batch.driver.progress import Progress
 from pia_batch.errors import InterruptedRunError, LeaseHeldError, PiaBatchError, StorageError
 from pia_batch.journal.lease import Lease
 from pia_batch.pipeline import worker_errors
-from pia_batch.pipeline.attempts import Work
+from pia_batch.pipeline.attempts import EngineActivity
 
 log = logging.getLogger(__name__)
 
 _ASK_S, _LEAST_S = 0.5, 0.1
-"""Seconds between two questions to the ledger: the first, or sooner where the chain moves, but not below the second."""
+"""Seconds between two questions to the tracker: the first, or sooner where the chain moves, but not below the
+second."""
 
 _TELL_S = 30.0
 """Seconds without an outcome after which a run looks whether it has engines at all."""
 
 
-class RunLedger(Protocol):
-    """What the driver asks of the run's ledger: methods of `cluster.RemoteControl`."""
+class RunAttempts(Protocol):
+    """What the driver asks of the run's tracker: methods of `attempts_actor.RemoteAttemptControl`."""
 
     def stop(self) -> None:
         """Let nothing begin any more."""
 
-    def work(self) -> Work:
+    def activity(self) -> EngineActivity:
         """What all engines have come to."""
 
 
@@ -68,19 +69,21 @@ class Watch:
 
     def spent(self) -> Stopped | None:
         """The limit that ends the run now, if one does."""
-        work = self.progress.work
-        return self.budget.reached(self.failed_before + self.progress.failed, 0.0 if work is None else work.seconds)
+        activity = self.progress.activity
+        return self.budget.reached(
+            self.failed_before + self.progress.failed, 0.0 if activity is None else activity.engine_seconds
+        )
 
 
 def draw(
-    chain: Iterable[object], ledger: RunLedger, resources: Callable[[], Mapping[str, float]], watch: Watch
+    chain: Iterable[object], tracker: RunAttempts, resources: Callable[[], Mapping[str, float]], watch: Watch
 ) -> Stopped | None:
     """Pull a chain to its end, or until `watch` says stop. What is counted is committed.
 
     Args:
-        chain: what it gives is not looked at: the ledger hears of each batch when it is committed, and the chain of a
+        chain: what it gives is not looked at: the tracker hears of each batch when it is committed, and the chain of a
             task's batches when the last of them is.
-        ledger: its ledger.
+        tracker: its tracker.
         resources: what the cluster has by now.
         watch: counts, and decides.
 
@@ -98,16 +101,16 @@ def draw(
     try:
         while not watch.must_stop and stopped is None:
             ended = pulled.wait()
-            work = ledger.work()
-            watch.progress.hear(work)
+            activity = tracker.activity()
+            watch.progress.hear(activity)
             watch.on_progress(watch.progress)
-            watchman.see(work)
+            watchman.see(activity)
             if ended:
                 return None
             stopped = watch.spent()
         if stopped is not None:
             log.info("stopping why=%s", stopped.why)
-        watch.progress.hear(_drained(ledger, watch.config.limits.stop_grace_s))
+        watch.progress.hear(_drained(tracker, watch.config.limits.stop_grace_s))
         if stopped is not None:
             return stopped
     finally:
@@ -128,27 +131,27 @@ class _Watchman:
         self._ended = 0
         self._moved_at = self._told_at = time.monotonic()
 
-    def see(self, work: Work) -> None:
+    def see(self, activity: EngineActivity) -> None:
         """Look at what the engines have come to.
 
         Raises:
             InterruptedRunError: enough requests in a row failed for their worker's sake, or the run waited enough.
         """
-        tally = work.tally
-        if tally.crashes >= self._max_crashes:
+        outcomes = activity.outcomes
+        if outcomes.worker_failures >= self._max_crashes:
             msg = (
-                f"{tally.crashes} requests in a row failed for their worker's sake (limits.max_crashes), the last "
-                f"one because {tally.crash}; look at the workers' logs and devices. What was finished is "
-                "committed. Start again to go on, with --retry-failed to try these again"
+                f"{outcomes.worker_failures} requests in a row failed because of their worker (limits.max_crashes). "
+                f"Last error: {outcomes.last_worker_failure}. Look at the workers' logs and devices. "
+                "What was finished is committed. Start again to go on, with --retry-failed to try these again"
             )
             raise InterruptedRunError(msg)
-        now, ended = time.monotonic(), tally.succeeded + tally.failures.total()
+        now, ended = time.monotonic(), outcomes.succeeded + outcomes.failures.total()
         if ended != self._ended:
             self._ended, self._moved_at, self._told_at = ended, now, now
         if now - self._told_at < min(_TELL_S, self._place.wait_s):
             return
         self._told_at = now
-        if work.in_flight:
+        if activity.in_flight:
             self._moved_at = now
             return
         waited = now - self._moved_at
@@ -202,14 +205,14 @@ class _Pulled:
         self._moved.set()
 
 
-def _drained(ledger: RunLedger, grace_s: float) -> Work:
+def _drained(tracker: RunAttempts, grace_s: float) -> EngineActivity:
     """Let no batch begin, and wait for those in flight to be committed; what all have come to then."""
-    ledger.stop()
+    tracker.stop()
     deadline = time.monotonic() + grace_s
-    while (work := ledger.work()).in_flight and time.monotonic() < deadline:
-        log.info("stopping requests_in_flight=%d", work.in_flight)
+    while (activity := tracker.activity()).in_flight and time.monotonic() < deadline:
+        log.info("stopping requests_in_flight=%d", activity.in_flight)
         time.sleep(0.3)
-    return work
+    return activity
 
 
 def _for_the_operator(err: BaseException) -> BaseException:

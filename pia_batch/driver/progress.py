@@ -1,4 +1,4 @@
-"""How far a run is: as its ledger counts, told as one `Snapshot` to people, logs, run.json and programs."""
+"""How far a run is: as its tracker counts, told as one `Snapshot` to people, logs, run.json and programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pia_batch.config import RunConfig
 from pia_batch.driver.budget import gpu_hours, unit
-from pia_batch.pipeline.attempts import PULSE_S, Tally, Work
+from pia_batch.pipeline.attempts import HEARTBEAT_S, EngineActivity, OutcomeCounts
 from pia_batch.pipeline.metrics import RayMeter
 from pia_batch.storage.uris import redacted_uri
 
@@ -70,8 +70,8 @@ class _Mark:
     at: float
     succeeded: int
     computed: int
-    heard_seconds: float
-    drawn_seconds: float
+    reported_seconds: float
+    generating_seconds: float
 
 
 @dataclass
@@ -86,10 +86,10 @@ class Progress:
     """Finished by earlier runs, or rejected."""
     now: Callable[[], float] = time.monotonic
     phase: Phase = "starting"
-    work: Work | None = None
+    activity: EngineActivity | None = None
     """What the engines have come to; None: nobody has asked yet."""
-    _before: Tally = field(default_factory=Tally)
-    """What ledgers had counted whose process died."""
+    _before: OutcomeCounts = field(default_factory=OutcomeCounts)
+    """What trackers had counted whose process died."""
 
     def __post_init__(self) -> None:
         self._started = self.now()
@@ -99,17 +99,17 @@ class Progress:
     @property
     def succeeded(self) -> int:
         """Requests that this run drew."""
-        return self._before.succeeded + self._tally.succeeded
+        return self._before.succeeded + self._outcomes.succeeded
 
     @property
     def failures(self) -> Counter[str]:
         """Failed requests of this run by error kind."""
-        return self._before.failures + self._tally.failures
+        return self._before.failures + self._outcomes.failures
 
     @property
     def newest(self) -> str | None:
         """The URI of the animation that was committed last."""
-        return self._tally.newest or self._before.newest
+        return self._outcomes.newest or self._before.newest
 
     @property
     def failed(self) -> int:
@@ -153,12 +153,12 @@ class Progress:
         if phase not in ("starting", "drawing") and self._ended is None:
             self._ended = self.now()
 
-    def hear(self, work: Work) -> None:
-        """Note what the engines have come to, and every PULSE_S how far the run was then."""
-        if self.work is not None and self.work.ledger != work.ledger:
-            self._before = Tally(self.succeeded, self.failures, self.newest)
-        self.work = work
-        if self._marks and self.now() - self._marks[-1].at < PULSE_S:
+    def hear(self, activity: EngineActivity) -> None:
+        """Note what the engines have come to, and every HEARTBEAT_S how far the run was then."""
+        if self.activity is not None and self.activity.tracker_id != activity.tracker_id:
+            self._before = OutcomeCounts(self.succeeded, self.failures, self.newest)
+        self.activity = activity
+        if self._marks and self.now() - self._marks[-1].at < HEARTBEAT_S:
             return
         self._marks.append(self._mark())
         while len(self._marks) > 1 and self._is_old(self._marks[1]):
@@ -166,9 +166,9 @@ class Progress:
 
     def snapshot(self) -> Snapshot:
         """All of it, at this moment."""
-        work, hours, price = self.work, None, self.config.budget.price_per_hour
-        if work is not None:
-            hours = round(gpu_hours(self.config, work.seconds), 6)
+        activity, hours, price = self.activity, None, self.config.budget.price_per_hour
+        if activity is not None:
+            hours = round(gpu_hours(self.config, activity.engine_seconds), 6)
         return Snapshot(
             run_id=self.run_id,
             phase=self.phase,
@@ -183,9 +183,9 @@ class Progress:
             clips_per_second=round(self.clips_per_second, 4),
             recent_clips_per_second=_rounded(self.recent_clips_per_second),
             seconds_left=_rounded(self.seconds_left, 1),
-            engines=None if work is None else work.engines,
-            engines_starting=None if work is None else work.starting,
-            busy=_rounded(_share(work.drawn_seconds, work.heard_seconds)) if work else None,
+            engines=None if activity is None else activity.engines,
+            engines_starting=None if activity is None else activity.starting,
+            busy=_rounded(_share(activity.generating_seconds, activity.reported_seconds)) if activity else None,
             recent_busy=_rounded(self._recent_busy()),
             unit=unit(self.config),
             gpu_hours=hours,
@@ -194,11 +194,13 @@ class Progress:
         )
 
     @property
-    def _tally(self) -> Tally:
-        return Tally() if self.work is None else self.work.tally
+    def _outcomes(self) -> OutcomeCounts:
+        return OutcomeCounts() if self.activity is None else self.activity.outcomes
 
     def _mark(self) -> _Mark:
-        heard, drawn = (0.0, 0.0) if self.work is None else (self.work.heard_seconds, self.work.drawn_seconds)
+        heard, drawn = (
+            (0.0, 0.0) if self.activity is None else (self.activity.reported_seconds, self.activity.generating_seconds)
+        )
         at = self.now() if self._ended is None else self._ended
         return _Mark(at, self.succeeded, self.computed, heard, drawn)
 
@@ -218,7 +220,9 @@ class Progress:
         if not self._marks:
             return None
         first, last = self._marks[0], self._marks[-1]
-        return _share(last.drawn_seconds - first.drawn_seconds, last.heard_seconds - first.heard_seconds)
+        return _share(
+            last.generating_seconds - first.generating_seconds, last.reported_seconds - first.reported_seconds
+        )
 
 
 class Gauges:

@@ -26,7 +26,7 @@ from pia_batch.journal import layout, results
 from pia_batch.journal.compaction import Compactor
 from pia_batch.journal.lease import Lease
 from pia_batch.journal.log import Journal
-from pia_batch.pipeline.attempts_actor import start_ledger
+from pia_batch.pipeline.attempts_actor import start_attempt_tracker
 from pia_batch.pipeline.chain import LoadEngines, chain
 from pia_batch.planning import plan as planning
 from pia_batch.planning.plan import Plan, Retry
@@ -159,19 +159,19 @@ def _work(plan: Plan, run_id: str, record: Record, watch: Watch, load_engines: L
 
 def _draw(plan: Plan, run_id: str, record: Record, watch: Watch, load_engines: LoadEngines | None) -> Stopped | None:
     """Run the chain; the limit that ended it, if one did."""
-    ledger = start_ledger(plan.config.limits.max_attempts)
-    chained = chain(plan, run_id, ledger, load_engines)
+    tracker = start_attempt_tracker(plan.config.limits.max_attempts)
+    chained = chain(plan, run_id, tracker, load_engines)
     outcomes = chained.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     watch.progress.enter("drawing")
     try:
         told = watch.also(record.show).also(Gauges().show)
-        return draw(outcomes, ledger, ray.cluster_resources, told)
+        return draw(outcomes, tracker, ray.cluster_resources, told)
     finally:
         ray_cluster.end_execution(chained)
         with suppress(ray.exceptions.RayError):
-            work = ledger.work()
-            watch.progress.hear(work)
-            record.engines(ledger.engines(), work.seconds)
+            activity = tracker.activity()
+            watch.progress.hear(activity)
+            record.engines(tracker.engine_summary(), activity.engine_seconds)
 
 
 def _report(store: Store, summary: RunSummary) -> None:

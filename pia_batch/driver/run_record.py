@@ -142,7 +142,7 @@ class Record:
         self._writer.start()
 
     def engines(self, told: dict[str, Any], seconds: float) -> None:
-        """Note what the ledger knows of the engines at their end, and how long all of them lived."""
+        """Note what the attempt tracker knows of the engines at their end, and how long all of them lived."""
         self.told["engines"] = told
         self._engine_seconds = seconds
 

@@ -1,7 +1,7 @@
 """The last stage: requests with their images to committed animations. Knows nothing of Ray, and imports no torch.
 
 A request that raises, kills its worker, hangs, or eats the memory fails alone. Whoever was in a batch when that ended
-badly is drawn again by itself, and the run's `ledger.Ledger` keeps count across dead workers.
+badly is drawn again by itself, and the run's `attempts.AttemptTracker` keeps count across dead workers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pia_batch.errors import (
 from pia_batch.journal.layout import animation_name
 from pia_batch.journal.log import Journal
 from pia_batch.media import codecs, images, provenance, quality
-from pia_batch.pipeline.attempts import Control, Turn
+from pia_batch.pipeline.attempts import AttemptControl, SoloAttempt
 from pia_batch.pipeline.engine_loader import Engine, Engines
 from pia_batch.pipeline.watchdog import Watchdog, own_bytes
 from pia_batch.schema.columns import EFFECTIVE, FAILED, FETCHED, REQUEST, SETTINGS, SUCCEEDED, Row, results_table
@@ -117,7 +117,7 @@ class Animate:
         engine_ids: Mapping[str, str],
         config: RunConfig,
         run_id: str,
-        control: Control,
+        control: AttemptControl,
         worker: str = "",
         die: Callable[[], None] = lambda: os._exit(1),
         count: Callable[..., None] = lambda *_, **__: None,
@@ -140,7 +140,7 @@ class Animate:
         control.ready(worker, seconds)
 
     @property
-    def drawn_seconds(self) -> float | None:
+    def generating_seconds(self) -> float | None:
         """How long its engines have drawn by now, a batch that is on the device included; None: they still load."""
         if self._drawn is None:
             return None
@@ -191,7 +191,7 @@ class Animate:
                     outcomes += self._finish(requests.slice(index, 1), [row], clips, [turn.attempt])
         return outcomes
 
-    def _blamed(self, turn: Turn, row: Row) -> RequestError | None:
+    def _blamed(self, turn: SoloAttempt, row: Row) -> RequestError | None:
         """Why a request is not drawn again: it was alone when its worker died, as often as the config allows."""
         if turn.died_of is None:
             return None
@@ -255,7 +255,7 @@ class Animate:
         """Count what the device is busy with, and how long it waited before."""
         started = time.monotonic()
         self._count("pia_batch_device_seconds_total", started - self._idle_since, state="idle", device=self._place)
-        before = self.drawn_seconds or 0.0
+        before = self.generating_seconds or 0.0
         self._drawn = before, started
         try:
             yield

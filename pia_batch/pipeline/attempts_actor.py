@@ -1,4 +1,4 @@
-"""The ledger in a process of its own, and how workers and the driver reach it."""
+"""Ray actor that holds the attempt tracker, and the handle through which workers and the driver call it."""
 
 from __future__ import annotations
 
@@ -7,67 +7,67 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pia_batch.pipeline.attempts import Cause, Ledger, Turn, Work
+from pia_batch.pipeline.attempts import AttemptTracker, EngineActivity, ExitCause, SoloAttempt
 from pia_batch.schema.columns import Row
 
 
-class RemoteControl:
-    """`ledger.Control` over the ledger's process; for the driver, what else it asks of it."""
+class RemoteAttemptControl:
+    """`attempts.AttemptControl` by remote calls to the tracker's actor, plus the methods that the driver calls."""
 
-    def __init__(self, ledger: Any) -> None:
-        self.ledger = ledger
+    def __init__(self, tracker: Any) -> None:
+        self.tracker = tracker
 
     def start(self, worker: str) -> int:
-        """As `Ledger.start`."""
-        number: int = ray.get(self.ledger.start.remote(worker))
+        """Call `AttemptTracker.start`."""
+        number: int = ray.get(self.tracker.start.remote(worker))
         return number
 
     def ready(self, worker: str, seconds: float) -> None:
-        """As `Ledger.ready`."""
-        ray.get(self.ledger.ready.remote(worker, seconds))
+        """Call `AttemptTracker.ready`."""
+        ray.get(self.tracker.ready.remote(worker, seconds))
 
-    def engines(self) -> dict[str, Any]:
-        """As `Ledger.engines`."""
-        told: dict[str, Any] = ray.get(self.ledger.engines.remote())
-        return told
+    def engine_summary(self) -> dict[str, Any]:
+        """Call `AttemptTracker.engine_summary`."""
+        summary: dict[str, Any] = ray.get(self.tracker.engine_summary.remote())
+        return summary
 
-    def alive(self, engine: str, seconds: float, drawn_seconds: float | None = None) -> None:
-        """As `Ledger.alive`; nobody waits for it."""
-        self.ledger.alive.remote(engine, seconds, drawn_seconds)
+    def heartbeat(self, engine: str, seconds: float, generating_seconds: float | None = None) -> None:
+        """Call `AttemptTracker.heartbeat` without waiting for it."""
+        self.tracker.heartbeat.remote(engine, seconds, generating_seconds)
 
-    def work(self) -> Work:
-        """As `Ledger.work`."""
-        work: Work = ray.get(self.ledger.work.remote())
-        return work
+    def activity(self) -> EngineActivity:
+        """Call `AttemptTracker.activity`."""
+        activity: EngineActivity = ray.get(self.tracker.activity.remote())
+        return activity
 
     def begin(self, keys: list[str]) -> list[int] | None:
-        """As `Ledger.begin`."""
-        attempts: list[int] | None = ray.get(self.ledger.begin.remote(keys))
+        """Call `AttemptTracker.begin`."""
+        attempts: list[int] | None = ray.get(self.tracker.begin.remote(keys))
         return attempts
 
-    def begin_alone(self, key: str) -> Turn | None:
-        """As `Ledger.begin_alone`."""
-        turn: Turn | None = ray.get(self.ledger.begin_alone.remote(key))
-        return turn
+    def begin_alone(self, key: str) -> SoloAttempt | None:
+        """Call `AttemptTracker.begin_alone`."""
+        solo: SoloAttempt | None = ray.get(self.tracker.begin_alone.remote(key))
+        return solo
 
-    def give_up(self, keys: list[str], cause: Cause) -> None:
-        """As `Ledger.give_up`."""
-        ray.get(self.ledger.give_up.remote(keys, cause), timeout=5)
+    def give_up(self, keys: list[str], cause: ExitCause) -> None:
+        """Call `AttemptTracker.give_up`; wait at most 5 seconds, as the process is about to end."""
+        ray.get(self.tracker.give_up.remote(keys, cause), timeout=5)
 
     def end(self, outcomes: list[Row]) -> None:
-        """As `Ledger.end`."""
-        ray.get(self.ledger.end.remote(outcomes))
+        """Call `AttemptTracker.end`."""
+        ray.get(self.tracker.end.remote(outcomes))
 
     def stop(self) -> None:
-        """As `Ledger.stop`."""
-        ray.get(self.ledger.stop.remote())
+        """Call `AttemptTracker.stop`."""
+        ray.get(self.tracker.stop.remote())
 
 
-def start_ledger(max_attempts: int) -> RemoteControl:
-    """The run's ledger in a process beside the driver's, as long as that machine can hold it.
+def start_attempt_tracker(max_attempts: int) -> RemoteAttemptControl:
+    """Start the run's attempt tracker in a process on the driver's node, if that node has room for it.
 
-    It ends with the run: once nobody has what is returned, or a copy of it, any more.
+    The process ends with the run, once no copy of the returned handle exists any more.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Ledger)
-    return RemoteControl(actor.remote(max_attempts))
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(AttemptTracker)
+    return RemoteAttemptControl(actor.remote(max_attempts))

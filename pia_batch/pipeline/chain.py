@@ -20,8 +20,8 @@ from pia_batch import __version__
 from pia_batch.config import RunConfig
 from pia_batch.pipeline import animate, datasource, stages, worker_errors
 from pia_batch.pipeline import engine_loader as engines
-from pia_batch.pipeline.attempts import Control
-from pia_batch.pipeline.heartbeat import Pulse
+from pia_batch.pipeline.attempts import AttemptControl
+from pia_batch.pipeline.heartbeat import Heartbeat
 from pia_batch.pipeline.metrics import RayMeter
 from pia_batch.planning.capacity import READ_CPUS
 from pia_batch.planning.plan import Plan
@@ -45,7 +45,9 @@ TASK_ROWS, TASK_BYTES = 64, 32 * 2**20
 LoadEngines = Callable[[], engines.Engines]
 
 
-def chain(plan: Plan, run_id: str, control: Control, load_engines: LoadEngines | None = None) -> ray.data.Dataset:
+def chain(
+    plan: Plan, run_id: str, control: AttemptControl, load_engines: LoadEngines | None = None
+) -> ray.data.Dataset:
     """The whole job as a lazy Dataset of `worker.OUTCOME` rows, one for each request that is left to do."""
     config = plan.config
     _own_the_settings()
@@ -147,7 +149,7 @@ class Animate(animate.Animate):
         try:
             worker_errors.show_log()
             worker_errors.check_version(version)
-            Pulse(arguments["control"], lambda: self.drawn_seconds)
+            Heartbeat(arguments["control"], lambda: self.generating_seconds)
             super().__init__(worker=ray.get_runtime_context().get_actor_id() or "", **arguments)
         except Exception as err:  # noqa: BLE001 - every library has its own classes for a device that it cannot use
             self._mistake = worker_errors.explain(err)
@@ -168,7 +170,7 @@ def _own_the_settings() -> None:
     """Ray Data's own defaults would lose rows, or start too little again."""
     context = ray.data.DataContext.get_current()
     context.max_errored_blocks = 0  # anything else reports lost blocks as success
-    context.max_consecutive_actor_init_deaths = 1  # of actors that Ray cannot even make; the ledger counts the others
+    context.max_consecutive_actor_init_deaths = 1  # of actors that Ray cannot even make; the tracker counts the others
     context.execution_no_progress_timeout_s = -1  # _Watchman knows a run that waits from one that is stuck
     context.raise_original_map_exception = True  # or only the text of our own errors would reach the driver
     context.enable_progress_bars = False  # blocks of an operator; ours count requests

@@ -16,8 +16,8 @@ from pia_batch.errors import ManifestError
 from pia_batch.journal import layout
 from pia_batch.manifest import reader, unify
 from pia_batch.pipeline import chain, stages
-from pia_batch.pipeline.attempts import Turn
-from pia_batch.pipeline.attempts_actor import RemoteControl, start_ledger
+from pia_batch.pipeline.attempts import SoloAttempt
+from pia_batch.pipeline.attempts_actor import RemoteAttemptControl, start_attempt_tracker
 from pia_batch.pipeline.chain import LoadEngines
 from pia_batch.planning import plan
 from pia_batch.schema.columns import FAILED, RESULT, Row
@@ -95,7 +95,7 @@ def animate(
         "engine_ids": engine_ids,
         "config": config,
         "run_id": config.run_id or "",
-        "control": _Redrawing(start_ledger(config.limits.max_attempts).ledger),
+        "control": _Redrawing(start_attempt_tracker(config.limits.max_attempts).tracker),
         "store": store,
     }
     fetch = stages.AroundRejected(stages.FetchImages(config.images, folder))
@@ -114,13 +114,13 @@ def _folder(uri: str) -> str:
     return uri.rsplit("/", 1)[0] if PurePosixPath(uri).suffix.lower() in reader.EXTENSIONS else uri
 
 
-class _Redrawing(RemoteControl):
+class _Redrawing(RemoteAttemptControl):
     """Has a request drawn again that was finished before its worker died: its result died with it."""
 
-    def begin_alone(self, key: str) -> Turn | None:
-        """As `Ledger.begin_alone`, but no outcome is at hand."""
+    def begin_alone(self, key: str) -> SoloAttempt | None:
+        """As `AttemptTracker.begin_alone`, but no outcome is at hand."""
         turn = super().begin_alone(key)
-        return turn if turn is None or turn.outcome is None else Turn(turn.attempt)
+        return turn if turn is None or turn.outcome is None else SoloAttempt(turn.attempt)
 
 
 class AnimateRows(chain.Animate):

@@ -1,4 +1,4 @@
-"""The sign of life of an engine's worker: the ledger counts from it how long engines have lived and drawn."""
+"""Heartbeat of an engine's worker, from which the attempt tracker sums up uptime and generating time of engines."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ import uuid
 from collections.abc import Callable
 from typing import Protocol
 
-from pia_batch.pipeline.attempts import PULSE_S
+from pia_batch.pipeline.attempts import HEARTBEAT_S
 
 
-class Signs(Protocol):
-    """What a Pulse needs of the ledger, from wherever that is."""
+class HeartbeatReceiver(Protocol):
+    """The part of the attempt tracker that receives heartbeats, locally or remotely."""
 
-    def alive(self, engine: str, seconds: float, drawn_seconds: float | None) -> None:
-        """As `ledger.Ledger.alive`."""
+    def heartbeat(self, engine: str, seconds: float, generating_seconds: float | None) -> None:
+        """Record a heartbeat, as `attempts.AttemptTracker.heartbeat` does."""
 
 
-class Pulse:
-    """Tells the ledger, for as long as this process lives, that its engine is alive, since when, and how busy.
+class Heartbeat:
+    """Thread that reports uptime and generating time of this process to the tracker for as long as the process lives.
 
     Args:
-        signs: the ledger.
-        drawn_seconds: how long the engine has drawn by now; None: it still loads.
-        wait: for so many seconds.
+        receiver: Attempt tracker that receives the heartbeats.
+        generating_seconds: Function that returns the seconds of generation so far, or None while the engine loads.
+        wait: Function that sleeps for a number of seconds.
     """
 
     def __init__(
         self,
-        signs: Signs,
-        drawn_seconds: Callable[[], float | None] = lambda: None,
+        receiver: HeartbeatReceiver,
+        generating_seconds: Callable[[], float | None] = lambda: None,
         wait: Callable[[float], object] = time.sleep,
     ) -> None:
-        self._signs, self._drawn_seconds, self._wait = signs, drawn_seconds, wait
+        self._receiver, self._generating_seconds, self._wait = receiver, generating_seconds, wait
         self._engine, self._began = uuid.uuid4().hex, time.monotonic()
-        threading.Thread(target=self._beat, name="pulse", daemon=True).start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def _beat(self) -> None:
         while True:
             try:
-                self._signs.alive(self._engine, time.monotonic() - self._began, self._drawn_seconds())
-            except Exception:  # noqa: BLE001 - the ledger ends with the run, and its loss is told by `begin`
+                self._receiver.heartbeat(self._engine, time.monotonic() - self._began, self._generating_seconds())
+            except Exception:  # noqa: BLE001 - the tracker ends with the run; `begin` reports its loss otherwise
                 return
-            self._wait(PULSE_S)
+            self._wait(HEARTBEAT_S)

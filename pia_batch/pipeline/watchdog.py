@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from pia_batch.pipeline.attempts import Cause
+from pia_batch.pipeline.attempts import ExitCause
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Watchdog:
         max_bytes: of `own_bytes`; None: no limit.
     """
 
-    tell: Callable[[list[str], Cause], None]
+    tell: Callable[[list[str], ExitCause], None]
     die: Callable[[], None]
     max_bytes: int | None = None
 
@@ -49,7 +49,7 @@ class Watchdog:
         finally:
             done.set()
 
-    def give_up(self, keys: list[str], cause: Cause) -> None:
+    def give_up(self, keys: list[str], cause: ExitCause) -> None:
         """End this process now."""
         log.error("giving_up cause=%s own_bytes=%d keys=%s", cause, own_bytes(), ",".join(keys))
         try:

@@ -25,7 +25,7 @@ from pia_batch.cli.console import shown_progress
 from pia_batch.config import RunConfig
 from pia_batch.driver.progress import Progress, Snapshot
 from pia_batch.errors import InterruptedRunError
-from pia_batch.pipeline.attempts import Tally, Work
+from pia_batch.pipeline.attempts import EngineActivity, OutcomeCounts
 
 HALF_DONE = Snapshot(
     run_id="nightly-2026-11-22",
@@ -334,8 +334,12 @@ def test_the_last_frame_stays_and_log_lines_stand_above_it(progress: Progress, l
         progress.enter("drawing")
         logging.getLogger("pia_batch").warning("something happened key=1 \x1b[2Jgone")
         show(progress)
-        tally = Tally(9, Counter({"timeout": 1}), "file:///out/x.mp4")
-        progress.hear(Work(engines=1, seconds=3600.0, heard_seconds=3600.0, drawn_seconds=1800.0, tally=tally))
+        tally = OutcomeCounts(9, Counter({"timeout": 1}), "file:///out/x.mp4")
+        progress.hear(
+            EngineActivity(
+                engines=1, engine_seconds=3600.0, reported_seconds=3600.0, generating_seconds=1800.0, outcomes=tally
+            )
+        )
         progress.enter("finished")
         show(progress)
 
@@ -381,7 +385,7 @@ def test_elsewhere_each_phase_and_the_time_between_has_a_line(
     with shown_progress(console=Console(file=io.StringIO())) as show:
         for _ in range(5):
             show(progress)
-        progress.hear(Work(tally=Tally(10, newest="s3://clips/x.mp4")))
+        progress.hear(EngineActivity(outcomes=OutcomeCounts(10, newest="s3://clips/x.mp4")))
         progress.enter("publishing")
         for _ in range(5):
             show(progress)
@@ -395,7 +399,7 @@ def test_elsewhere_each_phase_and_the_time_between_has_a_line(
 def test_programs_get_one_object_a_line(progress: Progress) -> None:
     written = io.StringIO()
     failures = Counter({"[red]\x1b[2J\nkind": 1})
-    progress.hear(Work(tally=Tally(3, failures, f"s3://clips/{'x' * 200}.mp4")))
+    progress.hear(EngineActivity(outcomes=OutcomeCounts(3, failures, f"s3://clips/{'x' * 200}.mp4")))
 
     with shown_progress(as_json=True, console=Console(file=written, width=40)) as show:
         show(progress)

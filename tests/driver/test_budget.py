@@ -11,8 +11,8 @@ import pytest
 from pia_batch.config import BudgetConfig, RunConfig
 from pia_batch.driver import budget
 from pia_batch.driver.budget import Budget
-from pia_batch.pipeline.attempts import PULSE_S, Ledger
-from pia_batch.pipeline.heartbeat import Pulse
+from pia_batch.pipeline.attempts import HEARTBEAT_S, AttemptTracker
+from pia_batch.pipeline.heartbeat import Heartbeat
 
 NOW = datetime(2026, 11, 23, 5, 0, tzinfo=UTC)
 
@@ -76,16 +76,16 @@ def test_what_one_date_has_spent_is_not_there_for_the_next() -> None:
     assert budget.rest_of(BudgetConfig(), 10**9, 10**9) == BudgetConfig()
 
 
-def test_an_engine_tells_the_ledger_that_it_lives() -> None:
-    ledger = Ledger(3)
+def test_an_engine_tells_the_tracker_that_it_lives() -> None:
+    tracker = AttemptTracker(3)
     beats: queue.Queue[float] = queue.Queue()
     go_on: queue.Queue[None] = queue.Queue()
 
     def wait(_: float) -> None:
-        beats.put(ledger.engine_seconds())
+        beats.put(tracker.engine_seconds())
         go_on.get()
 
-    Pulse(ledger, wait=wait)
+    Heartbeat(tracker, wait=wait)
     first = beats.get(timeout=20)
     go_on.put(None)
     second = beats.get(timeout=20)
@@ -95,33 +95,33 @@ def test_an_engine_tells_the_ledger_that_it_lives() -> None:
 
 def test_an_engine_counts_until_its_next_sign_could_come_and_once() -> None:
     now = 50.0
-    ledger = Ledger(3, now=lambda: now)
-    assert ledger.engine_seconds() == 0
+    tracker = AttemptTracker(3, now=lambda: now)
+    assert tracker.engine_seconds() == 0
 
-    ledger.alive("one", 0.0)
+    tracker.heartbeat("one", 0.0)
     now += 0.5
-    assert ledger.engine_seconds() == 0.5
+    assert tracker.engine_seconds() == 0.5
     now += 3600
-    assert ledger.engine_seconds() == PULSE_S
+    assert tracker.engine_seconds() == HEARTBEAT_S
 
-    ledger.alive("another", 100.0)
+    tracker.heartbeat("another", 100.0)
     now += 1
-    ledger.alive("another", 90.0)  # overtaken on its way
-    assert ledger.engine_seconds() == PULSE_S + 101
+    tracker.heartbeat("another", 90.0)  # overtaken on its way
+    assert tracker.engine_seconds() == HEARTBEAT_S + 101
 
 
-def test_a_pulse_ends_with_the_ledger() -> None:
+def test_a_pulse_ends_with_the_tracker() -> None:
     ended: queue.Queue[str] = queue.Queue()
 
     class GoneLedger:
-        def alive(self, engine: str, seconds: float, drawn_seconds: float | None) -> None:
-            ended.put(f"{engine} {seconds} {drawn_seconds}")
+        def heartbeat(self, engine: str, seconds: float, generating_seconds: float | None) -> None:
+            ended.put(f"{engine} {seconds} {generating_seconds}")
             raise ConnectionError
 
     def wait(_: float) -> None:
         ended.put("waits")
 
-    Pulse(GoneLedger(), wait=wait)
+    Heartbeat(GoneLedger(), wait=wait)
 
     assert ended.get(timeout=20) != "waits"
     with pytest.raises(queue.Empty):

@@ -1,4 +1,4 @@
-"""A chain that runs, without Ray: it is an iterator, and the ledger is at hand."""
+"""A chain that runs, without Ray: it is an iterator, and the tracker is at hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KEYS = map(str, itertools.count())
 
 
 class Chain:
-    """Ends requests in the ledger as `worker.Animate` does, and goes on, until `end`, or an error."""
+    """Ends requests in the tracker as `worker.Animate` does, and goes on, until `end`, or an error."""
 
     def __init__(self, control: FakeControl) -> None:
         self._control = control
@@ -76,7 +76,7 @@ class Drawing:
         self.seen.append(progress.done)
 
 
-def test_a_chain_is_pulled_to_its_end_and_what_its_ledger_counted_is_told(store: Store) -> None:
+def test_a_chain_is_pulled_to_its_end_and_what_its_tracker_counted_is_told(store: Store) -> None:
     drawing = Drawing(store)
     drawing.chain.put(("succeeded", "failed"), ("succeeded",), None)
 
@@ -111,15 +111,15 @@ def test_failures_beyond_what_is_tolerated_stop_it_and_what_is_in_flight_is_coun
     drawing.chain.put(None)
     assert (reached.why, reached.exit_code) == ("max_failed", 3)
     assert (drawing.progress.succeeded, drawing.progress.failed) == (2, 2)
-    assert drawing.control.begin(["another"]) is None  # the ledger lets nothing begin
+    assert drawing.control.begin(["another"]) is None  # the tracker lets nothing begin
     assert drawing.control.in_flight() == 0
 
 
 def test_gpu_hours_stop_it(store: Store) -> None:
     drawing = Drawing(store, budget__max_gpu_hours=1)
-    drawing.control.alive("engine", 3500)
+    drawing.control.heartbeat("engine", 3500)
     drawing.chain.put(("succeeded",))
-    later = threading.Timer(0.3, lambda: drawing.control.alive("engine", 3601))
+    later = threading.Timer(0.3, lambda: drawing.control.heartbeat("engine", 3601))
     later.start()
 
     reached = drawing()

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from pia_batch.config import RunConfig
 from pia_batch.driver.progress import RECENT_CLIPS, RECENT_S, Progress, Snapshot
-from pia_batch.pipeline.attempts import PULSE_S, SILENT_S, Ledger, Tally, Work
+from pia_batch.pipeline.attempts import HEARTBEAT_S, HEARTBEAT_TIMEOUT_S, AttemptTracker, EngineActivity, OutcomeCounts
 
 
 @dataclass
 class Run:
-    """A run by a clock of its own, over one ledger."""
+    """A run by a clock of its own, over one tracker."""
 
     total: int = 1000
     before: int = 0
@@ -29,7 +29,7 @@ class Run:
 
     def __post_init__(self) -> None:
         dotted = {"manifest": "m", "output": "o", **self.settings}
-        self.ledger = Ledger(3, now=lambda: self.time)
+        self.tracker = AttemptTracker(3, now=lambda: self.time)
         self.progress = Progress(RunConfig.load(None, dotted), "night", self.total, self.before, now=lambda: self.time)
         self.keys = map(str, itertools.count())
 
@@ -38,23 +38,23 @@ class Run:
         begun, drawn = self.time, 0.0
         clips = self.progress.succeeded
         while self.time < begun + seconds:
-            self.time += PULSE_S
+            self.time += HEARTBEAT_S
             lived = self.time - 5000.0
-            drawn = self.ledger.work().drawn_seconds + PULSE_S * busy
-            self.ledger.alive("one", lived, drawn)
+            drawn = self.tracker.activity().generating_seconds + HEARTBEAT_S * busy
+            self.tracker.heartbeat("one", lived, drawn)
             now = clips + int((self.time - begun) * clips_per_second)
             self.end(now - self.progress.succeeded)
-            self.progress.hear(self.ledger.work())
+            self.progress.hear(self.tracker.activity())
         return self.progress.snapshot()
 
     def end(self, succeeded: int, failures: Mapping[str, int] | None = None, uri: str | None = None) -> None:
-        """Tell the ledger of requests that have ended."""
+        """Tell the tracker of requests that have ended."""
         kinds = [None] * succeeded + list(Counter(failures or {}).elements())
         named = [
             {"key": next(self.keys), "status": "failed" if kind else "succeeded", "error_kind": kind, "error": kind}
             for kind in kinds
         ]
-        self.ledger.end([outcome | {"animation_uri": uri} for outcome in named])
+        self.tracker.end([outcome | {"animation_uri": uri} for outcome in named])
 
 
 def test_before_the_first_result_nothing_is_known_of_the_pace() -> None:
@@ -69,7 +69,7 @@ def test_before_the_first_result_nothing_is_known_of_the_pace() -> None:
 def test_the_time_left_is_that_of_what_was_chosen() -> None:
     run = Run(total=30, before=10)
     run.end(9, {"non_finite": 1}, "s3://bucket/x.mp4")
-    run.progress.hear(run.ledger.work())
+    run.progress.hear(run.tracker.activity())
     run.time += 100
 
     seen = run.progress.snapshot()
@@ -121,7 +121,9 @@ def test_the_clock_stops_when_nothing_is_drawn_any_more() -> None:
 @pytest.mark.parametrize(("gpus", "unit", "hours"), [(0, "engine hours", 2.0), (0.5, "GPU hours", 1.0)])
 def test_what_engines_cost_is_told_in_what_they_are(gpus: float, unit: str, hours: float) -> None:
     run = Run(settings={"placement.num_gpus": gpus, "budget.price_per_hour": 3.0})
-    run.progress.hear(Work(engines=2, starting=1, seconds=7200.0, heard_seconds=7000.0, drawn_seconds=3500.0))
+    run.progress.hear(
+        EngineActivity(engines=2, starting=1, engine_seconds=7200.0, reported_seconds=7000.0, generating_seconds=3500.0)
+    )
 
     seen = run.progress.snapshot()
 
@@ -129,17 +131,17 @@ def test_what_engines_cost_is_told_in_what_they_are(gpus: float, unit: str, hour
     assert (seen.engines, seen.engines_starting, seen.busy) == (2, 1, 0.5)
 
 
-def test_what_a_ledger_counted_stays_when_its_process_dies() -> None:
+def test_what_a_tracker_counted_stays_when_its_process_dies() -> None:
     run = Run()
     run.end(3, {"timeout": 2}, "s3://bucket/x.mp4")
-    run.progress.hear(run.ledger.work())
-    run.ledger = Ledger(3, now=lambda: run.time)
+    run.progress.hear(run.tracker.activity())
+    run.tracker = AttemptTracker(3, now=lambda: run.time)
 
-    run.progress.hear(run.ledger.work())
+    run.progress.hear(run.tracker.activity())
     assert (run.progress.succeeded, run.progress.failures) == (3, {"timeout": 2})
     assert run.progress.newest == "s3://bucket/x.mp4"
     run.end(1, {"timeout": 1}, "s3://bucket/y.mp4")
-    run.progress.hear(run.ledger.work())
+    run.progress.hear(run.tracker.activity())
 
     assert (run.progress.succeeded, run.progress.failures) == (4, {"timeout": 3})
     assert run.progress.newest == "s3://bucket/y.mp4"
@@ -148,27 +150,32 @@ def test_what_a_ledger_counted_stays_when_its_process_dies() -> None:
 def test_marks_are_as_far_apart_as_engines_tell_something() -> None:
     run = Run()
     for _ in range(100):
-        run.progress.hear(run.ledger.work())
-        run.time += PULSE_S / 10
+        run.progress.hear(run.tracker.activity())
+        run.time += HEARTBEAT_S / 10
 
     assert len(run.progress._marks) == 10
 
 
-def test_the_ledger_knows_who_lives_who_loads_and_who_draws() -> None:
+def test_the_tracker_knows_who_lives_who_loads_and_who_draws() -> None:
     now = 0.0
-    ledger = Ledger(3, now=lambda: now)
-    nothing = ledger.work()
-    assert nothing == Work(tally=Tally(), ledger=nothing.ledger)
-    ledger.alive("dies", 100.0, 60.0)
-    now += SILENT_S
-    ledger.alive("loads", 10.0, None)
-    ledger.alive("draws", 30.0, 20.0)
-    ledger.alive("draws", 29.0, 5.0)  # overtaken on its way
+    tracker = AttemptTracker(3, now=lambda: now)
+    nothing = tracker.activity()
+    assert nothing == EngineActivity(outcomes=OutcomeCounts(), tracker_id=nothing.tracker_id)
+    tracker.heartbeat("dies", 100.0, 60.0)
+    now += HEARTBEAT_TIMEOUT_S
+    tracker.heartbeat("loads", 10.0, None)
+    tracker.heartbeat("draws", 30.0, 20.0)
+    tracker.heartbeat("draws", 29.0, 5.0)  # overtaken on its way
 
-    work = ledger.work()
+    activity = tracker.activity()
 
-    assert (work.engines, work.starting, work.heard_seconds, work.drawn_seconds) == (2, 1, 140.0, 80.0)
-    assert work.seconds == ledger.engine_seconds()
+    assert (activity.engines, activity.starting, activity.reported_seconds, activity.generating_seconds) == (
+        2,
+        1,
+        140.0,
+        80.0,
+    )
+    assert activity.engine_seconds == tracker.engine_seconds()
 
 
 STEPS = st.lists(
@@ -176,7 +183,7 @@ STEPS = st.lists(
         st.floats(0, 500),  # seconds that pass
         st.integers(0, 30),  # requests that succeed
         st.dictionaries(st.sampled_from(["non_finite", "timeout", "image_unavailable"]), st.integers(1, 9)),
-        st.booleans(),  # whether the ledger is heard
+        st.booleans(),  # whether the tracker is heard
     ),
     max_size=60,
 )
@@ -192,9 +199,9 @@ def test_whatever_comes_the_figures_add_up(
         run.end(succeeded, failures)
         told += succeeded + sum(failures.values())
         lived = run.time - 5000.0
-        run.ledger.alive("one", lived, lived / 2)
+        run.tracker.heartbeat("one", lived, lived / 2)
         if heard:
-            run.progress.hear(run.ledger.work())
+            run.progress.hear(run.tracker.activity())
 
         seen = run.progress.snapshot()
         assert seen.done == before + seen.succeeded + seen.failed <= before + told
@@ -214,5 +221,5 @@ def test_few_clips_are_not_enough_for_a_recent_pace() -> None:
     run.go_on(RECENT_S * 10, clips_per_second=1.0)
     first = run.progress._marks[0]
 
-    assert run.time - first.at == pytest.approx(RECENT_S, abs=PULSE_S)
+    assert run.time - first.at == pytest.approx(RECENT_S, abs=HEARTBEAT_S)
     assert run.progress.computed - first.computed >= RECENT_CLIPS

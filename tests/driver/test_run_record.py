@@ -19,7 +19,7 @@ from pia_batch.driver.budget import Stopped
 from pia_batch.driver.progress import Progress, Snapshot
 from pia_batch.driver.run_record import SHOW_EVERY_S, Record
 from pia_batch.errors import AccountingError, ConfigError, InterruptedRunError, LeaseHeldError, StorageError
-from pia_batch.pipeline.attempts import Tally, Work
+from pia_batch.pipeline.attempts import EngineActivity, OutcomeCounts
 from pia_batch.planning import plan as planning
 from pia_batch.storage.object_store import Store
 
@@ -78,13 +78,15 @@ def test_a_run_that_goes_on_says_how_far_it_is_and_nothing_of_that_comes_after_i
     config = make_config(requests_table(4))
     record, plan, progress = begun(config, store=SlowStore)
     assert Snapshot.model_validate(run_json(config)["progress"]).done == 0
-    progress.hear(Work(tally=Tally(1, Counter({"non_finite": 1}), "s3://user:hunter2@bucket/clip.mp4")))
+    progress.hear(
+        EngineActivity(outcomes=OutcomeCounts(1, Counter({"non_finite": 1}), "s3://user:hunter2@bucket/clip.mp4"))
+    )
     record.show(progress)  # it was told a moment ago
     assert run_json(config)["progress"]["done"] == 0
 
     record._shown -= SHOW_EVERY_S
     record.show(progress)
-    progress.hear(Work(tally=Tally(3, Counter({"non_finite": 1}))))
+    progress.hear(EngineActivity(outcomes=OutcomeCounts(3, Counter({"non_finite": 1}))))
     progress.enter("finished")
     record.finish(plan.outcomes, "night")
 
@@ -97,7 +99,7 @@ def test_a_run_that_goes_on_says_how_far_it_is_and_nothing_of_that_comes_after_i
 def test_run_json_is_written_again_while_a_run_goes_on(make_config: MakeConfig) -> None:
     config = make_config(requests_table(4))
     record, _, progress = begun(config)
-    progress.hear(Work(tally=Tally(3, newest="file:///out/clip.mp4")))
+    progress.hear(EngineActivity(outcomes=OutcomeCounts(3, newest="file:///out/clip.mp4")))
     record._shown -= SHOW_EVERY_S
 
     record.show(progress)
@@ -110,7 +112,7 @@ def test_a_run_that_finished_says_what_it_came_to_and_what_it_cost(make_config: 
     config = make_config(requests_table(2), budget__price_per_hour=3.0, placement__num_gpus=0.5)
     record, plan, progress = begun(config)
     with record.phase("drawing"):
-        progress.hear(Work(tally=Tally(2)))
+        progress.hear(EngineActivity(outcomes=OutcomeCounts(2)))
     record.engines({"count": 1, "startup_seconds": None}, 1800.0)
 
     told = record.finish(plan.outcomes, "night")
@@ -127,7 +129,7 @@ def test_a_run_that_finished_says_what_it_came_to_and_what_it_cost(make_config: 
 def test_a_run_that_a_limit_stopped_says_which_and_what_is_left(make_config: MakeConfig) -> None:
     config = make_config(requests_table(4))
     record, plan, progress = begun(config)
-    progress.hear(Work(tally=Tally(1)))
+    progress.hear(EngineActivity(outcomes=OutcomeCounts(1)))
 
     told = record.finish(plan.outcomes, "night", Stopped("deadline", "it is time", 4), left=3)
 
@@ -149,7 +151,7 @@ def test_a_run_that_a_limit_stopped_says_which_and_what_is_left(make_config: Mak
 def test_a_run_that_ends_by_an_error_says_so(make_config: MakeConfig, error: Exception, why: str, code: int) -> None:
     config = make_config(requests_table(4))
     record, _, progress = begun(config)
-    progress.hear(Work(tally=Tally(1)))
+    progress.hear(EngineActivity(outcomes=OutcomeCounts(1)))
 
     record.fail(error)
 

@@ -157,20 +157,20 @@ def test_seconds_on_the_device_are_counted_while_they_pass(make_config: MakeConf
 
         def animate(self, shots: Sequence[Any]) -> list[FakeClip]:
             clips = super().animate(shots)
-            self.during = [animator.drawn_seconds]
+            self.during = [animator.generating_seconds]
             return clips
 
     config = make_config(requests_table(2, format=["gif"] * 2))
     engine = WatchedEngine(seconds=0.05)
     animator = stage(config, engine)
-    assert Animate.drawn_seconds.fget(Animate.__new__(Animate)) is None  # its engine still loads
-    assert animator.drawn_seconds == 0
+    assert Animate.generating_seconds.fget(Animate.__new__(Animate)) is None  # its engine still loads
+    assert animator.generating_seconds == 0
 
     animator(fetched(config))
 
-    drawn = animator.drawn_seconds
+    drawn = animator.generating_seconds
     assert 0.05 <= engine.during[0] <= drawn
-    assert animator.drawn_seconds == drawn  # nothing is on the device any more
+    assert animator.generating_seconds == drawn  # nothing is on the device any more
 
 
 def test_carried_columns_come_out_as_they_went_in(make_config: MakeConfig) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pia_batch.pipeline.attempts import Ledger, Turn
+from pia_batch.pipeline.attempts import AttemptTracker, SoloAttempt
 
 
 def done(*keys: str) -> list[dict[str, str | None]]:
@@ -16,46 +16,46 @@ def failed(key: str, kind: str) -> dict[str, str | None]:
 
 
 def test_a_batch_of_a_task_that_comes_again_is_handed_back_and_not_drawn_again() -> None:
-    ledger = Ledger(3)
+    tracker = AttemptTracker(3)
 
-    assert ledger.begin(["a", "b"]) == [1, 1]
-    assert ledger.in_flight() == 2
-    ledger.end(done("a", "b"))
-    assert ledger.in_flight() == 0
-    assert ledger.begin(["c", "d"]) == [1, 1]  # the next batch of the task, and its worker dies
+    assert tracker.begin(["a", "b"]) == [1, 1]
+    assert tracker.in_flight() == 2
+    tracker.end(done("a", "b"))
+    assert tracker.in_flight() == 0
+    assert tracker.begin(["c", "d"]) == [1, 1]  # the next batch of the task, and its worker dies
 
-    assert ledger.begin(["a", "b"]) == [2, 2]
-    assert [ledger.begin_alone(key).outcome for key in "ab"] == done("a", "b")
-    assert ledger.begin(["c", "d"]) == [2, 2]
-    assert ledger.begin(["e", "f"]) == [1, 1]
-    assert ledger.in_flight() == 4
+    assert tracker.begin(["a", "b"]) == [2, 2]
+    assert [tracker.begin_alone(key).outcome for key in "ab"] == done("a", "b")
+    assert tracker.begin(["c", "d"]) == [2, 2]
+    assert tracker.begin(["e", "f"]) == [1, 1]
+    assert tracker.in_flight() == 4
 
 
 def test_the_oldest_outcomes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pia_batch.pipeline.attempts.REMEMBERED", 2)
-    ledger = Ledger(3)
+    monkeypatch.setattr("pia_batch.pipeline.attempts.MAX_REMEMBERED", 2)
+    tracker = AttemptTracker(3)
     for key in "abc":
-        ledger.begin([key])
-        ledger.end(done(key))
+        tracker.begin([key])
+        tracker.end(done(key))
 
-    assert [ledger.begin([key]) for key in "abc"] == [[1], [2], [2]]
+    assert [tracker.begin([key]) for key in "abc"] == [[1], [2], [2]]
 
 
 def test_each_request_that_ended_is_counted_once() -> None:
-    ledger = Ledger(3)
-    ledger.begin(["a", "b", "c"])
-    ledger.end([*done("a", "b"), failed("c", "non_finite")])
-    ledger.end(done("a"))  # by a worker that was taken for dead
+    tracker = AttemptTracker(3)
+    tracker.begin(["a", "b", "c"])
+    tracker.end([*done("a", "b"), failed("c", "non_finite")])
+    tracker.end(done("a"))  # by a worker that was taken for dead
 
-    told = ledger.work()
-    assert (told.in_flight, told.tally.succeeded, told.tally.failures) == (0, 2, {"non_finite": 1})
-    assert told.tally.newest == "b.mp4"
-    ledger.end([failed("d", "timeout")])
-    assert told.tally.failures.total() == 1  # what was told does not change
+    told = tracker.activity()
+    assert (told.in_flight, told.outcomes.succeeded, told.outcomes.failures) == (0, 2, {"non_finite": 1})
+    assert told.outcomes.newest == "b.mp4"
+    tracker.end([failed("d", "timeout")])
+    assert told.outcomes.failures.total() == 1  # what was told does not change
 
 
 def test_requests_in_a_row_that_fail_for_their_workers_sake_are_counted() -> None:
-    ledger = Ledger(3)
+    tracker = AttemptTracker(3)
     crashes = []
     ended = [
         failed("a", "timeout"),
@@ -65,113 +65,113 @@ def test_requests_in_a_row_that_fail_for_their_workers_sake_are_counted() -> Non
         failed("e", "non_finite"),
     ]
     for outcome in ended:
-        ledger.end([outcome])
-        tally = ledger.work().tally
-        crashes.append((tally.crashes, tally.crash))
+        tracker.end([outcome])
+        outcomes = tracker.activity().outcomes
+        crashes.append((outcomes.worker_failures, outcomes.last_worker_failure))
 
     assert crashes == [(1, "timeout of a"), (2, "worker_crash of b"), (0, None), (1, "engine_error of d"), (0, None)]
 
 
 def test_a_request_that_was_alone_when_its_worker_died_often_enough_is_blamed() -> None:
-    ledger = Ledger(3)
-    ledger.begin(["a"])
+    tracker = AttemptTracker(3)
+    tracker.begin(["a"])
 
-    assert ledger.begin(["a"]) == [2]
-    assert ledger.begin_alone("a") == Turn(2)
-    assert ledger.begin_alone("a") == Turn(3)
-    assert ledger.begin_alone("a") == Turn(4, died_of="worker_crash")
+    assert tracker.begin(["a"]) == [2]
+    assert tracker.begin_alone("a") == SoloAttempt(2)
+    assert tracker.begin_alone("a") == SoloAttempt(3)
+    assert tracker.begin_alone("a") == SoloAttempt(4, died_of="worker_crash")
 
 
 def test_a_request_that_was_given_up_in_its_last_attempt_is_blamed_for_that() -> None:
-    ledger = Ledger(3)
-    ledger.begin(["a", "b", "c"])
-    ledger.give_up(["a", "b"], "timeout")  # in a batch: nobody knows which one it was
+    tracker = AttemptTracker(3)
+    tracker.begin(["a", "b", "c"])
+    tracker.give_up(["a", "b"], "timeout")  # in a batch: nobody knows which one it was
     for key in "abc":
-        ledger.begin_alone(key)
-        ledger.begin_alone(key)
-    ledger.give_up(["a"], "timeout")
-    ledger.give_up(["b"], "out_of_memory")
+        tracker.begin_alone(key)
+        tracker.begin_alone(key)
+    tracker.give_up(["a"], "timeout")
+    tracker.give_up(["b"], "out_of_memory")
 
-    assert ledger.begin_alone("a") == Turn(4, died_of="timeout")
-    assert ledger.begin_alone("b") == Turn(4, died_of="out_of_memory")
-    assert ledger.begin_alone("c") == Turn(4, died_of="worker_crash")
+    assert tracker.begin_alone("a") == SoloAttempt(4, died_of="timeout")
+    assert tracker.begin_alone("b") == SoloAttempt(4, died_of="out_of_memory")
+    assert tracker.begin_alone("c") == SoloAttempt(4, died_of="worker_crash")
 
 
 def test_only_the_last_attempt_says_why_a_request_is_blamed() -> None:
-    ledger = Ledger(3)
-    ledger.begin(["a"])
-    ledger.begin_alone("a")
-    ledger.give_up(["a"], "out_of_memory")
-    ledger.begin_alone("a")  # and this time its worker dies without a word
+    tracker = AttemptTracker(3)
+    tracker.begin(["a"])
+    tracker.begin_alone("a")
+    tracker.give_up(["a"], "out_of_memory")
+    tracker.begin_alone("a")  # and this time its worker dies without a word
 
-    assert ledger.begin_alone("a") == Turn(4, died_of="worker_crash")
+    assert tracker.begin_alone("a") == SoloAttempt(4, died_of="worker_crash")
 
 
 def test_starts_of_a_worker_are_counted_until_it_is_ready() -> None:
-    ledger = Ledger(3)
+    tracker = AttemptTracker(3)
 
-    assert [ledger.start("one"), ledger.start("two"), ledger.start("one")] == [1, 1, 2]
-    ledger.ready("one", 3.0)
+    assert [tracker.start("one"), tracker.start("two"), tracker.start("one")] == [1, 1, 2]
+    tracker.ready("one", 3.0)
 
-    assert [ledger.start("one"), ledger.start("two")] == [1, 2]
+    assert [tracker.start("one"), tracker.start("two")] == [1, 2]
 
 
 def test_engines_are_summed_up_by_how_long_they_took_to_start() -> None:
-    ledger = Ledger(3)
-    assert ledger.engines() == {"count": 0, "startup_seconds": None}
+    tracker = AttemptTracker(3)
+    assert tracker.engine_summary() == {"count": 0, "startup_seconds": None}
 
     for worker, seconds in enumerate((2.0, 90.0, 4.0)):
-        ledger.start(str(worker))
-        ledger.ready(str(worker), seconds)
-    ledger.start("never ready")
+        tracker.start(str(worker))
+        tracker.ready(str(worker), seconds)
+    tracker.start("never ready")
 
-    assert ledger.engines() == {"count": 3, "startup_seconds": {"median": 4.0, "max": 90.0}}
+    assert tracker.engine_summary() == {"count": 3, "startup_seconds": {"median": 4.0, "max": 90.0}}
 
 
 def test_what_is_committed_is_handed_back_and_not_drawn_again() -> None:
-    ledger = Ledger(3)
-    ledger.begin(["a", "b"])
-    ledger.begin_alone("a")
-    ledger.end(done("a"))
-    ledger.begin_alone("b")  # and its worker dies
+    tracker = AttemptTracker(3)
+    tracker.begin(["a", "b"])
+    tracker.begin_alone("a")
+    tracker.end(done("a"))
+    tracker.begin_alone("b")  # and its worker dies
 
-    assert ledger.begin(["a", "b"]) == [2, 3]  # neither is new: one by one again
-    assert ledger.begin_alone("a") == Turn(2, outcome=done("a")[0])
+    assert tracker.begin(["a", "b"]) == [2, 3]  # neither is new: one by one again
+    assert tracker.begin_alone("a") == SoloAttempt(2, outcome=done("a")[0])
 
 
 def test_nothing_begins_once_the_run_is_stopping() -> None:
-    ledger = Ledger(3)
-    ledger.begin(["a", "b", "c"])
-    ledger.stop()
+    tracker = AttemptTracker(3)
+    tracker.begin(["a", "b", "c"])
+    tracker.stop()
 
-    assert ledger.in_flight() == 3
-    assert ledger.begin_alone("a") is None  # its worker lets it be
-    assert ledger.begin(["b", "d"]) is None  # the worker that had b is dead
-    assert ledger.in_flight() == 1
+    assert tracker.in_flight() == 3
+    assert tracker.begin_alone("a") is None  # its worker lets it be
+    assert tracker.begin(["b", "d"]) is None  # the worker that had b is dead
+    assert tracker.in_flight() == 1
 
 
 @dataclass
 class Worker:
     """Draws a batch as `worker.Animate` does, and dies where a key is poison."""
 
-    ledger: Ledger
+    tracker: AttemptTracker
     poison: frozenset[str]
     drawn: list[tuple[str, ...]] = field(default_factory=list)
 
     def __call__(self, keys: list[str]) -> dict[str, str] | None:
-        attempts = self.ledger.begin(keys)
+        attempts = self.tracker.begin(keys)
         assert attempts is not None
         if max(attempts) == 1:
             return self._draw(keys)
         outcomes: dict[str, str] = {}
         for key in keys:
-            turn = self.ledger.begin_alone(key)
+            turn = self.tracker.begin_alone(key)
             assert turn is not None
             if turn.outcome is not None:
                 outcomes[key] = turn.outcome["status"]
             elif turn.died_of is not None:
                 outcomes[key] = "failed"
-                self.ledger.end([failed(key, "worker_crash")])
+                self.tracker.end([failed(key, "worker_crash")])
             else:
                 drawn = self._draw([key])
                 if drawn is None:
@@ -183,7 +183,7 @@ class Worker:
         self.drawn.append(tuple(keys))
         if self.poison & set(keys):
             return None
-        self.ledger.end(done(*keys))
+        self.tracker.end(done(*keys))
         return dict.fromkeys(keys, "succeeded")
 
 
@@ -193,7 +193,7 @@ def test_exactly_the_poison_fails_within_a_bounded_number_of_deaths(
 ) -> None:
     keys = [f"k{k}" for k in range(size)]
     poison = frozenset(f"k{k}" for k in poisoned if k < size)
-    worker = Worker(Ledger(max_attempts), poison)
+    worker = Worker(AttemptTracker(max_attempts), poison)
 
     deaths = 0
     while (outcomes := worker(keys)) is None:
@@ -201,7 +201,7 @@ def test_exactly_the_poison_fails_within_a_bounded_number_of_deaths(
 
     assert outcomes == {key: "failed" if key in poison else "succeeded" for key in keys}
     assert deaths == (1 + len(poison) * (max_attempts - 1) if poison else 0)
-    assert worker.ledger.in_flight() == 0
+    assert worker.tracker.in_flight() == 0
     for key in keys:
         alone = worker.drawn[1:].count((key,))
         assert alone == (max_attempts - 1 if key in poison else bool(poison))

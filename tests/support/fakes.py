@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pia_batch.errors import NonFiniteError, RequestError
-from pia_batch.pipeline.attempts import Ledger
+from pia_batch.pipeline.attempts import AttemptTracker
 from pia_batch.schema.columns import Row
 
 ENGINE_ID = "f" * 32
@@ -120,8 +120,8 @@ class FakeShelf:
         return self.engines.get(name, self.default)
 
 
-class FakeControl(Ledger):
-    """The run's ledger, in this process. Remembers what ended."""
+class FakeControl(AttemptTracker):
+    """The run's tracker, in this process. Remembers what ended."""
 
     def __init__(self, max_attempts: int = 3) -> None:
         super().__init__(max_attempts)

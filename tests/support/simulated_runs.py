@@ -20,7 +20,7 @@ from pia_batch.journal.lease import Lease
 from pia_batch.journal.log import Journal
 from pia_batch.pipeline import stages
 from pia_batch.pipeline.animate import Animate
-from pia_batch.pipeline.attempts import Cause, Ledger, Turn
+from pia_batch.pipeline.attempts import AttemptTracker, ExitCause, SoloAttempt
 from pia_batch.planning import plan as planning
 from pia_batch.planning.plan import Plan
 from pia_batch.schema.columns import Row
@@ -110,35 +110,35 @@ class Worker(Process):
 
 
 class Line:
-    """`ledger.Control` from a worker to the ledger beside its driver."""
+    """`attempts.AttemptControl` from a worker to the tracker beside its driver."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
     def begin(self, keys: list[str]) -> list[int] | None:
-        return self._ledger("begin").begin(keys)
+        return self._tracker("begin").begin(keys)
 
-    def begin_alone(self, key: str) -> Turn | None:
-        return self._ledger("begin_alone").begin_alone(key)
+    def begin_alone(self, key: str) -> SoloAttempt | None:
+        return self._tracker("begin_alone").begin_alone(key)
 
-    def start(self, worker: str) -> int:  # noqa: ARG002 - as ledger.Control has it
+    def start(self, worker: str) -> int:  # noqa: ARG002 - as attempts.AttemptControl has it
         """No worker of this world dies while it starts."""
         return 1
 
     def ready(self, worker: str, seconds: float) -> None:
         """Nobody here asks how long that took."""
 
-    def give_up(self, keys: list[str], cause: Cause) -> None:
-        self._ledger("give_up").give_up(keys, cause)
+    def give_up(self, keys: list[str], cause: ExitCause) -> None:
+        self._tracker("give_up").give_up(keys, cause)
 
     def end(self, outcomes: list[Row]) -> None:
-        self._ledger("end").end(outcomes)
+        self._tracker("end").end(outcomes)
 
-    def _ledger(self, verb: str) -> Ledger:
+    def _tracker(self, verb: str) -> AttemptTracker:
         self._worker.pause(verb)
-        if self._worker.cluster.ledger is None:
-            raise ConnectionError("the ledger has gone with its driver")
-        return self._worker.cluster.ledger
+        if self._worker.cluster.tracker is None:
+            raise ConnectionError("the tracker has gone with its driver")
+        return self._worker.cluster.tracker
 
 
 class Cluster:
@@ -146,7 +146,7 @@ class Cluster:
 
     def __init__(self, driver: Driver, plan: Plan, tasks: list[pa.Table]) -> None:
         self.driver, self.plan = driver, plan
-        self.ledger: Ledger | None = None
+        self.tracker: AttemptTracker | None = None
         self.workers: list[Worker] = []
         self.error: Exception | None = None
         self.waiting = list(tasks)
@@ -156,8 +156,8 @@ class Cluster:
         self.forget()
 
     def forget(self) -> None:
-        """The ledger's process died; another one takes its place and knows nothing."""
-        self.ledger = Ledger(self.plan.config.limits.max_attempts)
+        """The tracker's process died; another one takes its place and knows nothing."""
+        self.tracker = AttemptTracker(self.plan.config.limits.max_attempts)
 
     def animator(self, worker: Worker) -> Animate:
         worker.engine = Engine(self.plan.engine_ids["default"], worker)
@@ -209,7 +209,9 @@ class Cluster:
         self.driver.world.tallies["zombies"] += worker.alive
         for task in worker.tasks:
             keys = task["key"].to_pylist()
-            self.driver.around.suspected.update(key for key in keys if self.ledger is None or key in self.ledger._begun)
+            self.driver.around.suspected.update(
+                key for key in keys if self.tracker is None or key in self.tracker._begun
+            )
 
     def returned(self, worker: Worker, task: pa.Table) -> None:
         if worker in self.workers:
@@ -227,7 +229,7 @@ class Cluster:
 
     def shut_down(self) -> None:
         """The run has ended, and its workers with it; one whose node has lost touch only hears of it much later."""
-        self.ledger = None
+        self.tracker = None
         for worker in list(self.workers):
             self.give_up(worker)
             if not (worker.tasks and worker.world.chooser.coin()):
@@ -261,13 +263,13 @@ class Driver(Process):
         self.asked_to_stop = False
         self.idle = False
         self.compacts = False
-        self.mishaps = [self.freeze, partial(self.freeze, 2 * LEASE_S), self.stop, self._lose_ledger, self._repeat]
+        self.mishaps = [self.freeze, partial(self.freeze, 2 * LEASE_S), self.stop, self._lose_tracker, self._repeat]
 
     def stop(self) -> None:
         self.asked_to_stop = True
 
-    def _lose_ledger(self) -> None:
-        if self.cluster is not None and self.cluster.ledger is not None:
+    def _lose_tracker(self) -> None:
+        if self.cluster is not None and self.cluster.tracker is not None:
             self.cluster.forget()
 
     def _repeat(self) -> None:
@@ -320,9 +322,9 @@ class Driver(Process):
 
     def _drain(self, cluster: Cluster) -> None:
         until = self.world.now + GRACE_S
-        cluster.ledger.stop()
-        while cluster.ledger.in_flight() and self.world.now < until:
+        cluster.tracker.stop()
+        while cluster.tracker.in_flight() and self.world.now < until:
             self.pause("drains")
             cluster.dispatch()
-        if cluster.ledger.in_flight() and not any(worker.tasks for worker in cluster.workers):
+        if cluster.tracker.in_flight() and not any(worker.tasks for worker in cluster.workers):
             self.world.bugs.append("a stopping run waited for requests that nobody works on")

@@ -1,7 +1,7 @@
 """Processes of a run inside one thread: who goes on next, who dies, and what the store answers is somebody's choice.
 
-Every call to the store, to the ledger, and every look of a driver at its run is a place where its process may be left
-standing, frozen or killed. A dead process does nothing more, least of all write. One seed is one history.
+Every call to the store, to the attempt tracker, and every look of a driver at its run is a place where its process may
+be left standing, frozen or killed. A dead process does nothing more, least of all write. One seed is one history.
 """
 
 from __future__ import annotations

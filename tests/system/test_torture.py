@@ -260,7 +260,7 @@ class Commits:
     def begin(self, world: World, output: Path) -> None:
         self.torture = Torture(self.case, output, world, self.keys, self.make_store)
         clusters = [self._cluster("first")] if self.one_run else [self._cluster("first"), self._cluster("second")]
-        world.shared_state = lambda: repr([cluster.ledger for cluster in clusters])
+        world.shared_state = lambda: repr([cluster.tracker for cluster in clusters])
         for number in range(2):
             worker = clusters[number % len(clusters)].hire()
             worker.tasks = [self.tasks[0]]
