@@ -26,13 +26,10 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pia_batch.engine.benchmark import Options
+from pia_batch.engine.benchmark.runner import BenchmarkOptions
 from pia_batch.journal.layout import LATEST_RESULTS, results_folder
 
-SAVE = (
-    "import sys, torch; from pia_batch.engine import benchmark;"
-    "benchmark.pipeline('full').to(dtype=torch.float16).save_pretrained(sys.argv[1])"
-)
+_WRITE_CHECKPOINT = str(Path(__file__).with_name("write_full_checkpoint.py"))
 
 
 class CommandFailedError(Exception):
@@ -74,7 +71,7 @@ def _runs(arguments: argparse.Namespace, work: Path) -> list[str]:
     if arguments.size == "full":
         base = str(work / "checkpoint")
         if not (work / "checkpoint" / "model_index.json").exists():  # written last
-            _python("-c", SAVE, base)
+            _python(_WRITE_CHECKPOINT, base)
     manifest = _write_manifest(work, arguments.requests)
     failures = []
     for speed in arguments.speeds.split(","):
@@ -91,7 +88,8 @@ def _runs(arguments: argparse.Namespace, work: Path) -> list[str]:
 
 def _measured_run(arguments: argparse.Namespace, manifest: str, base: str, speed: str, output: str) -> dict[str, Any]:
     """One run, and what its results tell of it."""
-    shape = Options(arguments.size, side_px=arguments.side, frames=arguments.frames, steps=arguments.steps).shape
+    asked = {"side_px": arguments.side, "frames": arguments.frames, "steps": arguments.steps}
+    shape = BenchmarkOptions(arguments.size, **asked).shape
     settings = {
         "model.base": base,
         "model.speed": speed,

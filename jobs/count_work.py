@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pia_batch.config.speed_presets import PRESETS, whole_evaluations
-from pia_batch.engine import baselines, decoding, unet
+from pia_batch.engine import decoding, unet
+from pia_batch.engine.benchmark import baselines
 
 STEPS, FRAMES, SIDE = 25, 16, 512
 TOKENS, FEATURES = 77, 768

@@ -53,10 +53,10 @@ def bench(
     """
     sizes, letters, side_px = _numbers(batches), _letters(only), _multiple_of_eight(side)
     from pia_batch.config import EncodingConfig
-    from pia_batch.engine import benchmark
+    from pia_batch.engine.benchmark import runner
     from pia_batch.media.codecs import encode
 
-    options = benchmark.Options(
+    options = runner.BenchmarkOptions(
         size=size,
         rounds=rounds,
         batches=sizes,
@@ -70,15 +70,15 @@ def bench(
         profiles=profile,
         mode=compile_mode,
     )
-    known = _known(to, benchmark.conditions(options))
+    known = _known(to, runner.conditions(options))
 
     def tell(told: dict[str, Any], line: str) -> None:
         err.print(f"pia-batch: {line}", markup=False)
         if to is not None:
-            _write(to, benchmark.merged(known, told))
+            _write(to, runner.merged(known, told))
 
-    measured = benchmark.run(options, lambda drawn: encode(drawn, "mp4", 8, EncodingConfig()), tell)
-    told = benchmark.merged(known, measured)
+    measured = runner.run(options, lambda drawn: encode(drawn, "mp4", 8, EncodingConfig()), tell)
+    told = runner.merged(known, measured)
     if as_json:
         print_json(told)
     else:

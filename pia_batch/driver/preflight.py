@@ -27,7 +27,6 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from pia_batch import weights
 from pia_batch.config import EMBEDDED, FORMATS, EncodingConfig, ModelConfig, PlacementConfig, RunConfig
 from pia_batch.errors import EncodingError, PiaBatchError, StorageError, message_of, printable
 from pia_batch.journal import layout
@@ -37,6 +36,8 @@ from pia_batch.planning.capacity import Node, cpus_here, shortage
 from pia_batch.storage.object_store import Store
 from pia_batch.storage.uris import redacted_uri
 from pia_batch.weights.fetching import cache_folder
+from pia_batch.weights.identity import resolved_dtype
+from pia_batch.weights.resolve import resolve
 
 State = Literal["ok", "warn", "fail"]
 
@@ -210,7 +211,7 @@ def _about_devices(facts: dict[str, Any], place: PlacementConfig, models: dict[s
     else:
         yield Finding("ok", "devices", f"{built}; no GPU here: engines run on the cluster's")
     for name, model in models.items():
-        if not place.num_gpus and weights.resolved_dtype(model, on_gpu=False) != "float32":
+        if not place.num_gpus and resolved_dtype(model, on_gpu=False) != "float32":
             told = f"model {name!r} is drawn in {model.dtype} on a CPU, which is slow"
             yield Finding("warn", "devices", told, "set model.dtype: float32")
 
@@ -219,7 +220,7 @@ def _about_device(
     device: dict[str, Any], place: PlacementConfig, models: dict[str, ModelConfig], built: str
 ) -> Iterator[Finding]:
     named = f"{device['name']}, {device['memory'] / 2**30:.0f} GiB, {built}"
-    dtypes = {weights.resolved_dtype(model, on_gpu=True) for model in models.values()}
+    dtypes = {resolved_dtype(model, on_gpu=True) for model in models.values()}
     wrong = [text for text in device["wrong"] if text.partition(":")[0] in dtypes]
     if wrong:
         told = f"{named}: {printable('; '.join(wrong))}"
@@ -274,7 +275,7 @@ def _existing(folder: Path) -> Path:
 def _about_weights(models: dict[str, ModelConfig]) -> Iterator[Finding]:
     for name, model in models.items():
         try:
-            found = weights.resolve(model)
+            found = resolve(model)
         except PiaBatchError as err:
             told = f"model {name!r}: {' '.join(str(err).split())}"
             yield Finding("fail", "weights", told, "correct the config, or fetch them once here")

@@ -20,7 +20,7 @@ from pia_batch.config import FreeUConfig, ModelConfig, TextualInversionConfig
 from pia_batch.engine import loras
 from pia_batch.engine.loras import TEXT_ENCODER, UNET, Lora
 from pia_batch.errors import ConfigError
-from pia_batch.weights import Component
+from pia_batch.weights.components import Component
 
 TOKENIZER = "tokenizer"
 

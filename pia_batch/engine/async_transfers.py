@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 
-class Streaming(TorchFunctionMode):
+class AsyncTransfers(TorchFunctionMode):
     """Inside, copies from the host to a device are queued, from pinned memory, and linear systems solved unchecked.
 
     Without effect on tensors that stay on the CPU.

@@ -27,7 +27,7 @@ MAX_PATIENCE = 512
 """Where patience ends. It doubles with every larger batch that fails, so that a lasting limit costs little."""
 
 
-class Room:
+class BatchLimit:
     """The largest load of one batch. A load is in any unit that memory grows with; the loads of its rows add up.
 
     There is no limit until a batch overflows. That halves its rows. After enough batches at the limit it is doubled

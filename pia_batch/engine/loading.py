@@ -24,7 +24,8 @@ from pia_batch.engine.offloading import Berth, OnDemand
 from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.engine.shots import Limits
 from pia_batch.errors import ConfigError
-from pia_batch.weights import ENGINE_VERSION, Weights
+from pia_batch.weights.identity import ENGINE_VERSION
+from pia_batch.weights.resolve import Weights
 
 _SCHEDULERS = {
     "ddim": "DDIMScheduler",

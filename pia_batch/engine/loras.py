@@ -27,7 +27,7 @@ from torch import nn
 
 from pia_batch.config import LoraConfig
 from pia_batch.errors import ConfigError
-from pia_batch.weights import Component
+from pia_batch.weights.components import Component
 
 UNET, TEXT_ENCODER = "unet", "text_encoder"
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from pia_batch.config import ModelConfig
-from pia_batch.engine import PiaEngine
+from pia_batch.engine.engine import PiaEngine
 from pia_batch.engine.offloading import total_memory
 from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.errors import ConfigError
@@ -27,7 +27,7 @@ def budget(device: torch.device) -> int:
     return int(WEIGHTS_SHARE * total_memory(device))
 
 
-class ModelShelf:
+class ModelCache:
     """The engines of several models on one device, as many at a time as there is room for.
 
     What models have in common is in memory once: text encoder, VAE, tokenizer and UNet where nothing distinguishes

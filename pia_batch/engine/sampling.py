@@ -18,7 +18,7 @@ import torch
 
 from pia_batch.config.speed_presets import EXACT, OUTERMOST_SHARE, Shortcuts, whole_evaluations
 from pia_batch.engine import free_init
-from pia_batch.engine.async_transfers import Streaming
+from pia_batch.engine.async_transfers import AsyncTransfers
 from pia_batch.engine.compiling import Call, directly
 from pia_batch.engine.conditioning import Posterior, Prompt, Recent
 from pia_batch.engine.image_prompts import Attention, ImagePrompt
@@ -167,7 +167,7 @@ def denoise(unet: Any, rows: Sequence[Row], call: Call = directly) -> None:
         for _ in range(min(len(row.timesteps) for row in left)):
             for alike in _alike(left):
                 key = tuple(id(row) for row in alike)
-                with Streaming():
+                with AsyncTransfers():
                     batch = batches.get(key, functools.partial(_Batch, unet, alike, call))
                 batch.step()
         left = [row for row in left if row.timesteps]
@@ -207,7 +207,7 @@ class _Batch:
         timesteps = torch.stack([row.timesteps[0] for row in self._rows]).to(latents.device, non_blocking=True)
         noise = torch.split(self._noise(latents, timesteps), 1)
         unconditional = dict(zip(self._guided, noise, strict=False))
-        with Streaming():  # not around the UNet, whose compiler knows no such mode
+        with AsyncTransfers():  # not around the UNet, whose compiler knows no such mode
             for index, (row, conditional) in enumerate(zip(self._rows, noise[len(self._guided) :], strict=True)):
                 row.advance(conditional, unconditional.get(index))
 

@@ -5,10 +5,7 @@ alone and between two batch-mates. That finds kernels that compute something els
 fault that comes later, nor one as small as what half precision does. It draws too few calls to be compiled: `compiling`
 compares each graph with the function's own call itself.
 
-    python -m pia_batch.engine.self_test
-
-writes the embedded model's answer anew, drawn on this machine's CPU in float32: after it was trained again, or after
-`weights.ENGINE_VERSION` was raised.
+`python jobs/tiny/self_test.py` stores the embedded model's answer.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import lcm
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,15 +25,14 @@ from diffusers import DDIMScheduler
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from pia_batch import tiny, weights
+from pia_batch import tiny
 from pia_batch.config import ModelConfig
-from pia_batch.engine.shots import Limits, Shot
+from pia_batch.engine.shots import Clip, Limits, Shot
 from pia_batch.errors import BrokenDeviceError, ConfigError
+from pia_batch.weights.identity import engine_id
+from pia_batch.weights.resolve import resolve
 
-if TYPE_CHECKING:
-    from pia_batch.engine import PiaEngine
-
-ANSWER: Path = tiny.PATH.parent / "canary.json"
+ANSWER: Path = tiny.PATH.parent / "self_test.json"
 """What the embedded model draws: JSON of `engine_id` and, in base64, the `thumbnails` of its frames."""
 
 _SIDE = 64
@@ -52,11 +48,28 @@ float32 convolutions with 10 bits of mantissa; rows that leak into each other di
 _FLAT = 1.0
 """Deviation of all pixels, in steps of 255, below which a clip shows nothing."""
 
-_COMMAND = "`python -m pia_batch.engine.self_test` writes it anew"
+_COMMAND = "`python jobs/tiny/self_test.py` of the repository writes it again"
 _REMEDY = (
     "Take this machine out, and look at its driver, its memory and its build of torch. If every machine says so, it is "
     "the model: try model.dtype float32, or other weights"
 )
+
+
+class Engine(Protocol):
+    """The part of `PiaEngine` that the self-test uses."""
+
+    limits: Limits
+
+    @property
+    def device(self) -> str:
+        """Device of the networks, such as `cpu` or `cuda:0`."""
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the networks: `float32`, `float16` or `bfloat16`."""
+
+    def animate(self, shots: Sequence[Shot], *, keep_latents: bool = False) -> list[Clip]:
+        """Return one clip per shot, in their order."""
 
 
 def scheduler(shipped: Any, *, embedded: bool) -> DDIMScheduler:
@@ -94,7 +107,7 @@ def request(limits: Limits, *, embedded: bool) -> Shot:
     )
 
 
-def check(engine: PiaEngine, *, embedded: bool, answer: Path = ANSWER) -> None:
+def check(engine: Engine, *, embedded: bool, answer: Path = ANSWER) -> None:
     """Return if the device draws as it should.
 
     Args:
@@ -125,7 +138,7 @@ def check(engine: PiaEngine, *, embedded: bool, answer: Path = ANSWER) -> None:
             )
 
 
-def write_answer(engine: PiaEngine, path: Path = ANSWER) -> None:
+def write_answer(engine: Engine, path: Path = ANSWER) -> None:
     """Store what `engine`, the embedded model under the scheduler that `scheduler` makes, draws."""
     drawn = _drawn(engine, [request(engine.limits, embedded=True)])[0]
     answer = {
@@ -148,7 +161,7 @@ class _Drawn(NamedTuple):
     latents: NDArray[np.float32]
 
 
-def _drawn(engine: PiaEngine, shots: Sequence[Shot]) -> list[_Drawn]:
+def _drawn(engine: Engine, shots: Sequence[Shot]) -> list[_Drawn]:
     try:
         clips = engine.animate(shots, keep_latents=True)
     except RuntimeError as err:  # what torch raises when a device is gone, or has no code for a kernel
@@ -177,10 +190,10 @@ def _read_answer(path: Path) -> NDArray[np.float32]:
 def _embedded_id() -> str:
     """The identity that the embedded model has by itself: in float32, with the default config."""
     plain = ModelConfig()
-    return weights.engine_id(plain, weights.resolve(plain), "float32")
+    return engine_id(plain, resolve(plain), "float32")
 
 
-def _compare(engine: PiaEngine, difference: NDArray[np.float32]) -> None:
+def _compare(engine: Engine, difference: NDArray[np.float32]) -> None:
     mean, most = float(difference.mean()), float(difference.max())
     if not (mean <= _MEAN_TOLERANCE and most <= _MAX_TOLERANCE):
         raise _broken(
@@ -190,19 +203,8 @@ def _compare(engine: PiaEngine, difference: NDArray[np.float32]) -> None:
         )
 
 
-def _broken(engine: PiaEngine, what: str) -> BrokenDeviceError:
+def _broken(engine: Engine, what: str) -> BrokenDeviceError:
     place = f"{engine.device} of {platform.node()}"
     if engine.device.startswith("cuda"):
         place += f" ({torch.cuda.get_device_name(engine.device)})"
     return BrokenDeviceError(f"{place} fails the check of {engine.dtype}: {what}. {_REMEDY}")
-
-
-def _main() -> None:
-    from pia_batch.engine import PiaEngine  # noqa: PLC0415 - it imports this module when it is asked to check itself
-
-    engine = PiaEngine.load(ModelConfig(dtype="float32"), device="cpu")
-    write_answer(engine.under(scheduler(None, embedded=True)))
-
-
-if __name__ == "__main__":
-    _main()

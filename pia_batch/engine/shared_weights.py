@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pia_batch.engine.offloading import Berth
-from pia_batch.weights import Component
+from pia_batch.weights.components import Component
 
 MOTION = "motion_modules"
 """What diffusers calls the motion modules of each block of a UNet."""

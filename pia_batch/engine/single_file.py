@@ -18,7 +18,7 @@ from diffusers.loaders import single_file_utils as original
 from safetensors import SafetensorError, safe_open
 
 from pia_batch.errors import ConfigError
-from pia_batch.weights import Component
+from pia_batch.weights.components import Component
 
 Tensors = dict[str, torch.Tensor]
 

@@ -32,7 +32,7 @@ class Engine(Protocol):
 
 
 class Engines(Protocol):
-    """What `Animate` needs of `pia_batch.engine.model_cache.ModelShelf`."""
+    """What `Animate` needs of `pia_batch.engine.model_cache.ModelCache`."""
 
     def engine(self, name: str) -> Engine:
         """The engine of a model, loaded if it is not at hand. It may put away another one for that."""
@@ -48,6 +48,6 @@ class EngineLoader:
 
     def __call__(self) -> Engines:
         """The shelf, empty: an engine is loaded when it is asked for."""
-        from pia_batch.engine.model_cache import ModelShelf
+        from pia_batch.engine.model_cache import ModelCache
 
-        return ModelShelf(self.models, self.device, max_models=self.max_models)
+        return ModelCache(self.models, self.device, max_models=self.max_models)

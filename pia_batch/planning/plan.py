@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch import weights
 from pia_batch.config import ModelConfig, RunConfig
 from pia_batch.errors import ConfigError, RequestError
 from pia_batch.journal.log import Journal, Outcomes, digest_of
@@ -32,6 +31,8 @@ from pia_batch.planning.work_classes import Traits
 from pia_batch.schema.columns import FAILED, as_text, carried_columns, named_texts, rejected_keys, results_table
 from pia_batch.schema.keys import KEY_BYTES, Keys, KeySet, keys_from_hex, keys_to_hex
 from pia_batch.storage.object_store import Store
+from pia_batch.weights.identity import engine_id, resolved_dtype
+from pia_batch.weights.resolve import resolve
 
 
 @dataclass(frozen=True)
@@ -260,13 +261,13 @@ def engine_ids_of(config: RunConfig) -> dict[str, str]:
 
 def _engine_id(config: RunConfig, name: str, model: ModelConfig) -> str:
     try:
-        found = weights.resolve(model)
+        found = resolve(model)
     except ConfigError as err:
         if model is config.model:
             raise
         msg = f"models.{name}: {err}"
         raise ConfigError(msg) from None
-    return weights.engine_id(model, found, weights.resolved_dtype(model, on_gpu=config.placement.num_gpus > 0))
+    return engine_id(model, found, resolved_dtype(model, on_gpu=config.placement.num_gpus > 0))
 
 
 def _duplicates(manifest: Manifest, scan: Scan) -> tuple[npt.NDArray[np.int64], Keys, npt.NDArray[np.int64]]:

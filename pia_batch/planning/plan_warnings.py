@@ -7,11 +7,12 @@ import math
 from collections.abc import Iterator
 from fractions import Fraction
 
-from pia_batch import tiny, weights
+from pia_batch import tiny
 from pia_batch.config import EMBEDDED, Defaults, ModelConfig, PlacementConfig, RunConfig
 from pia_batch.manifest.tokens import MAX_TOKENS
 from pia_batch.planning.capacity import Node, cpus_here, shortage
 from pia_batch.planning.statistics import Survey
+from pia_batch.weights.resolve import resolve
 
 SIDES_PX = (384, 768)
 """Between these sides Stable Diffusion 1.5, which was trained at 512 x 512, draws what one expects."""
@@ -89,7 +90,7 @@ def _about_scheduler(name: str, model: ModelConfig) -> Iterator[str]:
         return
     schedule = model.scheduler.settings.get("beta_schedule", "linear")
     if model.scheduler.name == "checkpoint" and "beta_schedule" not in model.scheduler.settings:
-        part = weights.resolve(model).components["scheduler"]
+        part = resolve(model).components["scheduler"]
         shipped = json.loads((part.folder / "scheduler_config.json").read_text(encoding="utf-8"))
         schedule = shipped.get("beta_schedule", "linear")
     if schedule != "linear":

@@ -41,7 +41,7 @@ NOT_RUN = {
     "python jobs/benchmark": "minutes; the tests of these programs run them small",
     "python jobs/tiny/train.py": "hours; test_tiny trains for seconds",
     "python jobs/tiny/evaluate.py": "minutes",
-    "python -m pia_batch.engine.self_test": "rewrites a file of the package",
+    "python jobs/tiny/self_test.py": "rewrites a file of the package",
     "python -m pip": "the package index",
     "python -m pytest": "`make test` runs all of these, with fewer",
     "pipx run": "the package index",

@@ -30,7 +30,7 @@ from pia_batch.config import (
 )
 from pia_batch.engine import PiaEngine, adapters, loras
 from pia_batch.errors import ConfigError
-from pia_batch.weights import Component
+from pia_batch.weights.components import Component
 
 ROWS = [
     shot(1, num_inference_steps=2),

@@ -61,7 +61,7 @@ def test_no_step_of_any_scheduler_waits_for_the_device_and_the_numbers_are_those
 
 @torch.inference_mode()
 def test_without_it_a_scheduler_makes_the_host_wait(pipe, monkeypatch):
-    monkeypatch.setattr(sampling, "Streaming", contextlib.nullcontext)
+    monkeypatch.setattr(sampling, "AsyncTransfers", contextlib.nullcontext)
     own = scheduled(pipe, "euler_ancestral")
 
     with Machine() as machine:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pia_batch.engine.batch_limit import MAX_PATIENCE, PATIENCE, Room
+from pia_batch.engine.batch_limit import MAX_PATIENCE, PATIENCE, BatchLimit
 
 
-def draw(room: Room, loads: list[int], holds: Callable[[int], bool]) -> list[int]:
+def draw(room: BatchLimit, loads: list[int], holds: Callable[[int], bool]) -> list[int]:
     """Draw rows of these loads on a device that `holds` a batch or not. The loads that were tried."""
     left, tried = list(loads), []
     while left:
@@ -34,18 +34,18 @@ def most(capacity: int) -> Callable[[int], bool]:
 
 
 def test_without_an_overflow_a_batch_is_what_was_asked_for():
-    assert draw(Room(), [3] * 10, most(30)) == [30]
+    assert draw(BatchLimit(), [3] * 10, most(30)) == [30]
 
 
 def test_a_batch_is_halved_until_it_fits_and_what_fits_is_remembered():
-    room = Room()
+    room = BatchLimit()
 
     assert draw(room, [2] * 5, most(4)) == [10, 6, 4, 4, 2]
     assert draw(room, [2] * 5, most(4)) == [4, 4, 2]
 
 
 def test_one_bad_moment_halves_the_batches_for_a_while_only():
-    room = Room()
+    room = BatchLimit()
     room.overflowed([1] * 8, 8)
     room.overflowed([1] * 4, 4)
 
@@ -56,7 +56,7 @@ def test_one_bad_moment_halves_the_batches_for_a_while_only():
 
 
 def test_batches_grow_no_further_than_what_is_asked_for():
-    room = Room()
+    room = BatchLimit()
     room.overflowed([1] * 8, 8)
     for _ in range(PATIENCE):
         assert draw(room, [1] * 8, most(8)) == [4, 4]
@@ -66,7 +66,7 @@ def test_batches_grow_no_further_than_what_is_asked_for():
 
 
 def test_a_lasting_limit_is_tried_ever_more_rarely():
-    room = Room()
+    room = BatchLimit()
     room.overflowed([1] * 8, 8)
 
     tried = draw(room, [1] * 4 * 4_000, most(4))
@@ -80,7 +80,7 @@ def test_a_lasting_limit_is_tried_ever_more_rarely():
 
 
 def test_a_larger_batch_that_fails_costs_nothing_that_had_fitted():
-    room = Room()
+    room = BatchLimit()
     room.overflowed([1] * 8, 8)
     for _ in range(PATIENCE):
         assert draw(room, [2] * 3, most(4)) == [4, 2]
@@ -90,7 +90,7 @@ def test_a_larger_batch_that_fails_costs_nothing_that_had_fitted():
 
 
 def test_patience_is_short_again_once_more_has_fitted():
-    room = Room()
+    room = BatchLimit()
     room.overflowed([1] * 8, 8)
     draw(room, [1] * 4 * 1000, most(4))  # long enough to lose patience
     draw(room, [1] * 4 * 1000, most(1000))
@@ -100,7 +100,7 @@ def test_patience_is_short_again_once_more_has_fitted():
 
 
 def test_a_row_that_is_too_large_by_itself_does_not_shrink_the_others_for_good():
-    room = Room()
+    room = BatchLimit()
     draw(room, [100], most(8))
 
     assert max(draw(room, [1] * 8, most(8))) == 8
@@ -117,7 +117,7 @@ def test_every_row_is_tried_in_few_attempts_however_the_room_changes(loads, capa
         seen.append(load)
         return load <= capacities[len(seen) % len(capacities)]
 
-    tried = draw(Room(), loads, holds)
+    tried = draw(BatchLimit(), loads, holds)
 
     assert all(load <= sum(loads) for load in tried)
     assert len(tried) <= len(loads) * (2 + sum(loads).bit_length())
@@ -125,7 +125,7 @@ def test_every_row_is_tried_in_few_attempts_however_the_room_changes(loads, capa
 
 @pytest.mark.parametrize("load", [1, 2, 3])
 def test_a_limit_never_reaches_zero_from_which_it_could_not_grow(load):
-    room = Room()
+    room = BatchLimit()
     room.overflowed([load], 1)
 
     assert 8 in draw(room, [1] * 100, most(8))

@@ -16,8 +16,8 @@ from torch._dynamo.utils import counters
 from typer.testing import CliRunner, Result
 
 from pia_batch import cli
-from pia_batch.engine import baselines, benchmark, calibration
-from pia_batch.engine.benchmark import Options
+from pia_batch.engine.benchmark import baselines, calibration, runner
+from pia_batch.engine.benchmark.runner import BenchmarkOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the documented use of the pipeline warns of much
 
@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
 
 def measured(encode: Callable[[Any], bytes] = lambda _: b"", **options: Any) -> dict[str, Any]:
     """The contestants of the smallest network there is."""
-    told = benchmark.run(Options(**SMALL | options), encode, make=lambda _size: build())
+    told = runner.run(BenchmarkOptions(**SMALL | options), encode, make=lambda _size: build())
     return dict(told["contestants"])
 
 
@@ -79,7 +79,7 @@ def test_every_contestant_draws_the_same_clip_and_is_measured(tmp_path):
         assert 0 < one["share_of_measured_matmul"] < (1 if name[0] in "abd" else 9)  # work left out counts as speed
         assert (one["peak_bytes"], one["share_of_datasheet"], one["compile_s"]) == (None, None, None)
         assert "error" not in one
-    assert told["contestants"]["b: pipeline"]["psnr_db"] == benchmark.IDENTICAL_DB
+    assert told["contestants"]["b: pipeline"]["psnr_db"] == runner.IDENTICAL_DB
     exact, fast = (told["contestants"][f"{name}, 1 row"]["psnr_db"] for name in ("d: engine", "e: fast"))
     assert exact >= max(45, fast + 10)
     assert told["tflop_per_clip"] == pytest.approx(0.0212, rel=0.02)
@@ -148,7 +148,7 @@ def test_no_turn_begins_after_the_minutes_that_there_are():
 def test_numbers_are_written_as_they_come_and_stay_beside_later_ones(tmp_path):
     path = tmp_path / "bench.json"
     earlier = {"turns": 3, "clips_per_s": 0.5}
-    known = {"conditions": benchmark.conditions(Options(**SMALL)), "contestants": {"b: pipeline": earlier}}
+    known = {"conditions": runner.conditions(BenchmarkOptions(**SMALL)), "contestants": {"b: pipeline": earlier}}
     path.write_text(json.dumps(known))
 
     result = small("--only", "d", "--to", str(path), "--json")
@@ -163,7 +163,7 @@ def test_numbers_are_written_as_they_come_and_stay_beside_later_ones(tmp_path):
 
 def test_numbers_of_other_conditions_are_not_mixed(tmp_path):
     path = tmp_path / "bench.json"
-    known = benchmark.conditions(Options(**SMALL))
+    known = runner.conditions(BenchmarkOptions(**SMALL))
     path.write_text(json.dumps({"conditions": known | {"device": "NVIDIA H100 80GB HBM3"}, "contestants": {}}))
     before = path.read_text()
 
@@ -197,8 +197,8 @@ def test_options_that_make_no_sense_are_refused(option, value):
 
 
 def test_a_shape_is_that_of_the_size_but_for_what_is_asked():
-    assert Options().shape == {"side_px": 512, "frames": 16, "steps": 25}
-    assert Options(size="tiny", steps=4).shape == {"side_px": 64, "frames": 8, "steps": 4}
+    assert BenchmarkOptions().shape == {"side_px": 512, "frames": 16, "steps": 25}
+    assert BenchmarkOptions(size="tiny", steps=4).shape == {"side_px": 64, "frames": 8, "steps": 4}
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_gpus_state_is_what_its_program_prints(program: str, told: dict[str, s
 
 @pytest.mark.parametrize(("speed", "shares"), [("exact", [1 / 2]), ("fast", [5 / 18, 4 / 18])])
 def test_the_network_is_called_on_a_gpu_as_often_as_a_step_of_one_row_takes(speed, shares):
-    shots = benchmark._shots(Options(**SMALL | {"batches": (2,), "steps": 9}))
+    shots = runner._shots(BenchmarkOptions(**SMALL | {"batches": (2,), "steps": 9}))
     pipe = build()
     with FakeCuda() as cuda:
         for _, network in baselines.networks(pipe):
@@ -277,13 +277,13 @@ def test_the_network_is_called_on_a_gpu_as_often_as_a_step_of_one_row_takes(spee
 def test_psnr_is_that_of_its_definition():
     dark = np.zeros((1, 2, 2, 3), np.uint8)
 
-    assert benchmark.psnr_db(dark + np.uint8(1), dark) == pytest.approx(48.13, abs=0.01)
-    assert benchmark.psnr_db(dark, dark) == benchmark.IDENTICAL_DB
+    assert runner.psnr_db(dark + np.uint8(1), dark) == pytest.approx(48.13, abs=0.01)
+    assert runner.psnr_db(dark, dark) == runner.IDENTICAL_DB
 
 
 @pytest.mark.gpu
 def test_a_gpu_is_measured_with_its_memory_and_its_own_clock():
-    told = benchmark.run(Options(**SMALL | {"device": "cuda"}, compiles=False, profiles=True), lambda _: b"")
+    told = runner.run(BenchmarkOptions(**SMALL | {"device": "cuda"}, compiles=False, profiles=True), lambda _: b"")
 
     assert told["conditions"]["dtype"] == "float16"
     assert told["calibration"]["matmul_tflops"] > 1

@@ -17,7 +17,8 @@ from diffusers import DDIMScheduler, PIAPipeline
 from fake_cuda import CUDA, FakeCuda
 from pipelines import build, named, picture, shot
 
-from pia_batch.engine import PiaEngine, Shot, baselines, loading, sampling
+from pia_batch.engine import PiaEngine, Shot, loading, sampling
+from pia_batch.engine.benchmark import baselines
 from pia_batch.engine.offloading import Berth, OnDemand
 from tests.engine.test_adapters import stock_with, write_lora
 from tests.engine.test_sampling import SCHEDULERS, scheduled

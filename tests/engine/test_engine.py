@@ -32,7 +32,7 @@ from pipelines import (
     stock_engine,
 )
 
-from pia_batch import tiny, weights
+from pia_batch import tiny
 from pia_batch.config import ModelConfig, SchedulerConfig, SchedulerName
 from pia_batch.engine import Clip, PiaEngine, conditioning, loading
 from pia_batch.engine.batch_limit import PATIENCE
@@ -45,6 +45,8 @@ from pia_batch.errors import (
     RequestError,
     UnsupportedSettingError,
 )
+from pia_batch.weights.identity import engine_id
+from pia_batch.weights.resolve import resolve
 
 # diffusers' sigma schedulers hand numpy a tensor in a way that numpy 2 wants changed.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -578,7 +580,7 @@ def test_an_engine_loaded_from_a_folder_draws_what_the_pipeline_draws(pipe, tmp_
 
     assert capfd.readouterr() == ("", "")
     assert (engine.device, engine.dtype) == ("cpu", "float32")
-    assert engine.engine_id == weights.engine_id(model, weights.resolve(model), "float32")
+    assert engine.engine_id == engine_id(model, resolve(model), "float32")
     assert_equals_single_calls(pipe, engine, MIXED[:3])
 
 

@@ -21,11 +21,12 @@ from diffusers import AutoencoderKL, MotionAdapter, PIAPipeline, UNet2DCondition
 from pipelines import assert_equals_single_calls, shot
 from safetensors.torch import load_file
 
-from pia_batch import weights
 from pia_batch.config import ModelConfig, SchedulerConfig
 from pia_batch.engine import PiaEngine, loading, single_file
 from pia_batch.errors import ConfigError
-from pia_batch.weights import Component, sd15
+from pia_batch.weights import sd15
+from pia_batch.weights.components import Component
+from pia_batch.weights.resolve import resolve
 
 CPU = torch.device("cpu")
 SHIPPED = SchedulerConfig(name="checkpoint")
@@ -63,7 +64,7 @@ def single(folder: Path, tensors: layouts.Tensors, tmp_path_factory: pytest.Temp
 
 def load(dtype: torch.dtype = torch.float32, **settings: Any) -> loading.Components:
     model = ModelConfig(**settings)
-    return loading.load(model, weights.resolve(model), CPU, dtype)
+    return loading.load(model, resolve(model), CPU, dtype)
 
 
 def assert_same_networks(found: loading.Components, wanted: loading.Components) -> None:
@@ -375,11 +376,11 @@ def forbid(event, arguments):
 
 sys.addaudithook(forbid)
 import torch
-from pia_batch import weights
 from pia_batch.config import ModelConfig
 from pia_batch.engine import loading
+from pia_batch.weights.resolve import resolve
 model = ModelConfig.model_validate_json(sys.argv[1])
-parts = loading.load(model, weights.resolve(model), torch.device("cpu"), torch.float32)
+parts = loading.load(model, resolve(model), torch.device("cpu"), torch.float32)
 print(sum(parameter.numel() for parameter in parts.unet.parameters()))
 """
 

@@ -17,7 +17,6 @@ from pipelines import build, save, shot
 from safetensors.torch import save_file
 from torch import nn
 
-from pia_batch import weights
 from pia_batch.config import (
     FreeUConfig,
     IpAdapterConfig,
@@ -27,9 +26,11 @@ from pia_batch.config import (
     TextualInversionConfig,
 )
 from pia_batch.engine import Clip, PiaEngine
-from pia_batch.engine.model_cache import ModelShelf, budget
+from pia_batch.engine.model_cache import ModelCache, budget
 from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.errors import ConfigError
+from pia_batch.weights.identity import engine_id, resolved_dtype
+from pia_batch.weights.resolve import resolve
 
 ROWS = [shot(1, num_inference_steps=1), shot(2, num_inference_steps=2, prompt="a <cat> jumping", guidance_scale=1.0)]
 
@@ -144,15 +145,15 @@ ALL = {"tokenizer", "text_encoder", "vae", "unet", "motion"}
     ],
 )
 def test_models_share_the_memory_of_what_they_have_in_common(models, other, expected):
-    shelf = ModelShelf(models, "cpu")
+    cache = ModelCache(models, "cpu")
 
-    assert shared_parts(shelf.engine("base"), shelf.engine(other)) == expected
+    assert shared_parts(cache.engine("base"), cache.engine(other)) == expected
 
 
 def test_the_same_file_for_another_word_is_another_text_encoder_but_no_other_unet(models):
-    shelf = ModelShelf(models, "cpu")
+    cache = ModelCache(models, "cpu")
 
-    assert shared_parts(shelf.engine("cat"), shelf.engine("dog")) == {"vae", "unet", "motion"}
+    assert shared_parts(cache.engine("cat"), cache.engine("dog")) == {"vae", "unet", "motion"}
 
 
 def test_engines_loaded_without_a_shelf_share_nothing(models):
@@ -163,68 +164,68 @@ def test_engines_loaded_without_a_shelf_share_nothing(models):
 
 @pytest.mark.parametrize("max_models", [None, 1, 2, 3])
 def test_a_model_draws_what_it_draws_alone_in_any_order_of_loads_and_evictions(models, truths, max_models):
-    shelf = ModelShelf(models, "cpu", max_models=max_models)
+    cache = ModelCache(models, "cpu", max_models=max_models)
     order = random.Random(max_models).choices(sorted(models), k=10)
 
     for name in order:
-        assert_draws(shelf.engine(name), truths[name])
+        assert_draws(cache.engine(name), truths[name])
 
 
 @pytest.mark.parametrize("other", ["sibling", "style", "motion", "fused", "voice", "cat", "freeu", "image", "low"])
 def test_loading_a_model_changes_no_weight_of_another(models, truths, other):
-    shelf = ModelShelf(models, "cpu")
-    parts = shelf.engine("base")._parts
+    cache = ModelCache(models, "cpu")
+    parts = cache.engine("base")._parts
     before = {
         (network, name): tensor.clone()
         for network in ("text_encoder", "vae", "unet")
         for name, tensor in getattr(parts, network).state_dict().items()
     }
 
-    shelf.engine(other).animate(ROWS)
+    cache.engine(other).animate(ROWS)
 
     for (network, name), tensor in before.items():
         assert torch.equal(getattr(parts, network).state_dict()[name], tensor)
     assert "<cat>" not in parts.tokenizer.get_vocab()
-    assert_draws(shelf.engine("base"), truths["base"])
+    assert_draws(cache.engine("base"), truths["base"])
 
 
 def test_what_is_shared_stays_when_one_of_its_models_is_put_away(models, truths):
-    shelf = ModelShelf({name: models[name] for name in ("base", "sibling", "style")}, "cpu", max_models=2)
-    shelf.engine("base")
-    sibling = addresses(shelf.engine("sibling")._parts.unet, "motion_modules")
+    cache = ModelCache({name: models[name] for name in ("base", "sibling", "style")}, "cpu", max_models=2)
+    cache.engine("base")
+    sibling = addresses(cache.engine("sibling")._parts.unet, "motion_modules")
 
-    style = addresses(shelf.engine("style")._parts.unet, "motion_modules")
+    style = addresses(cache.engine("style")._parts.unet, "motion_modules")
 
-    assert shelf.loaded == ("sibling", "style")
+    assert cache.loaded == ("sibling", "style")
     assert sibling == style
-    assert_draws(shelf.engine("sibling"), truths["sibling"])
+    assert_draws(cache.engine("sibling"), truths["sibling"])
 
 
 def test_the_memory_of_a_model_comes_back_when_it_is_put_away(models):
-    shelf = ModelShelf(models, "cpu", max_models=1)
-    parts = shelf.engine("style")._parts
-    shelf.engine("style").animate(ROWS)
+    cache = ModelCache(models, "cpu", max_models=1)
+    parts = cache.engine("style")._parts
+    cache.engine("style").animate(ROWS)
     gone = [weakref.ref(part) for part in (parts.unet, parts.vae, parts.text_encoder, parts.tokenizer)]
     gone += [weakref.ref(tensor) for tensor in parts.unet.parameters()]
     del parts
 
-    shelf.engine("stranger")
+    cache.engine("stranger")
 
     assert {ref() for ref in gone} == {None}
 
 
 def test_a_model_that_is_used_goes_to_the_end_of_the_queue(models):
-    shelf = ModelShelf(models, "cpu", max_models=3)
+    cache = ModelCache(models, "cpu", max_models=3)
     for name in ("base", "sibling", "style", "base", "voice"):
-        shelf.engine(name)
+        cache.engine(name)
 
-    assert shelf.loaded == ("style", "base", "voice")
+    assert cache.loaded == ("style", "base", "voice")
 
 
 def test_a_loaded_model_is_not_loaded_again(models):
-    shelf = ModelShelf(models, "cpu")
+    cache = ModelCache(models, "cpu")
 
-    assert shelf.engine("base") is shelf.engine("base")
+    assert cache.engine("base") is cache.engine("base")
 
 
 def num_bytes(*engines: PiaEngine) -> int:
@@ -239,26 +240,26 @@ def num_bytes(*engines: PiaEngine) -> int:
 
 def test_models_are_kept_for_as_long_as_their_weights_fit_the_budget(models):
     base, sibling, stranger = (PiaEngine.load(models[name], "cpu") for name in ("base", "sibling", "stranger"))
-    together = ModelShelf(models, "cpu")
+    together = ModelCache(models, "cpu")
     pair = num_bytes(together.engine("base"), together.engine("sibling"))
     assert max(num_bytes(base), num_bytes(stranger)) < pair < num_bytes(base) + num_bytes(sibling)
-    shelf = ModelShelf(models, "cpu", budget=lambda _: pair)
+    cache = ModelCache(models, "cpu", budget=lambda _: pair)
 
     loaded = []
     for name in ("base", "sibling", "stranger", "base", "sibling"):
-        shelf.engine(name)
-        loaded.append(shelf.loaded)
+        cache.engine(name)
+        loaded.append(cache.loaded)
 
     # What two models share is counted once; two that share nothing are too much.
     assert loaded == [("base",), ("base", "sibling"), ("stranger",), ("base",), ("base", "sibling")]
 
 
 def test_the_model_in_use_is_kept_though_it_alone_exceeds_the_budget(models, truths):
-    shelf = ModelShelf(models, "cpu", budget=lambda _: 1)
+    cache = ModelCache(models, "cpu", budget=lambda _: 1)
 
     for name in ("base", "twin", "base"):
-        assert_draws(shelf.engine(name), truths[name])
-        assert shelf.loaded == (name,)
+        assert_draws(cache.engine(name), truths[name])
+        assert cache.loaded == (name,)
 
 
 def test_the_weights_in_use_are_counted_once(models):
@@ -294,52 +295,51 @@ class Cramped:
 
 def test_a_model_that_does_not_fit_beside_the_others_is_loaded_in_their_place(models, truths):
     load = Cramped(most=2)
-    shelf = ModelShelf(models, "cpu", load=load)
+    cache = ModelCache(models, "cpu", load=load)
     for name in ("base", "sibling"):
-        shelf.engine(name)
+        cache.engine(name)
 
-    engine = shelf.engine("style")
+    engine = cache.engine("style")
 
-    assert shelf.loaded == ("style",)
+    assert cache.loaded == ("style",)
     assert load.loads == 4
     assert_draws(engine, truths["style"])
 
 
 def test_a_model_that_does_not_fit_alone_is_a_config_error(models):
     load = Cramped(most=0)
-    shelf = ModelShelf(models, "cpu", load=load)
+    cache = ModelCache(models, "cpu", load=load)
 
     with pytest.raises(ConfigError, match=r"'base' alone is too large.*`low`"):
-        shelf.engine("base")
-    assert shelf.loaded == ()
+        cache.engine("base")
+    assert cache.loaded == ()
     assert load.loads == 1
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_others_as_they_are(models, truths, tmp_path):
-    shelf = ModelShelf({"base": models["base"], "lost": ModelConfig(base=str(tmp_path))}, "cpu")
-    shelf.engine("base")
+    cache = ModelCache({"base": models["base"], "lost": ModelConfig(base=str(tmp_path))}, "cpu")
+    cache.engine("base")
 
     with pytest.raises(ConfigError):
-        shelf.engine("lost")
-    assert shelf.loaded == ("base",)
-    assert_draws(shelf.engine("base"), truths["base"])
+        cache.engine("lost")
+    assert cache.loaded == ("base",)
+    assert_draws(cache.engine("base"), truths["base"])
 
 
 def test_an_unknown_name_is_a_config_error_that_lists_the_models(models):
     with pytest.raises(ConfigError, match=r"no model 'nope'; the config has .*base.*twin"):
-        ModelShelf(models, "cpu").engine("nope")
+        ModelCache(models, "cpu").engine("nope")
 
 
 def test_the_ids_of_engines_are_those_of_the_driver(models):
-    shelf = ModelShelf(models, "cpu", max_models=2)
+    cache = ModelCache(models, "cpu", max_models=2)
     names = ("base", "twin", "half", "low", "freeu", "style", "cat")
 
-    ids = {name: shelf.engine(name).engine_id for name in names}
+    ids = {name: cache.engine(name).engine_id for name in names}
 
-    resolved = {name: (models[name], weights.resolve(models[name])) for name in names}
+    resolved = {name: (models[name], resolve(models[name])) for name in names}
     assert ids == {
-        name: weights.engine_id(model, found, weights.resolved_dtype(model, on_gpu=False))
-        for name, (model, found) in resolved.items()
+        name: engine_id(model, found, resolved_dtype(model, on_gpu=False)) for name, (model, found) in resolved.items()
     }
     assert ids["base"] == ids["twin"]
     assert len(set(ids.values())) == len(names) - 1

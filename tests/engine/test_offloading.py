@@ -12,10 +12,10 @@ import torch
 from pipelines import build, save, shot
 from torch import nn
 
-from pia_batch import weights
 from pia_batch.config import ModelConfig, SchedulerConfig
 from pia_batch.engine import PiaEngine, loading
 from pia_batch.engine.offloading import SMALL_DEVICE_BYTES, Berth, OnDemand, Savings, savings, total_memory
+from pia_batch.weights.resolve import resolve
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NETWORKS = ("text_encoder", "vae", "unet")
@@ -156,7 +156,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def load(folder: str, device: str, **settings: Any) -> loading.Components:
     model = ModelConfig(base=folder, scheduler=SchedulerConfig(name="checkpoint"), **settings)
-    return loading.load(model, weights.resolve(model), torch.device(device), torch.float32)
+    return loading.load(model, resolve(model), torch.device(device), torch.float32)
 
 
 def test_low_memory_on_a_gpu_leaves_the_networks_on_the_cpu(folder):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from pia_batch.engine import profiling
-from pia_batch.engine.profiling import Span, kind_of
+from pia_batch.engine.benchmark import profiling
+from pia_batch.engine.benchmark.profiling import Span, kind_of
 
 NAMES = [
     ("sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "", "convolution"),

@@ -173,7 +173,7 @@ def test_its_request_suits_every_model(other, stride, max_frames):
 
 
 def test_the_answer_is_stored_and_read_again(embedded, tmp_path):
-    path = tmp_path / "canary.json"
+    path = tmp_path / "self_test.json"
     canaries = embedded.under(self_test.scheduler(None, embedded=True))
 
     self_test.write_answer(canaries, path)
@@ -205,9 +205,9 @@ def test_thumbnails_are_means_of_squares():
     ids=["missing", "cut", "short", "list", "another model"],
 )
 def test_an_answer_that_is_no_answer_is_an_error_that_names_the_command(embedded, tmp_path, spoil):
-    path = tmp_path / "canary.json"
+    path = tmp_path / "self_test.json"
     path.write_text(self_test.ANSWER.read_text())
     spoil(path)
 
-    with pytest.raises(ConfigError, match=r"python -m pia_batch\.engine\.canary"):
+    with pytest.raises(ConfigError, match=r"python jobs/tiny/self_test\.py"):
         self_test.check(embedded, embedded=True, answer=path)

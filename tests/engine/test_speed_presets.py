@@ -22,12 +22,13 @@ from pipelines import Counting, build, picture, shot
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pia_batch import weights
 from pia_batch.config import ModelConfig, SchedulerConfig, speed_presets
 from pia_batch.config.speed_presets import EXACT, OUTERMOST_SHARE, PRESETS, Shortcuts, work_share
 from pia_batch.engine import Clip, PiaEngine, Shot, compiling, loading, unet
 from pia_batch.engine.loading import build_scheduler
 from pia_batch.weights import sd15
+from pia_batch.weights.identity import engine_id
+from pia_batch.weights.resolve import resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -324,11 +325,11 @@ def test_a_network_that_nobody_has_laid_out_is_run_whole() -> None:
 
 
 def test_a_preset_is_part_of_the_identity_of_what_it_draws() -> None:
-    found = weights.resolve(ModelConfig())
-    loaded = [weights.engine_id(ModelConfig(speed=speed), found, "float32") for speed in PRESETS]
+    found = resolve(ModelConfig())
+    loaded = [engine_id(ModelConfig(speed=speed), found, "float32") for speed in PRESETS]
     adopted = [PiaEngine.from_pipeline(build(), speed).engine_id for speed in PRESETS]
 
-    assert loaded[0] == weights.engine_id(ModelConfig(), found, "float32")
+    assert loaded[0] == engine_id(ModelConfig(), found, "float32")
     assert adopted[0] == loading.adopted_id(loading.adopt(build()))
     assert all(one != other for ids in (loaded, adopted) for one, other in itertools.combinations(ids, 2))
 

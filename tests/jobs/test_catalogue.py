@@ -75,9 +75,10 @@ def test_every_program_of_the_catalogue_says_how_it_is_run() -> None:
 
 def test_the_catalogue_names_every_program_config_and_folder_once() -> None:
     linked = re.findall(r"\]\(([^)#]+)\)", (ROOT / "jobs/README.md").read_text(encoding="utf-8"))
-    below = [path for folder in (ROOT / "jobs", ROOT / "jobs/configs") for path in folder.iterdir()]
+    folders = [ROOT / "jobs" / name for name in (".", "configs", "tiny")]
+    below = [path for folder in folders for path in folder.iterdir()]
     wanted = {path for path in below if path.suffix in {".py", ".yaml"} or path.is_dir()}
-    wanted -= {path for path in below if path.name in {"__pycache__", "configs"}}
+    wanted -= {path for path in below if path.name in {"__pycache__", "configs", "tiny"}}
     found = [ROOT / "jobs" / link for link in linked]
     assert all(path.exists() for path in found)
     assert wanted - {path.resolve() for path in found} == set(), "jobs/README.md lacks these"

@@ -66,10 +66,11 @@ def cpu_gain() -> float:
     """Eight rows that differ in guidance, motion, seed and prompt: single pipeline calls against one `animate`."""
     import torch  # noqa: PLC0415 - the other checks need none of it
 
-    from pia_batch.engine import PiaEngine, Shot, benchmark  # noqa: PLC0415
+    from pia_batch.engine import PiaEngine, Shot  # noqa: PLC0415
+    from pia_batch.engine.benchmark import baselines  # noqa: PLC0415
 
     torch.set_num_threads(1)  # on a busy machine threads spin while they wait for each other, which is CPU time too
-    pipe = benchmark.pipeline("tiny")
+    pipe = baselines.pipeline("tiny")
     pictures = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
     shots = [
         Shot(
@@ -85,7 +86,7 @@ def cpu_gain() -> float:
         )
         for seed, (picture, colour) in enumerate(zip(pictures, ["red", "blue", "green", "yellow"] * 2, strict=True))
     ]
-    single: Callable[[], Any] = lambda: [benchmark.single_call(pipe, shot) for shot in shots]  # noqa: E731
+    single: Callable[[], Any] = lambda: [baselines.single_call(pipe, shot) for shot in shots]  # noqa: E731
     return ratio(single, lambda: PiaEngine.from_pipeline(pipe).animate(shots))
 
 

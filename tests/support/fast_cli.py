@@ -15,10 +15,12 @@ from typing import Any
 
 from fakes import FakeShelf, RestlessEngine
 
-from pia_batch import cli, weights
+from pia_batch import cli
 from pia_batch.config import RunConfig
 from pia_batch.driver import run as driver_run
 from pia_batch.driver.run_record import RunSummary
+from pia_batch.weights.identity import engine_id, resolved_dtype
+from pia_batch.weights.resolve import resolve
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class FastLoader:
     @classmethod
     def of(cls, config: RunConfig, seconds: float, folder: Path) -> FastLoader:
         model = config.model
-        engine_id = weights.engine_id(model, weights.resolve(model), weights.resolved_dtype(model, on_gpu=False))
-        return cls(engine_id, seconds, folder)
+        identity = engine_id(model, resolve(model), resolved_dtype(model, on_gpu=False))
+        return cls(identity, seconds, folder)
 
     def __call__(self) -> FakeShelf:
         (self.folder / str(os.getpid())).touch()

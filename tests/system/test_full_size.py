@@ -11,7 +11,8 @@ import pytest
 import torch
 from pipelines import picture, shot, single_call
 
-from pia_batch.engine import PiaEngine, baselines
+from pia_batch.engine import PiaEngine
+from pia_batch.engine.benchmark import baselines
 
 log = logging.getLogger(__name__)
 

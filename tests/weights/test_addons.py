@@ -15,11 +15,11 @@ import pytest
 from hubs import COMMIT, FakeHub
 from safetensors.numpy import save_file
 
-from pia_batch import weights
 from pia_batch.config import IpAdapterConfig, LoraConfig, ModelConfig, TextualInversionConfig
 from pia_batch.errors import ConfigError
 from pia_batch.storage.object_store import Store
-from pia_batch.weights import Weights
+from pia_batch.weights.identity import engine_id
+from pia_batch.weights.resolve import Weights, resolve
 
 KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
 PEFT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.lora_A.weight"
@@ -38,11 +38,11 @@ def lora_file(path: Path, width: int = 64, name: str = KOHYA) -> str:
 
 
 def lora(source: str, hub: FakeHub | None = None, **more: Any) -> Weights:
-    return weights.resolve(ModelConfig(loras=(LoraConfig(source=source, **more),)), hub)
+    return resolve(ModelConfig(loras=(LoraConfig(source=source, **more),)), hub)
 
 
 def word(source: str, **more: Any) -> Weights:
-    return weights.resolve(ModelConfig(textual_inversions=(TextualInversionConfig(source=source, **more),)))
+    return resolve(ModelConfig(textual_inversions=(TextualInversionConfig(source=source, **more),)))
 
 
 # --- which file -----------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_another_kind_of_file_is_no_lora(tmp_path, shapes, message):
 def test_loras_keep_the_order_of_the_config(tmp_path):
     sources = [lora_file(tmp_path / f"{name}.safetensors") for name in "bca"]
 
-    found = weights.resolve(ModelConfig(loras=tuple(LoraConfig(source=source) for source in sources)))
+    found = resolve(ModelConfig(loras=tuple(LoraConfig(source=source) for source in sources)))
 
     assert [str(part.path) for part in found.loras] == sources
     assert [label for label, _ in found.parts()][-3:] == ["loras.0", "loras.1", "loras.2"]
@@ -200,12 +200,12 @@ def test_two_loras_of_one_name_are_pinned_by_their_places(tmp_path):
         lora_file(tmp_path / name / "style.safetensors", name=tensor) for name, tensor in (("a", KOHYA), ("b", PEFT))
     ]
     entries = tuple(LoraConfig(source=source) for source in sources)
-    hashes = [part.identity()["sha256"] for part in weights.resolve(ModelConfig(loras=entries)).loras]
+    hashes = [part.identity()["sha256"] for part in resolve(ModelConfig(loras=entries)).loras]
     right = {f"loras.{k}/style.safetensors": each for k, each in enumerate(hashes)}
 
-    weights.resolve(ModelConfig(loras=entries, sha256=right))
+    resolve(ModelConfig(loras=entries, sha256=right))
     with pytest.raises(ConfigError, match="it is another file"):
-        weights.resolve(ModelConfig(loras=entries, sha256={"style.safetensors": hashes[0]}))
+        resolve(ModelConfig(loras=entries, sha256={"style.safetensors": hashes[0]}))
 
 
 # --- textual inversions ---------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def encoder(folder: Path, nested: bool = False, **settings: Any) -> str:
 
 
 def adapter(source: str, hub: FakeHub | None = None, **more: Any) -> Weights:
-    return weights.resolve(ModelConfig(ip_adapter=IpAdapterConfig(source=source, **more)), hub)
+    return resolve(ModelConfig(ip_adapter=IpAdapterConfig(source=source, **more)), hub)
 
 
 @pytest.mark.parametrize("shapes", [PLAIN, PLUS, FULL_FACE], ids=["plain", "plus", "full face"])
@@ -345,11 +345,11 @@ def test_adapter_and_encoder_are_part_of_the_id(tmp_path):
     source = write(tmp_path / "ip-adapter.safetensors", PLAIN)
     encoder(tmp_path / "image_encoder")
     model = ModelConfig(ip_adapter=IpAdapterConfig(source=source))
-    seen = {weights.engine_id(each, weights.resolve(each), "float32") for each in (ModelConfig(), model)}
+    seen = {engine_id(each, resolve(each), "float32") for each in (ModelConfig(), model)}
 
     encoder(tmp_path / "image_encoder", attention_dropout=0.1)
-    seen.add(weights.engine_id(model, weights.resolve(model), "float32"))
+    seen.add(engine_id(model, resolve(model), "float32"))
     write(tmp_path / "ip-adapter.safetensors", PLAIN | {"image_proj.norm.weight": (64,)})
-    seen.add(weights.engine_id(model, weights.resolve(model), "float32"))
+    seen.add(engine_id(model, resolve(model), "float32"))
 
     assert len(seen) == 4

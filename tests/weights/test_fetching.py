@@ -19,13 +19,15 @@ import pytest
 from hubs import COMMIT, FakeHub
 from safetensors.numpy import save
 
-from pia_batch import tiny, weights
+from pia_batch import tiny
 from pia_batch.config import ModelConfig
 from pia_batch.errors import ConfigError, StorageError
 from pia_batch.storage import object_store
 from pia_batch.storage.object_store import ObjectInfo, Store
 from pia_batch.weights import fetching
 from pia_batch.weights.fetching import HubRepository, HuggingFaceHub, LocalFolder, ObjectFolder, locate
+from pia_batch.weights.identity import engine_id
+from pia_batch.weights.resolve import resolve
 
 FILES = {
     "unet/config.json": b"{}",
@@ -479,7 +481,7 @@ def test_a_model_on_s3_is_the_model_on_this_disk(s3: str, caplog: pytest.LogCapt
     model = ModelConfig(base=f"{s3}/tiny", vae=f"{s3}/vae")
     caplog.set_level("INFO")
 
-    ids = [weights.engine_id(each, weights.resolve(each), "float32") for each in (ModelConfig(), model, model)]
+    ids = [engine_id(each, resolve(each), "float32") for each in (ModelConfig(), model, model)]
 
     assert len(set(ids)) == 1
     assert [record.message.split()[0] for record in caplog.records].count("weights_fetched") == 2
@@ -525,10 +527,10 @@ def test_an_object_of_many_parts_arrives_whole_from_s3_and_never_mixed(s3: str, 
 @pytest.mark.parametrize("name", ["", "/a.safetensors"])
 def test_what_is_not_on_s3_is_a_config_error(s3: str, name: str):
     with pytest.raises(ConfigError, match=r"model\.base: there are no weights at s3://"):
-        weights.resolve(ModelConfig(base=f"{s3}/nowhere{name}"))
+        resolve(ModelConfig(base=f"{s3}/nowhere{name}"))
 
 
 @pytest.mark.s3
 def test_a_bucket_that_is_not_there_is_told(s3: str):
     with pytest.raises(StorageError, match="no such bucket"):
-        weights.resolve(ModelConfig(base=f"{s3.replace('s3://pia', 's3://other')}/a"))
+        resolve(ModelConfig(base=f"{s3.replace('s3://pia', 's3://other')}/a"))

@@ -16,10 +16,12 @@ import pytest
 from hubs import COMMIT, FakeHub
 from safetensors.numpy import save_file
 
-from pia_batch import tiny, weights
+from pia_batch import tiny
 from pia_batch.config import FreeUConfig, LoraConfig, ModelConfig, SchedulerConfig, TextualInversionConfig
 from pia_batch.errors import ConfigError
 from pia_batch.weights import sd15
+from pia_batch.weights.identity import engine_id, resolved_dtype
+from pia_batch.weights.resolve import resolve
 
 
 @pytest.fixture
@@ -33,11 +35,11 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def identify(model: ModelConfig, dtype: str = "float32") -> str:
-    return weights.engine_id(model, weights.resolve(model), dtype)
+    return engine_id(model, resolve(model), dtype)
 
 
 def test_the_embedded_model_is_a_whole_checkpoint():
-    found = weights.resolve(ModelConfig())
+    found = resolve(ModelConfig())
 
     assert found.base == tiny.PATH
     assert {name: part.folder for name, part in found.components.items()} == {
@@ -61,7 +63,7 @@ def test_the_same_files_elsewhere_under_another_name_have_the_same_id(base):
 def test_one_changed_byte_of_any_used_file_changes_the_id(base):
     model = ModelConfig(base=str(base))
     seen = {identify(model)}
-    for part in weights.resolve(model).components.values():
+    for part in resolve(model).components.values():
         for name in part.files:
             path = part.folder / name
             content = path.read_bytes()
@@ -71,7 +73,7 @@ def test_one_changed_byte_of_any_used_file_changes_the_id(base):
             seen.add(identify(model))
             path.write_bytes(content)
 
-    files = sum(len(part.files) for part in weights.resolve(model).components.values())
+    files = sum(len(part.files) for part in resolve(model).components.values())
     assert len(seen) == 1 + files
 
 
@@ -98,9 +100,9 @@ def test_scheduler_and_dtype_are_part_of_the_id():
 def test_auto_means_half_precision_on_a_gpu_and_full_precision_on_a_cpu():
     auto, fixed = ModelConfig(), ModelConfig(dtype="bfloat16")
 
-    assert weights.resolved_dtype(auto, on_gpu=True) == "float16"
-    assert weights.resolved_dtype(auto, on_gpu=False) == "float32"
-    assert weights.resolved_dtype(fixed, on_gpu=False) == "bfloat16"
+    assert resolved_dtype(auto, on_gpu=True) == "float16"
+    assert resolved_dtype(auto, on_gpu=False) == "float32"
+    assert resolved_dtype(fixed, on_gpu=False) == "bfloat16"
 
 
 def test_adapter_and_vae_may_come_from_folders_of_their_own(base, tmp_path):
@@ -108,7 +110,7 @@ def test_adapter_and_vae_may_come_from_folders_of_their_own(base, tmp_path):
         shutil.move(base / part, tmp_path / part)
     model = ModelConfig(base=str(base), motion_adapter=str(tmp_path / "motion_adapter"), vae=str(tmp_path / "vae"))
 
-    found = weights.resolve(model)
+    found = resolve(model)
 
     assert [found.components[part].folder for part in ("motion_adapter", "vae")] == [
         tmp_path / "motion_adapter",
@@ -122,14 +124,14 @@ def test_a_missing_part_is_named(base, part):
     shutil.rmtree(base / part)
 
     with pytest.raises(ConfigError, match=f"has no {part}/"):
-        weights.resolve(ModelConfig(base=str(base)))
+        resolve(ModelConfig(base=str(base)))
 
 
 def test_a_base_without_an_adapter_asks_for_one(base):
     shutil.rmtree(base / "motion_adapter")
 
     with pytest.raises(ConfigError, match=r"set model\.motion_adapter"):
-        weights.resolve(ModelConfig(base=str(base)))
+        resolve(ModelConfig(base=str(base)))
 
 
 @pytest.mark.parametrize(
@@ -144,14 +146,14 @@ def test_a_base_without_an_adapter_asks_for_one(base):
 )
 def test_a_folder_that_is_not_there_is_named_with_its_key(model, message):
     with pytest.raises(ConfigError, match=message):
-        weights.resolve(model)
+        resolve(model)
 
 
 def test_pickled_weights_are_refused(base):
     (base / "unet" / "diffusion_pytorch_model.safetensors").rename(base / "unet" / "diffusion_pytorch_model.bin")
 
     with pytest.raises(ConfigError, match=r"only diffusion_pytorch_model\.bin; pickled weights are refused"):
-        weights.resolve(ModelConfig(base=str(base)))
+        resolve(ModelConfig(base=str(base)))
 
 
 def test_weights_of_another_variant_only_ask_for_the_variant(base):
@@ -159,7 +161,7 @@ def test_weights_of_another_variant_only_ask_for_the_variant(base):
     plain.rename(plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
 
     with pytest.raises(ConfigError, match=r"but diffusion_pytorch_model\.fp16\.safetensors; set"):
-        weights.resolve(ModelConfig(base=str(base)))
+        resolve(ModelConfig(base=str(base)))
 
 
 def test_a_variant_is_taken_where_it_is_asked_for(base):
@@ -170,7 +172,7 @@ def test_a_variant_is_taken_where_it_is_asked_for(base):
     ):
         (base / part / f"{stem}.safetensors").rename(base / part / f"{stem}.fp16.safetensors")
 
-    found = weights.resolve(ModelConfig(base=str(base), variant="fp16"))
+    found = resolve(ModelConfig(base=str(base), variant="fp16"))
 
     assert found.components["text_encoder"].files == ("config.json", "model.fp16.safetensors")
     assert found.components["unet"].variant == "fp16"
@@ -186,10 +188,10 @@ def test_shards_are_all_needed_and_all_part_of_the_id(base):
     model = ModelConfig(base=str(base))
 
     with pytest.raises(ConfigError, match="has no unet/diffusion_pytorch_model-00002-of-00002"):
-        weights.resolve(model)
+        resolve(model)
     save_file({"b": np.zeros(2)}, unet / shards[1])
 
-    assert set(shards) < set(weights.resolve(model).components["unet"].files)
+    assert set(shards) < set(resolve(model).components["unet"].files)
 
 
 @pytest.mark.parametrize(
@@ -206,15 +208,15 @@ def test_networks_that_pia_cannot_use_are_refused(base, part, changes, message):
     edit(base / part / "config.json", **changes)
 
     with pytest.raises(ConfigError, match=message):
-        weights.resolve(ModelConfig(base=str(base)))
+        resolve(ModelConfig(base=str(base)))
 
 
 def test_a_saved_pia_pipeline_needs_no_adapter_and_takes_no_other(base):
     edit(base / "unet" / "config.json", _class_name="UNetMotionModel", in_channels=9)
 
-    assert "motion_adapter" not in weights.resolve(ModelConfig(base=str(base))).components
+    assert "motion_adapter" not in resolve(ModelConfig(base=str(base))).components
     with pytest.raises(ConfigError, match=r"leave model\.motion_adapter out"):
-        weights.resolve(ModelConfig(base=str(base), motion_adapter=str(tiny.PATH / "motion_adapter")))
+        resolve(ModelConfig(base=str(base), motion_adapter=str(tiny.PATH / "motion_adapter")))
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
@@ -222,7 +224,7 @@ def test_a_broken_config_file_is_named(base, text):
     (base / "unet" / "config.json").write_text(text)
 
     with pytest.raises(ConfigError, match=r"unet/config\.json"):
-        weights.resolve(ModelConfig(base=str(base)))
+        resolve(ModelConfig(base=str(base)))
 
 
 def test_hub_ids_are_fetched_at_their_revisions_and_identified_by_their_commits(tmp_path):
@@ -235,7 +237,7 @@ def test_hub_ids_are_fetched_at_their_revisions_and_identified_by_their_commits(
         vae="third/better_vae",
     )
 
-    found = weights.resolve(model, hub)
+    found = resolve(model, hub)
 
     assert hub.asked == [("someone/sd15", "main"), ("third/better_vae", None), ("else/adapter", COMMIT)]
     assert {part.commit for part in found.components.values()} == {COMMIT}
@@ -247,20 +249,21 @@ def test_hub_ids_are_fetched_at_their_revisions_and_identified_by_their_commits(
 def test_nothing_but_json_text_and_safetensors_is_asked_of_the_hub(tmp_path):
     hub = FakeHub(tmp_path, sd15=tiny.PATH)
 
-    weights.resolve(ModelConfig(base="someone/sd15"), hub)
+    resolve(ModelConfig(base="someone/sd15"), hub)
 
     assert {Path(pattern).suffix for pattern in hub.patterns} == {".json", ".txt", ".safetensors"}
 
 
 IN_A_FRESH_PROCESS = """
 import sys
-from pia_batch import weights
 from pia_batch.config import ModelConfig
 from pia_batch.errors import ConfigError
+from pia_batch.weights.identity import engine_id
+from pia_batch.weights.resolve import resolve
 model = ModelConfig(base="someone/sd15", revision="main")
-print(weights.engine_id(model, weights.resolve(model), "float32"))
+print(engine_id(model, resolve(model), "float32"))
 try:
-    weights.resolve(ModelConfig(base="someone/not-cached"))
+    resolve(ModelConfig(base="someone/not-cached"))
 except ConfigError as err:
     print(err)
 print(sorted({"torch", "diffusers", "transformers"} & set(sys.modules)))
@@ -331,7 +334,7 @@ def single(tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_single_file_gets_the_packages_configs_and_tokenizer(single):
-    found = weights.resolve(ModelConfig(**single))
+    found = resolve(ModelConfig(**single))
 
     assert found.base == Path(single["base"])
     assert set(found.components) == {"scheduler", "tokenizer", "text_encoder", "unet", "vae", "motion_adapter"}
@@ -376,7 +379,7 @@ def test_a_single_file_may_come_from_the_hub_or_an_uri(single, tmp_path):
     names = ["someone/files/realistic.safetensors", Path(single["base"]).as_uri()]
     models = [ModelConfig(**(single | {"base": name, "revision": "v1"})) for name in names]
 
-    found = [weights.resolve(model, hub) for model in models]
+    found = [resolve(model, hub) for model in models]
 
     assert hub.asked == [("someone/files", "v1")]
     assert found[0].components["unet"].commit == COMMIT
@@ -388,7 +391,7 @@ def test_a_single_file_may_come_from_the_hub_or_an_uri(single, tmp_path):
 def test_configs_may_come_from_the_hub(single, tmp_path):
     hub = FakeHub(tmp_path / "hub", configs=sd15.PATH)
 
-    found = weights.resolve(ModelConfig(**single, config="someone/configs"), hub)
+    found = resolve(ModelConfig(**single, config="someone/configs"), hub)
 
     assert found.components["unet"].identity()["config"] == {"commit": COMMIT, "variant": None}
     assert found.components["tokenizer"].commit == COMMIT
@@ -411,13 +414,13 @@ def test_a_checkpoint_of_another_family_is_refused_by_its_header(tmp_path, chang
     base = checkpoint(tmp_path / "realistic.safetensors", **changes)
 
     with pytest.raises(ConfigError, match=message):
-        weights.resolve(ModelConfig(base=base, motion_adapter=str(tiny.PATH / "motion_adapter")))
+        resolve(ModelConfig(base=base, motion_adapter=str(tiny.PATH / "motion_adapter")))
 
 
 def test_a_checkpoint_without_vae_takes_another(tmp_path, single):
     bare = checkpoint(tmp_path / "bare.safetensors", without="first_stage_model.")
 
-    found = weights.resolve(ModelConfig(**(single | {"base": bare}), vae=single["base"]))
+    found = resolve(ModelConfig(**(single | {"base": bare}), vae=single["base"]))
 
     assert found.components["vae"].path == Path(single["base"])
 
@@ -444,7 +447,7 @@ def test_a_file_of_the_wrong_kind_is_told_where_it_belongs(tmp_path, single, key
     wrong = write(tmp_path / "wrong.safetensors", **shapes)
 
     with pytest.raises(ConfigError, match=message):
-        weights.resolve(ModelConfig(**(single | {key: wrong})))
+        resolve(ModelConfig(**(single | {key: wrong})))
 
 
 @pytest.mark.parametrize("file", ["model.ckpt", "model.safetensors"])
@@ -452,14 +455,14 @@ def test_a_pickled_checkpoint_is_refused_whatever_its_name(tmp_path, file):
     (tmp_path / file).write_bytes(pickle.dumps({"state_dict": {}}, protocol=2) + bytes(100))
 
     with pytest.raises(ConfigError, match=r"is a pickle|a pickle inside"):
-        weights.resolve(ModelConfig(base=str(tmp_path / file)))
+        resolve(ModelConfig(base=str(tmp_path / file)))
 
 
 def test_a_pickle_in_the_place_of_safetensors_in_a_folder_is_refused(base):
     (base / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(pickle.dumps(list(range(100)), protocol=4))
 
     with pytest.raises(ConfigError, match=r"vae/diffusion_pytorch_model\.safetensors is named as safetensors, but"):
-        weights.resolve(ModelConfig(base=str(base)))
+        resolve(ModelConfig(base=str(base)))
 
 
 def test_a_file_of_a_folder_that_was_cut_short_is_told_before_anything_is_loaded(base):
@@ -467,7 +470,7 @@ def test_a_file_of_a_folder_that_was_cut_short_is_told_before_anything_is_loaded
     path.write_bytes(path.read_bytes()[:-1])
 
     with pytest.raises(ConfigError, match="was not copied in full"):
-        weights.resolve(ModelConfig(base=str(base)))
+        resolve(ModelConfig(base=str(base)))
 
 
 @pytest.mark.parametrize("name", ["vae", "motion_adapter"])
@@ -478,9 +481,9 @@ def test_a_config_beside_a_single_file_counts_where_it_is_of_that_network(tmp_pa
     shutil.copy(sd15.PATH / name / "config.json", file.with_name("config.json"))
     model = ModelConfig(**(single | {name: str(file)}))
 
-    part = weights.resolve(model).components[name]
+    part = resolve(model).components[name]
     edit(file.with_name("config.json"), _class_name="ControlNetModel")
-    other = weights.resolve(model).components[name]
+    other = resolve(model).components[name]
 
     assert part.config is not None
     assert other.config is not None
@@ -499,14 +502,14 @@ def test_an_adapter_that_is_not_pias_is_refused_by_its_header(tmp_path, single, 
     wrong = adapter_file(tmp_path / "wrong.safetensors", **shapes)
 
     with pytest.raises(ConfigError, match=message):
-        weights.resolve(ModelConfig(**(single | {"motion_adapter": wrong})))
+        resolve(ModelConfig(**(single | {"motion_adapter": wrong})))
 
 
 def test_an_animatediff_adapter_has_no_first_layer(tmp_path, single):
     wrong = write(tmp_path / "mm_sd_v15.safetensors", **{POSITIONS: (1, 32, 8), "b": (1,)})
 
     with pytest.raises(ConfigError, match=r"is no PIA motion adapter: .*\(None\)"):
-        weights.resolve(ModelConfig(**(single | {"motion_adapter": wrong})))
+        resolve(ModelConfig(**(single | {"motion_adapter": wrong})))
 
 
 def test_an_adapter_whose_config_lies_about_its_file_is_refused(base):
@@ -514,7 +517,7 @@ def test_an_adapter_whose_config_lies_about_its_file_is_refused(base):
     adapter_file(path, conv_in__weight=(8, 4, 3, 3))
 
     with pytest.raises(ConfigError, match=r"not both 9 \(4\)"):
-        weights.resolve(ModelConfig(base=str(base)))
+        resolve(ModelConfig(base=str(base)))
 
 
 def test_the_vae_of_another_family_is_refused(base, tmp_path):
@@ -522,20 +525,20 @@ def test_the_vae_of_another_family_is_refused(base, tmp_path):
     edit(tmp_path / "sdxl-vae" / "config.json", scaling_factor=0.13025)
 
     with pytest.raises(ConfigError, match="the VAE of Stable Diffusion XL"):
-        weights.resolve(ModelConfig(vae=str(tmp_path / "sdxl-vae")))
+        resolve(ModelConfig(vae=str(tmp_path / "sdxl-vae")))
 
 
 def test_configs_without_a_single_file_are_an_error():
     with pytest.raises(ConfigError, match=r"model\.config is for .* in a single file, and none is"):
-        weights.resolve(ModelConfig(config=str(sd15.PATH)))
+        resolve(ModelConfig(config=str(sd15.PATH)))
 
 
 def test_configs_must_be_a_folder_and_whole(single, tmp_path):
     with pytest.raises(ConfigError, match=r"model\.config: .* is a file; name the folder"):
-        weights.resolve(ModelConfig(**single, config=single["base"]))
+        resolve(ModelConfig(**single, config=single["base"]))
     (tmp_path / "configs" / "unet").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"configs has no text_encoder/config\.json"):
-        weights.resolve(ModelConfig(**single, config=str(tmp_path / "configs")))
+        resolve(ModelConfig(**single, config=str(tmp_path / "configs")))
 
 
 def test_a_file_that_the_hub_does_not_have_is_named(tmp_path):
@@ -543,7 +546,7 @@ def test_a_file_that_the_hub_does_not_have_is_named(tmp_path):
     (tmp_path / "hub" / "files" / COMMIT).mkdir(parents=True)
 
     with pytest.raises(ConfigError, match=r"model\.base: there is no x\.safetensors in someone/files"):
-        weights.resolve(ModelConfig(base="someone/files/x.safetensors"), hub)
+        resolve(ModelConfig(base="someone/files/x.safetensors"), hub)
 
 
 # --- pins -----------------------------------------------------------------------------------------------------------
@@ -566,7 +569,7 @@ def test_a_pin_of_another_file_names_the_file_and_both_hashes(base):
     name = "vae/diffusion_pytorch_model.safetensors"
 
     with pytest.raises(ConfigError) as caught:
-        weights.resolve(ModelConfig(base=str(base), sha256={name: "0" * 64}))
+        resolve(ModelConfig(base=str(base), sha256={name: "0" * 64}))
 
     assert all(part in str(caught.value) for part in (name, sha256(base / name), "0" * 64))
 
@@ -575,16 +578,16 @@ def test_a_pin_that_pins_nothing_is_an_error_with_the_nearest_name():
     model = ModelConfig(sha256={"unet/diffusion_pytorch_model.fp16.safetensors": "0" * 64})
 
     with pytest.raises(ConfigError, match=r"is used; did you mean unet/diffusion_pytorch_model\.safetensors\?"):
-        weights.resolve(model)
+        resolve(model)
 
 
 def test_pins_hold_for_files_of_the_hub_too(tmp_path):
     hub = FakeHub(tmp_path / "hub", sd15=tiny.PATH)
     name = "unet/diffusion_pytorch_model.safetensors"
 
-    weights.resolve(ModelConfig(base="someone/sd15", sha256={name: sha256(tiny.PATH / name)}), hub)
+    resolve(ModelConfig(base="someone/sd15", sha256={name: sha256(tiny.PATH / name)}), hub)
     with pytest.raises(ConfigError, match="it is another file"):
-        weights.resolve(ModelConfig(base="someone/sd15", sha256={name: "0" * 64}), hub)
+        resolve(ModelConfig(base="someone/sd15", sha256={name: "0" * 64}), hub)
 
 
 # --- what is laid over, in the id -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from pia_batch.engine.calibration import synchronize
+from pia_batch.engine.benchmark.calibration import synchronize
 
 Kind = Literal["convolution", "matmul", "attention", "norm", "elementwise", "copies"]
 

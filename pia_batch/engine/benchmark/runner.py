@@ -22,8 +22,7 @@ import torch
 import transformers
 from PIL import Image
 
-from pia_batch.engine import Shot
-from pia_batch.engine.baselines import (
+from pia_batch.engine.benchmark.baselines import (
     GUIDANCE,
     Contestant,
     Encode,
@@ -36,15 +35,23 @@ from pia_batch.engine.baselines import (
     pipeline,
     single_call,
 )
-from pia_batch.engine.calibration import Calibration, calibrate, device_name, seconds, state, synchronize
+from pia_batch.engine.benchmark.calibration import (
+    Calibration,
+    calibrate,
+    device_name,
+    seconds,
+    state,
+    synchronize,
+)
+from pia_batch.engine.benchmark.profiling import profile
 from pia_batch.engine.compiling import Call, Mode, reason_of
 from pia_batch.engine.loading import quiet
-from pia_batch.engine.profiling import profile
+from pia_batch.engine.shots import Shot
 
 __all__ = [
     "IDENTICAL_DB",
     "LETTERS",
-    "Options",
+    "BenchmarkOptions",
     "conditions",
     "flops_per_clip",
     "merged",
@@ -67,7 +74,7 @@ Told = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class BenchmarkOptions:
     """What to measure.
 
     Attributes:
@@ -132,7 +139,7 @@ class _Turns:
     """Bytes of each turn."""
 
 
-def conditions(options: Options) -> Told:
+def conditions(options: BenchmarkOptions) -> Told:
     """What numbers must have in common to stand in one table: device, versions, network, shape and dtype."""
     versions = {name: module.__version__ for name, module in _MODULES.items()}
     return {
@@ -158,7 +165,7 @@ def merged(known: Mapping[str, Any], told: Mapping[str, Any]) -> Told:
 
 
 def run(
-    options: Options,
+    options: BenchmarkOptions,
     encode_mp4: Encode,
     tell: Callable[[Told, str], None] = lambda _told, _line: None,
     make: Callable[[Size], Any] = pipeline,
@@ -185,7 +192,7 @@ def run(
 class _Benchmark:
     """One run."""
 
-    def __init__(self, options: Options, encode_mp4: Encode, tell: Callable[[Told, str], None]) -> None:
+    def __init__(self, options: BenchmarkOptions, encode_mp4: Encode, tell: Callable[[Told, str], None]) -> None:
         self._options = options
         self._device = options.place
         self._encode = encode_mp4
@@ -340,7 +347,7 @@ def psnr_db(frames: Frames, reference: Frames) -> float:
     return IDENTICAL_DB if error == 0 else float(10 * np.log10(255**2 / error))
 
 
-def _shots(options: Options) -> list[Shot]:
+def _shots(options: BenchmarkOptions) -> list[Shot]:
     """As many as the largest batch has, each with a picture and a seed of its own."""
     shape, count = options.shape, max(options.batches)
     side, rng = shape["side_px"], np.random.default_rng(0)
@@ -361,7 +368,7 @@ def _shots(options: Options) -> list[Shot]:
     ]
 
 
-def _summary(turns: _Turns, options: Options, flops: int, calibration: Calibration) -> Told:
+def _summary(turns: _Turns, options: BenchmarkOptions, flops: int, calibration: Calibration) -> Told:
     """What the turns taken so far say."""
     if not turns.seconds:
         return {"date": _now(), "turns": 0}

@@ -26,11 +26,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pia_batch import tiny
 from pia_batch.config.speed_presets import PRESETS, Speed, whole_evaluations
-from pia_batch.engine import PiaEngine, Shot
+from pia_batch.engine.benchmark.profiling import counting
 from pia_batch.engine.compiling import Call, Compiler, Mode, directly
+from pia_batch.engine.engine import PiaEngine
 from pia_batch.engine.image_prompts import Attention
 from pia_batch.engine.prediction import predictor
-from pia_batch.engine.profiling import counting
+from pia_batch.engine.shots import Shot
 from pia_batch.weights import sd15
 
 Size = Literal["full", "tiny"]

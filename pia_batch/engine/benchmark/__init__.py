@@ -1,0 +1,1 @@
+"""Benchmark of the engine against the ways to use PIA without it, and profiles of its calls."""
