@@ -21,6 +21,7 @@ from pia_batch.manifest import validation
 from pia_batch.pipeline.metrics import METRICS
 from pia_batch.report.facts import REMEDIES
 from pia_batch.schema.columns import REQUEST, RESULT, SETTINGS
+from pia_batch.storage import schemes
 
 HERE = Path(__file__).parent
 
@@ -207,6 +208,20 @@ def progress_fields() -> list[str]:
     return _table(["field", "meaning"], rows)
 
 
+def url_schemes() -> list[str]:
+    """Return every URL scheme, and what it can be used for."""
+    purposes: tuple[schemes.Purpose, ...] = ("manifest", "image", "images.allow", "weights", "output")
+    rows = (
+        (
+            f"`{scheme.name}://`",
+            *("yes" if scheme.serves(purpose) else "no" for purpose in purposes),
+            f"`{scheme.package}`" if scheme.package else "",
+        )
+        for scheme in schemes.SCHEMES.values()
+    )
+    return _table(["scheme", *purposes, "package needed to read manifests and images"], rows)
+
+
 def _table(head: list[str], rows: Iterable[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
@@ -219,6 +234,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "exit codes": exit_codes,
     "metrics": metrics,
     "progress fields": progress_fields,
+    "url schemes": url_schemes,
 }
 """By the name that stands in the page."""
 

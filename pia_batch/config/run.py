@@ -19,7 +19,7 @@ from pia_batch.config.messages import explain
 from pia_batch.config.models import EMBEDDED, ModelConfig
 from pia_batch.config.requests import Defaults, EncodingConfig, ImagesConfig
 from pia_batch.errors import ConfigError
-from pia_batch.storage import uris
+from pia_batch.storage import schemes, uris
 
 
 def _date_text(value: Any) -> Any:  # whatever was written
@@ -89,9 +89,10 @@ class RunConfig(Section):
     @field_validator("output")
     @classmethod
     def _can_be_written_to(cls, text: str) -> str:
-        if text.startswith(("http://", "https://")):
-            msg = f"nothing can be written to {uris.redacted_uri(text)}; name a folder, or s3://, gs:// or az://"
-            raise ValueError(msg)
+        try:
+            schemes.find(text, "output")
+        except schemes.UnsupportedSchemeError as err:
+            raise ValueError(f"{uris.redacted_uri(text)}: {err}") from None
         return text
 
     @field_validator("run_date")

@@ -209,7 +209,6 @@ _REMEDIES = {
     "the server answers 403": "over http nothing but the URL is sent: sign the URL, or put the manifest elsewhere",
     "the server answers 5": "it is the server that fails: try again, and look at its log",
     "credentials": "give this machine the store's, by AWS_PROFILE, AWS_ACCESS_KEY_ID and its secret, or a role",
-    "Protocol not known": "a manifest is a path of this machine, or lies at s3://, gs:// or az://",
     "file footer": "JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
     "magic bytes": "write it anew; JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
 }

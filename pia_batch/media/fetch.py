@@ -16,7 +16,6 @@ from pia_batch.errors import ImageNotAllowedError, ImageUnavailableError, messag
 from pia_batch.storage import filesystems
 from pia_batch.storage.http_client import Web
 from pia_batch.storage.uris import (
-    PORTS,
     Location,
     NotAllowedError,
     Policy,
@@ -103,7 +102,7 @@ def _read(uri: str, base_uri: str, images: ImagesConfig, web: Web, num_bytes: in
 def _read_once(location: Location, policy: Policy, web: Web, num_bytes: int, timeout_s: float, *, whole: bool) -> bytes:
     if location.scheme == "file":
         return _read_file(location.target, policy, num_bytes)
-    if location.scheme in PORTS:
+    if location.is_web:
 
         def judge(url: str) -> str:
             return policy.locate(url).target

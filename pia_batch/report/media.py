@@ -20,7 +20,7 @@ from pia_batch.errors import ConfigError, RequestError
 from pia_batch.journal import layout
 from pia_batch.media import codecs, fetch, images
 from pia_batch.schema.columns import SUCCEEDED
-from pia_batch.storage import uris
+from pia_batch.storage import schemes, uris
 from pia_batch.storage.object_store import Store
 
 NO_ANSWER_S = 5.0
@@ -81,7 +81,7 @@ class Places:
             location = self._policy.locate(image)
         except uris.RefusedError:
             return None
-        if location.scheme in uris.PORTS:
+        if location.is_web:
             return location.target
         same = (location.scheme, location.authority) == self._page.root
         return self._relative(location.parts) if same else None
@@ -91,7 +91,7 @@ class Places:
         """Where pictures and films may come from, as directives of a content security policy."""
         site = [] if self._media_url is None else [_origin(uris.parse(self._media_url))]
         opened = [uris.parse_prefix(entry) for entry in self.images.allow]
-        web = [_origin(place) for place in opened if place.scheme in uris.PORTS]
+        web = [_origin(place) for place in opened if place.is_web]
         return {"img-src": " ".join(["'self'", "data:", *site, *web]), "media-src": " ".join(["'self'", *site])}
 
     def _relative(self, parts: tuple[str, ...]) -> str:
@@ -114,15 +114,15 @@ class Place:
     @classmethod
     def of(cls, uri: str) -> Place:
         """Of the output or of the page; images are judged by `uris.Policy`."""
-        scheme, _, rest = uri.partition("://")
+        scheme, _, rest = schemes.canonical(uri).partition("://")
         authority, _, path = rest.partition("/")
         path = unquote(path) if scheme == "file" else path  # keys are spelled as they are
-        return cls((uris.STORES.get(scheme.lower(), scheme.lower()), authority), tuple(path.split("/")))
+        return cls((scheme, authority), tuple(path.split("/")))
 
 
 def _is_web(url: str) -> bool:
     try:
-        return uris.parse(url).scheme in uris.PORTS
+        return uris.parse(url).is_web
     except uris.RefusedError:
         return False
 

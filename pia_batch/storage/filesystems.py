@@ -9,12 +9,12 @@ import functools
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow.fs
 from fsspec import asyn
 
+from pia_batch.storage import schemes
 from pia_batch.storage.object_store import absolute, local_path
 from pia_batch.storage.uris import TooLargeError
 
@@ -29,8 +29,10 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     uri = absolute(uri)
     if uri.startswith("file://"):
         return pyarrow.fs.LocalFileSystem(), local_path(uri)
-    filesystem, path = _filesystem(urlsplit(uri).scheme), uri
-    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), filesystem._strip_protocol(path)  # noqa: SLF001 - fsspec has no public name for it
+    scheme = schemes.find(uri, "manifest")
+    filesystem = _filesystem(scheme.store)
+    path = filesystem._strip_protocol(schemes.canonical(uri))  # noqa: SLF001 - fsspec has no public name for it
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
 
 
 def version_of(filesystem: pyarrow.fs.FileSystem, path: str) -> str:
@@ -96,9 +98,9 @@ def read_object(uri: str, num_bytes: int, *, timeout_s: float, whole: bool = Tru
         OSError: FileNotFoundError, PermissionError, IsADirectoryError: what the store says.
         Exception: the client's own, for what may pass; no time limit is exceeded by more than a second.
     """
-    scheme = urlsplit(uri).scheme
-    filesystem = _filesystem(scheme)
-    if scheme == "s3":
+    scheme = schemes.find(uri, "image")
+    filesystem = _filesystem(scheme.store)
+    if scheme.store == "s3":
         return bytes(wait(_read_s3, filesystem, uri, num_bytes, whole, timeout_s=timeout_s))
     path = filesystem._strip_protocol(uri)  # noqa: SLF001 - fsspec has no public name for it
     deadline = time.monotonic() + timeout_s
@@ -158,13 +160,19 @@ def _within(timeout_s: float, filesystem: Any, method: str, path: str, **options
 
 
 @functools.cache
-def _filesystem(scheme: str) -> Any:  # fsspec is untyped
+def _filesystem(store: str) -> Any:  # fsspec is untyped
     options: dict[str, Any] = {"use_listings_cache": False}
-    if scheme in ("s3", "s3a"):
+    if store == "s3":
         options["config_kwargs"] = {
             "connect_timeout": 5,
             "read_timeout": 15,
             "retries": {"mode": "standard", "max_attempts": 3},
             "max_pool_connections": 64,
         }
-    return fsspec.filesystem(scheme, **options)
+    try:
+        return fsspec.filesystem(store, **options)
+    except ImportError as err:
+        package = schemes.SCHEMES[store].package
+        if package is None:
+            raise
+        raise ImportError(f"{store}:// needs the package {package}; pip install {package}") from err

@@ -21,7 +21,8 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
-from pia_batch.storage.uris import PORTS, RefusedError, TooLargeError, redacted_uri
+from pia_batch.storage.schemes import WEB_PORTS
+from pia_batch.storage.uris import RefusedError, TooLargeError, redacted_uri
 
 MAX_REDIRECTS = 3
 MOVED = frozenset({301, 302, 303, 307, 308})
@@ -219,7 +220,7 @@ def _next(url: str, judge: Callable[[str], str]) -> str:
         target = judge(url)
     except RefusedError as err:
         raise type(err)(f"leads by a redirect to {redacted_uri(url)}, which {err}") from None
-    if urlsplit(target).scheme not in PORTS:
+    if urlsplit(target).scheme not in WEB_PORTS:
         raise RefusedError(f"leads by a redirect to {redacted_uri(url)}, which is not on the web")
     return target
 

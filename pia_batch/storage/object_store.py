@@ -34,6 +34,7 @@ from obstore.exceptions import (
 from obstore.store import LocalStore, from_url
 
 from pia_batch.errors import ConfigError, ObjectExistsError, StorageError, message_of
+from pia_batch.storage.schemes import LOCAL, SCHEMES, UnsupportedSchemeError, canonical, expected, find
 from pia_batch.storage.uris import redacted, redacted_uri
 
 log = logging.getLogger(__name__)
@@ -68,8 +69,7 @@ _DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
 _STAGED = re.compile(r".+#\d+")
 """What obstore calls a local file before it is whole."""
 _HAS_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
-_BUCKETS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
-_LACKS_SLASHES = re.compile(r"^(s3a?|gs|az|abfss?|https?):(?!//)")
+_LACKS_SLASHES = re.compile(rf"^({'|'.join(name for name in SCHEMES if name != LOCAL)}):(?!//)")
 
 
 @dataclass(frozen=True)
@@ -329,8 +329,8 @@ def absolute(uri: str) -> str:
         ConfigError: not a URI, one without a bucket or a path, or one with credentials in it.
     """
     if not _HAS_SCHEME.match(uri):
-        if scheme := _LACKS_SLASHES.match(uri):
-            msg = f"{redacted_uri(uri)} is neither a URI nor a likely path; write {scheme[1]}://, with two slashes"
+        if found := _LACKS_SLASHES.match(uri):
+            msg = f"{redacted_uri(uri)} is neither a URI nor a likely path; write {found[1]}://, with two slashes"
             raise ConfigError(msg)
         return Path(uri).expanduser().absolute().as_uri()
     try:
@@ -338,8 +338,10 @@ def absolute(uri: str) -> str:
     except ValueError:
         msg = f"{redacted_uri(uri)} is not a URI"
         raise ConfigError(msg) from None
+    scheme = SCHEMES.get(parts.scheme)
+    is_bucket = scheme is not None and scheme.committer == "obstore"
     # A secret key of S3 may hold a slash, and the netloc ends there.
-    if ":" in (parts.netloc if parts.scheme in ("s3", "s3a") else parts.netloc.rpartition("@")[0]):
+    if ":" in (parts.netloc if scheme and scheme.store == "s3" else parts.netloc.rpartition("@")[0]):
         msg = (
             f"{redacted_uri(uri)} was given with credentials, which results and logs would repeat; "
             "give them by the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -348,14 +350,18 @@ def absolute(uri: str) -> str:
     if parts.scheme == "file" and parts.netloc not in ("", "localhost"):
         msg = f"{uri} names a host where the path should begin; write file:///FULL/PATH, or the path alone"
         raise ConfigError(msg)
-    if parts.scheme in _BUCKETS and not parts.netloc:
+    if is_bucket and not parts.netloc:
         msg = f"{uri} names no bucket; write {parts.scheme}://BUCKET/PATH"
         raise ConfigError(msg)
-    return uri
+    return canonical(uri) if parts.scheme == LOCAL else uri
 
 
 def _open_store(uri: str) -> Any:  # obstore's stores share no public base class
-    if uri.startswith("file://"):
+    try:
+        scheme = find(uri, "output")
+    except UnsupportedSchemeError as err:
+        raise ConfigError(f"cannot open {redacted_uri(uri)}: {err}") from None
+    if scheme.committer == "local":
         path = Path(local_path(uri))
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -364,7 +370,7 @@ def _open_store(uri: str) -> Any:  # obstore's stores share no public base class
             raise StorageError(msg) from None
         return LocalStore(path)
     options: dict[str, Any] = {}
-    if uri.startswith(("s3://", "s3a://")):
+    if scheme.store == "s3":
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         if endpoint:
             options |= {"endpoint": endpoint, "virtual_hosted_style_request": False}
@@ -372,7 +378,7 @@ def _open_store(uri: str) -> Any:  # obstore's stores share no public base class
             options["region"] = "us-east-1"
     try:
         return from_url(
-            uri,
+            canonical(uri),
             client_options={
                 "allow_http": bool(options.get("endpoint", "").startswith("http://")),
                 "timeout": timedelta(seconds=REQUEST_TIMEOUT_S),
@@ -382,10 +388,7 @@ def _open_store(uri: str) -> Any:  # obstore's stores share no public base class
             **options,
         )
     except (BaseError, ValueError) as err:
-        msg = (
-            f"cannot open output {redacted_uri(uri)}: {redacted(message_of(err))}; an output is a folder of this "
-            "machine, or below s3://, gs:// or az://"
-        )
+        msg = f"cannot open {redacted_uri(uri)}: {redacted(message_of(err))}; use {expected('output')}"
         raise ConfigError(msg) from None
 
 

@@ -15,11 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
 
-STORES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "abfs": "abfs", "abfss": "abfs"}
-"""The schemes of object stores, and the one name that each goes by here."""
-
-PORTS = {"http": 80, "https": 443}
-"""The schemes of the web, and where their servers listen unless a URL says otherwise."""
+from pia_batch.storage import schemes
 
 DECODINGS = 4
 """Layers of percent-encoding that are looked through for dots; more are refused. An honest URI has one."""
@@ -50,13 +46,18 @@ class Location:
     """What a URI means."""
 
     scheme: str
-    """`file`, `http`, `https`, or a value of STORES."""
+    """`Scheme.store` of the scheme."""
     authority: str
     """The bucket, the container, or `host:port`; empty for files."""
     parts: tuple[str, ...]
     """The segments of the path, decoded where the scheme encodes them."""
     target: str
     """What is opened: a path for `file`, else the URI in its one canonical spelling."""
+
+    @property
+    def is_web(self) -> bool:
+        """True for a URL of a web server."""
+        return self.scheme in schemes.WEB_PORTS
 
     def covers(self, other: Location) -> bool:
         """Whether `other` is this place or lies below it, segment by segment."""
@@ -144,15 +145,13 @@ def parse(uri: str) -> Location:
     found = _SCHEME.fullmatch(uri)
     if found is None:
         return Location("file", "", tuple(uri.split("/")[1:]), uri)
-    scheme, rest = found[1].lower(), found[2]
-    if scheme in STORES:
-        return _object(STORES[scheme], rest)
-    if scheme in PORTS:
-        return _url(scheme, rest)
-    if scheme == "file":
-        return _file(rest)
-    known = ", ".join(["file", *STORES, *PORTS])
-    raise RefusedError(f"cannot be opened: scheme {scheme!r} is none of {known}")
+    try:
+        scheme = schemes.find(uri, "image")
+    except schemes.UnsupportedSchemeError as err:
+        raise RefusedError(f"cannot be opened: {err}") from None
+    if scheme.reader == "local":
+        return _file(found[2])
+    return _url(scheme.store, found[2]) if scheme.reader == "http" else _object(scheme, found[2])
 
 
 def parse_prefix(entry: str) -> Location:
@@ -211,20 +210,23 @@ def _redactions(start: str, space: str, rest: str) -> tuple[tuple[str, str], ...
         rest: the pattern of everything up to its end.
     """
     scheme = "[a-z][a-z0-9+.-]*:/*|//"
+    signed = "|".join([*(name for name, s in schemes.SCHEMES.items() if s.query_may_be_secret), "wasbs?"])
     secrets = "x-amz-|x-goog-|accesskeyid=|signature=|sig=|token=|secret|password=|credential|api_?key="
+    s3 = "|".join(name for name, s in schemes.SCHEMES.items() if s.store == "s3")
+    web = "|".join(schemes.WEB_PORTS)
     # The container in abfs://container@account is no user name. A password may hold slashes, and digits before a slash
     # are a port, but for S3, which has none.
     user = "|".join(
         (
             rf"({scheme})[^/?#:{space}]*:[^/?#{space}]*@",
             rf"({scheme})[^/?#@:{space}]*:[0-9]*[^0-9/@{space}][^@{space}]*@",
-            rf"(s3a?:/*)[^/@:{space}]*:[^@{space}]*@",
-            rf"(https?:/*)[^/?#{space}]*@",
+            rf"((?:{s3}):/*)[^/@:{space}]*:[^@{space}]*@",
+            rf"((?:{web}):/*)[^/?#{space}]*@",
         )
     )
     return (
         (rf"(?is){start}(?:{user})", r"\1\2\3\4"),
-        (rf"(?is){start}((?:https?|abfss?|az|wasbs?):/*[^?#{space}]*)[?#]{rest}", r"\1"),
+        (rf"(?is){start}((?:{signed}):/*[^?#{space}]*)[?#]{rest}", r"\1"),
         (rf"(?is){start}([^?{space}]*)\?{rest}(?:{secrets}){rest}", r"\1"),
     )
 
@@ -240,7 +242,7 @@ def _place_of_manifest(base_uri: str) -> Location | None:
         place = parse(base_uri)
     except RefusedError:
         return None
-    return None if place.scheme in PORTS else place
+    return None if place.is_web else place
 
 
 def _file(rest: str) -> Location:
@@ -250,15 +252,15 @@ def _file(rest: str) -> Location:
     return parse(unquote(f"/{path}"))
 
 
-def _object(scheme: str, rest: str) -> Location:
+def _object(scheme: schemes.Scheme, rest: str) -> Location:
     authority, _, key = rest.partition("/")
-    if ":" in authority or ("@" in authority and scheme != "abfs"):
+    if ":" in authority or ("@" in authority and not scheme.account_in_authority):
         raise RefusedError("was given with credentials; give them by the environment of the workers")
-    if not (_CONTAINER if scheme == "abfs" else _BUCKET).fullmatch(authority):
+    if not (_CONTAINER if scheme.store == "abfs" else _BUCKET).fullmatch(authority):
         raise RefusedError("cannot be opened: that is no name of a bucket or container")
     parts = tuple(key.split("/"))
     _forbid_dots(parts)
-    return Location(scheme, authority, parts, f"{scheme}://{authority}/{key}")
+    return Location(scheme.store, authority, parts, f"{scheme.store}://{authority}/{key}")
 
 
 def _url(scheme: str, rest: str) -> Location:
@@ -270,8 +272,8 @@ def _url(scheme: str, rest: str) -> Location:
     host, port, path, query = _host(found[1]), found[2], found[3], found[4] or ""
     if port and not re.fullmatch("[0-9]{1,5}", port):
         raise RefusedError("cannot be opened: its port is no number")
-    number = int(port or PORTS[scheme])
-    shown = host if number == PORTS[scheme] else f"{host}:{number}"
+    number = int(port or schemes.WEB_PORTS[scheme])
+    shown = host if number == schemes.WEB_PORTS[scheme] else f"{host}:{number}"
     _forbid_dots(path.split("/"))
     parts = tuple(unquote(part) for part in path.split("/")[1:])
     target = quote(f"{scheme}://{shown}{path or '/'}{query}", safe=_LEGAL)

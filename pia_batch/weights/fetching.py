@@ -25,14 +25,12 @@ from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from pia_batch.errors import ConfigError
+from pia_batch.storage import schemes
 from pia_batch.storage.object_store import ObjectInfo, Store
 from pia_batch.storage.uris import redacted
 from pia_batch.weights import safetensors
 
 log = logging.getLogger(__name__)
-
-SCHEMES = ("s3", "s3a", "gs", "abfs", "abfss", "az")
-"""URI schemes of object stores that weights are fetched from."""
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -97,7 +95,7 @@ def locate(name: str, revision: str | None, key: str, hub: Hub) -> tuple[Place, 
     """
     scheme = _SCHEME.match(name)
     if scheme is not None and scheme[1].lower() != "file":
-        return _locate_object(name, scheme[1].lower(), key)
+        return _locate_object(name, key)
     path = Path(unquote(urlsplit(name).path) if scheme else name).expanduser()
     if path.is_dir():
         return LocalFolder(path, name), None
@@ -117,12 +115,11 @@ def locate(name: str, revision: str | None, key: str, hub: Hub) -> tuple[Place, 
     )
 
 
-def _locate_object(uri: str, scheme: str, key: str) -> tuple[Place, str | None]:
-    if scheme not in SCHEMES:
-        raise ConfigError(
-            f"{key}: {redacted(uri)}: weights are not fetched by {scheme}; download them, or put them "
-            f"where one of {', '.join(SCHEMES)} reaches"
-        )
+def _locate_object(uri: str, key: str) -> tuple[Place, str | None]:
+    try:
+        schemes.find(uri, "weights")
+    except schemes.UnsupportedSchemeError as err:
+        raise ConfigError(f"{key}: {redacted(uri)}: {err}, or a hub id (owner/name)") from None
     whole = uri.rstrip("/")
     parent, _, last = whole.rpartition("/")
     if Path(last).suffix.lower() in (safetensors.SUFFIX, *safetensors.PICKLED) and not parent.endswith(":/"):

@@ -415,7 +415,7 @@ def test_a_web_server_that_nobody_can_reach_is_told_as_such() -> None:
 
 
 def test_a_manifest_with_a_signature_in_its_uri_is_told_without_it() -> None:
-    for uri in ("memory://nowhere?sig=secret", "https://host.invalid/x.parquet?X-Amz-Signature=secret"):
+    for uri in ("s3://nowhere?sig=secret", "https://host.invalid/x.parquet?X-Amz-Signature=secret"):
         assert "secret" not in refusal(uri)
 
 
@@ -803,7 +803,7 @@ def test_either_image_column_is_enough(write: Callable[..., str]) -> None:
     ("uri", "reason"),
     [
         ("/nowhere/at/all", "manifest file:///nowhere/at/all does not exist"),
-        ("memory://nowhere", "manifest memory://nowhere does not exist"),
+        ("memory://nowhere", "cannot read manifest memory://nowhere: scheme 'memory' is not supported"),
         ("foo://bucket/x", "cannot read manifest foo://bucket/x: "),
     ],
 )

@@ -189,7 +189,7 @@ CASES = [
     ("plan --manifest good.parquet --output s3://", "s3:// names no bucket; write s3://BUCKET/PATH"),
     (
         "plan --manifest good.parquet --output https://host/out",
-        "output: nothing can be written to https://host/out",
+        "output: https://host/out: nothing can be written to https://",
     ),
     ("plan --manifest http://127.0.0.1:PORT/x.csv --output out", "Cannot connect to host 127.0.0.1:PORT"),
     (
@@ -204,11 +204,11 @@ CASES = [
     ("plan --manifest s3:/bucket/x --output out", "s3:/bucket/x is neither a URI nor a likely path; write s3://"),
     (
         "plan --manifest gs3://bucket/x --output out",
-        "Protocol not known: gs3; a manifest is a path of this machine, or",
+        "scheme 'gs3' is not supported; use a local path, file://",
     ),
     (
         "plan --manifest good.parquet --output ftp://host/x",
-        "an output is a folder of this machine, or below s3://, gs:",
+        "scheme 'ftp' is not supported; use a local path, file://",
     ),
     ("run --manifest good.parquet --output s3://key:secret@bucket/x", "given with credentials"),
     (

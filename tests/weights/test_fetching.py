@@ -430,8 +430,11 @@ def test_prefixes_and_objects_are_named_by_uri(uri, root, file):
         ("./models/a.safetensors", "there is no folder or file ./models/a.safetensors"),
         ("models/a.safetensors", "there is no folder or file models/a.safetensors"),
         ("file:///no/such", "there is no folder or file file:///no/such"),
-        ("https://host/a.safetensors", "weights are not fetched by https; download them"),
-        ("https://user:secret@host/a.safetensors?token=secret", r"https://host/a.safetensors: weights are not fetched"),
+        ("https://host/a.safetensors", "weights cannot be read from https://; use a local path, file://, s3://"),
+        (
+            "https://user:secret@host/a.safetensors?token=secret",
+            "https://host/a.safetensors: weights cannot be read from https://",
+        ),
         ("s3://bucket/a.ckpt", "s3://bucket/a.ckpt is a pickle"),
         ("owner/name/a.ckpt", "owner/name/a.ckpt is a pickle"),
         ("owner/name/a.gguf", "owner/name/a.gguf is no .safetensors file"),
