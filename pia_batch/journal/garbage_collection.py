@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,12 +89,11 @@ def delete(store: Store, garbage: Iterable[Garbage], check: Callable[[], None]) 
         check: called before every few objects; raises if a run has come.
     """
     found = iter(garbage)
-    with ThreadPoolExecutor(DELETE_THREADS) as pool:
-        while batch := list(itertools.islice(found, 8 * DELETE_THREADS)):
-            check()
-            for _ in pool.map(lambda item: store.delete(item.found.name), batch):
-                pass
-            yield from batch
+    while batch := list(itertools.islice(found, 8 * DELETE_THREADS)):
+        check()
+        for _ in store.each(lambda item: store.delete(item.found.name), batch, DELETE_THREADS):
+            pass
+        yield from batch
 
 
 class _Named:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -76,7 +74,7 @@ def verify(
         for table in journal.winning_rows(outcomes.of(outcomes.succeeded_keys))
         for row in table.select(_EXAMINED).to_pylist()
     )
-    for found in _several_at_a_time(lambda row: _examine(journal.store, row, decode), rows):
+    for found in journal.store.each(lambda row: _examine(journal.store, row, decode), rows, VERIFY_THREADS):
         on_examined()
         if found is not None:
             yield found
@@ -100,18 +98,6 @@ def repair(journal: Journal, seen: Outcomes, problems: Iterable[Problem], check:
             journal.store.delete(problem.name)
     check()
     journal.withdraw(keys_from_hex(pa.array([problem.key for problem in broken], pa.string())), seen)
-
-
-def _several_at_a_time(function: Callable[[T], V], items: Iterable[T]) -> Iterator[V]:
-    """The results in the order of `items`, which are taken a few ahead only: there may be millions."""
-    waiting: deque[Future[V]] = deque()
-    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * VERIFY_THREADS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _examine(store: Store, row: dict[str, Any], decode: Callable[[bytes, dict[str, Any]], object]) -> Problem | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -30,6 +29,7 @@ from pia_batch.manifest.files import (
 )
 from pia_batch.manifest.unify import check_columns, conform, unify
 from pia_batch.storage import filesystems, object_store
+from pia_batch.storage.concurrency import map_in_threads
 from pia_batch.storage.uris import redacted_uri
 
 EXTENSIONS: dict[str, FileFormat] = {
@@ -45,6 +45,9 @@ MAX_TEXT_BYTES = 512 * 2**20
 
 MAX_ROWS = 200_000_000
 """Of a manifest: the driver holds about 50 bytes a row."""
+
+OPEN_THREADS = 16
+"""Number of manifest files that are opened at a time."""
 
 PIECE_BYTES = 64 * 2**20
 """Unpacked, in one piece, row groups permitting; and BATCH_ROWS rows."""
@@ -134,8 +137,9 @@ class Manifest:
             files, file_format = _discover(filesystem, root, shown)
         if file_format != "parquet":
             _check_text_bytes(filesystem, files, shown)
-        with ThreadPoolExecutor(16) as pool:
-            opened = tuple(pool.map(lambda path: ManifestFile.open(filesystem, path, file_format, known), files))
+        opened = tuple(
+            map_in_threads(lambda path: ManifestFile.open(filesystem, path, file_format, known), files, OPEN_THREADS)
+        )
         num_rows = sum(contents.num_rows for _, contents in opened)
         if not 0 < num_rows <= MAX_ROWS:
             remedy = f"split it into manifests of at most {MAX_ROWS}" if num_rows else "give it one for each request"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import os
 import stat
 import time
@@ -15,6 +16,7 @@ from pia_batch.config import ImagesConfig
 from pia_batch.errors import ImageNotAllowedError, ImageUnavailableError, message_of, printable
 from pia_batch.storage import filesystems
 from pia_batch.storage.http_client import Web
+from pia_batch.storage.retries import retry
 from pia_batch.storage.uris import (
     Location,
     NotAllowedError,
@@ -88,15 +90,12 @@ def _read(uri: str, base_uri: str, images: ImagesConfig, web: Web, num_bytes: in
     policy = _policy(base_uri, images.allow)
     location = policy.locate(uri)
     deadline = time.monotonic() + images.timeout_s
-    pause_s = 0.2
-    while True:
-        try:
-            return _read_once(location, policy, web, num_bytes, deadline - time.monotonic(), whole=whole)
-        except Exception as err:
-            if _is_final(err) or time.monotonic() + pause_s > deadline:
-                raise
-        time.sleep(pause_s)
-        pause_s *= 2
+    return retry(
+        lambda: _read_once(location, policy, web, num_bytes, deadline - time.monotonic(), whole=whole),
+        is_transient=lambda err: not _is_final(err),
+        pauses_s=(0.2 * 2**k for k in itertools.count()),
+        deadline=deadline,
+    )
 
 
 def _read_once(location: Location, policy: Policy, web: Web, num_bytes: int, timeout_s: float, *, whole: bool) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
@@ -21,6 +20,7 @@ from pia_batch.journal import layout
 from pia_batch.media import codecs, fetch, images
 from pia_batch.schema.columns import SUCCEEDED
 from pia_batch.storage import schemes, uris
+from pia_batch.storage.concurrency import map_in_threads
 from pia_batch.storage.object_store import Store
 
 NO_ANSWER_S = 5.0
@@ -149,10 +149,10 @@ def with_embedded(rows: pa.Table, store: Store, places: Places) -> pa.Table:
         for image, reference in zip(rows["image"].to_pylist(), rows["image_ref"].to_pylist(), strict=True)
     ]
     drawn = zip(*(rows[name].to_pylist() for name in ("key", "format", "status")), strict=True)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        wanted = sorted({image for image in unreachable if image})
-        thumbnails = dict(zip(wanted, pool.map(lambda image: _thumbnail(image, places), wanted), strict=True))
-        strips = list(pool.map(lambda row: _strip(store, *row), drawn))
+    wanted = sorted({image for image in unreachable if image})
+    made = map_in_threads(lambda image: _thumbnail(image, places), wanted, _THREADS)
+    thumbnails = dict(zip(wanted, made, strict=True))
+    strips = list(store.each(lambda row: _strip(store, *row), drawn, _THREADS))
     return _extended(rows, thumbnail=[thumbnails.get(image) for image in unreachable], strip=strips)
 
 

@@ -11,10 +11,7 @@ import errno
 import logging
 import os
 import re
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -34,6 +31,8 @@ from obstore.exceptions import (
 from obstore.store import LocalStore, from_url
 
 from pia_batch.errors import ConfigError, ObjectExistsError, StorageError, message_of
+from pia_batch.storage.concurrency import map_in_threads
+from pia_batch.storage.retries import retry
 from pia_batch.storage.schemes import LOCAL, SCHEMES, UnsupportedSchemeError, canonical, expected, find
 from pia_batch.storage.uris import redacted, redacted_uri
 
@@ -43,7 +42,10 @@ T = TypeVar("T")
 V = TypeVar("V")
 
 ATTEMPTS = 6
-"""How often one object is asked for or created before the store counts as down: about 30 s of waiting in all."""
+"""Attempts for one request before the store counts as down, with pauses of 25 s in all."""
+
+MAX_PAUSE_S = 10.0
+"""Longest pause between two attempts, in seconds; the first one is 1 s, and each is twice the one before."""
 
 REQUEST_TIMEOUT_S = 30.0
 """Seconds for one request to the store; an animation is a few MB."""
@@ -142,14 +144,7 @@ class Store:
 
     def each(self, function: Callable[[V], T], items: Iterable[V], threads: int = 16) -> Iterator[T]:
         """What `function` returns for each item, in order; it asks this store, and is called in several threads."""
-        waiting: deque[Future[T]] = deque()
-        with ThreadPoolExecutor(threads) as pool:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+        return map_in_threads(function, items, threads)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Every object below `prefix`, in no particular order; in memory there is one page of the listing at a time."""
@@ -234,9 +229,8 @@ class Store:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
         with path.open("wb") as file:
-            with ThreadPoolExecutor(threads) as pool:
-                for _ in pool.map(fetch, range(0, found.num_bytes, PART_BYTES)):
-                    pass
+            for _ in map_in_threads(fetch, range(0, found.num_bytes, PART_BYTES), threads):
+                pass
             os.fsync(file.fileno())
 
     def _read_part(self, found: ObjectInfo, start: int, end: int) -> bytes:
@@ -283,28 +277,29 @@ class Store:
 
     def _attempt(self, call: Callable[[], T], verb: str, name: str) -> T:
         shown = redacted_uri(self.uri_of(name))
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return call()
-            except (BaseError, OSError) as err:
-                cause, reason = _cause(err), redacted(message_of(err))
-                if cause == "absent" and verb in ("read", "delete"):
-                    raise
-                if cause == "absent":
-                    msg = f"cannot {verb} {shown}: no such bucket or folder; create it, or correct the URI"
-                    raise StorageError(msg) from None
-                if cause == "exists":
-                    msg = f"{shown} exists"
-                    raise ObjectExistsError(msg) from None
-                if cause == "denied":
-                    msg = f"may not {verb} {shown}: {reason}; check the credentials and the policy"
-                    raise StorageError(msg) from None
-                if attempt == ATTEMPTS:
-                    msg = f"cannot {verb} {shown} after {attempt} attempts: {reason}"
-                    raise StorageError(msg) from None
-                log.warning("store_retry verb=%s name=%s attempt=%d error=%s", verb, name, attempt, reason)
-                time.sleep(min(2.0**attempt / 2, 10.0))
-        raise AssertionError  # unreachable: the last attempt returns or raises
+
+        def warn(attempt: int, err: Exception) -> None:
+            reason = redacted(message_of(err))
+            log.warning("store_retry verb=%s name=%s attempt=%d error=%s", verb, name, attempt, reason)
+
+        pauses_s = [min(2.0**k, MAX_PAUSE_S) for k in range(ATTEMPTS - 1)]
+        try:
+            return retry(call, is_transient=_is_transient, pauses_s=pauses_s, on_retry=warn)
+        except (BaseError, OSError) as err:
+            cause, reason = _cause(err), redacted(message_of(err))
+            if cause == "absent" and verb in ("read", "delete"):
+                raise
+            if cause == "absent":
+                msg = f"cannot {verb} {shown}: no such bucket or folder; create it, or correct the URI"
+                raise StorageError(msg) from None
+            if cause == "exists":
+                msg = f"{shown} exists"
+                raise ObjectExistsError(msg) from None
+            if cause == "denied":
+                msg = f"may not {verb} {shown}: {reason}; check the credentials and the policy"
+                raise StorageError(msg) from None
+            msg = f"cannot {verb} {shown} after {ATTEMPTS} attempts: {reason}"
+            raise StorageError(msg) from None
 
 
 def _changed(uri: str) -> str:
@@ -312,14 +307,18 @@ def _changed(uri: str) -> str:
 
 
 def _cause(err: Exception) -> str:
-    """What a client's exception means: `absent`, `exists`, `denied`, or `passing`: worth another attempt."""
+    """What a client's exception means: `absent`, `exists`, `denied`, or `transient`: worth another attempt."""
     # A listing raises GenericError whatever the status is.
     status = re.search(r"status code: (\d+)", str(err)) if isinstance(err, GenericError) else None
     if isinstance(err, FileNotFoundError) or (status and status[1] == "404"):
         return "absent"
     if isinstance(err, _DENIED) or (status and status[1] in ("401", "403")):
         return "denied"
-    return "exists" if isinstance(err, AlreadyExistsError) else "passing"
+    return "exists" if isinstance(err, AlreadyExistsError) else "transient"
+
+
+def _is_transient(err: Exception) -> bool:
+    return isinstance(err, BaseError | OSError) and _cause(err) == "transient"
 
 
 def absolute(uri: str) -> str:

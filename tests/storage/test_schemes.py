@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
 import pytest
+from s3fs import S3FileSystem
 
 from pia_batch.config import ImagesConfig, RunConfig
 from pia_batch.errors import ConfigError, ManifestError
@@ -19,6 +20,17 @@ from pia_batch.storage.object_store import Store
 from pia_batch.storage.schemes import SCHEMES, Purpose
 from pia_batch.storage.uris import Policy, parse
 from pia_batch.weights.fetching import ObjectFolder, locate
+
+
+@pytest.fixture(autouse=True)
+def fresh_clients() -> Iterator[None]:
+    """Clients are kept by scheme: none of these may meet another test."""
+    filesystems._filesystem.cache_clear()
+    S3FileSystem.clear_instance_cache()
+    yield
+    filesystems._filesystem.cache_clear()
+    S3FileSystem.clear_instance_cache()
+
 
 AZURE = "container@account.dfs.core.windows.net"
 URIS = {
