@@ -273,7 +273,7 @@ def _cpu_seconds() -> dict[str, float]:
 
 
 _KINDS = {
-    "ray::MapWorker(MapBatches(Animate))": "engines",
+    "ray::MapWorker(MapBatches(AnimateActor))": "engines",
     "ray::AttemptTracker": "attempt tracker",
     "ray::": "tasks",
     "raylet": "raylet",

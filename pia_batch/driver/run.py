@@ -27,7 +27,8 @@ from pia_batch.journal.compaction import Compactor
 from pia_batch.journal.lease import Lease
 from pia_batch.journal.log import Journal
 from pia_batch.pipeline.attempts_actor import start_attempt_tracker
-from pia_batch.pipeline.chain import LoadEngines, chain
+from pia_batch.pipeline.chain import chain
+from pia_batch.pipeline.engine_loader import LoadEngines
 from pia_batch.planning import plan as planning
 from pia_batch.planning.plan import Plan, Retry
 from pia_batch.storage.object_store import Store

@@ -159,10 +159,13 @@ class AttemptTracker:
     Attributes:
         max_attempts: Maximum number of attempts per request, its batch's attempt included, before the deaths of its
             workers are attributed to it; at least 2.
+        returns_outcomes: Hand out the outcome of a committed request that comes again. Without it the request is
+            processed once more, for callers whose results are lost with their worker.
         now: Monotonic clock, in seconds.
     """
 
     max_attempts: int
+    returns_outcomes: bool = field(default=True, kw_only=True)
     now: Callable[[], float] = time.monotonic
     _begun: dict[str, int] = field(default_factory=dict)
     """Number of batch attempts by key, for the requests in flight."""
@@ -260,7 +263,7 @@ class AttemptTracker:
         outcome = self._ended.get(key)
         if outcome is not None:
             self._begun.pop(key, None)
-            return SoloAttempt(attempt - 1, outcome=outcome)
+            return SoloAttempt(attempt - 1, outcome=outcome if self.returns_outcomes else None)
         if record.begun >= self.max_attempts - 1:
             return SoloAttempt(attempt, died_of=record.exit_cause or "worker_crash")
         record.begun += 1

@@ -63,11 +63,15 @@ class RemoteAttemptControl:
         ray.get(self.tracker.stop.remote())
 
 
-def start_attempt_tracker(max_attempts: int) -> RemoteAttemptControl:
+def start_attempt_tracker(max_attempts: int, *, returns_outcomes: bool = True) -> RemoteAttemptControl:
     """Start the run's attempt tracker in a process on the driver's node, if that node has room for it.
 
     The process ends with the run, once no copy of the returned handle exists any more.
+
+    Args:
+        max_attempts: Maximum number of attempts per request, as `limits.max_attempts`.
+        returns_outcomes: Hand out the outcome of a committed request that comes again.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(AttemptTracker)
-    return RemoteAttemptControl(actor.remote(max_attempts))
+    return RemoteAttemptControl(actor.remote(max_attempts, returns_outcomes=returns_outcomes))

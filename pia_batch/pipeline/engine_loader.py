@@ -1,4 +1,4 @@
-"""What the last stage needs of engines, and what gives them to a worker. No torch before a worker asks for it."""
+"""Interface of the engines that a worker holds, and the loader that makes them. The driver imports no torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pia_batch.config import ModelConfig
+from pia_batch.config import ModelConfig, RunConfig
 
 
 class Engine(Protocol):
-    """What `Animate` needs of `pia_batch.engine.PiaEngine`."""
+    """The part of `pia_batch.engine.PiaEngine` that the last stage uses."""
 
     @property
     def engine_id(self) -> str:
@@ -18,36 +18,52 @@ class Engine(Protocol):
 
     @property
     def device(self) -> str:
-        """Where it draws, such as `cuda:0`."""
+        """Name of its device, such as `cuda:0`."""
 
     @property
     def shot(self) -> Callable[..., Any]:
-        """Makes one request for `animate` of image, prompt and every setting, by keyword."""
+        """Constructor of a request for `animate`, from image, prompt and every setting, by keyword."""
 
     def check(self) -> None:
-        """Draw a known request, or raise BrokenDeviceError."""
+        """Generate the self-test's clip, or raise BrokenDeviceError."""
 
     def animate(self, shots: Sequence[Any]) -> Sequence[Any]:
-        """One clip for each shot, in order; a clip that could not be drawn bears its error."""
+        """Return one clip for each shot, in order; a clip that could not be generated holds its error."""
 
 
 class Engines(Protocol):
-    """What `Animate` needs of `pia_batch.engine.model_cache.ModelCache`."""
+    """The part of `pia_batch.engine.model_cache.ModelCache` that the last stage uses."""
 
     def engine(self, name: str) -> Engine:
-        """The engine of a model, loaded if it is not at hand. It may put away another one for that."""
+        """Return the engine of a model, loaded if necessary. It may evict another one for that."""
+
+
+LoadEngines = Callable[[], Engines]
+"""Function that gives a worker its engines."""
 
 
 @dataclass(frozen=True)
 class EngineLoader:
-    """Makes the shelf of models, on the worker that calls it: the driver never imports torch."""
+    """Loader of the config's models, called on the worker, so that the driver never imports torch.
+
+    Attributes:
+        models: Models by name.
+        device: Device of the engines: `cuda` or `cpu`.
+        max_models: Maximum number of models held at once, or None.
+    """
 
     models: Mapping[str, ModelConfig]
     device: str
     max_models: int | None
 
+    @classmethod
+    def of(cls, config: RunConfig) -> EngineLoader:
+        """Return the loader of the config's models."""
+        device = "cuda" if config.placement.num_gpus else "cpu"
+        return cls(config.all_models, device, config.placement.max_models)
+
     def __call__(self) -> Engines:
-        """The shelf, empty: an engine is loaded when it is asked for."""
+        """Return an empty model cache: an engine is loaded when it is first used."""
         from pia_batch.engine.model_cache import ModelCache
 
         return ModelCache(self.models, self.device, max_models=self.max_models)

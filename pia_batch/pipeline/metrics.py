@@ -28,10 +28,10 @@ METRICS = {
     "pia_batch_stage_seconds_total": Metric(
         "counter",
         ("stage",),
-        "seconds of work: `fetch` (images, several at a time), `draw` (the device), `encode`, `commit`",
+        "seconds of work: `fetch` (images, several at a time), `generate` (the device), `encode`, `commit`",
     ),
     "pia_batch_device_seconds_total": Metric(
-        "counter", ("state", "device"), "seconds of each device: `busy` drawing, or `idle` between two batches"
+        "counter", ("state", "device"), "seconds of each device: `busy` generating, or `idle` between two batches"
     ),
     "pia_batch_slots_total": Metric(
         "counter", ("state",), "places in batches: `filled` by a request, or `empty`; their ratio is the batch fill"

@@ -1,7 +1,7 @@
-"""What happens to a block of requests before it is animated: plain classes over Arrow tables that know nothing of Ray.
+"""Stages over a block of requests before it is animated: plain classes over Arrow tables that do not use Ray.
 
-Validate → DropFinished → Arrange → FetchImages → `worker.Animate`. No stage raises for a bad request: it becomes a
-failed result with a kind, and its neighbours go on.
+Validate → DropFinished → Arrange → FetchImages → `animate.Animate`. No stage raises for a bad request: the stage sets
+`error_kind` and `error` of its row, and the later stages pass the row through.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,6 +21,7 @@ from pia_batch.errors import ImageMismatchError, ImageUnavailableError, ImageUnr
 from pia_batch.manifest import unify, validation
 from pia_batch.manifest.files import BATCH_ROWS, plain_type
 from pia_batch.media import fetch, images
+from pia_batch.pipeline.request_rows import ATTEMPT_KEY, ROW_ERROR, with_row_error
 from pia_batch.planning import selection
 from pia_batch.schema.columns import (
     EFFECTIVE,
@@ -35,70 +36,71 @@ from pia_batch.schema.columns import (
 from pia_batch.schema.keys import KeySet, keys_from_hex
 
 RANK = "__rank__"
-"""A column between Rank and the sort."""
+"""Column between Rank and the sort."""
 
 DATASET = "this Dataset of requests"
-"""What messages call it: it has no address."""
-
-ERROR_KIND, ERROR = "__error_kind__", "__error__"
-"""Columns between Judge and the result: why a row is rejected; null in sound ones."""
+"""Name of a user's Dataset in messages, as it has no address."""
 
 _HEAD_BYTES = 64 * 1024
-"""Of an image, for its size. What nearly every file has its width and height in."""
+"""Number of bytes at the start of an image that hold its width and height in nearly every file."""
 
 
 class Validate:
-    """Turns manifest rows into effective requests with keys. Rejected rows are dropped: the plan has reported them."""
+    """Stage that turns manifest rows into effective requests with keys and the columns ROW_ERROR.
 
-    def __init__(self, config: RunConfig, engine_ids: Mapping[str, str]) -> None:
-        self._config, self._engine_ids = config, engine_ids
+    A run drops the rejected rows, because its plan has reported them. Without a plan they are kept: `error_kind` and
+    `error` give the reason, only the texts `columns.NAMED` are filled in, and every row gets an ATTEMPT_KEY of its own,
+    because rows may be repeated, and each of them is animated.
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Manifest rows as `manifest.Piece.tables` gives them to `validation.Checked.requests`."""
-        # In parts: a block of Ray's may be a whole row group of a million rows, and checking one takes about 2 KiB.
-        starts = range(0, max(1, len(rows)), BATCH_ROWS)
-        parts = [validation.check(rows.slice(at, BATCH_ROWS), self._config, self._engine_ids) for at in starts]
-        return pa.concat_tables([part.requests for part in parts])
-
-
-class Judge:
-    """Turns rows that no plan has seen into effective requests with keys. Rejected ones stay, and say why.
-
-    What `Validate` gives, and besides ERROR_KIND and ERROR, null but for the rejected rows, of which only the texts
-    `records.NAMED` are there. Each row's key has a part of its own after a colon, for rows may be repeated here, and
-    drawn more than once: `content_key` takes it off.
+    Args:
+        config: Config of the run.
+        engine_ids: Identity of each model's engine.
+        keep_rejected: Keep rejected rows, in their place.
     """
 
-    def __init__(self, config: RunConfig, engine_ids: Mapping[str, str]) -> None:
-        self._config, self._engine_ids = config, engine_ids
+    def __init__(self, config: RunConfig, engine_ids: Mapping[str, str], *, keep_rejected: bool = False) -> None:
+        self._config, self._engine_ids, self._keep_rejected = config, engine_ids, keep_rejected
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """One row for each of `rows`, in their order; a ManifestError where a required column is missing."""
-        unify.check_columns(rows.column_names, DATASET)
-        starts = range(0, max(1, len(rows)), BATCH_ROWS)
-        return pa.concat_tables([self._judge(_plain(rows.slice(at, BATCH_ROWS))) for at in starts])
+        """Return the requests in the order of `rows`.
 
-    def _judge(self, rows: pa.Table) -> pa.Table:
+        Args:
+            rows: Rows as `manifest.reader.Piece.tables` gives them, or of a user's Dataset if rejected ones are kept.
+
+        Raises:
+            ManifestError: A required column is missing in a user's Dataset.
+        """
+        if self._keep_rejected:
+            unify.check_columns(rows.column_names, DATASET)
+        # In parts: a block may be a whole row group of a million rows, and checking a row takes about 2 KiB.
+        starts = range(0, max(1, len(rows)), BATCH_ROWS)
+        validate = self._all if self._keep_rejected else self._valid
+        return pa.concat_tables([validate(rows.slice(start, BATCH_ROWS)) for start in starts])
+
+    def _valid(self, rows: pa.Table) -> pa.Table:
+        return with_row_error(validation.check(rows, self._config, self._engine_ids).requests)
+
+    def _all(self, rows: pa.Table) -> pa.Table:
+        rows = _plain(rows)
         checked = validation.check(rows, self._config, self._engine_ids)
+        valid = with_row_error(checked.requests)
         rejected = self._rejected(rows.take(checked.rejected["row"]), checked.rejected)
-        sound = checked.requests
-        for name in (ERROR_KIND, ERROR):
-            sound = sound.append_column(name, pa.nulls(len(sound), pa.string()))
-        both = pa.concat_tables([sound, rejected.select(sound.column_names)])
+        both = pa.concat_tables([valid, rejected.select(valid.column_names)])
         order = np.argsort(np.concatenate([checked.rows, checked.rejected["row"].to_numpy()]))
-        return _numbered(both.take(pa.array(order)))
+        attempt_keys = pa.array([uuid.uuid4().hex for _ in order], pa.string())
+        return both.take(pa.array(order)).append_column(ATTEMPT_KEY, attempt_keys)
 
     def _rejected(self, rows: pa.Table, reasons: pa.Table) -> pa.Table:
         columns = {field.name: pa.nulls(len(rows), field.type) for field in EFFECTIVE}
         columns |= named_texts(rows, self._config.model.name)
-        kinds, errors = (reasons[name].combine_chunks() for name in ("error_kind", "error"))
-        columns |= {"key": rejected_keys(columns["request_id"], errors), ERROR_KIND: kinds, ERROR: errors}
+        columns |= {name: reasons[name].combine_chunks() for name in ROW_ERROR.names}
+        columns["key"] = rejected_keys(columns["request_id"], columns["error"])
         carried = carried_columns(rows)
         return pa.table(columns | {name: carried[name] for name in carried.column_names})
 
 
 def _plain(rows: pa.Table) -> pa.Table:
-    """`rows` with the values of a request's columns as they are, whatever their encoding."""
+    """Return `rows` with the columns of a request decoded, such as dictionary-encoded texts."""
     for at, field in enumerate(rows.schema):
         plain = plain_type(field.type)
         if field.name in REQUEST.names and plain != field.type:
@@ -106,73 +108,52 @@ def _plain(rows: pa.Table) -> pa.Table:
     return rows
 
 
-def _numbered(requests: pa.Table) -> pa.Table:
-    keys = [f"{key}:{uuid.uuid4().hex}" for key in requests["key"].to_pylist()]
-    return requests.set_column(requests.column_names.index("key"), "key", pa.array(keys, pa.string()))
-
-
-def content_key(key: str) -> str:
-    """What `Judge` found for the content of a request, out of its `key`."""
-    return key.partition(":")[0]
-
-
-class AroundRejected:
-    """Another stage for the sound rows among those of `Judge`; the rejected ones follow them as they are."""
-
-    def __init__(self, stage: Callable[[pa.Table], pa.Table]) -> None:
-        self._stage = stage
-
-    def __call__(self, requests: pa.Table) -> pa.Table:
-        """What the stage makes of the sound rows, and the rejected ones; null in the columns that they lack."""
-        sound, rejected = parted(requests)
-        done = self._stage(sound)
-        left = rejected.select([name for name in rejected.column_names if name in done.column_names])
-        return pa.concat_tables([done, left], promote_options="default")
-
-
-def parted(requests: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """The sound and the rejected rows among those of `Judge`."""
-    bad = pc.is_valid(requests[ERROR_KIND])
-    return requests.filter(pc.invert(bad)), requests.filter(bad)
-
-
 class DropFinished:
-    """Passes on the requests whose key is not in `finished`, and in `chosen` where a run draws some of them only."""
+    """Stage that drops finished requests.
+
+    Args:
+        finished: Keys of the requests to drop.
+        chosen: Keys of the requests to keep, where a run animates only some of them; None: all others.
+    """
 
     def __init__(self, finished: KeySet, chosen: KeySet | None = None) -> None:
         self._finished, self._chosen = finished, chosen
 
     def __call__(self, requests: pa.Table) -> pa.Table:
-        """The unfinished ones of `requests`, in order."""
+        """Return the pending ones of `requests`, in order."""
         keys = keys_from_hex(requests["key"])
-        due = ~self._finished.contains(keys)
-        return requests.filter(pa.array(due if self._chosen is None else due & self._chosen.contains(keys)))
+        pending = ~self._finished.contains(keys)
+        return requests.filter(pa.array(pending if self._chosen is None else pending & self._chosen.contains(keys)))
 
 
 class Rank:
-    """Adds the column RANK, by which the requests are sorted: the numbers of another column."""
+    """Stage that adds the column RANK, by which the requests are sorted, from the numbers of another column."""
 
     def __init__(self, column: str) -> None:
         self._column = column
 
     def __call__(self, requests: pa.Table) -> pa.Table:
-        """`requests` with RANK, float64; -inf where the column has no number."""
+        """Return `requests` with RANK, float64; -inf where the column has no number."""
         return requests.append_column(RANK, pa.array(selection.ranks(requests[self._column])))
 
 
 class Arrange:
-    """Orders a window of requests so that neighbours can be drawn together, and models change seldom.
+    """Stage that orders a window of requests so that neighbours can share a batch and the model seldom changes.
 
-    Sizes that come from the image (`size: auto`) are read off the first bytes of it. Where that fails, the size stays
-    null, and FetchImages finds it, or says what is wrong with the image.
+    Sizes that come from the image (`size: auto`) are read from its first bytes. Where that fails, the size stays null,
+    and FetchImages determines it, or the image's error.
+
+    Args:
+        config: Section `images` of the config.
+        base_uri: Folder that relative image URIs start from.
     """
 
     def __init__(self, config: ImagesConfig, base_uri: str) -> None:
         self._config, self._base_uri = config, base_uri
 
     def __call__(self, requests: pa.Table) -> pa.Table:
-        """`requests`, every one of them, in another order: by model, frames and size, else as they came."""
-        unsized = pc.is_null(requests["width"])
+        """Return all of `requests`, ordered by model, number of frames and size, and otherwise as they came."""
+        unsized = pc.and_(pc.is_null(requests["width"]), pc.is_null(requests["error_kind"]))
         if pc.any(unsized).as_py():
             rows = requests.filter(unsized).select(["image", "image_bytes", "long_side"]).to_pylist()
             with ThreadPoolExecutor(self._config.threads) as pool:
@@ -193,54 +174,62 @@ class Arrange:
 
 
 class FetchImages:
-    """Reads, checks, decodes and fits the images of a block, several at a time.
+    """Stage that reads, checks, decodes and fits the images of a block, several at a time.
 
-    Replaces `image_bytes` by the columns FETCHED: `pixels` is RGB, uint8, height x width x 3 bytes; or null, and then
-    `fetch_error_kind` and `fetch_error` say why. `ip_adapter_bytes` is the image prompt as it was stored, known to
-    decode. Sizes that are still null are the image's own.
+    It replaces `image_bytes` by the columns FETCHED. `pixels` is RGB, uint8, height x width x 3 bytes, or null where
+    the row has an error. `ip_adapter_bytes` is the image prompt as it was stored, known to decode. Sizes that are still
+    null become the image's own.
+
+    Args:
+        config: Section `images` of the config.
+        base_uri: Folder that relative image URIs start from.
     """
 
     def __init__(self, config: ImagesConfig, base_uri: str) -> None:
         self._config, self._base_uri = config, base_uri
 
     def __call__(self, requests: pa.Table) -> pa.Table:
-        """`requests`, every one of them, with the columns FETCHED."""
-        needed = ["image", "image_bytes", "image_sha256", "width", "height", "long_side", "ip_adapter_image"]
+        """Return all of `requests`, with the columns FETCHED."""
         with ThreadPoolExecutor(self._config.threads) as pool:
-            fetched = list(pool.map(self._fetch, requests.select(needed).to_pylist()))
+            rows = list(pool.map(self._fetched, requests.select(_FETCH_READS).to_pylist()))
         table = requests.drop_columns(["image_bytes"])
-        for name in ("width", "height"):
-            column = pa.array([row[name] for row in fetched], pa.int64())
-            table = table.set_column(table.column_names.index(name), name, column)
+        for field in [*(EFFECTIVE.field(name) for name in ("width", "height")), *ROW_ERROR]:
+            column = pa.array([row[field.name] for row in rows], field.type)
+            table = table.set_column(table.column_names.index(field.name), field, column)
         for field in FETCHED:
-            table = table.append_column(field, pa.array([row[field.name] for row in fetched], field.type))
+            table = table.append_column(field, pa.array([row[field.name] for row in rows], field.type))
         return table
 
-    def _fetch(self, row: Row) -> Row:
+    def _fetched(self, row: Row) -> Row:
+        row |= dict.fromkeys(FETCHED.names)
+        if row["error_kind"] is not None:
+            return row
         started = time.monotonic()
-        fetched: Row = dict.fromkeys(FETCHED.names) | {"width": row["width"], "height": row["height"]}
         try:
-            data = row["image_bytes"] or fetch.read_image(row["image"], self._base_uri, self._config)
-            if len(data) > self._config.max_bytes:
-                msg = f"column 'image_bytes': {len(data)} bytes, above images.max_bytes {self._config.max_bytes}"
-                raise ImageUnavailableError(msg)
-            fetched["fetched_sha256"] = hashlib.sha256(data).hexdigest()
-            if row["image_sha256"] not in (None, fetched["fetched_sha256"]):
-                msg = (
-                    f"column 'image_sha256': the image has {fetched['fetched_sha256']}, the manifest says "
-                    f"{row['image_sha256']}; correct the column, or restore the image"
-                )
-                raise ImageMismatchError(msg)
-            image = images.decode(data, max_pixels=self._config.max_pixels, background=self._config.background)
-            if row["width"] is None:
-                fetched["width"], fetched["height"] = images.bucket(*image.size, row["long_side"])
-            fitted = images.fit(image, fetched["width"], fetched["height"], self._config.fit, self._config.background)
-            fetched["ip_adapter_bytes"] = self._image_prompt(row["ip_adapter_image"])
-            fetched["pixels"] = fitted.tobytes()
+            self._fetch(row)
         except RequestError as err:
-            fetched["fetch_error_kind"], fetched["fetch_error"] = err.kind, str(err)
-        fetched["fetch_seconds"] = time.monotonic() - started
-        return fetched
+            row |= {"error_kind": err.kind, "error": str(err), "pixels": None}
+        return row | {"fetch_seconds": time.monotonic() - started}
+
+    def _fetch(self, row: Row) -> None:
+        """Fill in the columns FETCHED of a row, and its size."""
+        data = row["image_bytes"] or fetch.read_image(row["image"], self._base_uri, self._config)
+        if len(data) > self._config.max_bytes:
+            msg = f"column 'image_bytes': {len(data)} bytes, above images.max_bytes {self._config.max_bytes}"
+            raise ImageUnavailableError(msg)
+        row["fetched_sha256"] = hashlib.sha256(data).hexdigest()
+        if row["image_sha256"] not in (None, row["fetched_sha256"]):
+            msg = (
+                f"column 'image_sha256': the image has {row['fetched_sha256']}, the manifest says "
+                f"{row['image_sha256']}; correct the column, or restore the image"
+            )
+            raise ImageMismatchError(msg)
+        image = images.decode(data, max_pixels=self._config.max_pixels, background=self._config.background)
+        if row["width"] is None:
+            row["width"], row["height"] = images.bucket(*image.size, row["long_side"])
+        fitted = images.fit(image, row["width"], row["height"], self._config.fit, self._config.background)
+        row["ip_adapter_bytes"] = self._image_prompt(row["ip_adapter_image"])
+        row["pixels"] = fitted.tobytes()
 
     def _image_prompt(self, uri: str | None) -> bytes | None:
         if uri is None:
@@ -252,3 +241,10 @@ class FetchImages:
             msg = f"column 'ip_adapter_image': {err}"
             raise ImageUnreadableError(msg) from err
         return data
+
+
+_FETCH_READS = [
+    *("image", "image_bytes", "image_sha256", "width", "height", "long_side", "ip_adapter_image"),
+    *ROW_ERROR.names,
+]
+"""Columns that FetchImages reads."""

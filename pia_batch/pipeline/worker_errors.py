@@ -1,4 +1,4 @@
-"""Why a worker could not start or was lost, in words for the operator, who should not have to read its log for that."""
+"""Errors of workers that could not start or were lost, explained to the operator without a look at the worker's log."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import sys
 from pia_batch import __version__
 from pia_batch.errors import BrokenDeviceError, ConfigError, InterruptedRunError, PiaBatchError, message_of
 
-_DRIVER_WORDS = ("cuda", "cudnn", "nvidia", "nvrtc", "driver", "hip error", "no kernel image")
-"""One of these is in whatever torch says of a device that it cannot use."""
+MAX_STARTS = 3
+"""Maximum number of consecutive starts of one worker's process without a ready engine."""
 
+_DRIVER_WORDS = ("cuda", "cudnn", "nvidia", "nvrtc", "driver", "hip error", "no kernel image")
+"""Words of which one is in every message of torch about a device that it cannot use."""
 
 _LOST = frozenset(
     {
@@ -20,11 +22,11 @@ _LOST = frozenset(
         *("ObjectLostError", "ObjectReconstructionFailedError", "OwnerDiedError", "WorkerCrashedError"),
     }
 )
-"""Ray's names for work that died with its process or machine more often than Ray does it again."""
+"""Names of Ray's errors for work that died with its process or machine more often than Ray retries it."""
 
 
 def show_log() -> None:
-    """Let the standard error of this process have what this package logs, as that of the command line has.
+    """Write this package's log to the standard error of this process, as the command line does.
 
     Ray keeps it as a file; by default Python shows warnings only.
     """
@@ -32,51 +34,72 @@ def show_log() -> None:
     logging.getLogger("pia_batch").setLevel(logging.INFO)
 
 
-def check_version(drivers: str) -> None:
-    """Refuse to work for a driver of another version: columns and keys may mean other things there.
+def check_version(driver_version: str) -> None:
+    """Refuse to work for a driver of another version, whose columns and keys may have another meaning.
 
     Raises:
-        ConfigError: the version of this package on this node is not `drivers`.
+        ConfigError: The version of this package on this node is not `driver_version`.
     """
-    if drivers != __version__:
+    if driver_version != __version__:
         msg = (
-            f"node {socket.gethostname()} has pia_batch {__version__}, and the driver {drivers}; install one version "
-            "on every node, by the image of the cluster or by a runtime_env"
+            f"node {socket.gethostname()} has pia_batch {__version__}, and the driver {driver_version}; install one "
+            "version on every node, by the image of the cluster or by a runtime_env"
         )
         raise ConfigError(msg)
 
 
+def check_starts(starts: int) -> None:
+    """Refuse to load an engine again where loading it ended this worker's process every time.
+
+    Args:
+        starts: Number of consecutive starts, this one included.
+
+    Raises:
+        BrokenDeviceError: There were more than MAX_STARTS.
+    """
+    if starts > MAX_STARTS:
+        msg = (
+            f"an engine's process has died {starts - 1} times in a row while it started, the last time on "
+            f"{socket.gethostname()} or the node before it: too little host memory, or a driver that crashes. Look for "
+            "an out-of-memory kill in the system's log, at Ray's worker logs, and try `pia-batch demo` there"
+        )
+        raise BrokenDeviceError(msg)
+
+
 def explain(err: Exception) -> Exception:
-    """What the operator has to do about an exception that ended the start of an engine on this node.
+    """Explain an exception that ended the start of an engine on this node.
 
     Returns:
-        One of our own errors; `err` itself where it is one, or where it tells of a bug rather than of the node.
+        One of our own errors, with the remedy. `err` itself where it is one already, or where it is a bug rather than a
+        fault of the node.
     """
     if isinstance(err, PiaBatchError):
         return err
-    said, here = f"{type(err).__name__}: {message_of(err)}", f"an engine cannot start on node {socket.gethostname()}"
+    cause, here = f"{type(err).__name__}: {message_of(err)}", f"an engine cannot start on node {socket.gethostname()}"
     if isinstance(err, ImportError):
-        return ConfigError(f"{here}: {said}; install the versions of constraints.txt on every node")
-    if isinstance(err, MemoryError) or "OutOfMemory" in type(err).__name__ or "out of memory" in said:
+        return ConfigError(f"{here}: {cause}; install the versions of constraints.txt on every node")
+    if isinstance(err, MemoryError) or "OutOfMemory" in type(err).__name__ or "out of memory" in cause:
         return ConfigError(
-            f"{here}: {said}; it needs a larger device or machine, `model.memory: low`, fewer engines on one GPU "
+            f"{here}: {cause}; it needs a larger device or machine, `model.memory: low`, fewer engines on one GPU "
             "(placement.num_gpus), or fewer models (placement.max_models)"
         )
     if isinstance(err, OSError):
-        return ConfigError(f"{here}: {said}; the model's files must be readable there, and there must be room for them")
-    if any(word in said.lower() for word in _DRIVER_WORDS):
+        return ConfigError(
+            f"{here}: {cause}; the model's files must be readable there, and its disk must have room for them"
+        )
+    if any(word in cause.lower() for word in _DRIVER_WORDS):
         return BrokenDeviceError(
-            f"{here}: {said}; compare its driver with the CUDA version that torch was built for (`nvidia-smi`, "
-            "`python -m torch.utils.collect_env`), and mend the node or take it out"
+            f"{here}: {cause}; compare its driver with the CUDA version that torch was built for (`nvidia-smi`, "
+            "`python -m torch.utils.collect_env`), and repair the node or remove it"
         )
     return err
 
 
 def explain_loss(err: BaseException) -> BaseException:
-    """What Ray means that says of a worker that it is lost, or could never begin.
+    """Explain an error of Ray about a worker that is lost, or could never begin.
 
     Returns:
-        One of our own errors, or `err` itself where it is none of Ray's.
+        One of our own errors, with the remedy, or `err` itself where it is not Ray's.
     """
     if not type(err).__module__.startswith("ray."):
         return err
@@ -89,6 +112,6 @@ def explain_loss(err: BaseException) -> BaseException:
     if type(err).__name__ in _LOST:
         return InterruptedRunError(
             f"Ray lost a part of this run for good: {type(err).__name__}: {message_of(err)}; what was finished is "
-            "committed. Look at the memory and the disks of the nodes, and start again to go on"
+            "committed. Look at the memory and the disks of the nodes, and start again to resume"
         )
     return err

@@ -111,8 +111,6 @@ FETCHED = pa.schema(
         ("fetched_sha256", pa.string()),
         ("ip_adapter_bytes", pa.large_binary()),
         ("fetch_seconds", pa.float64()),
-        ("fetch_error_kind", pa.string()),
-        ("fetch_error", pa.string()),
     ]
 )
 """What fetching an image adds to a request on its way to the engine."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from fakes import ENGINE_ID, FakeControl, FakeEngine, FakeShelf
+from fakes import ENGINE_ID, FakeEngine, animate_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import png
@@ -25,7 +25,6 @@ from pia_batch.manifest.reader import Manifest
 from pia_batch.manifest.validation import check
 from pia_batch.media import codecs, provenance
 from pia_batch.media.provenance import DIGITAL_SOURCE_TYPE, Provenance
-from pia_batch.pipeline.animate import Animate
 from pia_batch.pipeline.stages import Arrange, FetchImages, Validate
 from pia_batch.schema.columns import EFFECTIVE, Row
 from pia_batch.storage.object_store import Store
@@ -293,7 +292,7 @@ def test_what_the_stages_store_tells_the_key_that_they_committed(
     engines = {"default": ENGINE_ID}
     (batch,) = manifest.batches()
     requests = Arrange(config.images, manifest.folder)(Validate(config, engines)(batch.table))
-    animate = Animate(lambda: FakeShelf(FakeEngine()), engines, config, "run", FakeControl())
+    animate = animate_stage(config, FakeEngine(), engine_ids=engines)
 
     animate(FetchImages(config.images, manifest.folder)(requests))
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from fakes import ENGINE_ID, FakeClip, FakeControl, FakeEngine, FakeShelf
+from fakes import ENGINE_ID, FakeClip, FakeControl, FakeEngine, FakeShelf, animate_stage
 from inputs import png, requests_table
 from PIL import Image
 
@@ -27,7 +27,8 @@ from pia_batch.journal.log import Journal
 from pia_batch.manifest.reader import Manifest
 from pia_batch.media import codecs
 from pia_batch.media.quality import check_animation, measures
-from pia_batch.pipeline.animate import OUTCOME, Animate
+from pia_batch.pipeline.animate import Animate, WorkerProcess
+from pia_batch.pipeline.outcomes import OUTCOME
 from pia_batch.pipeline.stages import Arrange, DropFinished, FetchImages, Validate
 from pia_batch.schema.columns import FETCHED, Row
 from pia_batch.schema.keys import KeySet, keys_from_hex
@@ -46,14 +47,9 @@ def fetched(config: RunConfig) -> pa.Table:
     return FetchImages(config.images, Manifest.open(config.manifest).folder)(validated(config))
 
 
-def stage(config: RunConfig, engine: Any = None, control: Any = None, run_id: str = "run-1") -> Animate:
-    shelf = FakeShelf(engine or FakeEngine())
-    return Animate(lambda: shelf, {"default": ENGINE_ID}, config, run_id, control or FakeControl())
-
-
 def animate(config: RunConfig, engine: Any = None, control: Any = None) -> dict[str, Row]:
     """The result rows of a whole manifest, by request, through all stages and back out of the journal."""
-    stage(config, engine, control)(fetched(config))
+    animate_stage(config, engine, control)(fetched(config))
     return committed(config)
 
 
@@ -141,7 +137,7 @@ def test_the_stage_hands_back_one_small_row_for_each_request_in_order(make_confi
     config = make_config(requests_table(3, prompt=["fine", "not finite", "fine"], format=["gif"] * 3))
     requests = fetched(config)
 
-    outcomes = stage(config)(requests)
+    outcomes = animate_stage(config)(requests)
 
     assert outcomes.schema == OUTCOME
     assert outcomes["key"].to_pylist() == requests["key"].to_pylist()
@@ -162,8 +158,7 @@ def test_seconds_on_the_device_are_counted_while_they_pass(make_config: MakeConf
 
     config = make_config(requests_table(2, format=["gif"] * 2))
     engine = WatchedEngine(seconds=0.05)
-    animator = stage(config, engine)
-    assert Animate.generating_seconds.fget(Animate.__new__(Animate)) is None  # its engine still loads
+    animator = animate_stage(config, engine)
     assert animator.generating_seconds == 0
 
     animator(fetched(config))
@@ -203,7 +198,7 @@ def test_no_requests_are_no_work_and_no_fragment(make_config: MakeConfig) -> Non
     requests = fetched(config).slice(0, 0)
 
     assert FetchImages(config.images, "")(validated(config).slice(0, 0)).schema == requests.schema
-    outcomes = stage(config, engine)(requests)
+    outcomes = animate_stage(config, engine)(requests)
 
     assert (len(outcomes), outcomes.schema) == (0, OUTCOME)
     assert engine.calls == []
@@ -280,12 +275,12 @@ def test_each_kind_of_bad_image_fails_its_own_row_and_no_other(make_config: Make
 def test_an_image_above_the_caps_is_refused(make_config: MakeConfig) -> None:
     config = make_config(requests_table(1), images__max_bytes=100, images__max_pixels=10)
     (row,) = fetched(config).to_pylist()
-    assert (row["fetch_error_kind"], row["pixels"]) == ("image_unavailable", None)
-    assert "more than 100 bytes" in row["fetch_error"]
+    assert (row["error_kind"], row["pixels"]) == ("image_unavailable", None)
+    assert "more than 100 bytes" in row["error"]
 
     config = make_config(requests_table(1), images__max_pixels=10)
     (row,) = fetched(config).to_pylist()
-    assert (row["fetch_error_kind"], row["pixels"]) == ("image_unreadable", None)
+    assert (row["error_kind"], row["pixels"]) == ("image_unreadable", None)
 
 
 def test_images_inside_the_manifest_are_animated(make_config: MakeConfig) -> None:
@@ -358,14 +353,9 @@ class BrittleStore(Store):
         self.created.append(name)
 
 
-def with_store(animator: Animate, store: Store) -> Animate:
-    animator._store, animator._journal = store, Journal(store)
-    return animator
-
-
 def test_a_store_that_is_down_ends_the_run_and_fails_no_request(make_config: MakeConfig) -> None:
     config, control = make_config(requests_table(2, format=["gif"] * 2)), FakeControl()
-    animator = with_store(stage(config, control=control), BrittleStore(config.output, refuses="animations/"))
+    animator = animate_stage(config, control=control, store=BrittleStore(config.output, refuses="animations/"))
 
     with pytest.raises(StorageError):
         animator(fetched(config))
@@ -389,13 +379,13 @@ def test_an_animation_stored_before_a_crash_is_adopted_and_never_overwritten(mak
     requests = fetched(config)
     crashing = BrittleStore(config.output, refuses="_journal/")
     with pytest.raises(StorageError):
-        with_store(stage(config), crashing)(requests)
+        animate_stage(config, store=crashing)(requests)
     before = stored(config)
     assert len(crashing.created) == len(before) == 4
     assert committed(config) == {}
 
     again = BrittleStore(config.output)
-    outcomes = with_store(stage(config, Otherwise(), run_id="run-2"), again)(requests)
+    outcomes = animate_stage(config, Otherwise(), run_id="run-2", store=again)(requests)
 
     assert outcomes["status"].to_pylist() == ["succeeded"] * 4
     assert stored(config) == before
@@ -428,7 +418,7 @@ def test_a_damaged_object_under_the_key_fails_the_row_with_its_uri(
     store, name = Store(config.output), animation_name(requests["key"][0].as_py(), "gif")
     store.create(name, damage(good))
 
-    stage(config)(requests)
+    animate_stage(config)(requests)
 
     rows = committed(config)
     assert [rows[f"r{k:03d}"]["status"] for k in range(2)] == ["failed", "succeeded"]
@@ -445,7 +435,7 @@ def test_an_object_of_other_dimensions_under_the_key_is_not_adopted(make_config:
     other = codecs.encode(np.zeros((3, 64, 64, 3), np.uint8), "gif", 8, config.encoding)
     Store(config.output).create(animation_name(requests["key"][0].as_py(), "gif"), other)
 
-    stage(config)(requests)
+    animate_stage(config)(requests)
 
     (row,) = committed(config).values()
     assert row["error_kind"] == "encoding_failed"
@@ -472,7 +462,7 @@ def test_nothing_begins_and_nothing_is_written_while_the_run_is_stopping(make_co
     control.stop()
     requests = fetched(config)
 
-    outcomes = stage(config, engine, control)(requests)
+    outcomes = animate_stage(config, engine, control)(requests)
 
     assert outcomes.schema == OUTCOME
     assert outcomes["key"].to_pylist() == requests["key"].to_pylist()
@@ -501,8 +491,8 @@ def test_a_batch_ends_only_once_it_is_committed_and_attempts_are_counted(make_co
 
 
 def test_an_engine_with_other_weights_is_refused_with_the_remedy(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"engine 0{32} instead of f{32}; give every node the same weights"):
-        stage(make_config(), FakeEngine(engine_id="0" * 32))
+    with pytest.raises(ConfigError, match=r"got engine 0{32}, expected f{32}\); give every node the same weights"):
+        animate_stage(make_config(), FakeEngine(engine_id="0" * 32))
 
 
 @dataclass
@@ -540,7 +530,7 @@ def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
 def test_two_threads_never_share_the_device_and_commit_while_it_draws(make_config: MakeConfig) -> None:
     config, engine = make_config(requests_table(6, format=["gif"] * 6)), Watched()
     requests, store = fetched(config), SlowStore(config.output)
-    animator = with_store(stage(config, engine), store)
+    animator = animate_stage(config, engine, store=store)
 
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(animator, [requests.slice(k, 1) for k in range(6)]))
@@ -556,7 +546,7 @@ def test_two_threads_never_share_the_device_and_commit_while_it_draws(make_confi
 def test_a_batch_is_committed_by_the_thread_that_drew_it(make_config: MakeConfig) -> None:
     """A call returns after its own commit, however many others are under way."""
     config = make_config(requests_table(4, format=["gif"] * 4))
-    requests, animator, unknown = fetched(config), stage(config), []
+    requests, animator, unknown = fetched(config), animate_stage(config), []
 
     def call(start: int) -> None:
         animator(requests.slice(start, 1))
@@ -690,7 +680,7 @@ def test_each_request_is_drawn_by_its_own_model_and_says_so(make_config: MakeCon
     engines = {"default": FakeEngine(), "toon": FakeEngine(engine_id="a" * 32)}
     shelf = FakeShelf(engines=engines)
 
-    Animate(lambda: shelf, ids, config, "run-1", FakeControl())(requests)
+    animate_stage(config, shelf=shelf, engine_ids=ids)(requests)
 
     assert {name: row["engine_id"] for name, row in committed(config).items()} == {
         f"r{k:03d}": ids[model] for k, model in enumerate(["toon", "default", "toon", "default"])
@@ -709,7 +699,7 @@ def test_an_engine_is_checked_whenever_it_was_loaded_and_only_then(make_config: 
 
     config, engine = make_config(requests_table(2, format=["gif"] * 2)), Checked()
     shelf = FakeShelf(engine)
-    animator = Animate(lambda: shelf, {"default": ENGINE_ID}, config, "run-1", FakeControl())
+    animator = animate_stage(config, shelf=shelf)
     requests = fetched(config)
     animator(requests.slice(0, 1))
     again = shelf.default = Checked()
@@ -720,7 +710,7 @@ def test_an_engine_is_checked_whenever_it_was_loaded_and_only_then(make_config: 
 
 def test_a_batch_that_is_committed_is_handed_back_where_its_task_comes_again(make_config: MakeConfig) -> None:
     config, engine = make_config(requests_table(4, format=["gif"] * 4)), FakeEngine()
-    animator = Animate(lambda: FakeShelf(engine), {"default": ENGINE_ID}, config, "run-1", FakeControl())
+    animator = animate_stage(config, engine)
     requests = fetched(config)
     first = animator(requests.slice(0, 2))  # and its worker dies in the next batch of the task
 
@@ -737,7 +727,7 @@ def test_a_broken_device_ends_the_run_before_it_draws(make_config: MakeConfig) -
             raise BrokenDeviceError("cuda:0 draws another clip than it should")
 
     with pytest.raises(BrokenDeviceError, match="cuda:0"):
-        stage(make_config(), Broken())
+        animate_stage(make_config(), Broken())
 
 
 @pytest.mark.parametrize(
@@ -820,7 +810,7 @@ def run_to_the_end(config: RunConfig, control: FakeControl | None = None, worker
     control, requests = control or FakeControl(), fetched(config)
     for _ in range(workers):
         with contextlib.suppress(Died):
-            return stage(config, Poisoned(), control)(requests)
+            return animate_stage(config, Poisoned(), control)(requests)
     raise AssertionError("no worker survived")
 
 
@@ -829,7 +819,7 @@ def run_to_the_end(config: RunConfig, control: FakeControl | None = None, worker
     [
         ("raises", "engine_error", 2, "the engine raised RuntimeError: weights are cursed"),
         ("hungers", "out_of_memory", 2, "the worker ran out of memory"),
-        ("kills", "worker_crash", 4, "its worker died in each of 2 attempts to draw it alone"),
+        ("kills", "worker_crash", 4, "its worker died in each of 2 attempts to animate it alone"),
     ],
 )
 @pytest.mark.parametrize("where", [(0,), (3,), (1, 2)])
@@ -868,10 +858,9 @@ def test_a_worker_that_hangs_ends_itself_and_the_request_is_told_apart(make_conf
     control, requests, deaths = FakeControl(), fetched(config), threading.Event()
     for _ in range(6):
         deaths.clear()
-        animator = Animate(
-            lambda: FakeShelf(Poisoned()), {"default": ENGINE_ID}, config, "run-1", control, die=deaths.set
-        )
-        worker = _Mortal(animator, requests, deaths)
+        commits = _MortalCommits(Journal(Store(config.output)), deaths)
+        mortal = animate_stage(config, Poisoned(), control, commits=commits, process=WorkerProcess(exit=deaths.set))
+        worker = _Mortal(mortal, requests)
         worker.start()
         worker.join()
         if not deaths.is_set():
@@ -882,20 +871,25 @@ def test_a_worker_that_hangs_ends_itself_and_the_request_is_told_apart(make_conf
     assert "limits.timeout_s" in rows["r001"]["error"]
 
 
-class _Mortal(threading.Thread):
-    """A worker whose journal stops taking anything once it has died, as a dead process writes no more."""
+@dataclass
+class _MortalCommits:
+    """A commit log that takes nothing more once its worker has died, as a dead process writes no more."""
 
-    def __init__(self, animator: Animate, requests: pa.Table, dead: threading.Event) -> None:
+    journal: Journal
+    dead: threading.Event
+
+    def append(self, results: pa.Table) -> None:
+        if self.dead.is_set():
+            raise Died
+        self.journal.append(results)
+
+
+class _Mortal(threading.Thread):
+    """A worker that may die in its call."""
+
+    def __init__(self, animator: Animate, requests: pa.Table) -> None:
         super().__init__(daemon=True)
         self.animator, self.requests = animator, requests
-        commit = animator._journal.append
-
-        def append(table: pa.Table) -> None:
-            if dead.is_set():
-                raise Died
-            commit(table)
-
-        animator._journal.append = append
 
     def run(self) -> None:
         with contextlib.suppress(Died):
@@ -909,22 +903,22 @@ def test_a_device_that_breaks_ends_the_worker_and_blames_no_request(make_config:
     def die() -> None:
         raise Died
 
-    animator = Animate(lambda: FakeShelf(engine), {"default": ENGINE_ID}, config, "r", FakeControl(), die=die)
+    mortal = animate_stage(config, engine, process=WorkerProcess(exit=die))
     engine.sick = True
 
     with pytest.raises(Died):
-        animator(fetched(config))
+        mortal(fetched(config))
     assert committed(config) == {}
 
 
 def test_a_deadline_grows_with_the_work(make_config: MakeConfig) -> None:
-    animator = stage(make_config(limits__timeout_s=100))
+    animator = animate_stage(make_config(limits__timeout_s=100))
     row = {"num_inference_steps": 25, "num_frames": 16, "width": 512, "height": 512, "free_init_iters": 0}
 
-    assert animator._deadline_s([row | {"width": 64}]) == 100
-    assert animator._deadline_s([row] * 4) == 400
-    assert animator._deadline_s([row | {"free_init_iters": 3}]) == 300
-    assert animator._deadline_s([row | {"width": None}]) == 100
+    assert animator.guard.deadline_s([row | {"width": 64}]) == 100
+    assert animator.guard.deadline_s([row] * 4) == 400
+    assert animator.guard.deadline_s([row | {"free_init_iters": 3}]) == 300
+    assert animator.guard.deadline_s([row | {"width": None}]) == 100
 
 
 def test_images_in_the_manifest_have_the_same_cap_as_others(make_config: MakeConfig) -> None:

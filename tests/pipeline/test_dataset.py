@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pytest
 import ray
-from fakes import ENGINE_ID, FakeEngineLoader, PoisonedEngine
+from fakes import ENGINE_ID, FakeEngine, FakeEngineLoader, PoisonedEngine, RestlessEngine, animate_stage
 from inputs import png, requests_table
 from ray.data.expressions import col
 
@@ -23,6 +24,7 @@ from pia_batch.errors import ConfigError, ManifestError, StorageError
 from pia_batch.manifest.validation import check
 from pia_batch.media import codecs
 from pia_batch.pipeline import dataset, stages
+from pia_batch.pipeline.request_rows import attempt_key
 from pia_batch.planning.plan import engine_ids_of
 from pia_batch.schema.columns import FETCHED, RESULT
 
@@ -32,32 +34,32 @@ ENGINES = {"default": ENGINE_ID}
 ROOT = Path(__file__).parents[2]
 
 
-def judged(table: pa.Table, config: RunConfig) -> pa.Table:
-    return stages.Judge(config, ENGINES)(table)
+def validated(table: pa.Table, config: RunConfig) -> pa.Table:
+    return stages.Validate(config, ENGINES, keep_rejected=True)(table)
 
 
-def test_every_row_is_judged_in_its_place_and_keeps_its_own_columns(make_config: MakeConfig) -> None:
+def test_every_row_is_validated_in_its_place_and_keeps_its_own_columns(make_config: MakeConfig) -> None:
     config = make_config()
     table = requests_table(5, seed=[1, -1, None, 2, 3], prompt=["a", "b", " ", "d", "e"], shop=list("vwxyz"))
 
-    rows = judged(table, config).to_pylist()
+    rows = validated(table, config).to_pylist()
 
     assert [row["request_id"] for row in rows] == ["r000", "r001", "r002", "r003", "r004"]
-    assert [row[stages.ERROR_KIND] for row in rows] == [None, "out_of_range", "missing_value", None, None]
-    assert rows[1][stages.ERROR].startswith("column 'seed': -1 is not allowed")
+    assert [row["error_kind"] for row in rows] == [None, "out_of_range", "missing_value", None, None]
+    assert rows[1]["error"].startswith("column 'seed': -1 is not allowed")
     assert [row["shop"] for row in rows] == list("vwxyz")
     assert [row["num_frames"] for row in rows] == [8, None, None, 8, 8]
-    sound = [stages.content_key(row["key"]) for row in rows if row[stages.ERROR_KIND] is None]
-    assert sound == check(table, config, ENGINES).requests["key"].to_pylist()
+    valid = [row["key"] for row in rows if row["error_kind"] is None]
+    assert valid == check(table, config, ENGINES).requests["key"].to_pylist()
 
 
-def test_equal_rows_have_equal_content_and_keys_of_their_own(make_config: MakeConfig) -> None:
+def test_equal_rows_have_equal_keys_and_attempts_of_their_own(make_config: MakeConfig) -> None:
     table = pa.concat_tables([requests_table(1)] * 3)
 
-    keys = judged(table, make_config())["key"].to_pylist()
+    rows = validated(table, make_config()).to_pylist()
 
-    assert len(set(keys)) == 3
-    assert len({stages.content_key(key) for key in keys}) == 1
+    assert len({attempt_key(row) for row in rows}) == 3
+    assert len({row["key"] for row in rows}) == 1
 
 
 def test_text_in_any_encoding_is_text(make_config: MakeConfig) -> None:
@@ -65,34 +67,73 @@ def test_text_in_any_encoding_is_text(make_config: MakeConfig) -> None:
     coded = table.set_column(0, "request_id", table["request_id"].dictionary_encode())
     viewed = coded.set_column(2, "prompt", coded["prompt"].cast(pa.string_view()))
 
-    rows = judged(viewed, make_config())
+    rows = validated(viewed, make_config())
 
-    assert rows[stages.ERROR_KIND].null_count == 2
+    assert rows["error_kind"].null_count == 2
     assert rows["request_id"].to_pylist() == ["r000", "r001"]
 
 
 @pytest.mark.parametrize("bad", [0, 1, 3])
-def test_other_stages_see_the_sound_rows_only(make_config: MakeConfig, bad: int) -> None:
-    table = requests_table(3, seed=[-1] * bad + [7] * (3 - bad), image_bytes=[png()] * 3).drop_columns(["image"])
-    config = make_config()
-    seen: list[int] = []
+@pytest.mark.parametrize("size", ["fixed", "auto"])
+def test_every_later_stage_passes_a_rejected_row_through(make_config: MakeConfig, bad: int, size: str) -> None:
+    table = requests_table(3, seed=[-1] * bad + [7] * (3 - bad), image_bytes=[png()] * 3, shop=list("abc"))
+    config, engine = make_config(defaults__size=size, defaults__format="gif"), FakeEngine()
+    requests = validated(table.drop_columns(["image"]), config)
+    arranged = stages.Arrange(config.images, "file:///nowhere")(requests)
 
-    def count(requests: pa.Table) -> pa.Table:
-        seen.append(len(requests))
-        return stages.FetchImages(config.images, "file:///nowhere")(requests)
+    done = stages.FetchImages(config.images, "file:///nowhere")(arranged)
 
-    done = stages.AroundRejected(count)(judged(table, config))
-
-    assert (seen, len(done)) == ([3 - bad], 3)
+    assert len(done) == 3
     assert set(FETCHED.names) < set(done.column_names)
     assert "image_bytes" not in done.column_names
-    assert done[stages.ERROR_KIND].null_count == 3 - bad
+    assert done["error_kind"].null_count == 3 - bad
     assert done["pixels"].null_count == bad
+    assert sorted(done["shop"].to_pylist()) == list("abc")
+    rejected = done.filter(pc.is_valid(done["error_kind"]))
+    assert set(rejected["error_kind"].to_pylist()) <= {"out_of_range"}
+    assert rejected["fetch_seconds"].null_count == bad
+
+    results = dataset.CollectedResults()
+    animate_stage(config, engine, commits=results)(done)
+
+    (rows,) = results.take()
+    assert rows["error_kind"].to_pylist() == done["error_kind"].to_pylist()
+    assert rows["error"].to_pylist() == done["error"].to_pylist()
+    assert rows["shop"].to_pylist() == done["shop"].to_pylist()
+    assert [len(call) for call in engine.calls] == [3 - bad] * (bad < 3)
+    for row in rows.to_pylist():
+        never_tried = (row["status"], row["attempts"], row["device"], row["engine_id"]) == ("failed", 0, None, None)
+        assert never_tried == (row["error_kind"] is not None)
+
+
+def test_a_request_with_an_unknown_model_is_passed_through_where_its_batch_fails(make_config: MakeConfig) -> None:
+    table = requests_table(3, model=["nowhere", None, None], prompt=["fine", "raises", "fine"], format=["gif"] * 3)
+    config, results = make_config(table), dataset.CollectedResults()
+    requests = stages.FetchImages(config.images, f"file://{config.manifest}")(validated(table, config))
+
+    animate_stage(config, PoisonedEngine(), commits=results)(requests)
+
+    kinds = [row["error_kind"] for rows in results.take() for row in rows.to_pylist()]
+    assert kinds == ["invalid_value", "engine_error", None]
+
+
+def test_identical_rows_of_a_batch_share_one_held_file(make_config: MakeConfig) -> None:
+    table = pa.concat_tables([requests_table(1, format=["gif"])] * 2)
+    config, files, results = make_config(table), dataset.HeldFiles(), dataset.CollectedResults()
+    requests = stages.FetchImages(config.images, f"file://{config.manifest}")(validated(table, config))
+
+    animate_stage(config, RestlessEngine(), store=files, commits=results)(requests)
+
+    (rows,) = results.take()
+    ((name, data),) = files.take().items()
+    assert rows["animation_uri"].to_pylist() == [name] * 2
+    assert rows["sha256"].to_pylist() == [hashlib.sha256(data).hexdigest()] * 2
+    assert files.take() == {}
 
 
 def test_a_required_column_that_is_missing_is_named(make_config: MakeConfig) -> None:
     with pytest.raises(ManifestError, match="this Dataset of requests has no column 'prompt'; it has: request_id"):
-        judged(requests_table(1).drop_columns(["prompt"]), make_config())
+        validated(requests_table(1).drop_columns(["prompt"]), make_config())
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_run_can_be_scraped(metrics_port: int, make_config: Callable[..., RunC
     assert {re.sub(r"\{.*", "", name) for name in seen} == {f"ray_{name}" for name in METRICS}
     assert 0 < seen['ray_pia_batch_requests_total{error_kind="",status="succeeded"}'] <= 8
     assert 0 < seen['ray_pia_batch_requests_total{error_kind="non_finite",status="failed"}'] <= 4
-    assert seen['ray_pia_batch_stage_seconds_total{stage="draw"}'] >= 1.0
+    assert seen['ray_pia_batch_stage_seconds_total{stage="generate"}'] >= 1.0
     assert seen['ray_pia_batch_slots_total{state="filled"}'] % 2 == 0
     assert seen['ray_pia_batch_requests{state="done"}'] + seen['ray_pia_batch_requests{state="left"}'] == 12
 

@@ -15,11 +15,11 @@ import os, sys, time
 import numpy as np
 from pia_batch.pipeline.watchdog import Watchdog, own_bytes
 
-def tell(keys, cause):
+def report(keys, cause):
     print(cause, *keys, flush=True)
 
-dog = Watchdog(tell, lambda: os._exit(7), own_bytes() + 64 * 2**20)
-with dog.over(["a", "b"], 60.0):
+dog = Watchdog(report, lambda: os._exit(7), own_bytes() + 64 * 2**20)
+with dog.watch(["a", "b"], 60.0):
     {work}
 print("survived")
 """
@@ -61,19 +61,19 @@ def test_memory_that_is_shared_with_others_is_not_its_own() -> None:
 
 
 def test_work_past_its_deadline_ends_the_process_and_work_within_it_does_not() -> None:
-    told: list[tuple[list[str], str]] = []
+    reported: list[tuple[list[str], str]] = []
     dead = threading.Event()
-    dog = Watchdog(lambda keys, cause: told.append((keys, cause)), dead.set)
+    dog = Watchdog(lambda keys, cause: reported.append((keys, cause)), dead.set)
 
-    with dog.over(["quick"], 30.0):
+    with dog.watch(["quick"], 30.0):
         pass
-    with dog.over(["slow"], 0.1):
+    with dog.watch(["slow"], 0.1):
         assert dead.wait(20)
 
-    assert told == [(["slow"], "timeout")]
+    assert reported == [(["slow"], "timeout")]
 
 
-def test_a_process_ends_even_where_nobody_can_be_told() -> None:
+def test_a_process_ends_even_where_nobody_can_be_reported() -> None:
     dead = threading.Event()
 
     def unreachable(keys: list[str], cause: str) -> None:
@@ -88,7 +88,7 @@ def test_a_process_ends_even_where_nobody_can_be_told() -> None:
 def test_nobody_watches_over_work_that_has_ended() -> None:
     dead = threading.Event()
     for _ in range(20):
-        with Watchdog(lambda *_: None, dead.set).over(["a"], 60.0):
+        with Watchdog(lambda *_: None, dead.set).watch(["a"], 60.0):
             pass
     deadline = time.monotonic() + 10
     while any(thread.name == "watchdog" for thread in threading.enumerate()):

@@ -15,6 +15,7 @@ from inputs import requests_table
 from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError
 from pia_batch.pipeline import stages
+from pia_batch.pipeline.request_rows import with_row_error
 from pia_batch.planning import plan as planning
 from pia_batch.planning import selection
 from pia_batch.schema.keys import KeySet, keys_from_hex, keys_to_hex
@@ -27,7 +28,7 @@ def chosen_rows(config: RunConfig) -> list[str]:
     plan = planning.make(config)
     manifest = pa.concat_tables([batch.table for batch in plan.manifest.batches()])
     requests = stages.Validate(config, plan.engine_ids)(manifest)
-    drawn = pa.concat_tables([stages.DropFinished(plan.settled, plan.chosen)(requests), plan.repeats])
+    drawn = pa.concat_tables([stages.DropFinished(plan.settled, plan.chosen)(requests), with_row_error(plan.repeats)])
     assert len(drawn) == plan.num_chosen
     return sorted(drawn["request_id"].to_pylist())
 

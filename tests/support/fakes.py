@@ -12,9 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from pia_batch.config import RunConfig
 from pia_batch.errors import NonFiniteError, RequestError
+from pia_batch.journal.log import Journal
+from pia_batch.pipeline.animate import THIS_PROCESS, Animate, WorkerProcess
 from pia_batch.pipeline.attempts import AttemptTracker
+from pia_batch.pipeline.committer import Commits
 from pia_batch.schema.columns import Row
+from pia_batch.storage.object_store import Store
 
 ENGINE_ID = "f" * 32
 
@@ -142,3 +147,22 @@ class FakeEngineLoader:
 
     def __call__(self) -> FakeShelf:
         return FakeShelf(self.engine(engine_id=self.engine_id, seconds=self.seconds))
+
+
+def animate_stage(  # noqa: PLR0913 - what a test leaves out is the usual
+    config: RunConfig,
+    engine: Any = None,
+    control: Any = None,
+    run_id: str = "run-1",
+    *,
+    shelf: FakeShelf | None = None,
+    engine_ids: dict[str, str] | None = None,
+    store: Store | None = None,
+    commits: Commits | None = None,
+    process: WorkerProcess = THIS_PROCESS,
+) -> Animate:
+    """The last stage around a fake engine, the config's output and its journal, or what is given instead."""
+    engines, store = shelf or FakeShelf(engine or FakeEngine()), store or Store(config.output)
+    ids = engine_ids or {"default": ENGINE_ID}
+    commits = commits or Journal(store)
+    return Animate(lambda: engines, ids, config, run_id, control or FakeControl(), store, commits, process)

@@ -19,8 +19,9 @@ from pia_batch.journal import layout, results
 from pia_batch.journal.lease import Lease
 from pia_batch.journal.log import Journal
 from pia_batch.pipeline import stages
-from pia_batch.pipeline.animate import Animate
+from pia_batch.pipeline.animate import Animate, WorkerProcess
 from pia_batch.pipeline.attempts import AttemptTracker, ExitCause, SoloAttempt
+from pia_batch.pipeline.request_rows import with_row_error
 from pia_batch.planning import plan as planning
 from pia_batch.planning.plan import Plan
 from pia_batch.schema.columns import Row
@@ -95,7 +96,7 @@ class Worker(Process):
     def hang(self, seeds: list[int]) -> None:
         """Do as the watchdog does when the deadline of these requests is over."""
         rows = [row for task in self.tasks for row in task.select(["key", "seed"]).to_pylist()]
-        self.animator._watchdog.give_up([row["key"] for row in rows if row["seed"] in seeds], "timeout")
+        self.animator.guard.watchdog.give_up([row["key"] for row in rows if row["seed"] in seeds], "timeout")
 
     def call(self, task: pa.Table) -> None:
         """Draw and commit a task, batch by batch, as Ray calls an actor."""
@@ -161,18 +162,17 @@ class Cluster:
 
     def animator(self, worker: Worker) -> Animate:
         worker.engine = Engine(self.plan.engine_ids["default"], worker)
-        animator = Animate(
+        store = self.driver.around.store(worker)
+        return Animate(
             lambda: FakeShelf(worker.engine),
             self.plan.engine_ids,
             self.plan.config,
             self.driver.run_id,
             Line(worker),
-            die=worker.die,
+            store,
+            Journal(store),
+            WorkerProcess(exit=worker.die, new_lock=lambda: Mutex(worker)),
         )
-        animator._store = self.driver.around.store(worker)
-        animator._journal = Journal(animator._store)
-        animator._device, animator._encoder = Mutex(worker), Mutex(worker)
-        return animator
 
     def dispatch(self) -> None:
         """Give waiting tasks to workers that have time for them."""
@@ -239,9 +239,9 @@ class Cluster:
 def tasks_of(plan: Plan, batches: int) -> Iterator[pa.Table]:
     """What Animate is given, so many batches to a task: the chain of `pipeline.chain` without Ray."""
     config, folder = plan.config, plan.manifest.folder
-    validate = stages.Validate(config, plan.engine_ids)
+    validate = stages.Validate(config, plan.engine_ids, keep_rejected=False)
     requests = [stages.DropFinished(plan.settled)(validate(batch.table)) for batch in plan.manifest.batches()]
-    table = pa.concat_tables([*requests, plan.repeats] if len(plan.repeats) else requests)
+    table = pa.concat_tables([*requests, with_row_error(plan.repeats)] if len(plan.repeats) else requests)
     if plan.is_mixed:
         table = stages.Arrange(config.images, folder)(table)
     if len(table):

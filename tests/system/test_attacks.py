@@ -33,6 +33,7 @@ from pia_batch.errors import ConfigError, ImageNotAllowedError, ImageUnavailable
 from pia_batch.manifest.validation import check
 from pia_batch.media import fetch as sources
 from pia_batch.media.fetch import read_image, read_image_head
+from pia_batch.pipeline.request_rows import with_row_error
 from pia_batch.pipeline.stages import FetchImages
 from pia_batch.storage import http_client, uris
 from pia_batch.storage.http_client import Web, is_public
@@ -820,8 +821,8 @@ def test_a_secret_in_a_uri_reaches_no_result_no_log_and_no_error(
     for table in tables:
         checked = check(table, config, {"default": "e" * 32})
         told.append(str(checked.rejected.to_pylist()))
-        fetched = FetchImages(config.images, base)(checked.requests)
-        told.append(str(fetched["fetch_error"].to_pylist()))
+        fetched = FetchImages(config.images, base)(with_row_error(checked.requests))
+        told.append(str(fetched["error"].to_pylist()))
     with contextlib.suppress(ConfigError):
         RunConfig.load(None, {"manifest": "m", "output": "o", "images.allow": [uri]})
         told.append("an entry of images.allow like any other")

@@ -27,7 +27,7 @@ from pia_batch.driver.progress import Progress
 from pia_batch.driver.run_record import RunSummary
 from pia_batch.errors import BrokenDeviceError, ConfigError, InterruptedRunError, ManifestError
 from pia_batch.journal.log import Journal
-from pia_batch.pipeline import chain
+from pia_batch.pipeline import actor, batching, chain
 from pia_batch.planning import plan as planning
 from pia_batch.storage.object_store import Store
 
@@ -158,7 +158,7 @@ def test_steps_from_the_first_on_are_operators_of_their_own_and_blocks_have_the_
     stats = dataset.stats()
     steps = ["ReadManifest->MapBatches(Validate)->MapBatches(DropFinished)", "StreamingRepartition"]
     steps += ["MapBatches(Arrange)", "StreamingRepartition"] if mixed else []
-    steps += ["MapBatches(FetchImages)", "StreamingRepartition", "MapBatches(Animate)"]
+    steps += ["MapBatches(FetchImages)", "StreamingRepartition", "MapBatches(AnimateActor)"]
     operators = [line.split(" ", 2)[2] for line in stats.splitlines() if line.startswith("Operator ")]
     assert [name.split(":")[0].split("[")[0] for name in operators[-len(steps) :]] == steps
     assert not any("->" in name for name in operators[1 - len(steps) :])  # "->" is how Ray writes a fusion
@@ -184,11 +184,11 @@ def test_an_engine_is_given_several_batches_at_a_time_where_it_has_very_many(
 ) -> None:
     big = {"defaults__width": 512, "defaults__height": 512, "placement__batch_size": 4}
 
-    assert chain.batches_per_task(make_config(requests_table(1), **{**big, **settings}), requests) == batches
+    assert batching.batches_per_task(make_config(requests_table(1), **{**big, **settings}), requests) == batches
 
 
 def test_an_engine_that_is_not_the_drivers_ends_the_run_with_the_remedy(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"weights of model 'default' on this node are others.*same weights"):
+    with pytest.raises(ConfigError, match=r"weights on this node differ from the driver.*same weights"):
         run(make_config(), load_engines=FakeEngineLoader("0" * 32))
 
 
@@ -208,9 +208,9 @@ class LeavesItsPid:
 def test_a_killed_engine_is_replaced_and_nothing_is_lost_or_doubled(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
 ) -> None:
-    monkeypatch.setattr(chain, "TASKS_PER_ENGINE", 8 // batches)
+    monkeypatch.setattr(batching, "TASKS_PER_ENGINE", 8 // batches)
     config = make_config(requests_table(16), placement__batch_size=2)
-    assert chain.batches_per_task(config, 16) == batches
+    assert batching.batches_per_task(config, 16) == batches
     pids = tmp_path / "pids"
     pids.mkdir()
     engine_id = planning.make(config).engine_ids["default"]
@@ -262,7 +262,7 @@ def test_a_stopped_run_commits_what_is_in_flight_and_the_next_one_finishes(make_
 def test_poison_of_every_sort_fails_alone_and_the_run_ends_by_itself(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chain, "TASKS_PER_ENGINE", 2)  # tasks of two batches: one death has more to come again
+    monkeypatch.setattr(batching, "TASKS_PER_ENGINE", 2)  # tasks of two batches: one death has more to come again
     poison = {3: "raises", 5: "exits", 8: "crashes", 12: "eats", 14: "hungers", 15: "not finite"}
     prompts = [poison.get(k, "fine") for k in range(16)]
     table = requests_table(16, prompt=prompts, format=["gif"] * 16)
@@ -334,7 +334,7 @@ def test_an_engine_that_cannot_start_ends_the_run_with_the_cause(
 def test_a_node_with_another_version_of_the_package_ends_the_run(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chain, "__version__", "99.0")  # the driver's; workers import the package anew
+    monkeypatch.setattr(actor, "__version__", "99.0")  # the driver's; workers import the package anew
 
     with pytest.raises(ConfigError, match=r"and the driver 99\.0; install one version on every node"):
         run(make_config())

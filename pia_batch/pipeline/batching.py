@@ -1,0 +1,43 @@
+"""Sizes of blocks and tasks: requests that are arranged together, fetched together, or given to an engine at once."""
+
+from __future__ import annotations
+
+from pia_batch.config import RunConfig
+
+WINDOW, SMALL_WINDOW = 1024, 64
+"""Requests that are arranged together; fewer where each request holds its image."""
+
+TASKS_PER_ENGINE = 256
+"""A task has several batches only where each engine still gets more tasks than these, because the driver's time and
+memory grow with the tasks. Engines that have no task left while others end theirs lose less than 1 % of the run."""
+
+TASK_ROWS, TASK_BYTES = 64, 32 * 2**20
+"""Maximum number of requests in a task of several batches, and of the bytes of their pixels under the config's
+defaults."""
+
+
+def batches_per_task(config: RunConfig, num_requests: int) -> int:
+    """Return the number of batches that an engine is given at a time: one, unless each engine has very many requests.
+
+    With priorities it is always one, because what is in a task is processed before everything after it.
+    """
+    place, defaults = config.placement, config.defaults
+    if config.budget.priority is not None:
+        return 1
+    row_bytes = 3 * (defaults.width * defaults.height if defaults.size == "fixed" else defaults.long_side**2)
+    rows = min(TASK_ROWS, TASK_BYTES // row_bytes, num_requests // (TASKS_PER_ENGINE * place.max_engines))
+    return max(1, rows // place.batch_size)
+
+
+def fetch_rows(config: RunConfig, task_rows: int) -> int:
+    """Return the number of requests that are fetched together: tasks enough to employ every thread.
+
+    With priorities it is one task, because tasks overtake each other.
+
+    Args:
+        config: Config of the run.
+        task_rows: Number of requests in a task of an engine.
+    """
+    if config.budget.priority is not None:
+        return task_rows
+    return task_rows * max(1, config.images.threads // task_rows)
