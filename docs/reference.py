@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 from pydantic import BaseModel
@@ -16,11 +16,11 @@ from pydantic import BaseModel
 from pia_batch import config
 from pia_batch.cli import EXIT_CODES
 from pia_batch.config import Defaults, RunConfig
-from pia_batch.driver.progress import Snapshot
 from pia_batch.manifest import validation
 from pia_batch.pipeline.metrics import METRICS
 from pia_batch.report.facts import REMEDIES
 from pia_batch.schema.columns import REQUEST, RESULT, SETTINGS
+from pia_batch.schema.run_record import ProgressSnapshot, RunRecord
 from pia_batch.storage import schemes
 
 HERE = Path(__file__).parent
@@ -204,8 +204,22 @@ def metrics() -> list[str]:
 
 def progress_fields() -> list[str]:
     """What programs are told of a run that goes on."""
-    rows = ((f"`{name}`", str(field.description)) for name, field in Snapshot.model_fields.items())
+    rows = ((f"`{name}`", str(field.description)) for name, field in ProgressSnapshot.model_fields.items())
     return _table(["field", "meaning"], rows)
+
+
+def run_record_fields() -> list[str]:
+    """Return every field of run.json with its meaning; those of an object are named after it."""
+    return _table(["field", "meaning"], _record_fields(RunRecord, ""))
+
+
+def _record_fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, ...]]:
+    for name, field in model.model_fields.items():
+        parts = [part for part in (field.annotation, *get_args(field.annotation)) if isinstance(part, type)]
+        inner = [part for part in parts if issubclass(part, BaseModel) and part is not ProgressSnapshot]
+        yield f"`{prefix}{name}`", str(field.description)
+        for part in inner:
+            yield from _record_fields(part, f"{prefix}{name}.")
 
 
 def url_schemes() -> list[str]:
@@ -234,6 +248,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "exit codes": exit_codes,
     "metrics": metrics,
     "progress fields": progress_fields,
+    "run record fields": run_record_fields,
     "url schemes": url_schemes,
 }
 """By the name that stands in the page."""

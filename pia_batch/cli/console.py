@@ -19,7 +19,8 @@ from rich.text import Text
 from pia_batch.errors import printable
 
 if TYPE_CHECKING:
-    from pia_batch.driver.progress import Progress, Snapshot
+    from pia_batch.driver.progress import Progress
+from pia_batch.schema.run_record import ProgressSnapshot
 
 LOG_EVERY_S = 10.0
 """Seconds between progress lines where standard error is no terminal."""
@@ -62,7 +63,8 @@ def shown_progress(*, as_json: bool = False, console: Console = err) -> Iterator
     """A callback for `pipeline.run`: a live view on a terminal, a line now and then elsewhere.
 
     Args:
-        as_json: where there is no terminal, each line is a JSON object: `event` and the keys of `progress.Snapshot`.
+        as_json: where there is no terminal, each line is a JSON object: `event` and the keys of
+            `ProgressSnapshot`.
         console: where to.
     """
     if console.is_terminal and not console.is_dumb_terminal:
@@ -82,7 +84,7 @@ def _live(console: Console) -> Iterator[Callable[[Progress], None]]:
     """The view is drawn a few times a second below the log; its last state stays."""
     from pia_batch.cli import view
 
-    seen: Snapshot | None = None
+    seen: ProgressSnapshot | None = None
     drawn = 0.0
 
     def show(progress: Progress) -> None:
@@ -140,12 +142,12 @@ class _Above:
         """Nothing is held back."""
 
 
-def _print_json_line(seen: Snapshot, console: Console) -> None:
+def _print_json_line(seen: ProgressSnapshot, console: Console) -> None:
     told = {"event": "progress", **seen.model_dump(mode="json")}
     console.print(json.dumps(told), soft_wrap=True, markup=False)
 
 
-def _now_and_then(tell: Callable[[Snapshot], None]) -> Callable[[Progress], None]:
+def _now_and_then(tell: Callable[[ProgressSnapshot], None]) -> Callable[[Progress], None]:
     """Tell of each phase as it begins, and every LOG_EVERY_S seconds."""
     phase, last = "", 0.0
 

@@ -20,8 +20,8 @@ from pia_batch.cli.signals import first_signal
 if TYPE_CHECKING:
     from pia_batch.config import RunConfig
     from pia_batch.config.templates import RunDate
-    from pia_batch.driver.run_record import RunSummary
     from pia_batch.planning.plan import Retry
+    from pia_batch.schema.run_record import RunRecord, RunSummary
 
 
 @with_flags
@@ -91,24 +91,24 @@ def demo(
 
 def _start(flags: RunFlags, config: RunConfig, again: Retry | None) -> None:
     """Run the config, or each of its dates, and leave with the exit code."""
-    told: list[dict[str, Any]] = []
+    records: list[RunRecord] = []
     if flags.backfill is not None:
-        code = _backfill(flags, config, again, told)
+        code = _backfill(flags, config, again, records)
         if flags.as_json:
-            print_json({"exit_code": code, "runs": told})
+            print_json({"exit_code": code, "runs": [record.payload() for record in records]})
         raise typer.Exit(code)
     try:
-        with _drawing(as_json=flags.as_json, retry=again, on_end=told.append) as run_one:
+        with _drawing(as_json=flags.as_json, retry=again, on_end=records.append) as run_one:
             summary = run_one(config)
     finally:
-        if flags.as_json and told:
-            print_json(told[0])
+        if flags.as_json and records:
+            print_json(records[0].payload())
     if not flags.as_json:
         _print(summary, again)
     raise typer.Exit(summary.exit_code)
 
 
-def _backfill(flags: RunFlags, config: RunConfig, again: Retry | None, told: list[dict[str, Any]]) -> int:
+def _backfill(flags: RunFlags, config: RunConfig, again: Retry | None, records: list[RunRecord]) -> int:
     from pia_batch.driver.backfill import backfill
 
     if flags.run_date is not None:
@@ -122,7 +122,7 @@ def _backfill(flags: RunFlags, config: RunConfig, again: Retry | None, told: lis
             _print(came_to, again)
 
     dates = config.templates.dates(flags.backfill or "", datetime.now(UTC))
-    with _drawing(as_json=flags.as_json, retry=again, on_end=told.append) as run_one:
+    with _drawing(as_json=flags.as_json, retry=again, on_end=records.append) as run_one:
         return backfill(config, dates, run_one, tell)
 
 

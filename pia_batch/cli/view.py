@@ -16,9 +16,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from pia_batch.driver.progress import Snapshot
 from pia_batch.errors import printable
 from pia_batch.report.facts import duration
+from pia_batch.schema.run_record import ProgressSnapshot
 
 MAX_WIDTH = 110
 """Columns that a frame takes at most: a wider bar tells no more."""
@@ -51,9 +51,9 @@ class Frame:
         phase: what to call its phase instead, where somebody knows better than the run did.
     """
 
-    def __init__(self, seen: Snapshot, phase: str | None = None) -> None:
+    def __init__(self, seen: ProgressSnapshot, phase: str | None = None) -> None:
         self._seen, self._phase = seen, phase or seen.phase
-        self._goes_on = self._phase in ("starting", "drawing")
+        self._goes_on = self._phase in ("starting", "generating")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(options.max_width, MAX_WIDTH)
@@ -155,10 +155,10 @@ def overview(told: dict[str, Any], pace_now: float | None) -> Group:
     return Group(Frame(seen, "silent" if gone_on else None), Text(), heading, status_text(told, pace_now))
 
 
-def snapshot_of(run: dict[str, Any] | None) -> Snapshot | None:
+def snapshot_of(run: dict[str, Any] | None) -> ProgressSnapshot | None:
     """How far a run was when it last told; None: it did not tell, or another version of this package did."""
     try:
-        return Snapshot.model_validate((run or {}).get("progress"))
+        return ProgressSnapshot.model_validate((run or {}).get("progress"))
     except ValidationError:
         return None
 
@@ -196,7 +196,7 @@ def _lease(told: dict[str, Any]) -> str:
     return f"{told['run_id']} on {told['host']}{since}, {words} {told['silent_s']:.0f} s ago"
 
 
-def line(seen: Snapshot) -> str:
+def line(seen: ProgressSnapshot) -> str:
     """The same for a log: `key=value` in a fixed order, without what is not known."""
     busy = seen.busy if seen.recent_busy is None else seen.recent_busy
     told = {

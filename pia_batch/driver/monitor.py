@@ -1,6 +1,6 @@
-"""A chain that runs: it is pulled, its tracker is asked how far it is, and it is ended where it must be.
+"""Monitor: consumes the dataset, polls progress and stops on limits.
 
-Knows the chain as an iterator, and the tracker of its engines; nothing of Ray Data.
+Knows the chain as an iterator, and the attempt tracker of its engines; nothing of Ray Data.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pia_batch.config import RunConfig
-from pia_batch.driver.budget import Budget, Stopped
+from pia_batch.driver.budget import Budget, LimitReached
 from pia_batch.driver.progress import Progress
 from pia_batch.errors import InterruptedRunError, LeaseHeldError, PiaBatchError, StorageError
 from pia_batch.journal.lease import Lease
@@ -22,27 +22,36 @@ from pia_batch.pipeline.attempts import EngineActivity
 
 log = logging.getLogger(__name__)
 
-_ASK_S, _LEAST_S = 0.5, 0.1
-"""Seconds between two questions to the tracker: the first, or sooner where the chain moves, but not below the
-second."""
+_POLL_S, _MIN_POLL_S = 0.5, 0.1
+"""Seconds between two polls of the tracker: the first, or sooner where the chain moves, but at least the second."""
 
-_TELL_S = 30.0
-"""Seconds without an outcome after which a run looks whether it has engines at all."""
+_IDLE_CHECK_S = 30.0
+"""Seconds without an outcome after which the run checks whether it has any engines."""
 
 
 class RunAttempts(Protocol):
-    """What the driver asks of the run's tracker: methods of `attempts_actor.RemoteAttemptControl`."""
+    """Attempt tracker as the driver calls it: methods of `attempts_actor.RemoteAttemptControl`."""
 
     def stop(self) -> None:
-        """Let nothing begin any more."""
+        """Refuse every attempt from now on."""
 
     def activity(self) -> EngineActivity:
-        """What all engines have come to."""
+        """Return the totals over all engines."""
 
 
 @dataclass(frozen=True)
-class Watch:
-    """Who is told of a running chain, and who may end it."""
+class RunControls:
+    """Progress callback and stop conditions of a run that generates.
+
+    Attributes:
+        config: Config of the run.
+        progress: Progress of the run; the monitor updates it.
+        on_progress: Called at every poll.
+        stop: Event that a signal, or the caller, sets to stop the run.
+        lease: Lease of the output; a lost lease stops the run.
+        budget: Limits of the run.
+        failed_before: Number of requests that had failed before this run and are not tried again.
+    """
 
     config: RunConfig
     progress: Progress
@@ -51,149 +60,153 @@ class Watch:
     lease: Lease
     budget: Budget
     failed_before: int
-    """Requests that have failed already and are not drawn again."""
 
     @property
-    def must_stop(self) -> bool:
-        """Whether somebody outside wants the run to end."""
+    def stop_requested(self) -> bool:
+        """True if a signal, the caller or another run wants this run to stop."""
         return self.stop.is_set() or self.lease.lost.is_set()
 
-    def also(self, see: Callable[[Progress], None]) -> Watch:
-        """The same, and `see` is told how far the run is, too."""
+    def with_observer(self, observe: Callable[[Progress], None]) -> RunControls:
+        """Return the same controls with one more function that is called at every poll, before the others."""
 
         def on_progress(progress: Progress) -> None:
-            see(progress)
+            observe(progress)
             self.on_progress(progress)
 
         return replace(self, on_progress=on_progress)
 
-    def spent(self) -> Stopped | None:
-        """The limit that ends the run now, if one does."""
+    def limit_reached(self) -> LimitReached | None:
+        """Return the limit that ends the run now, or None."""
         activity = self.progress.activity
         return self.budget.reached(
             self.failed_before + self.progress.failed, 0.0 if activity is None else activity.engine_seconds
         )
 
 
-def draw(
-    chain: Iterable[object], tracker: RunAttempts, resources: Callable[[], Mapping[str, float]], watch: Watch
-) -> Stopped | None:
-    """Pull a chain to its end, or until `watch` says stop. What is counted is committed.
+def consume(
+    chain: Iterable[object], tracker: RunAttempts, resources: Callable[[], Mapping[str, float]], controls: RunControls
+) -> LimitReached | None:
+    """Consume a chain to its end, or until the controls stop it. Counted requests are committed.
 
     Args:
-        chain: what it gives is not looked at: the tracker hears of each batch when it is committed, and the chain of a
-            task's batches when the last of them is.
-        tracker: its tracker.
-        resources: what the cluster has by now.
-        watch: counts, and decides.
+        chain: Iterator over the chain's outcomes. Its items are ignored: the tracker counts each batch as soon as it is
+            committed, the chain returns the batches of a task only after the last of them.
+        tracker: Attempt tracker of the run.
+        resources: Function that returns the cluster's resources at this moment.
+        controls: Progress callback and stop conditions.
 
     Returns:
-        The limit that ended it; None: everything is drawn.
+        The limit that ended the run, or None if every chosen request is processed.
 
     Raises:
-        InterruptedRunError: stopped from outside, by a store that went away, or by workers that all fail.
-        LeaseHeldError: another run has taken over.
+        InterruptedRunError: The run was stopped from outside, by a store that went away, or by workers that all fail.
+        LeaseHeldError: Another run has taken over.
     """
-    watchman = _Watchman(watch.config, resources)
-    pulled = _Pulled(chain)
-    watch.on_progress(watch.progress)
-    stopped = None
+    health = _EngineHealth(controls.config, resources)
+    consumer = _Consumer(chain)
+    controls.on_progress(controls.progress)
+    limit = None
     try:
-        while not watch.must_stop and stopped is None:
-            ended = pulled.wait()
+        while not controls.stop_requested and limit is None:
+            ended = consumer.wait()
             activity = tracker.activity()
-            watch.progress.hear(activity)
-            watch.on_progress(watch.progress)
-            watchman.see(activity)
+            controls.progress.update(activity)
+            controls.on_progress(controls.progress)
+            health.check(activity)
             if ended:
                 return None
-            stopped = watch.spent()
-        if stopped is not None:
-            log.info("stopping why=%s", stopped.why)
-        watch.progress.hear(_drained(tracker, watch.config.limits.stop_grace_s))
-        if stopped is not None:
-            return stopped
+            limit = controls.limit_reached()
+        if limit is not None:
+            log.info("run_stopping reason=%s", limit.reason)
+        controls.progress.update(_drain(tracker, controls.config.limits.stop_grace_s))
+        if limit is not None:
+            return limit
     finally:
-        pulled.enough.set()
-    if watch.lease.lost.is_set():
-        msg = f"another run has taken over {watch.config.output}"
+        consumer.enough.set()
+    if controls.lease.lost.is_set():
+        msg = f"another run has taken over {controls.config.output}"
         raise LeaseHeldError(msg)
-    msg = "stopped; what was finished is committed. Start again to resume"
+    msg = "stopped; everything finished is committed. Start again to resume"
     raise InterruptedRunError(msg)
 
 
-class _Watchman:
-    """Ends a run whose workers fail request after request, or that is given no worker at all."""
+class _EngineHealth:
+    """Check that ends a run whose workers fail request after request, or that gets no worker at all."""
 
     def __init__(self, config: RunConfig, resources: Callable[[], Mapping[str, float]]) -> None:
         self._place, self._max_crashes = config.placement, config.limits.max_crashes
         self._resources = resources
         self._ended = 0
-        self._moved_at = self._told_at = time.monotonic()
+        self._moved_at = self._checked_at = time.monotonic()
 
-    def see(self, activity: EngineActivity) -> None:
-        """Look at what the engines have come to.
+    def check(self, activity: EngineActivity) -> None:
+        """Check the totals over all engines.
 
         Raises:
-            InterruptedRunError: enough requests in a row failed for their worker's sake, or the run waited enough.
+            InterruptedRunError: `limits.max_crashes` requests in a row failed because of their worker, or the run has
+                waited for an engine longer than `placement.wait_s`.
         """
         outcomes = activity.outcomes
         if outcomes.worker_failures >= self._max_crashes:
             msg = (
                 f"{outcomes.worker_failures} requests in a row failed because of their worker (limits.max_crashes). "
-                f"Last error: {outcomes.last_worker_failure}. Look at the workers' logs and devices. "
-                "What was finished is committed. Start again to go on, with --retry-failed to try these again"
+                f"Last error: {outcomes.last_worker_failure}. Check the workers' logs and devices. "
+                "Everything finished is committed. Start again to continue, with --retry-failed to try these again"
             )
             raise InterruptedRunError(msg)
         now, ended = time.monotonic(), outcomes.succeeded + outcomes.failures.total()
         if ended != self._ended:
-            self._ended, self._moved_at, self._told_at = ended, now, now
-        if now - self._told_at < min(_TELL_S, self._place.wait_s):
+            self._ended, self._moved_at, self._checked_at = ended, now, now
+        if now - self._checked_at < min(_IDLE_CHECK_S, self._place.wait_s):
             return
-        self._told_at = now
+        self._checked_at = now
         if activity.in_flight:
             self._moved_at = now
             return
-        waited = now - self._moved_at
-        have = self._resources()
+        waited_s = now - self._moved_at
+        available = self._resources()
         state = (
             f"one engine needs {self._place.num_gpus:g} GPUs and {self._place.num_cpus:g} CPUs, and the cluster has "
-            f"{have.get('GPU', 0):g} and {have.get('CPU', 0):g}"
+            f"{available.get('GPU', 0):g} and {available.get('CPU', 0):g}"
         )
         if self._place.memory_mb is not None:
-            there = have.get("memory", 0) / 2**20
-            state += f"; and {self._place.memory_mb} MiB of memory (placement.memory_mb), where there are {there:.0f}"
-        log.warning("waiting_for_engines seconds=%.0f: %s", waited, state)
-        if waited > self._place.wait_s:
-            msg = f"no engine could work for {waited:.0f} s (placement.wait_s): {state}. Start again to go on"
+            memory_mb = available.get("memory", 0) / 2**20
+            state += f"; and {self._place.memory_mb} MiB of memory (placement.memory_mb), of {memory_mb:.0f} MiB"
+        log.warning("engines_awaited waited_s=%.0f: %s", waited_s, state)
+        if waited_s > self._place.wait_s:
+            msg = f"no engine could start within {waited_s:.0f} s (placement.wait_s): {state}. Start again to continue"
             raise InterruptedRunError(msg)
 
 
-class _Pulled:
-    """A chain that a thread of its own pulls until it ends, or until that is `enough`.
+class _Consumer:
+    """Thread that consumes a chain to its end, or until `enough` is set.
 
-    To leave it earlier would end the engines at once.
+    Leaving the iterator earlier would end the engines at once.
     """
 
     def __init__(self, chain: Iterable[object]) -> None:
         self.enough = threading.Event()
         self._moved, self._ended = threading.Event(), False
         self._error: BaseException | None = None
-        self._asked_at = time.monotonic()
-        threading.Thread(target=self._pull, args=(chain,), name="chain", daemon=True).start()
+        self._polled_at = time.monotonic()
+        threading.Thread(target=self._consume, args=(chain,), name="chain", daemon=True).start()
 
     def wait(self) -> bool:
-        """Let some time go by, less where the chain moves. Whether it has come to its end, or raise what ended it."""
-        self._moved.wait(_ASK_S)
+        """Wait for one poll interval, or less where the chain moves; return True once the chain has ended.
+
+        Raises:
+            BaseException: The error that ended the chain, as `_unwrapped` returns it.
+        """
+        self._moved.wait(_POLL_S)
         if not self._ended:
-            time.sleep(max(0.0, self._asked_at + _LEAST_S - time.monotonic()))
-        self._asked_at = time.monotonic()
+            time.sleep(max(0.0, self._polled_at + _MIN_POLL_S - time.monotonic()))
+        self._polled_at = time.monotonic()
         self._moved.clear()
         if self._error is not None:
-            raise _for_the_operator(self._error)
+            raise _unwrapped(self._error)
         return self._ended
 
-    def _pull(self, chain: Iterable[object]) -> None:
+    def _consume(self, chain: Iterable[object]) -> None:
         try:
             for _ in chain:
                 self._moved.set()
@@ -205,22 +218,22 @@ class _Pulled:
         self._moved.set()
 
 
-def _drained(tracker: RunAttempts, grace_s: float) -> EngineActivity:
-    """Let no batch begin, and wait for those in flight to be committed; what all have come to then."""
+def _drain(tracker: RunAttempts, grace_s: float) -> EngineActivity:
+    """Refuse new attempts, wait until those in flight are committed, and return the totals over all engines then."""
     tracker.stop()
     deadline = time.monotonic() + grace_s
     while (activity := tracker.activity()).in_flight and time.monotonic() < deadline:
-        log.info("stopping requests_in_flight=%d", activity.in_flight)
+        log.info("run_stopping requests_in_flight=%d", activity.in_flight)
         time.sleep(0.3)
     return activity
 
 
-def _for_the_operator(err: BaseException) -> BaseException:
-    """What a worker raised, out of the wrappers that Ray puts around it."""
+def _unwrapped(err: BaseException) -> BaseException:
+    """Return the exception that a worker raised, without the wrappers that Ray puts around it."""
     inner: BaseException | None = err
     while inner is not None:
         if isinstance(inner, StorageError):
-            return InterruptedRunError(f"{inner}; what was finished is committed. Start again to resume")
+            return InterruptedRunError(f"{inner}; everything finished is committed. Start again to resume")
         if isinstance(inner, PiaBatchError):
             return inner
         inner = getattr(inner, "cause", None) or inner.__cause__

@@ -1,4 +1,4 @@
-"""How far a run is: as its tracker counts, told as one `Snapshot` to people, logs, run.json and programs."""
+"""Progress: counts the requests of a run and returns one snapshot for people, logs, run.json and programs."""
 
 from __future__ import annotations
 
@@ -7,65 +7,26 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, Field
 
 from pia_batch.config import RunConfig
 from pia_batch.driver.budget import gpu_hours, unit
 from pia_batch.pipeline.attempts import HEARTBEAT_S, EngineActivity, OutcomeCounts
 from pia_batch.pipeline.metrics import RayMeter
+from pia_batch.schema.run_record import Phase, ProgressSnapshot
 from pia_batch.storage.uris import redacted_uri
 
-Phase = Literal["starting", "drawing", "publishing", "finished", "stopped"]
-
 RECENT_S = 60.0
-"""Seconds that count as recent, unless fewer than RECENT_CLIPS came in them."""
+"""Seconds that count as recent, unless fewer than RECENT_CLIPS were committed in them."""
 
 RECENT_CLIPS = 8
-"""Of a slow device, so many clips are looked back to: the pace of a minute without one would be 0."""
+"""Minimum number of clips that a recent pace covers: on a slow device, a minute may pass without one."""
 
 _MAX_MARKS = 4096
 
 
-class Snapshot(BaseModel):
-    """How far a run is at one moment, as JSON: a progress line, `progress` of run.json and of `status --json`."""
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-    run_id: str = Field("", description="which run")
-    phase: Phase = Field(
-        "starting",
-        description="`starting` (Ray), `drawing`, `publishing`; at the end `finished` or `stopped`",
-    )
-    at: datetime = Field(description="when this was so, UTC")
-    seconds: float = Field(0.0, description="since the run began to start Ray, until it began to publish")
-    total: int | None = Field(None, description="requests that have a result at the end; null: not known")
-    done: int = Field(0, description="requests with a result; those of earlier runs and rejected ones are among them")
-    done_before: int = Field(0, description="those of earlier runs and rejected ones")
-    succeeded: int = Field(0, description="drawn by this run")
-    failed: int = Field(0, description="failed in this run")
-    failures: dict[str, int] = Field({}, description="the same by error kind, the most frequent first")
-    clips_per_second: float = Field(0.0, description="animations a second, the start of Ray and engines included")
-    recent_clips_per_second: float | None = Field(
-        None, description="the same in the last minute, or since the eighth-last clip where that took longer"
-    )
-    seconds_left: float | None = Field(None, description="at the recent pace; null before the first result")
-    engines: int | None = Field(None, description="alive, those that still load included; null: not known")
-    engines_starting: int | None = Field(None, description="those that still load")
-    busy: float | None = Field(
-        None, description="share of the engines' seconds that they drew in, 0 to 1, their start included"
-    )
-    recent_busy: float | None = Field(None, description="the same over the recent time")
-    unit: str = Field("engine hours", description="what `gpu_hours` counts: `GPU hours`, or `engine hours` on CPUs")
-    gpu_hours: float | None = Field(None, description="engines alive, times the GPUs of one")
-    cost: float | None = Field(None, description="those times `budget.price_per_hour`; null: no price is known")
-    newest: str | None = Field(None, description="URI of the newest animation, without credentials")
-
-
 @dataclass(frozen=True, slots=True)
 class _Mark:
-    """What was counted at one moment, for paces."""
+    """Counts at one moment, from which paces are computed."""
 
     at: float
     succeeded: int
@@ -76,20 +37,27 @@ class _Mark:
 
 @dataclass
 class Progress:
-    """How far a run is, counted in requests of its manifest. `now` is a monotonic clock, in seconds."""
+    """Progress of a run, in requests of its manifest.
+
+    Attributes:
+        config: Config of the run.
+        run_id: Id of the run.
+        total: Number of requests that have a result at the end of this run, if nothing stops it.
+        done_before: Number of requests that earlier runs finished or that were rejected.
+        now: Monotonic clock, in seconds.
+        phase: Current phase.
+        activity: Totals over all engines, or None before the first update.
+    """
 
     config: RunConfig
     run_id: str
     total: int
-    """Those that have a result at the end of this run, if nothing stops it."""
     done_before: int
-    """Finished by earlier runs, or rejected."""
     now: Callable[[], float] = time.monotonic
     phase: Phase = "starting"
     activity: EngineActivity | None = None
-    """What the engines have come to; None: nobody has asked yet."""
     _before: OutcomeCounts = field(default_factory=OutcomeCounts)
-    """What trackers had counted whose process died."""
+    """Counts of the trackers whose process died."""
 
     def __post_init__(self) -> None:
         self._started = self.now()
@@ -98,63 +66,63 @@ class Progress:
 
     @property
     def succeeded(self) -> int:
-        """Requests that this run drew."""
+        """Number of requests that this run animated."""
         return self._before.succeeded + self._outcomes.succeeded
 
     @property
     def failures(self) -> Counter[str]:
-        """Failed requests of this run by error kind."""
+        """Number of failed requests of this run by error kind."""
         return self._before.failures + self._outcomes.failures
 
     @property
     def newest(self) -> str | None:
-        """The URI of the animation that was committed last."""
+        """URI of the animation that was committed last, or None."""
         return self._outcomes.newest or self._before.newest
 
     @property
     def failed(self) -> int:
-        """Requests that failed in this run."""
+        """Number of requests that failed in this run."""
         return self.failures.total()
 
     @property
     def done(self) -> int:
-        """Requests with a result."""
+        """Number of requests with a result."""
         return self.done_before + self.succeeded + self.failed
 
     @property
     def computed(self) -> int:
-        """Requests that this run drew, or tried to."""
+        """Number of requests that this run processed, successfully or not."""
         return self.succeeded + self.failed
 
     @property
     def seconds(self) -> float:
-        """Since the chain started, the start-up of its workers included, until the run began to publish."""
+        """Seconds since this object was made, start-up of the workers included, until publishing began."""
         return (self.now() if self._ended is None else self._ended) - self._started
 
     @property
     def clips_per_second(self) -> float:
-        """Animations a second, over `seconds`."""
+        """Animations per second, over `seconds`."""
         return self.succeeded / max(self.seconds, 1e-9)
 
     @property
     def recent_clips_per_second(self) -> float | None:
-        """Animations a second lately, see RECENT_S and RECENT_CLIPS; None while there is too little to tell."""
+        """Animations per second over the recent time (RECENT_S, RECENT_CLIPS); None before the first clip."""
         return self._rate(lambda mark: mark.succeeded)
 
     @property
     def seconds_left(self) -> float | None:
-        """By the recent pace, or by that so far; None before the first result."""
+        """Seconds left at the recent pace, or at the overall one; None before the first result."""
         pace = self._rate(lambda mark: mark.computed) or self.computed / max(self.seconds, 1e-9)
         return max(0, self.total - self.done) / pace if pace else None
 
     def enter(self, phase: Phase) -> None:
-        """Go on to a phase; the clock stops when nothing is drawn any more."""
+        """Enter a phase; the clock stops when generation ends."""
         self.phase = phase
-        if phase not in ("starting", "drawing") and self._ended is None:
+        if phase not in ("starting", "generating") and self._ended is None:
             self._ended = self.now()
 
-    def hear(self, activity: EngineActivity) -> None:
-        """Note what the engines have come to, and every HEARTBEAT_S how far the run was then."""
+    def update(self, activity: EngineActivity) -> None:
+        """Store the totals over all engines, and every HEARTBEAT_S a mark for the recent pace."""
         if self.activity is not None and self.activity.tracker_id != activity.tracker_id:
             self._before = OutcomeCounts(self.succeeded, self.failures, self.newest)
         self.activity = activity
@@ -164,12 +132,12 @@ class Progress:
         while len(self._marks) > 1 and self._is_old(self._marks[1]):
             self._marks.popleft()
 
-    def snapshot(self) -> Snapshot:
-        """All of it, at this moment."""
+    def snapshot(self) -> ProgressSnapshot:
+        """Return the progress at this moment."""
         activity, hours, price = self.activity, None, self.config.budget.price_per_hour
         if activity is not None:
             hours = round(gpu_hours(self.config, activity.engine_seconds), 6)
-        return Snapshot(
+        return ProgressSnapshot(
             run_id=self.run_id,
             phase=self.phase,
             at=datetime.now(UTC).replace(microsecond=0),
@@ -198,18 +166,18 @@ class Progress:
         return OutcomeCounts() if self.activity is None else self.activity.outcomes
 
     def _mark(self) -> _Mark:
-        heard, drawn = (
+        reported_s, generating_s = (
             (0.0, 0.0) if self.activity is None else (self.activity.reported_seconds, self.activity.generating_seconds)
         )
         at = self.now() if self._ended is None else self._ended
-        return _Mark(at, self.succeeded, self.computed, heard, drawn)
+        return _Mark(at, self.succeeded, self.computed, reported_s, generating_s)
 
     def _is_old(self, mark: _Mark) -> bool:
-        """Whether the time since this mark is recent enough, and not too short for a pace."""
+        """Return True if the time since this mark suffices for a recent pace, so that earlier marks can go."""
         return self.now() - mark.at >= RECENT_S and self.computed - mark.computed >= RECENT_CLIPS
 
     def _rate(self, count: Callable[[_Mark], int]) -> float | None:
-        """What was counted a second since the oldest mark; None without a mark that something was counted since."""
+        """Return the count per second since the oldest mark, or None if nothing was counted since then."""
         if not self._marks:
             return None
         first, last = self._marks[0], self._mark()
@@ -226,13 +194,13 @@ class Progress:
 
 
 class Gauges:
-    """The gauges of a run, set from its driver."""
+    """Prometheus gauges of a run, set by its driver."""
 
     def __init__(self) -> None:
         self._meter = RayMeter()
 
-    def show(self, progress: Progress) -> None:
-        """Set them to what is done and what is left."""
+    def set(self, progress: Progress) -> None:
+        """Set the gauges to the numbers of requests that are done and left."""
         self._meter.set("pia_batch_requests", progress.done, state="done")
         self._meter.set("pia_batch_requests", progress.total - progress.done, state="left")
 

@@ -1,4 +1,4 @@
-"""A run: what stands around the chain, from the lease to the page of its results."""
+"""Run: plans, takes the lease, generates, publishes and reports one manifest."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import logging
 import re
 import secrets
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any
 
 import ray
 
 from pia_batch import report
 from pia_batch.config import RunConfig
-from pia_batch.driver import notifications, ray_cluster
-from pia_batch.driver.budget import Budget, Stopped, not_chosen
-from pia_batch.driver.monitor import Watch, draw
+from pia_batch.driver import monitor, notifications, ray_cluster
+from pia_batch.driver.budget import Budget, LimitReached, selection_limit
+from pia_batch.driver.monitor import RunControls
 from pia_batch.driver.progress import Gauges, Progress
-from pia_batch.driver.run_record import Record, RunSummary
+from pia_batch.driver.run_record import RunRecordWriter
 from pia_batch.errors import ConfigError, PiaBatchError
 from pia_batch.journal import layout, results
 from pia_batch.journal.compaction import Compactor
@@ -31,6 +29,7 @@ from pia_batch.pipeline.chain import chain
 from pia_batch.pipeline.engine_loader import LoadEngines
 from pia_batch.planning import plan as planning
 from pia_batch.planning.plan import Plan, Retry
+from pia_batch.schema.run_record import RunRecord, RunSummary
 from pia_batch.storage.object_store import Store
 
 log = logging.getLogger(__name__)
@@ -41,165 +40,220 @@ def run(
     *,
     retry: Retry | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
-    on_end: Callable[[dict[str, Any]], None] = lambda _: None,
+    on_end: Callable[[RunRecord], None] = lambda _: None,
     stop: threading.Event | None = None,
     load_engines: LoadEngines | None = None,
 ) -> RunSummary:
-    """Do what is left to do of `config.manifest`, then publish its results. Where nothing is left, nothing is written.
+    """Process the pending requests of `config.manifest`, then publish the results. Write nothing if none is pending.
 
     Args:
-        config: what to do; its templates are filled in here.
-        retry: what to draw again of what failed before; None: nothing.
-        on_progress: called about twice a second.
-        on_end: called once, also where the run ends by an error, with what run.json then says, without the config.
-        stop: set it to stop: batches in flight are committed, then InterruptedRunError is raised.
-        load_engines: what gives each worker its engines; None: those of the config's models.
+        config: Config of the run; its templates are filled in here.
+        retry: Failed requests to try again, or None for none of them.
+        on_progress: Called about twice a second.
+        on_end: Called once with the run record, also where the run ends by an error.
+        stop: Event that stops the run when it is set: batches in flight are committed, then InterruptedRunError is
+            raised.
+        load_engines: Function that gives each worker its engines; None: the engines of the config's models.
 
     Raises:
-        ConfigError: and ManifestError and StorageError, before Ray starts: the operator has to act.
-        LeaseHeldError: another run works on this output.
+        ConfigError: The operator has to act; raised before Ray starts, as are ManifestError and StorageError.
+        LeaseHeldError: Another run works on this output.
         InterruptedRunError: `stop` was set, or the store went away; start again to resume.
-        AccountingError: a request has no result although Ray has finished; start again.
+        AccountingError: A request has no result although Ray has finished; start again.
     """
-    record = Record(config)
+    writer = RunRecordWriter(config)
     try:
         filled = config.filled()
-        record = Record(filled)
-        tools = _Tools(on_progress, stop or threading.Event(), load_engines)
-        summary = _run(filled, record, retry, tools)
+        writer = RunRecordWriter(filled)
+        summary = Run(filled, writer, retry, on_progress, stop or threading.Event(), load_engines).execute()
     except Exception as err:
-        record.fail(err)
-        _tell(config, record, on_end)
+        writer.fail(err)
+        _notify(config, writer.record, on_end)
         raise
-    _tell(config, record, on_end)
+    _notify(config, writer.record, on_end)
     return summary
 
 
-@dataclass(frozen=True)
-class _Tools:
-    """What the caller of a run gives besides its config."""
-
-    on_progress: Callable[[Progress], None]
-    stop: threading.Event
-    load_engines: LoadEngines | None
+def _notify(config: RunConfig, record: RunRecord, on_end: Callable[[RunRecord], None]) -> None:
+    on_end(record)
+    notifications.notify(config.on_finish, record)
 
 
-def _tell(config: RunConfig, record: Record, on_end: Callable[[dict[str, Any]], None]) -> None:
-    on_end(record.told)
-    notifications.tell(config.on_finish, record.told)
+class Run:
+    """One run of a config whose templates are filled in.
+
+    Args:
+        config: Config of the run.
+        writer: Writer of the run record.
+        retry: Failed requests to try again, or None for none of them.
+        on_progress: Called about twice a second.
+        stop: Event that stops the run when it is set.
+        load_engines: Function that gives each worker its engines; None: the engines of the config's models.
+    """
+
+    _plan: Plan
+    _run_id: str
+    _progress: Progress
+    _controls: RunControls
+    _journal: Journal
+    _compactor: Compactor
+
+    def __init__(
+        self,
+        config: RunConfig,
+        writer: RunRecordWriter,
+        retry: Retry | None,
+        on_progress: Callable[[Progress], None],
+        stop: threading.Event,
+        load_engines: LoadEngines | None,
+    ) -> None:
+        self._config, self._writer, self._retry = config, writer, retry
+        self._on_progress, self._stop, self._load_engines = on_progress, stop, load_engines
+        self._budget, self._store = Budget(config), Store(config.output)
+
+    def execute(self) -> RunSummary:
+        """Execute the run from its plan to its report page, and return its summary."""
+        if published := self._make_plan():
+            return self._writer.finish(self._plan.outcomes, published)
+        with self._leased() as lease:
+            if lease.has_waited and (published := self._make_plan()):  # the other run may have done all of it
+                return self._writer.finish(self._plan.outcomes, published)
+            self._begin(lease)
+            self._commit_rejections()
+            limit = self._generate() or selection_limit(self._plan)
+            summary = self._publish(limit)
+        self._write_report(summary)
+        return summary
+
+    def _make_plan(self) -> str | None:
+        """Plan the run; return the id of the run that has published all of it already, or None."""
+        with self._writer.phase("planning"):
+            self._plan = planning.make(self._config, retry=self._retry)
+            self._writer.set_plan(self._plan)
+            published = None if self._plan.num_pending else self._plan.published
+        if published is None:
+            self._run_id = _run_id_of(self._config, self._store)
+        return published
+
+    @contextmanager
+    def _leased(self) -> Iterator[Lease]:
+        """Hold the lease of the output; wait for it as long as config and budget allow."""
+        self._store.check(layout.CREATE_ONLY_PROBE)
+        wait_s = min(self._config.limits.lease_wait_s, self._budget.seconds_left)
+        lease = Lease(self._store, self._run_id, self._config.limits.lease_ttl_s, wait_s=wait_s, stop=self._stop)
+        with ExitStack() as stack:
+            with self._writer.phase("waiting"):
+                stack.enter_context(lease)
+            yield lease
+
+    def _begin(self, lease: Lease) -> None:
+        """Write run.json and the scan, now that this run is the only one that works on the output."""
+        plan = self._plan
+        done_before = len(plan.wanted) - plan.num_pending
+        self._progress = Progress(
+            self._config, self._run_id, total=done_before + plan.num_chosen, done_before=done_before
+        )
+        self._controls = RunControls(
+            self._config, self._progress, self._on_progress, self._stop, lease, self._budget, plan.num_failed
+        )
+        self._journal = Journal(self._store)
+        self._compactor = Compactor(Journal(self._store), self._config.placement.batch_size)
+        self._writer.set_plan(plan, self._run_id)
+        self._writer.begin(self._store, self._progress)
+        plan.save_scan()
+
+    def _commit_rejections(self) -> None:
+        """Commit a failed result for each request that the manifest's own values rule out."""
+        plan = self._plan
+        for rejected in plan.rejections_to_commit(self._run_id):
+            self._journal.append(rejected)
+        log.info(
+            "run_planned run_id=%s requests=%d pending=%d chosen=%d rejected=%d duplicates=%d",
+            *(self._run_id, len(plan.wanted), plan.num_pending, plan.num_chosen, plan.num_rejected),
+            plan.num_duplicates,
+        )
+
+    def _generate(self) -> LimitReached | None:
+        """Generate and commit the chosen requests; return the limit that ended the run early, or None."""
+        plan = self._plan
+        limit = self._controls.limit_reached() if plan.num_pending else None
+        if limit is not None or not plan.num_chosen:
+            return limit
+        self._on_progress(self._progress)
+        with self._writer.phase("generating"), ray_cluster.connect(self._config.placement):
+            return self._consume_chain()
+
+    def _consume_chain(self) -> LimitReached | None:
+        tracker = start_attempt_tracker(self._config.limits.max_attempts)
+        dataset = chain(self._plan, self._run_id, tracker, self._load_engines)
+        outcomes = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        self._progress.enter("generating")
+        observers: tuple[Callable[[Progress], None], ...] = (
+            lambda progress: self._compactor.see(progress.computed),
+            self._writer.write_progress,
+            Gauges().set,
+        )
+        controls = self._controls
+        for observe in observers:
+            controls = controls.with_observer(observe)
+        try:
+            return monitor.consume(outcomes, tracker, ray.cluster_resources, controls)
+        finally:
+            ray_cluster.end_execution(dataset)
+            with suppress(ray.exceptions.RayError):
+                activity = tracker.activity()
+                self._progress.update(activity)
+                self._writer.set_engines(tracker.engine_summary(), activity.engine_seconds)
+
+    def _publish(self, limit: LimitReached | None) -> RunSummary:
+        """Publish the results if no request is left, and complete the run record."""
+        plan, progress = self._plan, self._progress
+        with self._writer.phase("publishing"):
+            progress.enter("publishing")
+            self._on_progress(progress)
+            self._compactor.finish()
+            outcomes = self._journal.outcomes().of(plan.wanted)
+            left = 0
+            if limit is not None:
+                left = max(plan.num_pending - progress.computed, len(plan.wanted) - len(outcomes.keys))
+            if not left:
+                facts = {"manifest": self._writer.record.manifest}
+                results.publish(self._journal, outcomes, plan.wanted, plan.carried, self._run_id, facts)
+        progress.enter("stopped" if left else "finished")
+        self._on_progress(progress)
+        return self._writer.finish(outcomes, self._run_id, limit if left else None, left)
+
+    def _write_report(self, summary: RunSummary) -> None:
+        """Write the run's page. Everything is committed by now: a page that cannot be written must not fail the run."""
+        write = report.write if summary.results_uri else report.write_so_far
+        if not summary.results_uri and summary.requests - summary.left > report.MAX_RESULTS:
+            return
+        try:
+            write(self._store, summary.run_id)
+        except PiaBatchError as err:
+            log.warning("report_failed run_id=%s: %s", summary.run_id, err)
 
 
-def _run(config: RunConfig, record: Record, retry: Retry | None, tools: _Tools) -> RunSummary:
-    budget, store = Budget(config), Store(config.output)
-    plan, newest = _planned(config, record, retry)
-    if newest is not None:
-        return record.finish(plan.outcomes, newest)
-    run_id = _name_of(config, store)
-    store.check(layout.CREATE_ONLY_PROBE)
-    patience = min(config.limits.lease_wait_s, budget.seconds_left)
-    lease = Lease(store, run_id, config.limits.lease_ttl_s, wait_s=patience, stop=tools.stop)
-    with ExitStack() as held:
-        with record.phase("waiting"):
-            held.enter_context(lease)
-        if lease.has_waited:  # and what it waited for may have done all of it
-            plan, newest = _planned(config, record, retry)
-            if newest is not None:
-                return record.finish(plan.outcomes, newest)
-            run_id = _name_of(config, store)
-        before = len(plan.wanted) - plan.num_pending
-        progress = Progress(config, run_id, total=before + plan.num_chosen, done_before=before)
-        watch = Watch(config, progress, tools.on_progress, tools.stop, lease, budget, plan.num_failed)
-        summary = _work(plan, run_id, record, watch, tools.load_engines)
-    _report(store, summary)
-    return summary
+def _run_id_of(config: RunConfig, store: Store) -> str:
+    """Return the run id that the config asks for, or one made from the time.
 
+    The first run of a date has the date's name; further runs, for rows that came late, get a number.
 
-def _planned(config: RunConfig, record: Record, retry: Retry | None) -> tuple[Plan, str | None]:
-    """The plan, and the run that has published all of it already, if there is one."""
-    with record.phase("planning"):
-        plan = planning.make(config, retry=retry)
-        record.planned(plan)
-        return plan, None if plan.num_pending else plan.published
-
-
-def _work(plan: Plan, run_id: str, record: Record, watch: Watch, load_engines: LoadEngines | None) -> RunSummary:
-    """What a run does while it holds the lease: commit, draw, commit, and publish if nothing is left."""
-    store, progress = Store(plan.config.output), watch.progress
-    commits = Journal(store)
-    record.planned(plan, run_id)
-    record.begin(store, progress)
-    plan.save_scan()
-    for rejected in plan.rejections_to_commit(run_id):
-        commits.append(rejected)
-    log.info(
-        "planned run_id=%s requests=%d pending=%d chosen=%d rejected=%d duplicates=%d",
-        *(run_id, len(plan.wanted), plan.num_pending, plan.num_chosen, plan.num_rejected, plan.num_duplicates),
-    )
-    compactor = Compactor(Journal(store), plan.config.placement.batch_size)
-    stopped = watch.spent() if plan.num_pending else None
-    if plan.num_chosen and stopped is None:
-        watch.on_progress(progress)
-        with record.phase("drawing"), ray_cluster.connect(plan.config.placement):
-            stopped = _draw(
-                plan, run_id, record, watch.also(lambda progress: compactor.see(progress.computed)), load_engines
-            )
-    stopped = stopped or not_chosen(plan)
-    with record.phase("publishing"):
-        progress.enter("publishing")
-        watch.on_progress(progress)
-        compactor.finish()
-        outcomes = commits.outcomes().of(plan.wanted)
-        left = max(plan.num_pending - progress.computed, len(plan.wanted) - len(outcomes.keys)) if stopped else 0
-        if not left:
-            about = {"manifest": record.told["manifest"]}
-            results.publish(commits, outcomes, plan.wanted, plan.carried, run_id, about)
-    progress.enter("stopped" if left else "finished")
-    watch.on_progress(progress)
-    return record.finish(outcomes, run_id, stopped if left else None, left)
-
-
-def _draw(plan: Plan, run_id: str, record: Record, watch: Watch, load_engines: LoadEngines | None) -> Stopped | None:
-    """Run the chain; the limit that ended it, if one did."""
-    tracker = start_attempt_tracker(plan.config.limits.max_attempts)
-    chained = chain(plan, run_id, tracker, load_engines)
-    outcomes = chained.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    watch.progress.enter("drawing")
-    try:
-        told = watch.also(record.show).also(Gauges().show)
-        return draw(outcomes, tracker, ray.cluster_resources, told)
-    finally:
-        ray_cluster.end_execution(chained)
-        with suppress(ray.exceptions.RayError):
-            activity = tracker.activity()
-            watch.progress.hear(activity)
-            record.engines(tracker.engine_summary(), activity.engine_seconds)
-
-
-def _report(store: Store, summary: RunSummary) -> None:
-    """Write the run's page. Everything is committed: that there is no page of it must not fail the run."""
-    write = report.write if summary.results_uri else report.write_so_far
-    if not summary.results_uri and summary.requests - summary.left > report.MAX_RESULTS:
-        return
-    try:
-        write(store, summary.run_id)
-    except PiaBatchError as err:
-        log.warning("no_report run_id=%s: %s", summary.run_id, err)
-
-
-def _name_of(config: RunConfig, store: Store) -> str:
-    """A run id made from the time, or the one that was asked for if it can name a folder of results.
-
-    The first run of a date has the date's name; what late rows ask for later gets a number.
+    Raises:
+        ConfigError: The id cannot name a folder of results, or has complete results already.
     """
     run_id = config.run_id
     if run_id is None:
         return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", run_id):
-        msg = f"run_id {run_id!r}: up to 128 letters, digits, '.', '_' and '-', the first a letter or a digit"
+        msg = (
+            f"run_id: invalid value (got {run_id!r}, expected up to 128 letters, digits, '.', '_' and '-', the first a "
+            "letter or a digit)"
+        )
         raise ConfigError(msg)
     if config.run_date is not None:
         return next(name for name in planning.names_of(run_id) if not results.is_published(store, name))
     if results.is_published(store, run_id):
-        msg = f"run_id {run_id} has complete results already, and there is more to do now; choose another"
+        msg = f"run_id: {run_id} has complete results already, and requests are pending now; choose another id"
         raise ConfigError(msg)
     return run_id

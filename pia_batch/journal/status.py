@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
 from pia_batch.journal import layout, lease
 from pia_batch.journal.log import Journal
 from pia_batch.journal.results import latest
+from pia_batch.schema.run_record import RunRecord
 from pia_batch.storage.object_store import Store
 
 
@@ -18,12 +18,11 @@ def status(store: Store) -> dict[str, Any]:
     Returns:
         A JSON object. `succeeded`, `failed` and `failures` (by error kind) count the requests that the journal knows,
         of all manifests; `due_again` those that `verify --repair` took back. `published` is the URI of the newest
-        complete results or None. `run` is the last run to begin, None before the first: `run_id`, `started_at`, and
-        `pending` and `rejected` as it began; `state` is `running`, `finished` (it published) or `stopped`, as the run
-        itself last said, and `finished` whether it is that; `progress`, a `progress.Snapshot` or None, is how far it
-        was when it last said so. `lease` has a `state`: `free`; `held`; or `silent`, not renewed for longer than it
-        lasts by the store's clock against this machine's, and then its run has died or cannot reach the store. Of the
-        last two also `run_id`, `host`, `since` and `silent_s`, the seconds since its renewal.
+        complete results or None. `run` is the last run to begin, None before the first: `run_id`, `started_at`,
+        `state`, `pending`, `rejected` and `progress` of its `RunRecord`, and `finished`, true if it published. `lease`
+        has a `state`: `free`; `held`; or `silent`, not renewed for longer than it lasts by the store's clock against
+        this machine's, and then its run has died or cannot reach the store. Of the last two also `run_id`, `host`,
+        `since` and `silent_s`, the seconds since its renewal.
 
     Raises:
         StorageError: the store refused or did not answer, or a fragment is damaged.
@@ -48,12 +47,9 @@ def last_run(store: Store) -> dict[str, Any] | None:
     if not runs:
         return None
     newest = max(runs, key=lambda item: (item.modified_s or 0.0, item.name))  # a run writes it at both its ends
-    told = json.loads(store.read(newest.name))
-    return {name: told[name] for name in ("run_id", "started_at", "pending", "rejected")} | {
-        "state": told.get("state", "running"),
-        "finished": told.get("state") == "finished",
-        "progress": told.get("progress"),
-    }
+    record = RunRecord.parse(store.read(newest.name), store.uri_of(newest.name))
+    fields = {"run_id", "started_at", "state", "pending", "rejected", "progress"}
+    return record.model_dump(mode="json", include=fields) | {"finished": record.state == "finished"}
 
 
 def lease_of(store: Store) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from pia_batch.report import page, results
 from pia_batch.report.facts import REMEDIES, Facts, again_config
 from pia_batch.report.media import Places, with_embedded, with_media
 from pia_batch.schema.columns import REQUEST, SETTINGS
+from pia_batch.schema.run_record import RunRecord
 from pia_batch.storage import uris
 from pia_batch.storage.object_store import Store
 
@@ -190,15 +191,16 @@ def _render(
     store: Store, tally: results.Tally, shown: pa.Table, page_uri: str, options: Options, reload_s: float | None
 ) -> str:
     """The page of `shown`; one that a browser loads again while the run goes on, every `reload_s` seconds."""
-    about = _json_object(store, layout.run_record_name(tally.run_id))
-    config = uris.redacted_json(about.get("config") or {})
-    places = Places(store.uri, page_uri, str(about.get("folder") or ""), options.media_url, config.get("images"))
+    record = _run_record(store, tally.run_id)
+    config = uris.redacted_json(record.config or {}) if record else {}
+    folder = (record.folder if record else None) or ""
+    places = Places(store.uri, page_uri, folder, options.media_url, config.get("images"))
     rows = with_media(shown, places)
     if options.embed or (options.embed is None and len(shown) <= EMBED_UP_TO):
         rows = with_embedded(rows, store, places)
     price = (config.get("budget") or {}).get("price_per_hour")
     price = price if options.price_per_hour is None else options.price_per_hour
-    head = Facts(store.uri, about, tally, config, price, reload_s)
+    head = Facts(store.uri, record, tally, config, price, reload_s)
     data = {
         "run_id": tally.run_id,
         "requests": tally.requests,
@@ -213,6 +215,15 @@ def _render(
         "again": {"columns": _AGAIN, "config": again_config(config, places.folder), "folder": places.folder},
     }
     return page.assemble(head, data, places.sources)
+
+
+def _run_record(store: Store, run_id: str) -> RunRecord | None:
+    """Return the record of a run, or None if it is gone."""
+    name = layout.run_record_name(run_id)
+    try:
+        return RunRecord.parse(store.read(name), store.uri_of(name))
+    except FileNotFoundError:
+        return None
 
 
 def _json_object(store: Store, name: str) -> dict[str, Any]:

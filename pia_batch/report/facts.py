@@ -12,6 +12,7 @@ import yaml
 
 from pia_batch.config import EMBEDDED, RunConfig
 from pia_batch.report.results import Tally
+from pia_batch.schema.run_record import RunRecord
 from pia_batch.storage import uris
 
 REMEDIES = {
@@ -55,7 +56,7 @@ class Facts:
     def __init__(
         self,
         output: str,
-        about: dict[str, Any],
+        record: RunRecord | None,
         tally: Tally,
         config: dict[str, Any],
         price: float | None,
@@ -65,28 +66,28 @@ class Facts:
 
         Args:
             output: its URI, wherever it may lie by now.
-            about: run.json; empty if that is gone.
+            record: Contents of run.json, or None if that is gone.
             tally: counts over all results.
             config: the run's config, free of secrets.
             price: of one hour of one device, in any currency; None: not known.
             reload_s: seconds after which a browser loads the page again; None: the run is over.
         """
-        summary = about.get("summary") or {}
         self.run_id = tally.run_id
-        self.manifest = str(about.get("manifest") or "")
+        self.manifest = record.manifest if record else ""
         self.output = output
-        self.started_at = _moment(about.get("started_at"))
-        self.version = str(about.get("version") or "")
-        self.engine_ids = dict(about.get("engine_ids") or {})
+        self.started_at = _moment(record.started_at) if record else ""
+        self.version = record.version if record else ""
+        self.engine_ids = record.engine_ids if record else {}
         further = [(name, model.get("base")) for name, model in (config.get("models") or {}).items()]
         first = (config.get("model") or {}).get("base") or ""
         self.model = ", ".join([first, *(f"{name}: {base or first}" for name, base in further)])
         self.requests, self.succeeded = tally.requests, tally.succeeded
         self.reload_s = reload_s
-        self.total = self.requests if reload_s is None else max(self.requests, int(about.get("pending") or 0))
+        pending = (record.pending if record else None) or 0
+        self.total = self.requests if reload_s is None else max(self.requests, pending)
         self.failed = tally.failed
         self.device = "GPU" if any(name.startswith("cuda") for name in tally.devices) else "Device"
-        self.tiles = list(self._tiles(summary, about.get("progress") or {}, tally, price))
+        self.tiles = list(self._tiles(record, tally, price))
         self.failures = [
             {"kind": kind, "count": count, "remedy": REMEDIES.get(kind, ""), "examples": tally.failures[kind]}
             for kind, count in tally.kinds.most_common()
@@ -96,30 +97,30 @@ class Facts:
         self.again = " ".join(["pia-batch run CONFIG", *paths])
         self.config = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
 
-    def _tiles(
-        self, summary: dict[str, Any], seen: dict[str, Any], tally: Tally, price: float | None
-    ) -> Iterator[Tile]:
-        seconds = summary.get("seconds") or seen.get("seconds")
+    def _tiles(self, record: RunRecord | None, tally: Tally, price: float | None) -> Iterator[Tile]:
+        summary, progress = (record.summary, record.progress) if record else (None, None)
+        seconds = (summary.seconds if summary else 0.0) or (progress.seconds if progress else 0.0)
         if seconds and tally.drawn:
             note = f"{duration(seconds)} in all, start-up included"
             yield Tile("Clips per second", f"{tally.drawn / seconds:.3g}", note)
-        if seen.get("seconds_left") and self.reload_s is not None:
-            yield Tile("Time left", duration(seen["seconds_left"]), "at the recent pace")
+        if progress and progress.seconds_left and self.reload_s is not None:
+            yield Tile("Time left", duration(progress.seconds_left), "at the recent pace")
         if tally.device_seconds:
             names = ", ".join(sorted(tally.devices))
             mean = duration(tally.device_seconds / max(tally.drawn, 1))
             yield Tile(f"{self.device} time", duration(tally.device_seconds), f"{mean} a clip, on {names}")
-        if seen.get("busy") is not None:
-            yield Tile("Engines busy", f"{seen['busy']:.0%}", "of the time that they were alive, start-up included")
-        hours = summary.get("gpu_hours") or seen.get("gpu_hours")
+        if progress and progress.busy is not None:
+            yield Tile("Engines busy", f"{progress.busy:.0%}", "of the time that they were alive, start-up included")
+        hours = (summary.gpu_hours if summary else 0.0) or (progress.gpu_hours if progress else None)
         if hours and price is not None:
-            note = f"{hours:.3g} {seen.get('unit', 'GPU hours')} at {price:,.2f}, start-up and idle time included"
+            unit = progress.unit if progress else "GPU hours"
+            note = f"{hours:.3g} {unit} at {price:,.2f}, start-up and idle time included"
             yield Tile("Cost", f"{hours * price:,.2f}", note)
         if tally.reused:
             note = f"from earlier runs: {duration(tally.reused_device_seconds)} spared"
             yield Tile("Reused", f"{tally.reused:,}", note)
-        if summary.get("duplicates"):
-            yield Tile("Repeated rows", f"{summary['duplicates']:,}", "of the manifest; they share a result")
+        if summary and summary.duplicates:
+            yield Tile("Repeated rows", f"{summary.duplicates:,}", "of the manifest; they share a result")
         if tally.num_bytes and tally.succeeded:
             note = f"{size(tally.num_bytes / tally.succeeded)} a clip"
             yield Tile("Stored", size(tally.num_bytes), note)
@@ -147,11 +148,9 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} {unit}"
 
 
-def _moment(text: Any) -> str:  # what JSON holds
-    try:
-        return f"{datetime.fromisoformat(str(text)).astimezone(UTC):%d %B %Y, %H:%M} UTC"
-    except ValueError:
-        return ""
+def _moment(time: datetime) -> str:
+    """Return a time for people, UTC."""
+    return f"{time.astimezone(UTC):%d %B %Y, %H:%M} UTC"
 
 
 def again_config(config: dict[str, Any], folder: str) -> str:

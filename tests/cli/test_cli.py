@@ -244,6 +244,7 @@ def test_an_age_without_a_unit_is_refused_with_an_example(store: Store, capsys, 
 def test_status_tells_who_works_here_since_when_as_json_too(store: Store, capsys) -> None:
     finished_output(store)
     about = {"run_id": "night", "started_at": "2026-11-01T00:00:00+00:00", "pending": 9, "rejected": 1}
+    about |= {"manifest": "m", "output": store.uri, "version": "0.1.0"}
     store.replace("_runs/night/run.json", json.dumps(about).encode())
 
     with Lease(store, "night", ttl_s=60):
@@ -252,7 +253,7 @@ def test_status_tells_who_works_here_since_when_as_json_too(store: Store, capsys
         assert pia_batch("status", store.uri, "--json") == 0
         told = json.loads(capsys.readouterr().out)
 
-    assert "last run   night  started 2026-11-01T00:00:00+00:00, 9 to draw then, not finished" in printed
+    assert "last run   night  started 2026-11-01T00:00:00Z, 9 to draw then, not finished" in printed
     assert re.search(r"lease      night on \S+ since 20\S+, renewed \d+ s ago", printed)
     assert "succeeded  3\nfailed     1\n  timeout  1" in printed
     assert told["failures"] == {"timeout": 1}

@@ -263,7 +263,7 @@ def test_a_sample_that_is_drawn_ends_with_4_and_publishes_nothing(
     assert pia_batch("run", str(week), "--run-date", DAYS[0], "--sample", "30%", "--json") == 4
 
     told = json.loads(capsys.readouterr().out)
-    assert (told["state"], told["why"], told["pending"], told["chosen"]) == (
+    assert (told["state"], told["reason"], told["pending"], told["chosen"]) == (
         "stopped",
         "sample",
         told["summary"]["left"],
@@ -272,7 +272,9 @@ def test_a_sample_that_is_drawn_ends_with_4_and_publishes_nothing(
     assert "start again without it, or with a larger one" in told["message"]
     assert told["summary"]["results_uri"] is None
     assert not (week.parent / "out" / DAYS[0] / "results").exists()
-    assert json.loads((week.parent / "out" / DAYS[0] / "_runs" / DAYS[0] / "run.json").read_text())["why"] == "sample"
+    assert (
+        json.loads((week.parent / "out" / DAYS[0] / "_runs" / DAYS[0] / "run.json").read_text())["reason"] == "sample"
+    )
 
 
 def test_more_failures_than_are_tolerated_stop_a_run_before_it_draws(
@@ -286,13 +288,13 @@ def test_more_failures_than_are_tolerated_stop_a_run_before_it_draws(
 
     printed = capsys.readouterr().out
     assert "5 requests: 0 succeeded, 2 failed; 0 computed" in printed
-    assert "stopped: 2 requests have failed, and limits.max_failed tolerates 1; " in printed
+    assert "stopped: 2 requests have failed, more than limits.max_failed allows (1); " in printed
     assert "3 of 5 requests are left" in printed
 
 
 def test_a_deadline_that_is_over_draws_nothing(week: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pia_batch("run", str(week), "--run-date", DAYS[0], "--deadline", "2026-11-17T06:00") == 4
-    assert "the deadline 2026-11-17T06:00 UTC (budget.deadline) has come" in capsys.readouterr().out
+    assert "the deadline 2026-11-17T06:00 UTC (budget.deadline) has passed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["run", "retry"])
@@ -320,6 +322,6 @@ def test_a_signal_between_two_dates_stops_the_rest(
     assert pia_batch("run", str(week), "--backfill", f"{DAYS[0]}..{DAYS[2]}") == 4
 
     assert "committing what is in flight" in capsys.readouterr().err
-    assert "dates_not_begun=1" in caplog.text
+    assert "dates_skipped=1" in caplog.text
     assert published(Store(f"{week.parent}/out/{DAYS[0]}"), DAYS[0]) is not None
     assert not (week.parent / "out" / DAYS[1] / "results").exists()

@@ -23,13 +23,14 @@ from rich.console import Console
 from pia_batch.cli import view
 from pia_batch.cli.console import shown_progress
 from pia_batch.config import RunConfig
-from pia_batch.driver.progress import Progress, Snapshot
+from pia_batch.driver.progress import Progress
 from pia_batch.errors import InterruptedRunError
 from pia_batch.pipeline.attempts import EngineActivity, OutcomeCounts
+from pia_batch.schema.run_record import ProgressSnapshot
 
-HALF_DONE = Snapshot(
+HALF_DONE = ProgressSnapshot(
     run_id="nightly-2026-11-22",
-    phase="drawing",
+    phase="generating",
     at=datetime(2026, 11, 22, 23, 12, tzinfo=UTC),
     seconds=12741.3,
     total=100_000,
@@ -70,7 +71,7 @@ def test_a_frame_has_every_figure_of_a_run() -> None:
     assert (
         "\n".join(lines)
         == """\
-nightly-2026-11-22                                              drawing  3:32:21
+nightly-2026-11-22                                           generating  3:32:21
 ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━─────────────────────  62 %  62,310 of 100,000
 
 succeeded            51,874              clips/s    4.36  4.07 overall
@@ -88,7 +89,7 @@ def test_a_frame_is_aligned_and_fits_at_every_width(width: int) -> None:
     lines = drawn(view.Frame(HALF_DONE), width).splitlines()
 
     assert all(cell_len(line.rstrip()) <= min(width, view.MAX_WIDTH) for line in lines)
-    assert lines[0].rstrip().endswith("drawing  3:32:21")
+    assert lines[0].rstrip().endswith("generating  3:32:21")
     text = " ".join("\n".join(lines).split())
     for figure in ("62 % 62,310 of 100,000", "51,874", "436", "image_unavailable 401", "non_finite 30", "10,000"):
         assert figure in text
@@ -126,7 +127,7 @@ def test_a_run_that_is_over_tells_what_all_of_it_was() -> None:
     ],
 )
 def test_runs_at_the_edge_have_a_frame_too(changes: dict[str, Any], bar: str, words: str, width: int) -> None:
-    text = drawn(view.Frame(Snapshot(at=HALF_DONE.at, run_id="r", **changes)), width)
+    text = drawn(view.Frame(ProgressSnapshot(at=HALF_DONE.at, run_id="r", **changes)), width)
 
     assert bar in text
     assert words in text
@@ -134,7 +135,7 @@ def test_runs_at_the_edge_have_a_frame_too(changes: dict[str, Any], bar: str, wo
 
 
 def test_the_bar_tells_failures_from_successes() -> None:
-    half = Snapshot(at=HALF_DONE.at, total=100, done=50, succeeded=40, failed=10, failures={"timeout": 10})
+    half = ProgressSnapshot(at=HALF_DONE.at, total=100, done=50, succeeded=40, failed=10, failures={"timeout": 10})
     bar = drawn(view.Frame(half), 80, styled=True).splitlines()[1]
 
     green, red = re.findall(r"\x1b\[3([21])m(━+)", bar)
@@ -269,11 +270,11 @@ def test_no_text_of_an_output_is_a_command_to_the_terminal(run_id: str, host: st
 
 def test_a_line_has_key_and_value_and_leaves_out_what_is_not_known() -> None:
     assert view.line(HALF_DONE) == (
-        "run_id=nightly-2026-11-22 phase=drawing done=62310 failed=436 total=100000 clips_per_second=4.07 "
+        "run_id=nightly-2026-11-22 phase=generating done=62310 failed=436 total=100000 clips_per_second=4.07 "
         "seconds_left=8643 engines=4 busy=0.96 gpu_hours=14.1600 cost=35.26 "
         "newest=s3://clips/out/animations/4f/4f3a9c0de1b25f60718293a4b5c6d7e8.mp4"
     )
-    assert view.line(Snapshot(at=HALF_DONE.at)) == "phase=starting done=0 failed=0 clips_per_second=0"
+    assert view.line(ProgressSnapshot(at=HALF_DONE.at)) == "phase=starting done=0 failed=0 clips_per_second=0"
 
 
 @pytest.mark.parametrize(
@@ -331,11 +332,11 @@ def test_the_last_frame_stays_and_log_lines_stand_above_it(progress: Progress, l
     with shown_progress(console=console) as show:
         show(progress)
         written.write("RAY WAS HERE\n")  # from below Python, past everything
-        progress.enter("drawing")
+        progress.enter("generating")
         logging.getLogger("pia_batch").warning("something happened key=1 \x1b[2Jgone")
         show(progress)
         tally = OutcomeCounts(9, Counter({"timeout": 1}), "file:///out/x.mp4")
-        progress.hear(
+        progress.update(
             EngineActivity(
                 engines=1, engine_seconds=3600.0, reported_seconds=3600.0, generating_seconds=1800.0, outcomes=tally
             )
@@ -359,7 +360,7 @@ def test_a_run_that_is_stopped_leaves_a_frame_that_says_so(progress: Progress) -
 
     def run() -> None:
         with shown_progress(console=console) as show:
-            progress.enter("drawing")
+            progress.enter("generating")
             show(progress)
             raise InterruptedRunError("somebody asked")
 
@@ -385,7 +386,7 @@ def test_elsewhere_each_phase_and_the_time_between_has_a_line(
     with shown_progress(console=Console(file=io.StringIO())) as show:
         for _ in range(5):
             show(progress)
-        progress.hear(EngineActivity(outcomes=OutcomeCounts(10, newest="s3://clips/x.mp4")))
+        progress.update(EngineActivity(outcomes=OutcomeCounts(10, newest="s3://clips/x.mp4")))
         progress.enter("publishing")
         for _ in range(5):
             show(progress)
@@ -399,7 +400,7 @@ def test_elsewhere_each_phase_and_the_time_between_has_a_line(
 def test_programs_get_one_object_a_line(progress: Progress) -> None:
     written = io.StringIO()
     failures = Counter({"[red]\x1b[2J\nkind": 1})
-    progress.hear(EngineActivity(outcomes=OutcomeCounts(3, failures, f"s3://clips/{'x' * 200}.mp4")))
+    progress.update(EngineActivity(outcomes=OutcomeCounts(3, failures, f"s3://clips/{'x' * 200}.mp4")))
 
     with shown_progress(as_json=True, console=Console(file=written, width=40)) as show:
         show(progress)
@@ -412,7 +413,7 @@ def test_programs_get_one_object_a_line(progress: Progress) -> None:
         ("progress", "starting"),
         ("progress", "finished"),
     ]
-    assert Snapshot.model_validate(lines[1]) == progress.snapshot()
+    assert ProgressSnapshot.model_validate(lines[1]) == progress.snapshot()
 
 
 # --- the picture in the documentation -------------------------------------------------------------------------------

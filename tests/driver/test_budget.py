@@ -28,16 +28,16 @@ def test_without_limits_nothing_ends_a_run() -> None:
 
 
 @pytest.mark.parametrize(("limit", "failed", "ends"), [(0, 0, False), (0, 1, True), (3, 3, False), (3, 4, True)])
-def test_one_failure_more_than_is_tolerated_ends_with_3(limit: int, failed: int, ends: bool) -> None:
+def test_one_failure_more_than_allowed_ends_with_3(limit: int, failed: int, ends: bool) -> None:
     reached = Budget(config(limits__max_failed=limit)).reached(failed)
 
     assert (reached is not None) == ends
     if reached is not None:
-        assert (reached.why, reached.exit_code) == ("max_failed", 3)
-        assert f"tolerates {limit}" in reached.message
+        assert (reached.reason, reached.exit_code) == ("max_failed", 3)
+        assert f"allows ({limit})" in reached.message
 
 
-def test_a_deadline_ends_with_4_when_it_has_come() -> None:
+def test_a_deadline_ends_with_4_when_it_has_passed() -> None:
     clock = NOW
     limits = Budget(config(budget__deadline="06:00"), lambda: clock)
     assert limits.seconds_left == 3600
@@ -48,7 +48,7 @@ def test_a_deadline_ends_with_4_when_it_has_come() -> None:
     reached = limits.reached(0)
 
     assert reached is not None
-    assert (reached.why, reached.exit_code) == ("deadline", 4)
+    assert (reached.reason, reached.exit_code) == ("deadline", 4)
     assert "2026-11-23T06:00 UTC" in reached.message
     assert limits.seconds_left == 0
 
@@ -61,22 +61,22 @@ def test_gpu_hours_are_those_of_engines_times_their_gpus(num_gpus: float, second
     reached = limits.reached(0, seconds)
 
     assert reached is not None
-    assert (reached.why, reached.exit_code) == ("max_gpu_hours", 4)
+    assert (reached.reason, reached.exit_code) == ("max_gpu_hours", 4)
     assert ("2 GPU hours" if num_gpus else "2 engine hours") in reached.message
 
 
 def test_what_one_date_has_spent_is_not_there_for_the_next() -> None:
     whole = BudgetConfig(limit=10, max_gpu_hours=2.0, sample=0.5)
-    rest = budget.rest_of(whole, 4, 0.5)
+    rest = budget.remaining(whole, 4, 0.5)
 
     assert rest is not None
     assert (rest.limit, rest.max_gpu_hours, rest.sample) == (6, 1.5, 0.5)
-    assert budget.rest_of(whole, 10, 0.5) is None
-    assert budget.rest_of(whole, 4, 2.5) is None
-    assert budget.rest_of(BudgetConfig(), 10**9, 10**9) == BudgetConfig()
+    assert budget.remaining(whole, 10, 0.5) is None
+    assert budget.remaining(whole, 4, 2.5) is None
+    assert budget.remaining(BudgetConfig(), 10**9, 10**9) == BudgetConfig()
 
 
-def test_an_engine_tells_the_tracker_that_it_lives() -> None:
+def test_an_engine_reports_its_uptime_to_the_tracker() -> None:
     tracker = AttemptTracker(3)
     beats: queue.Queue[float] = queue.Queue()
     go_on: queue.Queue[None] = queue.Queue()
@@ -93,7 +93,7 @@ def test_an_engine_tells_the_tracker_that_it_lives() -> None:
     assert 0 <= first < second < 20
 
 
-def test_an_engine_counts_until_its_next_sign_could_come_and_once() -> None:
+def test_an_engine_counts_until_its_next_heartbeat_could_arrive_and_once() -> None:
     now = 50.0
     tracker = AttemptTracker(3, now=lambda: now)
     assert tracker.engine_seconds() == 0
@@ -110,10 +110,10 @@ def test_an_engine_counts_until_its_next_sign_could_come_and_once() -> None:
     assert tracker.engine_seconds() == HEARTBEAT_S + 101
 
 
-def test_a_pulse_ends_with_the_tracker() -> None:
+def test_a_heartbeat_ends_with_the_tracker() -> None:
     ended: queue.Queue[str] = queue.Queue()
 
-    class GoneLedger:
+    class GoneTracker:
         def heartbeat(self, engine: str, seconds: float, generating_seconds: float | None) -> None:
             ended.put(f"{engine} {seconds} {generating_seconds}")
             raise ConnectionError
@@ -121,7 +121,7 @@ def test_a_pulse_ends_with_the_tracker() -> None:
     def wait(_: float) -> None:
         ended.put("waits")
 
-    Heartbeat(GoneLedger(), wait=wait)
+    Heartbeat(GoneTracker(), wait=wait)
 
     assert ended.get(timeout=20) != "waits"
     with pytest.raises(queue.Empty):

@@ -34,11 +34,11 @@ class Client:
 @contextmanager
 def at_once() -> Iterator[None]:
     """Broken connections are made again without a wait."""
-    before, job_log.AGAIN_S = job_log.AGAIN_S, 0.0
+    before, job_log.RECONNECT_S = job_log.RECONNECT_S, 0.0
     try:
         yield
     finally:
-        job_log.AGAIN_S = before
+        job_log.RECONNECT_S = before
 
 
 @settings(deadline=None, max_examples=40)

@@ -1,4 +1,4 @@
-"""A chain that runs, without Ray: it is an iterator, and the tracker is at hand."""
+"""A run that is monitored, without Ray: the chain is an iterator, and the tracker is in this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fakes import FakeControl
 
 from pia_batch.config import RunConfig
 from pia_batch.driver.budget import Budget
-from pia_batch.driver.monitor import Watch, draw
+from pia_batch.driver.monitor import RunControls, consume
 from pia_batch.driver.progress import Progress
 from pia_batch.errors import InterruptedRunError, LeaseHeldError, StorageError
 from pia_batch.journal.lease import Lease
@@ -24,7 +24,7 @@ _KEYS = map(str, itertools.count())
 
 
 class Chain:
-    """Ends requests in the tracker as `worker.Animate` does, and goes on, until `end`, or an error."""
+    """Ends requests in the tracker as `animate.Animate` does, and goes on, until `end`, or an error."""
 
     def __init__(self, control: FakeControl) -> None:
         self._control = control
@@ -38,7 +38,7 @@ class Chain:
             yield item
 
     def commit(self, *statuses: str) -> None:
-        """Requests that end, and of which the chain does not tell yet."""
+        """End requests whose batch the chain has not returned yet."""
         for status in statuses:
             kind = _KINDS.get(status)
             outcome = {"key": next(_KEYS), "status": "failed" if kind else status, "error_kind": kind, "error": "why"}
@@ -50,8 +50,8 @@ class Chain:
         return self
 
 
-class Drawing:
-    """One call of `draw`, and everything around it."""
+class Monitored:
+    """One call of `monitor.consume`, with everything it needs."""
 
     def __init__(self, store: Store, failed_before: int = 0, **settings: Any) -> None:
         dotted = {key.replace("__", "."): value for key, value in settings.items()}
@@ -64,11 +64,11 @@ class Drawing:
         self.failed_before = failed_before
 
     def __call__(self) -> Any:
-        return draw(self.chain, self.control, dict, self.watch(self.see))
+        return consume(self.chain, self.control, dict, self.controls(self.see))
 
-    def watch(self, on_progress: Any) -> Watch:
+    def controls(self, on_progress: Any) -> RunControls:
         budget = Budget(self.config)
-        return Watch(
+        return RunControls(
             self.config, self.progress, on_progress, self.stop, self.lease, budget, failed_before=self.failed_before
         )
 
@@ -76,61 +76,61 @@ class Drawing:
         self.seen.append(progress.done)
 
 
-def test_a_chain_is_pulled_to_its_end_and_what_its_tracker_counted_is_told(store: Store) -> None:
-    drawing = Drawing(store)
-    drawing.chain.put(("succeeded", "failed"), ("succeeded",), None)
+def test_a_chain_is_consumed_to_its_end_and_the_counts_of_its_tracker_are_reported(store: Store) -> None:
+    monitored = Monitored(store)
+    monitored.chain.put(("succeeded", "failed"), ("succeeded",), None)
 
-    assert drawing() is None
-    assert (drawing.progress.succeeded, drawing.progress.failed, drawing.progress.computed) == (2, 1, 3)
-    assert (drawing.seen[0], drawing.seen[-1]) == (10, 13)
+    assert monitored() is None
+    assert (monitored.progress.succeeded, monitored.progress.failed, monitored.progress.computed) == (2, 1, 3)
+    assert (monitored.seen[0], monitored.seen[-1]) == (10, 13)
 
 
-def test_what_is_committed_is_counted_before_the_chain_tells_of_it(store: Store) -> None:
-    drawing = Drawing(store)
-    drawing.chain.commit("succeeded", "succeeded")
+def test_what_is_committed_is_counted_before_the_chain_returns_it(store: Store) -> None:
+    monitored = Monitored(store)
+    monitored.chain.commit("succeeded", "succeeded")
 
     def see(progress: Progress) -> None:
         if progress.done == 12:
-            drawing.chain.put(None)
+            monitored.chain.put(None)
 
-    assert draw(drawing.chain, drawing.control, dict, drawing.watch(see)) is None
-    assert drawing.progress.succeeded == 2
+    assert consume(monitored.chain, monitored.control, dict, monitored.controls(see)) is None
+    assert monitored.progress.succeeded == 2
 
 
-def test_failures_beyond_what_is_tolerated_stop_it_and_what_is_in_flight_is_counted(store: Store) -> None:
-    drawing = Drawing(store, failed_before=1, limits__max_failed=2)
-    drawing.control.begin(["in flight"])
-    drawing.chain.put(("succeeded",), ("failed", "failed"))
+def test_more_failures_than_allowed_stop_it_and_what_is_in_flight_is_counted(store: Store) -> None:
+    monitored = Monitored(store, failed_before=1, limits__max_failed=2)
+    monitored.control.begin(["in flight"])
+    monitored.chain.put(("succeeded",), ("failed", "failed"))
     outcome = {"key": "in flight", "status": "succeeded", "error_kind": None, "animation_uri": "x.mp4"}
-    ended = threading.Timer(0.5, lambda: drawing.control.end([outcome]))  # while it stops
+    ended = threading.Timer(0.5, lambda: monitored.control.end([outcome]))  # while it stops
     ended.start()
 
-    reached = drawing()
+    reached = monitored()
 
     ended.join()
-    drawing.chain.put(None)
-    assert (reached.why, reached.exit_code) == ("max_failed", 3)
-    assert (drawing.progress.succeeded, drawing.progress.failed) == (2, 2)
-    assert drawing.control.begin(["another"]) is None  # the tracker lets nothing begin
-    assert drawing.control.in_flight() == 0
+    monitored.chain.put(None)
+    assert (reached.reason, reached.exit_code) == ("max_failed", 3)
+    assert (monitored.progress.succeeded, monitored.progress.failed) == (2, 2)
+    assert monitored.control.begin(["another"]) is None  # the tracker lets nothing begin
+    assert monitored.control.in_flight() == 0
 
 
 def test_gpu_hours_stop_it(store: Store) -> None:
-    drawing = Drawing(store, budget__max_gpu_hours=1)
-    drawing.control.heartbeat("engine", 3500)
-    drawing.chain.put(("succeeded",))
-    later = threading.Timer(0.3, lambda: drawing.control.heartbeat("engine", 3601))
+    monitored = Monitored(store, budget__max_gpu_hours=1)
+    monitored.control.heartbeat("engine", 3500)
+    monitored.chain.put(("succeeded",))
+    later = threading.Timer(0.3, lambda: monitored.control.heartbeat("engine", 3601))
     later.start()
 
-    reached = drawing()
+    reached = monitored()
 
     later.join()
-    drawing.chain.put(None)
-    assert reached.why == "max_gpu_hours"
+    monitored.chain.put(None)
+    assert reached.reason == "max_gpu_hours"
 
 
 def test_what_stops_from_outside_is_an_error_and_what_was_committed_is_counted(store: Store) -> None:
-    asked, lost = Drawing(store), Drawing(store)
+    asked, lost = Monitored(store), Monitored(store)
     asked.stop.set()
     lost.lease.lost.set()
     for each in (asked, lost):
@@ -151,29 +151,29 @@ def test_an_error_of_a_worker_comes_out_of_its_wrappers(store: Store) -> None:
 
         cause = StorageError("the bucket is gone")
 
-    away, bug = Drawing(store), Drawing(store)
+    away, bug = Monitored(store), Monitored(store)
     away.chain.put(RuntimeError().with_traceback(None), None)
     with pytest.raises(RuntimeError):
         away()
     bug.chain.put(TaskError())
-    with pytest.raises(InterruptedRunError, match="the bucket is gone; what was finished is committed"):
+    with pytest.raises(InterruptedRunError, match="the bucket is gone; everything finished is committed"):
         bug()
 
 
 def test_crash_after_crash_stops_it_and_a_success_between_does_not(store: Store) -> None:
-    mixed = Drawing(store, limits__max_crashes=3)
+    mixed = Monitored(store, limits__max_crashes=3)
     mixed.chain.put(("crashed", "crashed", "succeeded", "crashed", "crashed"), None)
     assert mixed() is None
 
-    doomed = Drawing(store, limits__max_crashes=3)
+    doomed = Monitored(store, limits__max_crashes=3)
     doomed.chain.put(("crashed", "crashed"), ("crashed",), None)
-    with pytest.raises(InterruptedRunError, match=r"3 requests in a row .* because why"):
+    with pytest.raises(InterruptedRunError, match=r"3 requests in a row .* Last error: why"):
         doomed()
 
 
 def test_a_run_without_engines_says_what_one_needs(store: Store) -> None:
-    drawing = Drawing(store, placement__wait_s=0.1, placement__memory_mb=512)
+    monitored = Monitored(store, placement__wait_s=0.1, placement__memory_mb=512)
 
-    with pytest.raises(InterruptedRunError, match=r"needs 0 GPUs and 1 CPUs.*; and 512 MiB of memory .*there are 0\."):
-        drawing()
-    drawing.chain.put(None)
+    with pytest.raises(InterruptedRunError, match=r"needs 0 GPUs and 1 CPUs.*; and 512 MiB of memory .* of 0 MiB\."):
+        monitored()
+    monitored.chain.put(None)

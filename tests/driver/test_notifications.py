@@ -1,4 +1,4 @@
-"""Who is told when a run has ended: real programs, and a real HTTP server on loopback."""
+"""Notifications of a run that has ended: real programs, and a real HTTP server on loopback."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,18 @@ import pytest
 from pia_batch.config import OnFinishConfig, RunConfig
 from pia_batch.driver import notifications
 from pia_batch.errors import ConfigError
+from pia_batch.schema.run_record import RunRecord
 
-TOLD = {"run_id": "2026-11-22", "exit_code": 0, "summary": {"succeeded": 3, "note": "größer"}}
+RECORD = RunRecord(
+    run_id="2026-11-22",
+    exit_code=0,
+    message="größer",
+    started_at=datetime(2026, 11, 22, 4, tzinfo=UTC),
+    manifest="m",
+    output="o",
+    version="0.1.0",
+    config={"not": "sent"},
+)
 
 
 @dataclass
@@ -35,15 +46,15 @@ class Server:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    told = Server()
+    fake = Server()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            told.got.append((self.path, dict(self.headers.items()), body))
-            while told.silent.is_set():
+            fake.got.append((self.path, dict(self.headers.items()), body))
+            while fake.silent.is_set():
                 time.sleep(0.02)
-            status = told.statuses.pop(0) if len(told.statuses) > 1 else told.statuses[0]
+            status = fake.statuses.pop(0) if len(fake.statuses) > 1 else fake.statuses[0]
             self.send_response(status)
             if 300 <= status < 400:
                 self.send_header("Location", "/elsewhere")
@@ -54,36 +65,36 @@ def server() -> Iterator[Server]:
             pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    told.url = f"http://127.0.0.1:{http.server_address[1]}"
+    fake.url = f"http://127.0.0.1:{http.server_address[1]}"
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    yield told
-    told.silent.clear()
+    yield fake
+    fake.silent.clear()
     http.shutdown()
     thread.join()
     http.server_close()
 
 
-def tell(config: OnFinishConfig, told: dict[str, Any] = TOLD) -> list[float]:
-    """How long it waited between the tries."""
+def notify(config: OnFinishConfig, record: RunRecord = RECORD) -> list[float]:
+    """Notify, and return the seconds waited between the attempts."""
     waits: list[float] = []
-    notifications.tell(config, told, sleep=waits.append)
+    notifications.notify(config, record, sleep=waits.append)
     return waits
 
 
 def leaves(path: Path) -> tuple[str, ...]:
-    """A program that leaves what it read."""
+    """Return a command that writes its standard input to a file."""
     return (sys.executable, "-c", f"import sys; open({str(path)!r}, 'wb').write(sys.stdin.buffer.read())")
 
 
 def test_a_command_reads_the_summary(tmp_path: Path) -> None:
-    tell(OnFinishConfig(command=leaves(tmp_path / "got.json")))
+    notify(OnFinishConfig(command=leaves(tmp_path / "got.json")))
 
-    assert json.loads((tmp_path / "got.json").read_bytes()) == TOLD
+    assert json.loads((tmp_path / "got.json").read_bytes()) == RECORD.payload()
 
 
 @pytest.mark.parametrize(
-    ("on", "exit_code", "told"),
+    ("on", "exit_code", "notified"),
     [
         (("success",), 0, True),
         (("success",), 3, False),
@@ -94,10 +105,12 @@ def test_a_command_reads_the_summary(tmp_path: Path) -> None:
         (("always",), 1, True),
     ],
 )
-def test_it_is_told_of_the_ends_that_it_asks_for(server: Server, on: Any, exit_code: int, *, told: bool) -> None:
-    tell(OnFinishConfig(webhook=server.url, on=on), TOLD | {"exit_code": exit_code})
+def test_it_is_notified_of_the_ends_that_it_asks_for(
+    server: Server, on: Any, exit_code: int, *, notified: bool
+) -> None:
+    notify(OnFinishConfig(webhook=server.url, on=on), RECORD.model_copy(update={"exit_code": exit_code}))
 
-    assert bool(server.got) == told
+    assert bool(server.got) == notified
 
 
 @pytest.mark.parametrize(
@@ -105,20 +118,20 @@ def test_it_is_told_of_the_ends_that_it_asks_for(server: Server, on: Any, exit_c
     [
         (("/nowhere/program",), "command=/nowhere/program: No such file or directory"),
         ((sys.executable, "-c", "print('no mail'); raise SystemExit(7)"), "exit_code=7: no mail"),
-        ((sys.executable, "-c", "import time; time.sleep(60)"), "took more than 1 s and was killed"),
+        ((sys.executable, "-c", "import time; time.sleep(60)"), "killed after 1 s (on_finish.timeout_s)"),
         (("bad\0name",), "ValueError"),
     ],
 )
 def test_a_command_that_fails_is_logged_and_nothing_else(
     caplog: pytest.LogCaptureFixture, command: tuple[str, ...], text: str
 ) -> None:
-    tell(OnFinishConfig(command=command, timeout_s=1 if "time.sleep(60)" in command[-1] else 60))
+    notify(OnFinishConfig(command=command, timeout_s=1 if "time.sleep(60)" in command[-1] else 60))
 
     assert text in caplog.text
 
 
 def test_arguments_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    tell(OnFinishConfig(command=(sys.executable, "-c", "raise SystemExit(1)", "--token", "hunter2")))
+    notify(OnFinishConfig(command=(sys.executable, "-c", "raise SystemExit(1)", "--token", "hunter2")))
 
     assert "exit_code=1" in caplog.text
     assert "hunter2" not in caplog.text
@@ -130,18 +143,18 @@ def test_a_webhook_gets_the_summary_and_headers_of_the_environment(
     monkeypatch.setenv("HOOK_TOKEN", "Bearer hunter2")
     monkeypatch.setenv("HOOK_URL", f"{server.url}/services/T0/secret")
 
-    tell(OnFinishConfig(webhook="$HOOK_URL", headers={"Authorization": "HOOK_TOKEN"}))
+    notify(OnFinishConfig(webhook="$HOOK_URL", headers={"Authorization": "HOOK_TOKEN"}))
 
     ((path, headers, body),) = server.got
     assert path == "/services/T0/secret"
-    assert json.loads(body) == TOLD
+    assert json.loads(body) == RECORD.payload()
     assert (headers["Content-Type"], headers["Authorization"]) == ("application/json", "Bearer hunter2")
 
 
 def test_a_webhook_that_fails_for_a_while_is_tried_again(server: Server) -> None:
     server.statuses = [503, 429, 200]
 
-    waits = tell(OnFinishConfig(webhook=server.url))
+    waits = notify(OnFinishConfig(webhook=server.url))
 
     assert (len(server.got), waits) == (3, [2.0, 4.0])
 
@@ -152,7 +165,7 @@ def test_a_webhook_that_refuses_is_logged_without_its_address(
 ) -> None:
     server.statuses = [status]
 
-    tell(OnFinishConfig(webhook=f"{server.url}/services/secret?key=hunter2"))
+    notify(OnFinishConfig(webhook=f"{server.url}/services/secret?key=hunter2"))
 
     assert len(server.got) == tries
     assert f"webhook=http://127.0.0.1 attempt={tries} of 3: the server answered {status}" in caplog.text
@@ -166,7 +179,7 @@ def test_a_webhook_that_never_answers_costs_its_time_and_no_more(
     server.silent.set()
     started = time.monotonic()
 
-    tell(OnFinishConfig(webhook=server.url, timeout_s=0.3))
+    notify(OnFinishConfig(webhook=server.url, timeout_s=0.3))
 
     assert caplog.text.count("no answer in 0.3 s") == 3
     assert time.monotonic() - started < 30
@@ -176,10 +189,10 @@ def test_a_webhook_that_never_answers_costs_its_time_and_no_more(
     ("settings", "text"),
     [
         ({"webhook": "http://127.0.0.1:1/secret"}, "webhook=http://127.0.0.1 attempt=3 of 3: ClientConnectorError"),
-        ({"webhook": "$NOWHERE"}, "the environment has no NOWHERE"),
-        ({"webhook": "http://127.0.0.1:1", "headers": {"X-Key": "NOWHERE"}}, "the environment has no NOWHERE"),
-        ({"webhook": "$NOT_A_URL"}, "what it names is no http or https URL"),
-        ({"webhook": "http:///secret"}, "what it names is no http or https URL"),
+        ({"webhook": "$NOWHERE"}, "environment variable not set: NOWHERE"),
+        ({"webhook": "http://127.0.0.1:1", "headers": {"X-Key": "NOWHERE"}}, "environment variable not set: NOWHERE"),
+        ({"webhook": "$NOT_A_URL"}, "the value is not an http or https URL"),
+        ({"webhook": "http:///secret"}, "the value is not an http or https URL"),
     ],
 )
 def test_a_webhook_that_cannot_be_reached_is_logged(
@@ -187,7 +200,7 @@ def test_a_webhook_that_cannot_be_reached_is_logged(
 ) -> None:
     monkeypatch.setenv("NOT_A_URL", "secret")
 
-    tell(OnFinishConfig(**settings))
+    notify(OnFinishConfig(**settings))
 
     assert text in caplog.text
     assert "secret" not in caplog.text

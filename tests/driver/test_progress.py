@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pia_batch.config import RunConfig
-from pia_batch.driver.progress import RECENT_CLIPS, RECENT_S, Progress, Snapshot
+from pia_batch.driver.progress import RECENT_CLIPS, RECENT_S, Progress
 from pia_batch.pipeline.attempts import HEARTBEAT_S, HEARTBEAT_TIMEOUT_S, AttemptTracker, EngineActivity, OutcomeCounts
+from pia_batch.schema.run_record import ProgressSnapshot
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Run:
         self.progress = Progress(RunConfig.load(None, dotted), "night", self.total, self.before, now=lambda: self.time)
         self.keys = map(str, itertools.count())
 
-    def go_on(self, seconds: float, clips_per_second: float = 0.0, busy: float = 1.0) -> Snapshot:
+    def go_on(self, seconds: float, clips_per_second: float = 0.0, busy: float = 1.0) -> ProgressSnapshot:
         """Let time pass, one sign of one engine after the other."""
         begun, drawn = self.time, 0.0
         clips = self.progress.succeeded
@@ -44,7 +45,7 @@ class Run:
             self.tracker.heartbeat("one", lived, drawn)
             now = clips + int((self.time - begun) * clips_per_second)
             self.end(now - self.progress.succeeded)
-            self.progress.hear(self.tracker.activity())
+            self.progress.update(self.tracker.activity())
         return self.progress.snapshot()
 
     def end(self, succeeded: int, failures: Mapping[str, int] | None = None, uri: str | None = None) -> None:
@@ -69,7 +70,7 @@ def test_before_the_first_result_nothing_is_known_of_the_pace() -> None:
 def test_the_time_left_is_that_of_what_was_chosen() -> None:
     run = Run(total=30, before=10)
     run.end(9, {"non_finite": 1}, "s3://bucket/x.mp4")
-    run.progress.hear(run.tracker.activity())
+    run.progress.update(run.tracker.activity())
     run.time += 100
 
     seen = run.progress.snapshot()
@@ -121,7 +122,7 @@ def test_the_clock_stops_when_nothing_is_drawn_any_more() -> None:
 @pytest.mark.parametrize(("gpus", "unit", "hours"), [(0, "engine hours", 2.0), (0.5, "GPU hours", 1.0)])
 def test_what_engines_cost_is_told_in_what_they_are(gpus: float, unit: str, hours: float) -> None:
     run = Run(settings={"placement.num_gpus": gpus, "budget.price_per_hour": 3.0})
-    run.progress.hear(
+    run.progress.update(
         EngineActivity(engines=2, starting=1, engine_seconds=7200.0, reported_seconds=7000.0, generating_seconds=3500.0)
     )
 
@@ -134,14 +135,14 @@ def test_what_engines_cost_is_told_in_what_they_are(gpus: float, unit: str, hour
 def test_what_a_tracker_counted_stays_when_its_process_dies() -> None:
     run = Run()
     run.end(3, {"timeout": 2}, "s3://bucket/x.mp4")
-    run.progress.hear(run.tracker.activity())
+    run.progress.update(run.tracker.activity())
     run.tracker = AttemptTracker(3, now=lambda: run.time)
 
-    run.progress.hear(run.tracker.activity())
+    run.progress.update(run.tracker.activity())
     assert (run.progress.succeeded, run.progress.failures) == (3, {"timeout": 2})
     assert run.progress.newest == "s3://bucket/x.mp4"
     run.end(1, {"timeout": 1}, "s3://bucket/y.mp4")
-    run.progress.hear(run.tracker.activity())
+    run.progress.update(run.tracker.activity())
 
     assert (run.progress.succeeded, run.progress.failures) == (4, {"timeout": 3})
     assert run.progress.newest == "s3://bucket/y.mp4"
@@ -150,7 +151,7 @@ def test_what_a_tracker_counted_stays_when_its_process_dies() -> None:
 def test_marks_are_as_far_apart_as_engines_tell_something() -> None:
     run = Run()
     for _ in range(100):
-        run.progress.hear(run.tracker.activity())
+        run.progress.update(run.tracker.activity())
         run.time += HEARTBEAT_S / 10
 
     assert len(run.progress._marks) == 10
@@ -201,7 +202,7 @@ def test_whatever_comes_the_figures_add_up(
         lived = run.time - 5000.0
         run.tracker.heartbeat("one", lived, lived / 2)
         if heard:
-            run.progress.hear(run.tracker.activity())
+            run.progress.update(run.tracker.activity())
 
         seen = run.progress.snapshot()
         assert seen.done == before + seen.succeeded + seen.failed <= before + told
@@ -212,7 +213,7 @@ def test_whatever_comes_the_figures_add_up(
         assert seen.clips_per_second >= 0
         assert (seen.recent_clips_per_second or 0.0) >= 0
         assert (seen.seconds_left or 0.0) >= 0
-        assert Snapshot.model_validate(json.loads(seen.model_dump_json())) == seen
+        assert ProgressSnapshot.model_validate(json.loads(seen.model_dump_json())) == seen
     assert len(run.progress._marks) <= len(steps) + 1
 
 

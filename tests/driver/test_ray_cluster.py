@@ -21,9 +21,9 @@ from ray.cluster_utils import Cluster
 from pia_batch.config import PlacementConfig, RunConfig
 from pia_batch.driver import preflight, ray_cluster
 from pia_batch.driver import run as driver_run
-from pia_batch.driver.run_record import RunSummary
 from pia_batch.errors import ConfigError, InterruptedRunError
 from pia_batch.planning import plan
+from pia_batch.schema.run_record import RunSummary
 
 pytestmark = pytest.mark.slow
 

@@ -15,35 +15,34 @@ from inputs import requests_table
 
 from pia_batch.config import RunConfig
 from pia_batch.driver import run_record
-from pia_batch.driver.budget import Stopped
-from pia_batch.driver.progress import Progress, Snapshot
-from pia_batch.driver.run_record import SHOW_EVERY_S, Record
+from pia_batch.driver.budget import LimitReached
+from pia_batch.driver.progress import Progress
+from pia_batch.driver.run_record import PROGRESS_EVERY_S, RunRecordWriter
 from pia_batch.errors import AccountingError, ConfigError, InterruptedRunError, LeaseHeldError, StorageError
 from pia_batch.pipeline.attempts import EngineActivity, OutcomeCounts
 from pia_batch.planning import plan as planning
+from pia_batch.schema.run_record import ProgressSnapshot
 from pia_batch.storage.object_store import Store
 
 MakeConfig = Callable[..., RunConfig]
 
 FIELDS = {
-    *("run_id", "state", "why", "message", "exit_code", "run_date", "params", "started_at", "finished_at"),
-    *("manifest", "folder", "output", "rows", "pending", "chosen", "rejected", "duplicates"),
-    *("version", "versions", "engine_ids", "config", "progress"),
-}
-AT_THE_END = {
-    *("computed", "timings", "requests_per_second", "engines", "engine_hours", "gpu_hours", "cost", "summary"),
+    *("run_id", "state", "reason", "message", "exit_code", "run_date", "params", "started_at", "finished_at"),
+    *("manifest", "folder", "output", "rows", "duplicates", "rejected", "pending", "chosen", "progress", "computed"),
+    *("requests_per_second", "timings", "engines", "engine_hours", "gpu_hours", "cost", "summary"),
+    *("version", "versions", "engine_ids", "config"),
 }
 
 
 def begun(
     config: RunConfig, run_id: str = "night", store: type[Store] = Store
-) -> tuple[Record, planning.Plan, Progress]:
+) -> tuple[RunRecordWriter, planning.Plan, Progress]:
     plan = planning.make(config)
-    record = Record(config)
-    record.planned(plan, run_id)
+    writer = RunRecordWriter(config)
+    writer.set_plan(plan, run_id)
     progress = Progress(config, run_id, total=plan.num_chosen, done_before=0)
-    record.begin(store(config.output), progress)
-    return record, plan, progress
+    writer.begin(store(config.output), progress)
+    return writer, plan, progress
 
 
 def run_json(config: RunConfig, run_id: str = "night") -> dict[str, Any]:
@@ -58,6 +57,7 @@ def test_a_run_that_begins_says_what_it_is_about_to_do(make_config: MakeConfig) 
     told = run_json(config)
 
     assert set(told) == FIELDS
+    assert (told["timings"], told["engines"], told["summary"]) == (None, None, None)
     assert (told["state"], told["exit_code"], told["finished_at"]) == ("running", None, None)
     assert (told["rows"], told["pending"], told["chosen"], told["rejected"]) == (5, 4, 3, 1)
     assert told["params"] == {"shop": "north"}
@@ -76,21 +76,21 @@ class SlowStore(Store):
 
 def test_a_run_that_goes_on_says_how_far_it_is_and_nothing_of_that_comes_after_its_end(make_config: MakeConfig) -> None:
     config = make_config(requests_table(4))
-    record, plan, progress = begun(config, store=SlowStore)
-    assert Snapshot.model_validate(run_json(config)["progress"]).done == 0
-    progress.hear(
+    writer, plan, progress = begun(config, store=SlowStore)
+    assert ProgressSnapshot.model_validate(run_json(config)["progress"]).done == 0
+    progress.update(
         EngineActivity(outcomes=OutcomeCounts(1, Counter({"non_finite": 1}), "s3://user:hunter2@bucket/clip.mp4"))
     )
-    record.show(progress)  # it was told a moment ago
+    writer.write_progress(progress)  # it was told a moment ago
     assert run_json(config)["progress"]["done"] == 0
 
-    record._shown -= SHOW_EVERY_S
-    record.show(progress)
-    progress.hear(EngineActivity(outcomes=OutcomeCounts(3, Counter({"non_finite": 1}))))
+    writer._written_s -= PROGRESS_EVERY_S
+    writer.write_progress(progress)
+    progress.update(EngineActivity(outcomes=OutcomeCounts(3, Counter({"non_finite": 1}))))
     progress.enter("finished")
-    record.finish(plan.outcomes, "night")
+    writer.finish(plan.outcomes, "night")
 
-    told = Snapshot.model_validate(run_json(config)["progress"])
+    told = ProgressSnapshot.model_validate(run_json(config)["progress"])
     assert (told.phase, told.succeeded, told.failures) == ("finished", 3, {"non_finite": 1})
     assert run_json(config)["state"] == "finished"
     assert "hunter2" not in json.dumps(run_json(config))
@@ -98,48 +98,48 @@ def test_a_run_that_goes_on_says_how_far_it_is_and_nothing_of_that_comes_after_i
 
 def test_run_json_is_written_again_while_a_run_goes_on(make_config: MakeConfig) -> None:
     config = make_config(requests_table(4))
-    record, _, progress = begun(config)
-    progress.hear(EngineActivity(outcomes=OutcomeCounts(3, newest="file:///out/clip.mp4")))
-    record._shown -= SHOW_EVERY_S
+    writer, _, progress = begun(config)
+    progress.update(EngineActivity(outcomes=OutcomeCounts(3, newest="file:///out/clip.mp4")))
+    writer._written_s -= PROGRESS_EVERY_S
 
-    record.show(progress)
-    record._finish_writing()
+    writer.write_progress(progress)
+    writer._join()
 
     assert (run_json(config)["state"], run_json(config)["progress"]["succeeded"]) == ("running", 3)
 
 
 def test_a_run_that_finished_says_what_it_came_to_and_what_it_cost(make_config: MakeConfig) -> None:
     config = make_config(requests_table(2), budget__price_per_hour=3.0, placement__num_gpus=0.5)
-    record, plan, progress = begun(config)
-    with record.phase("drawing"):
-        progress.hear(EngineActivity(outcomes=OutcomeCounts(2)))
-    record.engines({"count": 1, "startup_seconds": None}, 1800.0)
+    writer, plan, progress = begun(config)
+    with writer.phase("generating"):
+        progress.update(EngineActivity(outcomes=OutcomeCounts(2)))
+    writer.set_engines({"count": 1, "startup_seconds": None}, 1800.0)
 
-    told = record.finish(plan.outcomes, "night")
+    told = writer.finish(plan.outcomes, "night")
 
     whole = run_json(config)
-    assert set(whole) == FIELDS | AT_THE_END
+    assert set(whole) == FIELDS
     assert (whole["state"], whole["exit_code"], whole["engine_hours"], whole["gpu_hours"]) == ("finished", 0, 0.5, 0.25)
     assert (told.cost, whole["cost"], whole["summary"]["cost"]) == (0.75, 0.75, 0.75)
     assert whole["requests_per_second"] > 0
-    assert set(whole["timings"]) == {"planning_s", "waiting_s", "drawing_s", "publishing_s", "total_s"}
+    assert set(whole["timings"]) == {"planning_s", "waiting_s", "generating_s", "publishing_s", "total_s"}
     assert whole["finished_at"] >= whole["started_at"]
 
 
 def test_a_run_that_a_limit_stopped_says_which_and_what_is_left(make_config: MakeConfig) -> None:
     config = make_config(requests_table(4))
-    record, plan, progress = begun(config)
-    progress.hear(EngineActivity(outcomes=OutcomeCounts(1)))
+    writer, plan, progress = begun(config)
+    progress.update(EngineActivity(outcomes=OutcomeCounts(1)))
 
-    told = record.finish(plan.outcomes, "night", Stopped("deadline", "it is time", 4), left=3)
+    told = writer.finish(plan.outcomes, "night", LimitReached("deadline", "it is time", 4), left=3)
 
-    assert (told.why, told.left, told.exit_code, told.results_uri) == ("deadline", 3, 4, None)
+    assert (told.reason, told.left, told.exit_code, told.results_uri) == ("deadline", 3, 4, None)
     assert told.message == "it is time. 3 of 4 requests are left"
-    assert (run_json(config)["state"], run_json(config)["why"]) == ("stopped", "deadline")
+    assert (run_json(config)["state"], run_json(config)["reason"]) == ("stopped", "deadline")
 
 
 @pytest.mark.parametrize(
-    ("error", "why", "code"),
+    ("error", "reason", "code"),
     [
         (InterruptedRunError("asked to stop"), "interrupted", 4),
         (LeaseHeldError("taken over"), "lease_held", 75),
@@ -148,26 +148,26 @@ def test_a_run_that_a_limit_stopped_says_which_and_what_is_left(make_config: Mak
         (ZeroDivisionError("division by zero"), "bug", 1),
     ],
 )
-def test_a_run_that_ends_by_an_error_says_so(make_config: MakeConfig, error: Exception, why: str, code: int) -> None:
+def test_a_run_that_ends_by_an_error_says_so(make_config: MakeConfig, error: Exception, reason: str, code: int) -> None:
     config = make_config(requests_table(4))
-    record, _, progress = begun(config)
-    progress.hear(EngineActivity(outcomes=OutcomeCounts(1)))
+    writer, _, progress = begun(config)
+    progress.update(EngineActivity(outcomes=OutcomeCounts(1)))
 
-    record.fail(error)
+    writer.fail(error)
 
     told = run_json(config)
-    assert (told["state"], told["why"], told["exit_code"], told["computed"]) == ("stopped", why, code, 1)
+    assert (told["state"], told["reason"], told["exit_code"], told["computed"]) == ("stopped", reason, code, 1)
     assert str(error).split(" ")[-1][-5:] in told["message"]
     assert "hunter2" not in json.dumps(told)
 
 
 def test_an_error_before_the_run_began_writes_nothing(make_config: MakeConfig) -> None:
     config = make_config(requests_table(4))
-    record = Record(config)
+    writer = RunRecordWriter(config)
 
-    record.fail(ConfigError("nothing there"))
+    writer.fail(ConfigError("nothing there"))
 
-    assert (record.told["state"], record.told["exit_code"], record.told["message"]) == ("stopped", 2, "nothing there")
+    assert (writer.record.state, writer.record.exit_code, writer.record.message) == ("stopped", 2, "nothing there")
     assert not list(Store(config.output).list("_runs/"))
 
 
@@ -184,16 +184,16 @@ def test_a_store_that_is_gone_does_not_hide_why_the_run_ended(
             super().replace(name, data)
 
     config = make_config(requests_table(1))
-    record = Record(config)
-    record.planned(planning.make(config), "night")
+    writer = RunRecordWriter(config)
+    writer.set_plan(planning.make(config), "night")
     store = GoneStore(config.output)
-    record.begin(store, Progress(config, "night", total=1, done_before=0))
+    writer.begin(store, Progress(config, "night", total=1, done_before=0))
     store.gone = True
 
-    record.fail(InterruptedRunError("the store went away"))
+    writer.fail(InterruptedRunError("the store went away"))
 
-    assert "run_json_not_written run_id=night: no answer" in caplog.text
-    assert record.told["message"] == "the store went away"
+    assert "run_record_write_failed run_id=night: no answer" in caplog.text
+    assert writer.record.message == "the store went away"
 
 
 def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:

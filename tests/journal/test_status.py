@@ -12,10 +12,13 @@ from pia_batch.journal.status import status
 from pia_batch.storage.object_store import Store
 from tests.journal.test_log import SHOP, commit, keys, keyset
 
+BEGAN = "2026-11-22T20:00:00Z"
+
 
 def begin(store: Store, run_id: str, **more: object) -> None:
-    """Write what a run tells of itself as it begins, or as it ends."""
-    about = {"run_id": run_id, "started_at": f"when {run_id} began", "pending": 3, "rejected": 1, "rows": 4}
+    """Write the record of a run that begins, or that ends."""
+    about = {"run_id": run_id, "started_at": BEGAN, "pending": 3, "rejected": 1, "rows": 4}
+    about |= {"manifest": "m", "output": store.uri, "version": "0.1.0"}
     store.replace(f"_runs/{run_id}/run.json", json.dumps(about | more).encode())
 
 
@@ -32,7 +35,7 @@ def check_story(store: Store) -> None:
         assert (told["succeeded"], told["failed"], told["failures"]) == (2, 1, {"non_finite": 1})
         assert told["run"] == {
             "run_id": "night",
-            "started_at": "when night began",
+            "started_at": BEGAN,
             "pending": 3,
             "rejected": 1,
             "state": "running",

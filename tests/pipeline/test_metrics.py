@@ -17,10 +17,11 @@ from places import PYTHONPATH
 from servers import free_port
 
 from pia_batch.config import RunConfig
-from pia_batch.driver.progress import Progress, Snapshot
+from pia_batch.driver.progress import Progress
 from pia_batch.driver.run import run
 from pia_batch.pipeline.metrics import METRICS
 from pia_batch.planning import plan
+from pia_batch.schema.run_record import ProgressSnapshot
 from pia_batch.storage.object_store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +63,7 @@ def test_a_run_can_be_scraped(metrics_port: int, make_config: Callable[..., RunC
 
     assert summary.computed == 12
     about = json.loads(Store(config.output).read(f"_runs/{summary.run_id}/run.json"))
-    told = Snapshot.model_validate(about["progress"])
+    told = ProgressSnapshot.model_validate(about["progress"])
     assert (told.phase, told.done, told.failures) == ("finished", 12, {"non_finite": 4})
     assert told.newest is not None
     assert told.newest.endswith(".gif")

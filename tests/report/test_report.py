@@ -48,6 +48,7 @@ from pia_batch.planning import plan
 from pia_batch.report import facts, page
 from pia_batch.report.media import Places, with_embedded
 from pia_batch.schema.columns import RESULT, SETTINGS
+from pia_batch.schema.run_record import RunSummary
 from pia_batch.storage.object_store import Store
 
 RUN = "20261123T010203Z-0a1b"
@@ -124,6 +125,29 @@ def failure(index: int, kind: str, error: str, **columns: Any) -> dict[str, Any]
     )
 
 
+def summary_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the summary of a run with these results."""
+    failed = sum(row["status"] == "failed" for row in rows)
+    return RunSummary(
+        run_id=RUN,
+        requests=len(rows),
+        succeeded=len(rows) - failed,
+        failed=failed,
+        failures={},
+        rejected=0,
+        duplicates=0,
+        computed=len(rows),
+        left=0,
+        seconds=20 + 0.8 * len(rows),
+        gpu_hours=0.5,
+        cost=None,
+        results_uri=None,
+        reason=None,
+        message=None,
+        exit_code=0,
+    ).model_dump()
+
+
 def publish(store: Store, rows: list[dict[str, Any]], part_rows: int = 100_000, **config: Any) -> Store:
     """What a run leaves behind: result parts, `_SUCCESS.json`, LATEST.json and run.json, but no animations."""
     folder = f"{layout.RESULTS}{RUN}/"
@@ -143,8 +167,10 @@ def publish(store: Store, rows: list[dict[str, Any]], part_rows: int = 100_000, 
         "manifest": manifest,
         "folder": manifest,
         "config": loaded,
-        "summary": {"seconds": 20 + 0.8 * len(rows), "duplicates": 0, "gpu_hours": 0.5},
-        "progress": {"busy": 0.625, "gpu_hours": 0.5, "unit": "GPU hours"},
+        "output": store.uri,
+        "state": "finished",
+        "summary": summary_of(rows),
+        "progress": {"at": BEGAN.isoformat(), "busy": 0.625, "gpu_hours": 0.5, "unit": "GPU hours"},
     }
     store.replace(f"{folder}_SUCCESS.json", log.to_json({"run_id": RUN, "parts": parts, "requests": len(rows)}))
     store.replace(layout.LATEST_RESULTS, log.to_json({"run_id": RUN, "digest": ""}))
@@ -203,7 +229,7 @@ def test_the_head_counts_every_result_and_tells_only_what_the_data_has(store: St
 
 def test_a_page_without_run_json_tells_what_the_results_have(store: Store) -> None:
     publish(store, [result(0)])
-    store.replace(f"_runs/{RUN}/run.json", b"{}")
+    store.delete(f"_runs/{RUN}/run.json")
 
     text = visible(page_of(store))
 
@@ -320,9 +346,16 @@ def commit(store: Store, rows: list[dict[str, Any]]) -> None:
 
 def begin(store: Store, pending: int) -> None:
     """What a run leaves behind as it begins."""
-    seen = {"seconds": 50.0, "seconds_left": 200.0, "busy": 0.9, "gpu_hours": 0.25, "unit": "GPU hours"}
+    seen = {
+        "at": BEGAN.isoformat(),
+        "seconds": 50.0,
+        "seconds_left": 200.0,
+        "busy": 0.9,
+        "gpu_hours": 0.25,
+        "unit": "GPU hours",
+    }
     about = {"run_id": RUN, "started_at": BEGAN.isoformat(), "pending": pending, "rejected": 0, "manifest": "m"}
-    about |= {"progress": seen, "config": {"budget": {"price_per_hour": 8.0}}}
+    about |= {"output": store.uri, "version": "0.1.0", "progress": seen, "config": {"budget": {"price_per_hour": 8.0}}}
     store.replace(f"_runs/{RUN}/run.json", log.to_json(about))
 
 

@@ -18,7 +18,7 @@ from fakes import FakeShelf, RestlessEngine
 from pia_batch import cli
 from pia_batch.config import RunConfig
 from pia_batch.driver import run as driver_run
-from pia_batch.driver.run_record import RunSummary
+from pia_batch.schema.run_record import RunSummary
 from pia_batch.weights.identity import engine_id, resolved_dtype
 from pia_batch.weights.resolve import resolve
 

@@ -24,11 +24,11 @@ from inputs import requests_table
 from pia_batch.config import RunConfig
 from pia_batch.driver import run as driver_run
 from pia_batch.driver.progress import Progress
-from pia_batch.driver.run_record import RunSummary
 from pia_batch.errors import BrokenDeviceError, ConfigError, InterruptedRunError, ManifestError
 from pia_batch.journal.log import Journal
 from pia_batch.pipeline import actor, batching, chain
 from pia_batch.planning import plan as planning
+from pia_batch.schema.run_record import RunRecord, RunSummary
 from pia_batch.storage.object_store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
@@ -422,19 +422,19 @@ def test_a_limited_run_draws_the_highest_priorities_first_and_the_next_run_the_r
     limited = make_config(table, budget__limit=4, budget__priority="score", budget__price_per_hour=3600.0)
     least = requests_table(6, request_id=[f"least{k}" for k in range(6)], score=[-1.0] * 6, format=["gif"] * 6)
     pq.write_table(least, Path(limited.manifest, "least.parquet"))  # a block of which nothing is chosen
-    ended: list[dict[str, Any]] = []
+    ended: list[RunRecord] = []
 
     first = run(limited, on_end=ended.append)
 
     log = Journal(Store(limited.output))
     drawn = pa.concat_tables(log.winning_rows(log.outcomes()))
     assert set(drawn["request_id"].to_pylist()) == best
-    assert (first.computed, first.left, first.why, first.exit_code, first.results_uri) == (4, 98, "limit", 4, None)
+    assert (first.computed, first.left, first.reason, first.exit_code, first.results_uri) == (4, 98, "limit", 4, None)
     assert not Path(limited.output, "results").exists()
     page = Path(limited.output, "_runs", first.run_id, "report.html").read_text()
     assert {name for name in (f"r{k:03d}" for k in range(96)) if f'"{name}"' in page} == best
     told = told_of(limited, first.run_id)
-    assert ended == [{name: value for name, value in told.items() if name != "config"}]
+    assert [record.payload() for record in ended] == [{name: value for name, value in told.items() if name != "config"}]
     assert (told["state"], told["engines"]["count"]) == ("stopped", 1)
     assert told["engine_hours"] > 0
     assert told["cost"] == pytest.approx(3600 * told["engine_hours"], abs=0.01)
@@ -455,7 +455,7 @@ def test_engine_hours_that_are_spent_stop_a_run_and_what_is_in_flight_is_committ
     stopped = run(config, load_engines=FakeEngineLoader(engine_id, seconds=1.0))
 
     committed = len(Journal(Store(config.output)).outcomes().keys)
-    assert (stopped.why, stopped.exit_code) == ("max_gpu_hours", 4)
+    assert (stopped.reason, stopped.exit_code) == ("max_gpu_hours", 4)
     assert stopped.gpu_hours >= 3 / 3600 - 1e-6  # rounded
     assert 0 < stopped.computed == committed < 60
     assert stopped.left == 60 - committed
