@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import local_ray as shared_ray
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from inputs import png, requests_table
-from places import PYTHONPATH
 from seaweedfs import SeaweedFS
 
 from pia_batch.config import RunConfig
@@ -27,21 +27,66 @@ os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """One Ray for all tests of a module: starting it takes longer than they do."""
+# --- one Ray ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def local_ray() -> None:
+    """A Ray on this machine, started once for all tests that use it: they run one after another in one process."""
     import ray  # noqa: PLC0415 - slow, and most modules need none
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=200 * 2**20,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": PYTHONPATH}},  # fakes.py
-    )
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        shared_ray.start(num_cpus=4, object_store_memory=200 * 2**20)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Stop the shared Ray after its last test: other tests start their own, or expect none."""
+    if _uses_local_ray(item) and not (nextitem and _uses_local_ray(nextitem)):
+        shared_ray.stop()
+
+
+def _uses_local_ray(item: pytest.Item) -> bool:
+    return "local_ray" in getattr(item, "fixturenames", ())
+
+
+# --- order and distribution -------------------------------------------------------------------------------------------
+
+FIRST = ("ray", "system", "jobs", "driver", "cli", "docs", "pipeline", "engine", "report", "journal", "planning")
+"""Folders in the order in which they run: the longest files first, so that two workers end at about the same time."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Send every file to one worker, tests of the shared Ray to the same one, and repeat once what fails by load."""
+    for item in items:
+        shared = "ray" if _uses_local_ray(item) else _folder_and_name(item)
+        item.add_marker(pytest.mark.xdist_group(shared))
+        if _meets_processes(item):
+            item.add_marker(pytest.mark.flaky(reruns=1))
+    crowded = {_group(item) for item in items if _meets_processes(item)}
+    items.sort(key=lambda item: (_group(item) not in crowded, _rank(item), _group(item)))
+
+
+def _meets_processes(item: pytest.Item) -> bool:
+    """Return true for tests of real processes, servers and clusters, which others on the machine can delay."""
+    return any(item.get_closest_marker(name) for name in ("slow", "s3", "long"))
+
+
+def _folder_and_name(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix().replace("/", ".")
+
+
+def _group(item: pytest.Item) -> str:
+    return next(str(mark.args[0]) for mark in item.iter_markers("xdist_group"))
+
+
+def _rank(item: pytest.Item) -> int:
+    folder = _group(item).partition(".")[0]
+    return FIRST.index(folder) if folder in FIRST else len(FIRST)
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -78,7 +123,7 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "out"))
 
 
-# --- a real S3 server -----------------------------------------------------------------------------------------------
+# --- a real S3 server -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

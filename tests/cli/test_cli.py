@@ -358,7 +358,10 @@ def test_a_driver_killed_at_random_moments_loses_and_doubles_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "send"), [(signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)])
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [(signal.SIGTERM, os.kill), pytest.param(signal.SIGINT, os.killpg, marks=pytest.mark.long)],
+)
 def test_a_signal_commits_what_is_finished_and_exits_with_4(
     write_manifest: WriteManifest, tmp_path: Path, number: signal.Signals, send: Callable[[int, int], None]
 ) -> None:
@@ -390,7 +393,7 @@ def test_the_demo_makes_twelve_animations_and_says_where(tmp_path: Path) -> None
     assert "12 animations verified, 0 with a problem" in finish(start("verify", str(tmp_path / "demo")), 0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_retried_or_repaired_is_drawn_again_and_nothing_else_is(
     write_manifest: WriteManifest, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import re
 import runpy
@@ -93,6 +94,9 @@ def test_the_example_manifest_is_a_good_one(tmp_path: Path, monkeypatch: pytest.
     assert (plan.num_pending, plan.num_rejected, plan.carried.names) == (3, 0, ["shop"])
 
 
+_IMPORTS = ast.Import | ast.ImportFrom
+
+
 def test_the_example_of_the_engine_draws_two_clips() -> None:
     names: dict[str, Any] = {"picture": Image.new("RGB", (64, 64), "red")}
     exec(python_block("engine.animate"), names)  # noqa: S102 - what a reader would do
@@ -100,7 +104,16 @@ def test_the_example_of_the_engine_draws_two_clips() -> None:
     assert [clip.frames.shape for clip in names["clips"]] == [(8, 64, 64, 3)] * 2
 
 
-@pytest.mark.slow
+def test_what_the_notebook_imports_exists() -> None:
+    notebook = nbformat.read(ROOT / "docs" / "engine.ipynb", as_version=4)
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    imports = [node for source in sources for node in ast.parse(source).body if isinstance(node, _IMPORTS)]
+
+    assert imports
+    exec("\n".join(map(ast.unparse, imports)), {})  # noqa: S102 - our own
+
+
+@pytest.mark.long
 def test_the_notebook_shows_three_animations() -> None:
     notebook = nbformat.read(ROOT / "docs" / "engine.ipynb", as_version=4)
 

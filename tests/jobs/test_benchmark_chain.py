@@ -46,7 +46,7 @@ def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(JOBS / name), *arguments], capture_output=True, text=True, check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_chain_is_measured_around_two_engines(tmp_path: Path) -> None:
     report = tmp_path / "chain.json"
 

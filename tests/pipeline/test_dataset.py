@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,14 +152,6 @@ def test_relative_images_start_from_the_folder_of_a_manifest_that_is_not_read(ma
 # --- on a real Ray --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def no_token() -> Iterator[None]:
-    """A process whose Ray had a token cannot go on to a cluster without one, as the next tests of this process do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        yield
-
-
 @dataclass
 class Rows:
     """What a Dataset comes to, by request id."""
@@ -176,7 +168,7 @@ class Rows:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_token", "local_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_the_example_of_the_documentation_animates_a_dataset(
     write_manifest: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,7 +212,7 @@ def test_the_example_of_the_documentation_animates_a_dataset(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_token", "local_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_a_row_that_kills_its_worker_fails_alone_each_time_it_is_asked_for(make_config: MakeConfig) -> None:
     table = requests_table(4, prompt=["fine", "exits", "fine", "fine"], format=["gif"] * 4, num_frames=[2] * 4)
     config = make_config(table, limits__max_attempts=2)
@@ -236,7 +228,7 @@ def test_a_row_that_kills_its_worker_fails_alone_each_time_it_is_asked_for(make_
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_token", "local_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_files_come_with_their_results_where_nothing_is_to_be_stored(make_config: MakeConfig) -> None:
     table = requests_table(3, prompt=["fine", "not finite", "fine"], format=["gif"] * 3, num_frames=[2, 2, 3])
     config = make_config(table, run_id="mine")
@@ -260,7 +252,7 @@ def test_files_come_with_their_results_where_nothing_is_to_be_stored(make_config
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_token", "local_ray")
+@pytest.mark.usefixtures("local_ray")
 def test_what_the_operator_has_to_mend_is_said_before_anything_is_drawn(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -9,11 +9,10 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import local_ray
 import pytest
-import ray
 from fakes import FakeEngineLoader
 from inputs import requests_table
-from places import PYTHONPATH
 from servers import free_port
 
 from pia_batch.config import RunConfig
@@ -33,16 +32,8 @@ QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["
 def metrics_port() -> Iterator[int]:
     """The port of a Ray of our own that sends its metrics every half second instead of every ten."""
     port = free_port()
-    ray.init(
-        num_cpus=3,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": PYTHONPATH}},  # the fakes
-        _metrics_export_port=port,
-        _system_config={"metrics_report_interval_ms": 500},
-    )
-    yield port
-    ray.shutdown()
+    with local_ray.started(num_cpus=3, _metrics_export_port=port, _system_config={"metrics_report_interval_ms": 500}):
+        yield port
 
 
 @pytest.mark.slow

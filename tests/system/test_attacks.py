@@ -294,7 +294,7 @@ def test_a_hostile_answer_is_bounded_in_time_and_size(server: Server, path: str,
 
     assert says in refused(f"{here}/{path}", here, timeout_s=1.0)
 
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20  # of an answer without an end
     assert server.sent < 64 * 2**20  # what the sockets of both ends hold
 
 

@@ -15,7 +15,7 @@ import pytest
 from faults import FINISHED, Case, Stack, Trial, stack
 from proxy import Aimed, Fault
 
-pytestmark = [pytest.mark.slow, pytest.mark.s3]
+pytestmark = [pytest.mark.long, pytest.mark.s3]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from seaweedfs import KEY, SECRET
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.s3, pytest.mark.slow]
+pytestmark = [pytest.mark.s3, pytest.mark.long]
 
 
 def frames_of(data: bytes, file_format: str) -> list[tuple[int, int]]:

@@ -215,7 +215,7 @@ def test_the_first_frame_keeps_the_image(animate):
     assert 10 * np.log10(255**2 / error) > 22
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # the pipeline class is deprecated
 def test_the_training_program_makes_a_checkpoint_and_goes_on_where_it_stopped(tmp_path):
     program = tiny.PATH.parents[2] / "jobs" / "tiny" / "train.py"
