@@ -37,7 +37,7 @@ from simulated_engine import SimulatedLoader, drawings, write_manifest
 from pia_batch.config import RunConfig
 from pia_batch.driver.progress import Progress
 from pia_batch.driver.run import run
-from pia_batch.planning import plan
+from pia_batch.planning.plan import make_plan
 
 ENGINE_CPUS, FETCH_CPUS, OTHER_CPUS = 0.5, 0.4, 2.0
 """What Ray is told of: enough for every engine, and for a few tasks of the other stages at a time."""
@@ -129,7 +129,7 @@ def _measure_here(case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="pia-batch-chain-") as name:
         folder = Path(name)
         config = _config(folder, case)
-        engine_id = plan.make(config).engine_ids["default"]
+        engine_id = make_plan(config).engine_ids["default"]
         (folder / "drawn").mkdir()
         start_ray(case.actors)
         try:

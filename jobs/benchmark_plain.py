@@ -36,7 +36,7 @@ from simulated_engine import SimulatedEngine, SimulatedLoader, drawings, write_m
 from pia_batch.config import RunConfig
 from pia_batch.driver.run import run
 from pia_batch.errors import PiaBatchError
-from pia_batch.planning import plan
+from pia_batch.planning.plan import make_plan
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _run(job: Job) -> int:
             "limits.lease_wait_s": 30,
         },
     )
-    engine_id = plan.make(config).engine_ids["default"]
+    engine_id = make_plan(config).engine_ids["default"]
     loader = SimulatedLoader(engine_id, job.row_seconds * job.batch_size, job.notes)
     try:
         return run(config, load_engines=loader).exit_code

@@ -35,15 +35,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pia_batch.config import RunConfig
-from pia_batch.journal import results
 from pia_batch.journal.layout import ANIMATIONS, animation_name
 from pia_batch.journal.log import Journal
+from pia_batch.journal.results import publish
 from pia_batch.manifest.reader import Manifest
-from pia_batch.planning import plan as planning
-from pia_batch.planning import scan
-from pia_batch.planning.plan import Plan
+from pia_batch.planning.plan import Plan, find_published_run, make_plan
+from pia_batch.planning.scan import scan_manifest
 from pia_batch.planning.scan_cache import ScanCache
-from pia_batch.planning.statistics import Survey
+from pia_batch.planning.statistics import Statistics
 from pia_batch.schema.columns import results_table
 from pia_batch.schema.keys import Keys, KeySet, keys_to_hex
 from pia_batch.storage.object_store import ObjectInfo, Store
@@ -172,23 +171,27 @@ _COSTS = ("seconds", "cpu_seconds", "peak_mb", "grown_mb")
 
 
 def _found(plan: Plan) -> dict[str, Any]:
-    return {"requests": len(plan.wanted), "pending": plan.num_pending, "files_read": len({c.file for c in plan.fresh})}
+    return {
+        "requests": len(plan.wanted),
+        "pending": plan.num_pending,
+        "files_read": len({c.file for c in plan.new_chunks}),
+    }
 
 
 def _plan(config: RunConfig, _: int) -> dict[str, Any]:
-    return _costs(lambda: _found(planning.make(config)))
+    return _costs(lambda: _found(make_plan(config)))
 
 
 def _plan_told(config: RunConfig, _: int) -> dict[str, Any]:
     """As `pia-batch plan` does it, which also tells what the pending requests have in common."""
-    return _costs(lambda: _found(planning.make(config, survey=Survey())))
+    return _costs(lambda: _found(make_plan(config, statistics=Statistics())))
 
 
 def _plan_and_keep(config: RunConfig, _: int) -> dict[str, Any]:
     plan: list[Plan] = []
 
     def make() -> dict[str, Any]:
-        plan.append(planning.make(config))
+        plan.append(make_plan(config))
         return _found(plan[0])
 
     told = _costs(make)
@@ -199,8 +202,8 @@ def _plan_and_keep(config: RunConfig, _: int) -> dict[str, Any]:
 
 def _no_op(config: RunConfig, _: int) -> dict[str, Any]:
     def look() -> dict[str, Any]:
-        plan = planning.make(config)
-        return _found(plan) | {"published": plan.published is not None}
+        plan = make_plan(config)
+        return _found(plan) | {"published": find_published_run(plan) is not None}
 
     return _costs(look)
 
@@ -225,9 +228,9 @@ def _finish(share: float) -> Callable[[RunConfig, int], None]:
 
 def _keys(config: RunConfig) -> Keys:
     """Of all rows, in the manifest's order, the made-up file last."""
-    plan = planning.make(config)
+    plan = make_plan(config)
     cache = ScanCache(Store(config.output), config, plan.engine_ids)
-    return scan.scan(Manifest.open(config.manifest, cache.contents), config, plan.engine_ids, cache).keys
+    return scan_manifest(Manifest.open(config.manifest, cache.contents), config, plan.engine_ids, cache).keys
 
 
 def _results(config: RunConfig, keys: Keys, start: int, end: int) -> pa.Table:
@@ -278,16 +281,16 @@ class _Listed(Store):
 
 
 def _finalise(config: RunConfig, _: int) -> dict[str, Any]:
-    plan = planning.make(config)
+    plan = make_plan(config)
     plan.save_scan()
     journal = Journal(_Listed(config.output, plan.wanted))
     outcomes = journal.outcomes().of(plan.wanted)
 
-    def publish() -> dict[str, Any]:
-        made = results.publish(journal, outcomes, plan.wanted, plan.carried, "benchmark", {})
+    def published() -> dict[str, Any]:
+        made = publish(journal, outcomes, plan.wanted, plan.carried, "benchmark", {})
         return {"results": made.num_requests}
 
-    return _costs(publish)
+    return _costs(published)
 
 
 STEPS: dict[str, Callable[[RunConfig, int], dict[str, Any] | None]] = {

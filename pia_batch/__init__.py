@@ -21,7 +21,7 @@ _PUBLIC = {
     "RunConfig": ("config", "RunConfig"),
     "Shot": ("engine", "Shot"),
     "animate": ("pipeline.dataset", "animate"),
-    "plan": ("planning.plan", "make"),
+    "plan": ("planning.plan", "make_plan"),
     "run": ("driver.run", "run"),
 }
 """By public name: the module that has it, and its name there. `__init__.pyi` tells type checkers the same."""

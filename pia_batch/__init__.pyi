@@ -4,7 +4,7 @@ from pia_batch.driver.run import run as run
 from pia_batch.engine import PiaEngine as PiaEngine
 from pia_batch.engine import Shot as Shot
 from pia_batch.pipeline.dataset import animate as animate
-from pia_batch.planning.plan import make as plan
+from pia_batch.planning.plan import make_plan as plan
 
 __all__ = ["ModelConfig", "PiaEngine", "RunConfig", "Shot", "__version__", "animate", "plan", "run"]
 __version__: str

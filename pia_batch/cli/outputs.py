@@ -16,6 +16,7 @@ from pia_batch.cli.console import counting, out, print_json
 from pia_batch.cli.options import AsJson, Output, OutputOrConfig, existing, held, seconds_of
 
 if TYPE_CHECKING:
+    from pia_batch.journal.garbage_collection import Garbage
     from pia_batch.report import Options, Report
     from pia_batch.storage.object_store import Store
 
@@ -31,14 +32,14 @@ def status(
     Examples: `pia-batch status s3://bucket/out`, `pia-batch status s3://bucket/out --watch`
     """
     from pia_batch.cli import view
-    from pia_batch.journal import status
+    from pia_batch.journal.status import read_status
 
     store, every_s = existing(output)[0], seconds_of(every, "--every")
     shown = Live(console=out, auto_refresh=False) if watch and out.is_terminal and not as_json else nullcontext()
     before: tuple[float, int] | None = None
     with shown as screen:
         while True:
-            told, now = status.status(store), time.monotonic()
+            told, now = read_status(store), time.monotonic()
             done = told["succeeded"] + told["failed"]
             pace = (done - before[1]) / (now - before[0]) if before else None
             before = now, done
@@ -66,8 +67,9 @@ def verify(
     Exit code 3 if any is not, repaired or not. `--repair` is refused with 75 while a run works there.
     Example: `pia-batch verify s3://bucket/out --repair`
     """
-    from pia_batch.journal import verify as verification
     from pia_batch.journal.log import Journal
+    from pia_batch.journal.verify import PROBLEMS, find_problems
+    from pia_batch.journal.verify import repair as repair_animations
     from pia_batch.media import quality
 
     store, ttl_s = existing(output)
@@ -76,19 +78,21 @@ def verify(
         outcomes = record.outcomes()
         total = int(outcomes.succeeded.sum())
         with counting("animations read", total) as one_more:
-            problems = list(verification.verify(record, outcomes, quality.check_animation, one_more))
+            problems = list(find_problems(record, outcomes, quality.check_animation, one_more))
         if lease is not None:
-            verification.repair(record, outcomes, problems, lease.check)
-    for kind, meaning in verification.PROBLEMS.items():
+            repair_animations(record, outcomes, problems, lease.check)
+    for kind, meaning in PROBLEMS.items():
         found = [problem for problem in problems if problem.kind == kind]
         if found:
             out.print(f"\n{kind}  {len(found)}  {meaning}", style="bold")
         for problem in found:
-            out.print(f"  {problem.request_id}: {problem.animation_uri}: {problem.what}", soft_wrap=True, markup=False)
+            out.print(
+                f"  {problem.request_id}: {problem.animation_uri}: {problem.detail}", soft_wrap=True, markup=False
+            )
     out.print(f"{total} animations verified, {len(problems)} with a problem")
     if problems:
-        words = "they are due again: `pia-batch run` draws them" if repair else "`--repair` has them drawn again"
-        out.print(f"{words}, and publishes new results", soft_wrap=True)
+        words = "their requests need regeneration: " if repair else "after `--repair`, "
+        out.print(f"{words}`pia-batch run` generates them again and publishes new results", soft_wrap=True)
     raise typer.Exit(3 if problems else 0)
 
 
@@ -107,30 +111,30 @@ def gc(
     Deletes only with `--delete`, and never while a run works there: that ends with exit code 75.
     Example: `pia-batch gc s3://bucket/out --older-than 30d --delete`
     """
-    from pia_batch.journal import garbage_collection
+    from pia_batch.journal.garbage_collection import GARBAGE_KINDS, delete_garbage, find_garbage
     from pia_batch.journal.log import Journal
 
     store, ttl_s = existing(output)
     before_s = time.time() - seconds_of(older_than, "--older-than")
-    counts = {sort: [0, 0] for sort in garbage_collection.SORTS}
+    counts = {kind: [0, 0] for kind in GARBAGE_KINDS}
 
-    def count(items: Iterable[garbage_collection.Garbage]) -> None:
+    def count(items: Iterable[Garbage]) -> None:
         with counting("objects found") as one_more:
             for item in items:
-                counts[item.sort][0] += 1
-                counts[item.sort][1] += item.found.num_bytes
+                counts[item.kind][0] += 1
+                counts[item.kind][1] += item.info.num_bytes
                 one_more()
                 if not as_json:
-                    out.print(f"{item.sort:11}{item.found.num_bytes:>12}  {item.found.name}", soft_wrap=True)
+                    out.print(f"{item.kind:11}{item.info.num_bytes:>12}  {item.info.name}", soft_wrap=True)
 
-    found = garbage_collection.find(Journal(store), before_s)
+    found = find_garbage(Journal(store), before_s)
     if delete:
         with held(store, "gc", ttl_s) as lease:
-            count(garbage_collection.delete(store, found, lease.check))
+            count(delete_garbage(store, found, lease.check))
     else:
         count(found)
     if as_json:
-        told = {sort: {"objects": number, "bytes": size} for sort, (number, size) in counts.items()}
+        told = {kind: {"objects": number, "bytes": size} for kind, (number, size) in counts.items()}
         print_json(
             {
                 "output": store.uri,
@@ -140,8 +144,8 @@ def gc(
             }
         )
         return
-    for sort, (number, size) in counts.items():
-        out.print(f"{garbage_collection.SORTS[sort]:40}{number:>9} objects {size / 1e6:>12.2f} MB")
+    for kind, (number, size) in counts.items():
+        out.print(f"{GARBAGE_KINDS[kind]:40}{number:>9} objects {size / 1e6:>12.2f} MB")
     if not delete and any(number for number, _ in counts.values()):
         out.print("nothing was changed; `--delete` removes them")
 
@@ -184,17 +188,18 @@ def report(
 def _follow(store: Store, run_id: str | None, every_s: float, options: Options, path: Path | None) -> None:
     """Write the page of a run again and again, until it has published, or nobody works there any more."""
     from pia_batch import report
-    from pia_batch.journal import results, status
+    from pia_batch.journal.results import is_published
+    from pia_batch.journal.status import read_last_run, read_lease_state
     from pia_batch.storage.uris import redacted_uri
 
-    begun = status.last_run(store)
+    begun = read_last_run(store)
     if begun is None:
         raise errors.ConfigError(f"no run has ever written to {redacted_uri(store.uri)}; correct the URI of the output")
     for made in report.follow(store, run_id or begun["run_id"], every_s, options, path):
         _print_report(made)
-        if status.lease_of(store)["state"] == "held":
+        if read_lease_state(store)["state"] == "held":
             time.sleep(every_s)
-        elif not results.is_published(store, made.run_id):
+        elif not is_published(store, made.run_id):
             out.print("the run has ended without publishing; `pia-batch run` goes on, and then this does")
             return
 

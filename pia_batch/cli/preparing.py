@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from pia_batch.planning.plan import Plan
+    from pia_batch.planning.statistics import Statistics
 
 SHOWN_GROUPS = 10
 SHOWN_REJECTIONS = 3
@@ -50,19 +51,19 @@ def plan(
 
     Needs neither a GPU nor a cluster. Example: `pia-batch plan nightly.yaml --price-per-hour 2.49`
     """
-    from pia_batch.planning import plan as planning
-    from pia_batch.planning.statistics import Survey
+    from pia_batch.planning.plan import Retry, make_plan
+    from pia_batch.planning.statistics import Statistics
 
     dated = given({"run_date": run_date}) | params_of(param)
     loaded = load(config, overrides(manifest, output, override) | dated).filled()
-    survey = Survey()
-    made = planning.make(loaded, retry=planning.Retry() if retry_failed else None, survey=survey)
+    statistics = Statistics()
+    made = make_plan(loaded, retry=Retry() if retry_failed else None, statistics=statistics)
     price = loaded.budget.price_per_hour if price_per_hour is None else price_per_hour
-    told = _told(made, survey, price)
+    payload = _payload(made, statistics, price)
     if as_json:
-        print_json(told)
+        print_json(payload)
     else:
-        _print(told)
+        _print(payload)
 
 
 def doctor(
@@ -100,16 +101,16 @@ def doctor(
     raise typer.Exit(2 if counts["fail"] else 0)
 
 
-def _told(made: Plan, survey: Any, price: float | None) -> dict[str, Any]:  # a Survey, whose module waits
+def _payload(made: Plan, statistics: Statistics, price: float | None) -> dict[str, Any]:
     from pia_batch.journal.log import Journal
-    from pia_batch.planning import cost as estimates
-    from pia_batch.planning import plan_warnings
+    from pia_batch.planning.cost import estimate_bytes, estimate_costs, measure_finished
+    from pia_batch.planning.plan_warnings import warnings_of
     from pia_batch.storage.object_store import Store
 
     config = made.config
     journal = Journal(Store(config.output))
-    found = estimates.measured(journal, made.outcomes.fragments, config, made.engine_ids)
-    costs = estimates.costs(survey, made.num_chosen, config, found)
+    found = measure_finished(journal, made.outcomes.fragments, config, made.engine_ids)
+    costs = estimate_costs(statistics, made.num_selected, config, found)
     actors = config.placement.max_engines
     return {
         "manifest": {
@@ -123,9 +124,9 @@ def _told(made: Plan, survey: Any, price: float | None) -> dict[str, Any]:  # a 
         "rejections": _rejections(made.rejected),
         "finished": len(made.wanted) - made.num_pending - made.num_rejected,
         "pending": made.num_pending,
-        "drawn": made.num_chosen,
+        "selected": made.num_selected,
         "engines": made.engine_ids,
-        "together": _together(survey.work, config.placement.batch_size),
+        "together": _together(statistics.work, config.placement.batch_size),
         "devices": [
             {
                 "device": cost.device,
@@ -136,8 +137,8 @@ def _told(made: Plan, survey: Any, price: float | None) -> dict[str, Any]:  # a 
             }
             for cost in costs
         ],
-        "bytes": list(estimates.num_bytes(survey, made.num_chosen, found)),
-        "warnings": plan_warnings.warnings(config, survey),
+        "bytes": list(estimate_bytes(statistics, made.num_selected, found)),
+        "warnings": warnings_of(config, statistics),
     }
 
 
@@ -160,34 +161,34 @@ def _together(work: pa.Table, batch_size: int) -> list[dict[str, Any]]:
     return [group | {"batches": -(-group["num_rows"] // batch_size)} for group in groups.to_pylist()]
 
 
-def _print(told: dict[str, Any]) -> None:
+def _print(payload: dict[str, Any]) -> None:
     from pia_batch.report import facts
 
-    manifest = told["manifest"]
+    manifest = payload["manifest"]
     out.print(
         f"manifest    {manifest['uri']}  ({manifest['files']} {manifest['format']} files)", soft_wrap=True, markup=False
     )
     out.print(f"rows        {manifest['rows']}")
     for name in ("duplicates", "rejected", "finished", "pending"):
-        out.print(f"{name:12}{told[name]}")
-    if told["drawn"] != told["pending"]:
-        out.print(f"drawn now   {told['drawn']}  (by the budget)")
-    for name, engine_id in told["engines"].items():
+        out.print(f"{name:12}{payload[name]}")
+    if payload["selected"] != payload["pending"]:
+        out.print(f"selected    {payload['selected']}  (by the budget)")
+    for name, engine_id in payload["engines"].items():
         out.print(f"engine      {engine_id}  {name}", markup=False)
-    for group in told["together"][:SHOWN_GROUPS]:
+    for group in payload["together"][:SHOWN_GROUPS]:
         size = f"up to {group['long_side']} px" if group["size"] == "auto" else f"{group['width']} x {group['height']}"
         words = f"{group['num_rows']} rows: {group['model']}, {group['num_frames']} frames, {size}"
         batches = f"{group['batches']} batch{'es' if group['batches'] > 1 else ''}"
         out.print(f"together    {words}; {batches}", soft_wrap=True, markup=False)
-    if len(told["together"]) > SHOWN_GROUPS:
-        out.print(f"            and {len(told['together']) - SHOWN_GROUPS} more kinds of rows")
-    if told["drawn"]:
-        low, high = (facts.size(number) for number in told["bytes"])
+    if len(payload["together"]) > SHOWN_GROUPS:
+        out.print(f"            and {len(payload['together']) - SHOWN_GROUPS} more kinds of rows")
+    if payload["selected"]:
+        low, high = (facts.size(number) for number in payload["bytes"])
         out.print(f"output      {low if low == high else f'{low} to {high}'}")
-        _print_devices(told["devices"])
-    for words in told["warnings"]:
+        _print_devices(payload["devices"])
+    for words in payload["warnings"]:
         out.print(f"warning     {words}", soft_wrap=True, markup=False, style="yellow")
-    for kind, found in told["rejections"].items():
+    for kind, found in payload["rejections"].items():
         out.print(f"\n{kind}  {found['count']}", style="bold")
         for text in found["first"]:
             out.print(f"  {text}", markup=False, soft_wrap=True)

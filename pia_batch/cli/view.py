@@ -144,7 +144,7 @@ def overview(told: dict[str, Any], pace_now: float | None) -> Group:
     """What `status` tells, on a terminal: the last run as `run` itself shows it, then the whole output.
 
     Args:
-        told: as from `status.status`.
+        told: as from `read_status`.
         pace_now: requests a second since the last look; None: there was none.
     """
     seen = snapshot_of(told["run"])
@@ -167,9 +167,9 @@ def status_text(told: dict[str, Any], pace_now: float | None) -> Text:
     """What `status` tells of a whole output, a fact a line; arguments as of `overview`."""
     facts = [("succeeded", str(told["succeeded"])), ("failed", str(told["failed"]))]
     facts += [("", f"{kind}  {count}") for kind, count in told["failures"].items()]
-    if told["due_again"]:
-        note = "(taken back by `verify --repair`; the next run draws them)"
-        facts.append(("due again", f"{told['due_again']}  {note}"))
+    if told["needs_regeneration"]:
+        note = "(removed by `verify --repair`; the next run generates them again)"
+        facts.append(("regenerate", f"{told['needs_regeneration']}  {note}"))
     if pace_now is not None:
         facts.append(("pace", f"{pace_now:.2f} requests/s since the last look"))
     facts += [("last run", _last_run(told["run"])), ("published", told["published"] or "nothing yet")]

@@ -79,9 +79,9 @@ class Budget:
 def selection_limit(plan: Plan) -> LimitReached | None:
     """Return the limit that kept pending requests out of the plan's choice, or None if it chose all of them."""
     budget = plan.config.budget
-    if plan.num_chosen == plan.num_pending:
+    if plan.num_selected == plan.num_pending:
         return None
-    if budget.limit is not None and plan.num_chosen == budget.limit:
+    if budget.limit is not None and plan.num_selected == budget.limit:
         message = f"{budget.limit} requests are processed (budget.limit); start again to continue"
         return LimitReached("limit", message, 4)
     message = f"the sample of {(budget.sample or 1.0):.6g} (budget.sample) is processed"

@@ -32,7 +32,7 @@ from pia_batch.errors import EncodingError, PiaBatchError, StorageError, message
 from pia_batch.journal import layout
 from pia_batch.manifest.reader import Manifest, refuse_output_inside
 from pia_batch.media import codecs
-from pia_batch.planning.capacity import Node, cpus_here, shortage
+from pia_batch.planning.capacity import Node, find_shortage, local_cpus
 from pia_batch.storage.object_store import Store
 from pia_batch.storage.uris import redacted_uri
 from pia_batch.weights.fetching import cache_folder
@@ -358,21 +358,23 @@ def _about_room(place: PlacementConfig, num_gpus: int) -> Iterator[Finding]:
     if address == "local" and num_gpus < place.num_gpus:  # told above
         return
     if address == "local":
-        nodes, where = [Node(cpus_here(), num_gpus)], "this machine"
+        nodes, where = [Node(local_cpus(), num_gpus)], "this machine"
     else:
         nodes, where = _nodes_of(address), f"the cluster at {redacted_uri(address)}"
     if not nodes:
         return
-    short = shortage(place, nodes)
+    short = find_shortage(place, nodes)
     has = f"{where} has {sum(node.cpus for node in nodes):g} CPUs on {len(nodes)} node{'s'[: len(nodes) > 1]}"
     if short is None:
         engines = "one engine" if place.min_engines == 1 else f"{place.min_engines} engines at once"
         yield Finding("ok", "room", f"{has}: enough for {engines}, and to read the manifest beside")
         return
     if address == "local":
-        yield Finding("fail", "room", f"{has}: {short.told}", short.remedy)
+        yield Finding("fail", "room", f"{has}: {short.problem}", short.remedy)
     else:
-        yield Finding("warn", "room", f"{has}: {short.told}", f"{short.remedy}; a cluster that scales may do so itself")
+        yield Finding(
+            "warn", "room", f"{has}: {short.problem}", f"{short.remedy}; a cluster that scales may do so itself"
+        )
 
 
 def _nodes_of(address: str) -> list[Node]:

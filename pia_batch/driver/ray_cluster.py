@@ -65,7 +65,7 @@ def connect(place: PlacementConfig) -> Iterator[None]:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of what it will do one day
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or it prints a warning of every engine's restarts
         # What its workers print is in Ray's session folder; what a request failed of is in its result.
-        options |= {"include_dashboard": False, "log_to_driver": False, "num_cpus": capacity.cpus_here()}
+        options |= {"include_dashboard": False, "log_to_driver": False, "num_cpus": capacity.local_cpus()}
         if place.object_store_mb is not None:
             options["object_store_memory"] = place.object_store_mb * 2**20
     _refuse_silence(address)
@@ -103,7 +103,7 @@ def _handle(handlers: Mapping[signal.Signals, Any]) -> None:
 def _check_room(place: PlacementConfig, *, ours: bool) -> None:
     """Say at once what a run would wait for; of a cluster that may grow by itself only as a warning."""
     nodes = [capacity.Node.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    short = capacity.shortage(place, nodes)
+    short = capacity.find_shortage(place, nodes)
     if short is None:
         return
     if ours:

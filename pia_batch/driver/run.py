@@ -20,15 +20,15 @@ from pia_batch.driver.monitor import RunControls
 from pia_batch.driver.progress import Gauges, Progress
 from pia_batch.driver.run_record import RunRecordWriter
 from pia_batch.errors import ConfigError, PiaBatchError
-from pia_batch.journal import layout, results
+from pia_batch.journal import layout
 from pia_batch.journal.compaction import Compactor
 from pia_batch.journal.lease import Lease
 from pia_batch.journal.log import Journal
+from pia_batch.journal.results import is_published, publish
 from pia_batch.pipeline.attempts_actor import start_attempt_tracker
 from pia_batch.pipeline.chain import chain
 from pia_batch.pipeline.engine_loader import LoadEngines
-from pia_batch.planning import plan as planning
-from pia_batch.planning.plan import Plan, Retry
+from pia_batch.planning.plan import Plan, Retry, find_published_run, make_plan, run_ids_of
 from pia_batch.schema.run_record import RunRecord, RunSummary
 from pia_batch.storage.object_store import Store
 
@@ -128,9 +128,9 @@ class Run:
     def _make_plan(self) -> str | None:
         """Plan the run; return the id of the run that has published all of it already, or None."""
         with self._writer.phase("planning"):
-            self._plan = planning.make(self._config, retry=self._retry)
+            self._plan = make_plan(self._config, retry=self._retry)
             self._writer.set_plan(self._plan)
-            published = None if self._plan.num_pending else self._plan.published
+            published = None if self._plan.num_pending else find_published_run(self._plan)
         if published is None:
             self._run_id = _run_id_of(self._config, self._store)
         return published
@@ -151,7 +151,7 @@ class Run:
         plan = self._plan
         done_before = len(plan.wanted) - plan.num_pending
         self._progress = Progress(
-            self._config, self._run_id, total=done_before + plan.num_chosen, done_before=done_before
+            self._config, self._run_id, total=done_before + plan.num_selected, done_before=done_before
         )
         self._controls = RunControls(
             self._config, self._progress, self._on_progress, self._stop, lease, self._budget, plan.num_failed
@@ -168,8 +168,8 @@ class Run:
         for rejected in plan.rejections_to_commit(self._run_id):
             self._journal.append(rejected)
         log.info(
-            "run_planned run_id=%s requests=%d pending=%d chosen=%d rejected=%d duplicates=%d",
-            *(self._run_id, len(plan.wanted), plan.num_pending, plan.num_chosen, plan.num_rejected),
+            "run_planned run_id=%s requests=%d pending=%d selected=%d rejected=%d duplicates=%d",
+            *(self._run_id, len(plan.wanted), plan.num_pending, plan.num_selected, plan.num_rejected),
             plan.num_duplicates,
         )
 
@@ -177,7 +177,7 @@ class Run:
         """Generate and commit the chosen requests; return the limit that ended the run early, or None."""
         plan = self._plan
         limit = self._controls.limit_reached() if plan.num_pending else None
-        if limit is not None or not plan.num_chosen:
+        if limit is not None or not plan.num_selected:
             return limit
         self._on_progress(self._progress)
         with self._writer.phase("generating"), ray_cluster.connect(self._config.placement):
@@ -189,7 +189,7 @@ class Run:
         outcomes = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         self._progress.enter("generating")
         observers: tuple[Callable[[Progress], None], ...] = (
-            lambda progress: self._compactor.see(progress.computed),
+            lambda progress: self._compactor.record_committed(progress.computed),
             self._writer.write_progress,
             Gauges().set,
         )
@@ -218,7 +218,7 @@ class Run:
                 left = max(plan.num_pending - progress.computed, len(plan.wanted) - len(outcomes.keys))
             if not left:
                 facts = {"manifest": self._writer.record.manifest}
-                results.publish(self._journal, outcomes, plan.wanted, plan.carried, self._run_id, facts)
+                publish(self._journal, outcomes, plan.wanted, plan.carried, self._run_id, facts)
         progress.enter("stopped" if left else "finished")
         self._on_progress(progress)
         return self._writer.finish(outcomes, self._run_id, limit if left else None, left)
@@ -252,8 +252,8 @@ def _run_id_of(config: RunConfig, store: Store) -> str:
         )
         raise ConfigError(msg)
     if config.run_date is not None:
-        return next(name for name in planning.names_of(run_id) if not results.is_published(store, name))
-    if results.is_published(store, run_id):
+        return next(name for name in run_ids_of(run_id) if not is_published(store, name))
+    if is_published(store, run_id):
         msg = f"run_id: {run_id} has complete results already, and requests are pending now; choose another id"
         raise ConfigError(msg)
     return run_id

@@ -90,7 +90,7 @@ class RunRecordWriter:
         record.output = redacted_uri(Store(plan.config.output).uri)
         record.rows = plan.manifest.num_rows
         record.pending = plan.num_pending
-        record.chosen = plan.num_chosen
+        record.selected = plan.num_selected
         record.rejected = plan.num_rejected
         record.duplicates = plan.num_duplicates
 

@@ -1,10 +1,10 @@
-"""What lies below an output and nobody names: found at any time, removed only on demand, and never during a run.
+"""Garbage collection: finds objects under an output that are no longer used. They are deleted on demand only.
 
-Six sorts: animations that no result names (a worker died between the file and its commit, or a request was drawn by a
-zombie), what killed writers have left on a local disk, old generations of the lease, results that never became
-complete, and what was replaced in the journal's index and in the scans of manifests. What the journal or the newest
-published results name is never garbage, nor is anything that this package did not name itself, and nothing younger than
-the age that the operator gives: it may belong to something that goes on.
+There are six kinds: animations that no result names (a worker died between storing and committing one, or outlived its
+run), unfinished files of killed writers on a local disk, old generations of the lease, results that were never
+completed, and replaced parts of the journal's index and of the scan caches. Three things are never garbage: objects
+that the journal or the newest published results name, objects whose name is not one of this package's, and objects
+younger than the age that the operator gives, because they may belong to active work. Nothing is deleted during a run.
 """
 
 from __future__ import annotations
@@ -20,57 +20,58 @@ import pyarrow as pa
 
 from pia_batch.journal import layout, pack_index
 from pia_batch.journal.log import Journal
-from pia_batch.journal.results import latest
+from pia_batch.journal.results import read_latest
 from pia_batch.schema.keys import KEY_BYTES, Keys, KeySet, keys_from_hex
 from pia_batch.storage.object_store import ObjectInfo, Store
 
-Sort = Literal["animations", "staged", "leases", "results", "index", "scans"]
+GarbageKind = Literal["animations", "staged", "leases", "results", "index", "scans"]
 
-SORTS: dict[Sort, str] = {
+GARBAGE_KINDS: dict[GarbageKind, str] = {
     "animations": "animations that no result names",
     "staged": "unfinished files of killed writers",
     "leases": "old generations of the lease",
     "results": "results that were never completed",
-    "index": "parts of the journal's index that newer ones replace",
-    "scans": "scans of manifests that changed since",
+    "index": "replaced parts of the journal's index",
+    "scans": "scans of manifests that have changed",
 }
 
 KEPT_LEASES = 3
-"""The newest generations stay: the holder's name, and what a run that was late by one would collide with."""
+"""Newest generations that stay: the current one, and earlier ones with which a delayed run must collide."""
 
 DELETE_THREADS = 16
 
 _WINDOW = 10_000
-"""Objects that are compared with the journal at a time: what a listing needs of memory."""
+"""Objects that are compared with the journal at a time, which bounds the memory of a listing."""
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """An object that nobody names."""
+    """Object that is no longer used."""
 
-    sort: Sort
-    found: ObjectInfo
+    kind: GarbageKind
+    info: ObjectInfo
 
 
-def find(journal: Journal, before_s: float) -> Iterator[Garbage]:
-    """Everything below the output that nobody names and that was last written before a moment.
+def find_garbage(journal: Journal, before_s: float) -> Iterator[Garbage]:
+    """Find the objects under the output that are no longer used and were last written before a moment.
 
-    Memory grows with the journal, by about 230 bytes for each finished request, and not with what the listings hold.
+    Memory grows with the journal, by about 230 bytes per finished request, and not with the number of listed objects.
 
     Args:
-        journal: of the output.
-        before_s: seconds since 1970, by the store's clock.
+        journal: Journal of the output.
+        before_s: That moment, in seconds since 1970 by the store's clock.
 
     Raises:
-        StorageError: the store refused or did not answer, or a fragment is damaged: then nobody knows what is named.
+        StorageError: the store refused the request or did not answer, or a fragment is damaged, so that it is unknown
+            which objects are used.
     """
     store = journal.store
-    named = _Named(journal)
+    used = _UsedKeys(journal)
 
     def old(item: ObjectInfo) -> bool:
         return item.modified_s is not None and item.modified_s < before_s
 
-    orphans = _animations(filter(old, store.list(layout.ANIMATIONS)), named)
+    orphans = _unused_animations(filter(old, store.list(layout.ANIMATIONS)), used)
     yield from (Garbage("animations", item) for item in orphans)
     for prefix in layout.PREFIXES:
         yield from (Garbage("staged", item) for item in filter(old, store.staged(prefix)))
@@ -80,24 +81,24 @@ def find(journal: Journal, before_s: float) -> Iterator[Garbage]:
     yield from (Garbage("scans", item) for item in filter(old, _unused_scans(store)))
 
 
-def delete(store: Store, garbage: Iterable[Garbage], check: Callable[[], None]) -> Iterator[Garbage]:
-    """Remove what `find` found, several objects at a time, and yield each once it is gone.
+def delete_garbage(store: Store, garbage: Iterable[Garbage], check: Callable[[], None]) -> Iterator[Garbage]:
+    """Delete garbage, several objects at a time, and yield each object after it is gone.
 
     Args:
-        store: the output.
-        garbage: of that output.
-        check: called before every few objects; raises if a run has come.
+        store: Output.
+        garbage: Garbage of that output, as `find_garbage` found it.
+        check: Function to call before every batch of objects; it raises if a run has started.
     """
     found = iter(garbage)
     while batch := list(itertools.islice(found, 8 * DELETE_THREADS)):
         check()
-        for _ in store.each(lambda item: store.delete(item.found.name), batch, DELETE_THREADS):
+        for _ in store.each(store.delete, [item.info.name for item in batch], DELETE_THREADS):
             pass
         yield from batch
 
 
-class _Named:
-    """The keys whose animation somebody names, looked up again where somebody may have named more meanwhile."""
+class _UsedKeys:
+    """Keys whose animation the journal or the newest results name; follows commits that are made meanwhile."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -106,21 +107,21 @@ class _Named:
         self._fragments = set(outcomes.fragments)
         self._keys = KeySet.of(np.concatenate([outcomes.keys[outcomes.succeeded], published]))
 
-    def misses(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Which of `keys` nobody names now; bool, shape (n,)."""
-        missed = ~self._keys.contains(keys)
-        if not missed.any():
-            return missed
+    def unused(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """Return a mask of the keys that are not in use now; bool, shape (n,)."""
+        unused = ~self._keys.contains(keys)
+        if not unused.any():
+            return unused
         # A worker that outlived its run may have committed some since.
         new = sorted(set(self._journal.fragments()) - self._fragments)
         for table in self._journal.read(new, ["key"]):
-            missed &= ~KeySet.of(keys_from_hex(table["key"])).contains(keys)
-        return missed
+            unused &= ~KeySet.of(keys_from_hex(table["key"])).contains(keys)
+        return unused
 
 
 def _published_keys(journal: Journal) -> Keys:
-    """The keys of the newest complete results, be they withdrawn since: their readers look there."""
-    newest = latest(journal.store)
+    """Read the keys of the newest complete results, tombstones or not: readers of those results use the animations."""
+    newest = read_latest(journal.store)
     keys = [np.empty(0, dtype=f"V{KEY_BYTES}")]
     if newest is not None:
         listed = journal.store.list(f"{layout.results_folder(newest['run_id'])}/")
@@ -129,15 +130,15 @@ def _published_keys(journal: Journal) -> Keys:
     return np.concatenate(keys)
 
 
-def _animations(listed: Iterable[ObjectInfo], named: _Named) -> Iterator[ObjectInfo]:
+def _unused_animations(listed: Iterable[ObjectInfo], used: _UsedKeys) -> Iterator[ObjectInfo]:
     matched = ((key, item) for item in listed if (key := layout.animation_key(item.name)))
     while window := list(itertools.islice(matched, _WINDOW)):
-        missed = named.misses(keys_from_hex(pa.array([key for key, _ in window], pa.string())))
-        yield from (item for (_, item), nobody in zip(window, missed, strict=True) if nobody)
+        unused = used.unused(keys_from_hex(pa.array([key for key, _ in window], pa.string())))
+        yield from (item for (_, item), is_unused in zip(window, unused, strict=True) if is_unused)
 
 
 def _old_leases(store: Store) -> Iterator[ObjectInfo]:
-    """All generations but the newest few, found in one listing that is not kept."""
+    """Yield all generations of the lease but the newest KEPT_LEASES, from one listing that is not kept in memory."""
     newest: list[ObjectInfo] = []
     for item in store.list(layout.LEASES):
         if layout.lease_generation(item.name) is not None:
@@ -147,8 +148,8 @@ def _old_leases(store: Store) -> Iterator[ObjectInfo]:
 
 
 def _incomplete_results(store: Store, old: Callable[[ObjectInfo], bool]) -> Iterator[ObjectInfo]:
-    """The objects of every results folder that has no `_SUCCESS.json`, where all of them are old."""
-    newest = latest(store)
+    """Yield the objects of every results folder without `_SUCCESS.json` in which all objects are old."""
+    newest = read_latest(store)
     folders: dict[str, list[ObjectInfo]] = {}
     for item in store.list(layout.RESULTS):
         if run_id := layout.results_run_id(item.name):

@@ -1,12 +1,12 @@
-"""Packs: many small entries of an output held in few large objects, so that a reader asks for megabytes, not for each.
+"""Index of packs: many small entries of an output in few large objects, so that a reader requests megabytes at a time.
 
-A *pack* is an immutable Parquet table with one row for each entry, named by its content. A *head*,
-`<generation>-<hash>.json`, names the packs that count; of all heads the newest that can be read does. Small packs are
-merged into larger ones as entries come, so that there are few of either.
+A *pack* is an immutable Parquet table with one row per entry, named by its content. A *head*,
+`<generation>-<hash>.json`, names the packs that count; the newest readable head counts. Small packs are merged into
+larger ones as entries are added, so that both small and large packs stay few.
 
-Nothing here is the only truth: whoever uses an index can do without it. What is missing, damaged or foreign is left out
-with a warning. Everything is created by a conditional PUT and nothing is changed, so two writers at once leave two
-heads, of which one is read; what only the other has is an entry that is not indexed yet.
+An index only repeats what is stored elsewhere, so its users can do without it. Objects that are missing, damaged or
+foreign are ignored with a warning. Everything is created by a conditional PUT and nothing is changed. Two writers at
+the same time therefore leave two heads, of which one is read; entries that only the other one has are not indexed yet.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from pia_batch.storage.object_store import ObjectInfo, Store
 log = logging.getLogger(__name__)
 
 PACK_BYTES = 16 * 2**20
-"""What one pack holds at most, unless a single entry is larger. Packs of less than half are merged as others come."""
+"""Maximum size of a pack, unless a single entry is larger. Packs below half of it are merged as entries are added."""
 
 READ_THREADS = 4
-"""Packs asked for at a time, which are 64 MB in memory."""
+"""Packs that are requested at a time; they take 64 MB of memory."""
 
 KEPT_HEADS = 2
-"""The newest heads, whose packs a reader may just be asking for."""
+"""Number of newest heads that are kept, because a reader may be requesting their packs."""
 
 _HEAD = re.compile(r"[0-9]{12}-[0-9a-f]{32}\.json")
 _PACK = re.compile(r"[0-9a-f]{32}\.parquet")
@@ -44,7 +44,7 @@ _PACK = re.compile(r"[0-9a-f]{32}\.parquet")
 
 @dataclass(frozen=True)
 class Pack:
-    """An object of the index: its name below the index's prefix, and its size in bytes, as stored."""
+    """Pack of an index: its name under the index's prefix, and its stored size in bytes."""
 
     name: str
     num_bytes: int
@@ -52,24 +52,24 @@ class Pack:
 
 @dataclass(frozen=True)
 class Head:
-    """The packs that count; generation 0 is an index that does not exist yet."""
+    """Packs that count; generation 0 stands for an index that does not exist yet."""
 
     generation: int = 0
     packs: tuple[Pack, ...] = ()
 
 
-class Index:
-    """The packs below one prefix of an output. The first column of `schema` is the entry's name, a string."""
+class PackIndex:
+    """Packs under one prefix of an output. The first column of `schema` is the entry's name, a string."""
 
     def __init__(self, store: Store, prefix: str, schema: pa.Schema) -> None:
         self._store, self._prefix, self._schema = store, prefix, schema
         self._entries: dict[Pack, pa.Array] = {}
 
     def head(self) -> Head:
-        """The newest head that can be read.
+        """Read the newest readable head.
 
         Raises:
-            StorageError: the store refused or did not answer.
+            StorageError: the store refused the request or did not answer.
         """
         names = (item.name.removeprefix(self._prefix) for item in self._store.list(self._prefix))
         for name in sorted(filter(_HEAD.fullmatch, names), reverse=True):
@@ -79,10 +79,10 @@ class Index:
         return Head()
 
     def tables(self, head: Head) -> Iterator[pa.Table]:
-        """The packs that can be read, several asked for at a time; those that cannot are missing.
+        """Read the packs, several at a time; packs that cannot be read are left out.
 
         Raises:
-            StorageError: the store refused or did not answer.
+            StorageError: the store refused the request or did not answer.
         """
         for pack, table in zip(head.packs, self._read_packs(head.packs), strict=True):
             if table is not None:
@@ -90,7 +90,7 @@ class Index:
                 yield table
 
     def entries(self, head: Head) -> pa.ChunkedArray:
-        """The names of all entries of `head`. A pack is read for them only once, whatever heads it is in."""
+        """Return the names of all entries of `head`; each pack is read only once for this, even for several heads."""
         new = [pack for pack in head.packs if pack not in self._entries]
         for pack, table in zip(new, self._read_packs(tuple(new)), strict=True):
             if table is not None:
@@ -99,16 +99,16 @@ class Index:
         return pa.chunked_array(known, pa.string())
 
     def extend(self, head: Head, entries: pa.Table) -> Head:
-        """Add entries to those of `head`, whose small packs are merged with them, and give the new head.
+        """Add entries to those of `head`, merge its small packs with them, and return the new head.
 
-        Packs that cannot be read any more are dropped, and with them their entries.
+        Packs that can no longer be read are dropped with their entries.
 
         Args:
-            head: as it was read, or as this returned it.
-            entries: rows of the schema, of which none is in `head`.
+            head: Head that `head` or this method returned.
+            entries: Rows of the schema, none of which is in `head`.
 
         Raises:
-            StorageError: the store refused or did not answer.
+            StorageError: the store refused the request or did not answer.
         """
         small = tuple(pack for pack in head.packs if pack.num_bytes < PACK_BYTES // 2)
         self.entries(Head(head.generation, tuple(pack for pack in head.packs if pack not in small)))
@@ -116,12 +116,12 @@ class Index:
         merged = pa.concat_tables([*self.tables(Head(packs=small)), entries.cast(self._schema)])
         written = [self._write_pack(part) for part in _parts(merged)]
         new = Head(head.generation + 1, (*kept, *written))
-        said = json.dumps({"packs": [[pack.name, pack.num_bytes] for pack in new.packs]}).encode()
-        self._create(f"{new.generation:012d}-{_hash(said)}.json", said)
+        data = json.dumps({"packs": [[pack.name, pack.num_bytes] for pack in new.packs]}).encode()
+        self._create(f"{new.generation:012d}-{_hash(data)}.json", data)
         return new
 
     def _read_packs(self, packs: tuple[Pack, ...]) -> Iterator[pa.Table | None]:
-        """One table for each pack, in order, None for one that cannot be read."""
+        """Yield one table per pack, in order; None for a pack that cannot be read."""
         names = [self._prefix + pack.name for pack in packs]
         done = 0
         while done < len(packs):
@@ -147,7 +147,7 @@ class Index:
 
     def _write_pack(self, table: pa.Table) -> Pack:
         sink = pa.BufferOutputStream()
-        # Keys are random: what can be made smaller are the columns beside them.
+        # Keys are random and do not compress; the other columns do.
         large = {item.name for item in self._schema if pa.types.is_large_binary(item.type)}
         compression = {item.name: "none" if item.name in large else "zstd" for item in self._schema}
         pq.write_table(table, sink, compression=compression, use_dictionary=False, write_statistics=False)
@@ -160,8 +160,8 @@ class Index:
     def _create(self, name: str, data: bytes) -> None:
         try:
             self._store.create(self._prefix + name, data)
-        except ObjectExistsError:  # named by its content: somebody else has written the same
-            log.info("index_exists name=%s%s", self._prefix, name)
+        except ObjectExistsError:  # named by its content: another writer has stored the same
+            log.info("pack_found name=%s%s", self._prefix, name)
 
 
 def superseded(store: Store, prefix: str) -> Iterator[ObjectInfo]:
@@ -194,11 +194,11 @@ def _read_head(store: Store, prefix: str, name: str) -> Head | None:
 
 
 def _warn(name: str) -> None:
-    log.warning("index_damaged name=%s: left out; what it held is read where it came from", name)
+    log.warning("index_damaged name=%s: ignored; its entries are read from their source", name)
 
 
 def _parts(table: pa.Table) -> Iterator[pa.Table]:
-    """The rows of `table` in tables of at most PACK_BYTES, or one row."""
+    """Split a table into tables of at most PACK_BYTES, or of one row."""
     ends = np.cumsum(_row_bytes(table))
     start = 0
     while start < len(table):
@@ -209,7 +209,7 @@ def _parts(table: pa.Table) -> Iterator[pa.Table]:
 
 
 def _row_bytes(table: pa.Table) -> npt.NDArray[np.int64]:
-    """What each row needs, without what is small in all of them."""
+    """Return the approximate size of each row in bytes."""
     sizes = np.full(len(table), 32, np.int64)
     for column in table.columns:
         if pa.types.is_large_binary(column.type):

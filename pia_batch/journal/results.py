@@ -1,7 +1,7 @@
-"""The results that are published from a journal: one row for every request of a manifest, or nothing at all.
+"""Results that are published from a journal: one row for every request of a manifest, or nothing at all.
 
-What this needs of memory beside the keys does not grow with their number: rows are read fragment by fragment, and what
-has to be compared with the listing of the animations waits in a file on the local disk, sorted by folder.
+Apart from the keys, the memory that this needs does not grow with the number of requests. Rows are read fragment by
+fragment, and what is compared with the listing of the animations is kept in a file on the local disk, sorted by folder.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from pia_batch.storage.object_store import Store
 log = logging.getLogger(__name__)
 
 PART_ROWS = 100_000
-"""Rows of one published Parquet file."""
+"""Number of rows of one published Parquet file."""
 
 LIST_THREADS = 8
-"""Folders of animations, of which there are 256, that are listed at a time: ten million objects are 10,000 pages."""
+"""Folders of animations, of 256, that are listed at a time: ten million objects are 10,000 pages of a listing."""
 
 
 @dataclass(frozen=True)
-class Published:
-    """A complete set of results."""
+class PublishedResults:
+    """Complete results of a run."""
 
     run_id: str
     num_requests: int
@@ -50,22 +50,22 @@ class Published:
 
 def publish(
     journal: Journal, outcomes: Outcomes, wanted: KeySet, carried: pa.Schema, run_id: str, about: dict[str, Any]
-) -> Published:
-    """Write `results/<run_id>/`: one row for every wanted key, then `_SUCCESS.json`, then point LATEST.json at it.
+) -> PublishedResults:
+    """Write `results/<run_id>/`: one row for every wanted key, then `_SUCCESS.json`; then point LATEST.json at it.
 
-    Doing it again with the same run id gives the same files.
+    Repeating it with the same run id writes the same files.
 
     Args:
-        journal: where the rows come from.
-        outcomes: what the journal says now.
-        wanted: the keys of the run's manifest.
-        carried: the manifest's own columns, which follow those of RESULT.
-        run_id: names the folder.
-        about: what `_SUCCESS.json` tells besides, such as the manifest's URI.
+        journal: Journal that has the rows.
+        outcomes: Its current outcomes.
+        wanted: Keys of the run's manifest.
+        carried: Columns that are carried from the manifest; they follow those of RESULT.
+        run_id: Name of the folder.
+        about: Further fields of `_SUCCESS.json`, such as the manifest's URI.
 
     Raises:
-        AccountingError: a request without a result, or a succeeded one whose animation is missing or has another size.
-            Nothing is published then: there may be parts, and no `_SUCCESS.json`.
+        AccountingError: a request has no result, or the animation of a succeeded one is missing or has another size.
+            Nothing is published then: there may be parts, but no `_SUCCESS.json`.
     """
     outcomes = outcomes.of(wanted)
     missing = len(wanted) - len(outcomes.keys)
@@ -75,9 +75,9 @@ def publish(
     schema = pa.schema([*RESULT, *carried])
     counts = {"succeeded": 0, "failed": 0}
     parts = []
-    written = _Tally()
+    written = _KeyChecksum()
     with tempfile.TemporaryFile() as disk:
-        expected = _Expected(disk)
+        expected = _ExpectedAnimations(disk)
         for index, part in enumerate(_parts(journal.winning_rows(outcomes), schema)):
             expected.add(part)
             name = layout.results_part(run_id, index)
@@ -87,7 +87,7 @@ def publish(
             for status in counts:
                 counts[status] += pc.sum(pc.equal(part["status"], status)).as_py() or 0
         expected.check(journal.store)
-    if written != _Tally.of(wanted):
+    if written != _KeyChecksum.of(wanted):
         msg = (
             f"the index {journal.store.uri_of(layout.FRAGMENT_INDEX)} does not match the rows of the fragments in "
             f"{journal.store.uri_of(layout.FRAGMENTS)}; delete the index and start the run again"
@@ -98,11 +98,11 @@ def publish(
     journal.store.replace(layout.success_marker(run_id), to_json(state))
     journal.store.replace(layout.LATEST_RESULTS, to_json({"run_id": run_id, "digest": state["digest"]}))
     uri = journal.store.uri_of(layout.results_folder(run_id))
-    return Published(run_id, len(wanted), counts["succeeded"], counts["failed"], uri)
+    return PublishedResults(run_id, len(wanted), counts["succeeded"], counts["failed"], uri)
 
 
-def published(store: Store, run_id: str) -> dict[str, Any] | None:
-    """What `_SUCCESS.json` says of this run, or None: it has no complete results."""
+def read_success_marker(store: Store, run_id: str) -> dict[str, Any] | None:
+    """Return the content of a run's `_SUCCESS.json`, or None if the run has no complete results."""
     try:
         return dict(json.loads(store.read(layout.success_marker(run_id))))
     except FileNotFoundError:
@@ -110,12 +110,12 @@ def published(store: Store, run_id: str) -> dict[str, Any] | None:
 
 
 def is_published(store: Store, run_id: str) -> bool:
-    """Whether the results of this run are complete."""
-    return published(store, run_id) is not None
+    """Return whether the results of this run are complete; reads the store."""
+    return read_success_marker(store, run_id) is not None
 
 
-def latest(store: Store) -> dict[str, Any] | None:
-    """What `results/LATEST.json` says, or None before the first complete run."""
+def read_latest(store: Store) -> dict[str, Any] | None:
+    """Return the content of `results/LATEST.json`, or None before the first complete run."""
     try:
         return dict(json.loads(store.read(layout.LATEST_RESULTS)))
     except FileNotFoundError:
@@ -123,7 +123,7 @@ def latest(store: Store) -> dict[str, Any] | None:
 
 
 def _parts(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
-    """The same rows in tables of PART_ROWS, sorted by request within each."""
+    """Yield the same rows in tables of PART_ROWS, each sorted by request."""
     waiting: list[pa.Table] = []
     num_rows = 0
     for table in tables:
@@ -139,7 +139,7 @@ def _parts(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
 
 
 def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """`table` in the columns of `schema`; an older fragment may lack carried columns, or have them in other types."""
+    """Return `table` with the columns of `schema`; an older fragment may lack carried columns or have other types."""
     if table.schema.equals(schema):
         return table
     columns = []
@@ -148,50 +148,50 @@ def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
         try:
             columns.append(column.cast(wanted.type))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            log.warning("carried_column_changed name=%s was=%s is=%s", wanted.name, column.type, wanted.type)
+            log.warning("carried_column_changed name=%s old=%s new=%s", wanted.name, column.type, wanted.type)
             columns.append(pa.nulls(len(table), wanted.type))
     return pa.table(columns, schema=schema)
 
 
 def _sorted(table: pa.Table) -> pa.Table:
-    table = table.combine_chunks()  # to take rows out of a thousand chunks is slow
+    table = table.combine_chunks()  # taking rows from a thousand chunks is slow
     return table.sort_by([("request_id", "ascending"), ("key", "ascending")])
 
 
 @dataclass
-class _Tally:
-    """How many keys there are, and sums over them: the same for the same keys in any order, and hardly for others."""
+class _KeyChecksum:
+    """Number of keys and sums over them: equal for the same keys in any order, and practically never for others."""
 
     num_keys: int = 0
     high: int = 0
     low: int = 0
 
     @classmethod
-    def of(cls, keys: KeySet) -> _Tally:
-        """Of all members."""
-        tally = cls()
-        tally.add(keys.high, keys.low)
-        return tally
+    def of(cls, keys: KeySet) -> _KeyChecksum:
+        """Return the checksum of all members."""
+        checksum = cls()
+        checksum.add(keys.high, keys.low)
+        return checksum
 
     def add(self, high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> None:
-        """Count these keys, given as `keys.halves` gives them."""
+        """Add these keys, given as `keys.halves` returns them."""
         self.num_keys += len(high)
         self.high = (self.high + int(high.sum())) % 2**64
         self.low = (self.low + int(low.sum())) % 2**64
 
 
-class _Expected:
-    """The animations that results tell of, in one file on the local disk, in chunks of one folder each."""
+class _ExpectedAnimations:
+    """Animations that results name, in one file on the local disk, in chunks of one folder each."""
 
     _SCHEMA = pa.schema([("name", pa.string()), ("num_bytes", pa.int64()), ("request_id", pa.string())])
 
     def __init__(self, disk: BinaryIO) -> None:
         self._disk = disk
         self._chunks: dict[str, list[tuple[int, int]]] = {}
-        """By folder: where its chunks begin and end."""
+        """Start and end offsets of the chunks in the file, by folder."""
 
     def add(self, part: pa.Table) -> None:
-        """Remember the succeeded rows."""
+        """Add the succeeded rows."""
         rows = part.filter(pc.equal(part["status"], SUCCEEDED))
         names = pa.array(map(layout.animation_name_in, rows["animation_uri"].to_pylist()), pa.string())
         table = pa.table([names, rows["num_bytes"], rows["request_id"]], schema=self._SCHEMA).sort_by("name")
@@ -204,10 +204,10 @@ class _Expected:
             self._chunks.setdefault(folder, []).append((begin, self._disk.tell()))
 
     def check(self, store: Store) -> None:
-        """Compare with what is stored.
+        """Compare with the stored objects.
 
         Raises:
-            AccountingError: the first animation that is missing or has another size.
+            AccountingError: an animation is missing or has another size; the first one is reported.
         """
         self._disk.flush()
         for problem in store.each(lambda folder: self._problem(store, folder), sorted(self._chunks), LIST_THREADS):
@@ -224,9 +224,9 @@ class _Expected:
                 if size != num_bytes:
                     found = "is missing" if size is None else f"has {size} bytes"
                     return (
-                        f"animation {store.uri_of(name)} of request {request_id!r} {found}, its result says "
-                        f"{num_bytes} bytes; `pia-batch verify --repair` finds all such, and the run after it draws "
-                        "them again"
+                        f"animation {store.uri_of(name)} of request {request_id!r} {found}, its result states "
+                        f"{num_bytes} bytes; `pia-batch verify --repair` finds all such animations, and the next run "
+                        "generates them again"
                     )
         return None
 

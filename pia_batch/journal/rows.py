@@ -1,4 +1,4 @@
-"""The rows of fragments in arrays, and as entries of the journal's index: key, status and error kind of each."""
+"""Rows of fragments as arrays, and as entries of the journal's index: key, status and error kind of each row."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from pia_batch.schema.keys import KEY_BYTES, Keys, KeySet, keys_from_hex
 
 NO_KEYS: Keys = np.empty(0, dtype=f"V{KEY_BYTES}")
 
-INDEXED = pa.schema(
+INDEX_ENTRY = pa.schema(
     [
         ("fragment", pa.string()),
-        ("keys", pa.large_binary()),  # 16 bytes for each row
+        ("keys", pa.large_binary()),  # 16 bytes per row
         ("others", pa.list_(pa.struct([("row", pa.int32()), ("succeeded", pa.bool_()), ("error_kind", pa.string())]))),
     ]
 )
-"""An entry of the index: what one fragment has. `others` are the rows that did not simply succeed."""
+"""Columns of an index entry, which describes one fragment. `others` are the rows that failed or have an error kind."""
 
-READ = ["key", "status", "error_kind"]
-"""The columns of a fragment that an entry is made of."""
+ENTRY_COLUMNS = ["key", "status", "error_kind"]
+"""Columns of a fragment that its index entry is made from."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of fragments, in no particular order; all arrays of shape (n,)."""
+    """Rows of fragments, in no particular order; all arrays have shape (n,)."""
 
     keys: Keys
     succeeded: npt.NDArray[np.bool_]
@@ -39,21 +39,26 @@ class Rows:
     kind: npt.NDArray[np.int16]
     kinds: tuple[str | None, ...]
 
-    def without(self, withdrawn: dict[str, KeySet], names: Sequence[str]) -> Rows:
-        """The rows that were not taken back."""
+    def without(self, tombstones: dict[str, KeySet], names: Sequence[str]) -> Rows:
+        """Return the rows that no tombstone removes.
+
+        Args:
+            tombstones: Removed keys, by fragment name.
+            names: Fragment names, which `fragment` indexes.
+        """
         keep = np.ones(len(self.keys), dtype=bool)
-        numbers = {name: number for number, name in enumerate(names) if name in withdrawn}
+        numbers = {name: number for number, name in enumerate(names) if name in tombstones}
         suspects = np.flatnonzero(np.isin(self.fragment, list(numbers.values()))) if numbers else np.empty(0, np.int64)
         for name, number in numbers.items():
             rows = suspects[self.fragment[suspects] == number]
-            keep[rows] = ~withdrawn[name].contains(self.keys[rows])
+            keep[rows] = ~tombstones[name].contains(self.keys[rows])
         if keep.all():
             return self
         return Rows(self.keys[keep], self.succeeded[keep], self.fragment[keep], self.kind[keep], self.kinds)
 
 
-class RowsOf:
-    """Gathers the rows of certain fragments from entries of the index."""
+class RowCollector:
+    """Collects the rows of given fragments from index entries."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = pa.array(names, pa.string())
@@ -62,13 +67,13 @@ class RowsOf:
         self._parts: list[tuple[Keys, npt.NDArray[np.bool_], npt.NDArray[np.int32], npt.NDArray[np.int16]]] = []
 
     @property
-    def left(self) -> list[str]:
-        """The fragments that no entry has spoken of."""
-        left: list[str] = self._names.filter(pa.array(~self._found)).to_pylist()
-        return left
+    def missing(self) -> list[str]:
+        """Names of the fragments whose entries were not added yet."""
+        missing: list[str] = self._names.filter(pa.array(~self._found)).to_pylist()
+        return missing
 
     def add(self, entries: pa.Table) -> None:
-        """Take the entries of fragments that are asked for and not known yet."""
+        """Add the entries of missing fragments, and ignore all others."""
         at = pc.fill_null(pc.index_in(entries["fragment"], value_set=self._names), -1).to_numpy()
         numbers, first = np.unique(at, return_index=True)
         numbers, first = numbers[numbers >= 0], first[numbers >= 0]
@@ -96,23 +101,24 @@ class RowsOf:
         coded: npt.NDArray[np.int16] = np.array(codes, np.int16)[encoded.indices.to_numpy()]
         return coded
 
-    def all(self) -> Rows:
-        """What was added; nothing is left of it here."""
+    def take_all(self) -> Rows:
+        """Return the rows that were added, and remove them from this collector."""
         nothing = (NO_KEYS, np.empty(0, dtype=bool), np.empty(0, np.int32), np.empty(0, np.int16))
         columns = [list(parts) for parts in zip(nothing, *self._parts, strict=True)]
-        self._parts.clear()  # and each column's parts once they are joined: those of ten million keys have 160 MB
+        # Free each column's parts as soon as they are joined: the keys of ten million rows take 160 MB.
+        self._parts.clear()
         keys, succeeded, fragment, kind = (np.concatenate(columns.pop(0)) for _ in nothing)
         return Rows(keys, succeeded, fragment, kind, tuple(self._kinds))
 
 
 def _joined(column: pa.LargeBinaryArray) -> Keys:
-    """The keys of all values, one after the other."""
+    """Return the keys of all values, one after the other."""
     offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
     return np.frombuffer(memoryview(column.buffers()[2] or b"")[offsets[0] : offsets[-1]], dtype=f"V{KEY_BYTES}")
 
 
-def entry(name: str, table: pa.Table) -> dict[str, Any]:
-    """The index's entry of a fragment; `table` has its columns READ."""
+def index_entry(name: str, table: pa.Table) -> dict[str, Any]:
+    """Return the index entry of a fragment; `table` has its ENTRY_COLUMNS."""
     succeeded = np.asarray(pc.equal(table["status"], SUCCEEDED), dtype=bool)
     plain = succeeded & np.asarray(pc.is_null(table["error_kind"]), dtype=bool)
     kinds = table["error_kind"]

@@ -33,7 +33,7 @@ def chain(
     config, folder, store = plan.config, plan.manifest.folder, Store(plan.config.output)
     ray_data.configure()
     validate = stages.Validate(config, plan.engine_ids, keep_rejected=False)
-    drop_finished = stages.DropFinished(plan.settled, plan.chosen)
+    drop_finished = stages.DropFinished(plan.skipped, plan.selected)
     fetch = stages.FetchImages(config.images, folder)
     animate = {
         "load_engines": load_engines or EngineLoader.of(config),
@@ -51,7 +51,7 @@ def chain(
     requests = _with_repeats(requests, plan)
     requests = _by_priority(requests, config)
     requests = _arranged(requests, plan)
-    batches = batching.batches_per_task(config, plan.num_chosen)
+    batches = batching.batches_per_task(config, plan.num_selected)
     return fetched_and_animated(requests, config, fetch, AnimateActor, animate, batches)
 
 

@@ -20,7 +20,7 @@ from pia_batch.pipeline.attempts_actor import start_attempt_tracker
 from pia_batch.pipeline.chain import fetched_and_animated
 from pia_batch.pipeline.committer import results_of
 from pia_batch.pipeline.engine_loader import EngineLoader, LoadEngines
-from pia_batch.planning import plan
+from pia_batch.planning.plan import engine_ids_of
 from pia_batch.schema.columns import RESULT
 from pia_batch.storage import object_store
 from pia_batch.storage.object_store import Store
@@ -81,7 +81,7 @@ def animate(
     if schema is not None:
         unify.check_columns(schema.names, stages.DATASET)
         _check_bytes_column(schema.names, store=store)
-    engine_ids = plan.engine_ids_of(config)
+    engine_ids = engine_ids_of(config)
     if store:
         Store(config.output).check(layout.CREATE_ONLY_PROBE)
     if not ray.is_initialized():  # as Ray Data itself would, a moment later

@@ -1,4 +1,4 @@
-"""Whether machines have room for a run: for its engines, and beside them for what reads the manifest."""
+"""Capacity of machines for a run: for its engines, and next to them for the tasks that read the manifest."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pia_batch.config import PlacementConfig
 
 READ_CPUS = 1.0
-"""CPUs of a task that reads the manifest, as of Ray's own readers. Of what runs beside engines nothing takes more."""
+"""CPUs of a task that reads the manifest, as for Ray's own readers. No other task next to engines needs more."""
 
-_TINY = 1e-6
-"""Ray counts in ten-thousandths of a CPU: three engines of a third of one fit into one."""
+_ROUNDING = 1e-6
+"""Tolerance for Ray's unit, a ten-thousandth of a CPU: three engines with a third of a CPU each fit into one CPU."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """What Ray may give away of one machine.
+    """Resources of one machine that Ray may allocate.
 
     Attributes:
-        cpus: CPUs, as Ray counts them.
-        gpus: GPUs, as Ray counts them.
-        memory_mb: host memory in MiB; None: not known, and taken for enough.
+        cpus: Number of CPUs, as Ray counts them.
+        gpus: Number of GPUs, as Ray counts them.
+        memory_mb: Host memory in MiB; None if unknown, which counts as enough.
     """
 
     cpus: float
@@ -32,45 +32,45 @@ class Node:
 
     @classmethod
     def of(cls, resources: Mapping[str, float]) -> Node:
-        """A node with Ray's own `resources`, memory in bytes."""
+        """Return a node with Ray's own `resources`, in which memory is in bytes."""
         return cls(resources.get("CPU", 0), resources.get("GPU", 0), resources.get("memory", 0) / 2**20)
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """What nodes have too little of, and what to do about it."""
+    """Resource of which the nodes have too little, and the remedy."""
 
-    told: str
+    problem: str
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.told}; {self.remedy}"
+        return f"{self.problem}; {self.remedy}"
 
 
-def cpus_here() -> int:
-    """CPUs of a Ray that a run starts for itself: those of this machine, but at least one engine's and one reader's."""
+def local_cpus() -> int:
+    """Return the CPUs of a Ray that a run starts here: this machine's, but at least one engine's and one reader's."""
     return max(2, os.cpu_count() or 2)
 
 
-def shortage(place: PlacementConfig, nodes: Sequence[Node]) -> Shortage | None:
-    """What a run would wait for without end on these nodes; None: nothing.
+def find_shortage(place: PlacementConfig, nodes: Sequence[Node]) -> Shortage | None:
+    """Return the resource shortage that would block the run on these nodes for ever, or None.
 
-    Engines are placed first, `min_engines` of them or as many as there is room for, and they stay. If no placement of
-    them leaves READ_CPUS on any node, the manifest is never read, and they have nothing to draw.
+    Engines are placed first: `min_engines` of them, or as many as fit. They stay. If no placement of them leaves
+    READ_CPUS on any node, the manifest is never read, and the engines wait for requests.
 
     Args:
-        place: the run's.
-        nodes: all that there are; nodes that join later may change the answer.
+        place: The run's placement.
+        nodes: All nodes; a node that joins later may change the answer.
     """
-    room = [_engines(place, node) for node in nodes]
-    if not any(room):
-        return _no_room(place, nodes)
-    placed = min(place.min_engines, sum(room))
-    beside = max(_beside_reading(place, nodes, room, at) for at in range(len(nodes)))
-    return None if placed <= beside else _no_reading(place, nodes, placed, beside)
+    fitting = [_fitting_engines(place, node) for node in nodes]
+    if not any(fitting):
+        return _no_engine_fits(place, nodes)
+    placed = min(place.min_engines, sum(fitting))
+    with_reader = max(_engines_with_reader(place, nodes, fitting, at) for at in range(len(nodes)))
+    return None if placed <= with_reader else _no_reader_fits(place, nodes, placed, with_reader)
 
 
-def _no_room(place: PlacementConfig, nodes: Sequence[Node]) -> Shortage:
+def _no_engine_fits(place: PlacementConfig, nodes: Sequence[Node]) -> Shortage:
     memory = "" if place.memory_mb is None else f", and {place.memory_mb} MiB of memory (placement.memory_mb)"
     gpus = max((node.gpus for node in nodes), default=0)
     cpus = max((node.cpus for node in nodes), default=0)
@@ -81,8 +81,8 @@ def _no_room(place: PlacementConfig, nodes: Sequence[Node]) -> Shortage:
     )
 
 
-def _no_reading(place: PlacementConfig, nodes: Sequence[Node], placed: int, beside: int) -> Shortage:
-    remedies = [f"set placement.min_engines to {beside}"] if beside else []
+def _no_reader_fits(place: PlacementConfig, nodes: Sequence[Node], placed: int, with_reader: int) -> Shortage:
+    remedies = [f"set placement.min_engines to {with_reader}"] if with_reader else []
     left = nodes[0].cpus - READ_CPUS
     if len(nodes) == 1 and left > 0 and placed == place.min_engines:
         remedies.append(f"set placement.num_cpus to {math.floor(100 * left / placed) / 100:g} or less")
@@ -93,19 +93,20 @@ def _no_reading(place: PlacementConfig, nodes: Sequence[Node], placed: int, besi
     )
 
 
-def _engines(place: PlacementConfig, node: Node) -> int:
-    """How many engines a node has room for."""
+def _fitting_engines(place: PlacementConfig, node: Node) -> int:
+    """Return the number of engines that fit on a node."""
     fit = node.cpus / place.num_cpus
     if place.num_gpus:
         fit = min(fit, node.gpus / place.num_gpus)
     if place.memory_mb is not None and node.memory_mb is not None:
         fit = min(fit, node.memory_mb / place.memory_mb)
-    return max(0, int(fit + _TINY))
+    return max(0, int(fit + _ROUNDING))
 
 
-def _beside_reading(place: PlacementConfig, nodes: Sequence[Node], room: Sequence[int], at: int) -> int:
-    """How many engines all nodes have room for while node `at` reads; 0 where it cannot."""
+def _engines_with_reader(place: PlacementConfig, nodes: Sequence[Node], fitting: Sequence[int], at: int) -> int:
+    """Return the number of engines that fit on all nodes while node `at` reads; 0 if it cannot read."""
     node = nodes[at]
     if node.cpus < READ_CPUS:
         return 0
-    return sum(room) - room[at] + _engines(place, Node(node.cpus - READ_CPUS, node.gpus, node.memory_mb))
+    remaining = Node(node.cpus - READ_CPUS, node.gpus, node.memory_mb)
+    return sum(fitting) - fitting[at] + _fitting_engines(place, remaining)

@@ -1,7 +1,7 @@
-"""Device hours, cost and bytes of a run that has not begun.
+"""Estimates of the device hours, cost and bytes of a run before it begins.
 
-The work of a request is counted, operator by operator. How fast a device does it is measured where this output has
-finished requests already; else it is an estimate from published figures. Every figure says which of the two it is.
+The work of a request is counted, operator by operator. The speed of a device is measured if this output already has
+finished requests; otherwise it is an estimate from published figures. Every figure states which of the two it is.
 """
 
 from __future__ import annotations
@@ -17,27 +17,26 @@ from pia_batch.config import EMBEDDED, ModelConfig, RunConfig
 from pia_batch.config.speed_presets import work_share
 from pia_batch.journal.log import Journal
 from pia_batch.media.codecs import CODECS
-from pia_batch.planning.statistics import Survey
-from pia_batch.planning.work_classes import work_of
+from pia_batch.planning.statistics import Statistics, work_of
 from pia_batch.schema.columns import SUCCEEDED, Row
 
 _UNET_TFLOP, _ATTENTION_TFLOP, _VAE_TFLOP = 35.354, 3.920, 41.347
-"""Of 16 frames at 512 x 512: one guided evaluation of the UNet; the part of that which is spatial self-attention, and
-grows with the square of the pixels; the VAE there and back.
+"""TFLOP for 16 frames at 512 x 512 pixels: one guided evaluation of the UNet; the part of it that is spatial
+self-attention, which grows with the square of the pixels; encoding and decoding by the VAE.
 
 Counted on Stable Diffusion 1.5 with PIA's motion modules, diffusers 0.42.1."""
 
 _REFERENCE_PIXELS, _REFERENCE_FRAMES = 512 * 512, 16
 
 _EVALUATIONS = {"heun": 2}
-"""How often a scheduler asks the UNet for each step, where that is not once."""
+"""Evaluations of the UNet per step, for schedulers that need more than one."""
 
 _SAMPLED_FRAGMENTS, _SAMPLED_ROWS = 16, 100
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a kind of GPU gets done, in TFLOP/s, from a cautious figure to a hopeful one."""
+    """Throughput of a GPU model in TFLOP/s, from a low to a high estimate."""
 
     name: str
     low: float
@@ -51,41 +50,41 @@ DEVICES = (
     Device("A100", 81, 125, "26 % of its peak, as H100, to 40 %, as in diffusers' tutorial fast_diffusion, bfloat16"),
     Device("RTX 4090", 62, 77, "reports of AnimateDiff: guoyww/AnimateDiff #25, ComfyUI-AnimateDiff-Evolved #146"),
 )
-"""From published figures and counted operations. None was measured by this project."""
+"""Devices with estimates from published figures and counted operations. This project measured none of them."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What finished requests of an output took."""
+class Measurement:
+    """Speed and size of the finished requests of an output."""
 
     num_clips: int
     device: str
-    """Where most of them were drawn."""
+    """Device that generated most of them."""
     tflops: float
-    """TFLOP per second of the device."""
+    """Throughput of the device, in TFLOP/s."""
     bytes_per_pixel: dict[str, float]
-    """By format, of every frame."""
+    """Bytes per pixel of every frame, by format."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Hours of one device, from few to many; the same number twice where they were measured."""
+    """Hours of one device, from a low to a high estimate; a measurement is the same number twice."""
 
     device: str
     hours: tuple[float, float]
     source: str
 
 
-def measured(
+def measure_finished(
     journal: Journal, fragments: Sequence[str], config: RunConfig, engine_ids: Mapping[str, str]
-) -> Measured | None:
-    """What a sample of the finished requests took that these engines drew; None where there are none.
+) -> Measurement | None:
+    """Measure a sample of the finished requests that these engines generated; return None if there are none.
 
     Args:
-        journal: of the config's output.
-        fragments: the names of its fragments.
-        config: names the schedulers and the presets of speed.
-        engine_ids: the identity of each model's engine, by the model's name.
+        journal: Journal of the config's output.
+        fragments: Names of its fragments.
+        config: Config with the schedulers and the speed presets of the models.
+        engine_ids: Identity of each model's engine, by the model's name.
 
     Raises:
         StorageError: the store did not answer, or a fragment is damaged.
@@ -106,51 +105,53 @@ def measured(
     if not devices:
         return None
     rates = {name: num_bytes[name] / pixels[name] for name in pixels}
-    return Measured(devices.total(), devices.most_common(1)[0][0], tflop / seconds, rates)
+    return Measurement(devices.total(), devices.most_common(1)[0][0], tflop / seconds, rates)
 
 
-def costs(survey: Survey, num_requests: int, config: RunConfig, found: Measured | None) -> list[Cost]:
-    """Hours of each kind of device; what was measured comes first. Nobody has measured the embedded model on a GPU.
+def estimate_costs(
+    statistics: Statistics, num_requests: int, config: RunConfig, found: Measurement | None
+) -> list[Cost]:
+    """Return the hours of each kind of device, measured ones first; none of a GPU for the embedded model.
 
     Args:
-        survey: has seen the manifest.
-        num_requests: how many of its pending requests are drawn.
-        config: names the models, their schedulers and their presets of speed.
-        found: what finished requests took.
+        statistics: Statistics of the manifest.
+        num_requests: Number of its pending requests that are animated.
+        config: Config with the models, their schedulers and their speed presets.
+        found: Measurement of finished requests.
     """
-    if not survey.num_pending:
+    if not statistics.num_pending:
         return []
-    rows, models = survey.work.to_pylist(), config.all_models
+    rows, models = statistics.work.to_pylist(), config.all_models
     tflop = sum(row["num_rows"] * _tflop(row, models[row["model"]]) for row in rows)
-    seconds = tflop * num_requests / survey.num_pending
+    seconds = tflop * num_requests / statistics.num_pending
     known = []
     if found is not None:
         hours = seconds / found.tflops / 3600
         known.append(Cost(found.device, (hours, hours), f"measured: {found.num_clips} finished clips of this output"))
     if any(models[row["model"]].base == EMBEDDED for row in rows):
         return known
-    guessed = [
+    estimated = [
         Cost(each.name, (seconds / each.high / 3600, seconds / each.low / 3600), f"estimate: {each.source}")
         for each in DEVICES
     ]
-    return known + guessed
+    return known + estimated
 
 
-def num_bytes(survey: Survey, num_requests: int, found: Measured | None) -> tuple[int, int]:
-    """Bytes of the animations that are drawn, from few to many. Arguments as for `costs`."""
+def estimate_bytes(statistics: Statistics, num_requests: int, found: Measurement | None) -> tuple[int, int]:
+    """Return the total bytes of the animations, from a low to a high estimate. Arguments as for `estimate_costs`."""
     low = high = 0.0
-    for row in survey.work.to_pylist():
+    for row in statistics.work.to_pylist():
         width, height = _sides(row)
         pixels = row["num_rows"] * row["num_frames"] * width * height
         rate = found.bytes_per_pixel.get(row["format"]) if found else None
         least, most = (rate, rate) if rate else CODECS[row["format"]].bytes_per_pixel
         low, high = low + pixels * least, high + pixels * most
-    share = num_requests / max(1, survey.num_pending)
+    share = num_requests / max(1, statistics.num_pending)
     return int(low * share), int(high * share)
 
 
 def _tflop(work: Row, model: ModelConfig) -> float:
-    """The operations of one request, as if its model were Stable Diffusion 1.5."""
+    """Return the TFLOP of one request, as if its model were Stable Diffusion 1.5."""
     width, height = _sides(work)
     area, frames = width * height / _REFERENCE_PIXELS, work["num_frames"] / _REFERENCE_FRAMES
     evaluation = (_UNET_TFLOP - _ATTENTION_TFLOP) * area + _ATTENTION_TFLOP * area**2
@@ -161,7 +162,7 @@ def _tflop(work: Row, model: ModelConfig) -> float:
 
 
 def _sides(work: Row) -> tuple[int, int]:
-    """Width and height; where they come from the image, the largest that they can be."""
+    """Return width and height in pixels; if they come from the image, the largest that they can be."""
     if work["width"] is None:
         return work["long_side"], work["long_side"]
     return work["width"], work["height"]

@@ -1,4 +1,4 @@
-"""What looks wrong about a run before it starts: allowed, and perhaps not what was meant. Each says what to do."""
+"""Warnings about a run before it starts: allowed settings that may not be intended. Each warning names a remedy."""
 
 from __future__ import annotations
 
@@ -10,50 +10,50 @@ from fractions import Fraction
 from pia_batch import tiny
 from pia_batch.config import EMBEDDED, Defaults, ModelConfig, PlacementConfig, RunConfig
 from pia_batch.manifest.tokens import MAX_TOKENS
-from pia_batch.planning.capacity import Node, cpus_here, shortage
-from pia_batch.planning.statistics import Survey
+from pia_batch.planning.capacity import Node, find_shortage, local_cpus
+from pia_batch.planning.statistics import Statistics
 from pia_batch.weights.resolve import resolve
 
 SIDES_PX = (384, 768)
-"""Between these sides Stable Diffusion 1.5, which was trained at 512 x 512, draws what one expects."""
+"""Side lengths between which Stable Diffusion 1.5, trained at 512 x 512 pixels, gives the expected quality."""
 
 _TINY_PX = 64
-"""What the embedded model was trained at."""
+"""Side length at which the embedded model was trained."""
 
 _MAX_UNEVEN = 0.1
-"""How much of a GIF frame's delay its unit of 10 ms may be where that does not divide it."""
+"""Largest ratio of GIF's time unit, 10 ms, to a frame delay that is not a multiple of it, without a warning."""
 
 
-def warnings(config: RunConfig, survey: Survey) -> list[str]:
-    """What to look at before this run; empty is good.
+def warnings_of(config: RunConfig, statistics: Statistics) -> list[str]:
+    """Return the warnings about this run; empty if there are none.
 
     Args:
-        config: the run's config.
-        survey: has seen the manifest.
+        config: The run's config.
+        statistics: Statistics of the manifest.
     """
-    models = {name: config.all_models[name] for name in dict.fromkeys(survey.work["model"].to_pylist())}
+    models = {name: config.all_models[name] for name in dict.fromkeys(statistics.work["model"].to_pylist())}
     return [
-        *_about_seeds(survey),
-        *_about_sizes(survey, models),
-        *_about_prompts(survey),
-        *(told for name, model in models.items() for told in _about_scheduler(name, model)),
-        *_about_gifs(survey),
-        *_about_defaults(config, survey),
-        *_about_room(config.placement),
+        *_about_seeds(statistics),
+        *_about_sizes(statistics, models),
+        *_about_prompts(statistics),
+        *(text for name, model in models.items() for text in _about_scheduler(name, model)),
+        *_about_gifs(statistics),
+        *_about_defaults(config, statistics),
+        *_about_capacity(config.placement),
     ]
 
 
-def _about_seeds(survey: Survey) -> Iterator[str]:
-    if survey.only_seed is not None and survey.num_pending > 1:
+def _about_seeds(statistics: Statistics) -> Iterator[str]:
+    if statistics.only_seed is not None and statistics.num_pending > 1:
         yield (
-            f"all {survey.num_pending} pending requests have the seed {survey.only_seed}: they start from the same "
-            "noise, and what is wrong with one is wrong with many; leave column 'seed' empty, and each has its own"
+            f"all {statistics.num_pending} pending requests have the seed {statistics.only_seed}: they start from the "
+            "same noise, so an artefact of one may appear in many; leave column 'seed' empty to give each its own seed"
         )
 
 
-def _about_sizes(survey: Survey, models: dict[str, ModelConfig]) -> Iterator[str]:
+def _about_sizes(statistics: Statistics, models: dict[str, ModelConfig]) -> Iterator[str]:
     odd, unusual, shrunk = 0, 0, 0
-    for row in survey.work.to_pylist():
+    for row in statistics.work.to_pylist():
         sides = [row["long_side"]] if row["width"] is None else [row["width"], row["height"]]
         if models[row["model"]].base == EMBEDDED:
             shrunk += row["num_rows"] * (set(sides) != {_TINY_PX})
@@ -62,26 +62,27 @@ def _about_sizes(survey: Survey, models: dict[str, ModelConfig]) -> Iterator[str
         unusual += row["num_rows"] * (min(sides) < SIDES_PX[0] or max(sides) > SIDES_PX[1])
     if odd:
         yield (
-            f"{odd} requests have a side that is no multiple of 64: the VAE and the UNet halve a picture six times in "
-            "all, and other sides are rounded on the way; use multiples of 64, as `size: auto` does"
+            f"{odd} requests have a side that is not a multiple of 64: the VAE and the UNet halve an image six times "
+            "in all, and round other sides; use multiples of 64, as `size: auto` does"
         )
     if unusual:
         yield (
             f"{unusual} requests have a side outside of {SIDES_PX[0]} to {SIDES_PX[1]} px: Stable Diffusion 1.5 was "
-            "trained at 512 x 512, draws less well below and repeats things above; draw near 512, and scale afterwards"
+            "trained at 512 x 512; quality drops below this range, and objects repeat above it; generate near 512 px "
+            "and scale afterwards"
         )
     if shrunk:
         yield (
-            f"{shrunk} requests are not {_TINY_PX} x {_TINY_PX}, the only size that the embedded model knows; set "
+            f"{shrunk} requests are not {_TINY_PX} x {_TINY_PX}, the only size of the embedded model; set "
             f"defaults.width and defaults.height to {_TINY_PX}, or model.base to a real model"
         )
 
 
-def _about_prompts(survey: Survey) -> Iterator[str]:
-    if survey.num_truncated:
+def _about_prompts(statistics: Statistics) -> Iterator[str]:
+    if statistics.num_truncated:
         yield (
-            f"at least {survey.num_truncated} prompts have more than {MAX_TOKENS} tokens, and their end is lost: put "
-            "what matters first (results tell of each by `prompt_truncated`)"
+            f"at least {statistics.num_truncated} prompts have more than {MAX_TOKENS} tokens, and the model ignores "
+            "their end: put what matters first (`prompt_truncated` marks these results)"
         )
 
 
@@ -95,33 +96,33 @@ def _about_scheduler(name: str, model: ModelConfig) -> Iterator[str]:
         schedule = shipped.get("beta_schedule", "linear")
     if schedule != "linear":
         yield (
-            f"model {name!r} draws with beta_schedule {schedule!r}: PIA was trained on 'linear', and others flicker; "
-            "leave model.scheduler.settings.beta_schedule out, and name a scheduler other than `checkpoint`"
+            f"model {name!r} uses beta_schedule {schedule!r}: PIA was trained with 'linear', and others flicker; "
+            "remove model.scheduler.settings.beta_schedule, and use a scheduler other than `checkpoint`"
         )
 
 
-def _about_gifs(survey: Survey) -> Iterator[str]:
-    for fps, count in sorted(survey.gif_fps.items()):
+def _about_gifs(statistics: Statistics) -> Iterator[str]:
+    for fps, count in sorted(statistics.gif_fps.items()):
         delay = Fraction(100) / Fraction(fps).limit_denominator(1001)
         if delay.denominator > 1 and 1 / delay > _MAX_UNEVEN:
             shorter = 10 * math.floor(delay)
             yield (
-                f"{count} GIFs have {fps:g} fps, which GIF cannot hold: its delays are multiples of 10 ms, so frames "
-                f"show for {shorter} or {shorter + 10} ms; 10, 12.5, 20, 25 and 50 fps are even"
+                f"{count} GIFs have {fps:g} fps, which GIF cannot store: its delays are multiples of 10 ms, so frames "
+                f"are shown for {shorter} or {shorter + 10} ms; use 10, 12.5, 20, 25 or 50 fps for equal delays"
             )
 
 
-def _about_defaults(config: RunConfig, survey: Survey) -> Iterator[str]:
+def _about_defaults(config: RunConfig, statistics: Statistics) -> Iterator[str]:
     for name in sorted(config.defaults.model_fields_set & Defaults.model_fields.keys()):
         value = getattr(config.defaults, name)
         shipped = config.model.base == EMBEDDED and tiny.defaults()["defaults"].get(name) == value
-        if survey.num_rows and survey.num_given[name] == survey.num_rows and not shipped:
-            yield f"defaults.{name} decides nothing: every row has its own value in column '{name}'; leave one out"
+        if statistics.num_rows and statistics.num_given[name] == statistics.num_rows and not shipped:
+            yield f"defaults.{name} has no effect: every row has its own value in column '{name}'; remove one of them"
 
 
-def _about_room(place: PlacementConfig) -> Iterator[str]:
-    if place.num_gpus or place.address != "local":  # `doctor` asks torch, or that cluster
+def _about_capacity(place: PlacementConfig) -> Iterator[str]:
+    if place.num_gpus or place.address != "local":  # `doctor` asks torch, or that cluster, instead
         return
-    short = shortage(place, [Node(cpus_here())])
+    short = find_shortage(place, [Node(local_cpus())])
     if short is not None:
-        yield f"a Ray on this machine has {cpus_here()} CPUs: {short}"
+        yield f"Ray on this machine has {local_cpus()} CPUs: {short}"

@@ -1,8 +1,8 @@
-"""What earlier scans of a manifest found, kept below the output in the packs of an index.
+"""Scan cache: results of earlier scans of a manifest, stored under the output in the packs of an index.
 
-A file that was scanned before and has not changed is not read again. An entry is used only where everything that
-decides it is the same: the file's version, how the manifest's other files make its columns be read, the part of the
-config that keys depend on, the engines, and the code itself. What is not known to be the same is scanned.
+A file that was scanned before and has not changed is not read again. An entry is used only if everything that decides
+it is the same: the file's version, the column types that the other files of the manifest impose, the part of the config
+that keys depend on, the engines, and the code itself. A file for which any of these is unknown is scanned.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pyarrow as pa
 from pia_batch.config import RunConfig
 from pia_batch.errors import ManifestError, PiaBatchError
 from pia_batch.journal import layout
-from pia_batch.journal.pack_index import Head, Index
+from pia_batch.journal.pack_index import Head, PackIndex
 from pia_batch.manifest.files import Contents, ManifestFile, reading
 from pia_batch.manifest.reader import Manifest
 from pia_batch.schema.keys import KEY_BYTES, Keys
@@ -33,17 +33,17 @@ from pia_batch.storage.uris import redacted_uri
 
 log = logging.getLogger(__name__)
 
-WORTH_ROWS = 10_000
-WORTH_FILES = 10
-"""A manifest of less than both is read again each time: that takes less than a second."""
+MIN_ROWS = 10_000
+MIN_FILES = 10
+"""A manifest with fewer rows and fewer files is not cached: reading it again takes less than a second."""
 
 SETTLED_NS = 20_000_000
 SETTLED_WHOLE_SECONDS_NS = 2_000_000_000
-"""How long ago a local file must have changed for its time to tell every later change: a tick of the kernel's clock, or
-of one that counts seconds."""
+"""Minimum age of a local file's last change, in nanoseconds, at which every later change must get another time: one
+tick of the kernel's clock, or of a clock that counts whole seconds."""
 
-_CODE = ("config/*.py", "manifest/*.py", "schema/*.py", "planning/scan*.py", "planning/work_classes.py")
-"""What makes keys and traits out of rows, this module included: names and patterns beside it."""
+_CODE = ("config/*.py", "manifest/*.py", "schema/*.py", "planning/scan*.py", "planning/statistics.py")
+"""Modules that turn rows into keys and work classes, this one included, as patterns under the package."""
 
 _SCANNED = pa.schema(
     [
@@ -56,35 +56,35 @@ _SCANNED = pa.schema(
         ("keys", pa.large_binary()),
         ("id_hashes", pa.large_binary()),
         ("rejected", pa.binary()),
-        ("traits", pa.large_binary()),
+        ("work_classes", pa.large_binary()),
     ]
 )
-"""An entry: some rows of one file. `shape` is how they were read, `contents` what `Manifest.open` found in the file."""
+"""Entry: some rows of one file. `shape` identifies how they were read, `contents` is the file's `Contents`."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What `check` finds in neighbouring rows of one file."""
+    """Scan of neighbouring rows of one file."""
 
     file: ManifestFile
     shape: str
     first_row: int
     num_rows: int
     contents: Contents
-    """Of the whole file."""
+    """Contents of the whole file."""
     keys: Keys
     id_hashes: npt.NDArray[np.uint64]
     rejected: pa.Table
-    """`row` counts from the first row of the file."""
-    traits: bytes
-    """`Traits.packed`."""
+    """Rejected rows; `row` counts from the first row of the file."""
+    work_classes: bytes
+    """`WorkClasses.packed` of these rows."""
 
 
 class ScanCache:
-    """What earlier scans of one manifest found, with one config. Reading it writes nothing."""
+    """Results of earlier scans of one manifest with one config. Reading it writes nothing."""
 
     def __init__(self, store: Store, run: RunConfig, engine_ids: Mapping[str, str]) -> None:
-        self._index = Index(store, layout.scan_cache_folder(_identity(run, engine_ids)), _SCANNED)
+        self._index = PackIndex(store, layout.scan_cache_folder(_identity(run, engine_ids)), _SCANNED)
         self._head = self._index.head()
         self._entries: dict[tuple[str, str], list[_Entry]] = {}
         for table in self._index.tables(self._head):
@@ -95,20 +95,20 @@ class ScanCache:
             ):
                 self._entries.setdefault((path, version), []).append(_Entry(table, row, shape, first_row))
         self._versions = frozenset(self._entries)
-        pa.default_memory_pool().release_unused()  # what it took to read the packs is as much again
+        pa.default_memory_pool().release_unused()  # reading the packs has taken as much memory again
 
     def release(self) -> None:
-        """Hold no more than `save` needs."""
+        """Free everything that `save` does not need."""
         self._entries.clear()
 
     def contents(self, path: str, version: str) -> Contents | None:
-        """What `ManifestFile.open` found in this version of a file."""
+        """Return the contents of this version of a file, or None if it is not cached."""
         for entry in self._entries.get((path, version), ()):
             return entry.contents
         return None
 
     def chunks(self, file: ManifestFile, shape: str, contents: Contents) -> list[Chunk] | None:
-        """What was found in a file that was read in this shape; None: it is not known, or not all of it."""
+        """Return all chunks of a file as read in this shape, or None if any of them is not cached."""
         entries = {entry.first_row: entry for entry in self._entries.get((file.path, file.version), ())}
         found: list[Chunk] = []
         row = 0
@@ -119,15 +119,15 @@ class ScanCache:
                 return found
         return None
 
-    def save(self, found: Manifest, fresh: Sequence[Chunk]) -> None:
-        """Add what a scan found in files that are still what they were. A failure costs the next plan time, no more."""
-        if found.num_rows < WORTH_ROWS and len(found.files) < WORTH_FILES:
+    def save(self, found: Manifest, new_chunks: Sequence[Chunk]) -> None:
+        """Add the chunks of files that have not changed since. A failure only costs the next plan time."""
+        if found.num_rows < MIN_ROWS and len(found.files) < MIN_FILES:
             return
-        settled = {file for file in {chunk.file for chunk in fresh} if _is_settled(file, found)}
-        entries = pa.Table.from_pylist([_entry(chunk) for chunk in fresh if chunk.file in settled], _SCANNED)
+        settled = {file for file in {chunk.file for chunk in new_chunks} if _is_settled(file, found)}
+        entries = pa.Table.from_pylist([_entry(chunk) for chunk in new_chunks if chunk.file in settled], _SCANNED)
         used = {(file.path, file.version) for file, _ in found.opened}
         try:
-            if len(self._versions - used) > len(used):  # most of it is of files that were replaced or are gone
+            if len(self._versions - used) > len(used):  # most of it describes files that were replaced or are gone
                 old = pa.concat_tables([_SCANNED.empty_table(), *self._index.tables(self._head)])
                 named = zip(old["path"].to_pylist(), old["version"].to_pylist(), strict=True)
                 old = old.filter(pa.array([pair in used for pair in named], pa.bool_()))
@@ -135,12 +135,12 @@ class ScanCache:
             elif len(entries):
                 self._index.extend(self._head, entries)
         except PiaBatchError as err:
-            log.warning("scan_not_saved manifest=%s: %s", redacted_uri(found.uri), err)
+            log.warning("scan_cache_save_failed manifest=%s error=%s", redacted_uri(found.uri), err)
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A row of a pack, as it lies there."""
+    """Row of a pack, not decoded yet."""
 
     table: pa.Table
     row: int
@@ -149,9 +149,9 @@ class _Entry:
 
     @property
     def contents(self) -> Contents:
-        told = json.loads(self._bytes("contents").to_pybytes())
-        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(told["schema"])))
-        return Contents(schema, np.array(told["groups"], np.int64).reshape(-1, 2), table=None)
+        stored = json.loads(self._bytes("contents").to_pybytes())
+        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(stored["schema"])))
+        return Contents(schema, np.array(stored["groups"], np.int64).reshape(-1, 2), table=None)
 
     def chunk(self, file: ManifestFile, contents: Contents) -> Chunk:
         return Chunk(
@@ -163,14 +163,14 @@ class _Entry:
             np.frombuffer(self._large("keys"), f"V{KEY_BYTES}"),
             np.frombuffer(self._large("id_hashes"), np.uint64),
             pa.ipc.open_stream(self._bytes("rejected")).read_all(),
-            self._large("traits").to_pybytes(),
+            self._large("work_classes").to_pybytes(),
         )
 
     def _bytes(self, name: str) -> pa.Buffer:
         return self.table[name][self.row].as_buffer()
 
     def _large(self, name: str) -> pa.Buffer:
-        """As `_bytes`, of a large_binary column; a scalar would be a copy."""
+        """Return a value of a large_binary column without a copy, which a scalar would make."""
         value = self.table[name].slice(self.row, 1).chunk(0)
         _, offsets, data = value.buffers()
         start, end = np.frombuffer(offsets, np.int64)[value.offset : value.offset + 2].tolist()
@@ -189,7 +189,7 @@ def _entry(chunk: Chunk) -> dict[str, str | int | bytes]:
         "keys": chunk.keys.tobytes(),
         "id_hashes": chunk.id_hashes.astype("<u8").tobytes(),
         "rejected": _stream(chunk.rejected),
-        "traits": chunk.traits,
+        "work_classes": chunk.work_classes,
     }
 
 
@@ -201,9 +201,9 @@ def _stream(table: pa.Table) -> bytes:
 
 
 def _identity(run: RunConfig, engine_ids: Mapping[str, str]) -> str:
-    """32 hex digits over all that decides an entry, beside the file and the shape it is read in."""
+    """Hash everything that decides an entry, except the file and the shape it is read in; 32 hexadecimal digits."""
     code = [path.read_bytes() for pattern in _CODE for path in sorted(Path(__file__).parents[1].glob(pattern))]
-    said = {
+    inputs = {
         "code": [hashlib.blake2b(source, digest_size=16).hexdigest() for source in code],
         "arrow": pa.__version__,
         "manifest": object_store.absolute(run.manifest).rstrip("/"),
@@ -215,11 +215,11 @@ def _identity(run: RunConfig, engine_ids: Mapping[str, str]) -> str:
         "default_model": run.model.name,
         "engine_ids": dict(engine_ids),
     }
-    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _is_settled(file: ManifestFile, found: Manifest) -> bool:
-    """Whether the file is still what was read, and no later change can leave its version as it is."""
+    """Return whether the file is unchanged, and every later change must change its version."""
     try:
         with reading(file.path):
             if filesystems.version_of(found.filesystem, file.path) != file.version:

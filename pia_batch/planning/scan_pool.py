@@ -1,10 +1,10 @@
-"""Processes that judge the pieces of a large manifest: a scan is mostly Python's hashes, which share one lock.
+"""Worker processes that validate the pieces of a large manifest. A scan is mostly hashing in Python, under one GIL.
 
     python -m pia_batch.planning.scan_pool FD
 
-A process is told its task and then pieces, and answers each with a verdict, all over one socket. It is a program of its
-own and not a fork, for the driver has threads; nor does it load the driver's main module, as `multiprocessing` would: a
-script or notebook that plans needs no guard around it.
+A worker receives its task and then pieces, and answers each piece with its result, all over one socket. It is a program
+of its own and not a fork, because the driver has threads. Nor does it load the driver's main module, as
+`multiprocessing` would: a script or notebook that plans needs no `if __name__ == "__main__"` guard.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from pathlib import Path
 
 from pia_batch.errors import ManifestError
 from pia_batch.manifest.reader import Piece
-from pia_batch.planning.scan_validate import Judge, Task, Verdict
+from pia_batch.planning.scan_validate import PieceValidator, ScanTask, ValidatedPiece
 
-WORTH_ROWS = 250_000
-"""Rows that make up for the start of processes, about 0.6 s each (measured)."""
+MIN_ROWS = 250_000
+"""Rows from which on processes are faster: starting them takes about 0.6 s each (measured)."""
 
 PROCESSES = min(4, os.cpu_count() or 1)
-"""Each takes 260 MB for rows without images (measured)."""
+"""Number of worker processes. Each takes 260 MB for rows without images (measured)."""
 
 _ENVIRONMENT = {"ARROW_DEFAULT_MEMORY_POOL": "system"}
-"""Arrow's own pool keeps 100 MB more of what it once had (measured)."""
+"""Arrow's own pool keeps 100 MB more of freed memory (measured)."""
 
-AHEAD = 2
-"""Pieces that a process has at a time: one is read while the other is judged."""
+PIECES_AHEAD = 2
+"""Pieces that a process has at a time: one is read while the other is validated."""
 
 
-def judge_all(task: Task, pieces: Sequence[Piece]) -> Iterator[Verdict]:
-    """The verdict on each of these pieces of Parquet files, in their order.
+def validate_in_processes(task: ScanTask, pieces: Sequence[Piece]) -> Iterator[ValidatedPiece]:
+    """Validate these pieces of Parquet files, and yield the results in order.
 
     Raises:
-        ManifestError: a file is corrupt, or went away, or ended the process that read it.
+        ManifestError: a file is corrupt, went away, or ended the process that read it.
         InterruptedRunError: a file was replaced.
     """
     with ExitStack() as held:
@@ -52,64 +52,64 @@ def judge_all(task: Task, pieces: Sequence[Piece]) -> Iterator[Verdict]:
             held.callback(process.end)
             processes[process.connection] = process
         todo = iter(enumerate(pieces))
-        for process in [*processes.values()] * AHEAD:
-            process.give(next(todo, None))
-        waiting: dict[int, Verdict] = {}
+        for process in [*processes.values()] * PIECES_AHEAD:
+            process.send_piece(next(todo, None))
+        waiting: dict[int, ValidatedPiece] = {}
         for number in range(len(pieces)):
             while number not in waiting:
                 for ready in wait([one.connection for one in processes.values() if one.pieces]):
-                    process = processes[ready]  # type: ignore[index]  # nothing else was waited for
-                    done, verdict = process.take()
-                    waiting[done] = verdict
-                    process.give(next(todo, None))
+                    process = processes[ready]  # type: ignore[index]  # `wait` was given nothing else
+                    done, validated = process.receive()
+                    waiting[done] = validated
+                    process.send_piece(next(todo, None))
             yield waiting.pop(number)
 
 
 @dataclass
 class _Process:
-    """One of them, seen from the driver."""
+    """Driver's end of one worker process."""
 
-    task: Task
+    task: ScanTask
     connection: Connection = field(init=False)
     pieces: deque[tuple[int, Piece]] = field(default_factory=deque, init=False)
-    """What it has, and has not answered yet."""
+    """Pieces that it has not answered yet, with their numbers."""
 
     def __post_init__(self) -> None:
         ours, theirs = socket.socketpair()
         searched = [path or str(Path.cwd()) for path in sys.path]
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603 - this package, in a process of its own
-                [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],  # nothing out of the folder it starts in
+                [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],  # -P: import nothing from the cwd
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                start_new_session=True,  # a Ctrl-C is the driver's
+                start_new_session=True,  # Ctrl-C goes to the driver only
                 env=os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(searched)},
             )
         self.connection = Connection(ours.detach())
         self._send(self.task)
 
-    def give(self, numbered: tuple[int, Piece] | None) -> None:
-        """Let it judge one piece more, if there is one."""
+    def send_piece(self, numbered: tuple[int, Piece] | None) -> None:
+        """Have it validate one more piece, unless that is None."""
         if numbered is not None:
             self.pieces.append(numbered)
             self._send(numbered[1])
 
-    def take(self) -> tuple[int, Verdict]:
-        """Its next answer, and the number of the piece.
+    def receive(self) -> tuple[int, ValidatedPiece]:
+        """Return its next answer, after the number of the piece.
 
         Raises:
-            ManifestError: it has none, because it died.
+            ManifestError: it died before it answered.
         """
         number, piece = self.pieces.popleft()
         try:
-            answer: Verdict | Exception = self.connection.recv()
+            answer: ValidatedPiece | Exception = self.connection.recv()
         except (EOFError, ConnectionError):
             code = self._process.wait()
             ended = f"signal {-code}" if code < 0 else f"exit code {code}"
             msg = (
                 f"the process that read manifest file {piece.file.path} ended with {ended}: it ran out of memory, or "
-                "the file is corrupt in a way that no reader survives; write the file anew, in smaller row groups"
+                "the file is corrupt in a way that crashes the reader; write the file again, in smaller row groups"
             )
             raise ManifestError(msg) from None
         if isinstance(answer, Exception):
@@ -117,7 +117,7 @@ class _Process:
         return number, answer
 
     def end(self) -> None:
-        """Stop it, whatever it does: it only reads."""
+        """Kill it at any time: it only reads."""
         self.connection.close()
         self._process.kill()
         self._process.wait()
@@ -125,25 +125,25 @@ class _Process:
     def _send(self, what: object) -> None:
         try:
             self.connection.send(what)
-        except ConnectionError:  # it died: `take` tells how
+        except ConnectionError:  # it died: `receive` reports how
             return
 
 
 def _serve(connection: Connection) -> None:
-    """Answer with verdicts, or with the error that a piece is, until the driver is gone."""
+    """Answer each piece with its result, or with the exception that it raised, until the driver is gone."""
     task = connection.recv()
-    judge = Judge(task)
+    validator = PieceValidator(task)
 
-    def judged(piece: Piece) -> Verdict | Exception:
+    def validated(piece: Piece) -> ValidatedPiece | Exception:
         try:
-            return judge.judge(piece, piece.tables(task.schema))
+            return validator.validate(piece, piece.tables(task.schema))
         except Exception as err:  # noqa: BLE001 - the driver raises it, whatever it is
             return err
 
-    with ThreadPoolExecutor(1) as answering, ThreadPoolExecutor(AHEAD) as judging:
+    with ThreadPoolExecutor(1) as answering, ThreadPoolExecutor(PIECES_AHEAD) as validating:
         while True:
-            verdict = judging.submit(judged, connection.recv())
-            answering.submit(lambda told: connection.send(told.result()), verdict)
+            answer = validating.submit(validated, connection.recv())
+            answering.submit(lambda pending: connection.send(pending.result()), answer)
 
 
 if __name__ == "__main__":

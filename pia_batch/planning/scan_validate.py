@@ -1,4 +1,4 @@
-"""The verdicts on the rows of a manifest, piece by piece: keys of the good ones, what is wrong with the others."""
+"""Validation of a manifest's pieces in threads: the keys of the valid rows, and the errors of the others."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ import pyarrow as pa
 from pia_batch.config import RunConfig
 from pia_batch.manifest.reader import Piece
 from pia_batch.manifest.validation import Checked, check
-from pia_batch.planning.work_classes import Traits
+from pia_batch.planning.statistics import WorkClasses
 from pia_batch.schema.columns import EFFECTIVE
 from pia_batch.schema.keys import KEY_BYTES, Keys
 
-CHECKED_AT_ONCE = 16_384
-"""Rows that `check` is given: their canonical JSON is what a scan needs of memory."""
+CHECKED_ROWS = 16_384
+"""Rows per call of `check`; their canonical JSON dominates the memory of a scan."""
 
 READERS = 8
-"""Pieces of a manifest that are asked for at a time, as far as READ_BYTES goes."""
+"""Number of pieces that are read at a time, within the limit of READ_BYTES."""
 
 READ_BYTES = 16 * 2**20
-"""Unpacked, of the pieces that one process reads at a time; a larger one is read alone. Decoding takes several times as
-much."""
+"""Uncompressed bytes of the pieces that one process reads at a time; a larger piece is read alone. Decoding needs
+several times as much memory."""
 
 _CHECKERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
-class Task:
-    """What decides the verdicts, the same for all pieces; it can be pickled.
+class ScanTask:
+    """Inputs that all pieces of a scan share; picklable.
 
     Attributes:
-        schema: the columns that are read, with the types that all files of the manifest give them.
-        run: gives the defaults, and what else decides a key.
-        engine_ids: the identity of each model's engine, by its name.
+        schema: Columns to read, with the types that they have over all files of the manifest.
+        run: Config with the defaults, and with everything else that decides a key.
+        engine_ids: Identity of each model's engine, by the model's name.
     """
 
     schema: pa.Schema
@@ -49,57 +49,57 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What is kept of `check`'s verdict on some rows.
+class ValidatedRows:
+    """The part of `check`'s result that a scan keeps.
 
     Attributes:
-        keys: of the good rows; shape (n,).
-        id_hashes: `validation.hashes_of` their request ids; shape (n,).
+        keys: Keys of the valid rows; shape (n,).
+        id_hashes: `validation.hashes_of` the request ids of the valid rows; shape (n,).
         rejected: `Checked.rejected`.
-        traits: of all of them.
+        work_classes: Work classes of all rows.
     """
 
     keys: Keys
     id_hashes: npt.NDArray[np.uint64]
     rejected: pa.Table
-    traits: Traits
+    work_classes: WorkClasses
 
     @classmethod
-    def of(cls, rows: pa.Table, checked: Checked) -> Judged:
-        """The part of a verdict on `rows`, as they stand in the manifest."""
-        return cls(checked.keys, checked.id_hashes, checked.rejected, Traits.of(rows, checked.requests))
+    def of(cls, rows: pa.Table, checked: Checked) -> ValidatedRows:
+        """Keep a part of the result of checking `rows`, which are as they are in the manifest."""
+        return cls(checked.keys, checked.id_hashes, checked.rejected, WorkClasses.of(rows, checked.requests))
 
     @classmethod
-    def nothing(cls) -> Judged:
-        """The verdict on no rows."""
-        return cls.of(pa.table({}), _NOTHING)
+    def empty(cls) -> ValidatedRows:
+        """Return the result for zero rows."""
+        return cls.of(pa.table({}), _EMPTY)
 
     @property
     def num_rows(self) -> int:
-        """Good and bad ones."""
-        return self.traits.num_rows
+        """Number of rows, valid and rejected ones."""
+        return self.work_classes.num_rows
 
 
-Verdict = tuple[Judged, ...]
-"""On the rows of a piece, in order."""
+ValidatedPiece = tuple[ValidatedRows, ...]
+"""Results for the rows of a piece, in order."""
 
 
-class Judge:
-    """Judges pieces, from several threads at once, as many at a time as fit in memory."""
+class PieceValidator:
+    """Validates pieces in several threads at a time, as many as fit in memory."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: ScanTask) -> None:
         self._task = task
         self._free_bytes = READ_BYTES
         self._freed = threading.Condition()
         self._checkers = threading.Semaphore(_CHECKERS)
 
-    def judge(self, piece: Piece, tables: Iterable[pa.Table]) -> Verdict:
-        """The verdict on a piece; `tables` are its rows in order, read as they are asked for."""
-        with self._room(min(piece.num_bytes, READ_BYTES)):
-            return tuple(self._judged(tables))
+    def validate(self, piece: Piece, tables: Iterable[pa.Table]) -> ValidatedPiece:
+        """Validate a piece; `tables` are its rows in order, read as they are consumed."""
+        with self._reserved(min(piece.num_bytes, READ_BYTES)):
+            return tuple(self._validated(tables))
 
     @contextmanager
-    def _room(self, num_bytes: int) -> Iterator[None]:
+    def _reserved(self, num_bytes: int) -> Iterator[None]:
         with self._freed:
             self._freed.wait_for(lambda: self._free_bytes >= num_bytes)
             self._free_bytes -= num_bytes
@@ -110,23 +110,23 @@ class Judge:
                 self._free_bytes += num_bytes
                 self._freed.notify_all()
 
-    def _judged(self, tables: Iterable[pa.Table]) -> Iterator[Judged]:
+    def _validated(self, tables: Iterable[pa.Table]) -> Iterator[ValidatedRows]:
         for table in tables:
-            for start in range(0, len(table), CHECKED_AT_ONCE):
-                rows = table.slice(start, CHECKED_AT_ONCE)
+            for start in range(0, len(table), CHECKED_ROWS):
+                rows = table.slice(start, CHECKED_ROWS)
                 with self._checkers:
-                    judged = Judged.of(rows, check(rows, self._task.run, self._task.engine_ids))
-                yield judged
+                    validated = ValidatedRows.of(rows, check(rows, self._task.run, self._task.engine_ids))
+                yield validated
 
 
-def in_threads(task: Task, pieces: Iterable[tuple[Piece, Iterable[pa.Table]]]) -> Iterator[Verdict]:
-    """The verdict on each piece, in their order; their tables are read in several threads of this process."""
-    judge = Judge(task)
+def validate_in_threads(task: ScanTask, pieces: Iterable[tuple[Piece, Iterable[pa.Table]]]) -> Iterator[ValidatedPiece]:
+    """Validate pieces, given with their tables, in order; the tables are read in threads of this process."""
+    validator = PieceValidator(task)
     with ThreadPoolExecutor(READERS) as readers:
-        yield from readers.map(lambda read: judge.judge(*read), pieces)
+        yield from readers.map(lambda read: validator.validate(*read), pieces)
 
 
-_NOTHING = Checked(
+_EMPTY = Checked(
     EFFECTIVE.empty_table(),
     np.empty(0, np.int64),
     np.empty(0, f"V{KEY_BYTES}"),

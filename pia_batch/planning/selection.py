@@ -1,6 +1,6 @@
-"""Which of the unfinished requests a run draws, where its budget allows fewer than all, and which come first.
+"""Selection of the requests that a run animates if its budget allows fewer than all, and of those that come first.
 
-Holds a few numbers a request, no rows: the ranks of a manifest are 8 bytes each.
+It holds a few numbers per request and no rows: the ranks of a manifest take 8 bytes each.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from pia_batch.schema.keys import Keys, KeySet
 _HASHES = 2.0**64
 
 
-def choose(
+def select(
     config: RunConfig,
     manifest: Manifest,
     keys: Keys,
     id_hashes: npt.NDArray[np.uint64],
     ordinals: npt.NDArray[np.int64],
 ) -> KeySet | None:
-    """The keys that a run draws by its `budget`; None: all of them.
+    """Return the keys that a run animates within its `budget`; None: all of them.
 
-    A sample is chosen by the hash of the request ids: it has the same requests whatever their settings are, and a
-    larger sample contains a smaller one. A limit takes the first rows of the manifest, or those of the highest
+    A sample is selected by the hash of the request ids: it has the same requests whatever their settings are, and a
+    larger sample contains a smaller one. A limit takes the first rows of the manifest, or those with the highest
     priority, for which one column is read once more.
 
     Args:
-        config: gives `budget.sample`, `budget.limit` and `budget.priority`.
-        manifest: has the column of the priority.
-        keys: of the requests that are due, copies included; shape (n,).
-        id_hashes: of their request ids, uniform over uint64; shape (n,).
-        ordinals: their row numbers in the manifest; shape (n,).
+        config: Config with `budget.sample`, `budget.limit` and `budget.priority`.
+        manifest: Manifest with the priority column.
+        keys: Keys of the pending requests, copies included; shape (n,).
+        id_hashes: Hashes of their request ids, uniform over uint64; shape (n,).
+        ordinals: Their row numbers in the manifest; shape (n,).
 
     Raises:
-        ConfigError: the manifest has no such column of numbers.
+        ConfigError: the manifest has no such numeric column.
     """
     budget = config.budget
     check_priority(config, manifest.schema)
@@ -55,21 +55,21 @@ def choose(
 
 
 def check_priority(config: RunConfig, schema: pa.Schema) -> None:
-    """Refuse a `budget.priority` that is no column of numbers (or of texts, as CSV has them).
+    """Refuse a `budget.priority` that is not a column of numbers, or of texts, which is how CSV stores numbers.
 
     Raises:
-        ConfigError: it names the columns that are.
+        ConfigError: the column does not exist or is not numeric; the message names the numeric columns.
     """
     name = config.budget.priority
     if name is None or (name in schema.names and _is_ranked(schema.field(name).type)):
         return
     known = ", ".join(field.name for field in schema if _is_number(field.type)) or "none"
-    msg = f"budget.priority: the manifest has no column of numbers {name!r}; those that are: {known}"
+    msg = f"budget.priority: the manifest has no numeric column {name!r}; its numeric columns: {known}"
     raise ConfigError(msg)
 
 
 def ranks(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[np.float64]:
-    """The numbers of a column, as float64 of shape (n,); null, NaN and what is no number are -inf: they come last."""
+    """Return the numbers of a column as float64, shape (n,). Null, NaN and other texts become -inf: they come last."""
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         numbers = np.array([_number(text) for text in column.to_pylist()], np.float64)
     else:
@@ -80,7 +80,7 @@ def ranks(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[np.float64]:
 
 
 def _order(config: RunConfig, manifest: Manifest, ordinals: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The order in which these rows are drawn: the highest priority first, and as the manifest has them."""
+    """Return the order in which these rows are animated: by descending priority, then as in the manifest."""
     name = config.budget.priority
     if name is None:
         return np.argsort(ordinals, kind="stable")

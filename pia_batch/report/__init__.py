@@ -20,8 +20,8 @@ import pyarrow as pa
 
 from pia_batch.errors import ConfigError, StorageError
 from pia_batch.journal import layout
-from pia_batch.journal import results as publication
 from pia_batch.journal.log import Journal
+from pia_batch.journal.results import is_published, read_latest
 from pia_batch.media.codecs import CODECS
 from pia_batch.report import page, results
 from pia_batch.report.facts import REMEDIES, Facts, again_config
@@ -140,7 +140,7 @@ def follow(
     """
     options = options or Options()
     so_far = results.SoFar(Journal(store), results.Tally(run_id), results.Sample(options.max_results))
-    while not publication.is_published(store, run_id):
+    while not is_published(store, run_id):
         so_far.read_on()
         yield _write(store, so_far.tally, so_far.sample, options, path, reload_s=every_s)
     yield write(store, run_id, options, path)
@@ -174,12 +174,12 @@ def _write(
 def _published(store: Store, run_id: str | None) -> str:
     """The run to show, whose results are complete."""
     if run_id is None:
-        newest = publication.latest(store)
+        newest = read_latest(store)
         if newest is None:
             msg = f"{store.uri} has no results yet; `pia-batch run` publishes them when every request is finished"
             raise ConfigError(msg)
         return str(newest["run_id"])
-    if not publication.is_published(store, run_id):
+    if not is_published(store, run_id):
         names = {item.name: layout.results_run_id(item.name) for item in store.list(layout.RESULTS)}
         known = ", ".join(sorted(run for name, run in names.items() if run and name == layout.success_marker(run)))
         msg = f"run {run_id!r} has no complete results below {store.uri}; those that have: {known or 'none'}"

@@ -129,7 +129,7 @@ class RunRecord(BaseModel):
     duplicates: int | None = Field(None, description="rows that repeat a request")
     rejected: int | None = Field(None, description="requests that the manifest's own values rule out")
     pending: int | None = Field(None, description="requests that had no result when the run began")
-    chosen: int | None = Field(None, description="pending requests that the budget chose")
+    selected: int | None = Field(None, description="pending requests that the budget selected")
     progress: ProgressSnapshot | None = Field(
         None, description="progress, as in [watching a run](monitoring.md#logs-and-programs)"
     )

@@ -186,7 +186,7 @@ def test_verify_groups_what_is_wrong_and_repairs_it(store: Store, capsys) -> Non
 
     assert pia_batch("verify", store.uri) == 3
     printed = capsys.readouterr().out
-    assert re.search(r"missing  2 .*\n  r0: .*not there\n  r1: ", printed)
+    assert re.search(r"missing  2 .*\n  r0: .*does not exist\n  r1: ", printed)
     assert re.search(r"size  1 .*\n  r3: ", printed)
     assert re.search(r"content  1 .*\n  r2: ", printed)
     assert "5 animations verified, 4 with a problem" in printed
@@ -198,12 +198,12 @@ def test_verify_groups_what_is_wrong_and_repairs_it(store: Store, capsys) -> Non
     assert len(list(store.list("animations/"))) == 3
 
     assert pia_batch("verify", store.uri, "--repair") == 3
-    assert "they are due again: `pia-batch run` draws them" in capsys.readouterr().out
+    assert "their requests need regeneration: `pia-batch run` generates them again" in capsys.readouterr().out
     assert [item.name for item in store.list("animations/")] == [names[4]]
-    assert journal.outcomes().due_again == 4
+    assert journal.outcomes().needs_regeneration == 4
     assert pia_batch("verify", store.uri) == 0
     assert pia_batch("status", store.uri) == 0
-    assert "due again  4" in capsys.readouterr().out
+    assert "regenerate  4" in capsys.readouterr().out
 
 
 def test_gc_lists_and_deletes_only_when_told_and_never_during_a_run(store: Store, tmp_path: Path, capsys) -> None:

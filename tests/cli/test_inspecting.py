@@ -15,7 +15,7 @@ from pia_batch import cli
 from pia_batch.config import FORMATS, Format, RunConfig
 from pia_batch.manifest.validation import check
 from pia_batch.media import codecs, provenance
-from pia_batch.planning import plan
+from pia_batch.planning.plan import make_plan
 from pia_batch.schema.keys import KeySet
 from pia_batch.storage.object_store import Store
 
@@ -30,7 +30,7 @@ def pia_batch(*arguments: str) -> int:
 
 def animation(config: RunConfig, fmt: Format, **columns: Any) -> bytes:
     """The file of the first request of a manifest."""
-    engines = plan.make(config).engine_ids
+    engines = make_plan(config).engine_ids
     (row,) = check(requests_table(1, format=[fmt], **columns), config, engines).requests.to_pylist()
     row["fetched_sha256"] = "ab" * 32
     frames = np.zeros((2, 16, 16, 3), np.uint8)
@@ -48,8 +48,8 @@ def test_the_row_that_it_prints_is_the_same_request_to_plan(
     assert pia_batch("inspect", str(tmp_path / "clip"), "--manifest-row") == 0
     (tmp_path / "again.jsonl").write_text(capsys.readouterr().out)
 
-    again = plan.make(config.model_copy(update={"manifest": str(tmp_path / "again.jsonl")}))
-    first = plan.make(config)
+    again = make_plan(config.model_copy(update={"manifest": str(tmp_path / "again.jsonl")}))
+    first = make_plan(config)
     assert (again.num_pending, again.num_rejected) == (1, 0)
     assert same(first.wanted, again.wanted)
 

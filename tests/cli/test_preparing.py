@@ -86,7 +86,7 @@ def test_the_budget_says_how_much_is_drawn_now(
     assert pia_batch("plan", *where, "--set", "budget.limit=2", "--json") == 0
 
     told = json.loads(capsys.readouterr().out)
-    assert (told["pending"], told["drawn"]) == (6, 2)
+    assert (told["pending"], told["selected"]) == (6, 2)
 
 
 def test_plan_and_inspect_import_neither_torch_nor_ray(write_manifest: WriteManifest, tmp_path: Path) -> None:

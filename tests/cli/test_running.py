@@ -20,8 +20,8 @@ from pia_batch.config import RunConfig
 from pia_batch.journal import layout
 from pia_batch.journal.lease import Lease
 from pia_batch.journal.log import Journal
-from pia_batch.journal.results import published
-from pia_batch.planning import plan as planning
+from pia_batch.journal.results import read_success_marker
+from pia_batch.planning.plan import make_plan
 from pia_batch.schema.columns import results_table
 from pia_batch.storage.object_store import Store
 
@@ -51,9 +51,9 @@ def week(tmp_path: Path) -> Path:
 def draw(path: Path, day: str, **settings: Any) -> None:
     """What engines would commit of one day, without them."""
     config = RunConfig.load(path, {"run_date": day, **settings}).filled()
-    plan = planning.make(config)
+    plan = make_plan(config)
     store = Store(config.output)
-    due = plan.wanted if plan.chosen is None else plan.chosen
+    due = plan.wanted if plan.selected is None else plan.selected
     keys = [f"{high:016x}{low:016x}" for high, low in zip(due.high.tolist(), due.low.tolist(), strict=True)]
     for key in keys:
         store.replace(layout.animation_name(key, "mp4"), b"x")
@@ -108,11 +108,11 @@ def test_dates_that_share_an_output_are_no_ops_each_and_late_rows_make_another_r
     assert pia_batch("run", str(week), *shared, "--run-date", DAYS[0]) == 0
 
     assert "3 requests: 3 succeeded" in capsys.readouterr().out
-    told = published(Store(f"{week.parent}/shared"), f"{DAYS[0]}-2")
+    told = read_success_marker(Store(f"{week.parent}/shared"), f"{DAYS[0]}-2")
     assert told is not None
     assert told["requests"] == 3
     assert pia_batch("run", str(week), *shared, "--run-date", DAYS[0]) == 0
-    assert published(Store(f"{week.parent}/shared"), f"{DAYS[0]}-3") is None
+    assert read_success_marker(Store(f"{week.parent}/shared"), f"{DAYS[0]}-3") is None
 
 
 def test_a_backfill_passes_over_a_hole_and_finished_dates_and_says_so(
@@ -132,7 +132,7 @@ def test_a_backfill_passes_over_a_hole_and_finished_dates_and_says_so(
     assert f"{DAYS[1]}: manifest" in printed.err
     assert "does not exist" in printed.err
     assert [line for line in printed.out.splitlines() if line in DAYS] == [DAYS[0], DAYS[2]]
-    assert published(Store(f"{week.parent}/out/{DAYS[2]}"), DAYS[2]) is not None
+    assert read_success_marker(Store(f"{week.parent}/out/{DAYS[2]}"), DAYS[2]) is not None
 
     (week.parent / "elsewhere").rename(hole)
     assert pia_batch("run", str(week), "--backfill", f"{DAYS[0]}..{DAYS[2]}", "--json") == 0
@@ -148,7 +148,7 @@ def test_a_backfill_goes_on_past_an_output_that_is_taken(week: Path, capsys: pyt
         assert pia_batch("run", str(week), "--backfill", f"{DAYS[0]}..{DAYS[1]}") == 75
 
     assert f"{DAYS[0]}: run theirs" in capsys.readouterr().err
-    assert published(Store(f"{week.parent}/out/{DAYS[1]}"), DAYS[1]) is not None
+    assert read_success_marker(Store(f"{week.parent}/out/{DAYS[1]}"), DAYS[1]) is not None
 
 
 def test_a_run_that_waits_plans_anew_when_its_turn_comes(
@@ -196,7 +196,7 @@ def test_patience_ends_with_75(week: Path) -> None:
         (["--wait-for", "soon"], "--wait-for: 'soon' is no number with s, m, h or d"),
         (["--sample", "200%"], "budget.sample"),
         (["--deadline", "tonight"], "budget.deadline"),
-        (["--priority", "price", "--run-date", DAYS[0]], "budget.priority: the manifest has no column of numbers"),
+        (["--priority", "price", "--run-date", DAYS[0]], "budget.priority: the manifest has no numeric column"),
     ],
 )
 def test_a_mistake_about_dates_or_budgets_ends_with_2_and_writes_nothing(
@@ -215,7 +215,7 @@ def test_a_parameter_fills_in_what_it_names(week: Path, capsys: pytest.CaptureFi
     assert pia_batch("plan", *dated, "--output", f"{root}/{{place}}", "--param", "place=x") == 0
     assert "pending     2" in capsys.readouterr().out
     assert pia_batch("run", *dated, "--output", f"{root}/out/{{p}}", "--param", "p=north") == 0
-    assert published(Store(f"{root}/out/north"), f"{DAYS[0]}-north") is not None
+    assert read_success_marker(Store(f"{root}/out/north"), f"{DAYS[0]}-north") is not None
 
 
 def test_status_of_a_config_with_a_date_is_that_of_the_last_one(
@@ -263,7 +263,7 @@ def test_a_sample_that_is_drawn_ends_with_4_and_publishes_nothing(
     assert pia_batch("run", str(week), "--run-date", DAYS[0], "--sample", "30%", "--json") == 4
 
     told = json.loads(capsys.readouterr().out)
-    assert (told["state"], told["reason"], told["pending"], told["chosen"]) == (
+    assert (told["state"], told["reason"], told["pending"], told["selected"]) == (
         "stopped",
         "sample",
         told["summary"]["left"],
@@ -323,5 +323,5 @@ def test_a_signal_between_two_dates_stops_the_rest(
 
     assert "committing what is in flight" in capsys.readouterr().err
     assert "dates_skipped=1" in caplog.text
-    assert published(Store(f"{week.parent}/out/{DAYS[0]}"), DAYS[0]) is not None
+    assert read_success_marker(Store(f"{week.parent}/out/{DAYS[0]}"), DAYS[0]) is not None
     assert not (week.parent / "out" / DAYS[1] / "results").exists()

@@ -220,7 +220,7 @@ TOLD = {
     "succeeded": 61_874,
     "failed": 436,
     "failures": {"image_unavailable": 436},
-    "due_again": 0,
+    "needs_regeneration": 0,
     "published": None,
     "run": {
         "run_id": "night", "started_at": "2026-11-22T20:00:00+00:00", "pending": 90_000, "rejected": 0,

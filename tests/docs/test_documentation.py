@@ -18,7 +18,7 @@ import pia_batch
 from pia_batch import cli, errors
 from pia_batch.config import RunConfig
 from pia_batch.media import codecs
-from pia_batch.planning import plan as planning
+from pia_batch.planning.plan import make_plan
 from pia_batch.schema.columns import REQUEST, RESULT, SETTINGS
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ def test_the_example_manifest_is_a_good_one(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     exec(python_block("pq.write_table"), {})  # noqa: S102 - what a reader would do
 
-    plan = planning.make(RunConfig.load(None, {"manifest": "requests.parquet", "output": "out"}))
+    plan = make_plan(RunConfig.load(None, {"manifest": "requests.parquet", "output": "out"}))
 
     assert (plan.num_pending, plan.num_rejected, plan.carried.names) == (3, 0, ["shop"])
 
@@ -135,7 +135,7 @@ def test_the_public_names_are_those_of_their_modules() -> None:
         "plan",
         "run",
     ]
-    assert pia_batch.plan is planning.make
+    assert pia_batch.plan is make_plan
     assert set(pia_batch.__all__) < set(dir(pia_batch))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = pia_batch.nonsense

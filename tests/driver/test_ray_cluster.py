@@ -22,7 +22,7 @@ from pia_batch.config import PlacementConfig, RunConfig
 from pia_batch.driver import preflight, ray_cluster
 from pia_batch.driver import run as driver_run
 from pia_batch.errors import ConfigError, InterruptedRunError
-from pia_batch.planning import plan
+from pia_batch.planning.plan import make_plan
 from pia_batch.schema.run_record import RunSummary
 
 pytestmark = pytest.mark.slow
@@ -80,7 +80,7 @@ class NodeEngineLoader:
 
 def run(config: RunConfig, folder: Path, crowd: int, events: Iterator[None]) -> tuple[RunSummary, list[dict[str, Any]]]:
     """A run beside which `events` goes on, a step about twice a second; its summary and results."""
-    engine_id = plan.make(config).engine_ids["default"]
+    engine_id = make_plan(config).engine_ids["default"]
     loader = NodeEngineLoader(engine_id, folder, crowd)
     summary = driver_run.run(config, load_engines=loader, on_progress=lambda _: next(events, None))
     return summary, pq.read_table(f"{config.output}/results/{summary.run_id}").to_pylist()

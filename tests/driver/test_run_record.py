@@ -20,7 +20,7 @@ from pia_batch.driver.progress import Progress
 from pia_batch.driver.run_record import PROGRESS_EVERY_S, RunRecordWriter
 from pia_batch.errors import AccountingError, ConfigError, InterruptedRunError, LeaseHeldError, StorageError
 from pia_batch.pipeline.attempts import EngineActivity, OutcomeCounts
-from pia_batch.planning import plan as planning
+from pia_batch.planning.plan import Plan, make_plan
 from pia_batch.schema.run_record import ProgressSnapshot
 from pia_batch.storage.object_store import Store
 
@@ -28,7 +28,7 @@ MakeConfig = Callable[..., RunConfig]
 
 FIELDS = {
     *("run_id", "state", "reason", "message", "exit_code", "run_date", "params", "started_at", "finished_at"),
-    *("manifest", "folder", "output", "rows", "duplicates", "rejected", "pending", "chosen", "progress", "computed"),
+    *("manifest", "folder", "output", "rows", "duplicates", "rejected", "pending", "selected", "progress", "computed"),
     *("requests_per_second", "timings", "engines", "engine_hours", "gpu_hours", "cost", "summary"),
     *("version", "versions", "engine_ids", "config"),
 }
@@ -36,11 +36,11 @@ FIELDS = {
 
 def begun(
     config: RunConfig, run_id: str = "night", store: type[Store] = Store
-) -> tuple[RunRecordWriter, planning.Plan, Progress]:
-    plan = planning.make(config)
+) -> tuple[RunRecordWriter, Plan, Progress]:
+    plan = make_plan(config)
     writer = RunRecordWriter(config)
     writer.set_plan(plan, run_id)
-    progress = Progress(config, run_id, total=plan.num_chosen, done_before=0)
+    progress = Progress(config, run_id, total=plan.num_selected, done_before=0)
     writer.begin(store(config.output), progress)
     return writer, plan, progress
 
@@ -59,7 +59,7 @@ def test_a_run_that_begins_says_what_it_is_about_to_do(make_config: MakeConfig) 
     assert set(told) == FIELDS
     assert (told["timings"], told["engines"], told["summary"]) == (None, None, None)
     assert (told["state"], told["exit_code"], told["finished_at"]) == ("running", None, None)
-    assert (told["rows"], told["pending"], told["chosen"], told["rejected"]) == (5, 4, 3, 1)
+    assert (told["rows"], told["pending"], told["selected"], told["rejected"]) == (5, 4, 3, 1)
     assert told["params"] == {"shop": "north"}
     assert {"python", "ray", "torch", "diffusers"} <= set(told["versions"])
     assert "secret" not in json.dumps(told)
@@ -185,7 +185,7 @@ def test_a_store_that_is_gone_does_not_hide_why_the_run_ended(
 
     config = make_config(requests_table(1))
     writer = RunRecordWriter(config)
-    writer.set_plan(planning.make(config), "night")
+    writer.set_plan(make_plan(config), "night")
     store = GoneStore(config.output)
     writer.begin(store, Progress(config, "night", total=1, done_before=0))
     store.gone = True

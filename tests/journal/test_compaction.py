@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pia_batch.errors import StorageError
 from pia_batch.journal import layout, log, pack_index
-from pia_batch.journal.compaction import WORTH_FRAGMENTS, Compactor
+from pia_batch.journal.compaction import MIN_UNINDEXED_FRAGMENTS, Compactor
 from pia_batch.journal.log import Journal, Outcomes, digest_of
 from pia_batch.schema.keys import keys_to_hex
 from pia_batch.storage.object_store import Store
@@ -55,7 +55,7 @@ def told(outcomes: Outcomes) -> tuple[Any, ...]:
         [outcomes.kinds[code] for code in outcomes.kind],
         strict=True,
     )
-    return list(rows), outcomes.fragments, outcomes.withdrawn.tobytes(), outcomes.failures, digest_of(outcomes)
+    return list(rows), outcomes.fragments, outcomes.removed.tobytes(), outcomes.failures, digest_of(outcomes)
 
 
 def index_of(record: Journal) -> list[Path]:
@@ -99,11 +99,11 @@ def test_outcomes_are_the_same_with_and_without_an_index(steps: list[tuple[str, 
             if verb == "commit":
                 record.append(results(record.store, argument))
             elif verb == "withdraw":
-                record.withdraw(keys(*argument), record.outcomes())
+                record.add_tombstones(keys(*argument), record.outcomes())
             elif verb == "see":
                 seen = other.outcomes()
             elif verb == "withdraw late" and set(seen.fragments) <= set(record.fragments()):
-                record.withdraw(keys(*argument), seen)
+                record.add_tombstones(keys(*argument), seen)
             elif verb == "compact":
                 (record if argument == "mine" else other).compact()
             elif verb == "lose" and (files := index_of(record)):
@@ -137,7 +137,7 @@ def test_what_was_taken_back_stays_so_though_the_index_has_it(record: Journal) -
     commit(record, {1: "succeeded", 2: "succeeded"})
     record.compact()
 
-    record.withdraw(keys(1), record.outcomes())
+    record.add_tombstones(keys(1), record.outcomes())
     assert verdicts(record.outcomes()) == {key(2): True}
     record.compact()
     assert verdicts(Journal(record.store).outcomes()) == {key(2): True}
@@ -153,7 +153,7 @@ def test_taking_back_needs_no_fragment_that_is_indexed(record: Journal) -> None:
     record.compact()
     store = CountingStore(record.store.uri)
 
-    Journal(store).withdraw(keys(1, 3), Journal(store).outcomes())
+    Journal(store).add_tombstones(keys(1, 3), Journal(store).outcomes())
 
     assert store.fragments_read == 0
     assert set(verdicts(record.outcomes())) == {key(0), key(2), key(4)}
@@ -189,7 +189,7 @@ def test_a_damaged_fragment_stops_the_compaction_and_is_named(record: Journal) -
 def test_compaction_goes_by_portions_of_which_the_earlier_ones_stay(
     record: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log, "COMPACTED_AT_ONCE", 2)
+    monkeypatch.setattr(log, "FRAGMENTS_PER_STEP", 2)
     for number in range(5):
         commit(record, {number: "succeeded"})
     last = max(record.fragments())
@@ -231,27 +231,27 @@ def commit_many(record: Journal, count: int, start: int = 0) -> None:
 
 def test_a_run_compacts_as_it_goes_and_at_its_end(record: Journal) -> None:
     compactor = Compactor(Journal(record.store), batch_size=2, fragments=32)
-    commit_many(record, WORTH_FRAGMENTS)
+    commit_many(record, MIN_UNINDEXED_FRAGMENTS)
 
-    compactor.see(63)
+    compactor.record_committed(63)
     assert index_of(record) == []
-    compactor.see(64)
+    compactor.record_committed(64)
     compactor.finish()
     first = index_of(record)
     assert len(first) == 2
 
     compactor.finish()
     assert index_of(record) == first
-    commit_many(record, WORTH_FRAGMENTS, start=WORTH_FRAGMENTS)
+    commit_many(record, MIN_UNINDEXED_FRAGMENTS, start=MIN_UNINDEXED_FRAGMENTS)
     compactor.finish()
 
     store = CountingStore(record.store.uri)
-    assert len(Journal(store).outcomes().keys) == 2 * WORTH_FRAGMENTS
+    assert len(Journal(store).outcomes().keys) == 2 * MIN_UNINDEXED_FRAGMENTS
     assert store.fragments_read == 0
 
 
 def test_a_few_fragments_are_not_worth_an_index(record: Journal) -> None:
-    commit_many(record, WORTH_FRAGMENTS - 1)
+    commit_many(record, MIN_UNINDEXED_FRAGMENTS - 1)
 
     Compactor(record, batch_size=1).finish()
 
@@ -269,10 +269,10 @@ def test_one_compaction_at_a_time(store: Store) -> None:
             return at_least
 
     compactor = Compactor(Slow(store), batch_size=1, fragments=1)
-    compactor.see(1)
+    compactor.record_committed(1)
     going.wait(60)
-    compactor.see(2)
-    compactor.see(3)
+    compactor.record_committed(2)
+    compactor.record_committed(3)
     may_end.set()
     compactor.finish()
 
@@ -280,13 +280,13 @@ def test_one_compaction_at_a_time(store: Store) -> None:
 
 
 def test_a_compaction_that_fails_ends_no_run(record: Journal, caplog: pytest.LogCaptureFixture) -> None:
-    commit_many(record, WORTH_FRAGMENTS)
+    commit_many(record, MIN_UNINDEXED_FRAGMENTS)
     record.store.replace(record.fragments()[0], b"")
 
     with caplog.at_level(logging.WARNING):
         Compactor(record, batch_size=1).finish()
 
-    assert "not_compacted" in caplog.text
+    assert "compaction_failed" in caplog.text
 
 
 @pytest.mark.s3

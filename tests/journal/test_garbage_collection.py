@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from pia_batch.errors import LeaseHeldError, StorageError
-from pia_batch.journal import garbage_collection, layout
+from pia_batch.journal import layout
+from pia_batch.journal.garbage_collection import delete_garbage, find_garbage
 from pia_batch.journal.layout import LEASES, animation_name, lease_name
 from pia_batch.journal.log import Journal
-from pia_batch.journal.pack_index import Head, Index
+from pia_batch.journal.pack_index import Head, PackIndex
 from pia_batch.journal.results import publish
-from pia_batch.journal.rows import INDEXED
+from pia_batch.journal.rows import INDEX_ENTRY
 from pia_batch.storage.object_store import Store
 from tests.journal.test_log import SHOP, commit, key, keys, keyset, results
 
@@ -37,8 +38,8 @@ def age(record: Journal, days: float, *names: str) -> None:
 
 def found(record: Journal, days: float = 7) -> dict[str, set[str]]:
     sorts: dict[str, set[str]] = {}
-    for item in garbage_collection.find(record, time.time() - days * DAY_S):
-        sorts.setdefault(item.sort, set()).add(item.found.name)
+    for item in find_garbage(record, time.time() - days * DAY_S):
+        sorts.setdefault(item.kind, set()).add(item.info.name)
     return sorts
 
 
@@ -134,7 +135,7 @@ def test_results_without_success_json_are_garbage_when_all_of_them_are_old(recor
 def test_what_the_newest_results_name_stays_also_where_it_was_taken_back(record: Journal) -> None:
     commit(record, {1: "succeeded", 2: "succeeded"})
     publish(record, record.outcomes(), keyset(1), SHOP, "run-1", {})
-    record.withdraw(keys(1, 2), record.outcomes())
+    record.add_tombstones(keys(1, 2), record.outcomes())
     age(record, 8)
 
     assert found(record) == {"animations": {animation_name(key(2), "gif")}}
@@ -175,9 +176,9 @@ def test_what_is_replaced_in_the_index_is_garbage_and_outcomes_stay_without_it(r
     heads = sorted(folder.glob("*.json"))
     age(record, 8)
 
-    gone = list(garbage_collection.delete(record.store, garbage_collection.find(record, time.time() - 7 * DAY_S), on))
+    gone = list(delete_garbage(record.store, find_garbage(record, time.time() - 7 * DAY_S), on))
 
-    assert Counter(item.sort for item in gone) == Counter(index=4)
+    assert Counter(item.kind for item in gone) == Counter(index=4)
     assert sorted(folder.glob("*.json")) == heads[2:]
     assert found(record) == {}
     assert len(Journal(record.store).outcomes().keys) == 4
@@ -186,10 +187,10 @@ def test_what_is_replaced_in_the_index_is_garbage_and_outcomes_stay_without_it(r
 
 def test_scans_are_garbage_but_for_the_last_that_was_kept(record: Journal) -> None:
     for name in ("aa" * 16, "bb" * 16):
-        cache = Index(record.store, layout.scan_cache_folder(name), INDEXED)
+        cache = PackIndex(record.store, layout.scan_cache_folder(name), INDEX_ENTRY)
         head = Head()
         for _ in range(3):
-            head = cache.extend(head, INDEXED.empty_table())
+            head = cache.extend(head, INDEX_ENTRY.empty_table())
     record.store.create("_scans/notes.txt", b"mine")
     age(record, 9)
     age(record, 8, f"_scans/{'aa' * 16}/{min((root_of(record) / '_scans' / ('aa' * 16)).iterdir()).name}")
@@ -222,14 +223,14 @@ def test_deleting_removes_what_was_found_and_only_that(record: Journal) -> None:
     age(record, 8)
     everything = {path for path in root_of(record).rglob("*") if path.is_file()}
 
-    gone = list(garbage_collection.delete(record.store, garbage_collection.find(record, time.time() - 7 * DAY_S), on))
+    gone = list(delete_garbage(record.store, find_garbage(record, time.time() - 7 * DAY_S), on))
 
-    assert Counter(item.sort for item in gone) == counts + Counter(staged=1)
+    assert Counter(item.kind for item in gone) == counts + Counter(staged=1)
     left = {path for path in root_of(record).rglob("*") if path.is_file()}
-    assert everything - left == {root_of(record) / item.found.name for item in gone}
+    assert everything - left == {root_of(record) / item.info.name for item in gone}
     assert found(record) == {}
     assert publish(record, record.outcomes(), keyset(1, 2), SHOP, "run-2", {}).num_succeeded == 1
-    assert list(garbage_collection.delete(record.store, gone, on)) == gone  # gone already, which is as good
+    assert list(delete_garbage(record.store, gone, on)) == gone  # gone already, which is as good
 
 
 def test_deleting_ends_where_a_run_has_come(record: Journal) -> None:
@@ -241,9 +242,7 @@ def test_deleting_ends_where_a_run_has_come(record: Journal) -> None:
         raise LeaseHeldError("another run")
 
     with pytest.raises(LeaseHeldError):
-        list(
-            garbage_collection.delete(record.store, garbage_collection.find(record, time.time() - 7 * DAY_S), overtaken)
-        )
+        list(delete_garbage(record.store, find_garbage(record, time.time() - 7 * DAY_S), overtaken))
     assert found(record) == before
 
 
@@ -254,8 +253,8 @@ def test_garbage_is_found_and_deleted_on_s3(s3: str) -> None:
     before = {item.name for item in record.store.list("")}
 
     assert found(record, days=1) == {}
-    gone = list(garbage_collection.delete(record.store, garbage_collection.find(record, time.time() + DAY_S), on))
+    gone = list(delete_garbage(record.store, find_garbage(record, time.time() + DAY_S), on))
 
-    assert Counter(item.sort for item in gone) == counts
-    assert before - {item.name for item in record.store.list("")} == {item.found.name for item in gone}
+    assert Counter(item.kind for item in gone) == counts
+    assert before - {item.name for item in record.store.list("")} == {item.info.name for item in gone}
     assert found(record, days=-1) == {}

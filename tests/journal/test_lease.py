@@ -14,7 +14,7 @@ import pytest
 
 from pia_batch.errors import InterruptedRunError, LeaseHeldError, ObjectExistsError, StorageError
 from pia_batch.journal import layout, lease
-from pia_batch.journal.lease import Lease, newest
+from pia_batch.journal.lease import Lease, read_newest_lease
 from pia_batch.storage.object_store import Store
 
 LONG_S = 60.0
@@ -37,20 +37,20 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
 
 def test_a_lease_is_held_inside_and_released_after(store: Store) -> None:
     with Lease(store, "mine", LONG_S) as held:
-        generation, holder = newest(store)
+        generation, holder = read_newest_lease(store)
         assert generation == 1
         assert holder is not None
         assert (holder["run_id"], holder["released"]) == ("mine", False)
         assert not held.lost.is_set()
 
-    generation, holder = newest(store)
+    generation, holder = read_newest_lease(store)
     assert generation == 2
     assert holder is not None
     assert holder["released"]
 
 
 def test_nothing_is_held_before_the_first_run(store: Store, tmp_path: Path) -> None:
-    assert newest(store) == (0, None)
+    assert read_newest_lease(store) == (0, None)
     assert not (tmp_path / "out").exists()
 
 
@@ -100,7 +100,7 @@ def test_a_lease_released_while_waited_for_is_taken_at_once(store: Store) -> Non
     started = time.monotonic()
 
     with Lease(store, "mine", 0.6):
-        assert newest(store)[0] == 3
+        assert read_newest_lease(store)[0] == 3
     timer.join()
     assert time.monotonic() - started < LONG_S / 2
 
@@ -115,7 +115,7 @@ def test_a_run_that_was_killed_on_this_machine_is_not_waited_for(store: Store) -
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
         process.kill()
-    generation, holder = newest(store)
+    generation, holder = read_newest_lease(store)
     assert holder is not None
     assert (generation, holder["run_id"], holder["released"]) == (1, "killed", False)
     started = time.monotonic()
@@ -126,7 +126,7 @@ def test_a_run_that_was_killed_on_this_machine_is_not_waited_for(store: Store) -
 
 def test_a_living_process_on_this_machine_is_not_taken_for_dead(store: Store) -> None:
     with Lease(store, "mine", LONG_S):
-        _, holder = newest(store)
+        _, holder = read_newest_lease(store)
     assert holder is not None
 
     assert not lease._died_here(holder)
@@ -138,9 +138,9 @@ def test_a_living_process_on_this_machine_is_not_taken_for_dead(store: Store) ->
 
 def test_renewals_write_one_generation_after_the_other(store: Store) -> None:
     with Lease(store, "mine", 0.15):
-        until(lambda: newest(store)[0] >= 4)
+        until(lambda: read_newest_lease(store)[0] >= 4)
 
-    generation, _ = newest(store)
+    generation, _ = read_newest_lease(store)
     names = sorted(item.name for item in store.list(layout.LEASES))
     assert names == [f"_lease/{k:012d}.json" for k in range(1, generation + 1)]
 
@@ -153,7 +153,7 @@ def test_a_run_whose_lease_was_taken_learns_of_it_and_writes_no_more(
 
         assert held.lost.wait(10)
 
-    assert newest(store)[0] == 2
+    assert read_newest_lease(store)[0] == 2
     assert "lease_lost run_id=mine" in caplog.text
 
 
@@ -196,7 +196,7 @@ class ForgetfulStore(Store):
 
 def test_a_run_does_not_mistake_its_own_unanswered_write_for_another_run(store: Store) -> None:
     with Lease(ForgetfulStore(store.uri, lose=2), "mine", 0.15) as held:
-        until(lambda: newest(store)[0] >= 4)
+        until(lambda: read_newest_lease(store)[0] >= 4)
         assert not held.lost.is_set()
 
 
@@ -218,10 +218,10 @@ def test_a_renewal_that_fails_is_tried_again_and_does_not_lose_the_lease(
     ailing = AilingStore(store.uri)
     with Lease(ailing, "mine", 0.15) as held:
         ailing.ill = True
-        until(lambda: "lease_not_renewed error=no answer" in caplog.text)
+        until(lambda: "lease_renewal_failed error=no answer" in caplog.text)
         ailing.ill = False
-        generation, _ = newest(store)
-        until(lambda: newest(store)[0] > generation)
+        generation, _ = read_newest_lease(store)
+        until(lambda: read_newest_lease(store)[0] > generation)
         assert not held.lost.is_set()
 
 
@@ -230,7 +230,7 @@ def test_a_lease_that_cannot_be_released_does_not_spoil_the_run(store: Store, ca
     with caplog.at_level(logging.WARNING), Lease(ailing, "mine", LONG_S):
         ailing.ill = True
 
-    assert "lease_not_released error=no answer" in caplog.text
+    assert "lease_release_failed error=no answer" in caplog.text
 
 
 def test_a_lease_that_another_run_took_is_told_when_asked(store: Store) -> None:
@@ -270,7 +270,7 @@ def test_patience_ends_with_the_other_run_named(store: Store) -> None:
     def sleep(seconds: float) -> None:
         nonlocal clock, slept
         clock, slept = clock + seconds, slept + 1
-        _, holder = newest(store)
+        _, holder = read_newest_lease(store)
         assert holder is not None
         store.create(f"_lease/{slept + 1:012d}.json", json.dumps(holder).encode())  # the other one renews, always
 
@@ -282,7 +282,7 @@ def test_patience_ends_with_the_other_run_named(store: Store) -> None:
         pass
 
     assert 50 <= clock <= 52
-    assert newest(store)[1] == json.loads(store.read("_lease/000000000001.json"))  # nothing of ours
+    assert read_newest_lease(store)[1] == json.loads(store.read("_lease/000000000001.json"))  # nothing of ours
 
 
 def test_a_run_that_queues_can_be_stopped(store: Store) -> None:
@@ -293,7 +293,7 @@ def test_a_run_that_queues_can_be_stopped(store: Store) -> None:
     started = time.monotonic()
 
     with (
-        pytest.raises(InterruptedRunError, match="nothing was begun"),
+        pytest.raises(InterruptedRunError, match="the run had not begun"),
         Lease(store, "mine", LONG_S, wait_s=float("inf"), stop=stop),
     ):
         pass

@@ -16,8 +16,8 @@ from pia_batch.errors import EncodingError, LeaseHeldError, ObjectExistsError, S
 from pia_batch.journal import layout, log
 from pia_batch.journal.layout import animation_name
 from pia_batch.journal.log import Journal, Outcomes, digest_of
-from pia_batch.journal.results import Published, publish
-from pia_batch.journal.verify import repair, verify
+from pia_batch.journal.results import PublishedResults, publish
+from pia_batch.journal.verify import find_problems, repair
 from pia_batch.schema.columns import results_table
 from pia_batch.schema.keys import Keys, KeySet, keys_from_hex, keys_to_hex
 from pia_batch.storage.object_store import Store
@@ -93,7 +93,7 @@ def published_by(record: Journal) -> list[str]:
     return [name for name in record.store.written if name.startswith("results/")]
 
 
-def publish_all(record: Journal, *numbers: int, run_id: str = "run-1", **about: Any) -> Published:
+def publish_all(record: Journal, *numbers: int, run_id: str = "run-1", **about: Any) -> PublishedResults:
     return publish(record, record.outcomes(), keyset(*numbers), SHOP, run_id, about)
 
 
@@ -294,7 +294,9 @@ def accept(data: bytes, row: dict[str, Any]) -> None:
 
 
 def problems(record: Journal) -> dict[str, str]:
-    return {found.request_id: f"{found.kind}: {found.what}" for found in verify(record, record.outcomes(), accept)}
+    return {
+        found.request_id: f"{found.kind}: {found.detail}" for found in find_problems(record, record.outcomes(), accept)
+    }
 
 
 def test_verify_finds_nothing_where_all_is_well_or_nothing_is_there(record: Journal) -> None:
@@ -313,10 +315,10 @@ def test_verify_tells_missing_changed_and_resized_animations_from_good_ones(reco
 
     assert problems(record) == {
         "r001": "content: its bytes are not those that were committed",
-        "r002": f"size: it has {len(content(2)) + 1} bytes, its result says {len(content(2))}",
-        "r003": "missing: it is not there",
+        "r002": f"size: it has {len(content(2)) + 1} bytes, its result states {len(content(2))}",
+        "r003": "missing: it does not exist",
     }
-    assert {found.animation_uri for found in verify(record, record.outcomes(), accept)} == {
+    assert {found.animation_uri for found in find_problems(record, record.outcomes(), accept)} == {
         record.store.uri_of(animation_name(key(number), "gif")) for number in (1, 2, 3)
     }
 
@@ -337,7 +339,7 @@ def test_verify_looks_at_every_animation_of_many_small_fragments_and_counts_them
     Path(record.store.uri.removeprefix("file://"), animation_name(key(79), "gif")).unlink()
     examined = []
 
-    found = list(verify(record, record.outcomes(), accept, lambda: examined.append(None)))
+    found = list(find_problems(record, record.outcomes(), accept, lambda: examined.append(None)))
 
     assert [problem.request_id for problem in found] == ["r079"]
     assert len(examined) == 80
@@ -359,16 +361,16 @@ def test_what_is_taken_back_is_unknown_until_it_is_committed_again(record: Journ
     first = commit(record, {1: "succeeded", 3: "succeeded"})
     digests = [digest_of(record.outcomes())]
 
-    record.withdraw(keys(1), record.outcomes())
+    record.add_tombstones(keys(1), record.outcomes())
 
     outcomes = record.outcomes()
     assert verdicts(outcomes) == {key(2): True, key(3): True}
-    assert outcomes.due_again == 1
+    assert outcomes.needs_regeneration == 1
     digests.append(digest_of(outcomes))
     again = commit(record, {1: "succeeded", 3: "succeeded"}, note="again")
     assert again != first
     assert verdicts(record.outcomes()) == {key(1): True, key(2): True, key(3): True}
-    assert record.outcomes().due_again == 0
+    assert record.outcomes().needs_regeneration == 0
     rows = [row for table in record.winning_rows(record.outcomes()) for row in table.to_pylist()]
     assert {row["run_id"] for row in rows if row["key"] == key(1)} == {"again"}
     digests.append(digest_of(record.outcomes()))
@@ -379,7 +381,7 @@ def test_the_same_outcome_is_committed_once_after_it_was_taken_back_too(record: 
     commit(record, {1: "succeeded"})
     names = []
     for _ in range(2):
-        record.withdraw(keys(1), record.outcomes())
+        record.add_tombstones(keys(1), record.outcomes())
         names += [commit(record, {1: "succeeded"}), commit(record, {1: "succeeded"})]
 
     assert names[0] == names[1] != names[2] == names[3]
@@ -389,12 +391,12 @@ def test_the_same_outcome_is_committed_once_after_it_was_taken_back_too(record: 
 def test_taking_back_the_same_twice_or_nothing_at_all_changes_nothing(record: Journal) -> None:
     commit(record, {1: "succeeded", 2: "succeeded"})
     seen = record.outcomes()
-    record.withdraw(keys(), seen)
+    record.add_tombstones(keys(), seen)
     assert list(record.store.list(layout.TOMBSTONES)) == []
-    record.withdraw(keys(1), seen)
+    record.add_tombstones(keys(1), seen)
     digest = digest_of(record.outcomes())
 
-    record.withdraw(keys(1), seen)
+    record.add_tombstones(keys(1), seen)
 
     assert digest_of(record.outcomes()) == digest
     assert verdicts(record.outcomes()) == {key(2): True}
@@ -405,14 +407,14 @@ def test_a_fragment_that_nobody_had_seen_is_not_taken_back(record: Journal) -> N
     seen = record.outcomes()
     commit(record, {1: "succeeded", 2: "failed"}, note="meanwhile")
 
-    record.withdraw(keys(1), seen)
+    record.add_tombstones(keys(1), seen)
 
     assert verdicts(record.outcomes()) == {key(1): True, key(2): False}
 
 
 def test_a_damaged_withdrawal_is_named_and_never_skipped(record: Journal) -> None:
     commit(record, {1: "succeeded"})
-    record.withdraw(keys(1), record.outcomes())
+    record.add_tombstones(keys(1), record.outcomes())
     (item,) = record.store.list(layout.TOMBSTONES)
     record.store.replace(item.name, record.store.read(item.name)[:-5])
 
@@ -438,7 +440,7 @@ def test_what_counts_is_what_was_not_taken_back_in_whatever_order_the_files_arri
         live: list[dict[int, str]] = []  # what each commit says, less what was taken back since
         for what, argument in steps:
             if what == "take back":
-                record.withdraw(keys(*argument), record.outcomes())
+                record.add_tombstones(keys(*argument), record.outcomes())
                 live = [{n: status for n, status in said.items() if n not in argument} for said in live]
                 continue
             if what == "commit again":
@@ -463,7 +465,7 @@ def test_what_counts_is_what_was_not_taken_back_in_whatever_order_the_files_arri
         mine, theirs = record.outcomes(), other.outcomes()
         assert verdicts(theirs) == expected
         assert digest_of(theirs) == digest_of(mine)
-        assert theirs.due_again == mine.due_again
+        assert theirs.needs_regeneration == mine.needs_regeneration
 
 
 def test_repair_removes_what_is_broken_and_nothing_else(record: Journal) -> None:
@@ -475,7 +477,7 @@ def test_repair_removes_what_is_broken_and_nothing_else(record: Journal) -> None
     before = {path: path.stat().st_mtime_ns for path in (root / "animations").rglob("*.gif")}
     seen = record.outcomes()
 
-    repair(record, seen, verify(record, seen, accept), held)
+    repair(record, seen, find_problems(record, seen, accept), held)
 
     broken = root / animation_name(key(2), "gif")
     del before[broken]
@@ -498,11 +500,11 @@ def test_a_repair_that_is_overtaken_or_killed_is_found_again(record: Journal) ->
             raise LeaseHeldError("another run")
 
     with pytest.raises(LeaseHeldError):
-        repair(record, seen, verify(record, seen, accept), overtaken)
+        repair(record, seen, find_problems(record, seen, accept), overtaken)
 
     assert sorted(what.split(":")[0] for what in problems(record).values()) == ["missing", "size"]
-    repair(record, seen, verify(record, seen, accept), held)
-    assert record.outcomes().due_again == 2
+    repair(record, seen, find_problems(record, seen, accept), held)
+    assert record.outcomes().needs_regeneration == 2
 
 
 @pytest.mark.s3
@@ -521,7 +523,7 @@ def test_append_outcomes_publish_and_verify_work_on_s3(s3: str) -> None:
     assert np.array_equal(record.outcomes().succeeded, [True, True])
     record.store.delete(animation_name(key(2), "gif"))
     seen = record.outcomes()
-    repair(record, seen, verify(record, seen, accept), held)
+    repair(record, seen, find_problems(record, seen, accept), held)
     assert verdicts(record.outcomes()) == {key(1): True}
     commit(record, {1: "failed", 2: "succeeded"})
     assert verdicts(record.outcomes()) == {key(1): True, key(2): True}

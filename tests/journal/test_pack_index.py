@@ -7,7 +7,7 @@ import pytest
 
 from pia_batch.errors import StorageError
 from pia_batch.journal import pack_index
-from pia_batch.journal.pack_index import Head, Index
+from pia_batch.journal.pack_index import Head, PackIndex
 from pia_batch.storage.object_store import Store
 
 ENTRY = pa.schema([("name", pa.string()), ("data", pa.large_binary()), ("note", pa.binary())])
@@ -19,11 +19,11 @@ def entries(*names: str, num_bytes: int = 8) -> pa.Table:
 
 
 @pytest.fixture
-def made(store: Store) -> Index:
-    return Index(store, "_journal/index/", ENTRY)
+def made(store: Store) -> PackIndex:
+    return PackIndex(store, "_journal/index/", ENTRY)
 
 
-def rows(of: Index, head: Head | None = None) -> list[dict[str, object]]:
+def rows(of: PackIndex, head: Head | None = None) -> list[dict[str, object]]:
     tables = of.tables(of.head() if head is None else head)
     return pa.concat_tables([ENTRY.empty_table(), *tables]).sort_by("name").to_pylist()
 
@@ -32,17 +32,17 @@ def objects(store: Store) -> list[Path]:
     return sorted(Path(store.uri.removeprefix("file://"), "_journal/index").iterdir())
 
 
-def test_an_index_that_does_not_exist_is_empty_and_is_not_made_by_looking(made: Index, tmp_path: Path) -> None:
+def test_an_index_that_does_not_exist_is_empty_and_is_not_made_by_looking(made: PackIndex, tmp_path: Path) -> None:
     assert made.head() == Head()
     assert rows(made) == made.entries(made.head()).to_pylist() == []
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_added_reads_back_from_a_new_index(made: Index, store: Store) -> None:
+def test_what_is_added_reads_back_from_a_new_index(made: PackIndex, store: Store) -> None:
     head = made.extend(Head(), entries("a", "b"))
     head = made.extend(head, entries("c"))
 
-    other = Index(store, "_journal/index/", ENTRY)
+    other = PackIndex(store, "_journal/index/", ENTRY)
     assert other.head() == head
     assert rows(other) == entries("a", "b", "c").to_pylist()
     assert sorted(other.entries(head).to_pylist()) == ["a", "b", "c"]
@@ -50,7 +50,7 @@ def test_what_is_added_reads_back_from_a_new_index(made: Index, store: Store) ->
     assert len(head.packs) == 1
 
 
-def test_large_packs_stay_and_small_ones_are_merged(made: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_packs_stay_and_small_ones_are_merged(made: PackIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack_index, "PACK_BYTES", 8000)
     head = Head()
     names = [f"entry {number:03d}" for number in range(60)]
@@ -66,7 +66,7 @@ def test_large_packs_stay_and_small_ones_are_merged(made: Index, monkeypatch: py
     assert [row["name"] for row in rows(made)] == names
 
 
-def test_an_entry_larger_than_a_pack_has_one_of_its_own(made: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_larger_than_a_pack_has_one_of_its_own(made: PackIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack_index, "PACK_BYTES", 100)
 
     head = made.extend(Head(), entries("a", "b", "c", num_bytes=500))
@@ -74,10 +74,10 @@ def test_an_entry_larger_than_a_pack_has_one_of_its_own(made: Index, monkeypatch
     assert len(head.packs) == 3
 
 
-def test_of_two_writers_at_once_one_counts_and_nothing_is_broken(made: Index, store: Store) -> None:
+def test_of_two_writers_at_once_one_counts_and_nothing_is_broken(made: PackIndex, store: Store) -> None:
     start = made.extend(Head(), entries("a"))
     mine = made.extend(start, entries("b"))
-    theirs = Index(store, "_journal/index/", ENTRY).extend(start, entries("c"))
+    theirs = PackIndex(store, "_journal/index/", ENTRY).extend(start, entries("c"))
 
     assert made.head() in (mine, theirs)
     assert {row["name"] for row in rows(made)} in ({"a", "b"}, {"a", "c"})
@@ -96,7 +96,7 @@ def test_of_two_writers_at_once_one_counts_and_nothing_is_broken(made: Index, st
     ids=["gone", "cut", "empty", "flipped"],
 )
 def test_a_damaged_pack_is_left_out_and_dropped_by_the_next_writer(
-    made: Index,
+    made: PackIndex,
     store: Store,
     damage: Callable[[Path], object],
     monkeypatch: pytest.MonkeyPatch,
@@ -106,14 +106,14 @@ def test_a_damaged_pack_is_left_out_and_dropped_by_the_next_writer(
     head = made.extend(Head(), entries("a", "bb", "ccc", num_bytes=200))
     damage(Path(store.uri.removeprefix("file://"), "_journal/index", head.packs[1].name))
 
-    other = Index(store, "_journal/index/", ENTRY)
+    other = PackIndex(store, "_journal/index/", ENTRY)
     assert rows(other, head) == entries("a", "ccc", num_bytes=200).to_pylist()
     assert f"index_damaged name=_journal/index/{head.packs[1].name}" in caplog.text
     assert head.packs[1] not in other.extend(head, entries("dddd", num_bytes=200)).packs
     assert len(rows(other)) == 3
 
 
-def test_a_damaged_head_is_left_out_for_the_one_before(made: Index, store: Store) -> None:
+def test_a_damaged_head_is_left_out_for_the_one_before(made: PackIndex, store: Store) -> None:
     first = made.extend(Head(), entries("a"))
     made.extend(first, entries("b"))
     newest = max(path for path in objects(store) if path.suffix == ".json")
@@ -126,7 +126,9 @@ def test_a_damaged_head_is_left_out_for_the_one_before(made: Index, store: Store
 
 
 @pytest.mark.parametrize("data", [b"no table", b""])
-def test_what_others_have_put_there_under_its_right_name_is_left_out(made: Index, store: Store, data: bytes) -> None:
+def test_what_others_have_put_there_under_its_right_name_is_left_out(
+    made: PackIndex, store: Store, data: bytes
+) -> None:
     head = made.extend(Head(), entries("a"))
     name = pack_index._hash(data)
     store.create(f"_journal/index/{name}.parquet", data)
@@ -138,16 +140,16 @@ def test_what_others_have_put_there_under_its_right_name_is_left_out(made: Index
     assert "_journal/index/notes.txt" not in {item.name for item in pack_index.superseded(made._store, made._prefix)}
 
 
-def test_a_pack_of_another_schema_is_left_out(made: Index, store: Store) -> None:
+def test_a_pack_of_another_schema_is_left_out(made: PackIndex, store: Store) -> None:
     schema = pa.schema([*ENTRY, ("more", pa.int64())])
-    other = Index(store, "_journal/index/", schema)
+    other = PackIndex(store, "_journal/index/", schema)
     head = other.extend(Head(), entries("a").append_column("more", pa.array([1])))
 
     assert rows(made, head) == []
     assert len(list(other.tables(head))) == 1
 
 
-def test_a_store_that_does_not_answer_is_no_damaged_pack(made: Index, store: Store) -> None:
+def test_a_store_that_does_not_answer_is_no_damaged_pack(made: PackIndex, store: Store) -> None:
     head = made.extend(Head(), entries("a"))
 
     class Down(Store):
@@ -156,10 +158,10 @@ def test_a_store_that_does_not_answer_is_no_damaged_pack(made: Index, store: Sto
             raise StorageError(msg)
 
     with pytest.raises(StorageError):
-        rows(Index(Down(store.uri), "_journal/index/", ENTRY), head)
+        rows(PackIndex(Down(store.uri), "_journal/index/", ENTRY), head)
 
 
-def test_superseded_are_all_but_the_two_newest_heads_and_their_packs(made: Index, store: Store) -> None:
+def test_superseded_are_all_but_the_two_newest_heads_and_their_packs(made: PackIndex, store: Store) -> None:
     head, kept = Head(), set()
     for name in ("a", "b", "c", "d"):
         head = made.extend(head, entries(name))

@@ -7,10 +7,9 @@ import pytest
 
 from pia_batch.errors import AccountingError
 from pia_batch.journal import log
-from pia_batch.journal import results as publication
 from pia_batch.journal.layout import animation_name
 from pia_batch.journal.log import Journal, digest_of, to_parquet
-from pia_batch.journal.results import latest, publish
+from pia_batch.journal.results import publish, read_latest
 from pia_batch.schema.columns import RESULT
 from pia_batch.storage.object_store import ObjectInfo, Store
 from tests.journal.test_log import (
@@ -76,7 +75,7 @@ def test_success_json_comes_after_all_parts_and_latest_points_at_it(record: Jour
         "digest": digest,
         "manifest": "s3://bucket/manifest",
     }
-    assert latest(record.store) == {"run_id": "run-1", "digest": digest}
+    assert read_latest(record.store) == {"run_id": "run-1", "digest": digest}
 
 
 def test_rows_that_are_not_those_of_the_index_publish_nothing(record: Journal) -> None:
@@ -105,7 +104,7 @@ def test_rows_come_in_the_same_order_however_many_are_looked_at_together(
     outcomes = record.outcomes()
     digest = digest_of(outcomes)
     whole = pa.concat_tables(record.winning_rows(outcomes))
-    monkeypatch.setattr(log, "ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(log, "ROWS_PER_STEP", at_once)
 
     assert pa.concat_tables(record.winning_rows(outcomes)).equals(whole)
     assert sorted(whole["request_id"].to_pylist()) == [f"r{number:03d}" for number in range(12)]
@@ -113,7 +112,7 @@ def test_rows_come_in_the_same_order_however_many_are_looked_at_together(
 
 
 def test_there_is_no_latest_before_the_first_complete_run(record: Journal) -> None:
-    assert latest(record.store) is None
+    assert read_latest(record.store) is None
 
 
 def test_a_request_without_result_publishes_nothing(record: Journal) -> None:
@@ -129,7 +128,7 @@ def test_a_missing_animation_publishes_nothing(record: Journal) -> None:
     record.append(results(record.store, {1: "succeeded"}))
 
     with pytest.raises(
-        AccountingError, match=r"of request 'r001' is missing, its result says \d+ bytes; `pia-batch verify --repair`"
+        AccountingError, match=r"of request 'r001' is missing, its result states \d+ bytes; `pia-batch verify --repair`"
     ):
         publish_all(record, 1)
 
@@ -140,14 +139,14 @@ def test_an_animation_of_another_size_publishes_nothing(record: Journal) -> None
     commit(record, {1: "succeeded", 2: "succeeded"})
     record.store.replace(animation_name(key(2), "gif"), b"short")
 
-    with pytest.raises(AccountingError, match="of request 'r002' has 5 bytes, its result says"):
+    with pytest.raises(AccountingError, match="of request 'r002' has 5 bytes, its result states"):
         publish_all(record, 1, 2)
 
     assert not complete(record)
 
 
 def test_a_late_missing_animation_leaves_no_complete_results(record: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publication, "PART_ROWS", 1)
+    monkeypatch.setattr("pia_batch.journal.results.PART_ROWS", 1)
     for number in (1, 2, 3):
         commit(record, {number: "succeeded"})
     last = max(record.fragments())
@@ -197,7 +196,7 @@ def test_publishing_twice_gives_the_same_files(record: Journal) -> None:
 def test_more_rows_than_a_part_holds_make_several_parts_of_one_schema(
     record: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publication, "PART_ROWS", 4)
+    monkeypatch.setattr("pia_batch.journal.results.PART_ROWS", 4)
     commit(record, dict.fromkeys(range(10), "failed"))  # no success here: null columns must keep their types
     for number in range(10, 17):
         commit(record, {number: "succeeded"})
@@ -227,7 +226,7 @@ def test_carried_columns_that_came_changed_their_type_or_went_are_conformed(
     publish(record, record.outcomes(), keyset(1, 2, 3, 4), carried, "run-1", {})
 
     assert [(row["shop"], row["added"]) for row in rows_of(record)] == [(7, None), (8, None), (None, None), (9, None)]
-    assert "carried_column_changed name=shop was=string is=int64" in caplog.text
+    assert "carried_column_changed name=shop old=string new=int64" in caplog.text
     publish(record, record.outcomes(), keyset(1, 2, 3, 4), pa.schema([]), "run-2", {})
     (part,) = record.read(["results/run-2/part-00000.parquet"])
     assert part.schema == RESULT

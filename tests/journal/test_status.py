@@ -8,7 +8,7 @@ import pytest
 from pia_batch.journal.lease import Lease
 from pia_batch.journal.log import Journal
 from pia_batch.journal.results import publish
-from pia_batch.journal.status import status
+from pia_batch.journal.status import read_status
 from pia_batch.storage.object_store import Store
 from tests.journal.test_log import SHOP, commit, keys, keyset
 
@@ -25,13 +25,13 @@ def begin(store: Store, run_id: str, **more: object) -> None:
 def check_story(store: Store) -> None:
     """From the first lease to the second run, as another machine sees it."""
     record = Journal(Store(store.uri))
-    assert status(store)["run"] is None
-    assert status(store)["lease"] == {"state": "free"}
+    assert read_status(store)["run"] is None
+    assert read_status(store)["lease"] == {"state": "free"}
 
     with Lease(record.store, "night", ttl_s=60):
         begin(record.store, "night")
         commit(record, {1: "succeeded", 2: "failed", 3: "succeeded"})
-        told = status(store)
+        told = read_status(store)
         assert (told["succeeded"], told["failed"], told["failures"]) == (2, 1, {"non_finite": 1})
         assert told["run"] == {
             "run_id": "night",
@@ -47,9 +47,9 @@ def check_story(store: Store) -> None:
         publish(record, record.outcomes(), keyset(1, 2, 3), SHOP, "night", {})
         begin(record.store, "night", state="finished")
 
-    record.withdraw(keys(1), record.outcomes())
-    told = status(store)
-    assert (told["succeeded"], told["due_again"]) == (1, 1)
+    record.add_tombstones(keys(1), record.outcomes())
+    told = read_status(store)
+    assert (told["succeeded"], told["needs_regeneration"]) == (1, 1)
     assert told["run"]["finished"]
     assert told["published"] == store.uri_of("results/night")
     assert told["lease"] == {"state": "free"}
@@ -71,4 +71,4 @@ def test_the_last_run_is_the_one_that_wrote_last_whatever_it_is_called(store: St
     os.utime(tmp_path / "out/_runs/zebra/run.json", (hour_ago, hour_ago))
     begin(store, "aardvark")
 
-    assert status(store)["run"]["run_id"] == "aardvark"
+    assert read_status(store)["run"]["run_id"] == "aardvark"

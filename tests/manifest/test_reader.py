@@ -29,7 +29,7 @@ from pia_batch.manifest import files as manifest_files
 from pia_batch.manifest.files import BATCH_ROWS_WITH_BYTES
 from pia_batch.manifest.reader import Manifest, refuse_output_inside
 from pia_batch.manifest.unify import conform
-from pia_batch.planning import plan as planning
+from pia_batch.planning.plan import make_plan
 from pia_batch.schema.columns import RESERVED
 from pia_batch.storage import filesystems
 
@@ -623,7 +623,7 @@ def test_a_manifest_with_one_bad_row_in_a_hundred_is_read_whole_and_only_those_f
     for part in range(3):
         pq.write_table(pa.table(table).slice(part * 10_000, 10_000), folder / f"{part}.parquet", row_group_size=3000)
 
-    plan = planning.make(RunConfig.load(None, {"manifest": str(folder), "output": str(tmp_path / "out")}))
+    plan = make_plan(RunConfig.load(None, {"manifest": str(folder), "output": str(tmp_path / "out")}))
 
     assert (plan.num_pending, plan.num_rejected) == (count - len(bad), len(bad))
     found = plan.rejected["error_kind"].value_counts().to_pylist()

@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT / "jobs"))
 
 import benchmark_scale  # noqa: E402 - it lies in jobs/
 
-from pia_batch.planning import plan  # noqa: E402
-from pia_batch.planning.statistics import Survey  # noqa: E402
+from pia_batch.planning.plan import make_plan  # noqa: E402
+from pia_batch.planning.statistics import Statistics  # noqa: E402
 
 PLANNED_ROWS = 200_000
 LOOPED_ROWS = 20_000
@@ -48,11 +48,11 @@ def first_plan() -> float:
     """First plan, each row read, judged and hashed: times as cheap as a loop that only writes and hashes its JSON."""
     with tempfile.TemporaryDirectory() as name:
         config = _manifest(Path(name), PLANNED_ROWS)
-        plan.make(config.model_copy(update={"manifest": f"{config.manifest}/part-1.parquet"}))
+        make_plan(config.model_copy(update={"manifest": f"{config.manifest}/part-1.parquet"}))
         rows = pq.read_table(Path(name) / "manifest").slice(0, LOOPED_ROWS).to_pylist()
         defaults = config.defaults.model_dump(mode="json")
         looped = min(_cpu_seconds(lambda: [_looped_key(defaults | row) for row in rows]) for _ in range(2))
-        planned = min(_cpu_seconds(lambda: plan.make(config)) for _ in range(2))
+        planned = min(_cpu_seconds(lambda: make_plan(config)) for _ in range(2))
         return (looped / LOOPED_ROWS) / (planned / PLANNED_ROWS)
 
 
@@ -65,10 +65,10 @@ def known_plan() -> float:
     """Plan and survey of 200,000 rows that were scanned before, 70 % finished: times as cheap as the first."""
     with tempfile.TemporaryDirectory() as name:
         config = _manifest(Path(name), PLANNED_ROWS)
-        first = _cpu_seconds(lambda: plan.make(config, survey=Survey()).save_scan())
+        first = _cpu_seconds(lambda: make_plan(config, statistics=Statistics()).save_scan())
         benchmark_scale._finish(0.7)(config, FRAGMENT_ROWS)
         benchmark_scale._compact(config, FRAGMENT_ROWS)
-        return first / min(_cpu_seconds(lambda: plan.make(config, survey=Survey())) for _ in range(3))
+        return first / min(_cpu_seconds(lambda: make_plan(config, statistics=Statistics())) for _ in range(3))
 
 
 def finalise_memory() -> float:
@@ -101,7 +101,7 @@ def _in_own_process(folder: Path, rows: int) -> float:
 
 def _finalised_mb(folder: Path, rows: int) -> float:
     config = _manifest(folder, rows)
-    plan.make(config).save_scan()
+    make_plan(config).save_scan()
     benchmark_scale._finish(1.0)(config, FRAGMENT_ROWS)
     return float(benchmark_scale._finalise(config, FRAGMENT_ROWS)["grown_mb"])
 

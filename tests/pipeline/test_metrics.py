@@ -19,7 +19,7 @@ from pia_batch.config import RunConfig
 from pia_batch.driver.progress import Progress
 from pia_batch.driver.run import run
 from pia_batch.pipeline.metrics import METRICS
-from pia_batch.planning import plan
+from pia_batch.planning.plan import make_plan
 from pia_batch.schema.run_record import ProgressSnapshot
 from pia_batch.storage.object_store import Store
 
@@ -40,7 +40,7 @@ def metrics_port() -> Iterator[int]:
 def test_a_run_can_be_scraped(metrics_port: int, make_config: Callable[..., RunConfig]) -> None:
     prompts = ["fine", "fine", "not finite"] * 4
     config = make_config(requests_table(12, prompt=prompts, format=["gif"] * 12), placement__batch_size=2)
-    loader = FakeEngineLoader(plan.make(config).engine_ids["default"], seconds=1.0)
+    loader = FakeEngineLoader(make_plan(config).engine_ids["default"], seconds=1.0)
     seen: dict[str, float] = {}
 
     def scrape(progress: Progress) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pia_batch.config import PlacementConfig
 from pia_batch.planning import capacity
-from pia_batch.planning.capacity import READ_CPUS, Node, shortage
+from pia_batch.planning.capacity import READ_CPUS, Node, find_shortage
 
 
 def place(**settings: float) -> PlacementConfig:
@@ -32,7 +32,7 @@ def place(**settings: float) -> PlacementConfig:
     ],
 )
 def test_engines_and_reading_fit(settings: dict[str, float], nodes: list[Node]) -> None:
-    assert shortage(place(**settings), nodes) is None
+    assert find_shortage(place(**settings), nodes) is None
 
 
 @pytest.mark.parametrize(
@@ -62,10 +62,10 @@ def test_engines_and_reading_fit(settings: dict[str, float], nodes: list[Node]) 
 def test_what_is_short_is_told_with_what_to_set(
     settings: dict[str, float], nodes: list[Node], told: str, remedy: str
 ) -> None:
-    short = shortage(place(**settings), nodes)
+    short = find_shortage(place(**settings), nodes)
 
     assert short is not None
-    assert told in short.told
+    assert told in short.problem
     assert remedy in short.remedy
 
 
@@ -89,7 +89,7 @@ def test_a_run_is_short_of_cpus_if_no_placement_of_its_engines_leaves_one(
         for counts in placements
     )
 
-    found = shortage(
+    found = find_shortage(
         place(min_engines=min_engines, num_cpus=num_cpus, num_gpus=num_gpus), [Node(cpus, gpus) for cpus, gpus in sizes]
     )
 
@@ -99,17 +99,17 @@ def test_a_run_is_short_of_cpus_if_no_placement_of_its_engines_leaves_one(
 @pytest.mark.parametrize(("min_engines", "num_cpus"), [(4, 1.0), (7, 0.5), (9, 1.0), (3, 1.1), (1, 3.5)])
 def test_either_remedy_helps(min_engines: int, num_cpus: float) -> None:
     nodes = [Node(4)]
-    short = shortage(place(min_engines=min_engines, num_cpus=num_cpus), nodes)
+    short = find_shortage(place(min_engines=min_engines, num_cpus=num_cpus), nodes)
 
     assert short is not None
     found = dict(re.findall(r"set placement\.(\w+) to ([\d.]+)", short.remedy))
     assert found
     for name, value in found.items():
         mended = {"min_engines": min_engines, "num_cpus": num_cpus} | {name: float(value)}
-        assert shortage(place(**mended), nodes) is None
+        assert find_shortage(place(**mended), nodes) is None
 
 
 def test_a_ray_of_our_own_has_room_for_the_default_placement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
 
-    assert shortage(PlacementConfig(), [Node(capacity.cpus_here())]) is None
+    assert find_shortage(PlacementConfig(), [Node(capacity.local_cpus())]) is None

@@ -8,24 +8,24 @@ from inputs import requests_table
 
 from pia_batch.config import RunConfig
 from pia_batch.journal.log import Journal
-from pia_batch.planning import cost as estimates
-from pia_batch.planning.statistics import Survey
+from pia_batch.planning.cost import estimate_bytes, estimate_costs, measure_finished
+from pia_batch.planning.statistics import Statistics
 from pia_batch.schema.columns import results_table
 from pia_batch.storage.object_store import Store
-from tests.planning.test_statistics import surveyed
+from tests.planning.test_statistics import statistics_of
 
 SD15 = {"manifest": "m", "output": "o", "model.base": "somebody/sd15", "placement.num_gpus": 1}
 ENGINE = "e" * 32
 
 
-def surveyed_as(table: pa.Table, **overrides: Any) -> tuple[Survey, RunConfig]:
+def surveyed_as(table: pa.Table, **overrides: Any) -> tuple[Statistics, RunConfig]:
     config = RunConfig.load(None, SD15 | {name.replace("__", "."): value for name, value in overrides.items()})
-    return surveyed(table, config=config), config
+    return statistics_of(table, config=config), config
 
 
 def hours(table: pa.Table, num_requests: int | None = None, **overrides: Any) -> dict[str, tuple[float, float]]:
-    survey, config = surveyed_as(table, **overrides)
-    return {cost.device: cost.hours for cost in estimates.costs(survey, num_requests or len(table), config, None)}
+    statistics, config = surveyed_as(table, **overrides)
+    return {cost.device: cost.hours for cost in estimate_costs(statistics, num_requests or len(table), config, None)}
 
 
 def test_the_reference_clip_is_925_tflop_and_takes_an_h100_three_seconds() -> None:
@@ -70,9 +70,9 @@ def test_copies_and_what_the_budget_leaves_out_cost_nothing() -> None:
 
 
 def test_every_device_says_where_its_figures_come_from_and_that_they_are_estimates() -> None:
-    survey, config = surveyed_as(requests_table(2))
+    statistics, config = surveyed_as(requests_table(2))
 
-    told = estimates.costs(survey, 2, config, None)
+    told = estimate_costs(statistics, 2, config, None)
 
     assert {cost.device for cost in told} == {"H100", "H200", "A100", "RTX 4090"}
     assert all(cost.source.startswith("estimate: ") for cost in told)
@@ -80,11 +80,11 @@ def test_every_device_says_where_its_figures_come_from_and_that_they_are_estimat
 
 
 def test_nothing_is_guessed_of_the_embedded_model_nor_of_nothing() -> None:
-    survey, config = surveyed_as(requests_table(2), model__base="embedded")
-    assert estimates.costs(survey, 2, config, None) == []
+    statistics, config = surveyed_as(requests_table(2), model__base="embedded")
+    assert estimate_costs(statistics, 2, config, None) == []
 
-    assert estimates.costs(Survey(), 0, config, None) == []
-    assert estimates.num_bytes(Survey(), 0, None) == (0, 0)
+    assert estimate_costs(Statistics(), 0, config, None) == []
+    assert estimate_bytes(Statistics(), 0, None) == (0, 0)
 
 
 def finished(store: Store, **columns: Any) -> Journal:
@@ -112,20 +112,20 @@ def finished(store: Store, **columns: Any) -> Journal:
 
 
 def test_what_finished_clips_took_comes_before_every_guess(store: Store) -> None:
-    survey, config = surveyed_as(requests_table(10))
+    statistics, config = surveyed_as(requests_table(10))
     journal = finished(store)
     finished(store, key="b" * 32, status="failed")
     finished(store, key="c" * 32, engine_id="d" * 32, gpu_seconds=99.0)
 
-    found = estimates.measured(journal, journal.fragments(), config, {"default": ENGINE})
+    found = measure_finished(journal, journal.fragments(), config, {"default": ENGINE})
 
     assert found is not None
     assert (found.num_clips, found.device) == (1, "cuda:0")
-    first = estimates.costs(survey, 10, config, found)[0]
+    first = estimate_costs(statistics, 10, config, found)[0]
     assert first.device == "cuda:0"
     assert first.hours == pytest.approx((40 / 3600, 40 / 3600))
     assert first.source.startswith("measured: 1 finished")
-    assert estimates.num_bytes(survey, 10, found) == pytest.approx((4_194_300, 4_194_300), abs=1)
+    assert estimate_bytes(statistics, 10, found) == pytest.approx((4_194_300, 4_194_300), abs=1)
 
 
 def test_a_large_journal_is_sampled(store: Store) -> None:
@@ -133,7 +133,7 @@ def test_a_large_journal_is_sampled(store: Store) -> None:
     for number in range(40):
         journal = finished(store, key=f"{number:032x}", gpu_seconds=4.0)
 
-    found = estimates.measured(journal, journal.fragments(), config, {"default": ENGINE})
+    found = measure_finished(journal, journal.fragments(), config, {"default": ENGINE})
 
     assert found is not None
     assert 10 <= found.num_clips <= 16
@@ -143,14 +143,14 @@ def test_an_output_without_clips_of_these_engines_tells_nothing(store: Store) ->
     _, config = surveyed_as(requests_table(1))
     journal = finished(store, engine_id="d" * 32)
 
-    assert estimates.measured(journal, journal.fragments(), config, {"default": ENGINE}) is None
-    assert estimates.measured(journal, [], config, {"default": ENGINE}) is None
+    assert measure_finished(journal, journal.fragments(), config, {"default": ENGINE}) is None
+    assert measure_finished(journal, [], config, {"default": ENGINE}) is None
 
 
 def test_bytes_follow_format_frames_and_size() -> None:
     def low(**columns: Any) -> int:
-        survey, _ = surveyed_as(requests_table(1, **columns))
-        return estimates.num_bytes(survey, 1, None)[0]
+        statistics, _ = surveyed_as(requests_table(1, **columns))
+        return estimate_bytes(statistics, 1, None)[0]
 
     assert low() == int(16 * 512 * 512 * 0.03)
     assert low(format=["gif"]) == int(16 * 512 * 512 * 0.33)

@@ -14,13 +14,13 @@ from inputs import requests_table
 
 from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError, ManifestError
-from pia_batch.journal import layout, results
+from pia_batch.journal import layout
 from pia_batch.journal.log import Journal
+from pia_batch.journal.results import publish
 from pia_batch.manifest.files import BATCH_ROWS_WITH_BYTES
 from pia_batch.manifest.reader import Manifest
 from pia_batch.manifest.validation import check
-from pia_batch.planning import plan as planning
-from pia_batch.planning.plan import Plan, Retry
+from pia_batch.planning.plan import Plan, Retry, find_published_run, make_plan
 from pia_batch.schema.columns import RESULT, results_table
 from pia_batch.schema.keys import KeySet, keys_from_hex
 from pia_batch.storage.object_store import Store
@@ -53,18 +53,18 @@ def commit(config: RunConfig, keys: list[str], status: str, error_kind: str | No
     Journal(Store(config.output)).append(results_table(columns, pa.table({}), len(keys)))
 
 
-def publish(plan: Plan) -> None:
+def publish_all(plan: Plan) -> None:
     store = Store(plan.config.output)
     log = Journal(store)
     for table in plan.rejections_to_commit("run"):
         log.append(table)
-    results.publish(log, log.outcomes(), plan.wanted, plan.carried, "run", {})
+    publish(log, log.outcomes(), plan.wanted, plan.carried, "run", {})
 
 
 def left_for_ray(plan: Plan) -> list[str]:
     """What the chain would animate: the manifest's good rows but for the settled ones, and the repeats."""
     keys = keys_of(plan)
-    settled = plan.settled.contains(keys_from_hex(pa.array(keys, pa.string())))
+    settled = plan.skipped.contains(keys_from_hex(pa.array(keys, pa.string())))
     rows = [key for key, done in zip(keys, settled, strict=True) if not done]
     return sorted(rows + plan.repeats["key"].to_pylist())
 
@@ -78,28 +78,28 @@ def members(keys: KeySet) -> set[str]:
 
 
 def test_a_plan_of_good_requests_leaves_them_all_to_do(tmp_path: Path) -> None:
-    plan = planning.make(write(tmp_path, requests_table(5)))
+    plan = make_plan(write(tmp_path, requests_table(5)))
 
     assert (plan.num_pending, plan.num_rejected, plan.num_duplicates, len(plan.repeats)) == (5, 0, 0, 0)
     assert members(plan.wanted) == set(keys_of(plan)) == set(left_for_ray(plan))
-    assert len(plan.settled) == len(plan.outcomes.keys) == 0
+    assert len(plan.skipped) == len(plan.outcomes.keys) == 0
     assert plan.carried.names == []
-    assert not plan.published
+    assert not find_published_run(plan)
 
 
 def test_a_plan_writes_nothing_not_even_the_folder_of_the_output(tmp_path: Path) -> None:
     config = write(tmp_path, requests_table(3, seed=[1, -1, 2]))
 
-    plan = planning.make(config, retry=Retry())
+    plan = make_plan(config, retry=Retry())
 
-    assert plan.published is None
+    assert find_published_run(plan) is None
     assert len(list(plan.rejections_to_commit("run"))) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["manifest"]
 
 
 def test_a_plan_of_a_bad_manifest_ends_before_anything(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="has no rows"):
-        planning.make(write(tmp_path, requests_table(0)))
+        make_plan(write(tmp_path, requests_table(0)))
     assert not (tmp_path / "out").exists()
 
 
@@ -110,7 +110,7 @@ def test_a_rejected_row_is_a_failed_result_with_its_place_its_reason_and_what_it
     second = requests_table(3, request_id=["x", "y", None], seed=[1, -1, 2], zone=["a", "b", "c"], age=[1, 2, 3])
     config = write(tmp_path, requests_table(2), second)
 
-    plan = planning.make(config)
+    plan = make_plan(config)
 
     assert plan.rejected.schema.equals(pa.schema([*RESULT, ("zone", pa.string()), ("age", pa.int64())]))
     seed, request_id = plan.rejected.to_pylist()
@@ -137,7 +137,7 @@ def test_rejected_rows_of_a_table_read_in_several_batches_keep_their_row_numbers
         count, image=pa.nulls(count), image_bytes=[b"x"] * count, fps=[99 if k in bad else 9 for k in range(count)]
     )
 
-    plan = planning.make(write(tmp_path, table))
+    plan = make_plan(write(tmp_path, table))
 
     assert plan.rejected["request_id"].to_pylist() == [f"r{k:03d}" for k in bad]
     assert [error.split(":")[0].split()[-1] for error in plan.rejected["error"].to_pylist()] == [str(k) for k in bad]
@@ -150,7 +150,7 @@ def test_rejected_rows_of_a_table_read_in_several_batches_keep_their_row_numbers
     ids=lambda ids: str(ids.type),
 )
 def test_ids_of_any_type_are_rejected_one_by_one(tmp_path: Path, ids: pa.Array) -> None:
-    plan = planning.make(write(tmp_path, requests_table(2, request_id=ids)))
+    plan = make_plan(write(tmp_path, requests_table(2, request_id=ids)))
 
     assert plan.rejected["error_kind"].to_pylist() == ["invalid_type"] * 2
     assert len(plan.wanted) == 2
@@ -160,7 +160,7 @@ def test_ids_of_any_type_are_rejected_one_by_one(tmp_path: Path, ids: pa.Array) 
 def test_results_of_rejected_rows_show_no_credentials(tmp_path: Path) -> None:
     table = requests_table(1, image=["https://me:secret@host/x?sign=secret"], image_bytes=[b"x"])
 
-    plan = planning.make(write(tmp_path, table))
+    plan = make_plan(write(tmp_path, table))
 
     assert plan.rejected["image"].to_pylist() == ["https://host/x"]
     assert "secret" not in str(plan.rejected.to_pylist())
@@ -168,11 +168,11 @@ def test_results_of_rejected_rows_show_no_credentials(tmp_path: Path) -> None:
 
 def test_rejections_are_committed_once_and_under_the_run_that_found_them(tmp_path: Path) -> None:
     config = write(tmp_path, requests_table(3, seed=[1, -1, -2]))
-    (table,) = planning.make(config).rejections_to_commit("first")
+    (table,) = make_plan(config).rejections_to_commit("first")
     assert table["run_id"].to_pylist() == ["first"] * 2
     Journal(Store(config.output)).append(table)
 
-    again = planning.make(config, retry=Retry())
+    again = make_plan(config, retry=Retry())
 
     assert list(again.rejections_to_commit("second")) == []
     assert again.num_rejected == 2
@@ -180,7 +180,7 @@ def test_rejections_are_committed_once_and_under_the_run_that_found_them(tmp_pat
 
 
 def test_many_rejections_make_several_fragments(tmp_path: Path) -> None:
-    plan = planning.make(write(tmp_path, requests_table(10_001, seed=[-1] * 10_001)))
+    plan = make_plan(write(tmp_path, requests_table(10_001, seed=[-1] * 10_001)))
 
     assert [len(table) for table in plan.rejections_to_commit("run")] == [10_000, 1]
     assert len(plan.wanted) == 10_001
@@ -193,7 +193,7 @@ def test_identical_requests_are_one_and_the_others_are_counted(tmp_path: Path) -
     table = requests_table(4, zone=["a", "b", "c", "d"])
     config = write(tmp_path, pa.concat_tables([table, table.slice(1, 2)]), table.slice(2, 1))
 
-    plan = planning.make(config)
+    plan = make_plan(config)
 
     assert (plan.num_pending, plan.num_duplicates, plan.num_rejected) == (4, 3, 0)
     assert plan.repeats["request_id"].to_pylist() == ["r001", "r002"]
@@ -204,13 +204,13 @@ def test_identical_requests_are_one_and_the_others_are_counted(tmp_path: Path) -
 def test_a_default_written_out_makes_no_other_request(tmp_path: Path) -> None:
     table = requests_table(2, request_id=["a", "a"], image=["x", "x"], prompt=["p", "p"], fps=[None, 8.0])
 
-    assert planning.make(write(tmp_path, table)).num_duplicates == 1
+    assert make_plan(write(tmp_path, table)).num_duplicates == 1
 
 
 @pytest.mark.parametrize("files", [1, 2])
 def test_one_id_with_two_contents_is_rejected_in_both_rows(tmp_path: Path, files: int) -> None:
     table = requests_table(3, request_id=["a", "b", "a"])
-    plan = planning.make(write(tmp_path, *([table] if files == 1 else [table.slice(0, 2), table.slice(2)])))
+    plan = make_plan(write(tmp_path, *([table] if files == 1 else [table.slice(0, 2), table.slice(2)])))
 
     assert plan.rejected["request_id"].to_pylist() == ["a", "a"]
     assert plan.rejected["error_kind"].to_pylist() == ["duplicate_id"] * 2
@@ -226,7 +226,7 @@ def test_one_id_with_two_contents_is_found_across_batches_of_a_file(tmp_path: Pa
     data = [b"x"] * (count - 2) + [b"y", b"x"]
     table = requests_table(count, request_id=ids, image=pa.nulls(count), image_bytes=data, prompt=["p"] * count)
 
-    plan = planning.make(write(tmp_path, table))
+    plan = make_plan(write(tmp_path, table))
 
     assert plan.rejected["request_id"].to_pylist() == ["r7", "r7"]
     assert plan.repeats["request_id"].to_pylist() == ["r9"]
@@ -236,7 +236,7 @@ def test_one_id_with_two_contents_is_found_across_batches_of_a_file(tmp_path: Pa
 def test_an_id_that_a_rejected_row_has_too_is_rejected_with_it(tmp_path: Path) -> None:
     table = requests_table(4, request_id=["a", "b", "a", "a"], prompt=["p"] * 4, seed=[1, 1, -1, 1])
 
-    plan = planning.make(write(tmp_path, table))
+    plan = make_plan(write(tmp_path, table))
 
     kinds = dict(zip(plan.rejected["error"].to_pylist(), plan.rejected["error_kind"].to_pylist(), strict=True))
     assert [(error.split(":")[0].split()[-1], kind) for error, kind in kinds.items()] == [
@@ -250,7 +250,7 @@ def test_an_id_that_a_rejected_row_has_too_is_rejected_with_it(tmp_path: Path) -
 def test_a_number_and_its_text_are_the_same_id(tmp_path: Path) -> None:
     config = write(tmp_path, requests_table(3, request_id=[7, 7, 8], image=["x"] * 3, prompt=["p"] * 3))
 
-    plan = planning.make(config)
+    plan = make_plan(config)
 
     assert (plan.num_pending, plan.num_duplicates) == (2, 1)
     assert plan.repeats["request_id"].to_pylist() == ["7"]
@@ -261,15 +261,15 @@ def test_a_number_and_its_text_are_the_same_id(tmp_path: Path) -> None:
 
 def test_what_the_journal_has_is_not_planned_again(tmp_path: Path) -> None:
     config = write(tmp_path, requests_table(5))
-    keys = keys_of(planning.make(config))
+    keys = keys_of(make_plan(config))
     commit(config, keys[:2], "succeeded")
     commit(config, keys[2:3], "failed", "non_finite")
     commit(config, ["0" * 32], "succeeded")
 
-    plan = planning.make(config)
+    plan = make_plan(config)
 
     assert plan.num_pending == 2
-    assert members(plan.settled) == set(keys[:3])
+    assert members(plan.skipped) == set(keys[:3])
     assert left_for_ray(plan) == sorted(keys[3:])
     assert plan.outcomes.failures == Counter(non_finite=1)
     assert len(plan.outcomes.keys) == 3
@@ -277,23 +277,23 @@ def test_what_the_journal_has_is_not_planned_again(tmp_path: Path) -> None:
 
 def test_retrying_brings_failures_back_but_no_success(tmp_path: Path) -> None:
     config = write(tmp_path, requests_table(4))
-    keys = keys_of(planning.make(config))
+    keys = keys_of(make_plan(config))
     commit(config, keys[:3], "failed", "non_finite")
     commit(config, keys[1:2], "succeeded")
 
-    plan = planning.make(config, retry=Retry())
+    plan = make_plan(config, retry=Retry())
 
     assert plan.num_pending == 3
     assert left_for_ray(plan) == sorted([keys[0], *keys[2:]])
-    assert planning.make(config).num_pending == 1
+    assert make_plan(config).num_pending == 1
 
 
 def test_a_finished_duplicate_is_not_planned_again(tmp_path: Path) -> None:
     table = requests_table(2)
     config = write(tmp_path, pa.concat_tables([table, table]))
-    commit(config, keys_of(planning.make(config))[:1], "succeeded")
+    commit(config, keys_of(make_plan(config))[:1], "succeeded")
 
-    plan = planning.make(config)
+    plan = make_plan(config)
 
     assert (plan.num_pending, plan.num_duplicates, len(plan.repeats)) == (1, 2, 1)
     assert len(left_for_ray(plan)) == 1
@@ -301,13 +301,13 @@ def test_a_finished_duplicate_is_not_planned_again(tmp_path: Path) -> None:
 
 def test_a_changed_setting_makes_its_requests_due_again_and_no_others(tmp_path: Path) -> None:
     config = write(tmp_path, requests_table(4, format=["gif", "mp4", "gif", None]))
-    commit(config, keys_of(planning.make(config)), "succeeded")
-    assert planning.make(config).num_pending == 0
+    commit(config, keys_of(make_plan(config)), "succeeded")
+    assert make_plan(config).num_pending == 0
 
     changed = RunConfig.model_validate(config.model_dump() | {"encoding": {"gif_dither": True}})
 
-    assert planning.make(changed).num_pending == 2
-    assert planning.make(config).num_pending == 0
+    assert make_plan(changed).num_pending == 2
+    assert make_plan(config).num_pending == 0
 
 
 # --- published ------------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def finished(tmp_path: Path) -> Callable[[pa.Table], RunConfig]:
 
     def make(table: pa.Table) -> RunConfig:
         config = write(tmp_path, table)
-        keys = keys_of(planning.make(config))
+        keys = keys_of(make_plan(config))
         store = Store(config.output)
         rows: dict[str, Any] = {
             "request_id": pa.array(keys, pa.string()),
@@ -331,7 +331,7 @@ def finished(tmp_path: Path) -> Callable[[pa.Table], RunConfig]:
         for key in keys:
             store.create(layout.animation_name(key, "mp4"), b"x")
         Journal(store).append(results_table(rows, pa.table({}), len(keys)))
-        publish(planning.make(config))
+        publish_all(make_plan(config))
         return config
 
     return make
@@ -344,9 +344,9 @@ def rewrite(config: RunConfig, table: pa.Table) -> None:
 def test_finished_and_published_is_published(finished: Callable[[pa.Table], RunConfig]) -> None:
     config = finished(requests_table(3, seed=[1, 2, -1]))
 
-    plan = planning.make(config)
+    plan = make_plan(config)
 
-    assert plan.published
+    assert find_published_run(plan)
     assert plan.num_pending == 0
     assert plan.outcomes.failures == Counter(out_of_range=1)
 
@@ -355,12 +355,12 @@ def test_a_new_rejected_row_alone_makes_the_results_outdated(finished: Callable[
     config = finished(requests_table(2, seed=[1, 2]))
     rewrite(config, requests_table(3, seed=[1, 2, -1]))
 
-    plan = planning.make(config)
+    plan = make_plan(config)
 
     assert plan.num_pending == 0
-    assert not plan.published
-    publish(plan)
-    assert planning.make(config).published
+    assert not find_published_run(plan)
+    publish_all(plan)
+    assert find_published_run(make_plan(config))
 
 
 def test_a_row_more_a_row_less_or_a_failure_retried_makes_the_results_outdated(
@@ -368,11 +368,11 @@ def test_a_row_more_a_row_less_or_a_failure_retried_makes_the_results_outdated(
 ) -> None:
     config = finished(requests_table(3))
     rewrite(config, requests_table(4))
-    assert not planning.make(config).published
+    assert not find_published_run(make_plan(config))
     rewrite(config, requests_table(2))
-    assert not planning.make(config).published
+    assert not find_published_run(make_plan(config))
     rewrite(config, requests_table(3, notes=["x", "y", "z"]))
-    assert planning.make(config).published
+    assert find_published_run(make_plan(config))
 
 
 # --- any manifest at all --------------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ def test_a_plan_is_what_counting_row_by_row_gives(
     sound = [index for index in range(len(rows)) if index not in bad | clashing]
     distinct = sorted({(rows[index]["request_id"], rows[index]["prompt"]) for index in sound})
 
-    first = planning.make(config)
+    first = make_plan(config)
     key_of = {}
     for index, row in enumerate(rows):
         if index not in bad:
@@ -434,7 +434,7 @@ def test_a_plan_is_what_counting_row_by_row_gives(
         if outcome in ("succeeded", "both") or (outcome == "failed" and not retry_failed):
             done.add(content)
 
-    plan = planning.make(config, retry=Retry() if retry_failed else None)
+    plan = make_plan(config, retry=Retry() if retry_failed else None)
 
     due = sorted(key_of[content] for content in distinct if content not in done)
     assert plan.num_pending == len(due)
@@ -455,7 +455,7 @@ def test_a_plan_is_what_counting_row_by_row_gives(
 def test_a_plan_counts_what_can_be_drawn_together(make_config: Callable[..., RunConfig]) -> None:
     table = requests_table(6, num_frames=[8, 8, 4, 8, 8, 99], size=[None, None, None, "auto", None, None])
 
-    plan = planning.make(make_config(table))
+    plan = make_plan(make_config(table))
 
     assert {tuple(group.values()) for group in plan.groups.to_pylist()} == {
         ("default", 8, "fixed", None, 64, 64, 3),
@@ -463,15 +463,15 @@ def test_a_plan_counts_what_can_be_drawn_together(make_config: Callable[..., Run
         ("default", 8, "auto", 512, None, None, 1),
     }
     assert (plan.is_mixed, plan.models) == (True, ["default"])
-    assert not planning.make(make_config()).is_mixed
-    assert planning.make(make_config(requests_table(2, size=["auto"] * 2))).is_mixed
+    assert not make_plan(make_config()).is_mixed
+    assert make_plan(make_config(requests_table(2, size=["auto"] * 2))).is_mixed
 
 
 def test_the_models_of_a_plan_are_those_that_the_manifest_asks_for(make_config: Callable[..., RunConfig]) -> None:
     table = requests_table(3, model=["toon", None, "toon"])
     toon = {"base": "embedded", "scheduler": {"name": "ddim"}}
 
-    plan = planning.make(make_config(table, models__toon=toon, models__idle=None))
+    plan = make_plan(make_config(table, models__toon=toon, models__idle=None))
 
     assert plan.models == ["toon", "default"]
     assert list(plan.engine_ids) == ["default", "toon", "idle"]
@@ -485,7 +485,7 @@ def test_the_models_of_a_plan_are_those_that_the_manifest_asks_for(make_config: 
 def failures(tmp_path: Path) -> tuple[RunConfig, list[str]]:
     """A config over six requests, of which two succeeded, two, one and none failed with kinds; and their keys."""
     config = write(tmp_path, requests_table(6))
-    made = keys_of(planning.make(config))
+    made = keys_of(make_plan(config))
     commit(config, made[:2], "succeeded")
     commit(config, made[2:4], "failed", "non_finite")
     commit(config, made[4:5], "failed", "timeout")
@@ -509,7 +509,7 @@ def test_retrying_brings_back_the_kinds_that_were_asked_for(
 ) -> None:
     config, made = failures
 
-    plan = planning.make(config, retry=Retry(None if kinds is None else frozenset(kinds)))
+    plan = make_plan(config, retry=Retry(None if kinds is None else frozenset(kinds)))
 
     assert left_for_ray(plan) == sorted(made[index] for index in due)
     assert plan.num_pending == len(due)
@@ -518,16 +518,16 @@ def test_retrying_brings_back_the_kinds_that_were_asked_for(
 def test_a_kind_that_does_not_exist_is_refused_with_those_that_do(failures: tuple[RunConfig, list[str]]) -> None:
     told = r"the kind non-finite; did you mean non_finite\?; .* has: non_finite \(2\), timeout \(1\)$"
     with pytest.raises(ConfigError, match=told):
-        planning.make(failures[0], retry=Retry(frozenset({"non-finite", "timeout"})))
+        make_plan(failures[0], retry=Retry(frozenset({"non-finite", "timeout"})))
 
 
 def test_a_rejected_row_is_not_retried_even_by_its_kind(tmp_path: Path) -> None:
     config = write(tmp_path, requests_table(3, seed=[1, -1, 2]))
-    (table,) = planning.make(config).rejections_to_commit("first")
+    (table,) = make_plan(config).rejections_to_commit("first")
     Journal(Store(config.output)).append(table)
     kind = table["error_kind"][0].as_py()
 
-    plan = planning.make(config, retry=Retry(frozenset({kind})))
+    plan = make_plan(config, retry=Retry(frozenset({kind})))
 
     assert (plan.num_pending, plan.num_rejected) == (2, 1)
     assert len(left_for_ray(plan)) == 2
@@ -539,9 +539,9 @@ def test_what_was_taken_back_is_planned_again_also_where_it_had_failed_before(
     config, made = failures
     log = Journal(Store(config.output))
 
-    log.withdraw(keys_from_hex(pa.array(made[:2])), log.outcomes())
+    log.add_tombstones(keys_from_hex(pa.array(made[:2])), log.outcomes())
 
-    assert left_for_ray(planning.make(config)) == sorted([made[0], made[1], made[5]])
+    assert left_for_ray(make_plan(config)) == sorted([made[0], made[1], made[5]])
 
 
 def test_results_are_outdated_once_an_animation_was_drawn_again(finished: Callable[[pa.Table], RunConfig]) -> None:
@@ -549,9 +549,9 @@ def test_results_are_outdated_once_an_animation_was_drawn_again(finished: Callab
     log = Journal(Store(config.output))
     (made,) = list(log.read(log.fragments()))
 
-    log.withdraw(keys_from_hex(made["key"]), log.outcomes())
-    assert planning.make(config).num_pending == 2
+    log.add_tombstones(keys_from_hex(made["key"]), log.outcomes())
+    assert make_plan(config).num_pending == 2
     log.append(made)
 
-    plan = planning.make(config)
-    assert (plan.num_pending, plan.published) == (0, None)
+    plan = make_plan(config)
+    assert (plan.num_pending, find_published_run(plan)) == (0, None)

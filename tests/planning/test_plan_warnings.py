@@ -11,15 +11,15 @@ from inputs import requests_table
 
 from pia_batch import tiny
 from pia_batch.config import RunConfig
-from pia_batch.planning import plan_warnings
-from tests.planning.test_statistics import surveyed
+from pia_batch.planning.plan_warnings import warnings_of
+from tests.planning.test_statistics import statistics_of
 
 SD15 = {"manifest": "m", "output": "o", "model.base": "somebody/sd15"}
 
 
 def warnings(table: pa.Table, **overrides: Any) -> list[str]:
     config = RunConfig.load(None, SD15 | {name.replace("__", "."): value for name, value in overrides.items()})
-    return plan_warnings.warnings(config, surveyed(table, config=config))
+    return warnings_of(config, statistics_of(table, config=config))
 
 
 def test_an_ordinary_run_gives_nothing_to_warn_of() -> None:
@@ -32,12 +32,12 @@ def test_an_ordinary_run_gives_nothing_to_warn_of() -> None:
     ("columns", "words"),
     [
         ({"seed": [7, 7, 7]}, "all 3 pending requests have the seed 7"),
-        ({"width": [512, 520, 512]}, "1 requests have a side that is no multiple of 64"),
+        ({"width": [512, 520, 512]}, "1 requests have a side that is not a multiple of 64"),
         ({"width": [256, 512, 1024]}, "2 requests have a side outside of 384 to 768 px"),
         ({"size": ["auto"] * 3, "long_side": [1024, 512, 512]}, "1 requests have a side outside of 384 to 768 px"),
         ({"prompt": ["word " * 76, "short", "w " * 500]}, "at least 2 prompts have more than 77 tokens"),
-        ({"format": ["gif"] * 3, "fps": [8, 12, 12]}, "2 GIFs have 12 fps, which GIF cannot hold"),
-        ({"format": ["gif"] * 3, "fps": [30.0] * 3}, "frames show for 30 or 40 ms"),
+        ({"format": ["gif"] * 3, "fps": [8, 12, 12]}, "2 GIFs have 12 fps, which GIF cannot store"),
+        ({"format": ["gif"] * 3, "fps": [30.0] * 3}, "frames are shown for 30 or 40 ms"),
     ],
 )
 def test_what_rows_have_is_told_with_its_number(columns: dict[str, Any], words: str) -> None:
@@ -54,12 +54,12 @@ def test_rates_that_a_gif_holds_or_nearly_holds_are_fine(fps: float) -> None:
 def test_the_embedded_model_at_another_size_is_told() -> None:
     (told,) = warnings(requests_table(2, width=[64, 128]), model__base="embedded")
 
-    assert "1 requests are not 64 x 64, the only size that the embedded model knows" in told
+    assert "1 requests are not 64 x 64, the only size of the embedded model" in told
 
 
 def test_a_schedule_that_pia_was_not_trained_on_is_told(tmp_path: Path) -> None:
     (told,) = warnings(requests_table(1), model__scheduler__settings={"beta_schedule": "scaled_linear"})
-    assert "draws with beta_schedule 'scaled_linear': PIA was trained on 'linear'" in told
+    assert "uses beta_schedule 'scaled_linear': PIA was trained with 'linear'" in told
 
     shutil.copytree(tiny.PATH, tmp_path / "base")
     file = tmp_path / "base" / "scheduler" / "scheduler_config.json"
@@ -77,7 +77,7 @@ def test_a_default_that_every_row_overrides_is_told_and_others_are_not() -> None
 
     (told,) = warnings(table, defaults__fps=12, defaults__num_frames=24)
 
-    assert told.startswith("defaults.fps decides nothing: every row has its own value in column 'fps'")
+    assert told.startswith("defaults.fps has no effect: every row has its own value in column 'fps'")
 
 
 def test_the_embedded_models_own_defaults_are_nobodys_mistake() -> None:

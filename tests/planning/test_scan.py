@@ -21,16 +21,15 @@ from pia_batch.errors import ConfigError, InterruptedRunError, ManifestError, St
 from pia_batch.manifest import files as manifest_files
 from pia_batch.manifest.reader import Manifest
 from pia_batch.manifest.validation import check
-from pia_batch.planning import plan as planning
 from pia_batch.planning import scan, scan_cache, scan_validate
-from pia_batch.planning.plan import Plan
+from pia_batch.planning.plan import Plan, make_plan
 from pia_batch.storage.object_store import Store
 from tests.planning.test_plan import commit, members
 
 
 @pytest.fixture
 def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan_cache, "WORTH_ROWS", 0)
+    monkeypatch.setattr(scan_cache, "MIN_ROWS", 0)
 
 
 @pytest.fixture
@@ -58,14 +57,14 @@ def requests(start: int, count: int, **columns: Any) -> pa.Table:
 
 
 def saved(config: RunConfig) -> Plan:
-    plan = planning.make(config)
+    plan = make_plan(config)
     plan.save_scan()
     return plan
 
 
 def read_files(config: RunConfig) -> set[str]:
     """The files that a plan has to scan now."""
-    return {Path(chunk.file.path).name for chunk in planning.make(config).fresh}
+    return {Path(chunk.file.path).name for chunk in make_plan(config).new_chunks}
 
 
 def told(plan: Plan) -> dict[str, Any]:
@@ -73,7 +72,7 @@ def told(plan: Plan) -> dict[str, Any]:
     rejected = plan.rejected.drop_columns(["finished_at"])
     return {
         "wanted": members(plan.wanted),
-        "settled": members(plan.settled),
+        "settled": members(plan.skipped),
         "rejected": rejected.to_pylist(),
         "schema": rejected.schema,
         "repeats": plan.repeats.to_pylist(),
@@ -86,7 +85,7 @@ def told(plan: Plan) -> dict[str, Any]:
 
 def planned(config: RunConfig) -> dict[str, Any] | str:
     try:
-        return told(planning.make(config))
+        return told(make_plan(config))
     except (ManifestError, ConfigError) as err:
         return str(err)
 
@@ -110,14 +109,14 @@ def test_only_files_that_are_new_or_changed_are_scanned(
     assert read_files(config) == set()
 
     (tmp_path / "manifest" / "0.parquet").unlink()
-    plan = planning.make(config)
-    assert (plan.num_pending, plan.fresh) == (12, ())
+    plan = make_plan(config)
+    assert (plan.num_pending, plan.new_chunks) == (12, ())
 
 
 def test_a_plan_by_itself_keeps_nothing(config: RunConfig, tmp_path: Path, clock: Iterator[float]) -> None:
     put(tmp_path / "manifest" / "0.parquet", requests(0, 4), next(clock))
 
-    planning.make(config)
+    make_plan(config)
 
     assert not (tmp_path / "out").exists()
 
@@ -130,7 +129,7 @@ def test_a_file_that_was_known_is_not_opened_at_all(config: RunConfig, tmp_path:
     path.write_bytes(bytes(changed.st_size))
     os.utime(path, ns=(changed.st_mtime_ns, changed.st_mtime_ns))
 
-    assert told(planning.make(config)) == truth
+    assert told(make_plan(config)) == truth
 
 
 @pytest.mark.parametrize(
@@ -212,7 +211,7 @@ def test_lines_of_json_are_known_too(config: RunConfig, tmp_path: Path, clock: I
     write(1)
     truth = told(saved(config))
     assert read_files(config) == set()
-    assert told(planning.make(config)) == truth
+    assert told(make_plan(config)) == truth
 
     write(2, seed=7)
     assert read_files(config) == {"0.jsonl", "1.jsonl", "2.jsonl"}  # there is a column more to read now
@@ -253,7 +252,7 @@ def test_a_file_that_is_replaced_after_its_scan_is_not_kept(
 ) -> None:
     for number in range(2):
         put(tmp_path / "manifest" / f"{number}.parquet", requests(10 * number, 4), next(clock))
-    plan = planning.make(config)
+    plan = make_plan(config)
     put(tmp_path / "manifest" / "1.parquet", requests(50, 4), next(clock))
     plan.save_scan()
 
@@ -268,7 +267,7 @@ def test_a_file_that_is_replaced_while_it_is_scanned_ends_the_plan(
     put(tmp_path / "manifest" / "0.parquet", requests(50, 4), next(clock))
 
     with pytest.raises(InterruptedRunError, match="was replaced or removed"):
-        scan.scan(found, config, {"default": "x"})
+        scan.scan_manifest(found, config, {"default": "x"})
 
 
 def test_entries_of_replaced_files_are_dropped_once_they_are_most(
@@ -291,7 +290,7 @@ def test_small_manifests_leave_nothing_behind(tmp_path: Path, clock: Iterator[fl
     saved(config)
     assert not (tmp_path / "out").exists()
 
-    for number in range(1, scan_cache.WORTH_FILES):
+    for number in range(1, scan_cache.MIN_FILES):
         put(tmp_path / "manifest" / f"{number}.parquet", requests(10 * number, 1), next(clock))
     saved(config)
     assert (tmp_path / "out" / "_scans").exists()
@@ -306,13 +305,13 @@ def test_a_scan_that_cannot_be_kept_is_a_warning(
             raise StorageError(msg)
 
     put(tmp_path / "manifest" / "0.parquet", requests(0, 5), next(clock))
-    ids = planning.make(config).engine_ids
+    ids = make_plan(config).engine_ids
     cache = scan_cache.ScanCache(Full(config.output), config, ids)
     found = Manifest.open(config.manifest)
 
-    cache.save(found, scan.scan(found, config, ids, cache).fresh)
+    cache.save(found, scan.scan_manifest(found, config, ids, cache).new_chunks)
 
-    assert "scan_not_saved" in caplog.text
+    assert "scan_cache_save_failed" in caplog.text
 
 
 def test_only_the_row_groups_that_hold_what_is_asked_for_are_read(tmp_path: Path) -> None:
@@ -386,9 +385,9 @@ def test_a_plan_is_the_same_with_and_without_what_was_scanned_before(
 ) -> None:
     with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         for module, constant, value in (
-            (scan_cache, "WORTH_ROWS", 0),
+            (scan_cache, "MIN_ROWS", 0),
             (scan, "CHUNK_ROWS", rows),
-            (scan_validate, "CHECKED_AT_ONCE", rows),
+            (scan_validate, "CHECKED_ROWS", rows),
             (manifest_files, "BATCH_ROWS", rows),
         ):
             patch.setattr(module, constant, value)
@@ -423,7 +422,7 @@ def compare(folder: Path, config: RunConfig, verb: str, number: int | None) -> N
         assert told(saved(config)) == truth
         assert planned(config) == truth
     elif verb == "finish" and number is not None:
-        plan = planning.make(config)
+        plan = make_plan(config)
         wanted = sorted(members(plan.wanted))
         commit(config, wanted[number : number + 1], "succeeded")
 
@@ -443,10 +442,10 @@ def test_a_plan_of_known_files_is_at_least_five_times_cheaper_than_their_scan(
 ) -> None:
     for number in range(4):
         put(tmp_path / "manifest" / f"{number}.parquet", requests(20_000 * number, 20_000), next(clock))
-    scanned = seconds(lambda: planning.make(config))
+    scanned = seconds(lambda: make_plan(config))
     saved(config)
 
-    known = min(seconds(lambda: planning.make(config)) for _ in range(2))
+    known = min(seconds(lambda: make_plan(config)) for _ in range(2))
 
     assert scanned > 5 * known
 
@@ -467,7 +466,7 @@ def test_scans_are_kept_by_etag_on_s3(s3: str, worth_it: None) -> None:
     upload(1)
     truth = told(saved(config))
     assert read_files(config) == set()
-    assert told(planning.make(config)) == truth
+    assert told(make_plan(config)) == truth
     upload(1, prompt=["another"] * 4)
     assert read_files(config) == {"1.parquet"}
-    assert len(told(planning.make(config))["wanted"] & truth["wanted"]) == 4
+    assert len(told(make_plan(config))["wanted"] & truth["wanted"]) == 4

@@ -17,9 +17,10 @@ from inputs import requests_table
 from pia_batch.config import RunConfig
 from pia_batch.errors import InterruptedRunError, ManifestError
 from pia_batch.manifest.reader import Manifest, Piece
-from pia_batch.planning import plan, scan_pool
-from pia_batch.planning.scan_validate import Task
-from pia_batch.planning.statistics import Survey
+from pia_batch.planning import scan_pool
+from pia_batch.planning.plan import make_plan
+from pia_batch.planning.scan_validate import ScanTask
+from pia_batch.planning.statistics import Statistics
 from pia_batch.schema.columns import REQUEST
 from tests.planning.test_plan import commit, keys_of
 from tests.planning.test_scan import told
@@ -28,7 +29,7 @@ from tests.planning.test_statistics import told as told_by
 
 @pytest.fixture
 def in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan_pool, "WORTH_ROWS", 0)
+    monkeypatch.setattr(scan_pool, "MIN_ROWS", 0)
     monkeypatch.setattr(scan_pool, "PROCESSES", 2)
 
 
@@ -48,10 +49,10 @@ def requests(start: int, count: int, **columns: list[object]) -> pa.Table:
     return requests_table(count, request_id=[f"r{number}" for number in range(start, start + count)], **columns)
 
 
-def pieces_of(config: RunConfig) -> tuple[Task, list[Piece]]:
+def pieces_of(config: RunConfig) -> tuple[ScanTask, list[Piece]]:
     found = Manifest.open(config.manifest)
     schema = pa.schema([item for item in found.schema if item.name in REQUEST.names])
-    return Task(schema, config, {"default": "e" * 32}), list(found.pieces())
+    return ScanTask(schema, config, {"default": "e" * 32}), list(found.pieces())
 
 
 def test_processes_find_what_threads_find(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,15 +64,15 @@ def test_processes_find_what_threads_find(config: RunConfig, monkeypatch: pytest
         requests(6, 5, prompt=["", "a", "b", "c", "d"], fps=[8, 12, 8, 12, None]),
         requests(8, 3, prompt=["b", "another", "d"], fps=[8, 12, None]),
     )
-    commit(config, keys_of(plan.make(config))[:3], "succeeded")
-    in_threads = Survey()
-    truth = told(plan.make(config, survey=in_threads))
-    monkeypatch.setattr(scan_pool, "WORTH_ROWS", 0)
+    commit(config, keys_of(make_plan(config))[:3], "succeeded")
+    in_threads = Statistics()
+    truth = told(make_plan(config, statistics=in_threads))
+    monkeypatch.setattr(scan_pool, "MIN_ROWS", 0)
     monkeypatch.setattr(scan_pool, "PROCESSES", 2)
 
-    in_processes = Survey()
+    in_processes = Statistics()
 
-    assert told(plan.make(config, survey=in_processes)) == truth
+    assert told(make_plan(config, statistics=in_processes)) == truth
     assert told_by(in_processes) == told_by(in_threads)
 
 
@@ -86,11 +87,11 @@ def test_what_is_wrong_with_a_file_is_told_as_ever(config: RunConfig, in_process
     os.utime(path, ns=(changed.st_mtime_ns, changed.st_mtime_ns))
 
     with pytest.raises(ManifestError, match=r"0\.parquet"):
-        list(scan_pool.judge_all(task, pieces))
+        list(scan_pool.validate_in_processes(task, pieces))
 
     path.write_bytes(whole + b" ")
     with pytest.raises(InterruptedRunError, match="was replaced or removed"):
-        list(scan_pool.judge_all(task, pieces))
+        list(scan_pool.validate_in_processes(task, pieces))
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def test_a_process_that_dies_names_the_file_that_it_read(config: RunConfig, in_p
     write(config, requests(0, 4), requests(10, 4))
     task, (first, second) = pieces_of(config)
 
-    verdicts = scan_pool.judge_all(task, [first, Deadly(**vars(second))])
+    verdicts = scan_pool.validate_in_processes(task, [first, Deadly(**vars(second))])
 
     with pytest.raises(ManifestError, match=r"1\.parquet ended with signal 9: it ran out of memory"):
         list(verdicts)  # the verdict on the first piece comes before or not, as the processes start
@@ -129,7 +130,7 @@ def test_a_bug_stays_a_bug(config: RunConfig, in_processes: None) -> None:
     task, (piece,) = pieces_of(config)
 
     with pytest.raises(ZeroDivisionError, match="columns"):
-        list(scan_pool.judge_all(task, [Buggy(**vars(piece))]))
+        list(scan_pool.validate_in_processes(task, [Buggy(**vars(piece))]))
 
 
 def test_what_lies_in_the_folder_that_one_works_in_is_not_run(
@@ -140,7 +141,7 @@ def test_what_lies_in_the_folder_that_one_works_in_is_not_run(
     (tmp_path / "numpy.py").write_text("raise SystemExit(9)")
     monkeypatch.chdir(tmp_path)
 
-    assert plan.make(config).num_pending == 4
+    assert make_plan(config).num_pending == 4
 
 
 def test_no_process_is_left_behind_where_nobody_waits_for_the_rest(config: RunConfig, in_processes: None) -> None:
@@ -149,7 +150,7 @@ def test_no_process_is_left_behind_where_nobody_waits_for_the_rest(config: RunCo
     task, pieces = pieces_of(config)
     before = set(psutil.Process().children())
 
-    verdicts = scan_pool.judge_all(task, pieces)
+    verdicts = scan_pool.validate_in_processes(task, pieces)
     next(verdicts)
     started = set(psutil.Process().children()) - before
     verdicts.close()
@@ -167,4 +168,4 @@ def test_lines_of_json_are_read_once_and_by_the_driver(
     (folder / "0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in requests(0, 3).to_pylist()))
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
 
-    assert plan.make(config).num_pending == 3
+    assert make_plan(config).num_pending == 3

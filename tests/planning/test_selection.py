@@ -16,8 +16,8 @@ from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError
 from pia_batch.pipeline import stages
 from pia_batch.pipeline.request_rows import with_row_error
-from pia_batch.planning import plan as planning
 from pia_batch.planning import selection
+from pia_batch.planning.plan import make_plan
 from pia_batch.schema.keys import KeySet, keys_from_hex, keys_to_hex
 
 MakeConfig = Callable[..., RunConfig]
@@ -25,18 +25,19 @@ MakeConfig = Callable[..., RunConfig]
 
 def chosen_rows(config: RunConfig) -> list[str]:
     """The request ids that the plan's run would draw, in the manifest's order."""
-    plan = planning.make(config)
+    plan = make_plan(config)
     manifest = pa.concat_tables([batch.table for batch in plan.manifest.batches()])
     requests = stages.Validate(config, plan.engine_ids)(manifest)
-    drawn = pa.concat_tables([stages.DropFinished(plan.settled, plan.chosen)(requests), with_row_error(plan.repeats)])
-    assert len(drawn) == plan.num_chosen
-    return sorted(drawn["request_id"].to_pylist())
+    keep = stages.DropFinished(plan.skipped, plan.selected)
+    selected = pa.concat_tables([keep(requests), with_row_error(plan.repeats)])
+    assert len(selected) == plan.num_selected
+    return sorted(selected["request_id"].to_pylist())
 
 
 def test_without_a_budget_all_pending_requests_are_chosen(make_config: MakeConfig) -> None:
-    plan = planning.make(make_config(requests_table(5)))
+    plan = make_plan(make_config(requests_table(5)))
 
-    assert (plan.chosen, plan.num_chosen) == (None, 5)
+    assert (plan.selected, plan.num_selected) == (None, 5)
 
 
 def test_a_limit_takes_the_first_rows_and_counts_copies_once(make_config: MakeConfig) -> None:
@@ -45,7 +46,7 @@ def test_a_limit_takes_the_first_rows_and_counts_copies_once(make_config: MakeCo
 
     assert chosen_rows(make_config(table, budget__limit=3)) == ["r000", "r001", "r002"]
     assert len(chosen_rows(make_config(table, budget__limit=6))) == 6
-    assert planning.make(make_config(table, budget__limit=7)).chosen is None
+    assert make_plan(make_config(table, budget__limit=7)).selected is None
 
 
 def test_a_limit_takes_the_highest_priorities_and_of_equals_the_first(make_config: MakeConfig) -> None:
@@ -69,8 +70,8 @@ def test_a_priority_that_is_no_column_of_numbers_is_refused_with_those_that_are(
 ) -> None:
     table = requests_table(2, price=[1, 2], stock=[0.5, 1.5], tags=[["a"], ["b"]])
 
-    with pytest.raises(ConfigError, match=f"no column of numbers '{column}'; those that are: price, stock"):
-        planning.make(make_config(table, budget__priority=column))
+    with pytest.raises(ConfigError, match=f"no numeric column '{column}'; its numeric columns: price, stock"):
+        make_plan(make_config(table, budget__priority=column))
 
 
 def test_a_sample_is_the_same_whatever_the_settings_and_grows_with_its_size(make_config: MakeConfig) -> None:
@@ -82,7 +83,7 @@ def test_a_sample_is_the_same_whatever_the_settings_and_grows_with_its_size(make
     assert tenth == again
     assert set(tenth) < set(fifth)
     assert 15 <= len(tenth) <= 75  # of 400 random hashes: 40, and six deviations
-    assert planning.make(make_config(table, budget__sample="100%")).chosen is None
+    assert make_plan(make_config(table, budget__sample="100%")).selected is None
 
 
 def test_a_limit_holds_inside_of_a_sample(make_config: MakeConfig) -> None:
@@ -103,7 +104,7 @@ def test_a_larger_sample_contains_a_smaller_one(hashes: list[int], one: float, o
     def sampled(fraction: float) -> set[str]:
         config = RunConfig.load(None, {"manifest": "m", "output": "o", "budget.sample": fraction})
         ordinals: npt.NDArray[np.int64] = np.arange(len(hashes))
-        found = selection.choose(config, FakeManifest(), keys, np.array(hashes, np.uint64), ordinals)  # type: ignore[arg-type]
+        found = selection.select(config, FakeManifest(), keys, np.array(hashes, np.uint64), ordinals)  # type: ignore[arg-type]
         return set(keys_to_hex(keys if found is None else keys[found.contains(keys)]).to_pylist())
 
     assert sampled(small) <= sampled(large)

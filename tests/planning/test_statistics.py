@@ -1,4 +1,4 @@
-"""What a survey counts of a manifest is what one would count row by row, whatever is known of it or finished."""
+"""What statistics counts of a manifest is what one would count row by row, whatever is known of it or finished."""
 
 from __future__ import annotations
 
@@ -21,87 +21,88 @@ from pia_batch.config import RunConfig
 from pia_batch.manifest import files as manifest_files
 from pia_batch.manifest.tokens import MAX_TOKENS, least_tokens
 from pia_batch.manifest.validation import check
-from pia_batch.planning import plan as planning
 from pia_batch.planning import scan, scan_cache, scan_validate
-from pia_batch.planning.statistics import Survey
-from pia_batch.planning.work_classes import WORK, Traits, work_of
+from pia_batch.planning.plan import Plan, Retry, make_plan
+from pia_batch.planning.statistics import WORK, Statistics, WorkClasses, work_of
 from tests.planning.test_plan import commit, keys_of
 from tests.planning.test_work_classes import tables
 
 CONFIG = RunConfig.load(None, {"manifest": "m", "output": "o"})
 
 
-def surveyed(*batches: pa.Table, config: RunConfig = CONFIG) -> Survey:
-    """A survey of these rows, of which all good ones are pending."""
-    survey = Survey()
+def statistics_of(*batches: pa.Table, config: RunConfig = CONFIG) -> Statistics:
+    """Statistics of these rows, of which all good ones are pending."""
+    statistics = Statistics()
     for rows in batches:
         checked = check(rows, config, dict.fromkeys(config.all_models, "e" * 32))
         pending = np.ones(len(checked.keys), dtype=bool)
-        survey.add(Traits.of(rows, checked.requests), checked.id_hashes, pending)
-    return survey
+        statistics.add(WorkClasses.of(rows, checked.requests), checked.id_hashes, pending)
+    return statistics
 
 
-def told(survey: Survey) -> dict[str, Any]:
-    """All that a survey says."""
+def told(statistics: Statistics) -> dict[str, Any]:
+    """All that statistics says."""
     return {
-        "num_rows": survey.num_rows,
-        "num_given": +survey.num_given,
-        "num_pending": survey.num_pending,
-        "num_truncated": survey.num_truncated,
-        "gif_fps": survey.gif_fps,
-        "only_seed": survey.only_seed,
-        "work": Counter({tuple(row.values())[:-1]: row["num_rows"] for row in survey.work.to_pylist()}),
+        "num_rows": statistics.num_rows,
+        "num_given": +statistics.num_given,
+        "num_pending": statistics.num_pending,
+        "num_truncated": statistics.num_truncated,
+        "gif_fps": statistics.gif_fps,
+        "only_seed": statistics.only_seed,
+        "work": Counter({tuple(row.values())[:-1]: row["num_rows"] for row in statistics.work.to_pylist()}),
     }
 
 
 def test_requests_that_cost_alike_are_counted_together_over_all_batches() -> None:
     table = requests_table(6, num_inference_steps=[9, 9, 4, 9, 4, 9], size=[None] * 5 + ["auto"])
 
-    survey = surveyed(*(table.slice(k, 1) for k in range(6)))
+    statistics = statistics_of(*(table.slice(k, 1) for k in range(6)))
 
-    assert [(row["steps"], row["width"], row["long_side"], row["num_rows"]) for row in survey.work.to_pylist()] == [
+    assert [(row["steps"], row["width"], row["long_side"], row["num_rows"]) for row in statistics.work.to_pylist()] == [
         (9, 64, None, 3),
         (4, 64, None, 2),
         (9, None, 512, 1),
     ]
-    assert (survey.num_rows, survey.num_pending, survey.num_given["num_inference_steps"]) == (6, 6, 6)
-    assert survey.num_given["size"] == 1
-    assert survey.num_given["fps"] == 0
+    assert (statistics.num_rows, statistics.num_pending, statistics.num_given["num_inference_steps"]) == (6, 6, 6)
+    assert statistics.num_given["size"] == 1
+    assert statistics.num_given["fps"] == 0
 
 
 def test_counts_stay_small_over_many_batches() -> None:
     table = requests_table(70, num_inference_steps=[1 + k % 3 for k in range(70)])
 
-    survey = surveyed(*(table.slice(k, 1) for k in range(70)))
+    statistics = statistics_of(*(table.slice(k, 1) for k in range(70)))
 
-    assert sum(survey.work["num_rows"].to_pylist()) == 70
-    assert len(survey._held) < 64
+    assert sum(statistics.work["num_rows"].to_pylist()) == 70
+    assert len(statistics._held) < 64
 
 
 def test_one_seed_for_all_is_seen_and_two_are_not() -> None:
-    assert surveyed(requests_table(3, seed=[7, 7, 7]), requests_table(1, seed=[7])).only_seed == 7
-    assert surveyed(requests_table(2, seed=[7, 7]), requests_table(1, seed=[8])).only_seed is None
-    assert surveyed(requests_table(2)).only_seed is None
-    assert Survey().only_seed is None
+    assert statistics_of(requests_table(3, seed=[7, 7, 7]), requests_table(1, seed=[7])).only_seed == 7
+    assert statistics_of(requests_table(2, seed=[7, 7]), requests_table(1, seed=[8])).only_seed is None
+    assert statistics_of(requests_table(2)).only_seed is None
+    assert Statistics().only_seed is None
 
 
 def test_gifs_are_counted_by_their_rate() -> None:
-    survey = surveyed(requests_table(4, fps=[8.0, 12.0, 12.0, 12.0], format=["gif", "gif", "gif", "mp4"]))
+    statistics = statistics_of(requests_table(4, fps=[8.0, 12.0, 12.0, 12.0], format=["gif", "gif", "gif", "mp4"]))
 
-    assert survey.gif_fps == {8.0: 1, 12.0: 2}
+    assert statistics.gif_fps == {8.0: 1, 12.0: 2}
 
 
 def test_prompts_of_certainly_too_many_tokens_are_counted() -> None:
-    survey = surveyed(requests_table(3, prompt=["a " * (MAX_TOKENS - 2), "a " * (MAX_TOKENS - 1), "1" * MAX_TOKENS]))
+    statistics = statistics_of(
+        requests_table(3, prompt=["a " * (MAX_TOKENS - 2), "a " * (MAX_TOKENS - 1), "1" * MAX_TOKENS])
+    )
 
-    assert survey.num_truncated == 2
+    assert statistics.num_truncated == 2
 
 
 # --- of a manifest ---------------------------------------------------------------------------------------------------
 
 
-def counted(plan: planning.Plan, done: set[str]) -> dict[str, Any]:
-    """What a survey should say, row by row; `done` are the keys that are not drawn again.
+def counted(plan: Plan, done: set[str]) -> dict[str, Any]:
+    """What statistics should say, row by row; `done` are the keys that are not drawn again.
 
     An id is rejected as a whole where one of its rows is.
     """
@@ -141,10 +142,10 @@ def test_a_survey_of_a_scanned_manifest_is_that_of_its_rows(
     files: list[tuple[int, pa.Table]], finished: list[tuple[int, bool]], again: bool, rows: int
 ) -> None:
     with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan_cache, "WORTH_ROWS", 0)
+        patch.setattr(scan_cache, "MIN_ROWS", 0)
         for module, constant in (
             (scan, "CHUNK_ROWS"),
-            (scan_validate, "CHECKED_AT_ONCE"),
+            (scan_validate, "CHECKED_ROWS"),
             (manifest_files, "BATCH_ROWS"),
         ):
             patch.setattr(module, constant, rows)
@@ -155,37 +156,37 @@ def test_a_survey_of_a_scanned_manifest_is_that_of_its_rows(
             ids = pa.array([f"r{row:02d}" for row in range(start, start + len(table))])  # some stand in several files
             pq.write_table(table.set_column(0, "request_id", ids), path)
             os.utime(path, (changed, changed))
-        first = planning.make(config)
+        first = make_plan(config)
         keys = sorted(set(keys_of(first)))
         done = {keys[at % len(keys)]: succeeded for at, succeeded in finished if keys}
         commit(config, [key for key, succeeded in done.items() if succeeded], "succeeded")
         commit(config, [key for key, succeeded in done.items() if not succeeded], "failed", "timeout")
-        retry = planning.Retry() if again else None
+        retry = Retry() if again else None
         truth = counted(first, {key for key, succeeded in done.items() if succeeded or not again})
 
-        read, known = Survey(), Survey()
-        plan = planning.make(config, retry=retry, survey=read)
+        read, known = Statistics(), Statistics()
+        plan = make_plan(config, retry=retry, statistics=read)
         plan.save_scan()
-        again_planned = planning.make(config, retry=retry, survey=known)
+        again_planned = make_plan(config, retry=retry, statistics=known)
 
-        assert (again_planned.fresh, told(known)) == ((), truth)
+        assert (again_planned.new_chunks, told(known)) == ((), truth)
         assert told(read) == truth
         assert plan.num_pending <= read.num_pending  # copies count once there, and each time here
 
 
 def test_a_survey_of_a_scanned_manifest_opens_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan_cache, "WORTH_ROWS", 0)
+    monkeypatch.setattr(scan_cache, "MIN_ROWS", 0)
     config = RunConfig.load(None, {"manifest": str(tmp_path / "manifest"), "output": str(tmp_path / "out")})
     path = tmp_path / "manifest" / "0.parquet"
     path.parent.mkdir()
     pq.write_table(requests_table(6, width=[64, 64, 128, 64, 64, 128]), path)
     os.utime(path, (1_700_000_000, 1_700_000_000))
-    read, known = Survey(), Survey()
-    planning.make(config, survey=read).save_scan()
+    read, known = Statistics(), Statistics()
+    make_plan(config, statistics=read).save_scan()
     path.write_bytes(bytes(path.stat().st_size))
     os.utime(path, (1_700_000_000, 1_700_000_000))
 
-    planning.make(config, survey=known)
+    make_plan(config, statistics=known)
 
     assert told(known) == told(read)
     assert known.num_pending == 6

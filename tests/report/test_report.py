@@ -44,7 +44,7 @@ from pia_batch.errors import ConfigError, StorageError
 from pia_batch.journal import layout, log
 from pia_batch.manifest import validation
 from pia_batch.media import codecs, fetch
-from pia_batch.planning import plan
+from pia_batch.planning.plan import make_plan
 from pia_batch.report import facts, page
 from pia_batch.report.media import Places, with_embedded
 from pia_batch.schema.columns import RESULT, SETTINGS
@@ -928,7 +928,7 @@ def test_the_copied_commands_ask_for_the_same_clip(
     assert run == "pia-batch run again.yaml --manifest again.jsonl --output again"
     monkeypatch.chdir(tmp_path)
     config = RunConfig.load(Path("again.yaml"), {"manifest": "again.jsonl", "output": "again"})
-    made = plan.make(config)
+    made = make_plan(config)
     assert (made.num_pending, made.num_rejected) == (1, 0)
     table = next(iter(made.manifest.batches())).table
     request = validation.check(table, config, made.engine_ids).requests.to_pylist()[0]

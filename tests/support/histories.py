@@ -17,7 +17,8 @@ from simulated_runs import Driver
 from simulation import FaultyStore, Luck, Process, Task, World
 
 from pia_batch.config import RunConfig
-from pia_batch.journal import garbage_collection, verify
+from pia_batch.journal import verify
+from pia_batch.journal.garbage_collection import delete_garbage, find_garbage
 from pia_batch.journal.log import Journal
 from pia_batch.media import quality
 from pia_batch.storage.object_store import Store
@@ -215,6 +216,6 @@ def _flip_a_bit(path: Path) -> None:
 def _wrong_with_gc(torture: Torture) -> list[str]:
     """When nobody works any more `gc --delete` removes every orphan, and nothing that a result needs."""
     record = Journal(Store(torture.config.output))
-    list(garbage_collection.delete(record.store, garbage_collection.find(record, time.time() + 3600), lambda: None))
+    list(delete_garbage(record.store, find_garbage(record, time.time() + 3600), lambda: None))
     problems = torture.wrong_with_results() + torture.wrong_with_outcomes() + witness.orphans(torture.output)
     return [f"after gc: {problem}" for problem in problems or _wrong_with_reruns(torture)]

@@ -15,15 +15,15 @@ from simulation import FaultyStore, Mutex, Process, World
 
 from pia_batch.config import RunConfig
 from pia_batch.errors import InterruptedRunError, LeaseHeldError
-from pia_batch.journal import layout, results
+from pia_batch.journal import layout
 from pia_batch.journal.lease import Lease
 from pia_batch.journal.log import Journal
+from pia_batch.journal.results import publish
 from pia_batch.pipeline import stages
 from pia_batch.pipeline.animate import Animate, WorkerProcess
 from pia_batch.pipeline.attempts import AttemptTracker, ExitCause, SoloAttempt
 from pia_batch.pipeline.request_rows import with_row_error
-from pia_batch.planning import plan as planning
-from pia_batch.planning.plan import Plan
+from pia_batch.planning.plan import Plan, Retry, find_published_run, make_plan
 from pia_batch.schema.columns import Row
 
 LEASE_S, GRACE_S = 60.0, 150.0
@@ -240,7 +240,7 @@ def tasks_of(plan: Plan, batches: int) -> Iterator[pa.Table]:
     """What Animate is given, so many batches to a task: the chain of `pipeline.chain` without Ray."""
     config, folder = plan.config, plan.manifest.folder
     validate = stages.Validate(config, plan.engine_ids, keep_rejected=False)
-    requests = [stages.DropFinished(plan.settled)(validate(batch.table)) for batch in plan.manifest.batches()]
+    requests = [stages.DropFinished(plan.skipped)(validate(batch.table)) for batch in plan.manifest.batches()]
     table = pa.concat_tables([*requests, with_row_error(plan.repeats)] if len(plan.repeats) else requests)
     if plan.is_mixed:
         table = stages.Arrange(config.images, folder)(table)
@@ -278,8 +278,8 @@ class Driver(Process):
 
     def work(self) -> None:
         self.pause()
-        plan = planning.make(self.around.config, retry=planning.Retry() if self.retry_failed else None)
-        if not plan.num_pending and plan.published:
+        plan = make_plan(self.around.config, retry=Retry() if self.retry_failed else None)
+        if not plan.num_pending and find_published_run(plan):
             self.idle = True
         else:
             self.carry_out(plan)
@@ -300,7 +300,7 @@ class Driver(Process):
             if self.compacts:
                 record.compact()
             outcomes = record.outcomes().of(plan.wanted)
-            results.publish(record, outcomes, plan.wanted, plan.carried, self.run_id, {})
+            publish(record, outcomes, plan.wanted, plan.carried, self.run_id, {})
 
     def _animate(self, plan: Plan, lease: Lease) -> None:
         self.cluster = cluster = Cluster(self, plan, list(tasks_of(plan, self.around.batches)))

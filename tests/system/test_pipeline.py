@@ -27,7 +27,7 @@ from pia_batch.driver.progress import Progress
 from pia_batch.errors import BrokenDeviceError, ConfigError, InterruptedRunError, ManifestError
 from pia_batch.journal.log import Journal
 from pia_batch.pipeline import actor, batching, chain
-from pia_batch.planning import plan as planning
+from pia_batch.planning.plan import Plan, Retry, make_plan
 from pia_batch.schema.run_record import RunRecord, RunSummary
 from pia_batch.storage.object_store import Store
 
@@ -37,7 +37,7 @@ MakeConfig = Callable[..., RunConfig]
 
 
 def run(config: RunConfig, **options: object) -> RunSummary:
-    engine_id = planning.make(config).engine_ids["default"]
+    engine_id = make_plan(config).engine_ids["default"]
     options.setdefault("load_engines", FakeEngineLoader(engine_id))
     return driver_run.run(config, **options)
 
@@ -107,7 +107,7 @@ def test_failed_requests_come_back_only_when_asked_for(make_config: MakeConfig) 
     config = make_config(requests_table(3, prompt=["fine", "fine", "not finite"]))
     run(config)
 
-    again = run(config, retry=planning.Retry())
+    again = run(config, retry=Retry())
 
     assert (again.computed, again.failed, again.succeeded) == (1, 1, 2)
 
@@ -150,7 +150,7 @@ def test_steps_from_the_first_on_are_operators_of_their_own_and_blocks_have_the_
 ) -> None:
     frames = [8, 4, 8, 4, 8, 4, 8] if mixed else [8] * 7
     config = make_config(requests_table(7, num_frames=frames), placement__batch_size=2)
-    plan = planning.make(config)
+    plan = make_plan(config)
     dataset = chain.chain(plan, "run", FakeControl(), FakeEngineLoader(plan.engine_ids["default"]))
 
     sizes = [len(block) for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]
@@ -213,7 +213,7 @@ def test_a_killed_engine_is_replaced_and_nothing_is_lost_or_doubled(
     assert batching.batches_per_task(config, 16) == batches
     pids = tmp_path / "pids"
     pids.mkdir()
-    engine_id = planning.make(config).engine_ids["default"]
+    engine_id = make_plan(config).engine_ids["default"]
     journal = Journal(Store(config.output))
 
     def kill_one() -> None:
@@ -234,7 +234,7 @@ def test_a_killed_engine_is_replaced_and_nothing_is_lost_or_doubled(
 
 def test_a_stopped_run_commits_what_is_in_flight_and_the_next_one_finishes(make_config: MakeConfig) -> None:
     config = make_config(requests_table(12), placement__batch_size=2)
-    engine_id = planning.make(config).engine_ids["default"]
+    engine_id = make_plan(config).engine_ids["default"]
     stop = threading.Event()
 
     asked = 0.0
@@ -267,7 +267,7 @@ def test_poison_of_every_sort_fails_alone_and_the_run_ends_by_itself(
     prompts = [poison.get(k, "fine") for k in range(16)]
     table = requests_table(16, prompt=prompts, format=["gif"] * 16)
     config = make_config(table, placement__batch_size=4, placement__memory_mb=1024)
-    loader = FakeEngineLoader(planning.make(config).engine_ids["default"], engine=PoisonedEngine)
+    loader = FakeEngineLoader(make_plan(config).engine_ids["default"], engine=PoisonedEngine)
 
     summary = run(config, load_engines=loader)
 
@@ -293,7 +293,7 @@ def test_a_request_that_hangs_fails_alone_after_its_deadline(make_config: MakeCo
     table = requests_table(4, prompt=["fine", "hangs", "fine", "fine"], format=["gif"] * 4)
     limits = {"limits__timeout_s": 10, "limits__max_attempts": 2}  # others must not take as long on a busy machine
     config = make_config(table, placement__batch_size=4, **limits)
-    loader = FakeEngineLoader(planning.make(config).engine_ids["default"], engine=PoisonedEngine)
+    loader = FakeEngineLoader(make_plan(config).engine_ids["default"], engine=PoisonedEngine)
 
     summary = run(config, load_engines=loader)
 
@@ -363,14 +363,13 @@ def test_a_manifest_that_cannot_be_trusted_any_more_ends_the_run_with_the_file(
         with pytest.raises(ManifestError, match=r"cannot read manifest .*requests\.parquet"):
             run(config)
         return
-    make = planning.make
 
-    def plan_and_be_overtaken(*arguments: object, **options: object) -> planning.Plan:
-        plan = make(*arguments, **options)
+    def plan_and_be_overtaken(*arguments: object, **options: object) -> Plan:
+        plan = make_plan(*arguments, **options)
         pq.write_table(requests_table(9), path)
         return plan
 
-    monkeypatch.setattr(planning, "make", plan_and_be_overtaken)
+    monkeypatch.setattr(driver_run, "make_plan", plan_and_be_overtaken)
     with pytest.raises(InterruptedRunError, match=r"requests\.parquet was replaced or removed .* Start again"):
         driver_run.run(config, load_engines=FakeEngineLoader("0" * 32))
 
@@ -378,7 +377,7 @@ def test_a_manifest_that_cannot_be_trusted_any_more_ends_the_run_with_the_file(
 def test_a_worker_that_fails_every_request_stops_the_run_before_all_are_spent(make_config: MakeConfig) -> None:
     table = requests_table(200, prompt=["raises"] * 200)
     config = make_config(table, placement__batch_size=2, limits__max_crashes=4)
-    loader = FakeEngineLoader(planning.make(config).engine_ids["default"], engine=PoisonedEngine)
+    loader = FakeEngineLoader(make_plan(config).engine_ids["default"], engine=PoisonedEngine)
 
     with pytest.raises(InterruptedRunError, match=r"requests in a row failed .* weights are cursed"):
         run(config, load_engines=loader)
@@ -401,7 +400,7 @@ def test_several_models_and_sizes_are_drawn_by_the_embedded_model(make_config: M
     summary = driver_run.run(config)
 
     rows = results_of(config, summary)
-    ids = planning.make(config).engine_ids
+    ids = make_plan(config).engine_ids
     assert {row["status"] for row in rows.values()} == {"succeeded"}
     assert [rows[f"r{k:03d}"]["engine_id"] for k in range(6)] == [ids[name] for name in ["ddim", "default"] * 3]
     assert [rows[f"r{k:03d}"]["motion_scale"] for k in range(6)] == [0, 1, 2, 3, 4, 5]
@@ -450,7 +449,7 @@ def test_a_limited_run_draws_the_highest_priorities_first_and_the_next_run_the_r
 
 def test_engine_hours_that_are_spent_stop_a_run_and_what_is_in_flight_is_committed(make_config: MakeConfig) -> None:
     config = make_config(requests_table(60), placement__batch_size=2, budget__max_gpu_hours=3 / 3600)
-    engine_id = planning.make(config).engine_ids["default"]
+    engine_id = make_plan(config).engine_ids["default"]
 
     stopped = run(config, load_engines=FakeEngineLoader(engine_id, seconds=1.0))
 

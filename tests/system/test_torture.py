@@ -25,7 +25,7 @@ from simulation import FaultyStore, Luck, Process, Pruned, Search, World
 from pia_batch.config import RunConfig
 from pia_batch.errors import LeaseHeldError, ObjectExistsError, StorageError
 from pia_batch.journal.lease import Lease
-from pia_batch.planning import plan as planning
+from pia_batch.planning.plan import find_published_run, make_plan
 
 # --- by chance ------------------------------------------------------------------------------------------------------
 
@@ -252,7 +252,7 @@ class Commits:
     ) -> None:
         (folder / "manifest").mkdir()
         self.case = small_case(folder / "manifest", *prompts)
-        self.plan = planning.make(self.case.config.model_copy(update={"output": str(folder / "out")}))
+        self.plan = make_plan(self.case.config.model_copy(update={"output": str(folder / "out")}))
         self.tasks = list(tasks_of(self.plan, 1))
         self.make_store, self.one_run = make_store, one_run
         self.keys = set(self.tasks[0]["key"].to_pylist()) | set(self.plan.rejected["key"].to_pylist())
@@ -330,15 +330,15 @@ class Publications:
         world = World(Calm())
         torture = Torture(self.case, folder / "first", world, set())
         driver = Driver(torture, "first", "first", leased=False)
-        plan = planning.make(config)
+        plan = make_plan(config)
         cluster = Cluster(driver, plan, list(tasks_of(plan, 1)))
         cluster.dispatch()
         world.run()
         self.keys = set(cluster.done[0]["key"].to_pylist()) | set(plan.rejected["key"].to_pylist())
         self.first, self.first_sha256 = folder / "first", world.first_sha256
-        self.plan = planning.make(config)
+        self.plan = make_plan(config)
         assert self.plan.num_pending == 0
-        assert not self.plan.published
+        assert not find_published_run(self.plan)
 
     def begin(self, world: World, output: Path) -> None:
         shutil.copytree(self.first, output)
