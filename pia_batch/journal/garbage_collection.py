@@ -59,7 +59,7 @@ def find_garbage(journal: Journal, before_s: float) -> Iterator[Garbage]:
 
     Args:
         journal: Journal of the output.
-        before_s: That moment, in seconds since 1970 by the store's clock.
+        before_s: This moment, in seconds since 1970 by the store's clock.
 
     Raises:
         StorageError: the store refused the request or did not answer, or a fragment is damaged, so that it is unknown
