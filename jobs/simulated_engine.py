@@ -41,7 +41,7 @@ def write_manifest(folder: Path, rows: int, side_px: int) -> str:
 
 @dataclass
 class SimulatedClip:
-    """What an engine hands to `worker.Animate`."""
+    """What an engine hands to `pipeline.animate.Animate`."""
 
     frames: npt.NDArray[np.uint8]
     device_seconds: float

@@ -25,8 +25,7 @@ from pia_batch.errors import (
 )
 from pia_batch.journal.layout import animation_name
 from pia_batch.media import codecs, provenance, quality
-from pia_batch.pipeline.engine_guard import condition_image
-from pia_batch.pipeline.request_rows import INTERNAL, is_rejected
+from pia_batch.pipeline.request_rows import INTERNAL, condition_image, is_rejected
 from pia_batch.schema.columns import FAILED, REQUEST, SUCCEEDED, Row, results_table
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
-"""A manifest as a source of Ray Data: read in pieces by the workers, with the same care as while it was planned.
+"""Ray Data source of a manifest, read in pieces by the workers, with the same checks as during planning.
 
-Ray's own readers end their worker where a footer is corrupt, and unpack whatever a file says.
+Ray's own readers end their worker where a footer is corrupt, and decompress without a limit.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pia_batch.manifest.files import BATCH_ROWS
 from pia_batch.manifest.reader import PIECE_BYTES, Manifest, Piece
 
 _PIECES_PER_TASK = 32
-"""Small files that one task reads one after the other, each with a few round trips to the store."""
+"""Maximum number of small files that one task reads in sequence, each with a few round trips to the store."""
 
 
 def dataset(manifest: Manifest) -> ray.data.Dataset:
-    """The rows of a manifest, lazily, in blocks of its schema. The driver holds none of them any more.
+    """Return the rows of a manifest as a lazy Dataset of blocks in its schema; the driver releases those it holds.
 
     Reading raises ManifestError and InterruptedRunError as `Piece.tables` does; either ends the run.
     """
@@ -30,7 +30,7 @@ def dataset(manifest: Manifest) -> ray.data.Dataset:
 
 
 class ManifestDatasource(Datasource):  # type: ignore[misc] # Ray is untyped here
-    """Every piece of a manifest, as it was opened; small ones are read several to a task."""
+    """Source of all pieces of an opened manifest. One task reads one large piece, or several small ones."""
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__()
@@ -38,13 +38,13 @@ class ManifestDatasource(Datasource):  # type: ignore[misc] # Ray is untyped her
         self.bundles = list(_bundles(manifest.pieces()))
 
     def estimate_inmemory_data_size(self) -> int:
-        """Bytes of all rows."""
+        """Return the number of bytes of all rows."""
         return sum(piece.num_bytes for bundle in self.bundles for piece in bundle)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: object = None
     ) -> list[ReadTask]:
-        """A task for each bundle, however many Ray would like."""
+        """Return one task for each bundle, whatever number Ray asks for."""
         del parallelism, data_context
         return [
             ReadTask(_reader(bundle, self._schema), _metadata(bundle), self._schema, per_task_row_limit)
@@ -53,7 +53,7 @@ class ManifestDatasource(Datasource):  # type: ignore[misc] # Ray is untyped her
 
 
 def _bundles(pieces: Iterable[Piece]) -> Iterator[tuple[Piece, ...]]:
-    """Neighbouring pieces, together no larger than a piece may be."""
+    """Yield groups of neighbouring pieces, each group no larger than a single piece may be."""
     waiting: list[Piece] = []
     for piece in pieces:
         together = [*waiting, piece]

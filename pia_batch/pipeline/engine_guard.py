@@ -12,15 +12,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from PIL import Image
-
 from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError
 from pia_batch.media import images
 from pia_batch.pipeline.attempts import ExitCause
 from pia_batch.pipeline.device_timer import DeviceTimer
 from pia_batch.pipeline.engine_loader import Engine, LoadEngines
-from pia_batch.pipeline.request_rows import attempt_key
+from pia_batch.pipeline.request_rows import attempt_key, condition_image
 from pia_batch.pipeline.watchdog import Watchdog, deadline_s, memory_limit_bytes
 from pia_batch.schema.columns import SETTINGS, Row
 
@@ -120,8 +118,3 @@ class EngineGuard:
 
 _NOT_OF_SHOTS = frozenset({"fps", "format", "size", "long_side"})
 """Settings that the engine does not need: those of the file, and those that the row's width and height result from."""
-
-
-def condition_image(row: Row) -> Image.Image:
-    """Return the fitted condition image of a fetched request, RGB."""
-    return Image.frombytes("RGB", (row["width"], row["height"]), row["pixels"])

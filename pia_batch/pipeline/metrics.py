@@ -1,7 +1,7 @@
-"""What a run tells Prometheus, through Ray: each node of a cluster exports it beside Ray's own metrics.
+"""Prometheus metrics of a run, through Ray: each node of a cluster exports them next to Ray's own metrics.
 
-Ray puts `ray_` before every name. Seconds and requests are counters, so that a rate over any time is exact; Ray's
-histograms know their sum by the middle of a bucket only, and are not used.
+Ray prefixes every name with `ray_`. Seconds and requests are counters, so that a rate over any period is exact. Ray's
+histograms compute their sum from the middle of a bucket, and are not used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from ray.util import metrics
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, as documented in docs/monitoring.md."""
+    """One metric, as documented in docs/monitoring.md.
+
+    Attributes:
+        kind: Prometheus type of the metric.
+        tags: Names of all of its tags.
+        meaning: Description, unit included.
+    """
 
     kind: Literal["counter", "gauge"]
     tags: tuple[str, ...]
@@ -40,17 +46,17 @@ METRICS = {
         "gauge", ("state",), "requests of the manifest: `done`, and `left`, those in flight included"
     ),
 }
-"""Every metric of ours by its name, without Ray's prefix."""
+"""All metrics of this package by name, without Ray's prefix."""
 
 
 class RayMeter:
-    """`worker.Meter` in the process that first uses it: it may be sent to a worker before."""
+    """Writer of METRICS through Ray. It may be pickled until its first use, which creates them in that process."""
 
     def __init__(self) -> None:
         self._made: dict[str, metrics.Counter | metrics.Gauge] = {}
 
     def count(self, name: str, value: float, **tags: str) -> None:
-        """Add to a counter of METRICS; `tags` are all of its tags."""
+        """Add a number to a counter of METRICS; `tags` are all of its tags."""
         if value > 0:  # Ray refuses to add nothing
             self._get(name).inc(value, tags)
 

@@ -7,6 +7,7 @@ later stage passes such a row through, and the last one turns it into a failed r
 from __future__ import annotations
 
 import pyarrow as pa
+from PIL import Image
 
 from pia_batch.schema.columns import EFFECTIVE, FETCHED, Row
 
@@ -39,3 +40,8 @@ def attempt_key(row: Row) -> str:
 def is_rejected(row: Row) -> bool:
     """Return True if validation rejected the request, so that it was never fetched."""
     return row["error_kind"] is not None and row["fetch_seconds"] is None
+
+
+def condition_image(row: Row) -> Image.Image:
+    """Return the fitted condition image of a fetched request, RGB."""
+    return Image.frombytes("RGB", (row["width"], row["height"]), row["pixels"])

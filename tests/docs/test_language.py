@@ -27,7 +27,6 @@ PENDING = {
     "pia_batch/errors.py",
     "pia_batch/manifest",
     "pia_batch/media",
-    "pia_batch/pipeline",
     "pia_batch/report",
     "pia_batch/schema",
     "pia_batch/storage",

@@ -15,7 +15,7 @@ def failed(key: str, kind: str) -> dict[str, str | None]:
     return {"key": key, "status": "failed", "error_kind": kind, "error": f"{kind} of {key}", "animation_uri": None}
 
 
-def test_a_batch_of_a_task_that_comes_again_is_handed_back_and_not_drawn_again() -> None:
+def test_a_batch_of_a_task_that_comes_again_is_handed_back_and_not_generated_again() -> None:
     tracker = AttemptTracker(3)
 
     assert tracker.begin(["a", "b"]) == [1, 1]
@@ -29,6 +29,15 @@ def test_a_batch_of_a_task_that_comes_again_is_handed_back_and_not_drawn_again()
     assert tracker.begin(["c", "d"]) == [2, 2]
     assert tracker.begin(["e", "f"]) == [1, 1]
     assert tracker.in_flight() == 4
+
+
+def test_where_results_die_with_their_worker_a_request_that_ended_is_processed_again_and_never_blamed() -> None:
+    tracker = AttemptTracker(3, returns_outcomes=False)
+    tracker.begin(["a", "b"])
+    for _ in range(4):  # its neighbour kills every worker
+        assert tracker.begin_alone("a") == SoloAttempt(2)
+        tracker.end(done("a"))
+        tracker.begin(["a", "b"])
 
 
 def test_the_oldest_outcomes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,14 +56,14 @@ def test_each_request_that_ended_is_counted_once() -> None:
     tracker.end([*done("a", "b"), failed("c", "non_finite")])
     tracker.end(done("a"))  # by a worker that was taken for dead
 
-    told = tracker.activity()
-    assert (told.in_flight, told.outcomes.succeeded, told.outcomes.failures) == (0, 2, {"non_finite": 1})
-    assert told.outcomes.newest == "b.mp4"
+    reported = tracker.activity()
+    assert (reported.in_flight, reported.outcomes.succeeded, reported.outcomes.failures) == (0, 2, {"non_finite": 1})
+    assert reported.outcomes.newest == "b.mp4"
     tracker.end([failed("d", "timeout")])
-    assert told.outcomes.failures.total() == 1  # what was told does not change
+    assert reported.outcomes.failures.total() == 1  # what was reported does not change
 
 
-def test_requests_in_a_row_that_fail_for_their_workers_sake_are_counted() -> None:
+def test_requests_in_a_row_that_fail_because_of_their_worker_are_counted() -> None:
     tracker = AttemptTracker(3)
     crashes = []
     ended = [
@@ -85,7 +94,7 @@ def test_a_request_that_was_alone_when_its_worker_died_often_enough_is_blamed() 
 def test_a_request_that_was_given_up_in_its_last_attempt_is_blamed_for_that() -> None:
     tracker = AttemptTracker(3)
     tracker.begin(["a", "b", "c"])
-    tracker.give_up(["a", "b"], "timeout")  # in a batch: nobody knows which one it was
+    tracker.give_up(["a", "b"], "timeout")  # in a batch: which one it was is not known
     for key in "abc":
         tracker.begin_alone(key)
         tracker.begin_alone(key)
@@ -128,7 +137,7 @@ def test_engines_are_summed_up_by_how_long_they_took_to_start() -> None:
     assert tracker.engine_summary() == {"count": 3, "startup_seconds": {"median": 4.0, "max": 90.0}}
 
 
-def test_what_is_committed_is_handed_back_and_not_drawn_again() -> None:
+def test_what_is_committed_is_handed_back_and_not_generated_again() -> None:
     tracker = AttemptTracker(3)
     tracker.begin(["a", "b"])
     tracker.begin_alone("a")
@@ -152,17 +161,17 @@ def test_nothing_begins_once_the_run_is_stopping() -> None:
 
 @dataclass
 class Worker:
-    """Draws a batch as `worker.Animate` does, and dies where a key is poison."""
+    """Processes a batch as `Animate` does, and dies where a key is poison."""
 
     tracker: AttemptTracker
     poison: frozenset[str]
-    drawn: list[tuple[str, ...]] = field(default_factory=list)
+    generated: list[tuple[str, ...]] = field(default_factory=list)
 
     def __call__(self, keys: list[str]) -> dict[str, str] | None:
         attempts = self.tracker.begin(keys)
         assert attempts is not None
         if max(attempts) == 1:
-            return self._draw(keys)
+            return self._process(keys)
         outcomes: dict[str, str] = {}
         for key in keys:
             turn = self.tracker.begin_alone(key)
@@ -173,14 +182,14 @@ class Worker:
                 outcomes[key] = "failed"
                 self.tracker.end([failed(key, "worker_crash")])
             else:
-                drawn = self._draw([key])
-                if drawn is None:
+                generated = self._process([key])
+                if generated is None:
                     return None
-                outcomes |= drawn
+                outcomes |= generated
         return outcomes
 
-    def _draw(self, keys: list[str]) -> dict[str, str] | None:
-        self.drawn.append(tuple(keys))
+    def _process(self, keys: list[str]) -> dict[str, str] | None:
+        self.generated.append(tuple(keys))
         if self.poison & set(keys):
             return None
         self.tracker.end(done(*keys))
@@ -203,5 +212,5 @@ def test_exactly_the_poison_fails_within_a_bounded_number_of_deaths(
     assert deaths == (1 + len(poison) * (max_attempts - 1) if poison else 0)
     assert worker.tracker.in_flight() == 0
     for key in keys:
-        alone = worker.drawn[1:].count((key,))
+        alone = worker.generated[1:].count((key,))
         assert alone == (max_attempts - 1 if key in poison else bool(poison))

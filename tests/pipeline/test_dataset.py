@@ -236,8 +236,8 @@ def test_files_come_with_their_results_where_nothing_is_to_be_stored(make_config
 
     requests = ray.data.from_arrow(table)
     rows = Rows.of(animate(requests, config, store=False, load_engines=loader))
-    nobody = requests.filter(expr=col("request_id") == "nobody")
-    assert animate(nobody, config, store=False, load_engines=loader).count() == 0
+    none = requests.filter(expr=col("request_id") == "unknown")
+    assert animate(none, config, store=False, load_engines=loader).count() == 0
 
     assert rows.table.column_names == [*RESULT.names, "animation_bytes"]
     assert rows.column("error_kind") == {"r000": None, "r001": "non_finite", "r002": None}
@@ -253,7 +253,7 @@ def test_files_come_with_their_results_where_nothing_is_to_be_stored(make_config
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-def test_what_the_operator_has_to_mend_is_said_before_anything_is_drawn(
+def test_what_the_operator_has_to_fix_is_reported_before_anything_is_generated(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     config = make_config()

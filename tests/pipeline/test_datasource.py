@@ -1,4 +1,4 @@
-"""A manifest in the pieces that workers read: nothing is lost between them, and nobody trusts a file. Without a Ray."""
+"""A manifest in the pieces that workers read: nothing is lost between them, and no file is trusted. Without Ray."""
 
 import json
 import os

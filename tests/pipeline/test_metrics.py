@@ -54,11 +54,11 @@ def test_a_run_can_be_scraped(metrics_port: int, make_config: Callable[..., RunC
 
     assert summary.computed == 12
     about = json.loads(Store(config.output).read(f"_runs/{summary.run_id}/run.json"))
-    told = ProgressSnapshot.model_validate(about["progress"])
-    assert (told.phase, told.done, told.failures) == ("finished", 12, {"non_finite": 4})
-    assert told.newest is not None
-    assert told.newest.endswith(".gif")
-    assert 0.1 < (told.busy or 0.0) <= 1  # six batches of a second each, and the start
+    reported = ProgressSnapshot.model_validate(about["progress"])
+    assert (reported.phase, reported.done, reported.failures) == ("finished", 12, {"non_finite": 4})
+    assert reported.newest is not None
+    assert reported.newest.endswith(".gif")
+    assert 0.1 < (reported.busy or 0.0) <= 1  # six batches of a second each, and the start
     assert {re.sub(r"\{.*", "", name) for name in seen} == {f"ray_{name}" for name in METRICS}
     assert 0 < seen['ray_pia_batch_requests_total{error_kind="",status="succeeded"}'] <= 8
     assert 0 < seen['ray_pia_batch_requests_total{error_kind="non_finite",status="failed"}'] <= 4

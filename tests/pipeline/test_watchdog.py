@@ -73,7 +73,7 @@ def test_work_past_its_deadline_ends_the_process_and_work_within_it_does_not() -
     assert reported == [(["slow"], "timeout")]
 
 
-def test_a_process_ends_even_where_nobody_can_be_reported() -> None:
+def test_a_process_ends_even_where_the_report_fails() -> None:
     dead = threading.Event()
 
     def unreachable(keys: list[str], cause: str) -> None:
@@ -85,7 +85,7 @@ def test_a_process_ends_even_where_nobody_can_be_reported() -> None:
     assert dead.is_set()
 
 
-def test_nobody_watches_over_work_that_has_ended() -> None:
+def test_no_thread_watches_work_that_has_ended() -> None:
     dead = threading.Event()
     for _ in range(20):
         with Watchdog(lambda *_: None, dead.set).watch(["a"], 60.0):

@@ -29,14 +29,14 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("CUDA error: no kernel image is available for execution"), BrokenDeviceError, "nvidia-smi"),
     ],
 )
-def test_what_a_node_lacks_is_told_with_the_node_the_cause_and_the_remedy(
+def test_what_a_node_lacks_is_reported_with_the_node_the_cause_and_the_remedy(
     raised: Exception, kind: type[Exception], remedy: str
 ) -> None:
-    told = explain(raised)
+    explained = explain(raised)
 
-    assert type(told) is kind
-    assert f"an engine cannot start on node {socket.gethostname()}: {type(raised).__name__}" in str(told)
-    assert remedy in str(told)
+    assert type(explained) is kind
+    assert f"an engine cannot start on node {socket.gethostname()}: {type(raised).__name__}" in str(explained)
+    assert remedy in str(explained)
 
 
 @pytest.mark.parametrize("raised", [KeyError("unet"), TypeError("no such argument"), StorageError("S3 is down")])
@@ -44,7 +44,7 @@ def test_a_bug_and_what_is_explained_already_stay_what_they_are(raised: Exceptio
     assert explain(raised) is raised
 
 
-def test_work_that_ray_gave_up_is_an_interruption_and_code_that_is_missing_a_mistake() -> None:
+def test_work_that_ray_gave_up_is_an_interruption_and_code_that_is_missing_a_config_error() -> None:
     lost = explain_loss(WorkerCrashedError())
     missing = explain_loss(RaySystemError("No module named 'pia_batch.pipeline.worker_errors'", "Traceback"))
 
@@ -62,7 +62,7 @@ def test_a_worker_shows_what_this_package_logs_and_no_more_of_others() -> None:
     logs = "; ".join(
         f"logging.getLogger('{name}').info('{name} is ready')" for name in ("pia_batch.pipeline.animate", "other")
     )
-    program = f"import logging; from pia_batch.pipeline import worker_errors as starting; starting.show_log(); {logs}"
+    program = f"import logging; from pia_batch.pipeline import worker_errors; worker_errors.show_log(); {logs}"
 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 

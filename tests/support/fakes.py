@@ -26,9 +26,9 @@ ENGINE_ID = "f" * 32
 
 @dataclass
 class FakeClip:
-    """What `pia_batch.engine.Clip` offers to `worker.Animate`."""
+    """What `pia_batch.engine.Clip` offers to `pipeline.animate.Animate`."""
 
-    drawn: Any = None
+    generated: Any = None
     error: RequestError | None = None
     prompt_tokens: int = 7
     prompt_truncated: bool = False
@@ -38,7 +38,7 @@ class FakeClip:
     def frames(self) -> Any:
         if self.error is not None:
             raise self.error
-        return self.drawn
+        return self.generated
 
 
 @dataclass
@@ -61,10 +61,10 @@ class FakeEngine:
     def animate(self, shots: Sequence[Any]) -> list[FakeClip]:
         self.calls.append(list(shots))
         time.sleep(self.seconds)
-        return [self._draw(shot) for shot in shots]
+        return [self._clip(shot) for shot in shots]
 
     @staticmethod
-    def _draw(shot: Any) -> FakeClip:
+    def _clip(shot: Any) -> FakeClip:
         if "not finite" in shot.prompt:
             return FakeClip(error=NonFiniteError("the latents of this request are not finite"))
         picture = np.asarray(shot.image)
@@ -94,18 +94,18 @@ class PoisonedEngine(FakeEngine):
 
 @dataclass
 class RestlessEngine(FakeEngine):
-    """Draws no request twice with the same pixels, as no two batches do on a GPU: who mixes two of them up is seen."""
+    """Generates no request twice with the same pixels, as no two batches do on a GPU, so that a mix-up shows."""
 
     def animate(self, shots: Sequence[Any]) -> list[FakeClip]:
         clips = super().animate(shots)
         for clip in clips:
             if clip.error is None:
-                clip.drawn = clip.drawn ^ np.uint8(os.urandom(1)[0])
+                clip.generated = clip.generated ^ np.uint8(os.urandom(1)[0])
         return clips
 
 
 def _eat(num_bytes: int) -> None:
-    """Take memory in steps, as long as nobody ends this process, and let go of it."""
+    """Take memory in steps, until something ends this process, and release it."""
     hoard = []
     while len(hoard) * 2**25 < num_bytes:
         hoard.append(np.ones(2**25, np.uint8))

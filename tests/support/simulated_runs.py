@@ -49,7 +49,7 @@ class Surroundings(Protocol):
 
 
 class Engine(FakeEngine):
-    """Does what a prompt says, and draws no request twice with the same pixels, as no two batches do on a GPU."""
+    """Does what a prompt says, and generates no request twice with the same pixels, as no two batches do on a GPU."""
 
     def __init__(self, engine_id: str, worker: Worker) -> None:
         super().__init__(engine_id=engine_id)
@@ -75,7 +75,7 @@ class Engine(FakeEngine):
         clips = super().animate(shots)
         for clip in clips:
             if clip.error is None:
-                clip.drawn = clip.drawn + (world.tallies["drawn"] % 251)
+                clip.generated = clip.generated + (world.tallies["drawn"] % 251)
         return clips
 
 
@@ -201,7 +201,7 @@ class Cluster:
         return worker
 
     def give_up(self, worker: Worker) -> None:
-        """Take a worker for dead. If it is not, it goes on by itself: nobody listens to it, but the store."""
+        """Take a worker for dead. If it is not, it goes on by itself: only the store still listens to it."""
         if worker not in self.workers:
             return
         self.workers.remove(worker)
@@ -327,4 +327,4 @@ class Driver(Process):
             self.pause("drains")
             cluster.dispatch()
         if cluster.tracker.in_flight() and not any(worker.tasks for worker in cluster.workers):
-            self.world.bugs.append("a stopping run waited for requests that nobody works on")
+            self.world.bugs.append("a stopping run waited for requests that no worker has")

@@ -166,27 +166,6 @@ def test_steps_from_the_first_on_are_operators_of_their_own_and_blocks_have_the_
     assert max(sizes) <= 3  # Ray may hand the last, smaller block over together with the one before
 
 
-@pytest.mark.parametrize(
-    ("settings", "requests", "batches"),
-    [
-        ({}, 1000, 1),
-        ({}, 256 * 8, 2),
-        ({}, 10_000_000, 10),  # 42 pictures of 512 x 512 are 32 MiB
-        ({"defaults__size": "auto", "defaults__long_side": 64}, 10_000_000, 16),
-        ({"placement__max_engines": 64}, 256 * 64 * 8, 2),
-        ({"placement__batch_size": 16}, 10_000_000, 2),
-        ({"placement__batch_size": 64}, 10_000_000, 1),
-        ({"budget__priority": "urgency"}, 10_000_000, 1),
-    ],
-)
-def test_an_engine_is_given_several_batches_at_a_time_where_it_has_very_many(
-    make_config: MakeConfig, settings: dict[str, Any], requests: int, batches: int
-) -> None:
-    big = {"defaults__width": 512, "defaults__height": 512, "placement__batch_size": 4}
-
-    assert batching.batches_per_task(make_config(requests_table(1), **{**big, **settings}), requests) == batches
-
-
 def test_an_engine_that_is_not_the_drivers_ends_the_run_with_the_remedy(make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"weights on this node differ from the driver.*same weights"):
         run(make_config(), load_engines=FakeEngineLoader("0" * 32))
