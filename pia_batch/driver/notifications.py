@@ -114,4 +114,4 @@ def _try_post(url: str, headers: dict[str, str], data: bytes, timeout_s: float) 
         return type(err).__name__, True
     if 200 <= status < 300:  # noqa: PLR2004 - success
         return None, False
-    return f"the server answered {status}", http_client.may_pass(status)
+    return f"the server answered {status}", http_client.is_transient(status)

@@ -1,1 +1,1 @@
-"""Image and animation bytes: fetch and decode images, encode and decode clips."""
+"""Image and animation bytes: fetches and decodes images, encodes and decodes clips."""

@@ -1,6 +1,6 @@
-"""The bytes of images that requests name by URI: opened only where `uris.Policy` says so, bounded in time and size.
+"""Image bytes by URI: opens only what `uris.Policy` permits, bounded in time and size.
 
-Whatever goes wrong is a RequestError, with the column, the URI without its secrets, and the reason.
+Every failure is a RequestError with the column, the URI without its secrets, and the reason.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from pia_batch.config import ImagesConfig
 from pia_batch.errors import ImageNotAllowedError, ImageUnavailableError, message_of, printable
 from pia_batch.storage import filesystems
-from pia_batch.storage.http_client import Web
+from pia_batch.storage.http_client import HttpReader
 from pia_batch.storage.retries import retry
 from pia_batch.storage.uris import (
     Location,
@@ -27,38 +27,40 @@ from pia_batch.storage.uris import (
     redacted_uri,
 )
 
-WEB = Web()
+HTTP = HttpReader()
 
 _NO_FILES = ("/proc", "/sys")
-"""Where regular files are none: they show the machine's processes, memory and devices."""
+"""Folders of the kernel, whose files show the machine's processes, memory and devices."""
 
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, ValueError)
 _FINAL_NUMBERS = frozenset({errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EPERM})
-"""What another attempt would not mend."""
+"""Error numbers after which another attempt cannot succeed."""
 
 
-def read_image(uri: str, base_uri: str, images: ImagesConfig, *, column: str = "image", web: Web = WEB) -> bytes:
-    """An image as it is stored: 1 to `images.max_bytes` bytes.
+def read_image(
+    uri: str, base_uri: str, images: ImagesConfig, *, column: str = "image", http: HttpReader = HTTP
+) -> bytes:
+    """Return an image as it is stored: 1 to `images.max_bytes` bytes.
 
     Args:
-        uri: absolute, or a path relative to the folder `base_uri`.
-        base_uri: the folder of the manifest, with its scheme.
-        images: what may be opened, how much may be read, and how long it may take, retries of passing faults included.
-            Reading a local file cannot be interrupted.
-        column: of the manifest, for the error.
-        web: how http and https are read.
+        uri: Absolute URI, or a path relative to the folder `base_uri`.
+        base_uri: Folder of the manifest, with its scheme.
+        images: Allowed places, size limit, and time limit, which includes retries of transient faults. Reading a local
+            file cannot be interrupted.
+        column: Column of the manifest, for the error.
+        http: Reader of http and https URLs.
 
     Raises:
-        ImageNotAllowedError: the policy does not open it.
-        ImageUnavailableError: for every other reason why there are no bytes.
+        ImageNotAllowedError: The policy does not permit the location.
+        ImageUnavailableError: There are no bytes, for any other reason.
     """
     wanted = f"column {column!r}: {printable(redacted_uri(uri))}"
     too_large = ImageUnavailableError(f"{wanted} has more than {images.max_bytes} bytes (images.max_bytes)")
     try:
-        data = _read(uri, base_uri, images, web, images.max_bytes + 1, whole=True)
+        data = _read(uri, base_uri, images, http, images.max_bytes + 1, whole=True)
     except TooLargeError:
         raise too_large from None
-    except Exception as err:  # noqa: BLE001 - every client has its own classes; `_explain` makes two of them
+    except Exception as err:  # noqa: BLE001 - every client has its own classes; `_explain` maps them to two
         raise _explain(wanted, err) from None
     if len(data) > images.max_bytes:
         raise too_large
@@ -66,15 +68,15 @@ def read_image(uri: str, base_uri: str, images: ImagesConfig, *, column: str = "
 
 
 def read_image_head(
-    uri: str, base_uri: str, images: ImagesConfig, num_bytes: int, *, column: str = "image", web: Web = WEB
+    uri: str, base_uri: str, images: ImagesConfig, num_bytes: int, *, column: str = "image", http: HttpReader = HTTP
 ) -> bytes:
-    """The first `num_bytes` bytes of an image, or all of it where it has less; never more.
+    """Return the first `num_bytes` bytes of an image, or all of it if it is shorter; never more.
 
-    Args and errors are those of `read_image`, but that an image of any size has a beginning.
+    Arguments and errors are those of `read_image`, except that an image may have any size.
     """
     wanted = f"column {column!r}: {printable(redacted_uri(uri))}"
     try:
-        data = _read(uri, base_uri, images, web, num_bytes, whole=False)
+        data = _read(uri, base_uri, images, http, num_bytes, whole=False)
     except Exception as err:  # noqa: BLE001 - as above
         raise _explain(wanted, err) from None
     return _not_empty(wanted, data)
@@ -85,53 +87,55 @@ def _policy(base_uri: str, allow: tuple[str, ...]) -> Policy:
     return Policy(base_uri, allow)
 
 
-def _read(uri: str, base_uri: str, images: ImagesConfig, web: Web, num_bytes: int, *, whole: bool) -> bytes:
-    """Up to `num_bytes` bytes; passing faults are tried again until the time is up."""
+def _read(uri: str, base_uri: str, images: ImagesConfig, http: HttpReader, num_bytes: int, *, whole: bool) -> bytes:
+    """Return up to `num_bytes` bytes; repeat the read after transient faults until the time is up."""
     policy = _policy(base_uri, images.allow)
     location = policy.locate(uri)
     deadline = time.monotonic() + images.timeout_s
     return retry(
-        lambda: _read_once(location, policy, web, num_bytes, deadline - time.monotonic(), whole=whole),
+        lambda: _read_once(location, policy, http, num_bytes, deadline - time.monotonic(), whole=whole),
         is_transient=lambda err: not _is_final(err),
         pauses_s=(0.2 * 2**k for k in itertools.count()),
         deadline=deadline,
     )
 
 
-def _read_once(location: Location, policy: Policy, web: Web, num_bytes: int, timeout_s: float, *, whole: bool) -> bytes:
+def _read_once(
+    location: Location, policy: Policy, http: HttpReader, num_bytes: int, timeout_s: float, *, whole: bool
+) -> bytes:
     if location.scheme == "file":
         return _read_file(location.target, policy, num_bytes)
     if location.is_web:
 
-        def judge(url: str) -> str:
+        def check(url: str) -> str:
             return policy.locate(url).target
 
-        read = functools.partial(web.read, location.target, judge, num_bytes, whole=whole)
+        read = functools.partial(http.read, location.target, check, num_bytes, whole=whole)
         return filesystems.wait(read, timeout_s=timeout_s)
     if not location.parts[-1]:
-        raise IsADirectoryError("not an object but a prefix")
+        raise IsADirectoryError("a prefix, not an object")
     return filesystems.read_object(location.target, num_bytes, timeout_s=timeout_s, whole=whole)
 
 
 def _read_file(path: str, policy: Policy, num_bytes: int) -> bytes:
-    """The beginning of a regular file below one of the policy's folders, once every link on the way is followed."""
+    """Return the beginning of a regular file that is inside one of the policy's folders once links are followed."""
     real = os.path.realpath(path)
     open_folders = [os.path.realpath(folder) for folder in policy.folders]
-    if not any(_lies_below(real, folder) for folder in open_folders) or any(_lies_below(real, no) for no in _NO_FILES):
+    if not any(_is_inside(real, folder) for folder in open_folders) or any(_is_inside(real, no) for no in _NO_FILES):
         raise policy.refusal()
     with os.fdopen(_open_regular(real), "rb") as file:
         return file.read(num_bytes)
 
 
-def _lies_below(path: str, folder: str) -> bool:
+def _is_inside(path: str, folder: str) -> bool:
     return os.path.commonpath([path, folder]) == folder
 
 
 def _open_regular(real: str) -> int:
-    """A file descriptor of the regular file `real`, a path without links.
+    """Open the regular file `real`, a path without links, and return its file descriptor.
 
-    Folder by folder and without following links, so that nobody can exchange one for a link after the check; and
-    without waiting, as a pipe would make us do.
+    Opens folder by folder and follows no links, so that no folder can be exchanged for a link after the check; and does
+    not block, as it would on a pipe.
     """
     *folders, name = [part for part in real.split("/") if part] or ["."]
     at = os.open("/", os.O_PATH | os.O_DIRECTORY)
@@ -140,7 +144,7 @@ def _open_regular(real: str) -> int:
             deeper = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
             os.close(at)
             at = deeper
-        # Before it is opened, as opening alone moves a tape; and after, as it may be another by then.
+        # Checked before it is opened, because opening alone moves a tape; and after, as it may have been exchanged.
         _check_regular(os.stat(name, dir_fd=at, follow_symlinks=False))
         file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=at)
     finally:
@@ -167,12 +171,12 @@ def _explain(wanted: str, err: Exception) -> ImageNotAllowedError | ImageUnavail
         return ImageNotAllowedError(f"{wanted} {redacted(message_of(err))}")
     if isinstance(err, RefusedError):
         return ImageUnavailableError(f"{wanted} {redacted(message_of(err))}")
-    what = "cannot be opened" if _is_final(err) else "could not be read in time"
+    problem = "cannot be opened" if _is_final(err) else "could not be read in time"
     if isinstance(err, FileNotFoundError):
-        what = "does not exist"
+        problem = "does not exist"
     elif isinstance(err, PermissionError):
-        what = "may not be read"
-    return ImageUnavailableError(f"{wanted} {what}: {redacted(message_of(err))}")
+        problem = "may not be read"
+    return ImageUnavailableError(f"{wanted} {problem}: {redacted(message_of(err))}")
 
 
 def _not_empty(wanted: str, data: bytes) -> bytes:

@@ -1,7 +1,7 @@
-"""What the first bytes of an image say without decoding it: its format, its size, and which way is up.
+"""Image headers: format, size and orientation from an image's first bytes, without decoding it.
 
-Read by hand and in bounded time, because Pillow does more when it opens a file: it unpacks text and profiles, follows
-EXIF into every corner, and some formats it can only open whole. `lean` keeps such things away from it.
+They are parsed here, in bounded time, because Pillow does more when it opens a file: it unpacks text and profiles,
+follows every reference in EXIF, and can open some formats only as a whole. `lean` removes such parts for it.
 """
 
 from __future__ import annotations
@@ -14,25 +14,34 @@ from typing import Literal
 
 from pia_batch.errors import ImageUnreadableError
 
-Format = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP"]
-"""As Pillow calls them."""
+ImageFormat = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP"]
+"""Accepted formats, in Pillow's spelling."""
 
 MAX_SIDE = 65_535
-"""Pixels; also what JPEG and GIF end at. Resampling one row of 40 million pixels takes 2 GB and 9 s (measured)."""
+"""Longest accepted side, in pixels; also the limit of JPEG and GIF.
+
+Resampling one row of 40 million pixels takes 2 GB and 9 s (measured).
+"""
 
 MAX_PARTS = 10_000
-"""Chunks, segments or blocks before the pixels. An honest file has some dozens; a profile in a GIF a few thousand."""
+"""Largest number of chunks, segments or blocks before the pixels.
+
+An honest file has some dozens; a GIF with a colour profile has a few thousand.
+"""
 
 MAX_CHUNKS = 200_000
-"""Chunks of a PNG in all. Encoders write pixels in chunks of 8 KiB or more."""
+"""Largest number of chunks of a PNG in all. Encoders write pixels in chunks of 8 KiB or more."""
 
 MAX_SCANS = 100
-"""Scans of a JPEG. Encoders write about ten; each costs 26 ms at 40 million pixels and can be 60 bytes (measured)."""
+"""Largest number of scans of a JPEG.
+
+Encoders write about ten; each costs 26 ms at 40 million pixels and can be as short as 60 bytes (measured).
+"""
 
 MAX_PROFILE_BYTES = 4 * 2**20
-"""Of an ICC profile; a printing press's has about 2 MiB."""
+"""Largest size of an ICC profile, in bytes; that of a printing press has about 2 MiB."""
 
-_SIGNATURES: dict[bytes, Format] = {
+_SIGNATURES: dict[bytes, ImageFormat] = {
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"\xff\xd8\xff": "JPEG",
     b"RIFF": "WEBP",
@@ -46,61 +55,62 @@ _ORIENTATION, _SHORT, _LONG = 0x0112, 3, 4  # TIFF 6.0
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SOS, _EOI = 0xDA, 0xD9
 _ALONE = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})
-"""JPEG markers without a length, and the zero that escapes 0xFF."""
+"""JPEG markers without a length, and the zero byte that escapes 0xFF."""
 _TABLES = frozenset({0xC4, 0xCC, 0xDB, 0xDD})
-"""What a JPEG is decoded with: Huffman and arithmetic tables, quantization, restart interval."""
+"""JPEG markers of the tables for decoding: Huffman and arithmetic tables, quantization, restart interval."""
 _COLOURS = {0xE0: b"JFIF\0", 0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}
-"""What tells a JPEG's colours: application segments and how they begin."""
+"""Application segments that define a JPEG's colours, with their first bytes."""
 _NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 class IncompleteError(Exception):
-    """These bytes end before what was asked for."""
+    """Bytes that end before the requested part of the image."""
 
 
 @dataclass(frozen=True)
-class Header:
-    """What an image says of itself."""
+class ImageHeader:
+    """Header of an image."""
 
-    format: Format
+    format: ImageFormat
     width: int
+    """Width as stored, in pixels, from 1 to MAX_SIDE."""
     height: int
-    """Pixels as stored, each from 1 to MAX_SIDE."""
+    """Height as stored, in pixels, from 1 to MAX_SIDE."""
     orientation: int = 1
-    """As EXIF numbers them, 1 to 8; 1 is upright."""
+    """EXIF orientation, 1 to 8; 1 is upright."""
 
     @property
     def upright(self) -> tuple[int, int]:
-        """Width and height once the image is turned as its orientation asks."""
+        """Width and height after the orientation is applied, in pixels."""
         return (self.height, self.width) if self.orientation > 4 else (self.width, self.height)  # noqa: PLR2004 - EXIF
 
 
-def read(data: bytes) -> Header:
-    """The header of an image, from its beginning or from all of it.
+def read(data: bytes) -> ImageHeader:
+    """Return the header of an image, from its beginning or from the whole file.
 
-    Only EXIF before the pixels counts, as a JPEG, a WebP or a PNG keeps it; in WebP it may follow them.
+    Uses only the EXIF before the pixels, where JPEG and PNG store it; in a WebP it may follow them.
 
     Raises:
         IncompleteError: `data` ends too early.
-        ImageUnreadableError: another format, a corrupt header, or a side of no pixel or of too many.
+        ImageUnreadableError: The format is not supported, the header is corrupt, or a side has no pixels or too many.
     """
     file_format = _format_of(data)
     width, height, exif = _READERS[file_format](data)
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-        msg = f"{width} x {height} pixels; from 1 to {MAX_SIDE} a side are accepted"
+        msg = f"unsupported size (got {width} x {height} pixels, expected sides of 1 to {MAX_SIDE} pixels)"
         raise ImageUnreadableError(msg)
-    return Header(file_format, width, height, _orientation(exif))
+    return ImageHeader(file_format, width, height, _orientation(exif))
 
 
-def lean(data: bytes, file_format: Format) -> bytes:
-    """The file without what is no picture and no colour, as far as that protects a decoder; for a whole file.
+def lean(data: bytes, file_format: ImageFormat) -> bytes:
+    """Return a whole file without parts that endanger a decoder and define neither pixels nor colours.
 
-    A JPEG loses EXIF, comments, previews, and what follows its first picture. What has more parts than an honest file
-    is refused.
+    A JPEG loses EXIF, comments, previews, and everything after its first picture. Refuses files with more parts than an
+    honest file has.
 
     Raises:
-        IncompleteError: the file ends before its pixels.
-        ImageUnreadableError: too many parts.
+        IncompleteError: The file ends before its pixels.
+        ImageUnreadableError: The file has too many parts.
     """
     if file_format == "JPEG":
         return _lean_jpeg(data)
@@ -110,14 +120,14 @@ def lean(data: bytes, file_format: Format) -> bytes:
     return data
 
 
-def _format_of(data: bytes) -> Format:
+def _format_of(data: bytes) -> ImageFormat:
     for signature, file_format in _SIGNATURES.items():
         if data.startswith(signature) and (file_format != "WEBP" or b"WEBP".startswith(data[8:12])):
             _need(data, 12)
             return file_format
         if signature.startswith(data):
             raise IncompleteError
-    msg = f"not a readable {_ACCEPTED} image; its {len(data)} bytes begin with {data[:8]!r}"
+    msg = f"not a readable {_ACCEPTED} image (got {len(data)} bytes that begin with {data[:8]!r})"
     raise ImageUnreadableError(msg)
 
 
@@ -149,7 +159,7 @@ def _png(data: bytes) -> tuple[int, int, bytes]:
 
 
 def _png_chunks(data: bytes, limit: int) -> Iterator[tuple[bytes, int, int]]:
-    """Name, and where the payload begins and ends, of every chunk whose head is there."""
+    """Yield name, start and end of the payload of every chunk whose header is complete."""
     position = 8
     for _ in range(limit):
         if len(data) < position + 8:
@@ -179,7 +189,7 @@ def _jpeg(data: bytes) -> tuple[int, int, bytes]:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, and where the payload begins and ends, of every segment up to the first scan's, as far as they go."""
+    """Yield marker, start and end of the payload of every segment up to that of the first scan."""
     position = 2
     for _ in range(MAX_PARTS):
         position = data.find(b"\xff", position)
@@ -220,7 +230,7 @@ def _lean_jpeg(data: bytes) -> bytes:
 
 
 def _end_of_scans(data: bytes, position: int) -> int:
-    """Behind the picture's end marker, or the end of data where it has none."""
+    """Return the position after the picture's end marker, or the end of the data if there is none."""
     scans = 1
     for _ in range(MAX_PARTS):
         found = _NEXT_MARKER.search(data, position)
@@ -280,7 +290,7 @@ def _webp_exif(data: bytes) -> bytes:
 
 
 def _gif(data: bytes) -> tuple[int, int, bytes]:
-    """The canvas, and where the first picture overhangs it as much more as Pillow makes of it."""
+    """Return the size of the canvas, enlarged to hold the first picture, as Pillow enlarges it."""
     _need(data, 13)
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
@@ -315,14 +325,14 @@ def _bmp(data: bytes) -> tuple[int, int, bytes]:
         width, height = struct.unpack_from("<HH", data, 18)
         return width, height, b""
     width, height = struct.unpack_from("<ii", data, 18)
-    return width, abs(height), b""  # below 0: stored from the top
+    return width, abs(height), b""  # negative: stored from the top
 
 
-# --- EXIF: a TIFF of which one tag matters ---------------------------------------------------------------------------
+# --- EXIF: a TIFF, of which one tag is read --------------------------------------------------------------------------
 
 
 def _orientation(exif: bytes) -> int:
-    """1 where EXIF is missing or broken: a good picture is shown as it is, as browsers do."""
+    """Return the EXIF orientation; 1 if EXIF is missing or broken, as browsers do."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:

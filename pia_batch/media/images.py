@@ -1,6 +1,6 @@
-"""Untrusted image bytes to the RGB image that conditions an animation: safe decoding, and fitting to a size.
+"""Image decoding: untrusted bytes to the RGB image that conditions an animation, and fitting to a size.
 
-Knows nothing of where bytes come from. Safe to call from many threads: nothing global changes after the import.
+Can be called from many threads: no global state changes after the import.
 """
 
 from __future__ import annotations
@@ -25,14 +25,19 @@ from PIL import (
 from pia_batch.config import Fit
 from pia_batch.errors import ImageUnreadableError, message_of
 from pia_batch.media import image_headers
-from pia_batch.media.image_headers import Header, IncompleteError
+from pia_batch.media.image_headers import ImageHeader, IncompleteError
 
 _READERS = (PngImagePlugin, JpegImagePlugin, WebPImagePlugin, GifImagePlugin, BmpImagePlugin)
-"""Imported here, so that no thread makes Pillow import its readers, let alone all sixty of them, at its first image.
-The rest (TIFF, EPS, PSD, FITS, ...) has a history of memory errors and of calling programs, and never runs."""
+"""Pillow's readers in use, imported here so that no thread makes Pillow import all sixty of them at its first image.
+
+The others (TIFF, EPS, PSD, FITS, ...) have a history of memory errors and of calling programs, and never run.
+"""
 
 LARGE_PIXELS = 10_000_000
-"""Images of more are decoded one at a time in each process: at most 21 bytes a pixel while it lasts (measured)."""
+"""Number of pixels above which images are decoded one at a time in each process.
+
+Decoding takes at most 21 bytes a pixel (measured).
+"""
 _large = threading.Lock()
 
 _UPRIGHT = {
@@ -44,35 +49,35 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation to what undoes it; 1 is upright."""
+"""Transposition that undoes each EXIF orientation; 1 is upright."""
 
 _TO_8_BITS = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
-# Our own cap is what counts; Pillow's warning at 89 million pixels would only be noise in the log of a run that
-# allows more. Its error at 179 million stays. Its warnings of broken metadata repeat what strangers wrote.
+# `max_pixels` is the limit; Pillow's warning at 89 million pixels would only be noise in the log of a run that allows
+# more. Its error at 179 million stays. Its warnings about broken metadata repeat text from untrusted files.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 SIZE_STEP = 64
-"""Pixels between the sizes that `size: auto` chooses from; PIA's UNet halves latents of 8 pixels three times."""
+"""Step of the sizes that `size: auto` chooses from, in pixels; PIA's UNet halves latents of 8 pixels three times."""
 
 
 def decode(data: bytes, *, max_pixels: int, background: str) -> Image.Image:
-    """The image as 8-bit RGB in sRGB, upright, without alpha.
+    """Return the image as 8-bit RGB in sRGB, upright, without alpha.
 
-    Animated input gives its first frame (of a PNG: the picture that other programs show), and no other is decoded.
-    EXIF orientation is applied; an embedded ICC profile is converted to sRGB, unless it is broken, made for other
-    channels, or longer than 4 MiB. 16-bit samples are scaled to 8 bits, never clipped.
+    Of animated input only the first frame is decoded (of a PNG: the picture that other programs show). EXIF orientation
+    is applied; an embedded ICC profile is converted to sRGB, unless it is broken, made for other channels, or longer
+    than 4 MiB. 16-bit samples are scaled to 8 bits, never clipped.
 
     Args:
-        data: an encoded PNG, JPEG (MPO included), WebP, GIF or BMP file, from anybody.
-        max_pixels: width x height above which nothing is decoded; above 178,956,970 Pillow refuses by itself.
-        background: `#rrggbb` under what is transparent.
+        data: Untrusted file: PNG, JPEG (MPO included), WebP, GIF or BMP.
+        max_pixels: Largest width x height that is decoded, in pixels; above 178,956,970 Pillow refuses by itself.
+        background: Colour under transparent pixels, as `#rrggbb`.
 
     Raises:
-        ImageUnreadableError: empty, another format, corrupt, truncated, too many pixels, a side of more than 65,535,
-            or a file that is built to exhaust memory or time. Nothing else.
+        ImageUnreadableError: The file is empty, of another format, corrupt, truncated, has too many pixels or a side of
+            more than 65,535, or is built to exhaust memory or time. Nothing else is raised.
     """
     if not data:
         msg = "the image is empty: 0 bytes"
@@ -85,7 +90,7 @@ def decode(data: bytes, *, max_pixels: int, background: str) -> Image.Image:
     except ImageUnreadableError:
         raise
     except IncompleteError:
-        msg = f"truncated image: its {len(data)} bytes end before its pixels"
+        msg = f"truncated image: the file ends before its pixels ({len(data)} bytes)"
         raise ImageUnreadableError(msg) from None
     except Exception as err:  # Pillow's readers raise almost anything on corrupt bytes, MemoryError included
         msg = f"corrupt or truncated image: {type(err).__name__}: {message_of(err)}"
@@ -93,18 +98,19 @@ def decode(data: bytes, *, max_pixels: int, background: str) -> Image.Image:
 
 
 def size_of(head: bytes) -> tuple[int, int] | None:
-    """Upright width and height in pixels, as `decode` will give them, from an image's first bytes.
+    """Return the upright width and height in pixels, as `decode` will give them, from an image's first bytes.
 
-    Nothing is decoded, and no cap on pixels is applied: that is `decode`'s.
+    Decodes nothing, and applies no limit on pixels, which `decode` does.
 
     Args:
-        head: 64 KiB do for nearly every file but a WebP that has EXIF, which keeps it at its end.
+        head: First bytes of the file. 64 KiB suffice for nearly every file, except a WebP, whose EXIF is at its end.
 
     Returns:
-        None if more bytes are needed; for a whole file that means that it is truncated.
+        Width and height; None if more bytes are needed, which for a whole file means that it is truncated.
 
     Raises:
-        ImageUnreadableError: another format, a corrupt header, a side of no pixel or of more than 65,535.
+        ImageUnreadableError: The format is not supported, the header is corrupt, or a side has no pixels or more than
+            65,535.
     """
     try:
         return image_headers.read(head).upright
@@ -113,14 +119,14 @@ def size_of(head: bytes) -> tuple[int, int] | None:
 
 
 def fit(image: Image.Image, width: int, height: int, fit: Fit, background: str) -> Image.Image:
-    """The image at exactly `width` x `height` pixels, by Lanczos; the very same object where it already is.
+    """Return the image at exactly `width` x `height` pixels, scaled by Lanczos; the same object if it has that size.
 
     Args:
-        image: RGB, any size from 1 x 1.
-        width: pixels.
-        height: pixels.
-        fit: cover fills and crops the overhang around the centre; contain pads; stretch distorts.
-        background: `#rrggbb` of the padding.
+        image: RGB image of any size from 1 x 1.
+        width: Width of the result, in pixels.
+        height: Height of the result, in pixels.
+        fit: `cover` fills and crops around the centre; `contain` pads; `stretch` distorts.
+        background: Colour of the padding, as `#rrggbb`.
     """
     size = (width, height)
     if image.size == size:
@@ -138,15 +144,15 @@ def fit(image: Image.Image, width: int, height: int, fit: Fit, background: str) 
 
 
 def bucket(width: int, height: int, long_side: int) -> tuple[int, int]:
-    """The size of a clip that keeps an image's shape: multiples of 64, so that few sizes are drawn.
+    """Return the size of a clip that keeps an image's shape: multiples of 64, so that clips have few different sizes.
 
-    The longer side becomes `long_side`, or stays as it is where the image is smaller: nothing is enlarged, but by
-    rounding, and to 64 at least. After the original's `preprocess_img`, with 64 for its 8.
+    The longer side becomes `long_side`, or stays as it is if the image is smaller. Images are enlarged only by rounding
+    and to at least 64. Follows the original's `preprocess_img`, with 64 instead of its 8.
 
     Args:
-        width: of the upright image, in pixels.
-        height: as `width`.
-        long_side: most pixels of the longer side, a multiple of 64.
+        width: Width of the upright image, in pixels.
+        height: Height of the upright image, in pixels.
+        long_side: Largest length of the longer side, in pixels, a multiple of 64.
     """
     scale = min(1.0, long_side / max(width, height))
     sides = (max(1, round(side * scale / SIZE_STEP)) * SIZE_STEP for side in (width, height))
@@ -154,18 +160,21 @@ def bucket(width: int, height: int, long_side: int) -> tuple[int, int]:
     return wide, high
 
 
-def _check_pixels(header: Header, max_pixels: int) -> None:
+def _check_pixels(header: ImageHeader, max_pixels: int) -> None:
     num_pixels = header.width * header.height
     if num_pixels > max_pixels:
-        msg = f"{header.width} x {header.height} = {num_pixels} pixels; from 1 to {max_pixels} are accepted"
+        msg = f"too many pixels (got {header.width} x {header.height} = {num_pixels}, expected at most {max_pixels})"
         raise ImageUnreadableError(msg)
 
 
-def _decode(data: bytes, header: Header, background: str) -> Image.Image:
+def _decode(data: bytes, header: ImageHeader, background: str) -> Image.Image:
     lean = io.BytesIO(image_headers.lean(data, header.format))
     with Image.open(lean, formats=(header.format,)) as image:
         if image.size != (header.width, header.height):
-            msg = f"corrupt image: it has {header.width} x {header.height} pixels, and {image.width} x {image.height}"
+            msg = (
+                f"corrupt image: one header says {header.width} x {header.height} pixels, another "
+                f"{image.width} x {image.height}"
+            )
             raise ImageUnreadableError(msg)
         image.load()
         colour, alpha = _split_alpha(image)
@@ -177,20 +186,20 @@ def _decode(data: bytes, header: Header, background: str) -> Image.Image:
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colour in mode L, RGB or CMYK (what the ICC profile describes), and alpha in mode L where there is any."""
+    """Return colour in mode L, RGB or CMYK, as the ICC profile describes it, and alpha in mode L or None."""
     if image.mode.startswith("I"):
         return _from_16_bit(image)
     is_grey = image.mode in ("1", "L", "LA")
     if image.has_transparency_data:
         full = image.convert("RGBA")
         return full.getchannel("R") if is_grey else full.convert("RGB"), full.getchannel("A")
-    if image.mode == "CMYK":  # Adobe's inverted inks have been turned round by Pillow's JPEG reader
+    if image.mode == "CMYK":  # Pillow's JPEG reader has already undone Adobe's inverted inks
         return image.copy(), None
     return image.convert("L" if is_grey else "RGB"), None
 
 
 def _from_16_bit(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """16-bit grey, in Pillow's modes I;16 and I. Its own conversion clips at 255, which ruins the picture."""
+    """Scale 16-bit grey in Pillow's modes I;16 and I to 8 bits. Pillow's own conversion clips at 255."""
     samples = np.asarray(image)
     if samples.dtype != np.uint16:
         samples = np.clip(samples, 0, 65535).astype(np.uint16)
@@ -207,7 +216,7 @@ def _to_srgb(colour: Image.Image, profile: bytes | None) -> Image.Image:
             converted = ImageCms.profileToProfile(
                 colour, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
             )
-        except Exception:  # noqa: BLE001 - a profile that lcms cannot use is left out, as browsers do
+        except Exception:  # noqa: BLE001 - ignore a profile that lcms cannot use, as browsers do
             converted = None
         if converted is not None:
             return converted

@@ -1,6 +1,6 @@
-"""What an animation file tells of how it was made, and the request that makes it again.
+"""Provenance of an animation file: records how it was made, and rebuilds the request that makes it again.
 
-One line of JSON, the same in every kind of file, and an XMP packet with what standards have names for: made by a
+It is one line of JSON, the same in every format, and an XMP packet with the properties that standards define: made by a
 trained model, by which program, from which prompt. The same request gives the same bytes: no time, no device, no run.
 """
 
@@ -22,56 +22,59 @@ from pia_batch.schema.columns import SETTINGS, Row
 from pia_batch.storage.uris import redacted_uri
 
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-"""IPTC's word for what a trained model made: https://cv.iptc.org/newscodes/digitalsourcetype/"""
+"""IPTC's term for media made by a trained model: https://cv.iptc.org/newscodes/digitalsourcetype/"""
 
 _NAME = "pia_batch"
-"""The one name in the JSON object, so that nobody takes another program's comment for ours."""
+"""Only name in the JSON object, so that comments of other programs are not mistaken for this record."""
 
 
 class Provenance(BaseModel):
-    """How one animation was made. Of a later schema nothing is promised; names that are new in this one are skipped."""
+    """Record of how one animation was made.
+
+    A later schema may differ in anything. Names that are added to this one are skipped by older readers.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
     schema_version: Literal[1] = 1
     software: str
-    """The program that drew it, and its version."""
+    """Program that made the animation, and its version."""
     digital_source_type: str = DIGITAL_SOURCE_TYPE
     key: str
-    """32 hexadecimal digits over everything that decides the animation, as in its result."""
+    """Content key, 32 hexadecimal digits, as in the result."""
     request_id: str
     prompt: str
     image: str | None
-    """The condition image's URI as the manifest has it, less what is secret; None: the manifest held the image."""
+    """URI of the condition image as in the manifest, without secrets; None: the manifest contained the image."""
     image_sha256: str | None
-    """Of the bytes that were fetched."""
+    """SHA-256 of the fetched bytes."""
     image_identity: Literal["uri", "sha256"]
-    """Which of the two is part of the key."""
+    """Property that is part of the key: the URI or the SHA-256."""
     ip_adapter_image: str | None
     withheld: Sequence[str]
-    """The columns whose URI had a credential or a signature, which is no longer in it."""
+    """Columns from whose URI a credential or a signature was removed."""
     model: str
-    """What the manifest's `model` column calls it."""
+    """Name of the model in the manifest's `model` column."""
     base: str
-    """`model.base` of the config; of a local path the last part alone."""
+    """`model.base` of the config; only the last part of a local path."""
     engine_id: str
     speed: str = "exact"
     """`model.speed` of the config."""
     fit: str
     """`images.fit` and `images.background` of the config."""
     encoder: str
-    """The format, and the settings of `encoding` that decide its bytes."""
+    """Format, and the settings of `encoding` that decide its bytes."""
     settings: dict[str, Any]
-    """`records.SETTINGS` as they were used, those that decided nothing left out."""
+    """Effective values of `columns.SETTINGS`, without those that had no effect."""
 
     @classmethod
     def of(cls, row: Row, config: RunConfig, engine_id: str) -> Provenance:
-        """How `row` is drawn.
+        """Return the record of a request.
 
         Args:
-            row: EFFECTIVE less `image_bytes`, then `key` and `fetched_sha256`.
-            config: the run's config.
-            engine_id: of the row's model.
+            row: Effective request: the columns EFFECTIVE without `image_bytes`, and `key` and `fetched_sha256`.
+            config: Config of the run.
+            engine_id: Engine id of the row's model.
         """
         uris = {name: row[name] for name in ("image", "ip_adapter_image")}
         shown = {name: None if uri is None else redacted_uri(uri) for name, uri in uris.items()}
@@ -96,19 +99,19 @@ class Provenance(BaseModel):
 
     @classmethod
     def found_in(cls, comments: Iterable[str]) -> Provenance | None:
-        """What the first of a file's comments that is ours says; None: none is.
+        """Return the record in the first of a file's comments that contains one; None if none does.
 
         Raises:
-            ValueError: one is ours, and cannot be understood.
+            ValueError: A comment contains a record that cannot be understood.
         """
         for comment in comments:
             try:
-                told = json.loads(comment)
+                content = json.loads(comment)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(told, dict) and _NAME in told:
+            if isinstance(content, dict) and _NAME in content:
                 try:
-                    return cls.model_validate(told[_NAME])
+                    return cls.model_validate(content[_NAME])
                 except ValidationError as err:
                     problem = err.errors()[0]
                     raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
@@ -116,22 +119,22 @@ class Provenance(BaseModel):
 
     @property
     def comment(self) -> str:
-        """All of this as canonical JSON (sorted names, no spaces), escaped to printable ASCII."""
+        """Record as canonical JSON (sorted names, no spaces), escaped to printable ASCII."""
         return json.dumps({_NAME: self.model_dump(mode="json")}, sort_keys=True, separators=(",", ":"))
 
     @property
     def metadata(self) -> Metadata:
-        """All of this, as files hold it."""
+        """Record as it is embedded in files."""
         prompt = printable(self.prompt)
         return Metadata(comment=self.comment, description=prompt, software=self.software, xmp=self._xmp(prompt))
 
     def manifest_row(self) -> Row:
-        """The row of a manifest that has the same key under the same config and engine.
+        """Return the manifest row that has the same key under the same config and engine.
 
-        A relative `image` counts from the manifest's own folder. What is `withheld`, and an image that the manifest
-        held, have to be put in again by hand.
+        A relative `image` is relative to the manifest's own folder. Values that are `withheld`, and an image that the
+        manifest contained, must be added by hand.
         """
-        from_image = ("width", "height") if self.settings.get("size") == "auto" else ()
+        from_image = ("width", "height") if self.settings.get("size") == "auto" else ()  # derived, not requested
         row: Row = {"request_id": self.request_id, "prompt": self.prompt, "model": self.model, "style": False}
         row |= {"image": self.image, "ip_adapter_image": self.ip_adapter_image}
         if self.image_identity == "sha256":
@@ -163,11 +166,11 @@ class Provenance(BaseModel):
 
 
 def metadata_of(row: Row, config: RunConfig, engine_id: str) -> Metadata | None:
-    """What the animation of `row` says of itself, arguments as `Provenance.of`; None: `encoding.provenance` is off."""
+    """Return the metadata to embed, from the arguments of `Provenance.of`; None if `encoding.provenance` is off."""
     return Provenance.of(row, config, engine_id).metadata if config.encoding.provenance else None
 
 
 def _without_folders(base: str) -> str:
-    """A hub id or the URI of an object as it is; of a path on some machine the last part alone."""
+    """Return a hub id or the URI of an object as it is, and only the last part of a path on some machine."""
     is_path = base.startswith(("/", "~", ".", "file:"))
     return PurePosixPath(base).name if is_path else redacted_uri(base)

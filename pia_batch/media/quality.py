@@ -1,4 +1,4 @@
-"""Whether a clip is worth its place, by numbers, and whether a stored animation is the one that was asked for."""
+"""Checks of clips and of stored animations: measures, limits on them, and a comparison with the request."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pia_batch.schema.columns import Row
 
 
 def check_animation(data: bytes, row: Row) -> codecs.MediaInfo:
-    """Decode an animation wholly and compare it with `width`, `height` and `num_frames` of its request or result.
+    """Decode a whole animation and compare it with `width`, `height` and `num_frames` of its request or result.
 
     Raises:
-        EncodingError: it does not decode, or is another animation.
+        EncodingError: The animation does not decode, or is another one.
     """
     info = codecs.probe(data, row["format"])
     found, wanted = (info.width, info.height, info.num_frames), (row["width"], row["height"], row["num_frames"])
     if found != wanted:
-        msg = f"the {row['format']} has width, height, frames {found} and not {wanted}"
+        msg = f"another {row['format']} was found: width, height, frames (got {found}, expected {wanted})"
         raise EncodingError(msg)
     return info
 
@@ -28,17 +28,17 @@ def check_animation(data: bytes, row: Row) -> codecs.MediaInfo:
 def measures(
     frames: npt.NDArray[np.uint8], condition: npt.NDArray[np.uint8], cond_frame: int = 0
 ) -> dict[str, float | None]:
-    """What can be told of a clip by numbers alone.
+    """Return the measures of a clip.
 
     Args:
-        frames: uint8, (F, H, W, 3), 0-255.
-        condition: the fitted condition image, uint8, (H, W, 3), 0-255.
-        cond_frame: the frame that should be that image.
+        frames: Pixels of the clip, uint8, shape (F, H, W, 3), 0-255.
+        condition: Fitted condition image, uint8, shape (H, W, 3), 0-255.
+        cond_frame: Number of the frame that should equal the condition image.
 
     Returns:
-        `frame_mean` and `frame_std` over all pixels; `motion`, the mean absolute difference of neighbouring frames;
-        all three in 0-255. `first_frame_psnr_db` of the condition frame against the condition image in dB, None where
-        they are identical.
+        `frame_mean` and `frame_std` over all pixels, and `motion`, the mean absolute difference of neighbouring frames,
+        all three in 0-255; `first_frame_psnr_db`, the PSNR of the condition frame against the condition image in dB,
+        None if they are identical.
     """
     pixels = frames.astype(np.float32)
     motion = float(np.abs(np.diff(pixels, axis=0)).mean()) if len(frames) > 1 else 0.0
@@ -52,21 +52,21 @@ def measures(
 
 
 def refuse_degenerate(result: Row, row: Row, limits: LimitsConfig) -> None:
-    """Refuse a clip that shows nothing, or in which nothing happens, past the config's limits.
+    """Refuse a clip that is flat or frozen beyond the config's limits.
 
     Args:
-        result: with `measures`.
-        row: the request.
-        limits: of the config.
+        result: Result with the `measures`.
+        row: Request.
+        limits: Limits of the config.
 
     Raises:
-        DegenerateError: it names the measure and the limit.
+        DegenerateError: A measure is below its limit; the message names both.
     """
-    for name, least, what in (("frame_std", limits.min_frame_std, "flat"), ("motion", limits.min_motion, "frozen")):
+    for name, least, word in (("frame_std", limits.min_frame_std, "flat"), ("motion", limits.min_motion, "frozen")):
         measured = not (name == "motion" and row["num_frames"] == 1)
         if measured and least is not None and result[name] < least:
             msg = (
-                f"the clip is {what}: its {name} is {result[name]:.3g}, below limits.min_{name} {least:g}; change "
+                f"the clip is {word}: its {name} is {result[name]:.3g}, below limits.min_{name} {least:g}; change "
                 "the prompt, the seed or the image, or lower the limit"
             )
             raise DegenerateError(msg)

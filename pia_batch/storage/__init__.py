@@ -1,1 +1,1 @@
-"""Object storage and URIs: how bytes are read from and written to folders, buckets and web servers."""
+"""Object storage and URIs: reads bytes from folders, buckets and web servers, writes to folders and buckets."""

@@ -1,6 +1,6 @@
-"""Reading what users name by URI: manifests as Arrow file systems, images and weights by their first bytes.
+"""Reads of what users name by URI: manifests as Arrow file systems, images by their first bytes.
 
-Goes through fsspec and s3fs, which have a client for every scheme that a manifest may name. Nothing is written here.
+They go through fsspec and s3fs, which have a client for every scheme that a manifest may name. Nothing is written here.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ from pia_batch.storage.uris import TooLargeError
 T = TypeVar("T")
 
 _TAGS = ("ETag", "etag", "generation", "LastModified", "last_modified", "updated", "mtime", "created")
-"""What file systems of fsspec call that which changes with the content, the most exact first."""
+"""Names under which fsspec's file systems report a property that changes with the content, the most exact first."""
 
 
 def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """A pyarrow file system for reading `uri`, and the path inside it."""
+    """Return a pyarrow file system that reads `uri`, and the path inside it.
+
+    Raises:
+        ConfigError: `uri` is malformed.
+        UnsupportedSchemeError: Manifests cannot be read from its scheme.
+        ImportError: The package that reads its scheme is not installed.
+    """
     uri = absolute(uri)
     if uri.startswith("file://"):
         return pyarrow.fs.LocalFileSystem(), local_path(uri)
@@ -36,11 +42,11 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 def version_of(filesystem: pyarrow.fs.FileSystem, path: str) -> str:
-    """What tells a file from the one that replaces it: its size with its tag, or with the time of its last change.
+    """Return the version of a file: its size with its tag, or with the time of its last change.
 
     Raises:
-        FileNotFoundError: there is none.
-        Exception: the client's own.
+        FileNotFoundError: There is no such file.
+        Exception: The client's own exception.
     """
     if isinstance(filesystem, pyarrow.fs.PyFileSystem):
         info = _info(filesystem.handler.fs, path)
@@ -53,10 +59,10 @@ def version_of(filesystem: pyarrow.fs.FileSystem, path: str) -> str:
 
 
 def changed_ns(filesystem: pyarrow.fs.FileSystem, path: str) -> int | None:
-    """When a file was changed, in nanoseconds since 1970, if its version depends on that; None: on a tag.
+    """Return the time of a file's last change, in nanoseconds since 1970; None if its version depends on a tag.
 
     Raises:
-        Exception: as `version_of`.
+        Exception: See `version_of`.
     """
     if not isinstance(filesystem, pyarrow.fs.PyFileSystem):
         return int(filesystem.get_file_info(path).mtime_ns)
@@ -65,11 +71,14 @@ def changed_ns(filesystem: pyarrow.fs.FileSystem, path: str) -> int | None:
 
 
 _ABSENT = (404, 410)
-"""What an HTTP server answers where there is nothing."""
+"""HTTP status codes for a resource that does not exist."""
 
 
 def _info(filesystem: Any, path: str) -> dict[str, Any]:  # fsspec is untyped
-    """As the file system has it. What keeps HTTP from an answer is an OSError: fsspec takes it for a missing file."""
+    """Return the file system's own description of a file.
+
+    fsspec reports every HTTP failure as a missing file; here, those other than 404 and 410 are an OSError.
+    """
     try:
         info: dict[str, Any] = filesystem.info(path)
     except FileNotFoundError as err:
@@ -85,18 +94,20 @@ def _info(filesystem: Any, path: str) -> dict[str, Any]:  # fsspec is untyped
 
 
 def read_object(uri: str, num_bytes: int, *, timeout_s: float, whole: bool = True) -> bytes:
-    """The first `num_bytes` bytes of an object, or all of it where that is less. One attempt; never reads more.
+    """Return the first `num_bytes` bytes of an object, or the whole object if it is shorter. Makes one attempt.
+
+    Never reads more than `num_bytes`, and never exceeds `timeout_s` by more than a second.
 
     Args:
-        uri: `s3://bucket/key`, `?versionId=` included, or what else fsspec has a file system for.
-        num_bytes: at least 1.
-        timeout_s: seconds.
-        whole: False: only the beginning is wanted, and asked for.
+        uri: URI of the object, such as `s3://bucket/key`, with `?versionId=` if one version is wanted.
+        num_bytes: Number of bytes, at least 1.
+        timeout_s: Time limit, in seconds.
+        whole: True to refuse a longer object; False to request only its beginning.
 
     Raises:
-        TooLargeError: with `whole`, an object that says to be longer, before it is read.
-        OSError: FileNotFoundError, PermissionError, IsADirectoryError: what the store says.
-        Exception: the client's own, for what may pass; no time limit is exceeded by more than a second.
+        TooLargeError: `whole` is set, and the store reports a longer object; nothing of it is read.
+        OSError: The store's answer, as FileNotFoundError, PermissionError or IsADirectoryError.
+        Exception: The client's own exception, for a transient fault.
     """
     scheme = schemes.find(uri, "image")
     filesystem = _filesystem(scheme.store)
@@ -106,7 +117,7 @@ def read_object(uri: str, num_bytes: int, *, timeout_s: float, whole: bool = Tru
     deadline = time.monotonic() + timeout_s
     info = _within(timeout_s, filesystem, "info", path)
     if info["type"] == "directory":
-        raise IsADirectoryError("not an object but a prefix")
+        raise IsADirectoryError("a prefix, not an object")
     if whole and info["size"] > num_bytes:
         raise TooLargeError
     end = min(info["size"], num_bytes)
@@ -117,18 +128,18 @@ def read_object(uri: str, num_bytes: int, *, timeout_s: float, whole: bool = Tru
 
 
 def wait(function: Callable[..., Coroutine[Any, Any, T]], *arguments: Any, timeout_s: float) -> T:
-    """What a coroutine returns, run on the one thread of all asynchronous clients.
+    """Run a coroutine on the one thread of all asynchronous clients, and return its result.
 
     Raises:
-        TimeoutError: after `timeout_s` seconds; the coroutine is cancelled.
+        TimeoutError: The coroutine took longer than `timeout_s` seconds; it is cancelled.
     """
     result: T = asyn.sync(asyn.get_loop(), function, *arguments, timeout=max(timeout_s, 0.1))
     return result
 
 
 async def _read_s3(filesystem: Any, uri: str, num_bytes: int, whole: bool) -> bytes:  # fsspec is untyped
-    """As `read_object`: one request, and of its answer no byte more than is wanted."""
-    # Not s3fs's own reading: that asks twice, takes what comes whatever it asked for, and passes over a version.
+    """Read as `read_object` does, with one request, and not one byte more of its answer."""
+    # s3fs's own read makes two requests, accepts an answer of any length, and ignores the version.
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     key, _, version = key.partition("?versionId=")
     options = {"VersionId": version} if version else {}
@@ -137,7 +148,7 @@ async def _read_s3(filesystem: Any, uri: str, num_bytes: int, whole: bool) -> by
     try:
         answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, **options)  # noqa: SLF001 - see above
     except OSError as err:
-        if not whole and "range" in str(err).lower():  # an empty object has no first byte
+        if not whole and "range" in str(err).lower():  # S3 refuses any range of an empty object
             return b""
         raise
     body = answer["Body"]
@@ -153,7 +164,7 @@ async def _read_s3(filesystem: Any, uri: str, num_bytes: int, whole: bool) -> by
 
 
 def _within(timeout_s: float, filesystem: Any, method: str, path: str, **options: int) -> Any:  # fsspec is untyped
-    """What a method of fsspec returns, by keyword: the positional arguments differ from client to client."""
+    """Call a method of fsspec within a time limit. By keyword, because positional arguments differ between clients."""
     if not filesystem.async_impl:
         return getattr(filesystem, method)(path, **options)
     return wait(functools.partial(getattr(filesystem, f"_{method}"), path, **options), timeout_s=timeout_s)

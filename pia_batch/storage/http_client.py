@@ -1,10 +1,9 @@
-"""One GET over http or https of a URL that a stranger wrote: to public addresses only, bounded in time and size.
+"""HTTP client: a GET of a URL written by a stranger, and a POST to a URL written by the operator.
 
-And one POST to a URL that the operator wrote, without those bounds.
-
-Knows nothing of manifests. The name is resolved once, every address that it has is judged, and the connection is made
-to one of those very addresses, so that a name cannot point elsewhere between the check and the use. Every redirect is
-judged like the first URL. No credentials, no cookies, no proxies of the environment; nothing is decompressed.
+A GET goes to public addresses only, and is bounded in time and size. The host name is resolved once, every address of
+it is checked, and the connection is made to one of those addresses, so that a name cannot point elsewhere between the
+check and the use. Every redirect is checked like the first URL. A GET sends no credentials and no cookies, ignores the
+proxies of the environment, and decompresses nothing.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from pia_batch.storage.uris import RefusedError, TooLargeError, redacted_uri
 MAX_REDIRECTS = 3
 MOVED = frozenset({301, 302, 303, 307, 308})
 
-_ANSWERS_OF_ABSENCE = frozenset({404, 410})
-_ANSWERS_OF_REFUSAL = frozenset({401, 403, 407, 451})
-_ANSWERS_THAT_PASS = frozenset({408, 425, 429})
+_ABSENT_STATUSES = frozenset({404, 410})
+_DENIED_STATUSES = frozenset({401, 403, 407, 451})
+_TRANSIENT_STATUSES = frozenset({408, 425, 429})
 _HEADERS = {"Accept": "image/*, */*;q=0.5", "Accept-Encoding": "identity", "User-Agent": "pia-batch"}
 
 _NEVER = tuple(
@@ -41,27 +40,30 @@ _NEVER = tuple(
             "192.52.193.0/24",  # AMT
             "192.88.99.0/24",  # 6to4 relays
             "192.175.48.0/24",  # AS112
-            "168.63.129.16/32",  # Azure's platform, with the secrets of a machine: its number alone is public
+            "168.63.129.16/32",  # Azure's platform, with the secrets of a machine, at an address that looks public
             "2001::/23",  # IETF protocol assignments, Teredo among them
             "2001:db8::/32",  # documentation
-            "2002::/16",  # 6to4, which has any IPv4 address inside
+            "2002::/16",  # 6to4, which embeds any IPv4 address
             "2620:4f:8000::/48",  # AS112
             "3fff::/20",  # documentation
         ),
     )
 )
-"""Not public, whatever `ipaddress` says: Python before 3.11.10 and 3.12.4 calls some of them global.
+"""Networks that are not public, whatever `ipaddress` reports: Python before 3.11.10 and 3.12.4 calls some global.
 
 Source: the IANA special-purpose address registries, read 2026-11-23; Microsoft Learn, "What is IP address
 168.63.129.16?".
 """
 
 _UNICAST = ipaddress.IPv6Network("2000::/3")
-"""All public IPv6 hosts (RFC 4291). Outside lie the forms that carry an IPv4 address: mapped, compatible, NAT64."""
+"""Network of all public IPv6 hosts (RFC 4291).
+
+It excludes the forms that carry an IPv4 address: mapped, compatible, NAT64.
+"""
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address, in its standard spelling, is that of a host on the public internet."""
+    """Return True if an IP address, in its standard spelling, belongs to a host on the public internet."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -73,10 +75,10 @@ def is_public(address: str) -> bool:
 
 
 async def resolve(host: str, port: int) -> Sequence[str]:
-    """The addresses of a host as the system's resolver gives them, in its order.
+    """Return the addresses of a host in the order of the system's resolver.
 
     Raises:
-        OSError: there is no such host (socket.gaierror), or the resolver does not answer.
+        OSError: There is no such host (socket.gaierror), or the resolver does not answer.
     """
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -84,49 +86,49 @@ async def resolve(host: str, port: int) -> Sequence[str]:
 
 
 @dataclass(frozen=True)
-class Web:
-    """How URLs are read; the fields are there for a test that has no internet."""
+class HttpReader:
+    """Reader of URLs. Tests, which have no internet, replace its fields."""
 
     resolve: Callable[[str, int], Awaitable[Sequence[str]]] = resolve
     is_public: Callable[[str], bool] = is_public
     tls: ssl.SSLContext | None = None
-    """Whom to trust; None: the authorities that the system trusts."""
+    """Trusted certificate authorities; None: those that the system trusts."""
 
-    async def read(self, url: str, judge: Callable[[str], str], num_bytes: int, *, whole: bool = True) -> bytes:
-        """The first `num_bytes` bytes of what `url` holds, or all of it where that is less.
+    async def read(self, url: str, check: Callable[[str], str], num_bytes: int, *, whole: bool = True) -> bytes:
+        """Return the first `num_bytes` bytes of the content of `url`, or all of it if it is shorter.
 
-        Cancel it to bound its time: it reads for as long as bytes come.
+        Reads for as long as bytes arrive: cancel it to bound its time.
 
         Args:
-            url: http or https, already judged.
-            judge: gives the URL to open for one that a redirect names, or raises RefusedError.
-            num_bytes: no more than this is ever read.
-            whole: False: only the beginning is wanted, and asked for.
+            url: URL with the scheme http or https, already checked.
+            check: Returns the URL to open for the target of a redirect, or raises RefusedError.
+            num_bytes: Number of bytes; never more are read.
+            whole: True to refuse longer content; False to request only its beginning.
 
         Raises:
-            RefusedError: here or there, for a reason that will not pass.
-            TooLargeError: with `whole`, an answer that says to be longer, before it is read.
-            FileNotFoundError: the server says so.
-            PermissionError: the server says so.
-            OSError: a fault that may pass; or aiohttp.ClientError, or asyncio.TimeoutError.
+            RefusedError: The host, a redirect or the answer is refused, permanently.
+            TooLargeError: `whole` is set, and the server announces longer content; nothing of it is read.
+            FileNotFoundError: The host or the resource does not exist.
+            PermissionError: The server denies access.
+            OSError: A transient fault; or aiohttp.ClientError, or asyncio.TimeoutError.
         """
         for _ in range(MAX_REDIRECTS + 1):
             try:
                 answer = await self._get(url, num_bytes, whole=whole)
-            except aiohttp.ClientResponseError:  # its text repeats what the server sent
+            except aiohttp.ClientResponseError:  # its text repeats the server's answer
                 raise OSError("the server's answer is not HTTP") from None
             if isinstance(answer, bytes):
                 return answer
-            url = _next(urljoin(url, answer), judge)
-        raise RefusedError(f"leads on by more than {MAX_REDIRECTS} redirects")
+            url = _redirect_target(urljoin(url, answer), check)
+        raise RefusedError(f"is refused: more than {MAX_REDIRECTS} redirects")
 
     async def _get(self, url: str, num_bytes: int, *, whole: bool) -> bytes | str:
-        """The bytes, or where a redirect leads."""
+        """Return the bytes, or the target of a redirect."""
         target = URL(url, encoded=True)
         addresses = await self._addresses(target.host or "", target.port or 0)
         connector = aiohttp.TCPConnector(resolver=_Pinned(addresses), use_dns_cache=False, force_close=True)
         headers = _HEADERS if whole else _HEADERS | {"Range": f"bytes=0-{num_bytes - 1}"}
-        # A session for each request keeps no cookies and no connections.
+        # A session per request keeps no cookies and no connections.
         async with (
             aiohttp.ClientSession(
                 connector=connector,
@@ -140,7 +142,7 @@ class Web:
         ):
             if response.status in MOVED:
                 return _text(response.headers.get("Location", ""))
-            if response.status == 416 and not whole:  # noqa: PLR2004 - "range not satisfiable": there is no first byte
+            if response.status == 416 and not whole:  # noqa: PLR2004 - "range not satisfiable": the content is empty
                 return b""
             _check_status(response, whole=whole)
             if whole and (response.content_length or 0) > num_bytes:
@@ -155,16 +157,16 @@ class Web:
                 raise
             raise FileNotFoundError(f"no such host: {host}") from None
         except UnicodeError:
-            raise RefusedError(f"no name of a host: {host}") from None
+            raise RefusedError(f"is refused: invalid host name {host}") from None
         if not addresses or not all(map(self.is_public, addresses)):
             raise RefusedError(f"is refused: {host} is not a host on the public internet")
         return addresses
 
 
 async def post(url: str, headers: Mapping[str, str], data: bytes) -> int:
-    """Send JSON to a URL of the operator's own, and give the answer's status.
+    """Send JSON to a URL written by the operator, and return the HTTP status of the answer.
 
-    Cancel it to bound its time. No redirect is followed; the proxies of the environment are used.
+    Follows no redirect and uses the proxies of the environment. Cancel it to bound its time.
     """
     sent = {"Content-Type": "application/json", "User-Agent": _HEADERS["User-Agent"], **headers}
     async with (
@@ -174,13 +176,13 @@ async def post(url: str, headers: Mapping[str, str], data: bytes) -> int:
         return response.status
 
 
-def may_pass(status: int) -> bool:
-    """Whether a server that answers so may answer otherwise soon."""
-    return status in _ANSWERS_THAT_PASS or status >= 500  # noqa: PLR2004 - server errors
+def is_transient(status: int) -> bool:
+    """Return True for an HTTP status after which another attempt may succeed."""
+    return status in _TRANSIENT_STATUSES or status >= 500  # noqa: PLR2004 - server errors
 
 
 class _Pinned(AbstractResolver):
-    """Answers with the addresses that were judged, whatever is asked."""
+    """Resolver that returns the checked addresses for every host."""
 
     def __init__(self, addresses: Sequence[str]) -> None:
         self._addresses = addresses
@@ -206,7 +208,7 @@ class _Pinned(AbstractResolver):
 
 
 def _is_address(host: str) -> bool:
-    """Whether aiohttp would connect to `host` without asking a resolver."""
+    """Return True if aiohttp would connect to `host` without asking a resolver."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -214,34 +216,34 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _next(url: str, judge: Callable[[str], str]) -> str:
-    """Where a redirect leads, judged."""
+def _redirect_target(url: str, check: Callable[[str], str]) -> str:
+    """Return the checked target of a redirect."""
     try:
-        target = judge(url)
+        target = check(url)
     except RefusedError as err:
-        raise type(err)(f"leads by a redirect to {redacted_uri(url)}, which {err}") from None
+        raise type(err)(f"redirects to {redacted_uri(url)}, which {err}") from None
     if urlsplit(target).scheme not in WEB_PORTS:
-        raise RefusedError(f"leads by a redirect to {redacted_uri(url)}, which is not on the web")
+        raise RefusedError(f"redirects to {redacted_uri(url)}, which is not an http or https URL")
     return target
 
 
 def _text(location: str) -> str:
-    """The Location header; aiohttp keeps bytes that are no UTF-8 as half surrogate pairs."""
+    """Return the Location header as text; aiohttp keeps bytes that are not UTF-8 as half surrogate pairs."""
     return location.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _check_status(response: aiohttp.ClientResponse, *, whole: bool) -> None:
-    """Raise what an answer without an image means."""
+    """Raise the exception that corresponds to an answer without content."""
     status = response.status
     encoding = response.headers.get("Content-Encoding", "identity").lower()
-    if status == 200 or (status == 206 and not whole):  # noqa: PLR2004 - all, or the part that was asked for
+    if status == 200 or (status == 206 and not whole):  # noqa: PLR2004 - all, or the requested part
         if encoding != "identity":
-            raise RefusedError("is refused: the server sent it compressed, which was not asked for")
-    elif status in _ANSWERS_OF_ABSENCE:
+            raise RefusedError("is refused: the server sent compressed content, which was not requested")
+    elif status in _ABSENT_STATUSES:
         raise FileNotFoundError(f"the server answered {status}")
-    elif status in _ANSWERS_OF_REFUSAL:
+    elif status in _DENIED_STATUSES:
         raise PermissionError(f"the server answered {status}")
-    elif may_pass(status):
+    elif is_transient(status):
         raise OSError(f"the server answered {status}")
     else:
         raise RefusedError(f"cannot be opened: the server answered {status}")

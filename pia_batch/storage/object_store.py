@@ -1,8 +1,8 @@
-"""The output's store: the only door by which anything is written.
+"""Object store of an output: the only module through which anything is written.
 
-It goes through obstore, because that creates only where nothing is (`If-None-Match: *` on S3, an atomic link on a local
-disk) and tells a lost race apart from a failure. Nothing is ever streamed into a final name: an exception inside such a
-stream commits a truncated object.
+It uses obstore, which can create an object only if its name is free (`If-None-Match: *` on S3, an atomic link on a
+local disk), and reports a lost race differently from a failure. Objects are never streamed to their final name, because
+an exception inside such a stream commits a truncated object.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ MAX_PAUSE_S = 10.0
 """Longest pause between two attempts, in seconds; the first one is 1 s, and each is twice the one before."""
 
 REQUEST_TIMEOUT_S = 30.0
-"""Seconds for one request to the store; an animation is a few MB."""
+"""Time limit of one request to the store, in seconds; an animation is a few MB."""
 
 PAGE_OBJECTS = 1000
-"""What one page of a listing holds; S3 gives no more."""
+"""Number of objects in one page of a listing; S3 returns no more."""
 
 PART_BYTES = 4 * 2**20
-"""What `Store.download` asks for by one request; eight of them arrive in `REQUEST_TIMEOUT_S` at 9 Mbit/s."""
+"""Size of one request of `Store.download`, in bytes; eight of them arrive within `REQUEST_TIMEOUT_S` at 9 Mbit/s."""
 
 MEDIA_TYPES = {
     "gif": "image/gif",
@@ -65,31 +65,30 @@ MEDIA_TYPES = {
     "webp": "image/webp",
     "zip": "application/zip",
 }
-"""By extension. Stores call the rest `application/octet-stream`, which browsers save and do not show."""
+"""Media types by file name extension. Stores give others `application/octet-stream`, which browsers save, not show."""
 
 _DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
 _STAGED = re.compile(r".+#\d+")
-"""What obstore calls a local file before it is whole."""
+"""Name that obstore gives a local file until it is complete."""
 _HAS_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
 _LACKS_SLASHES = re.compile(rf"^({'|'.join(name for name in SCHEMES if name != LOCAL)}):(?!//)")
 
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """An object of the store: its name below the store's root, its size in bytes, and the store's tag of its content.
-
-    Two objects with one tag are the same upload; the tag tells nothing else. None: the store gives no tags.
-    `modified_s` is when it was written, in seconds since 1970 by the store's clock; equality does not look at it.
-    """
+    """An object of the store."""
 
     name: str
+    """Name relative to the root of the store."""
     num_bytes: int
     etag: str | None = None
+    """Tag of the upload: two objects with the same tag are the same upload. None: the store has no tags."""
     modified_s: float | None = field(default=None, compare=False)
+    """Time of writing, in seconds since 1970 by the store's clock. Equality ignores it."""
 
 
 class Store:
-    """A folder of objects on S3, GCS, Azure or a local disk. Safe to use from several threads, and to pickle."""
+    """Folder of objects on S3, GCS, Azure or a local disk. It can be used from several threads, and pickled."""
 
     def __init__(self, uri: str) -> None:
         self.uri = absolute(uri).rstrip("/")
@@ -105,17 +104,18 @@ class Store:
         return self._client
 
     def uri_of(self, name: str) -> str:
-        """The full URI of an object, as a reader would name it."""
+        """Return the full URI of an object."""
         return f"{self.uri}/{name}"
 
     def create(self, name: str, data: bytes) -> None:
-        """Store `data` under `name` unless something is there already. One request, all or nothing.
+        """Store `data` under `name` if the name is free. One request, all or nothing.
 
-        A time-out leaves the outcome unknown, so it is tried again; then the name may be taken by one's own attempt.
+        After a time-out the outcome is unknown, so the request is repeated; then the name may be taken by the first
+        attempt of this very call.
 
         Raises:
-            ObjectExistsError: the name is taken; the caller reads it and decides whether it is as good.
-            StorageError: the store refused, or did not answer in `ATTEMPTS` attempts.
+            ObjectExistsError: The name is taken. The caller reads the object and decides whether it is as good.
+            StorageError: The store refused, or did not answer in `ATTEMPTS` attempts.
         """
         attributes = self._attributes(name)
         self._attempt(
@@ -123,31 +123,39 @@ class Store:
         )
 
     def replace(self, name: str, data: bytes) -> None:
-        """Store `data` under `name` whatever is there: a run's own results, and the pointer to the newest."""
+        """Store `data` under `name`, replacing any object: for a run's own results, and the pointer to the newest.
+
+        Raises:
+            StorageError: The store refused, or did not answer in `ATTEMPTS` attempts.
+        """
         attributes = self._attributes(name)
         self._attempt(lambda: obstore.put(self._store, name, data, attributes=attributes), "write", name)
 
     def read(self, name: str) -> bytes:
-        """The whole object.
+        """Return the whole object.
 
         Raises:
-            FileNotFoundError: there is none.
-            StorageError: the store refused or did not answer.
+            FileNotFoundError: There is no such object.
+            StorageError: The store refused or did not answer.
         """
         if self._is_absent():
             raise FileNotFoundError(self.uri_of(name))
         return bytes(self._attempt(lambda: obstore.get(self._store, name).bytes(), "read", name))
 
     def read_all(self, names: list[str], threads: int = 16) -> Iterator[bytes]:
-        """The objects in the order of `names`, several requests at a time, at most `threads` held ahead."""
+        """Yield the objects in the order of `names`: `threads` requests at a time, and as many objects held ahead."""
         return self.each(self.read, names, threads)
 
     def each(self, function: Callable[[V], T], items: Iterable[V], threads: int = 16) -> Iterator[T]:
-        """What `function` returns for each item, in order; it asks this store, and is called in several threads."""
+        """Yield what `function` returns for each item, in order. Calls it in several threads; it uses this store."""
         return map_in_threads(function, items, threads)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object below `prefix`, in no particular order; in memory there is one page of the listing at a time."""
+        """Yield every object below `prefix`, in no particular order. Holds one page of the listing in memory.
+
+        Raises:
+            StorageError: The store refused or did not answer.
+        """
         if self._is_absent():
             return
         pages: Any = None
@@ -157,7 +165,7 @@ class Store:
             nonlocal pages
             if pages is None and last is not None and self._is_local:
                 msg = f"the disk failed in the middle of a listing of {self.uri_of(prefix)}; start again"
-                raise StorageError(msg)  # a disk lists in no order, so there is no place to go on from
+                raise StorageError(msg)  # a disk lists in no order, so the listing cannot be resumed
             pages = pages or obstore.list(self._store, prefix, offset=last, chunk_size=PAGE_OBJECTS)
             try:
                 return next(pages, None)
@@ -171,34 +179,37 @@ class Store:
             last = page[-1]["path"]
 
     def staged(self, prefix: str) -> Iterator[ObjectInfo]:
-        """What killed writers have left below `prefix` of a local disk: no listing shows it. Other stores have none."""
+        """Yield the incomplete files that killed writers left below `prefix` of a local disk.
+
+        No listing shows them. Other stores have none.
+        """
         if not self._is_local:
             return
         root = Path(local_path(self.uri))
         for folder, _, names in os.walk(root / prefix):
             for path in (Path(folder, name) for name in names if _STAGED.fullmatch(name)):
-                with suppress(FileNotFoundError):  # its writer was alive, and has finished
+                with suppress(FileNotFoundError):  # its writer is alive, and has just finished
                     stat = path.stat()
                     yield ObjectInfo(path.relative_to(root).as_posix(), stat.st_size, None, stat.st_mtime)
 
     def delete(self, name: str) -> None:
-        """Remove what `list` or `staged` named; nothing happens where it is gone already.
+        """Remove an object that `list` or `staged` named; a name that is already gone is no error.
 
         Raises:
-            StorageError: the store refused or did not answer.
+            StorageError: The store refused or did not answer.
         """
         with suppress(FileNotFoundError):
-            if self._is_local:  # obstore takes no name that a staged file has
+            if self._is_local:  # obstore refuses the names of staged files
                 self._attempt(Path(local_path(self.uri), name).unlink, "delete", name)
             else:
                 self._attempt(lambda: obstore.delete(self._store, name), "delete", name)
 
     def stat(self, name: str) -> ObjectInfo:
-        """What a listing would say of one object.
+        """Return one object as a listing would describe it.
 
         Raises:
-            FileNotFoundError: there is none.
-            StorageError: the store refused or did not answer.
+            FileNotFoundError: There is no such object.
+            StorageError: The store refused or did not answer.
         """
         if self._is_absent():
             raise FileNotFoundError(self.uri_of(name))
@@ -206,18 +217,18 @@ class Store:
         return ObjectInfo(name, item["size"], item["e_tag"], item["last_modified"].timestamp())
 
     def download(self, found: ObjectInfo, path: Path, threads: int = 8) -> None:
-        """Write an object to the local file `path`, several parts at a time, all of them of the version `found`.
+        """Write an object to a local file, several parts at a time, all of them of the version `found`.
 
-        The file is on the disk when this returns; after an exception there may be a part of it.
+        The file is synchronised to the disk when this returns. After an exception it may be incomplete.
 
         Args:
-            found: as `list` or `stat` returned it.
-            path: in a folder that exists; overwritten.
-            threads: parts of `PART_BYTES` asked for at a time.
+            found: Object as `list` or `stat` returned it.
+            path: File to write, in an existing folder; an existing file is overwritten.
+            threads: Number of parts of `PART_BYTES` requested at a time.
 
         Raises:
-            StorageError: the store refused, did not answer, or holds another version by now.
-            OSError: the local disk is full or may not be written.
+            StorageError: The store refused, did not answer, or now holds another version.
+            OSError: The local disk is full or cannot be written.
         """
 
         def fetch(start: int) -> None:
@@ -241,15 +252,15 @@ class Store:
             raise StorageError(_changed(self.uri_of(found.name))) from None
 
     def check(self, probe: str) -> None:
-        """Make sure that this store can be written, and that it refuses to create what exists.
+        """Verify that this store can be written, and that it refuses to create an object that exists.
 
         Leaves one small object, and never writes it twice.
 
         Args:
-            probe: the name of that object.
+            probe: Name of that object.
 
         Raises:
-            StorageError: not writable, or a store that ignores `If-None-Match` and so could lose finished work.
+            StorageError: The store cannot be written, or ignores `If-None-Match` and so could lose finished work.
         """
         for _ in range(2):
             try:
@@ -257,13 +268,13 @@ class Store:
             except ObjectExistsError:
                 return
         msg = (
-            f"{self.uri} ignores conditional creation (If-None-Match), on which exact commits depend; "
+            f"{self.uri}: the store ignores conditional creation (If-None-Match), on which exact commits depend; "
             "use a store that honours it, such as AWS S3, GCS, Azure, SeaweedFS, MinIO or a local disk"
         )
         raise StorageError(msg)
 
     def _attributes(self, name: str) -> dict[str, str] | None:
-        """What a web server tells of an object, and a browser asks for; a local disk has no place for it."""
+        """Return the attributes with which a web server delivers the object; a local disk cannot store any."""
         media_type = None if self._is_local else MEDIA_TYPES.get(name.rpartition(".")[2])
         return {"Content-Type": media_type} if media_type else None
 
@@ -272,7 +283,7 @@ class Store:
         return self.uri.startswith("file://")
 
     def _is_absent(self) -> bool:
-        """Whether this is a local folder that nobody has written to yet; reading must not make it."""
+        """Return True for a local folder that does not exist yet; reading must not create it."""
         return self._is_local and not Path(local_path(self.uri)).exists()
 
     def _attempt(self, call: Callable[[], T], verb: str, name: str) -> T:
@@ -303,12 +314,12 @@ class Store:
 
 
 def _changed(uri: str) -> str:
-    return f"{uri} was replaced or removed while it was read; start again"
+    return f"{uri}: the object was replaced or removed while it was read; start again"
 
 
 def _cause(err: Exception) -> str:
-    """What a client's exception means: `absent`, `exists`, `denied`, or `transient`: worth another attempt."""
-    # A listing raises GenericError whatever the status is.
+    """Classify a client's exception: `absent`, `exists`, `denied`, or `transient`, which is worth another attempt."""
+    # A listing raises GenericError for every HTTP status.
     status = re.search(r"status code: (\d+)", str(err)) if isinstance(err, GenericError) else None
     if isinstance(err, FileNotFoundError) or (status and status[1] == "404"):
         return "absent"
@@ -322,14 +333,14 @@ def _is_transient(err: Exception) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """A URI with its scheme; paths become absolute `file://` URIs.
+    """Return a URI with its scheme; paths become absolute `file://` URIs.
 
     Raises:
-        ConfigError: not a URI, one without a bucket or a path, or one with credentials in it.
+        ConfigError: The text is not a URI, lacks a bucket or a path, or contains credentials.
     """
     if not _HAS_SCHEME.match(uri):
         if found := _LACKS_SLASHES.match(uri):
-            msg = f"{redacted_uri(uri)} is neither a URI nor a likely path; write {found[1]}://, with two slashes"
+            msg = f"{redacted_uri(uri)} is not a URI, and an unlikely path; write {found[1]}://, with two slashes"
             raise ConfigError(msg)
         return Path(uri).expanduser().absolute().as_uri()
     try:
@@ -339,15 +350,15 @@ def absolute(uri: str) -> str:
         raise ConfigError(msg) from None
     scheme = SCHEMES.get(parts.scheme)
     is_bucket = scheme is not None and scheme.committer == "obstore"
-    # A secret key of S3 may hold a slash, and the netloc ends there.
+    # An S3 secret key may contain a slash, at which urlsplit ends the netloc.
     if ":" in (parts.netloc if scheme and scheme.store == "s3" else parts.netloc.rpartition("@")[0]):
         msg = (
             f"{redacted_uri(uri)} was given with credentials, which results and logs would repeat; "
-            "give them by the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            "pass them in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
         raise ConfigError(msg)
     if parts.scheme == "file" and parts.netloc not in ("", "localhost"):
-        msg = f"{uri} names a host where the path should begin; write file:///FULL/PATH, or the path alone"
+        msg = f"{uri} has a host before the path; write file:///FULL/PATH, or the path alone"
         raise ConfigError(msg)
     if is_bucket and not parts.netloc:
         msg = f"{uri} names no bucket; write {parts.scheme}://BUCKET/PATH"
@@ -365,7 +376,7 @@ def _open_store(uri: str) -> Any:  # obstore's stores share no public base class
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as err:
-            msg = f"output {uri} is not a folder that can be made: {err.strerror}; give another one, or the right to it"
+            msg = f"cannot create the folder {uri}: {err.strerror}; choose another path or fix its permissions"
             raise StorageError(msg) from None
         return LocalStore(path)
     options: dict[str, Any] = {}
@@ -392,5 +403,5 @@ def _open_store(uri: str) -> Any:  # obstore's stores share no public base class
 
 
 def local_path(uri: str) -> str:
-    """The path that a `file://` URI names."""
+    """Return the path of a `file://` URI."""
     return unquote(urlsplit(uri).path)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Literal
 
 Purpose = Literal["image", "images.allow", "manifest", "weights", "output"]
-"""What a URI is given for."""
+"""Use of a URI."""
 
 LOCAL = "file"
 

@@ -1,7 +1,7 @@
-"""The URIs that requests name: what they mean, whether they may be opened, and how they are shown. Opens nothing.
+"""URIs that requests name: their meaning, the policy that permits them, and their redaction. Opens nothing.
 
-A manifest is written by others, so what stands in it is read strictly: a URI that two programs could take for two
-places (dots that climb, encoded or not; a user name before the host) is refused, and not repaired.
+A manifest is written by others, so its URIs are parsed strictly: a URI that two programs could take for two places
+(dots that climb, encoded or not; a user name before the host) is refused, and not repaired.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote
 from pia_batch.storage import schemes
 
 DECODINGS = 4
-"""Layers of percent-encoding that are looked through for dots; more are refused. An honest URI has one."""
+"""Layers of percent-encoding that are searched for dots; more are refused. An honest URI has one."""
 
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://(.*)", re.DOTALL)
 _URL = re.compile(r"(\[[^\]/?#]*\]|[^:/?#]*)(?::([^/?#]*))?([^?#]*)(\?[^#]*)?(?:#.*)?", re.DOTALL)
@@ -26,33 +26,33 @@ _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _BUCKET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _CONTAINER = re.compile(r"[a-z0-9$][a-z0-9-]*(@[a-z0-9-]+(\.[a-z0-9-]+)*)?")
 _LEGAL = "%:/?#[]@!$&'()*+,;=-._~"
-"""What may stand in a URL besides letters and digits (RFC 3986); the rest is percent-encoded before it is sent."""
+"""Characters allowed in a URL besides letters and digits (RFC 3986); others are percent-encoded before it is sent."""
 
 
 class RefusedError(ValueError):
-    """A URI that is not opened. The text follows the URI in a sentence, and repeats nothing that could be secret."""
+    """A refused URI. The text follows the URI in a sentence, and repeats nothing that could be secret."""
 
 
 class NotAllowedError(RefusedError):
-    """A URI that means something, and that the policy does not open."""
+    """A well-formed URI that the policy does not permit."""
 
 
 class TooLargeError(ValueError):
-    """What a URI names says that it is longer than what may be read."""
+    """An object that its server reports to be longer than the limit."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """What a URI means."""
+    """Meaning of a URI."""
 
     scheme: str
-    """`Scheme.store` of the scheme."""
+    """Canonical scheme: `Scheme.store`."""
     authority: str
-    """The bucket, the container, or `host:port`; empty for files."""
+    """Bucket, container, or `host:port`; empty for files."""
     parts: tuple[str, ...]
-    """The segments of the path, decoded where the scheme encodes them."""
+    """Segments of the path, decoded if the scheme encodes them."""
     target: str
-    """What is opened: a path for `file`, else the URI in its one canonical spelling."""
+    """Argument for the client: a path for `file`, otherwise the URI in its one canonical spelling."""
 
     @property
     def is_web(self) -> bool:
@@ -60,29 +60,29 @@ class Location:
         return self.scheme in schemes.WEB_PORTS
 
     def covers(self, other: Location) -> bool:
-        """Whether `other` is this place or lies below it, segment by segment."""
+        """Return True if `other` is this location or is inside it, segment by segment."""
         place = self.parts if self.parts and self.parts[-1] else self.parts[:-1]
         same_store = (self.scheme, self.authority) == (other.scheme, other.authority)
         return same_store and other.parts[: len(place)] == place
 
 
 class Policy:
-    """Which images a manifest may name: those of its own store, and what the operator opens.
+    """Permission to open images: those of the manifest's own store, and those that the operator allows.
 
-    A manifest in a local folder owns that folder and what is below; a manifest on object storage owns its bucket or
-    container. Whether a local file lies below a folder is known only once its links are followed: the policy names the
-    folders, and who opens the file compares.
+    A manifest in a local folder may name files inside that folder; a manifest on object storage may name objects of its
+    bucket or container. Links must be followed before a local file is known to be inside a folder: the policy lists the
+    folders, and the code that opens the file compares.
     """
 
     def __init__(self, base_uri: str, allow: Sequence[str] = ()) -> None:
-        """The policy of one run.
+        """Build the policy of one run.
 
         Args:
-            base_uri: the folder of the manifest, with its scheme.
-            allow: prefixes as `parse_prefix` takes them.
+            base_uri: Folder of the manifest, with its scheme.
+            allow: Further prefixes, as `parse_prefix` accepts them.
 
         Raises:
-            ValueError: an entry of `allow` that is no prefix.
+            ValueError: An entry of `allow` is not a prefix.
         """
         self._base_uri = base_uri
         self._base = _place_of_manifest(base_uri)
@@ -91,19 +91,19 @@ class Policy:
             bucket = Location(self._base.scheme, self._base.authority, (), "")
             opened.append(self._base if self._base.scheme == "file" else bucket)
         self.folders = tuple(place.target for place in opened if place.scheme == "file")
-        """Local folders that may be read, as they were written: links in them are not followed yet."""
+        """Local folders that may be read, as they were given: links in them are not followed yet."""
         self._prefixes = [place for place in opened if place.scheme != "file"]
         self._allow = [redacted_uri(entry) for entry in allow]
 
     def locate(self, uri: str) -> Location:
-        """Where `uri` points, if that may be opened. Of a file this is not decided here; compare it with `folders`.
+        """Return the location of `uri` if it may be opened. A file is always returned: compare it with `folders`.
 
         Args:
-            uri: absolute, or a path relative to the manifest's folder.
+            uri: Absolute URI, or a path relative to the manifest's folder.
 
         Raises:
-            NotAllowedError: outside of what is open.
-            RefusedError: not a URI, or one that is read in more than one way.
+            NotAllowedError: The policy does not permit the location.
+            RefusedError: The text is not a URI, or has more than one meaning.
         """
         location = self._meaning(uri)
         if location.scheme == "file" or any(prefix.covers(location) for prefix in self._prefixes):
@@ -111,19 +111,20 @@ class Policy:
         raise self.refusal()
 
     def refusal(self) -> NotAllowedError:
-        """Why something is not opened, and what to do."""
+        """Return the error for a location that the policy does not permit, with the remedy."""
         own = "the manifest's own folder"
         if self._base is None or self._base.scheme != "file":
             own = f"{self._base.scheme}://{self._base.authority}" if self._base else ""
         places = " and ".join(filter(None, [own, ", ".join(self._allow)])) or "nowhere"
-        return NotAllowedError(f"is not allowed: images may come from {places}; open more by images.allow")
+        return NotAllowedError(f"is not allowed: images may come from {places}; allow more with images.allow")
 
     def _meaning(self, uri: str) -> Location:
         if _SCHEME.match(uri) or uri.startswith("/"):
             return parse(uri)
         base = self._base
         if base is None:
-            raise RefusedError(f"is relative, and the manifest lies on {redacted_uri(self._base_uri)}; write full URIs")
+            shown = redacted_uri(self._base_uri)
+            raise RefusedError(f"is relative, and images cannot be relative to {shown}; write full URIs")
         if base.scheme == "file":
             return parse(posixpath.join(base.target, uri))
         parts = [part for part in base.parts if part]
@@ -135,13 +136,13 @@ class Policy:
 
 
 def parse(uri: str) -> Location:
-    """What an absolute URI, or an absolute local path, means.
+    """Return the meaning of an absolute URI, or of an absolute local path.
 
     Raises:
-        RefusedError: another scheme, not a URI, or one that is read in more than one way.
+        RefusedError: The scheme is not supported, or the text is not a URI, or has more than one meaning.
     """
     if any(unicodedata.category(character) == "Cc" for character in uri):
-        raise RefusedError("cannot be opened: it has control characters")
+        raise RefusedError("cannot be opened: it contains control characters")
     found = _SCHEME.fullmatch(uri)
     if found is None:
         return Location("file", "", tuple(uri.split("/")[1:]), uri)
@@ -155,18 +156,18 @@ def parse(uri: str) -> Location:
 
 
 def parse_prefix(entry: str) -> Location:
-    """What an entry of `images.allow` opens: everything below it.
+    """Return the location that an entry of `images.allow` permits, with everything inside it.
 
     Args:
-        entry: such as `s3://bucket`, `s3://bucket/folder/`, `/mnt/folder`, `https://host/` or
+        entry: Prefix such as `s3://bucket`, `s3://bucket/folder/`, `/mnt/folder`, `https://host/` or
             `https://host:8443/folder/`.
 
     Raises:
-        ValueError: anything else, with the entry and what is expected.
+        ValueError: The entry is not a prefix; the message has the entry and what is expected.
     """
     shown = redacted_uri(entry)
     if not _SCHEME.match(entry) and not entry.startswith("/"):
-        raise ValueError(f"{shown!r} is neither a URI nor a full path, such as s3://photos/ or /mnt/photos")
+        raise ValueError(f"{shown!r} is not a URI or an absolute path, such as s3://photos/ or /mnt/photos")
     if re.search(r"[*?#]", entry):
         raise ValueError(f"{shown!r} has a wildcard, a query or a fragment; name a bucket, a folder or a host")
     try:
@@ -174,26 +175,26 @@ def parse_prefix(entry: str) -> Location:
     except RefusedError as err:
         raise ValueError(f"{shown!r} {err}") from None
     if place.scheme == "file" and ".." in place.parts:
-        raise ValueError(f"{shown!r} has '..' in it; write the folder's full path")
+        raise ValueError(f"{shown!r} contains '..'; write the folder's absolute path")
     return place
 
 
 def redacted(text: str) -> str:
-    """`text` without the user names, passwords and signatures of the URIs in it."""
+    """Return `text` without the user names, passwords and signatures of the URIs in it."""
     for pattern, kept in _REDACTIONS_IN_TEXT:
         text = re.sub(pattern, kept, text)
     return text
 
 
 def redacted_uri(uri: str) -> str:
-    """`uri`, which is nothing else and may be malformed, without its user name, password and signature."""
+    """Return one URI, which may be malformed, without its user name, password and signature."""
     for pattern, kept in REDACTIONS:
         uri = re.sub(pattern, kept, uri)
     return uri
 
 
 def redacted_json(value: Any) -> Any:  # what JSON can hold
-    """`redacted` on every text of a JSON value, but for the names in its objects."""
+    """Return a JSON value with every text redacted, except the names in its objects."""
     if isinstance(value, dict):
         return {name: redacted_json(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -202,20 +203,20 @@ def redacted_json(value: Any) -> Any:  # what JSON can hold
 
 
 def _redactions(start: str, space: str, rest: str) -> tuple[tuple[str, str], ...]:
-    """What to replace by what, in order, in the syntax that Python's `re` and Arrow's RE2 share.
+    """Return patterns and replacements, in order, in the syntax that Python's `re` and Arrow's RE2 share.
 
     Args:
-        start: where a URI begins.
-        space: what it cannot contain, as the inside of a character class.
-        rest: the pattern of everything up to its end.
+        start: Pattern of the beginning of a URI.
+        space: Characters that a URI cannot contain, as the inside of a character class.
+        rest: Pattern of everything up to the end of a URI.
     """
     scheme = "[a-z][a-z0-9+.-]*:/*|//"
     signed = "|".join([*(name for name, s in schemes.SCHEMES.items() if s.query_may_be_secret), "wasbs?"])
     secrets = "x-amz-|x-goog-|accesskeyid=|signature=|sig=|token=|secret|password=|credential|api_?key="
     s3 = "|".join(name for name, s in schemes.SCHEMES.items() if s.store == "s3")
     web = "|".join(schemes.WEB_PORTS)
-    # The container in abfs://container@account is no user name. A password may hold slashes, and digits before a slash
-    # are a port, but for S3, which has none.
+    # The container in abfs://container@account is not a user name. A password may contain slashes, and digits before a
+    # slash are a port, except on S3, which has none.
     user = "|".join(
         (
             rf"({scheme})[^/?#:{space}]*:[^/?#{space}]*@",
@@ -232,12 +233,12 @@ def _redactions(start: str, space: str, rest: str) -> tuple[tuple[str, str], ...
 
 
 REDACTIONS = _redactions("^", "", ".*")
-"""For values that are one URI each, spaces and all: (pattern, replacement), to be applied in order."""
+"""Patterns and replacements for values that are one URI each, spaces included; apply them in order."""
 _REDACTIONS_IN_TEXT = _redactions("", r"\s", r"\S*")
 
 
 def _place_of_manifest(base_uri: str) -> Location | None:
-    """None where images cannot be read from: a manifest may lie where its images may not."""
+    """Return the location of a manifest's folder; None if images cannot be relative to it, such as on a web server."""
     try:
         place = parse(base_uri)
     except RefusedError:
@@ -248,16 +249,16 @@ def _place_of_manifest(base_uri: str) -> Location | None:
 def _file(rest: str) -> Location:
     host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
     if host not in ("", "localhost") or not slash:
-        raise RefusedError("cannot be opened: a file's URI is file:///path, without a host")
+        raise RefusedError("cannot be opened: the URI of a file is file:///path, without a host")
     return parse(unquote(f"/{path}"))
 
 
 def _object(scheme: schemes.Scheme, rest: str) -> Location:
     authority, _, key = rest.partition("/")
     if ":" in authority or ("@" in authority and not scheme.account_in_authority):
-        raise RefusedError("was given with credentials; give them by the environment of the workers")
+        raise RefusedError("was given with credentials; pass them in the environment of the workers")
     if not (_CONTAINER if scheme.store == "abfs" else _BUCKET).fullmatch(authority):
-        raise RefusedError("cannot be opened: that is no name of a bucket or container")
+        raise RefusedError("cannot be opened: invalid name of a bucket or container")
     parts = tuple(key.split("/"))
     _forbid_dots(parts)
     return Location(scheme.store, authority, parts, f"{scheme.store}://{authority}/{key}")
@@ -265,13 +266,13 @@ def _object(scheme: schemes.Scheme, rest: str) -> Location:
 
 def _url(scheme: str, rest: str) -> Location:
     if "@" in re.split(r"[/?#]", rest, maxsplit=1)[0] or "\\" in rest:
-        raise RefusedError("was given with credentials or a backslash; none are sent")
+        raise RefusedError("was given with credentials or a backslash, which are never sent")
     found = _URL.fullmatch(rest)
     if found is None:
-        raise RefusedError("cannot be opened: it is no URL")
+        raise RefusedError("cannot be opened: invalid URL")
     host, port, path, query = _host(found[1]), found[2], found[3], found[4] or ""
     if port and not re.fullmatch("[0-9]{1,5}", port):
-        raise RefusedError("cannot be opened: its port is no number")
+        raise RefusedError("cannot be opened: invalid URL: the port is not a number")
     number = int(port or schemes.WEB_PORTS[scheme])
     shown = host if number == schemes.WEB_PORTS[scheme] else f"{host}:{number}"
     _forbid_dots(path.split("/"))
@@ -281,28 +282,28 @@ def _url(scheme: str, rest: str) -> Location:
 
 
 def _host(host: str) -> str:
-    """In lower case, without the dot that may end it; an IPv6 address in its shortest form, in brackets."""
+    """Return a host name in lower case, without a final dot; an IPv6 address in its shortest form, in brackets."""
     if host.startswith("["):
         try:
             address = ipaddress.IPv6Address(host[1:-1])
         except ValueError:
             address = None
         if address is None or address.scope_id:
-            raise RefusedError("cannot be opened: its host is no IPv6 address")
+            raise RefusedError("cannot be opened: invalid URL: the host is not an IPv6 address")
         return f"[{address}]"
     name = host.lower().removesuffix(".")
     if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in name.split(".")):  # noqa: PLR2004 - RFC 1035
-        raise RefusedError("cannot be opened: its host is no name in ASCII; write other alphabets as xn--...")
+        raise RefusedError("cannot be opened: the host name is not ASCII; write other alphabets as xn--...")
     return name
 
 
 def _forbid_dots(parts: Sequence[str]) -> None:
-    """`.` and `..` as a whole segment climb in some programs and are names in others, whatever encodes them."""
+    """Refuse `.` and `..` as a whole segment, in any encoding: some programs climb there, to others they are names."""
     for part in parts:
         plain = part
         for _ in range(DECODINGS):
             plain = unquote(plain)
         plain = unicodedata.normalize("NFKC", plain)
-        # `..;x` is `..` to servers that cut path parameters off.
+        # Servers that cut off path parameters take `..;x` for `..`.
         if unquote(plain) != plain or {".", ".."} & set(re.split(r"[/\\;]", plain)):
-            raise RefusedError("cannot be opened: it has '.' or '..' as a segment; write the path without them")
+            raise RefusedError("cannot be opened: a segment of the path is '.' or '..'; write the path without them")

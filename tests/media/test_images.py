@@ -127,7 +127,7 @@ def test_a_small_file_of_too_many_pixels_is_refused_before_it_is_decoded(side):
     ids=["PNG", "JPEG", "WebP", "GIF", "BMP"],
 )
 def test_a_header_of_hundreds_of_megapixels_is_refused_in_every_format(header):
-    with pytest.raises(ImageUnreadableError, match=r"pixels; from 1 to 40000000 are accepted"):
+    with pytest.raises(ImageUnreadableError, match="expected at most 40000000"):
         decode(header)
 
 
@@ -141,7 +141,7 @@ def test_a_line_of_pixels_is_refused_for_what_resampling_it_would_take(size):
     data = png(np.zeros((1, 1), np.uint8), 0)
     data = data[:16] + struct.pack(">II", *size) + data[24:]
 
-    with pytest.raises(ImageUnreadableError, match="from 1 to 65535 a side are accepted"):
+    with pytest.raises(ImageUnreadableError, match="expected sides of 1 to 65535 pixels"):
         decode(data)
 
 
@@ -149,7 +149,7 @@ def test_the_pixel_cap_holds_to_the_pixel():
     data = saved(picture(size=(20, 10)), "PNG")
 
     assert decode(data, max_pixels=200).size == (20, 10)
-    with pytest.raises(ImageUnreadableError, match="20 x 10 = 200 pixels; from 1 to 199"):
+    with pytest.raises(ImageUnreadableError, match="got 20 x 10 = 200, expected at most 199"):
         decode(data, max_pixels=199)
 
 

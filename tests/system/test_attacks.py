@@ -36,7 +36,7 @@ from pia_batch.media.fetch import read_image, read_image_head
 from pia_batch.pipeline.request_rows import with_row_error
 from pia_batch.pipeline.stages import FetchImages
 from pia_batch.storage import http_client, uris
-from pia_batch.storage.http_client import Web, is_public
+from pia_batch.storage.http_client import HttpReader, is_public
 
 NOWHERE = "file:///nowhere"
 SERVER, CANARY = "127.0.0.2", "127.0.0.1"
@@ -189,12 +189,12 @@ def names(table: dict[str, Sequence[str]]) -> Callable[[str, int], Any]:
 
 
 HOSTS = {"images.example.com": [SERVER], "cdn.example.com": [SERVER], "inside.example.com": [CANARY]}
-INTERNET = Web(resolve=names(HOSTS), is_public=lambda address: address == SERVER)
+INTERNET = HttpReader(resolve=names(HOSTS), is_public=lambda address: address == SERVER)
 """An internet of one server."""
 
 
-def fetch(uri: str, *allow: str, base: str = NOWHERE, through: Web = INTERNET, timeout_s: float = 5.0) -> bytes:
-    return read_image(uri, base, ImagesConfig(allow=allow, max_bytes=1000, timeout_s=timeout_s), web=through)
+def fetch(uri: str, *allow: str, base: str = NOWHERE, through: HttpReader = INTERNET, timeout_s: float = 5.0) -> bytes:
+    return read_image(uri, base, ImagesConfig(allow=allow, max_bytes=1000, timeout_s=timeout_s), http=through)
 
 
 def refused(uri: str, *allow: str, **options: Any) -> str:
@@ -224,7 +224,7 @@ def test_the_beginning_of_an_image_is_asked_for_and_no_more_is_read(server: Serv
     images = ImagesConfig(allow=(here,), timeout_s=5)
 
     def head(path: str, num_bytes: int) -> bytes:
-        return read_image_head(f"{here}/{path}", NOWHERE, images, num_bytes, web=INTERNET)
+        return read_image_head(f"{here}/{path}", NOWHERE, images, num_bytes, http=INTERNET)
 
     assert (head("range", 4), head("range", 99), head("x.png", 4)) == (b"pict", b"picture", b"pict")
     assert server.requests[0][1]["Range"] == "bytes=0-3"
@@ -239,10 +239,10 @@ def test_redirects_are_followed_a_few_times_without_cookies_and_every_host_must_
 
     assert fetch(f"{here}/to/3", here) == b"picture"
     assert all("Cookie" not in headers for _, headers in server.requests)
-    assert "leads on by more than 3 redirects" in refused(f"{here}/to/4", here)
+    assert "more than 3 redirects" in refused(f"{here}/to/4", here)
     assert fetch(f"{here}/away?{cdn}/x.png", here, cdn) == b"picture"
     text = refused(f"{here}/away?{cdn}/x.png", here)
-    assert f"leads by a redirect to {cdn}/x.png, which is not allowed" in text
+    assert f"redirects to {cdn}/x.png, which is not allowed" in text
     assert "redirect" in refused(f"{here}/a/../away?/x.png".replace("/a/..", ""), f"{here}/away")
 
 
@@ -282,7 +282,7 @@ def test_what_a_server_answers_is_told(server: Server, status: int, says: str, r
     [
         ("large", "has more than 1000 bytes"),
         ("endless", "has more than 1000 bytes"),
-        ("gzip", "the server sent it compressed"),
+        ("gzip", "the server sent compressed content"),
         ("short", "could not be read in time"),
         ("drip/body", "could not be read in time"),
         ("drip/start", "could not be read in time"),
@@ -345,7 +345,7 @@ def test_a_redirect_stays_on_the_web_also_where_the_other_place_is_allowed(serve
 
     text = refused(f"{here}/away?{location}", here, "/", "s3://photos/")
 
-    assert f"leads by a redirect to {location}, which is not on the web" in text
+    assert f"redirects to {location}, which is not an http or https URL" in text
 
 
 # --- addresses -------------------------------------------------------------------------------------------------------
@@ -403,8 +403,8 @@ def test_no_spelling_of_an_inner_address_is_connected_to_even_where_it_is_allowe
 ) -> None:
     url = f"http://{host}:{server.server_port}/x.png"
 
-    assert "is not allowed" in refused(url, through=Web())
-    text = refused(url, f"http://{host}:{server.server_port}", through=Web(), timeout_s=1.0)
+    assert "is not allowed" in refused(url, through=HttpReader())
+    text = refused(url, f"http://{host}:{server.server_port}", through=HttpReader(), timeout_s=1.0)
 
     assert connections == []
     if host.strip("[]").replace(".", "").isdigit() or ":" in host:
@@ -426,7 +426,7 @@ NO_HOSTS = [
 
 @pytest.mark.parametrize("host", NO_HOSTS)
 def test_a_host_that_programs_read_in_several_ways_is_no_host(connections: list[Any], host: str) -> None:
-    refused(f"http://{host}/x.png", through=Web(), timeout_s=0.5)
+    refused(f"http://{host}/x.png", through=HttpReader(), timeout_s=0.5)
     with pytest.raises(ConfigError, match=r"images\.allow"):
         RunConfig.load(None, {"manifest": "m", "output": "o", "images.allow": [f"http://{host}/"]})
     assert connections == []
@@ -447,7 +447,7 @@ def test_a_host_that_programs_read_in_several_ways_is_no_host(connections: list[
 def test_one_inner_address_among_those_of_a_name_is_enough_to_refuse_it(
     connections: list[Any], addresses: list[str]
 ) -> None:
-    through = Web(resolve=names({"images.example.com": addresses}))
+    through = HttpReader(resolve=names({"images.example.com": addresses}))
 
     text = refused("https://images.example.com/x.png", "https://images.example.com", through=through)
 
@@ -457,7 +457,7 @@ def test_one_inner_address_among_those_of_a_name_is_enough_to_refuse_it(
 
 def test_an_address_stands_for_itself_whatever_a_resolver_says_of_it(server: Server, connections: list[Any]) -> None:
     here = f"http://{CANARY}:{server.server_port}"
-    through = Web(resolve=names({CANARY: [SERVER]}), is_public=INTERNET.is_public)
+    through = HttpReader(resolve=names({CANARY: [SERVER]}), is_public=INTERNET.is_public)
 
     assert "is not a host on the public internet" in refused(f"{here}/x.png", here, through=through)
     assert connections == []
@@ -474,7 +474,7 @@ def test_a_name_is_resolved_once_and_what_was_judged_is_what_is_connected_to(
         return answers[len(asked) - 1]
 
     here = f"http://images.example.com:{server.server_port}"
-    through = Web(resolve=flipping, is_public=lambda address: address == SERVER)
+    through = HttpReader(resolve=flipping, is_public=lambda address: address == SERVER)
 
     assert fetch(f"{here}/x.png", here, through=through) == b"picture"
     assert asked == [("images.example.com", server.server_port)]
@@ -491,7 +491,7 @@ def test_each_redirect_is_resolved_and_judged_anew(server: Server, connections: 
         return next(answers)
 
     here = f"http://images.example.com:{server.server_port}"
-    through = Web(resolve=flipping, is_public=lambda address: address == SERVER)
+    through = HttpReader(resolve=flipping, is_public=lambda address: address == SERVER)
 
     assert "not a host on the public internet" in refused(f"{here}/to/1", here, through=through)
     assert connections == [(SERVER, server.server_port)]
@@ -504,8 +504,12 @@ def test_names_that_do_not_exist_say_so_and_a_silent_resolver_is_not_waited_for_
 
     allow, url = "https://images.example.com", "https://images.example.com/x.png"
 
-    assert "does not exist: no such host: images.example.com" in refused(url, allow, through=Web(resolve=names({})))
-    assert "could not be read in time: [Errno -3]" in refused(url, allow, through=Web(resolve=silent), timeout_s=0.5)
+    assert "does not exist: no such host: images.example.com" in refused(
+        url, allow, through=HttpReader(resolve=names({}))
+    )
+    assert "could not be read in time: [Errno -3]" in refused(
+        url, allow, through=HttpReader(resolve=silent), timeout_s=0.5
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -580,7 +584,7 @@ def test_over_tls_the_name_is_asked_for_and_the_certificate_must_be_that_names(
     server.socket = context.wrap_socket(server.socket, server_side=True)
     trusting = ssl.create_default_context(cafile=str(certificate))
     here, cdn = (f"https://{host}.example.com:{server.server_port}" for host in ("images", "cdn"))
-    through = Web(INTERNET.resolve, INTERNET.is_public, trusting)
+    through = HttpReader(INTERNET.resolve, INTERNET.is_public, trusting)
 
     assert fetch(f"{here}/x.png", here, through=through) == b"picture"
     assert asked == ["images.example.com"]
@@ -697,19 +701,19 @@ def test_what_only_looks_like_an_allowed_place_is_not(uri: str, connections: lis
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ("photos/", "is neither a URI nor a full path"),
-        ("", "is neither a URI nor a full path"),
-        ("s3", "is neither a URI nor a full path"),
+        ("photos/", "is not a URI or an absolute path"),
+        ("", "is not a URI or an absolute path"),
+        ("s3", "is not a URI or an absolute path"),
         ("https://*.example.com/", "has a wildcard"),
         ("https://host/x?y=1", "has a wildcard, a query"),
         ("https://me:word@host/", "was given with credentials"),
-        ("https:///x", "its host is no name"),
+        ("https:///x", "the host name is not ASCII"),
         ("s3://key:word@bucket/", "was given with credentials"),
-        ("s3://", "no name of a bucket"),
+        ("s3://", "invalid name of a bucket"),
         ("memory://x", "scheme 'memory' is not supported; use a local path, file://, s3://"),
         ("ftp://host/", "scheme 'ftp' is not supported"),
-        ("/mnt/../etc", "has '..' in it"),
-        ("s3://photos/../x", "'.' or '..' as a segment"),
+        ("/mnt/../etc", "contains '..'"),
+        ("s3://photos/../x", "a segment of the path is '.' or '..'"),
         ("https://b\u00fccher.example/", "write other alphabets as xn--"),
     ],
 )
@@ -852,4 +856,4 @@ def test_no_password_survives_redaction(scheme: str, user: str, around: str) -> 
 
 
 def test_a_run_uses_the_systems_resolver_and_the_rule_for_addresses() -> None:
-    assert sources.WEB == Web() == Web(resolve=http_client.resolve, is_public=is_public, tls=None)
+    assert sources.HTTP == HttpReader() == HttpReader(resolve=http_client.resolve, is_public=is_public, tls=None)

@@ -147,7 +147,7 @@ CASES = [
         f"run {GOOD} --set model.base=some/where/not",
         "model.base: there is no folder or file some/where/not, and it is no",
     ),
-    (f"run {GOOD} --set images.allow=[photos]", "'photos' is neither a URI nor a full path, such as s3://photos/"),
+    (f"run {GOOD} --set images.allow=[photos]", "'photos' is not a URI or an absolute path, such as s3://photos/"),
     (f"run {GOOD} --run-id ../x", "run_id '../x': up to 128 letters, digits"),
     (f"run {GOOD} --run-date tomorrow", "'tomorrow' is no date such as 2026-11-22"),
     (f"run {GOOD} --deadline never", "'never' is no time such as 06:00"),
@@ -183,7 +183,7 @@ CASES = [
     ("plan --manifest requests --output requests/out", "its results would be read as requests; choose another folder"),
     (
         "plan --manifest file://good.parquet --output out",
-        "names a host where the path should begin; write file:///FULL",
+        "has a host before the path; write file:///FULL",
     ),
     ("plan --manifest s3:// --output out", "s3:// names no bucket; write s3://BUCKET/PATH"),
     ("plan --manifest good.parquet --output s3://", "s3:// names no bucket; write s3://BUCKET/PATH"),
@@ -201,7 +201,7 @@ CASES = [
     ("plan --manifest broken.parquet --output out", "magic bytes not found in footer. Either"),
     ("plan --manifest broken.jsonl --output out", "broken.jsonl, line 1: not JSON: Expecting ','"),
     ("plan --manifest notes.txt --output out", "JSONL and CSV are known by their names: .jsonl, .ndjson, .csv"),
-    ("plan --manifest s3:/bucket/x --output out", "s3:/bucket/x is neither a URI nor a likely path; write s3://"),
+    ("plan --manifest s3:/bucket/x --output out", "s3:/bucket/x is not a URI, and an unlikely path; write s3://"),
     (
         "plan --manifest gs3://bucket/x --output out",
         "scheme 'gs3' is not supported; use a local path, file://",
@@ -213,7 +213,7 @@ CASES = [
     ("run --manifest good.parquet --output s3://key:secret@bucket/x", "given with credentials"),
     (
         "run --manifest good.parquet --output notes.txt/out",
-        "notes.txt/out is not a folder that can be made: Not a direc",
+        "notes.txt/out: Not a directory; choose another path",
     ),
     ("status nowhere", "no run has ever written to"),
     ("verify s3:bucket/out", "write s3://, with two slashes"),
@@ -221,7 +221,7 @@ CASES = [
     ("inspect notes.txt", "notes.txt is not a GIF, an MP4, a WebP, a PNG or a zip of PNGs"),
     ("inspect gone.gif", "gone.gif does not exist"),
     ("inspect folder", "folder is a folder; name one animation in it"),
-    ("demo --output notes.txt", "notes.txt is not a folder that can be made: File exists; give another one, or"),
+    ("demo --output notes.txt", "notes.txt: File exists; choose another path or fix"),
     (
         "jobs --address http://127.0.0.1:PORT",
         "no Ray dashboard answers at http://127.0.0.1:PORT; correct --address, or",
