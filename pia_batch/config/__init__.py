@@ -17,22 +17,9 @@ from pia_batch.config.models import (
     SchedulerName,
     TextualInversionConfig,
 )
-from pia_batch.config.requests import (
-    FORMATS,
-    FREE_INIT_METHODS,
-    MAX_FPS,
-    MOTIONS,
-    SIZES,
-    Defaults,
-    EncodingConfig,
-    Fit,
-    Format,
-    FreeInitMethod,
-    ImagesConfig,
-    Motion,
-    Size,
-)
+from pia_batch.config.requests import Defaults, EncodingConfig, Fit, ImagesConfig
 from pia_batch.config.run import RunConfig
+from pia_batch.schema.settings import FORMATS, FREE_INIT_METHODS, MAX_FPS, MOTIONS, Format, FreeInitMethod, Motion, Size
 
 __all__ = [
     "EMBEDDED",
@@ -40,7 +27,6 @@ __all__ = [
     "FREE_INIT_METHODS",
     "MAX_FPS",
     "MOTIONS",
-    "SIZES",
     "AddOn",
     "BudgetConfig",
     "Defaults",

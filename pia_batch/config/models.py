@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from pia_batch.config.base import Section
 from pia_batch.config.speed_presets import Speed
+from pia_batch.schema.identity import Decides
 
 EMBEDDED = "embedded"
 """The value of `model.base` that means the checkpoint inside this package."""
@@ -24,8 +25,10 @@ class SchedulerConfig(Section):
     (open-mmlab/PIA `example/config/base.yaml`); Stable Diffusion 1.5 repositories ship `scaled_linear`.
     """
 
-    name: SchedulerName = Field("ddim", description="`checkpoint` keeps what the checkpoint ships, settings included")
-    settings: dict[str, bool | int | float | str] = Field(
+    name: Annotated[SchedulerName, Decides()] = Field(
+        "ddim", description="`checkpoint` keeps what the checkpoint ships, settings included"
+    )
+    settings: Annotated[dict[str, bool | int | float | str], Decides(neutral={})] = Field(
         default_factory=dict,
         description="arguments of the diffusers scheduler; laid over `beta_schedule: linear`, `clip_sample: false`",
     )
@@ -42,13 +45,17 @@ class AddOn(Section):
 class LoraConfig(AddOn):
     """One LoRA laid over a model's UNet and text encoder."""
 
-    scale: float = Field(1.0, ge=-10, le=10, allow_inf_nan=False, description="how strongly it is applied")
+    scale: Annotated[float, Decides()] = Field(
+        1.0, ge=-10, le=10, allow_inf_nan=False, description="how strongly it is applied"
+    )
 
 
 class TextualInversionConfig(AddOn):
     """One embedding that a word of the prompt stands for."""
 
-    token: str | None = Field(None, min_length=1, description="the word; null: the one that the file names")
+    token: Annotated[str | None, Decides(neutral=None)] = Field(
+        None, min_length=1, description="the word; null: the one that the file names"
+    )
 
 
 class IpAdapterConfig(AddOn):
@@ -70,10 +77,18 @@ class FreeUConfig(Section):
     Source of the defaults: ChenyangSi/FreeU README, Stable Diffusion 1.5.
     """
 
-    s1: float = Field(0.9, gt=0, le=2, description="scale of the skip features of the first up block")
-    s2: float = Field(0.2, gt=0, le=2, description="scale of the skip features of the second up block")
-    b1: float = Field(1.5, gt=0, le=3, description="scale of the backbone features of the first up block")
-    b2: float = Field(1.6, gt=0, le=3, description="scale of the backbone features of the second up block")
+    s1: Annotated[float, Decides()] = Field(
+        0.9, gt=0, le=2, description="scale of the skip features of the first up block"
+    )
+    s2: Annotated[float, Decides()] = Field(
+        0.2, gt=0, le=2, description="scale of the skip features of the second up block"
+    )
+    b1: Annotated[float, Decides()] = Field(
+        1.5, gt=0, le=3, description="scale of the backbone features of the first up block"
+    )
+    b2: Annotated[float, Decides()] = Field(
+        1.6, gt=0, le=3, description="scale of the backbone features of the second up block"
+    )
 
 
 class ModelConfig(Section):
@@ -107,7 +122,9 @@ class ModelConfig(Section):
     ip_adapter: IpAdapterConfig | None = Field(
         None, description="`source`, `weight_name`, `revision`, `image_encoder`, `image_encoder_revision`"
     )
-    freeu: FreeUConfig | None = Field(None, description="`s1`, `s2`, `b1`, `b2`; null: off")
+    freeu: Annotated[FreeUConfig | None, Decides(neutral=None)] = Field(
+        None, description="`s1`, `s2`, `b1`, `b2`; null: off"
+    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="auto: float16 on a GPU, float32 on a CPU"
     )
@@ -131,4 +148,4 @@ class ModelConfig(Section):
         description="file name (`unet/diffusion_pytorch_model.safetensors`, or a single file's) to the sha256 that it "
         "must have",
     )
-    scheduler: SchedulerConfig = SchedulerConfig()
+    scheduler: Annotated[SchedulerConfig, Decides()] = SchedulerConfig()

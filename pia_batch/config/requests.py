@@ -1,80 +1,48 @@
-"""What a request may say, how its image is fitted and how its frames become a file."""
+"""Sections of a config about requests: defaults of settings, how images are fitted, how frames are encoded."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, create_model, field_validator
 
 from pia_batch.config.base import Section
+from pia_batch.schema.identity import Decides, decisive
+from pia_batch.schema.settings import DEFAULT_SETTINGS, Format, MotionWords, Settings
 from pia_batch.storage import uris
 
 Fit = Literal["cover", "contain", "stretch"]
-Format = Literal["mp4", "gif", "webp", "png_zip"]
-FORMATS: tuple[Format, ...] = ("mp4", "gif", "webp", "png_zip")
-MAX_FPS: Mapping[Format, int] = MappingProxyType({"mp4": 60, "gif": 50, "webp": 60, "png_zip": 60})
-"""Highest rate of each format, in frames per second.
 
-GIF delays are multiples of 10 ms, and browsers show a frame of 10 ms for 100 ms.
-"""
-Motion = Literal["small", "medium", "large"]
-MOTIONS: tuple[Motion, ...] = ("small", "medium", "large")
-Size = Literal["fixed", "auto"]
-SIZES: tuple[Size, ...] = ("fixed", "auto")
-FreeInitMethod = Literal["butterworth", "ideal", "gaussian"]
-FREE_INIT_METHODS: tuple[FreeInitMethod, ...] = ("butterworth", "ideal", "gaussian")
+if TYPE_CHECKING:
 
+    class Defaults(Settings, MotionWords, Section):
+        """Values of settings where a row's column is null or absent; see `schema.settings`."""
 
-class Defaults(Section):
-    """What a request gets where its column is null or absent. The ranges hold for columns too."""
+        def __init__(self, **values: Any) -> None: ...
 
-    negative_prompt: str = Field("", description="what to steer away from; unused without guidance")
-    motion: Motion | None = Field(None, description="small, medium, large: a word for motion_scale, which it overrides")
-    motion_scale: int = Field(0, ge=0, le=8, description="0-2 more motion, 3-5 loops of 16 frames, 6-8 restyles")
-    loop: bool = Field(default=False, description="the last frame returns to the image, at any number of frames")
-    style: bool = Field(default=False, description="with `motion` or a motion_scale of 0-2: restyles")
-    motion_curve: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = Field(
-        None,
-        min_length=1,
-        max_length=32,
-        description="likeness to the image by distance in frames, 0 to 1; overrides motion_scale",
+else:
+    Defaults = create_model(
+        "Defaults",
+        __base__=Section,
+        __module__=__name__,
+        __doc__="Values of settings where a row's column is null or absent. The ranges hold for columns too.",
+        **{
+            each.name: (each.annotation, Field(each.default, description=each.description, **each.limits))
+            for each in DEFAULT_SETTINGS
+        },
     )
-    cond_frame: int = Field(0, ge=0, le=31, description="the frame that is the image; PIA was made for 0")
-    guidance_scale: float = Field(7.5, ge=0, le=100, allow_inf_nan=False, description="1 and below: no guidance")
-    strength: float = Field(1.0, gt=0, le=1, description="below 1: starts from the noised image")
-    num_inference_steps: int = Field(25, ge=1, le=1000, description="denoising steps")
-    num_frames: int = Field(16, ge=1, le=32, description="PIA was trained on 16; its motion modules end at 32")
-    size: Size = Field("fixed", description="fixed: width x height; auto: from the image's own shape")
-    long_side: int = Field(
-        512, ge=64, le=4096, multiple_of=64, description="pixels of the longer side where size is auto"
-    )
-    width: int = Field(512, ge=8, le=4096, multiple_of=8, description="pixels")
-    height: int = Field(512, ge=8, le=4096, multiple_of=8, description="pixels")
-    clip_skip: int | None = Field(None, ge=0, le=11, description="layers of the text encoder left out")
-    eta: float = Field(0.0, ge=0, le=1, description="DDIM only: 0 deterministic, 1 as noisy as DDPM")
-    ip_adapter_scale: float = Field(
-        1.0, ge=0, le=2, allow_inf_nan=False, description="weight of the image prompt; 0 is without"
-    )
-    free_init_iters: int = Field(0, ge=0, le=10, description="FreeInit's passes, each a whole denoising; 0: off")
-    free_init_method: FreeInitMethod = Field("butterworth", description="FreeInit's low-pass filter")
-    free_init_order: int = Field(4, ge=1, le=32, description="order of the butterworth filter")
-    free_init_spatial_stop: float = Field(0.25, ge=0, le=1, description="stop frequency over the picture")
-    free_init_temporal_stop: float = Field(0.25, ge=0, le=1, description="stop frequency over the frames")
-    free_init_fast: bool = Field(default=False, description="coarser first passes: about half the cost, less gain")
-    fps: float = Field(
-        8.0, ge=1, le=max(MAX_FPS.values()), description=f"frames per second; at most {MAX_FPS['gif']} in a GIF"
-    )
-    format: Format = Field("mp4", description="mp4, gif, webp, or png_zip: the frames as PNG files in a zip")
 
 
 class ImagesConfig(Section):
     """How condition images are fetched and fitted."""
 
-    fit: Fit = Field("cover", description="cover: crop to fill; contain: pad; stretch: distort")
-    background: str = Field("#000000", description="under alpha, and the padding")
+    fit: Annotated[Fit, Decides()] = Field(
+        "cover", description="cover: crop the image to fill the clip; contain: pad it; stretch: distort it."
+    )
+    background: Annotated[str, Decides()] = Field(
+        "#000000", description="Colour under transparent pixels and of the padding."
+    )
     allow: tuple[str, ...] = Field(
         (),
         description="further places that images may come from, such as `s3://photos/`, `/mnt/photos/` or "
@@ -84,6 +52,11 @@ class ImagesConfig(Section):
     max_bytes: int = Field(32 * 2**20, gt=0, description="bytes of one image as stored")
     max_pixels: int = Field(40_000_000, gt=0, description="pixels of one image, checked before it is decoded")
     threads: int = Field(16, ge=1, le=256, description="images fetched at a time, for each fetch task")
+
+    def identity(self) -> str:
+        """Return the options that decide the fitted image, for the content key."""
+        chosen = decisive(self) | {"background": self.background.lower()}
+        return " ".join(f"{name}={value}" for name, value in sorted(chosen.items()))
 
     @field_validator("background")
     @classmethod
@@ -102,23 +75,35 @@ class ImagesConfig(Section):
 
 
 class EncodingConfig(Section):
-    """How frames become files. Part of every result's identity."""
+    """Encoders' options. Each is part of the content key of those formats that it affects.
 
-    mp4_crf: int = Field(17, ge=0, le=51, description="x264 quality: lower is better and larger")
-    mp4_preset: Literal["ultrafast", "veryfast", "fast", "medium", "slow"] = Field(
-        "veryfast", description="x264 effort: slower is smaller"
+    To add an option, declare it with its neutral value: the one under which files are what they were before.
+    """
+
+    mp4_crf: Annotated[int, Decides(formats=("mp4",))] = Field(
+        17, ge=0, le=51, description="Quality of x264: lower is better and larger."
     )
-    gif_dither: bool = Field(default=False, description="hides banding, costs size")
-    webp_quality: int = Field(90, ge=0, le=100, description="higher is better and larger")
-    webp_lossless: bool = Field(default=False, description="every pixel as drawn")
-    webp_method: int = Field(2, ge=0, le=6, description="0 fast and large, 6 slow and small")
-    provenance: bool = Field(
+    mp4_preset: Annotated[Literal["ultrafast", "veryfast", "fast", "medium", "slow"], Decides(formats=("mp4",))] = (
+        Field("veryfast", description="Effort of x264: slower is smaller.")
+    )
+    gif_dither: Annotated[bool, Decides(neutral=False, formats=("gif",))] = Field(
+        default=False, description="true: dither GIFs, which hides banding and costs size."
+    )
+    webp_quality: Annotated[int, Decides(formats=("webp",))] = Field(
+        90, ge=0, le=100, description="Quality of WebP: higher is better and larger."
+    )
+    webp_lossless: Annotated[bool, Decides(neutral=False, formats=("webp",))] = Field(
+        default=False, description="true: WebP keeps every pixel as it was generated."
+    )
+    webp_method: Annotated[int, Decides(formats=("webp",))] = Field(
+        2, ge=0, le=6, description="Effort of WebP: 0 is fast and large, 6 slow and small."
+    )
+    provenance: Annotated[bool, Decides(neutral=False)] = Field(
         default=True,
-        description="files tell how they were made: prompt, settings, seed, model, and that a model made them",
+        description="true: files record how they were made: prompt, settings, seed, model, and that a model made them.",
     )
 
     def identity(self, file_format: Format) -> str:
-        """What decides the bytes of a file of this format, so that the rest can change without making it due."""
-        prefix = file_format.split("_")[0]
-        chosen = {name: value for name, value in self.model_dump().items() if name.startswith((prefix, "provenance"))}
+        """Return the options that decide the bytes of a file of this format, for the content key."""
+        chosen = decisive(self, file_format)
         return " ".join([file_format, *(f"{name}={value}" for name, value in sorted(chosen.items()))])

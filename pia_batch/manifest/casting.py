@@ -10,10 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.config import Defaults
-from pia_batch.schema.columns import REQUEST, SETTINGS, redacted
-
-MAX_SEED = 2**63 - 1
+from pia_batch.schema.columns import REQUEST, redacted
+from pia_batch.schema.settings import BY_NAME, MAX_SEED
 
 
 class Rejections:
@@ -65,6 +63,7 @@ class Columns:
     def take(self, rows: npt.NDArray[np.int64]) -> None:
         """Keep `rows` only."""
         self.typed = {name: column.take(pa.array(rows)) for name, column in self.typed.items()}
+        self.num_rows = len(rows)
 
     def require(self, name: str, missing: pa.Array, wanted: str) -> None:
         """Reject the rows of `missing`, which lack a value of column `name`."""
@@ -168,7 +167,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Range:
-    """The range of a numeric setting, read from `config.Defaults` so that both edges agree."""
+    """Range of a numeric setting, from its declaration."""
 
     minimum: float
     maximum: float
@@ -178,13 +177,11 @@ class Range:
 
     @classmethod
     def of(cls, name: str) -> Range:
-        """That of a setting."""
-        limits = {"ge": 0, "gt": None, "le": MAX_SEED, "multiple_of": 1}  # a seed's, which has no default
-        for rule in Defaults.model_fields[name].metadata if name != "seed" else ():
-            limits |= {key: getattr(rule, key, value) for key, value in limits.items()}
-        low = limits["gt"] if limits["gt"] is not None else limits["ge"]
-        integer = pa.types.is_integer(SETTINGS.field(name).type)
-        return cls(low or 0, limits["le"] or 0, limits["gt"] is not None, limits["multiple_of"] or 1, integer)
+        """Return the range of a setting by its name."""
+        setting = BY_NAME[name]
+        limits, integer = setting.limits, pa.types.is_integer(setting.data_type)
+        low = limits["gt"] if "gt" in limits else limits["ge"]
+        return cls(low, limits["le"], "gt" in limits, limits.get("multiple_of", 1), integer)
 
     def __str__(self) -> str:
         kind = "a whole number" if self.integer else "a number"

@@ -1,12 +1,11 @@
-"""The judgement of manifest rows: effective requests with their keys, or the reason why not.
+"""Validation of manifest rows: effective requests with their content keys, or the reason why a row is rejected.
 
-Everything here works on whole Arrow columns; the one loop per row is the hash of its key. A request that cannot be
-animated is not an exception but a row of `Checked.rejected`, with a kind, the column, the value and what is allowed.
+Everything works on whole Arrow columns; the one loop per row is the hash of its key. A request that cannot be animated
+raises nothing: it becomes a row of `Checked.rejected`, with an error kind, the column, the value and what is allowed.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,38 +14,38 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.config import FORMATS, FREE_INIT_METHODS, MAX_FPS, MOTIONS, SIZES, Defaults, RunConfig
-from pia_batch.manifest.casting import MAX_SEED, Columns, Range, Rejections
-from pia_batch.schema.columns import EFFECTIVE, SETTINGS, carried_columns
-from pia_batch.schema.keys import Keys, digest, json_digest, keys_to_hex, text_bytes
-
-MAX_ID_BYTES = 512
-MAX_PROMPT_BYTES = 8192
-MAX_URI_BYTES = 4096
+from pia_batch.config import Defaults, RunConfig
+from pia_batch.manifest.casting import Columns, Range, Rejections
+from pia_batch.manifest.content_keys import content_keys
+from pia_batch.manifest.effective import fill, hashes_of, is_auto, motion
+from pia_batch.schema.columns import EFFECTIVE, MAX_ID_BYTES, MAX_PROMPT_BYTES, MAX_URI_BYTES, SETTINGS, carried_columns
+from pia_batch.schema.keys import Keys, keys_to_hex, text_bytes
+from pia_batch.schema.settings import BY_NAME, MAX_FPS
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check` found in a table."""
+    """Result of `check`."""
 
     requests: pa.Table
-    """The good rows: EFFECTIVE with every default filled in, then `key`, then the carried columns."""
+    """Valid rows: EFFECTIVE with every default filled in, then `key`, then the carried columns."""
     rows: npt.NDArray[np.int64]
-    """Their row numbers in the table."""
+    """Row numbers of `requests` in the table that was checked."""
     keys: Keys
+    """Content keys of `requests`."""
     id_hashes: npt.NDArray[np.uint64]
-    """`hashes_of` their request ids."""
+    """`hashes_of` the request ids of `requests`."""
     rejected: pa.Table
-    """`row` (int64), `error_kind`, `error`: one line for every bad row."""
+    """`row` (int64), `error_kind`, `error`: one line for every invalid row."""
 
 
 def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str]) -> Checked:
     """Split rows into effective requests and rejected ones, without a Python loop per row.
 
     Args:
-        table: rows of a manifest, of any types that `manifest.Manifest.batches` gives.
-        config: gives the defaults, and what else decides an animation.
-        engine_ids: the identity of the engine of each model, by the name of `config.all_models`.
+        table: Rows of a manifest, of any types that `manifest.Manifest.batches` yields.
+        config: Source of the defaults, and of everything else that decides an animation.
+        engine_ids: Identity of the engine of each model, by the name in `config.all_models`.
     """
     table = table.combine_chunks()
     rejections = Rejections(len(table))
@@ -57,35 +56,23 @@ def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str]) -> 
     columns.check_choices(config)
     columns.check_motion(config.defaults)
     columns.check_together(config)
-    good = np.flatnonzero(~rejections.bad)
+    valid = np.flatnonzero(~rejections.bad)
     carried = carried_columns(table)
-    if len(good) < len(table):
-        carried = carried.take(good)
-        columns.take(good)
-    constants = columns.fill(config)
+    if len(valid) < len(table):
+        carried = carried.take(valid)
+        columns.take(valid)
+    id_hashes = hashes_of(columns.typed["request_id"])
+    constants = fill(columns, config, id_hashes)
     effective = {name: columns.typed[name] for name in EFFECTIVE.names}
-    keys = _content_keys(effective | constants, config, engine_ids)
+    keys = content_keys(effective | constants, config, engine_ids)
     requests = pa.table(effective | {"key": keys_to_hex(keys)})
     for name in carried.column_names:
         requests = requests.append_column(carried.schema.field(name), carried[name])
-    return Checked(requests, good, keys, columns.id_hashes, rejections.table())
-
-
-def hashes_of(request_ids: pa.Array) -> npt.NDArray[np.uint64]:
-    """64 bits of each id's hash: equal ids have equal hashes; shape (n,)."""
-    return np.frombuffer(digest(request_ids).tobytes(), dtype=">u8")[::2].astype(np.uint64)
-
-
-def seeds_of(id_hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """The seed of each request that has none of its own, by the hash of its id; shape (n,)."""
-    return (id_hashes & np.uint64(MAX_SEED)).astype(np.int64)
+    return Checked(requests, valid, keys, id_hashes, rejections.table())
 
 
 class _Columns(Columns):
-    """The checks of each column and of several together, and the defaults."""
-
-    id_hashes: npt.NDArray[np.uint64]
-    """`hashes_of` the request ids; `fill` makes them."""
+    """Checks of each column, and of several together."""
 
     def check_identity(self) -> None:
         """`request_id` and `prompt`: there, printable, not too long."""
@@ -145,13 +132,8 @@ class _Columns(Columns):
 
     def check_choices(self, config: RunConfig) -> None:
         """Names out of a list."""
-        choices: dict[str, tuple[str, ...]] = {
-            "motion": MOTIONS,
-            "size": SIZES,
-            "free_init_method": FREE_INIT_METHODS,
-            "format": FORMATS,
-            "model": tuple(config.all_models),
-        }
+        choices = {setting.name: setting.choices for setting in BY_NAME.values() if setting.choices}
+        choices["model"] = tuple(config.all_models)
         for name, allowed in choices.items():
             if self.typed[name].null_count == self.num_rows:
                 continue
@@ -168,34 +150,17 @@ class _Columns(Columns):
         word, scale = self.typed["motion"], self.typed["motion_scale"]
         twice = pc.and_(pc.is_valid(word), pc.is_valid(scale))
         self.reject("motion", twice, "invalid_value", "either `motion` or `motion_scale`, not both")
-        scale, loop, style = self._motion(defaults)
+        scale, loop, style = motion(self, defaults)
         self.reject("style", pc.and_(loop, style), "invalid_value", "either `loop` or `style`, not both")
         restyled_loop = pc.and_(style, pc.is_in(scale, value_set=pa.array([3, 4, 5])))
         self.reject("style", restyled_loop, "invalid_value", "true only with a motion_scale of 0-2 or 6-8")
         looped_style = pc.and_(loop, pc.greater(scale, 5))
         self.reject("loop", looped_style, "invalid_value", "true only with a motion_scale of 0-5")
 
-    def _motion(self, defaults: Defaults) -> tuple[pa.Array, pa.Array, pa.Array]:
-        """`motion_scale` as a number, before `loop` and `style` change it, and these two, with their defaults."""
-        size = defaults.motion_scale if defaults.motion is None else MOTIONS.index(defaults.motion)
-        scale = pc.coalesce(pc.index_in(self.typed["motion"], pa.array(MOTIONS)), self.typed["motion_scale"])
-        scale = pc.fill_null(scale, size)
-        return (
-            scale,
-            pc.fill_null(self.typed["loop"], defaults.loop),
-            pc.fill_null(self.typed["style"], defaults.style),
-        )
-
-    def _is_auto(self, defaults: Defaults) -> pa.Array:
-        """Which rows take their size from the image: those that say so, or by default those that give no size."""
-        own = pc.or_(pc.is_valid(self.typed["width"]), pc.is_valid(self.typed["height"]))
-        by_default = pc.invert(own) if defaults.size == "auto" else pa.repeat(False, self.num_rows)
-        return pc.coalesce(pc.equal(self.typed["size"], "auto"), by_default)
-
     def check_together(self, config: RunConfig) -> None:
         """Settings that are fine alone but not with each other."""
         defaults = config.defaults
-        auto = self._is_auto(defaults)
+        auto = is_auto(self, defaults)
         for name in ("width", "height"):
             both = pc.and_(auto, pc.is_valid(self.typed[name]))
             self.reject(name, both, "invalid_value", "null where `size` is auto")
@@ -215,66 +180,6 @@ class _Columns(Columns):
         cap = config.limits.max_frame_pixels
         large = pc.greater(area, cap)
         self.reject("width", large, "out_of_range", f"width x height x num_frames up to {cap} (limits)")
-
-    def fill(self, config: RunConfig) -> dict[str, pa.Scalar]:
-        """Make every setting effective; returns those that are the same for all rows, for the sake of speed.
-
-        What decides nothing for a row is null there, so that to change it makes no finished request due: `long_side`
-        without `size: auto`, FreeInit's filter without FreeInit, the scale of an IP-Adapter that the model has not.
-        """
-        defaults = config.defaults
-        self.num_rows = len(self.typed["request_id"])
-        self.id_hashes = hashes_of(self.typed["request_id"])
-        given = {name for name in self.typed if self.typed[name].null_count < self.num_rows}
-        scale, loop, style = self._motion(defaults)
-        auto = self._is_auto(defaults)
-        words = pc.and_(pc.is_null(self.typed["motion"]), pc.is_null(self.typed["motion_scale"]))
-
-        for name in SETTINGS.names:
-            default = getattr(defaults, name, None)
-            if default is not None and name != "motion_curve":
-                self.typed[name] = pc.fill_null(self.typed[name], default)
-        if defaults.motion_curve is not None:  # a row's own motion, in whatever words, beats the curve of the config
-            curve = pa.array([list(defaults.motion_curve)] * self.num_rows, SETTINGS.field("motion_curve").type)
-            self.typed["motion_curve"] = pc.coalesce(self.typed["motion_curve"], pc.if_else(words, curve, None))
-        if self.typed["seed"].null_count:
-            self.typed["seed"] = pc.coalesce(self.typed["seed"], pa.array(seeds_of(self.id_hashes)))
-        self.typed["image_sha256"] = pc.utf8_lower(self.typed["image_sha256"])
-        self.typed["model"] = pc.fill_null(self.typed["model"], config.model.name)
-
-        size = _modulo_3(scale)
-        self.typed["loop"] = pc.and_(loop, pc.is_null(self.typed["motion_curve"]))
-        restyled = pc.if_else(style, pc.add(size, 6), scale)
-        self.typed["motion_scale"] = pc.if_else(self.typed["loop"], pc.add(size, 3), restyled)
-        self.typed["size"] = pc.if_else(auto, "auto", "fixed")
-        self._keep("long_side", auto)
-        self._keep("width", pc.invert(auto))
-        self._keep("height", pc.invert(auto))
-        repeated = pc.greater(self.typed["free_init_iters"], 0)
-        for name in ("method", "order", "spatial_stop", "temporal_stop", "fast"):
-            self._keep(f"free_init_{name}", repeated)
-        adapted = [name for name, model in config.all_models.items() if model.ip_adapter is not None]
-        self._keep("ip_adapter_scale", pc.is_in(self.typed["model"], value_set=pa.array(adapted, pa.string())))
-        return self._constants(given)
-
-    def _keep(self, name: str, where: pa.Array) -> None:
-        self.typed[name] = pc.if_else(where, self.typed[name], None)
-
-    def _constants(self, given: set[str]) -> dict[str, pa.Scalar]:
-        """What all rows have in common because none of the columns that decide it is given."""
-        decided_by = dict.fromkeys(SETTINGS.names, frozenset[str]()) | {
-            "motion_scale": frozenset({"motion", "style", "loop", "motion_curve"}),
-            "loop": frozenset({"motion_curve"}),
-            "motion_curve": frozenset({"motion", "motion_scale"}),
-            "size": frozenset({"width", "height"}),
-            "long_side": frozenset({"size", "width", "height"}),
-            "width": frozenset({"size", "height"}),
-            "height": frozenset({"size", "width"}),
-            "ip_adapter_scale": frozenset({"model"}),
-        }
-        decided_by |= {name: frozenset({"free_init_iters"}) for name in SETTINGS.names if name.startswith("free_init_")}
-        common = {name for name, others in decided_by.items() if name != "seed" and not given & {name, *others}}
-        return {name: self.typed[name][0] for name in common} if self.num_rows else {}
 
     def _check_range(self, name: str) -> None:
         values = self.typed[name]
@@ -296,44 +201,3 @@ _FILLED = (
     "strength", "num_inference_steps", "format", "fps", "width", "height", "long_side", "num_frames", "cond_frame",
     "free_init_iters",
 )  # fmt: skip
-
-
-def _content_keys(effective: dict[str, pa.Array | pa.Scalar], config: RunConfig, engine_ids: Mapping[str, str]) -> Keys:
-    uris, data, sha256 = effective["image"], effective["image_bytes"], effective["image_sha256"]
-    if data.null_count < len(data):
-        sha256 = pc.coalesce(sha256, _sha256_hex(data))
-    by_hash = pc.binary_join_element_wise("sha256:", sha256, "")
-    by_uri = pc.binary_join_element_wise("uri:", uris, "")
-    file_format = effective["format"]
-    if isinstance(file_format, pa.Scalar):
-        encoder = pa.scalar(config.encoding.identity(file_format.as_py()))
-    else:
-        identities = pa.array([config.encoding.identity(name) for name in FORMATS])
-        encoder = identities.take(pc.index_in(file_format, value_set=pa.array(FORMATS)))
-    described: dict[str, pa.Array | pa.Scalar] = {name: effective[name] for name in SETTINGS.names}
-    described |= {
-        "request_id": effective["request_id"],
-        "prompt": effective["prompt"],
-        "image": pc.coalesce(by_hash, by_uri),
-        "fit": pa.scalar(f"{config.images.fit} {config.images.background.lower()}"),
-        "encoder": encoder,
-        "ip_adapter_image": effective["ip_adapter_image"],
-        "engine_id": _by_name(effective["model"], engine_ids),
-    }
-    return json_digest(described)
-
-
-def _by_name(names: pa.Array, values: Mapping[str, str]) -> pa.Array | pa.Scalar:
-    """The value of each name; one scalar where there is only one."""
-    if len(values) == 1:
-        return pa.scalar(next(iter(values.values())))
-    return pa.array(list(values.values())).take(pc.index_in(names, value_set=pa.array(list(values))))
-
-
-def _modulo_3(scale: pa.Array) -> pa.Array:
-    """Small, medium or large: what a motion scale of any kind has in common with 0, 1 or 2."""
-    return pc.subtract(scale, pc.multiply(pc.divide(scale, 3), 3))
-
-
-def _sha256_hex(data: pa.Array) -> pa.Array:
-    return pa.array([hashlib.sha256(value).hexdigest() if value else None for value in data.to_pylist()], pa.string())

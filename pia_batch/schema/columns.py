@@ -6,104 +6,141 @@ A request is *effective* once every null is replaced by the config's default.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pia_batch.schema.declaration import Setting, declared
 from pia_batch.schema.keys import canonical_json, digest, keys_to_hex
+from pia_batch.schema.settings import ROW_SETTINGS, MotionWords
 from pia_batch.storage.uris import REDACTIONS
 
 SUCCEEDED = "succeeded"
 FAILED = "failed"
 
-SETTINGS = pa.schema(
-    [
-        ("negative_prompt", pa.string()),
-        ("seed", pa.int64()),
-        ("motion_scale", pa.int64()),
-        ("loop", pa.bool_()),
-        ("motion_curve", pa.list_(pa.float64())),
-        ("cond_frame", pa.int64()),
-        ("guidance_scale", pa.float64()),
-        ("strength", pa.float64()),
-        ("num_inference_steps", pa.int64()),
-        ("num_frames", pa.int64()),
-        ("size", pa.string()),
-        ("long_side", pa.int64()),
-        ("width", pa.int64()),
-        ("height", pa.int64()),
-        ("clip_skip", pa.int64()),
-        ("eta", pa.float64()),
-        ("ip_adapter_scale", pa.float64()),
-        ("free_init_iters", pa.int64()),
-        ("free_init_method", pa.string()),
-        ("free_init_order", pa.int64()),
-        ("free_init_spatial_stop", pa.float64()),
-        ("free_init_temporal_stop", pa.float64()),
-        ("free_init_fast", pa.bool_()),
-        ("fps", pa.float64()),
-        ("format", pa.string()),
-    ]
-)
-"""What may differ from row to row. Each but `seed` has its default and its range in `config.Defaults`."""
+MAX_ID_BYTES = 512
+MAX_PROMPT_BYTES = 8192
+MAX_URI_BYTES = 4096
 
-REQUEST = pa.schema(
-    [
-        ("request_id", pa.string()),
-        ("image", pa.string()),
-        ("image_bytes", pa.large_binary()),
-        ("image_sha256", pa.string()),
-        ("prompt", pa.string()),
-        ("motion", pa.string()),
-        ("style", pa.bool_()),
-        *SETTINGS,
-        ("model", pa.string()),
-        ("ip_adapter_image", pa.string()),
-    ]
+
+@dataclass(frozen=True)
+class Column:
+    """A column of manifests or results that is no setting.
+
+    Attributes:
+        name: Its name.
+        data_type: Its Arrow type.
+        description: Meaning, unit, and effect of null.
+        allowed: Allowed values in words; empty for columns of results.
+    """
+
+    name: str
+    data_type: pa.DataType
+    description: str
+    allowed: str = ""
+
+
+SOURCE = (
+    Column(
+        "request_id",
+        pa.string(),
+        "Required. Two rows with the same id must have the same content.",
+        f"1 to {MAX_ID_BYTES} bytes, no control characters",
+    ),
+    Column(
+        "image",
+        pa.string(),
+        "Required, unless `image_bytes` is given.",
+        f"URI, or a path relative to the manifest's folder; up to {MAX_URI_BYTES:,} bytes",
+    ),
+    Column("image_bytes", pa.large_binary(), "Instead of `image`: the encoded image.", "an encoded image"),
+    Column(
+        "image_sha256",
+        pa.string(),
+        "Checked against what was fetched; makes the key independent of the URI. null: not checked.",
+        "64 hexadecimal digits",
+    ),
+    Column("prompt", pa.string(), "Required. Text to animate the image by.", f"1 to {MAX_PROMPT_BYTES:,} bytes"),
 )
+"""Columns that say which request this is, and what it animates."""
+
+MODEL = (
+    Column(
+        "model",
+        pa.string(),
+        "Model of the config that generates the animation. null: `model.name`.",
+        "`model.name`, or a name of the config's `models`",
+    ),
+    Column(
+        "ip_adapter_image",
+        pa.string(),
+        "Image prompt, where the model has an `ip_adapter`. null: the image itself.",
+        "URI, as `image`",
+    ),
+)
+"""Columns that choose a model, and what only some models take."""
+
+OUTCOME = (
+    Column("request_id", pa.string(), "Id from the manifest."),
+    Column("key", pa.string(), "Content key: 32 hexadecimal digits over everything that decides the animation."),
+    Column("status", pa.string(), "`succeeded` or `failed`."),
+    Column("error_kind", pa.string(), "Kind of the failure, from the table below; null if the request succeeded."),
+    Column("error", pa.string(), "Failure in words: the column, the value and what is allowed; null as `error_kind`."),
+    Column("attempts", pa.int64(), "Number of attempts in the run that finished the request; 0 for rejected rows."),
+    Column("animation_uri", pa.string(), "URI of the animation's object."),
+    Column("image", pa.string(), "Image from the manifest; credentials and signatures are removed from URIs."),
+    Column("prompt", pa.string(), "Prompt from the manifest."),
+)
+"""Columns of a result before the settings."""
+
+MEASURED = (
+    Column("model", pa.string(), "Model of the config that the request asked for."),
+    Column("ip_adapter_image", pa.string(), "Image prompt from the manifest, as `image`."),
+    Column("duration_s", pa.float64(), "Duration of the animation, in seconds."),
+    Column("num_bytes", pa.int64(), "Size of the stored object, in bytes."),
+    Column("sha256", pa.string(), "SHA-256 of the stored object."),
+    Column("prompt_tokens", pa.int64(), "Number of tokens of the prompt, start and end markers included."),
+    Column("prompt_truncated", pa.bool_(), "true: the prompt has more tokens than the text encoder reads."),
+    Column("frame_mean", pa.float64(), "Mean of all pixels, 0-255."),
+    Column("frame_std", pa.float64(), "Standard deviation of all pixels, 0-255."),
+    Column("motion", pa.float64(), "Mean absolute difference of neighbouring frames, 0-255."),
+    Column(
+        "first_frame_psnr_db",
+        pa.float64(),
+        "PSNR of the first frame (or `cond_frame`) against the fitted image, in dB; null: identical.",
+    ),
+    Column("image_sha256", pa.string(), "SHA-256 of the image as it was fetched."),
+    Column("gpu_seconds", pa.float64(), "This request's share of the device time, in seconds."),
+    Column("fetch_seconds", pa.float64(), "Time to read, check and fit the image, in seconds."),
+    Column("encode_seconds", pa.float64(), "Time to encode the file and to decode it as a check, in seconds."),
+    Column("device", pa.string(), "Device that generated the clip, such as `cuda:0`."),
+    Column("engine_id", pa.string(), "Hash of weights, scheduler, dtype and engine version."),
+    Column("run_id", pa.string(), "Run that finished the request."),
+    Column("finished_at", pa.timestamp("us", tz="UTC"), "Time of the commit, UTC."),
+)
+"""Columns of a result after the settings."""
+
+
+def _schema(*groups: tuple[Column | Setting, ...]) -> pa.Schema:
+    return pa.schema([(each.name, each.data_type) for group in groups for each in group])
+
+
+SETTINGS = _schema(ROW_SETTINGS)
+"""Settings that may differ from row to row."""
+
+REQUEST = _schema(SOURCE, declared(MotionWords), ROW_SETTINGS, MODEL)
 """The manifest's columns. Any other column is carried into the result untouched."""
 
-EFFECTIVE = pa.schema([field for field in REQUEST if field.name not in ("motion", "style")])
-"""A request after its defaults: `motion` and `style` are words for the `motion_scale` that stands here."""
+EFFECTIVE = _schema(SOURCE, ROW_SETTINGS, MODEL)
+"""A request after its defaults: `motion` and `style` are resolved into `motion_scale`."""
 
 GROUPED = ("model", "num_frames", "size", "long_side", "width", "height")
-"""Requests that have all of these in common are drawn together."""
+"""Requests that have all of these in common can be generated in one batch."""
 
-RESULT = pa.schema(
-    [
-        ("request_id", pa.string()),
-        ("key", pa.string()),
-        ("status", pa.string()),
-        ("error_kind", pa.string()),
-        ("error", pa.string()),
-        ("attempts", pa.int64()),
-        ("animation_uri", pa.string()),
-        ("image", pa.string()),
-        ("prompt", pa.string()),
-        *SETTINGS,
-        ("model", pa.string()),
-        ("ip_adapter_image", pa.string()),
-        ("duration_s", pa.float64()),
-        ("num_bytes", pa.int64()),
-        ("sha256", pa.string()),
-        ("prompt_tokens", pa.int64()),
-        ("prompt_truncated", pa.bool_()),
-        ("frame_mean", pa.float64()),
-        ("frame_std", pa.float64()),
-        ("motion", pa.float64()),
-        ("first_frame_psnr_db", pa.float64()),
-        ("image_sha256", pa.string()),
-        ("gpu_seconds", pa.float64()),
-        ("fetch_seconds", pa.float64()),
-        ("encode_seconds", pa.float64()),
-        ("device", pa.string()),
-        ("engine_id", pa.string()),
-        ("run_id", pa.string()),
-        ("finished_at", pa.timestamp("us", tz="UTC")),
-    ]
-)
-"""One row for every request of a run, whatever became of it; the carried columns follow."""
+RESULT = _schema(OUTCOME, ROW_SETTINGS, MEASURED)
+"""One row for every request of a run, finished or not; the carried columns follow."""
 
 FETCHED = pa.schema(
     [
@@ -113,10 +150,10 @@ FETCHED = pa.schema(
         ("fetch_seconds", pa.float64()),
     ]
 )
-"""What fetching an image adds to a request on its way to the engine."""
+"""Columns that fetching an image adds to a request on its way to the engine."""
 
 NAMED = ("request_id", "image", "prompt", "model", "ip_adapter_image")
-"""The texts that the result of a rejected request has, as far as they are texts."""
+"""Texts of a rejected request that its result has, as far as they are texts."""
 
 RESERVED = frozenset(RESULT.names + FETCHED.names) - frozenset(REQUEST.names)
 """Names that a manifest may not use for columns of its own."""

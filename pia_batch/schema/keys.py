@@ -19,7 +19,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pia_batch.schema.identity import ALWAYS, is_neutral
+
 KEY_BYTES = 16
+
+JsonColumns = Mapping[str, pa.Array | pa.Scalar]
+"""Members of JSON objects by name: one value a row, or one for all."""
 
 Keys = npt.NDArray[np.void]
 """Keys in memory: shape (n,), 16 raw bytes each."""
@@ -166,34 +171,65 @@ def digest(column: pa.Array, size: int = KEY_BYTES, prefix: str = "") -> Keys:
     return np.frombuffer(b"".join(hashes), dtype=f"V{size}")
 
 
-def canonical_json(columns: Mapping[str, pa.Array | pa.Scalar]) -> pa.Array:
-    """One JSON object a row, as `json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False)` gives.
+def canonical_json(columns: JsonColumns, neutral: Mapping[str, Any] | None = None) -> pa.Array:
+    """Return one JSON object a row, as `json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False)`.
 
     Args:
-        columns: strings, integers, float64, or lists of float64, all of one length; scalars stand for every row.
+        columns: Strings, booleans, integers, float64, or lists of float64, all of one length; scalars stand for every
+            row. At least one is a column, and none that is missing in `neutral`.
+        neutral: By name, the value at which a member is left out of a row's object; None or `ALWAYS`: only null is.
+            The other names are always there, and at least one is; their nulls are written.
     """
-    return pc.binary_join_element_wise(*_json_parts(columns), "")
+    return pc.binary_join_element_wise(*_json_parts(columns, neutral or {}), "")
 
 
-def json_digest(columns: Mapping[str, pa.Array | pa.Scalar]) -> Keys:
-    """`digest` of `canonical_json`; what all rows begin with is written and hashed once. One column is no scalar."""
-    first, *others = _json_parts(columns)
+def json_digest(columns: JsonColumns, neutral: Mapping[str, Any] | None = None) -> Keys:
+    """Return the `digest` of `canonical_json`; text that all rows begin with is written and hashed once."""
+    first, *others = _json_parts(columns, neutral or {})
     return digest(pc.binary_join_element_wise(*others, ""), prefix=str(first))
 
 
-def _json_parts(columns: Mapping[str, pa.Array | pa.Scalar]) -> list[pa.Array | str]:
-    """What `canonical_json` joins: text that all rows have, then in turns values that vary and such text."""
+def _json_parts(columns: JsonColumns, neutral: Mapping[str, Any]) -> list[pa.Array | str]:
+    """Return the arguments of a join: text that all rows have, then in turns values that vary and such text.
+
+    A member that only some rows have is a value that brings its name and its comma: after it, as long as no member
+    stands before it in every row, and else before it.
+    """
     parts: list[pa.Array | str] = []
-    literal = "{"  # what stands between two varying values: joining few parts is what makes this fast
-    for index, name in enumerate(sorted(columns)):
-        literal += ("," if index else "") + json.dumps(name, ensure_ascii=False) + ":"
-        column = columns[name]
+    literal, begun = "{", False  # `literal` is common to all rows: joining few parts is what makes this fast
+    for name in sorted(columns):
+        column, member = columns[name], json.dumps(name, ensure_ascii=False) + ":"
+        left_out = _left_out(column, neutral[name]) if name in neutral else False
+        if left_out is True:
+            continue
+        if left_out is not False:
+            before, after = (",", "") if begun else ("", ",")
+            text = pc.binary_join_element_wise(before + member, _json_values(column), after, "")
+            parts += [literal, pc.if_else(left_out, "", text)]
+            literal = ""
+            continue
+        literal += ("," if begun else "") + member
         if isinstance(column, pa.Scalar):
             literal += json.dumps(column.as_py(), ensure_ascii=False, separators=(",", ":"))
         else:
             parts += [literal, _json_values(column)]
             literal = ""
+        if not begun:
+            begun = True
     return [*parts, literal + "}"]
+
+
+def _left_out(column: pa.Array | pa.Scalar, neutral: Any) -> pa.Array | bool:
+    """Return which rows leave a member out; True: all of them, False: none."""
+    if isinstance(column, pa.Scalar):
+        return is_neutral(column.as_py(), neutral)
+    if column.null_count == len(column):
+        return True
+    if neutral is None or neutral is ALWAYS:
+        return pc.is_null(column) if column.null_count else False
+    mask = pc.fill_null(pc.equal(column, pa.scalar(neutral, column.type)), True)
+    count = pc.sum(mask).as_py()
+    return count == len(column) if count in (0, len(column)) else mask
 
 
 def _json_values(column: pa.Array) -> pa.Array:

@@ -1,4 +1,4 @@
-"""Identity of an engine: a hash of everything that decides the pixels apart from a request."""
+"""Engine identity: a hash of everything that decides the pixels, apart from the request."""
 
 from __future__ import annotations
 
@@ -9,41 +9,46 @@ from typing import Any
 
 from pia_batch.config import ModelConfig
 from pia_batch.config.speed_presets import PRESETS
+from pia_batch.schema.identity import decisive
 from pia_batch.weights.resolve import Weights
 
 ENGINE_VERSION = "1"
-"""Part of every engine id. Raised when the engine draws other pixels from the same weights and settings."""
+"""Part of every engine id. Raise it only if the engine generates other pixels from the same weights and settings."""
 
 
 def engine_id(model: ModelConfig, weights: Weights, dtype: str) -> str:
-    """What draws the pixels, as 32 hexadecimal digits: weights, what is laid over them, scheduler, dtype, version.
+    """Return the identity of what generates the pixels, 32 hexadecimal digits: weights, options, dtype, engine version.
 
-    A path, a URI and the model's name are no part of it: the same weights elsewhere have the same id. Of
-    `model.memory` only `low` is, as its tiles may change pixels. Of `model.speed`, what a preset other than `exact`
-    leaves out.
+    Paths, URIs and the model's name are not part of it: the same weights elsewhere have the same id. Options at their
+    neutral value are left out, so that a release that adds one changes no id. Of `model.memory` only `low` counts, as
+    its tiles may change pixels. Of `model.speed`, the work that a preset other than `exact` leaves out counts.
 
     Args:
-        model: the config that `weights` were resolved from.
-        weights: as `resolve` returned them.
-        dtype: as `resolved_dtype` returned it.
+        model: Config that `weights` were resolved from.
+        weights: Result of `resolve`.
+        dtype: Result of `resolved_dtype`.
     """
     identity: dict[str, Any] = {
         "version": ENGINE_VERSION,
         "weights": {name: part.identity() for name, part in weights.components.items()},
-        "scheduler": model.scheduler.model_dump(mode="json"),
         "dtype": dtype,
     }
+    identity |= decisive(model)
     if weights.loras:
-        pairs = zip(model.loras, weights.loras, strict=True)
-        identity["loras"] = [{"weights": part.identity(), "scale": entry.scale} for entry, part in pairs]
-        identity["fuse_loras"] = model.fuse_loras
+        identity["loras"] = [
+            {"weights": part.identity()} | decisive(entry)
+            for entry, part in zip(model.loras, weights.loras, strict=True)
+        ]
+        if model.fuse_loras:
+            identity["fuse_loras"] = True
     if weights.textual_inversions:
-        words = zip(model.textual_inversions, weights.textual_inversions, strict=True)
-        identity["textual_inversions"] = [{"weights": part.identity(), "token": entry.token} for entry, part in words]
-    if weights.ip_adapter is not None and weights.image_encoder is not None:
-        identity["ip_adapter"] = [weights.ip_adapter.identity(), weights.image_encoder.identity()]
-    if model.freeu is not None:
-        identity["freeu"] = model.freeu.model_dump(mode="json")
+        identity["textual_inversions"] = [
+            {"weights": part.identity()} | decisive(entry)
+            for entry, part in zip(model.textual_inversions, weights.textual_inversions, strict=True)
+        ]
+    if model.ip_adapter is not None and weights.ip_adapter is not None and weights.image_encoder is not None:
+        parts = {"weights": weights.ip_adapter.identity(), "image_encoder": weights.image_encoder.identity()}
+        identity["ip_adapter"] = parts | decisive(model.ip_adapter)
     if model.memory == "low":
         identity["memory"] = "low"
     if model.speed != "exact":
@@ -53,7 +58,7 @@ def engine_id(model: ModelConfig, weights: Weights, dtype: str) -> str:
 
 
 def resolved_dtype(model: ModelConfig, *, on_gpu: bool) -> str:
-    """`float32`, `float16` or `bfloat16`: what `auto` means on this device."""
+    """Return the dtype that `model.dtype` means on this device: `float32`, `float16` or `bfloat16`."""
     if model.dtype != "auto":
         return model.dtype
     return "float16" if on_gpu else "float32"

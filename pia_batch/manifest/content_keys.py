@@ -1,0 +1,62 @@
+"""Content keys of effective requests: a hash of everything that decides each animation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pia_batch.config import FORMATS, RunConfig
+from pia_batch.schema.keys import Keys, json_digest
+from pia_batch.schema.settings import ROW_SETTINGS
+
+
+def content_keys(
+    effective: Mapping[str, pa.Array | pa.Scalar], config: RunConfig, engine_ids: Mapping[str, str]
+) -> Keys:
+    """Return the content key of each request.
+
+    Settings and options at their neutral value are left out, so that a release that adds one changes no key.
+
+    Args:
+        effective: Columns of EFFECTIVE by name; scalars stand for every row.
+        config: Source of the options that decide how an image is fitted and a file encoded.
+        engine_ids: Identity of the engine of each model, by the name in `config.all_models`.
+    """
+    uris, data, sha256 = effective["image"], effective["image_bytes"], effective["image_sha256"]
+    if data.null_count < len(data):
+        sha256 = pc.coalesce(sha256, _sha256_hex(data))
+    by_hash = pc.binary_join_element_wise("sha256:", sha256, "")
+    by_uri = pc.binary_join_element_wise("uri:", uris, "")
+    members = {setting.name: effective[setting.name] for setting in ROW_SETTINGS} | {
+        "request_id": effective["request_id"],
+        "prompt": effective["prompt"],
+        "image": pc.coalesce(by_hash, by_uri),
+        "fit": pa.scalar(config.images.identity()),
+        "encoder": _encoders(effective["format"], config),
+        "ip_adapter_image": effective["ip_adapter_image"],
+        "engine_id": _by_name(effective["model"], engine_ids),
+    }
+    neutral = {setting.name: setting.neutral for setting in ROW_SETTINGS}
+    return json_digest(members, neutral | {"ip_adapter_image": None})
+
+
+def _encoders(formats: pa.Array | pa.Scalar, config: RunConfig) -> pa.Array | pa.Scalar:
+    """Return the identity of the encoder of each format."""
+    if isinstance(formats, pa.Scalar):
+        return pa.scalar(config.encoding.identity(formats.as_py()))
+    identities = pa.array([config.encoding.identity(name) for name in FORMATS])
+    return identities.take(pc.index_in(formats, value_set=pa.array(FORMATS)))
+
+
+def _by_name(names: pa.Array, values: Mapping[str, str]) -> pa.Array | pa.Scalar:
+    """Return the value of each name; one scalar if there is only one value."""
+    if len(values) == 1:
+        return pa.scalar(next(iter(values.values())))
+    return pa.array(list(values.values())).take(pc.index_in(names, value_set=pa.array(list(values))))
+
+
+def _sha256_hex(data: pa.Array) -> pa.Array:
+    return pa.array([hashlib.sha256(value).hexdigest() if value else None for value in data.to_pylist()], pa.string())

@@ -1,0 +1,134 @@
+"""Effective requests: every null of a column of settings replaced by the config's default.
+
+A setting that decides nothing in a row becomes null there, so that changing it changes no content key.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pia_batch.config import MOTIONS, Defaults, RunConfig
+from pia_batch.manifest.casting import Columns
+from pia_batch.schema.columns import SETTINGS
+from pia_batch.schema.declaration import Setting
+from pia_batch.schema.keys import digest
+from pia_batch.schema.settings import BY_NAME, MAX_SEED, ROW_SETTINGS
+
+
+def hashes_of(request_ids: pa.Array) -> npt.NDArray[np.uint64]:
+    """Return 64 bits of each id's hash: equal ids have equal hashes; shape (n,)."""
+    return np.frombuffer(digest(request_ids).tobytes(), dtype=">u8")[::2].astype(np.uint64)
+
+
+def seeds_of(id_hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """Return the seed of each request that has none of its own, by the hash of its id; shape (n,)."""
+    return (id_hashes & np.uint64(MAX_SEED)).astype(np.int64)
+
+
+def motion(columns: Columns, defaults: Defaults) -> tuple[pa.Array, pa.Array, pa.Array]:
+    """Return `motion_scale` as a number, before `loop` and `style` change it, then these two, with their defaults."""
+    size = defaults.motion_scale if defaults.motion is None else MOTIONS.index(defaults.motion)
+    scale = pc.coalesce(pc.index_in(columns.typed["motion"], pa.array(MOTIONS)), columns.typed["motion_scale"])
+    return (
+        pc.fill_null(scale, size),
+        pc.fill_null(columns.typed["loop"], defaults.loop),
+        pc.fill_null(columns.typed["style"], defaults.style),
+    )
+
+
+def is_auto(columns: Columns, defaults: Defaults) -> pa.Array:
+    """Return the rows that take their size from the image: by their own `size`, or by default if they give no size."""
+    own = pc.or_(pc.is_valid(columns.typed["width"]), pc.is_valid(columns.typed["height"]))
+    by_default = pc.invert(own) if defaults.size == "auto" else pa.repeat(False, columns.num_rows)
+    return pc.coalesce(pc.equal(columns.typed["size"], "auto"), by_default)
+
+
+def fill(columns: Columns, config: RunConfig, id_hashes: npt.NDArray[np.uint64]) -> dict[str, pa.Scalar]:
+    """Make every setting effective, in place.
+
+    Args:
+        columns: Valid rows.
+        config: Source of the defaults.
+        id_hashes: `hashes_of` the rows' ids.
+
+    Returns:
+        Settings that are the same in all rows because no column that decides them is given, by name. They make the
+        content keys of large manifests cheap.
+    """
+    defaults, typed = config.defaults, columns.typed
+    given = {name for name, column in typed.items() if column.null_count < columns.num_rows}
+    scale, loop, style = motion(columns, defaults)
+    auto = is_auto(columns, defaults)
+    no_motion = pc.and_(pc.is_null(typed["motion"]), pc.is_null(typed["motion_scale"]))
+
+    for name in SETTINGS.names:
+        default = getattr(defaults, name, None)
+        if default is not None and name != "motion_curve":
+            typed[name] = pc.fill_null(typed[name], default)
+    if defaults.motion_curve is not None:  # a row's own motion, in whatever form, overrides the curve of the config
+        curve = pa.array([list(defaults.motion_curve)] * columns.num_rows, SETTINGS.field("motion_curve").type)
+        typed["motion_curve"] = pc.coalesce(typed["motion_curve"], pc.if_else(no_motion, curve, None))
+    if typed["seed"].null_count:
+        typed["seed"] = pc.coalesce(typed["seed"], pa.array(seeds_of(id_hashes)))
+    typed["image_sha256"] = pc.utf8_lower(typed["image_sha256"])
+    typed["model"] = pc.fill_null(typed["model"], config.model.name)
+
+    size = _modulo_3(scale)
+    typed["loop"] = pc.and_(loop, pc.is_null(typed["motion_curve"]))
+    restyled = pc.if_else(style, pc.add(size, 6), scale)
+    typed["motion_scale"] = pc.if_else(typed["loop"], pc.add(size, 3), restyled)
+    typed["size"] = pc.if_else(auto, "auto", "fixed")
+    _clear(columns, "width", pc.invert(auto))
+    _clear(columns, "height", pc.invert(auto))
+    adapted = [name for name, model in config.all_models.items() if model.ip_adapter is not None]
+    _clear(columns, "ip_adapter_scale", pc.is_in(typed["model"], value_set=pa.array(adapted, pa.string())))
+    for setting in ROW_SETTINGS:
+        if setting.needs:
+            _clear(columns, setting.name, _is_used(columns, BY_NAME[setting.needs]))
+        if setting.formats:
+            _clear(columns, setting.name, pc.is_in(typed["format"], value_set=pa.array(setting.formats)))
+    return {name: typed[name][0] for name in _common(given)} if columns.num_rows else {}
+
+
+def _clear(columns: Columns, name: str, used: pa.Array) -> None:
+    """Set a column to null except in the rows of `used`."""
+    columns.typed[name] = pc.if_else(used, columns.typed[name], None)
+
+
+def _is_used(columns: Columns, setting: Setting) -> pa.Array:
+    """Return the rows in which a setting has a value other than its neutral one."""
+    return pc.not_equal(columns.typed[setting.name], pa.scalar(setting.neutral, setting.data_type))
+
+
+def _common(given: set[str]) -> set[str]:
+    """Return the settings whose value cannot differ between rows if only the columns `given` have values."""
+    found = set()
+    for setting in ROW_SETTINGS:
+        deciding = {setting.name} | _DECIDED_BY.get(setting.name, frozenset())
+        if setting.needs:
+            deciding |= {setting.needs} | _DECIDED_BY.get(setting.needs, frozenset())
+        if setting.formats:
+            deciding.add("format")
+        if setting.name != "seed" and not given & deciding:
+            found.add(setting.name)
+    return found
+
+
+_DECIDED_BY: dict[str, frozenset[str]] = {
+    "motion_scale": frozenset({"motion", "style", "loop", "motion_curve"}),
+    "loop": frozenset({"motion_curve"}),
+    "motion_curve": frozenset({"motion", "motion_scale"}),
+    "size": frozenset({"width", "height"}),
+    "width": frozenset({"size", "height"}),
+    "height": frozenset({"size", "width"}),
+    "ip_adapter_scale": frozenset({"model"}),
+}
+"""Other columns that a setting's effective value depends on, beyond what its declaration says."""
+
+
+def _modulo_3(scale: pa.Array) -> pa.Array:
+    """Return 0, 1 or 2 for small, medium or large motion, from a motion scale of any kind."""
+    return pc.subtract(scale, pc.multiply(pc.divide(scale, 3), 3))

@@ -1,0 +1,171 @@
+"""Per-row settings, each declared once.
+
+The columns of manifests and results, the config section `defaults`, validation, `Shot`, the content key and the tables
+of the documentation all follow from these declarations. To add a setting, add a field here, use it, and test it.
+
+Field order is column order. A field's annotation gives its Arrow type, and a `Literal` its choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from pia_batch.schema.declaration import Setting, declared, setting
+
+Format = Literal["mp4", "gif", "webp", "png_zip"]
+Motion = Literal["small", "medium", "large"]
+Size = Literal["fixed", "auto"]
+FreeInitMethod = Literal["butterworth", "ideal", "gaussian"]
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+MOTIONS: tuple[Motion, ...] = get_args(Motion)
+FREE_INIT_METHODS: tuple[FreeInitMethod, ...] = get_args(FreeInitMethod)
+
+MAX_FPS: Mapping[Format, int] = MappingProxyType({"mp4": 60, "gif": 50, "webp": 60, "png_zip": 60})
+"""Highest rate of each format, in frames per second.
+
+GIF delays are multiples of 10 ms, and browsers show a frame of 10 ms for 100 ms.
+"""
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """Settings that the engine takes, row by row, with their defaults."""
+
+    negative_prompt: str = setting("", "Text to steer away from; unused without guidance.", neutral="")
+    motion_scale: int = setting(
+        0, "Preset of PIA: 0-2 move more and more, 3-5 are loops of 16 frames, 6-8 restyle the image.", ge=0, le=8
+    )
+    loop: bool = setting(
+        False,
+        "true: the last frame returns to the image, at any number of frames.",
+        neutral=False,
+        allowed="with a `motion_scale` of 0 to 5",
+    )
+    motion_curve: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = setting(
+        None,
+        "Likeness to the image by distance in frames, the last value repeated; overrides `motion`, `motion_scale`, "
+        "`loop` and `style`. null: not used.",
+        neutral=None,
+        allowed="1 to `num_frames` numbers from 0 to 1",
+        min_length=1,
+        max_length=32,
+    )
+    cond_frame: int = setting(
+        0,
+        "Index of the frame that equals the image; PIA was trained with 0.",
+        neutral=0,
+        allowed="0 to `num_frames` - 1",
+        ge=0,
+        le=31,
+    )
+    guidance_scale: float = setting(
+        7.5, "Strength of classifier-free guidance; 1 and below: no guidance, half the work.",
+        ge=0, le=100, allow_inf_nan=False,
+    )  # fmt: skip
+    strength: float = setting(
+        1.0,
+        "Share of the denoising steps that run; below 1, generation starts from the noised image.",
+        neutral=1.0,
+        gt=0,
+        le=1,
+    )
+    num_inference_steps: int = setting(25, "Number of denoising steps.", ge=1, le=1000)
+    num_frames: int = setting(
+        16, "Number of frames, at most what the model's motion modules support; PIA was trained on 16.", ge=1, le=32
+    )
+    width: int = setting(512, "Width of the clip in pixels; `images.fit` fits the image.", ge=8, le=4096, multiple_of=8)
+    height: int = setting(512, "Height of the clip in pixels, as `width`.", ge=8, le=4096, multiple_of=8)
+    clip_skip: int | None = setting(
+        None, "Number of last layers of the text encoder that are skipped. null: none.", neutral=None, ge=0, le=11
+    )
+    eta: float = setting(
+        0.0, "Noise added at each step, DDIM only: 0 is deterministic, 1 as noisy as DDPM.", neutral=0.0, ge=0, le=1
+    )
+    ip_adapter_scale: float = setting(
+        1.0, "Weight of the image prompt; 0: not used. Only for models with an `ip_adapter`.",
+        ge=0, le=2, allow_inf_nan=False,
+    )  # fmt: skip
+    free_init_iters: int = setting(
+        0,
+        "Number of FreeInit passes, each a whole denoising; 0: off. Not allowed with `strength` below 1.",
+        neutral=0,
+        ge=0,
+        le=10,
+    )
+    free_init_method: FreeInitMethod = setting("butterworth", "Low-pass filter of FreeInit.", needs="free_init_iters")
+    free_init_order: int = setting(4, "Order of FreeInit's butterworth filter.", needs="free_init_iters", ge=1, le=32)
+    free_init_spatial_stop: float = setting(
+        0.25, "Normalised stop frequency of FreeInit's filter over the picture.", needs="free_init_iters", ge=0, le=1
+    )
+    free_init_temporal_stop: float = setting(
+        0.25, "Normalised stop frequency of FreeInit's filter over the frames.", needs="free_init_iters", ge=0, le=1
+    )
+    free_init_fast: bool = setting(
+        False,
+        "true: the first passes of FreeInit take fewer steps: about half the cost, less gain.",
+        neutral=False,
+        needs="free_init_iters",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(EngineSettings):
+    """Settings that have a default in a config: those of the engine, of the clip's size and of the file."""
+
+    size: Size = setting(
+        "fixed",
+        "fixed: `width` x `height`; auto: the image's own shape, in multiples of 64 up to `long_side`.",
+        neutral="fixed",
+    )
+    long_side: int = setting(
+        512, "Largest number of pixels of the longer side with `size: auto`; images are never enlarged.",
+        needs="size", ge=64, le=4096, multiple_of=64,
+    )  # fmt: skip
+    fps: float = setting(8.0, "Frames per second; at most 50 in a GIF.", ge=1, le=60)
+    format: Format = setting("mp4", "File format; png_zip: the frames as PNG files in a zip.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSettings(Settings):
+    """All settings of one row: also those without a default in a config."""
+
+    seed: int = setting(
+        0,
+        "Seed of the row's random numbers. null: derived from `request_id`.",
+        allowed="0 to 2^63-1",
+        ge=0,
+        le=MAX_SEED,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MotionWords:
+    """Words for a motion_scale: columns and defaults that are resolved into `motion_scale` before anything else."""
+
+    motion: Motion | None = setting(
+        None,
+        "Amount of motion: a word for a `motion_scale` of 0, 1 or 2, which it overrides. null: not used.",
+    )
+    style: bool = setting(
+        False,
+        "true: restyles the image.",
+        allowed="with `motion`, or a `motion_scale` of 0-2 or 6-8",
+    )
+
+
+ROW_SETTINGS: tuple[Setting, ...] = declared(RowSettings)
+"""Every setting that decides a clip or its file."""
+
+DEFAULT_SETTINGS: tuple[Setting, ...] = declared(MotionWords, Settings)
+"""Every setting that has a default in a config."""
+
+BY_NAME: dict[str, Setting] = {each.name: each for each in declared(MotionWords, RowSettings)}
+"""Every setting, words for motion included."""
