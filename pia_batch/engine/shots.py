@@ -10,76 +10,37 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pia_batch.config import FREE_INIT_METHODS, FreeInitMethod
 from pia_batch.errors import ImageUnreadableError, RequestError, UnsupportedSettingError
+from pia_batch.schema.settings import BY_NAME, FREE_INIT_METHODS, MAX_SEED, EngineSettings
 
 _FIRST_STYLE = 6
 """The first motion_scale that restyles; those below move, and have loops."""
 
-_MAX_FREE_INIT_ITERS = 10
-_MAX_FREE_INIT_ORDER = 32
+_MAX_FREE_INIT_ITERS = BY_NAME["free_init_iters"].limits["le"]
+_MAX_FREE_INIT_ORDER = BY_NAME["free_init_order"].limits["le"]
 
 _MIN_FREE_INIT_STOP = 1e-6
 """Below it, zero aside, the squares and powers of the filter leave the range of floating point numbers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shot:
-    """One animation to draw: an image, a prompt and every setting, so that a row needs nothing but itself.
+class Shot(EngineSettings):
+    """One animation to generate: an image, a prompt and every setting, so that a row depends on nothing but itself.
+
+    The settings are those of `schema.settings.EngineSettings`, by keyword, each with its default; `schema.settings`
+    describes them.
 
     Attributes:
-        image: RGB. Any size: it is encoded as it is, and its latents are then resampled (nearest) to the clip's size.
-        prompt: what to draw; text beyond the tokenizer's limit (77 tokens in CLIP) is not seen.
-        negative_prompt: what to steer away from; unused without guidance.
-        seed: of the row's own CPU generator, 0 to 2**63 - 1.
-        motion_scale: 0-2 more motion, 3-5 loops of 16 frames, 6-8 restyles.
-        loop: the last frame is as like the image as the first, at any number of frames; with a scale of 3 to 5 and
-            16 frames that is the preset itself.
-        motion_curve: likeness to the image by distance from the first frame, in frames, padded with its last
-            value; overrides `motion_scale` and `loop`.
-        cond_frame: the frame that is the image, 0 to num_frames - 1; distances of the curve are counted from it.
-        guidance_scale: 1 and below: no guidance, half the work.
-        strength: in (0, 1]; below 1 it starts from the noised image and runs int(steps * strength) steps.
-        num_inference_steps: denoising steps before `strength` shortens them.
-        num_frames: frames of the clip, at most the motion modules' limit (32 in PIA).
-        width: of the clip, in pixels, a multiple of 8.
-        height: of the clip, in pixels, a multiple of 8.
-        clip_skip: last layers of the text encoder left out, for the prompt only; None and 0 leave out none.
-        eta: 0 to 1, DDIM only; other schedulers ignore it.
-        ip_adapter_image: RGB, the image prompt; None: `image` itself. Unused without an IP-Adapter.
-        ip_adapter_scale: weight of the image prompt.
-        free_init_iters: passes of FreeInit, 1 to 10, each a whole denoising; 0: off. Needs a strength of 1.
-        free_init_method: its low-pass filter: `butterworth`, `ideal` or `gaussian`.
-        free_init_order: of the butterworth filter, 1 to 32.
-        free_init_spatial_stop: normalised stop frequency over the picture, 0 or 1e-6 to 1.
-        free_init_temporal_stop: normalised stop frequency over the frames, 0 or 1e-6 to 1.
-        free_init_fast: pass k of n takes k/n of the steps.
+        image: RGB, of any size: it is encoded as it is, and its latents are resampled (nearest) to the clip's size.
+        prompt: Text to animate the image by; text beyond the tokenizer's limit (77 tokens in CLIP) is not seen.
+        seed: Seed of the row's own CPU generator, 0 to 2**63 - 1.
+        ip_adapter_image: Image prompt, RGB; None: `image` itself. Unused without an IP-Adapter.
     """
 
     image: Image.Image
     prompt: str
-    negative_prompt: str = ""
     seed: int = 0
-    motion_scale: int = 0
-    loop: bool = False
-    motion_curve: tuple[float, ...] | None = None
-    cond_frame: int = 0
-    guidance_scale: float = 7.5
-    strength: float = 1.0
-    num_inference_steps: int = 25
-    num_frames: int = 16
-    width: int = 512
-    height: int = 512
-    clip_skip: int | None = None
-    eta: float = 0.0
     ip_adapter_image: Image.Image | None = None
-    ip_adapter_scale: float = 1.0
-    free_init_iters: int = 0
-    free_init_method: FreeInitMethod = "butterworth"
-    free_init_order: int = 4
-    free_init_spatial_stop: float = 0.25
-    free_init_temporal_stop: float = 0.25
-    free_init_fast: bool = False
 
     @property
     def guided(self) -> bool:
@@ -172,7 +133,7 @@ class Limits:
         self._check_image(shot.image)
         self._check_image_prompt(shot)
         self._check_size(shot)
-        _require(0 <= shot.seed < 2**63, f"seed {shot.seed} is not between 0 and 2**63 - 1")
+        _require(0 <= shot.seed <= MAX_SEED, f"seed {shot.seed} is not between 0 and 2**63 - 1")
         skip = shot.clip_skip or 0
         _require(
             0 <= skip <= self.max_clip_skip,

@@ -18,9 +18,9 @@ from pia_batch.config import Defaults, RunConfig
 from pia_batch.manifest.casting import Columns, Range, Rejections
 from pia_batch.manifest.content_keys import content_keys
 from pia_batch.manifest.effective import fill, hashes_of, is_auto, motion
-from pia_batch.schema.columns import EFFECTIVE, MAX_ID_BYTES, MAX_PROMPT_BYTES, MAX_URI_BYTES, SETTINGS, carried_columns
+from pia_batch.schema.columns import EFFECTIVE, MAX_ID_BYTES, MAX_URI_BYTES, SETTINGS, carried_columns
 from pia_batch.schema.keys import Keys, keys_to_hex, text_bytes
-from pia_batch.schema.settings import BY_NAME, MAX_FPS
+from pia_batch.schema.settings import BY_NAME, MAX_FPS, MAX_PROMPT_BYTES
 
 
 @dataclass(frozen=True)

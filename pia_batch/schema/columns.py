@@ -14,14 +14,13 @@ import pyarrow.compute as pc
 
 from pia_batch.schema.declaration import Setting, declared
 from pia_batch.schema.keys import canonical_json, digest, keys_to_hex
-from pia_batch.schema.settings import ROW_SETTINGS, MotionWords
+from pia_batch.schema.settings import MAX_PROMPT_BYTES, ROW_SETTINGS, MotionWords
 from pia_batch.storage.uris import REDACTIONS
 
 SUCCEEDED = "succeeded"
 FAILED = "failed"
 
 MAX_ID_BYTES = 512
-MAX_PROMPT_BYTES = 8192
 MAX_URI_BYTES = 4096
 
 

@@ -33,13 +33,16 @@ GIF delays are multiples of 10 ms, and browsers show a frame of 10 ms for 100 ms
 """
 
 MAX_SEED = 2**63 - 1
+MAX_PROMPT_BYTES = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """Settings that the engine takes, row by row, with their defaults."""
 
-    negative_prompt: str = setting("", "Text to steer away from; unused without guidance.", neutral="")
+    negative_prompt: str = setting(
+        "", "Text to steer away from; unused without guidance.", neutral="", allowed=f"up to {MAX_PROMPT_BYTES:,} bytes"
+    )
     motion_scale: int = setting(
         0, "Preset of PIA: 0-2 move more and more, 3-5 are loops of 16 frames, 6-8 restyle the image.", ge=0, le=8
     )

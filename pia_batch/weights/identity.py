@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from typing import Any
@@ -52,7 +51,8 @@ def engine_id(model: ModelConfig, weights: Weights, dtype: str) -> str:
     if model.memory == "low":
         identity["memory"] = "low"
     if model.speed != "exact":
-        identity["shortcuts"] = dataclasses.asdict(PRESETS[model.speed])
+        preset = PRESETS[model.speed]
+        identity["speed"] = {"reach": preset.reach, "layers": preset.layers}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 

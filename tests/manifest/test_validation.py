@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from golden_keys import recorded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import requests_table
@@ -24,6 +25,7 @@ from pia_batch.errors import ManifestError
 from pia_batch.manifest.reader import Manifest
 from pia_batch.manifest.validation import Checked, check
 from pia_batch.schema.columns import EFFECTIVE, REQUEST, SETTINGS
+from pia_batch.schema.settings import ROW_SETTINGS
 
 ENGINE_ID = "e" * 32
 PATHS = {"manifest": "requests.parquet", "output": "out"}
@@ -67,14 +69,19 @@ def key_of(table: pa.Table, run: RunConfig = CONFIG, engine_id: str = ENGINE_ID)
     return str(found.requests["key"][0].as_py())
 
 
+NEUTRAL = {setting.name: setting.neutral for setting in ROW_SETTINGS}
+
+
 def expected_key(row: dict[str, Any], run: RunConfig = CONFIG, engine_id: str = ENGINE_ID) -> str:
     """The key of an effective request, computed with nothing but the standard library."""
     sha256 = row["image_sha256"] or (row["image_bytes"] and hashlib.sha256(row["image_bytes"]).hexdigest())
-    described = {name: row[name] for name in (*SETTINGS.names, "request_id", "prompt")} | {
+    chosen = {name: row[name] for name in (*SETTINGS.names, "ip_adapter_image")}
+    described = {name: value for name, value in chosen.items() if value is not None and value != NEUTRAL.get(name)} | {
+        "request_id": row["request_id"],
+        "prompt": row["prompt"],
         "image": f"sha256:{sha256}" if sha256 else f"uri:{row['image']}",
-        "fit": f"{run.images.fit} {run.images.background.lower()}",
+        "fit": run.images.identity(),
         "encoder": run.encoding.identity(row["format"]),
-        "ip_adapter_image": row["ip_adapter_image"],
         "engine_id": engine_id,
     }
     text = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -585,7 +592,8 @@ def test_nulls_become_the_defaults_and_carried_columns_follow() -> None:
     assert made["clip_skip"].to_pylist() == [1, 1]
     assert made["model"].to_pylist() == ["default"] * 2
     assert made["age"].to_pylist() == [1, None]
-    optional = {"motion_curve", "clip_skip", "long_side", "ip_adapter_scale", *FILTER}
+    optional = {"motion_curve", "clip_skip", "ip_adapter_scale"}
+    optional |= {setting.name for setting in ROW_SETTINGS if setting.needs or setting.formats}
     assert {name for name in SETTINGS.names if made[name].null_count} <= optional
 
 
@@ -620,51 +628,32 @@ def test_the_key_of_a_request_stays_what_it_is() -> None:
 
     made = checked(table, config(model__base="some/model")).requests
 
-    assert made["key"].to_pylist() == ["447e667247be0bb75165e9e65ee45644", "9d1a1fe3afc177782201964f38cd2cfb"]
+    assert made["key"].to_pylist() == ["e12269554cbb66b07c1e4125fdf366a3", "2bf2d79e7672834e41d03bac17e7c258"]
 
 
+RECORDED = [row for row in recorded() if row["option"] in SETTINGS.names and not row.get("default")]
 CHANGES: dict[str, Any] = {
+    row["option"]: row["value"] for row in RECORDED if row["columns"].keys() == {row["option"]} and "config" not in row
+} | {
     "request_id": "other",
     "image": "other.png",
     "image_sha256": SHA,
     "prompt": "another",
-    "negative_prompt": "blur",
-    "seed": 8,
-    "motion_scale": 2,
-    "motion_curve": [0.5],
-    "guidance_scale": 3.5,
-    "strength": 0.5,
-    "num_inference_steps": 9,
-    "num_frames": 4,
-    "width": 72,
-    "height": 72,
-    "clip_skip": 1,
-    "cond_frame": 3,
-    "eta": 0.5,
-    "free_init_iters": 2,
-    "fps": 9.0,
-    "format": "gif",
-    "loop": True,
     "motion": "large",
-    "size": "auto",
     "style": True,
 }
-FILTER = {
-    "free_init_method": "ideal",
-    "free_init_order": 3,
-    "free_init_spatial_stop": 0.5,
-    "free_init_temporal_stop": 0.5,
-    "free_init_fast": True,
-}
 WITH_OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
-    **{name: ({"free_init_iters": [3]}, value) for name, value in FILTER.items()},
-    "long_side": ({"size": ["auto"]}, 256),
+    **{
+        row["option"]: ({k: [v] for k, v in row["columns"].items() if k != row["option"]}, row["value"])
+        for row in RECORDED
+        if row["option"] not in CHANGES
+    },
     "ip_adapter_scale": ({"ip_adapter_image": ["face.png"]}, 0.5),
     "ip_adapter_image": ({}, "face.png"),
 }
 """Settings that count only beside another one."""
 
-DEPENDENT = FILTER | {"long_side": 256, "ip_adapter_scale": 0.5}
+DEPENDENT = {name: value for name, (_, value) in WITH_OTHERS.items() if name != "ip_adapter_image"}
 
 
 def with_value(table: pa.Table, column: str, value: Any) -> pa.Table:
@@ -692,6 +681,24 @@ def test_a_setting_that_counts_only_beside_another_changes_the_key_there_and_now
 
     assert key_of(with_value(beside, column, value), run) != key_of(beside, run)
     assert (key_of(with_value(alone, column, value), plain) == key_of(alone, plain)) == bool(others)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from(sorted(CHANGES.keys() - {"image_sha256", "style", "motion"})), unique=True), st.data())
+def test_a_row_has_the_same_key_in_every_batch(names: list[str], data: st.DataObject) -> None:
+    """Settings that are neutral in some rows of a batch only are left out in those rows only."""
+    columns = {name: [data.draw(st.sampled_from([None, CHANGES[name]])) for _ in range(3)] for name in names}
+    table = requests_table(3, **{name: pa.array(each, REQUEST.field(name).type) for name, each in columns.items()})
+    if "request_id" in names:
+        table = table.set_column(table.column_names.index("request_id"), "request_id", pa.array(["a", "b", "other"]))
+    table = table.set_column(table.column_names.index("prompt"), "prompt", pa.array(["x", "y", "z"]))
+    if "image" in names:
+        table = table.set_column(table.column_names.index("image"), "image", pa.array(["x.png", "y.png", "z.png"]))
+
+    found = check(table, CONFIG, {"default": ENGINE_ID})
+
+    alone = {row: check(table.slice(row, 1), CONFIG, {"default": ENGINE_ID}) for row in found.rows.tolist()}
+    assert [one.keys[0].tobytes() for one in alone.values()] == [key.tobytes() for key in found.keys]
 
 
 def test_another_engine_or_another_way_to_fit_images_is_another_key() -> None:
