@@ -209,7 +209,7 @@ def _identity(run: RunConfig, engine_ids: Mapping[str, str]) -> str:
         "manifest": object_store.absolute(run.manifest).rstrip("/"),
         "defaults": run.defaults.model_dump(mode="json"),
         "encoding": run.encoding.model_dump(mode="json"),
-        "images": [run.images.fit, run.images.background],
+        "images": run.images.identity(),
         "limits": run.limits.max_frame_pixels,
         "models": {name: model.ip_adapter is not None for name, model in run.all_models.items()},
         "default_model": run.model.name,

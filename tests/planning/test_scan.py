@@ -182,7 +182,7 @@ def test_checking_rows_asks_for_nothing_of_the_config_that_a_scan_is_not_known_b
     check(requests_table(4, **columns), Spy(config, "", asked), {"default": "x"})
 
     whole = ("defaults.", "encoding.")
-    single = {"images.fit", "images.background", "limits.max_frame_pixels", "all_models", "model.name"}
+    single = {"images.identity", "limits.max_frame_pixels", "all_models", "model.name"}
     assert {name for name in asked if not name.startswith(whole)} <= single
     assert {name.split(".")[0] for name in asked} >= {"defaults", "encoding", "images", "limits", "model", "all_models"}
 
