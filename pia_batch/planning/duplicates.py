@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.config import RunConfig
-from pia_batch.manifest.reader import Batch, Manifest
 from pia_batch.manifest.effective import hashes_of
+from pia_batch.manifest.reader import Batch, Manifest
 from pia_batch.planning.scan import Scan
 from pia_batch.schema.columns import FAILED, as_text, carried_columns, named_texts, rejected_keys, results_table
 from pia_batch.schema.keys import KEY_BYTES, Keys, keys_from_hex, keys_to_hex

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.manifest.tokens import are_truncated
 from pia_batch.manifest.effective import seeds_of
+from pia_batch.manifest.tokens import are_truncated
 from pia_batch.schema.columns import GROUPED
 
 WORK = pa.schema(
