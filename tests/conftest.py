@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import local_ray as shared_ray
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 
+# A busy machine makes an example slow, not wrong. CI's own profile, where Hypothesis has loaded it, is the parent.
+hypothesis.settings.register_profile(
+    "busy-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy-machine")
 
 # Before any test imports torch: networks of this size lose more to waiting for a second core than they gain.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
