@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from journals import commit, key, keys, keyset, results, successes
 
 from pia_batch.errors import StorageError
 from pia_batch.journal import layout, log, pack_index
@@ -22,7 +23,6 @@ from pia_batch.journal.compaction import MIN_UNINDEXED_FRAGMENTS, Compactor
 from pia_batch.journal.log import Journal, Outcomes, digest_of
 from pia_batch.schema.keys import keys_to_hex
 from pia_batch.storage.object_store import Store
-from tests.journal.test_log import commit, key, keys, keyset, results, verdicts
 
 
 class CountingStore(Store):
@@ -113,7 +113,7 @@ def test_outcomes_are_the_same_with_and_without_an_index(steps: list[tuple[str, 
                 seen = other.outcomes()
             assert told(record.outcomes()) == told(without_index(record))
         winning = [row["key"] for table in record.winning_rows(record.outcomes()) for row in table.to_pylist()]
-        assert sorted(winning) == sorted(verdicts(record.outcomes()))
+        assert sorted(winning) == sorted(successes(record.outcomes()))
 
 
 def test_a_compacted_journal_is_read_without_its_fragments(record: Journal) -> None:
@@ -138,13 +138,13 @@ def test_what_was_taken_back_stays_so_though_the_index_has_it(record: Journal) -
     record.compact()
 
     record.add_tombstones(keys(1), record.outcomes())
-    assert verdicts(record.outcomes()) == {key(2): True}
+    assert successes(record.outcomes()) == {key(2): True}
     record.compact()
-    assert verdicts(Journal(record.store).outcomes()) == {key(2): True}
+    assert successes(Journal(record.store).outcomes()) == {key(2): True}
 
     commit(record, {1: "failed"})
     record.compact()
-    assert verdicts(Journal(record.store).outcomes()) == {key(1): False, key(2): True}
+    assert successes(Journal(record.store).outcomes()) == {key(1): False, key(2): True}
 
 
 def test_taking_back_needs_no_fragment_that_is_indexed(record: Journal) -> None:
@@ -156,7 +156,7 @@ def test_taking_back_needs_no_fragment_that_is_indexed(record: Journal) -> None:
     Journal(store).add_tombstones(keys(1, 3), Journal(store).outcomes())
 
     assert store.fragments_read == 0
-    assert set(verdicts(record.outcomes())) == {key(0), key(2), key(4)}
+    assert set(successes(record.outcomes())) == {key(0), key(2), key(4)}
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])

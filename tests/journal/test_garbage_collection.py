@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from journals import SHOP, commit, key, keys, keyset, results
 
 from pia_batch.errors import LeaseHeldError, StorageError
 from pia_batch.journal import layout
@@ -15,7 +16,6 @@ from pia_batch.journal.pack_index import Head, PackIndex
 from pia_batch.journal.results import publish
 from pia_batch.journal.rows import INDEX_ENTRY
 from pia_batch.storage.object_store import Store
-from tests.journal.test_log import SHOP, commit, key, keys, keyset, results
 
 DAY_S = 86_400.0
 

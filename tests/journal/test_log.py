@@ -1,5 +1,5 @@
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -11,95 +11,30 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from journals import (
+    RecordingStore,
+    commit,
+    content,
+    key,
+    keys,
+    keyset,
+    publish_all,
+    published_by,
+    results,
+    successes,
+)
 
 from pia_batch.errors import EncodingError, LeaseHeldError, ObjectExistsError, StorageError
 from pia_batch.journal import layout, log
 from pia_batch.journal.layout import animation_name
-from pia_batch.journal.log import Journal, Outcomes, digest_of
-from pia_batch.journal.results import PublishedResults, publish
+from pia_batch.journal.log import Journal, digest_of
 from pia_batch.journal.verify import find_problems, repair
-from pia_batch.schema.columns import results_table
-from pia_batch.schema.keys import Keys, KeySet, keys_from_hex, keys_to_hex
 from pia_batch.storage.object_store import Store
-
-SHOP = pa.schema([("shop", pa.string())])
-
-
-def key(number: int) -> str:
-    return hashlib.blake2b(str(number).encode(), digest_size=16).hexdigest()
-
-
-def content(number: int) -> bytes:
-    return f"the animation of request {number}".encode()
-
-
-def results(store: Store, statuses: dict[int, str], note: str | None = None, shops: pa.Array | None = None) -> pa.Table:
-    """Result rows of requests, by number; `note` goes where it does not matter."""
-    numbers, count = list(statuses), len(statuses)
-    done = [statuses[number] == "succeeded" for number in numbers]
-
-    def where_done(values: Iterable[Any]) -> pa.Array:
-        return pa.array([value if good else None for value, good in zip(values, done, strict=True)])
-
-    columns = {
-        "request_id": pa.array([f"r{number:03d}" for number in numbers], pa.string()),
-        "key": pa.array([key(number) for number in numbers], pa.string()),
-        "status": pa.array([statuses[number] for number in numbers], pa.string()),
-        "error_kind": pa.array([None if good else "non_finite" for good in done], pa.string()),
-        "animation_uri": where_done(store.uri_of(animation_name(key(number), "gif")) for number in numbers),
-        "num_bytes": where_done(len(content(number)) for number in numbers),
-        "sha256": where_done(hashlib.sha256(content(number)).hexdigest() for number in numbers),
-        "run_id": pa.array([note] * count, pa.string()),
-    }
-    carried = pa.table({"shop": [f"shop {number}" for number in numbers] if shops is None else shops})
-    return results_table(columns, carried, count)
-
-
-def commit(record: Journal, statuses: dict[int, str], **options: Any) -> str:
-    """Store the animations of the good ones, then one fragment for all."""
-    for number, status in statuses.items():
-        if status == "succeeded":
-            record.store.replace(animation_name(key(number), "gif"), content(number))
-    return record.append(results(record.store, statuses, **options))
-
-
-def keyset(*numbers: int) -> KeySet:
-    return KeySet.of(keys_from_hex(pa.array([key(number) for number in numbers], pa.string())))
-
-
-def verdicts(outcomes: Outcomes) -> dict[str, bool]:
-    return dict(zip(keys_to_hex(outcomes.keys).to_pylist(), outcomes.succeeded.tolist(), strict=True))
-
-
-class RecordingStore(Store):
-    """Remembers the names it was told to write, in order."""
-
-    def __init__(self, uri: str) -> None:
-        super().__init__(uri)
-        self.written: list[str] = []
-
-    def replace(self, name: str, data: bytes) -> None:
-        super().replace(name, data)
-        self.written.append(name)
 
 
 @pytest.fixture
 def record(store: Store) -> Journal:
     return Journal(RecordingStore(store.uri))
-
-
-def published_by(record: Journal) -> list[str]:
-    assert isinstance(record.store, RecordingStore)
-    return [name for name in record.store.written if name.startswith("results/")]
-
-
-def publish_all(record: Journal, *numbers: int, run_id: str = "run-1", **about: Any) -> PublishedResults:
-    return publish(record, record.outcomes(), keyset(*numbers), SHOP, run_id, about)
-
-
-def rows_of(record: Journal, run_id: str = "run-1") -> list[dict[str, Any]]:
-    folder = Path(record.store.uri.removeprefix("file://"), "results", run_id)
-    return pq.read_table(folder).sort_by("request_id").to_pylist()
 
 
 # --- appending and reading -------------------------------------------------------------------------------------------
@@ -126,7 +61,7 @@ def test_a_failure_for_another_reason_is_another_outcome_and_the_same_one_is_not
 
     assert fail("the image is gone") == gone != late
     assert record.fragments() == sorted([gone, late])
-    assert verdicts(record.outcomes()) == {key(1): False, key(2): True}
+    assert successes(record.outcomes()) == {key(1): False, key(2): True}
 
 
 def test_a_fragment_reads_back_as_it_was_appended(record: Journal) -> None:
@@ -147,7 +82,7 @@ def test_other_files_of_the_journal_are_no_fragments(record: Journal) -> None:
 def test_an_empty_journal_knows_nothing(record: Journal, tmp_path: Path) -> None:
     outcomes = record.outcomes()
 
-    assert verdicts(outcomes) == {}
+    assert successes(outcomes) == {}
     assert outcomes.failures.total() == 0
     assert len(outcomes.succeeded_keys) == 0
     assert len(outcomes.of(keyset(1)).keys) == 0
@@ -159,7 +94,7 @@ def test_a_fragment_without_rows_changes_nothing(record: Journal) -> None:
     record.append(results(record.store, {}))
     commit(record, {1: "failed"})
 
-    assert verdicts(record.outcomes()) == {key(1): False}
+    assert successes(record.outcomes()) == {key(1): False}
 
 
 def test_outcomes_know_every_key_once_and_no_other(record: Journal) -> None:
@@ -168,16 +103,16 @@ def test_outcomes_know_every_key_once_and_no_other(record: Journal) -> None:
 
     outcomes = record.outcomes()
 
-    assert verdicts(outcomes) == {key(1): True, key(2): False, key(3): True}
+    assert successes(outcomes) == {key(1): True, key(2): False, key(3): True}
     assert outcomes.failures == {"non_finite": 1}
-    assert verdicts(outcomes.of(keyset(2, 3, 99))) == {key(2): False, key(3): True}
+    assert successes(outcomes.of(keyset(2, 3, 99))) == {key(2): False, key(3): True}
 
 
 def test_a_success_beats_a_failure_in_either_order_of_names(record: Journal) -> None:
     commit(record, {1: "failed", 2: "succeeded"})
     commit(record, {1: "succeeded", 2: "failed"})
 
-    assert verdicts(record.outcomes()) == {key(1): True, key(2): True}
+    assert successes(record.outcomes()) == {key(1): True, key(2): True}
 
 
 def test_the_smaller_fragment_name_wins_among_equals(record: Journal) -> None:
@@ -210,11 +145,11 @@ def test_outcomes_agree_with_a_plain_dict(fragments: list[dict[int, str]], wante
 
         outcomes = record.outcomes()
 
-        assert verdicts(outcomes) == {one: not failed for one, (failed, _, _) in best.items()}
+        assert successes(outcomes) == {one: not failed for one, (failed, _, _) in best.items()}
         some = outcomes.of(keyset(*wanted))
-        assert set(verdicts(some)) == {key(number) for number in wanted} & set(best)
+        assert set(successes(some)) == {key(number) for number in wanted} & set(best)
         winning = [row for table in record.winning_rows(some) for row in table.to_pylist()]
-        assert {row["key"]: row["run_id"] for row in winning} == {one: best[one][2] for one in verdicts(some)}
+        assert {row["key"]: row["run_id"] for row in winning} == {one: best[one][2] for one in successes(some)}
         assert len(winning) == len(some.keys)
 
 
@@ -348,10 +283,6 @@ def test_verify_looks_at_every_animation_of_many_small_fragments_and_counts_them
 # --- taking back -----------------------------------------------------------------------------------------------------
 
 
-def keys(*numbers: int) -> Keys:
-    return keys_from_hex(pa.array([key(number) for number in numbers], pa.string()))
-
-
 def held() -> None:
     """Nobody else works here."""
 
@@ -364,12 +295,12 @@ def test_what_is_taken_back_is_unknown_until_it_is_committed_again(record: Journ
     record.add_tombstones(keys(1), record.outcomes())
 
     outcomes = record.outcomes()
-    assert verdicts(outcomes) == {key(2): True, key(3): True}
+    assert successes(outcomes) == {key(2): True, key(3): True}
     assert outcomes.needs_regeneration == 1
     digests.append(digest_of(outcomes))
     again = commit(record, {1: "succeeded", 3: "succeeded"}, note="again")
     assert again != first
-    assert verdicts(record.outcomes()) == {key(1): True, key(2): True, key(3): True}
+    assert successes(record.outcomes()) == {key(1): True, key(2): True, key(3): True}
     assert record.outcomes().needs_regeneration == 0
     rows = [row for table in record.winning_rows(record.outcomes()) for row in table.to_pylist()]
     assert {row["run_id"] for row in rows if row["key"] == key(1)} == {"again"}
@@ -399,7 +330,7 @@ def test_taking_back_the_same_twice_or_nothing_at_all_changes_nothing(record: Jo
     record.add_tombstones(keys(1), seen)
 
     assert digest_of(record.outcomes()) == digest
-    assert verdicts(record.outcomes()) == {key(2): True}
+    assert successes(record.outcomes()) == {key(2): True}
 
 
 def test_a_fragment_that_nobody_had_seen_is_not_taken_back(record: Journal) -> None:
@@ -409,7 +340,7 @@ def test_a_fragment_that_nobody_had_seen_is_not_taken_back(record: Journal) -> N
 
     record.add_tombstones(keys(1), seen)
 
-    assert verdicts(record.outcomes()) == {key(1): True, key(2): False}
+    assert successes(record.outcomes()) == {key(1): True, key(2): False}
 
 
 def test_a_damaged_withdrawal_is_named_and_never_skipped(record: Journal) -> None:
@@ -453,7 +384,7 @@ def test_what_counts_is_what_was_not_taken_back_in_whatever_order_the_files_arri
             for number, status in said.items():
                 expected[key(number)] = expected.get(key(number), False) or status == "succeeded"
 
-        assert verdicts(record.outcomes()) == expected
+        assert successes(record.outcomes()) == expected
 
         names = [item.name for item in record.store.list("")]
         random.shuffle(names)
@@ -463,7 +394,7 @@ def test_what_counts_is_what_was_not_taken_back_in_whatever_order_the_files_arri
                 other.outcomes()  # a reader in between must not trip over what has not arrived
             other.store.create(name, record.store.read(name))
         mine, theirs = record.outcomes(), other.outcomes()
-        assert verdicts(theirs) == expected
+        assert successes(theirs) == expected
         assert digest_of(theirs) == digest_of(mine)
         assert theirs.needs_regeneration == mine.needs_regeneration
 
@@ -482,7 +413,7 @@ def test_repair_removes_what_is_broken_and_nothing_else(record: Journal) -> None
     broken = root / animation_name(key(2), "gif")
     del before[broken]
     assert {path: path.stat().st_mtime_ns for path in (root / "animations").rglob("*.gif")} == before
-    assert verdicts(record.outcomes()) == {key(0): True} | {key(n): True for n in (3, 4, 5)} | {key(9): False}
+    assert successes(record.outcomes()) == {key(0): True} | {key(n): True for n in (3, 4, 5)} | {key(9): False}
     assert problems(record) == {}
     commit(record, {1: "succeeded", 2: "succeeded"})
     assert publish_all(record, *range(6), 9).num_succeeded == 6
@@ -524,8 +455,8 @@ def test_append_outcomes_publish_and_verify_work_on_s3(s3: str) -> None:
     record.store.delete(animation_name(key(2), "gif"))
     seen = record.outcomes()
     repair(record, seen, find_problems(record, seen, accept), held)
-    assert verdicts(record.outcomes()) == {key(1): True}
+    assert successes(record.outcomes()) == {key(1): True}
     commit(record, {1: "failed", 2: "succeeded"})
-    assert verdicts(record.outcomes()) == {key(1): True, key(2): True}
+    assert successes(record.outcomes()) == {key(1): True, key(2): True}
     with pytest.raises(ObjectExistsError):
         record.store.create(record.fragments()[0], b"")

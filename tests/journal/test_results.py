@@ -4,6 +4,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from journals import SHOP, RecordingStore, commit, key, keyset, publish_all, published_by, results, rows_of
 
 from pia_batch.errors import AccountingError
 from pia_batch.journal import log
@@ -12,17 +13,6 @@ from pia_batch.journal.log import Journal, digest_of, to_parquet
 from pia_batch.journal.results import publish, read_latest
 from pia_batch.schema.columns import RESULT
 from pia_batch.storage.object_store import ObjectInfo, Store
-from tests.journal.test_log import (
-    SHOP,
-    RecordingStore,
-    commit,
-    key,
-    keyset,
-    publish_all,
-    published_by,
-    results,
-    rows_of,
-)
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ import time
 from pathlib import Path
 
 import pytest
+from journals import SHOP, commit, keys, keyset
 
 from pia_batch.journal.lease import Lease
 from pia_batch.journal.log import Journal
 from pia_batch.journal.results import publish
 from pia_batch.journal.status import read_status
 from pia_batch.storage.object_store import Store
-from tests.journal.test_log import SHOP, commit, keys, keyset
 
 BEGAN = "2026-11-22T20:00:00Z"
 
