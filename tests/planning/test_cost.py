@@ -5,6 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from inputs import requests_table
+from manifest_statistics import statistics_of
 
 from pia_batch.config import RunConfig
 from pia_batch.journal.log import Journal
@@ -12,7 +13,6 @@ from pia_batch.planning.cost import estimate_bytes, estimate_costs, measure_fini
 from pia_batch.planning.statistics import Statistics
 from pia_batch.schema.columns import results_table
 from pia_batch.storage.object_store import Store
-from tests.planning.test_statistics import statistics_of
 
 SD15 = {"manifest": "m", "output": "o", "model.base": "somebody/sd15", "placement.num_gpus": 1}
 ENGINE = "e" * 32

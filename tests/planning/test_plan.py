@@ -4,13 +4,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import requests_table
+from plans import commit, keys_of, members
 
 from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError, ManifestError
@@ -22,7 +22,7 @@ from pia_batch.manifest.reader import Manifest
 from pia_batch.manifest.validation import check
 from pia_batch.planning.plan import Plan, Retry, find_published_run, make_plan
 from pia_batch.schema.columns import RESULT, results_table
-from pia_batch.schema.keys import KeySet, keys_from_hex
+from pia_batch.schema.keys import keys_from_hex
 from pia_batch.storage.object_store import Store
 
 
@@ -32,25 +32,6 @@ def write(folder: Path, *tables: pa.Table) -> RunConfig:
     for index, table in enumerate(tables):
         pq.write_table(table, folder / "manifest" / f"{index}.parquet")
     return RunConfig.load(None, {"manifest": str(folder / "manifest"), "output": str(folder / "out")})
-
-
-def keys_of(plan: Plan) -> list[str]:
-    """The keys of all good rows, duplicates included."""
-    return [
-        key
-        for batch in plan.manifest.batches()
-        for key in check(batch.table, plan.config, plan.engine_ids).requests["key"].to_pylist()
-    ]
-
-
-def commit(config: RunConfig, keys: list[str], status: str, error_kind: str | None = None) -> None:
-    columns = {
-        "request_id": pa.array([f"of {key}" for key in keys], pa.string()),
-        "key": pa.array(keys, pa.string()),
-        "status": pa.scalar(status),
-        "error_kind": pa.scalar(error_kind, pa.string()),
-    }
-    Journal(Store(config.output)).append(results_table(columns, pa.table({}), len(keys)))
 
 
 def publish_all(plan: Plan) -> None:
@@ -67,11 +48,6 @@ def left_for_ray(plan: Plan) -> list[str]:
     settled = plan.skipped.contains(keys_from_hex(pa.array(keys, pa.string())))
     rows = [key for key, done in zip(keys, settled, strict=True) if not done]
     return sorted(rows + plan.repeats["key"].to_pylist())
-
-
-def members(keys: KeySet) -> set[str]:
-    pairs = np.stack([keys.high, keys.low], axis=1).astype(">u8")
-    return {row.tobytes().hex() for row in pairs}
 
 
 # --- a first plan ---------------------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from inputs import requests_table
+from manifest_statistics import statistics_of
 
 from pia_batch import tiny
 from pia_batch.config import RunConfig
 from pia_batch.planning.plan_warnings import warnings_of
-from tests.planning.test_statistics import statistics_of
 
 SD15 = {"manifest": "m", "output": "o", "model.base": "somebody/sd15"}
 

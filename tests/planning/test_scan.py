@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import requests_table
+from plans import commit, content_of, members
 
 from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError, InterruptedRunError, ManifestError, StorageError
@@ -24,7 +25,6 @@ from pia_batch.manifest.validation import check
 from pia_batch.planning import scan, scan_cache, scan_validate
 from pia_batch.planning.plan import Plan, make_plan
 from pia_batch.storage.object_store import Store
-from tests.planning.test_plan import commit, members
 
 
 @pytest.fixture
@@ -67,25 +67,9 @@ def read_files(config: RunConfig) -> set[str]:
     return {Path(chunk.file.path).name for chunk in make_plan(config).new_chunks}
 
 
-def told(plan: Plan) -> dict[str, Any]:
-    """All that a plan says, but for when it looked."""
-    rejected = plan.rejected.drop_columns(["finished_at"])
-    return {
-        "wanted": members(plan.wanted),
-        "settled": members(plan.skipped),
-        "rejected": rejected.to_pylist(),
-        "schema": rejected.schema,
-        "repeats": plan.repeats.to_pylist(),
-        "groups": sorted(map(str, plan.groups.to_pylist())),
-        "counts": (plan.num_pending, plan.num_duplicates, plan.num_failed, plan.manifest.num_rows),
-        "outcomes": plan.outcomes.failures,
-        "carried": plan.carried,
-    }
-
-
 def planned(config: RunConfig) -> dict[str, Any] | str:
     try:
-        return told(make_plan(config))
+        return content_of(make_plan(config))
     except (ManifestError, ConfigError) as err:
         return str(err)
 
@@ -124,12 +108,12 @@ def test_a_plan_by_itself_keeps_nothing(config: RunConfig, tmp_path: Path, clock
 def test_a_file_that_was_known_is_not_opened_at_all(config: RunConfig, tmp_path: Path, clock: Iterator[float]) -> None:
     path = tmp_path / "manifest" / "0.parquet"
     put(path, requests(0, 4), next(clock))
-    truth = told(saved(config))
+    truth = content_of(saved(config))
     changed = path.stat()
     path.write_bytes(bytes(changed.st_size))
     os.utime(path, ns=(changed.st_mtime_ns, changed.st_mtime_ns))
 
-    assert told(make_plan(config)) == truth
+    assert content_of(make_plan(config)) == truth
 
 
 @pytest.mark.parametrize(
@@ -209,9 +193,9 @@ def test_lines_of_json_are_known_too(config: RunConfig, tmp_path: Path, clock: I
 
     write(0, prompt="")
     write(1)
-    truth = told(saved(config))
+    truth = content_of(saved(config))
     assert read_files(config) == set()
-    assert told(make_plan(config)) == truth
+    assert content_of(make_plan(config)) == truth
 
     write(2, seed=7)
     assert read_files(config) == {"0.jsonl", "1.jsonl", "2.jsonl"}  # there is a column more to read now
@@ -419,7 +403,7 @@ def compare(folder: Path, config: RunConfig, verb: str, number: int | None) -> N
     if isinstance(truth, str):
         return
     if verb == "save":
-        assert told(saved(config)) == truth
+        assert content_of(saved(config)) == truth
         assert planned(config) == truth
     elif verb == "finish" and number is not None:
         plan = make_plan(config)
@@ -464,9 +448,9 @@ def test_scans_are_kept_by_etag_on_s3(s3: str, worth_it: None) -> None:
 
     upload(0)
     upload(1)
-    truth = told(saved(config))
+    truth = content_of(saved(config))
     assert read_files(config) == set()
-    assert told(make_plan(config)) == truth
+    assert content_of(make_plan(config)) == truth
     upload(1, prompt=["another"] * 4)
     assert read_files(config) == {"1.parquet"}
-    assert len(told(make_plan(config))["wanted"] & truth["wanted"]) == 4
+    assert len(content_of(make_plan(config))["wanted"] & truth["wanted"]) == 4

@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from inputs import requests_table
+from manifest_statistics import counts_of
+from plans import commit, content_of, keys_of
 
 from pia_batch.config import RunConfig
 from pia_batch.errors import InterruptedRunError, ManifestError
@@ -22,9 +24,6 @@ from pia_batch.planning.plan import make_plan
 from pia_batch.planning.scan_validate import ScanTask
 from pia_batch.planning.statistics import Statistics
 from pia_batch.schema.columns import REQUEST
-from tests.planning.test_plan import commit, keys_of
-from tests.planning.test_scan import told
-from tests.planning.test_statistics import told as told_by
 
 
 @pytest.fixture
@@ -66,14 +65,14 @@ def test_processes_find_what_threads_find(config: RunConfig, monkeypatch: pytest
     )
     commit(config, keys_of(make_plan(config))[:3], "succeeded")
     in_threads = Statistics()
-    truth = told(make_plan(config, statistics=in_threads))
+    truth = content_of(make_plan(config, statistics=in_threads))
     monkeypatch.setattr(scan_pool, "MIN_ROWS", 0)
     monkeypatch.setattr(scan_pool, "PROCESSES", 2)
 
     in_processes = Statistics()
 
-    assert told(make_plan(config, statistics=in_processes)) == truth
-    assert told_by(in_processes) == told_by(in_threads)
+    assert content_of(make_plan(config, statistics=in_processes)) == truth
+    assert counts_of(in_processes) == counts_of(in_threads)
 
 
 def test_what_is_wrong_with_a_file_is_told_as_ever(config: RunConfig, in_processes: None) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import requests_table
+from manifest_statistics import counts_of, statistics_of, tables
+from plans import commit, keys_of
 
 from pia_batch.config import RunConfig
 from pia_batch.manifest import files as manifest_files
@@ -23,34 +24,7 @@ from pia_batch.manifest.tokens import MAX_TOKENS, least_tokens
 from pia_batch.manifest.validation import check
 from pia_batch.planning import scan, scan_cache, scan_validate
 from pia_batch.planning.plan import Plan, Retry, make_plan
-from pia_batch.planning.statistics import WORK, Statistics, WorkClasses, work_of
-from tests.planning.test_plan import commit, keys_of
-from tests.planning.test_work_classes import tables
-
-CONFIG = RunConfig.load(None, {"manifest": "m", "output": "o"})
-
-
-def statistics_of(*batches: pa.Table, config: RunConfig = CONFIG) -> Statistics:
-    """Statistics of these rows, of which all good ones are pending."""
-    statistics = Statistics()
-    for rows in batches:
-        checked = check(rows, config, dict.fromkeys(config.all_models, "e" * 32))
-        pending = np.ones(len(checked.keys), dtype=bool)
-        statistics.add(WorkClasses.of(rows, checked.requests), checked.id_hashes, pending)
-    return statistics
-
-
-def told(statistics: Statistics) -> dict[str, Any]:
-    """All that statistics says."""
-    return {
-        "num_rows": statistics.num_rows,
-        "num_given": +statistics.num_given,
-        "num_pending": statistics.num_pending,
-        "num_truncated": statistics.num_truncated,
-        "gif_fps": statistics.gif_fps,
-        "only_seed": statistics.only_seed,
-        "work": Counter({tuple(row.values())[:-1]: row["num_rows"] for row in statistics.work.to_pylist()}),
-    }
+from pia_batch.planning.statistics import WORK, Statistics, work_of
 
 
 def test_requests_that_cost_alike_are_counted_together_over_all_batches() -> None:
@@ -169,8 +143,8 @@ def test_a_survey_of_a_scanned_manifest_is_that_of_its_rows(
         plan.save_scan()
         again_planned = make_plan(config, retry=retry, statistics=known)
 
-        assert (again_planned.new_chunks, told(known)) == ((), truth)
-        assert told(read) == truth
+        assert (again_planned.new_chunks, counts_of(known)) == ((), truth)
+        assert counts_of(read) == truth
         assert plan.num_pending <= read.num_pending  # copies count once there, and each time here
 
 
@@ -188,5 +162,5 @@ def test_a_survey_of_a_scanned_manifest_opens_no_file(tmp_path: Path, monkeypatc
 
     make_plan(config, statistics=known)
 
-    assert told(known) == told(read)
+    assert counts_of(known) == counts_of(read)
     assert known.num_pending == 6

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import requests_table
+from manifest_statistics import tables
 
 from pia_batch.config import RunConfig
 from pia_batch.manifest.validation import check
@@ -106,28 +107,6 @@ def test_few_classes_take_less_than_a_byte_a_row() -> None:
 
     assert len(classes_of(requests_table(20_000, width=size)).packed()) < 0.5 * 20_000
     assert len(classes_of(requests_table(20_000)).packed()) < 0.2 * 20_000
-
-
-CELLS = {
-    "seed": st.sampled_from([None, 1, 2, -1]),
-    "num_inference_steps": st.sampled_from([None, 2, 9]),
-    "strength": st.sampled_from([None, 0.5, 7.0]),
-    "format": st.sampled_from([None, "gif", "mp4"]),
-    "fps": st.sampled_from([None, 8.0, 12.0]),
-    "size": st.sampled_from([None, "auto", "fixed"]),
-    "prompt": st.sampled_from(["a cat", "a " * 76, ""]),
-}
-TYPES = {"seed": pa.int64(), "num_inference_steps": pa.int64(), "strength": pa.float64(), "fps": pa.float64()}
-COLUMNS = st.sets(st.sampled_from(sorted(CELLS)), min_size=1)
-
-
-@st.composite
-def tables(draw: st.DrawFn, max_rows: int = 12) -> pa.Table:
-    names, count = sorted(draw(COLUMNS)), draw(st.integers(1, max_rows))
-    cells = {name: draw(st.lists(CELLS[name], min_size=count, max_size=count)) for name in names}
-    return requests_table(
-        count, **{name: pa.array(values, TYPES.get(name, pa.string())) for name, values in cells.items()}
-    )
 
 
 @settings(max_examples=25, deadline=None)
