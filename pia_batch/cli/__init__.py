@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pia_batch import errors
-from pia_batch.cli import benchmarking, clusters, inspecting, outputs, preparing, running
+from pia_batch.cli import bench_command, inspect_command, job_commands, output_commands, plan_commands, run_commands
 from pia_batch.cli.console import err
 
 log = logging.getLogger("pia_batch")
@@ -33,9 +33,15 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 for command in (
-    *(running.demo, preparing.plan, preparing.doctor, running.run, running.retry),
-    *(outputs.status, outputs.verify, outputs.gc, outputs.report, inspecting.inspect),
-    *(clusters.submit, clusters.jobs, benchmarking.bench),
+    *(run_commands.demo, plan_commands.plan, plan_commands.doctor, run_commands.run, run_commands.retry),
+    *(
+        output_commands.status,
+        output_commands.verify,
+        output_commands.gc,
+        output_commands.report,
+        inspect_command.inspect,
+    ),
+    *(job_commands.submit, job_commands.jobs, bench_command.bench),
 ):
     app.command()(command)
 

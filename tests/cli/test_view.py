@@ -425,7 +425,7 @@ def picture() -> str:
     console.print(
         "$ pia-batch run nightly.yaml --run-date 2026-11-22 --price-per-hour 2.49", markup=False, highlight=False
     )
-    console.print("2026-11-22 19:40:02,113 INFO planned run_id=nightly-2026-11-22 requests=100000", highlight=False)
+    console.print("2026-11-22 19:40:02,113 INFO run_planned run_id=nightly-2026-11-22 requests=100000", highlight=False)
     console.print(view.Frame(HALF_DONE))
     drawn_by_rich = console.export_svg(title="pia-batch run", unique_id="view")
     return re.sub(r"@font-face \{.*?\}", "", drawn_by_rich, flags=re.DOTALL)

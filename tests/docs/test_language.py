@@ -22,7 +22,6 @@ PENDING = {
     "pia_batch/__init__.py",
     "pia_batch/cli",
     "pia_batch/config",
-    "pia_batch/driver",
     "pia_batch/engine",
     "pia_batch/errors.py",
     "pia_batch/manifest",

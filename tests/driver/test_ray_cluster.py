@@ -19,8 +19,10 @@ from places import PYTHONPATH
 from ray.cluster_utils import Cluster
 
 from pia_batch.config import PlacementConfig, RunConfig
-from pia_batch.driver import preflight, ray_cluster
+from pia_batch.driver import ray_cluster
 from pia_batch.driver import run as driver_run
+from pia_batch.driver.authentication import authentication
+from pia_batch.driver.preflight.cluster import check_capacity
 from pia_batch.errors import ConfigError, InterruptedRunError
 from pia_batch.planning.plan import make_plan
 from pia_batch.schema.run_record import RunSummary
@@ -52,7 +54,7 @@ def add_gpu(nodes: Cluster) -> Any:
 
 @dataclass
 class NodeEngine(FakeEngine):
-    """Its device is its node. Draws once `crowd` engines are there; where its node is told to hold, never again."""
+    """Its device is its node. Generates once `crowd` engines exist; on a node with a hold file, never again."""
 
     folder: Path = Path()
     crowd: int = 1
@@ -94,7 +96,7 @@ def test_a_run_that_is_given_no_engine_says_so_and_leaves_nothing_of_ray_data_be
     with pytest.raises(InterruptedRunError, match="one engine needs 1 GPUs and 1 CPUs, and the cluster has 0 and 2"):
         driver_run.run(make_config(placement__num_gpus=1, placement__wait_s=2))
 
-    assert "waiting_for_engines" in caplog.text
+    assert "engines_awaited" in caplog.text
     # An executor that goes on waiting ends this process some time after ray.shutdown().
     assert not [thread.name for thread in threading.enumerate() if "Executor" in thread.name]
 
@@ -138,31 +140,31 @@ def test_a_node_that_joins_is_used_and_one_that_dies_with_a_batch_is_survived(
         nodes.remove_node(node)
 
 
-def test_a_cluster_without_authentication_is_refused_on_demand_and_told_of_otherwise(
+def test_a_cluster_without_authentication_is_refused_on_demand_and_reported_otherwise(
     nodes: Cluster, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert ray_cluster.authentication(None) == ray_cluster.authentication(nodes.address) == "none"
+    assert authentication(None) == authentication(nodes.address) == "none"
     with pytest.raises(ConfigError, match=r"without token authentication.*RAY_AUTH_MODE=token.*require_auth"):
         driver_run.run(make_config(placement__require_auth=True))
 
     with ray_cluster.connect(PlacementConfig()):
         pass
 
-    assert "open_cluster" in caplog.text or nodes.address.startswith("127.")
+    assert "open_cluster_found" in caplog.text or nodes.address.startswith("127.")
 
 
-def test_a_cluster_without_room_for_reading_beside_its_engines_is_told_of_before_it_is_used(
+def test_a_cluster_that_cannot_read_in_addition_to_its_engines_is_reported_before_it_is_used(
     nodes: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = PlacementConfig(ray_address=nodes.address, min_engines=64, max_engines=64)
 
     with ray_cluster.connect(place):
-        (told,) = [record.getMessage() for record in caplog.records if "small_cluster" in record.getMessage()]
-    (finding,) = preflight._about_room(place, num_gpus=0)
+        (message,) = [record.getMessage() for record in caplog.records if "small_cluster_found" in record.getMessage()]
+    (finding,) = check_capacity(place, num_gpus=0)
 
-    assert "no CPU is left to read the manifest" in told
-    assert (finding.state, finding.subject) == ("warn", "room")
-    assert "no CPU is left to read the manifest" in finding.told
+    assert "no CPU is left to read the manifest" in message
+    assert (finding.state, finding.subject) == ("warn", "capacity")
+    assert "no CPU is left to read the manifest" in finding.message
     assert "set placement.min_engines to" in finding.remedy
     with pytest.raises(ConfigError, match="Ray on this machine: no CPU is left"):
-        ray_cluster._check_room(place, ours=True)
+        ray_cluster._check_capacity(place, ours=True)

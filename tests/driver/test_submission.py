@@ -1,4 +1,4 @@
-"""Jobs of a cluster, asked of a dashboard that is a fake: what is sent, what is refused, and how waiting ends."""
+"""Jobs of a cluster behind a fake dashboard: requests that are sent, refusals, and the ends of waiting."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from servers import serving
 
 from pia_batch import cli
-from pia_batch.cli import clusters
+from pia_batch.cli import job_commands
 from pia_batch.cli.flags import RunFlags
 from pia_batch.config import RunConfig
-from pia_batch.driver import ray_cluster, submission
-from pia_batch.driver.submission import Job, Jobs, Work
+from pia_batch.driver import authentication, submission
+from pia_batch.driver.submission import Job, Jobs, JobSpec
 from pia_batch.errors import ConfigError, InterruptedRunError, LeaseHeldError, PiaBatchError
 
 TOKEN = "t" * 64
@@ -30,17 +30,17 @@ TOKEN = "t" * 64
 
 @dataclass
 class Dashboard:
-    """What a head node answers, as far as jobs go. Keeps what was submitted; nothing of it ever runs."""
+    """Fake of a head node's job API. Keeps the jobs that were submitted; none of them ever runs."""
 
     token: str | None = None
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     logs: str = ""
     faster: bool = False
-    """Whether somebody else submits the same job just before."""
+    """True if another submitter is faster with the same job."""
     address: str = ""
 
     def answer(self, method: str, path: str, body: bytes, token: str) -> tuple[int, Any]:
-        """The status and the JSON, or the text, of an answer."""
+        """Return the status and the JSON, or the text, of an answer."""
         if self.token is not None and token != f"Bearer {self.token}" and path != "/api/authentication_mode":
             return (403, "Forbidden: Invalid token") if token else (401, "Unauthorized: Missing token")
         if path.startswith("/api/jobs/") and path != "/api/jobs/":
@@ -69,8 +69,7 @@ class Dashboard:
         if self.faster or job_id in self.jobs:
             return 500, f"ValueError: Job with submission_id {job_id} already exists."
         now = 1_700_000_000_000 + len(self.jobs)
-        told = {"type": "SUBMISSION", "status": "RUNNING", "start_time": now} | asked
-        self.jobs[job_id] = told
+        self.jobs[job_id] = {"type": "SUBMISSION", "status": "RUNNING", "start_time": now} | asked
         return 200, {"submission_id": job_id, "job_id": job_id}
 
     def end(self, job_id: str, status: str, exit_code: int | None = None, **more: str) -> None:
@@ -103,37 +102,37 @@ def dashboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Dashb
         yield fake
 
 
-def work(output: str = "s3://bucket/out", date: str | None = None, **settings: Any) -> Work:
+def spec(output: str = "s3://bucket/out", date: str | None = None, **settings: Any) -> JobSpec:
     manifest = settings.pop("manifest", "s3://bucket/manifest")
     dotted = {key.replace("__", "."): value for key, value in settings.items()}
     config = RunConfig.load(None, {"manifest": manifest, "output": output, **dotted})
-    return Work(config, output, manifest, date)
+    return JobSpec(config, output, manifest, date)
 
 
-def job(**told: Any) -> Job:
+def job(**fields: Any) -> Job:
     texts = dict.fromkeys(("error_type", "message", "output", "manifest", "user", "version", "key"), "")
     rest = dict.fromkeys(("exit_code", "started_at", "ended_at", "run_date"))
-    return Job(**({"id": "pia-batch-0-1"} | texts | rest | told))
+    return Job(**({"id": "pia-batch-0-1"} | texts | rest | fields))
 
 
 # --- what is sent ---------------------------------------------------------------------------------------------------
 
 
 def test_what_is_submitted_shows_no_secret(dashboard: Dashboard) -> None:
-    canary = "CANARY5f0e"
-    manifest = f"https://user:{canary}@example.com/m.parquet?X-Amz-Signature={canary}"
+    marker = "MARKER5f0e"
+    manifest = f"https://user:{marker}@example.com/m.parquet?X-Amz-Signature={marker}"
 
-    sent = Jobs(dashboard.address).submit(work(manifest=manifest))
+    sent = Jobs(dashboard.address).submit(spec(manifest=manifest))
 
     shown = json.dumps(dashboard.jobs[sent.id])
-    assert canary not in shown
+    assert marker not in shown
     assert sent.manifest == "https://example.com/m.parquet"
     assert (sent.output, sent.status, sent.attempt, sent.version) == ("s3://bucket/out", "RUNNING", 1, "0.1.0")
     assert dashboard.jobs[sent.id]["entrypoint"] == "exec python3 -m pia_batch.cli run config.yaml"
 
 
 def test_a_driver_that_is_stopped_has_the_time_of_the_config(dashboard: Dashboard) -> None:
-    sent = Jobs(dashboard.address).submit(work(limits__stop_grace_s=100.5))
+    sent = Jobs(dashboard.address).submit(spec(limits__stop_grace_s=100.5))
 
     assert dashboard.jobs[sent.id]["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "116"}
 
@@ -148,7 +147,7 @@ def test_a_driver_that_is_stopped_has_the_time_of_the_config(dashboard: Dashboar
     ],
 )
 def test_the_config_arrives_as_it_was(tmp_path: Path, settings: dict[str, Any]) -> None:
-    sent = work(**settings)
+    sent = spec(**settings)
 
     name = submission.pack(sent, tmp_path)
 
@@ -158,40 +157,40 @@ def test_the_config_arrives_as_it_was(tmp_path: Path, settings: dict[str, Any]) 
 
 def test_a_package_travels_whole_and_without_what_python_keeps(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
-    sent = Work(**(vars(work()) | {"package": root}))
+    sent = JobSpec(**(vars(spec()) | {"package": root}))
 
     submission.pack(sent, tmp_path)
 
     here = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
     assert {Path("config.yaml"), Path("pia_batch/cli/__main__.py"), Path("pia_batch/tiny/defaults.yaml")} <= here
     assert not any("__pycache__" in path.parts for path in here)
-    with pytest.raises(ConfigError, match="no package pia_batch"):
-        submission.pack(Work(**(vars(work()) | {"package": tmp_path / "pia_batch"})), tmp_path)
+    with pytest.raises(ConfigError, match="does not contain pia_batch"):
+        submission.pack(JobSpec(**(vars(spec()) | {"package": tmp_path / "pia_batch"})), tmp_path)
 
 
 @given(st.sampled_from(["s3://a/o", "s3://a/p"]), st.sampled_from([None, "2026-11-22"]), st.integers(1, 3))
 def test_equal_work_has_an_equal_key_and_other_work_another(output: str, date: str | None, batch_size: int) -> None:
-    here = work(output, date, placement__batch_size=batch_size)
+    here = spec(output, date, placement__batch_size=batch_size)
 
-    assert here.key == work(output, date, placement__batch_size=batch_size).key
-    others = [work("s3://b/o", date, placement__batch_size=batch_size), work(output, "2026-11-23")]
-    others += [work(output, date, placement__batch_size=batch_size + 1)]
+    assert here.key == spec(output, date, placement__batch_size=batch_size).key
+    others = [spec("s3://b/o", date, placement__batch_size=batch_size), spec(output, "2026-11-23")]
+    others += [spec(output, date, placement__batch_size=batch_size + 1)]
     assert here.key not in {other.key for other in others}
 
 
-# --- doubles --------------------------------------------------------------------------------------------------------
+# --- duplicates ----------------------------------------------------------------------------------------------------
 
 
 def test_one_job_at_a_time_for_an_output_and_a_date(dashboard: Dashboard) -> None:
     jobs = Jobs(dashboard.address)
-    first = jobs.submit(work(date="2026-11-22"))
+    first = jobs.submit(spec(date="2026-11-22"))
 
-    for double in (work(date="2026-11-22"), work(date="2026-11-22", placement__batch_size=8)):
-        with pytest.raises(LeaseHeldError, match=f"job {first.id} is RUNNING for s3://bucket/out"):
-            jobs.submit(double)
-    assert jobs.submit(work(date="2026-11-23")).id != first.id
-    assert jobs.submit(work("s3://bucket/other", date="2026-11-22")).id != first.id
-    queued = jobs.submit(work(date="2026-11-22", limits__lease_wait_s=60))  # it waits there, for its turn
+    for duplicate in (spec(date="2026-11-22"), spec(date="2026-11-22", placement__batch_size=8)):
+        with pytest.raises(LeaseHeldError, match=f"job {first.id} for s3://bucket/out is already RUNNING"):
+            jobs.submit(duplicate)
+    assert jobs.submit(spec(date="2026-11-23")).id != first.id
+    assert jobs.submit(spec("s3://bucket/other", date="2026-11-22")).id != first.id
+    queued = jobs.submit(spec(date="2026-11-22", limits__lease_wait_s=60))  # it waits there, for its turn
     assert queued.attempt == 1
 
 
@@ -199,7 +198,7 @@ def test_a_job_that_has_ended_is_followed_by_another_attempt(dashboard: Dashboar
     jobs = Jobs(dashboard.address)
     ids = []
     for status in ("FAILED", "STOPPED", "SUCCEEDED"):
-        ids.append(jobs.submit(work()).id)
+        ids.append(jobs.submit(spec()).id)
         dashboard.end(ids[-1], status)
 
     assert [job_id.removeprefix(ids[0][:-1]) for job_id in ids] == ["1", "2", "3"]
@@ -209,8 +208,8 @@ def test_a_job_that_has_ended_is_followed_by_another_attempt(dashboard: Dashboar
 def test_who_submits_at_the_same_moment_is_refused_by_the_cluster(dashboard: Dashboard) -> None:
     dashboard.faster = True
 
-    with pytest.raises(LeaseHeldError, match="is there for s3://bucket/out"):
-        Jobs(dashboard.address).submit(work())
+    with pytest.raises(LeaseHeldError, match="for s3://bucket/out is already there"):
+        Jobs(dashboard.address).submit(spec())
 
 
 def test_jobs_of_others_are_neither_listed_nor_stopped(dashboard: Dashboard) -> None:
@@ -218,19 +217,19 @@ def test_jobs_of_others_are_neither_listed_nor_stopped(dashboard: Dashboard) -> 
     jobs = Jobs(dashboard.address)
 
     assert jobs.ours() == []
-    with pytest.raises(ConfigError, match="none of pia-batch"):
+    with pytest.raises(ConfigError, match="not submitted by pia-batch"):
         jobs.stop("theirs")
     with pytest.raises(ConfigError, match="`pia-batch jobs` lists"):
-        jobs.stop("nobodys")
+        jobs.stop("unknown")
     assert dashboard.jobs["theirs"]["status"] == "RUNNING"
 
 
 # --- the end --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("exit_code", "told"), [(0, 0), (3, 3), (75, 75), (-9, 137)])
-def test_the_exit_code_is_the_drivers_own(exit_code: int, told: int) -> None:
-    assert job(status="SUCCEEDED" if exit_code == 0 else "FAILED", exit_code=exit_code).result() == told
+@pytest.mark.parametrize(("exit_code", "result"), [(0, 0), (3, 3), (75, 75), (-9, 137)])
+def test_the_exit_code_is_the_drivers_own(exit_code: int, result: int) -> None:
+    assert job(status="SUCCEEDED" if exit_code == 0 else "FAILED", exit_code=exit_code).result() == result
 
 
 @pytest.mark.parametrize(
@@ -248,7 +247,7 @@ def test_a_job_without_an_exit_code_says_why(ended: dict[str, str], error: type[
 
 def test_a_job_is_waited_for_and_its_log_shown_once(dashboard: Dashboard) -> None:
     jobs = Jobs(dashboard.address)
-    sent = jobs.submit(work())
+    sent = jobs.submit(spec())
     dashboard.logs = "first line\nlast line\n"
     dashboard.end(sent.id, "FAILED", 3)
     shown: list[str] = []
@@ -261,7 +260,7 @@ def test_a_job_is_waited_for_and_its_log_shown_once(dashboard: Dashboard) -> Non
 
 def test_waiting_ends_on_demand_and_the_job_goes_on(dashboard: Dashboard) -> None:
     jobs = Jobs(dashboard.address)
-    sent = jobs.submit(work())
+    sent = jobs.submit(spec())
     leave = threading.Event()
     leave.set()
 
@@ -272,7 +271,7 @@ def test_a_cluster_that_forgot_the_job_or_went_silent_interrupts(
     dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = Jobs(dashboard.address)
-    sent = jobs.submit(work())
+    sent = jobs.submit(spec())
     monkeypatch.setattr(submission, "_POLL_S", 0.01)
     asked, kept = [], dashboard.answer
 
@@ -281,7 +280,7 @@ def test_a_cluster_that_forgot_the_job_or_went_silent_interrupts(
         return kept(method, path, body, token) if len(asked) < 3 else (404, "Job does not exist")
 
     dashboard.answer = forgetful  # type: ignore[method-assign]
-    with pytest.raises(InterruptedRunError, match="does not know job"):
+    with pytest.raises(InterruptedRunError, match="no longer knows job"):
         jobs.wait(sent.id)
 
 
@@ -309,21 +308,21 @@ def test_the_token_is_found_where_ray_finds_it(
     assert Jobs(dashboard.address).ours() == []
 
 
-def test_no_token_and_a_wrong_one_are_told_apart(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_token_and_a_wrong_one_have_two_messages(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
     dashboard.token = TOKEN
 
-    with pytest.raises(ConfigError, match="there is none: set RAY_AUTH_TOKEN"):
+    with pytest.raises(ConfigError, match="none is set: set RAY_AUTH_TOKEN"):
         Jobs(dashboard.address)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "x" * 64)
-    with pytest.raises(ConfigError, match="not its own: set RAY_AUTH_TOKEN"):
+    with pytest.raises(ConfigError, match="another cluster's; set RAY_AUTH_TOKEN"):
         Jobs(dashboard.address)
 
 
 def test_an_open_cluster_is_refused_where_authentication_is_required(dashboard: Dashboard) -> None:
-    assert ray_cluster.authentication(dashboard.address) == "none"
+    assert authentication.authentication(dashboard.address) == "none"
 
     with pytest.raises(ConfigError, match="without token authentication"):
-        Jobs(dashboard.address).submit(work(placement__require_auth=True))
+        Jobs(dashboard.address).submit(spec(placement__require_auth=True))
     assert not dashboard.jobs
 
 
@@ -331,22 +330,22 @@ def test_an_open_cluster_is_refused_where_authentication_is_required(dashboard: 
     ("address", "words"),
     [
         ("http://127.0.0.1:1", "no Ray dashboard answers at http://127.0.0.1:1; correct --address"),
-        ("head:6379", "expected the dashboard's address, such as http://head:8265"),
-        ("ray://head:10001", "expected the dashboard's address"),
+        ("head:6379", "got head:6379, expected an http or https URL such as http://head:8265"),
+        ("ray://head:10001", "not the address of a dashboard"),
     ],
 )
-def test_an_address_without_a_dashboard_is_told_of(address: str, words: str) -> None:
+def test_an_address_without_a_dashboard_is_reported(address: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Jobs(address)
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:1", "127.0.0.1:1", "ray://127.0.0.1:1"])
 def test_who_does_not_answer_says_nothing_of_authentication(address: str) -> None:
-    assert ray_cluster.authentication(address) == "unknown"
+    assert authentication.authentication(address) == "unknown"
 
 
 @pytest.mark.parametrize(("mode", "found"), [(None, "token"), ("token", "token"), ("disabled", "none")])
-def test_a_ray_of_our_own_has_a_token_unless_told_otherwise(
+def test_a_ray_of_our_own_has_a_token_unless_configured_otherwise(
     monkeypatch: pytest.MonkeyPatch, mode: str | None, found: str
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -354,20 +353,20 @@ def test_a_ray_of_our_own_has_a_token_unless_told_otherwise(
     if mode is not None:
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
 
-    assert ray_cluster.authentication("local") == found
+    assert authentication.authentication("local") == found
 
 
 @pytest.mark.parametrize(
     ("address", "warned"), [("127.0.0.1:6379", False), ("http://localhost:8265", False), ("10.0.0.7:6379", True)]
 )
-def test_an_open_cluster_is_told_of_where_others_reach_it(
+def test_an_open_cluster_is_reported_where_others_can_reach_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, address: str, *, warned: bool
 ) -> None:
-    monkeypatch.setattr(ray_cluster, "authentication", lambda _: "none")
+    monkeypatch.setattr(authentication, "authentication", lambda _: "none")
 
-    ray_cluster.check_authentication(address, required=False)
+    authentication.check_authentication(address, required=False)
 
-    assert ("open_cluster" in caplog.text) is warned
+    assert ("open_cluster_found" in caplog.text) is warned
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -377,18 +376,18 @@ def test_flags_of_run_become_work_with_the_run_date_of_now(monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     flags = RunFlags(manifest="in/{date}", output="out/{date}", run_date="2026-11-22", limit=5)
 
-    made = clusters._work(flags, None, retry_failed=True)
+    made = job_commands._job_spec(flags, None, retry_failed=True)
 
     assert (made.manifest, made.output) == (f"{tmp_path}/in/2026-11-22", f"{tmp_path}/out/2026-11-22")
     assert (made.run_date, made.config.run_date, made.config.budget.limit) == ("2026-11-22", "2026-11-22", 5)
     assert made.arguments == ("--retry-failed",)
-    assert made.config.filled().output == made.output  # what the driver makes of it
+    assert made.config.filled().output == made.output  # as the driver fills it in
 
 
 def test_a_backfill_is_one_job_of_many_dates() -> None:
     flags = RunFlags(manifest="s3://b/{date}", output="s3://b/out/{date}", backfill="2026-11-20..2026-11-22")
 
-    made = clusters._work(flags, None, retry_failed=False)
+    made = job_commands._job_spec(flags, None, retry_failed=False)
 
     assert made.arguments == ("--backfill=2026-11-20..2026-11-22",)
     assert (made.output, made.run_date) == ("s3://b/out/{date}", "2026-11-20..2026-11-22")
@@ -409,7 +408,7 @@ def test_submitting_listing_stopping(dashboard: Dashboard, capsys: pytest.Captur
     assert job_id in dashboard.jobs
 
     assert pia_batch(*submit) == 75
-    assert f"job {job_id} is RUNNING for s3://b/out" in capsys.readouterr().err
+    assert f"job {job_id} for s3://b/out is already RUNNING" in capsys.readouterr().err
 
     assert pia_batch("jobs", "--address", dashboard.address) == 0
     header, row = capsys.readouterr().out.splitlines()
@@ -422,14 +421,14 @@ def test_submitting_listing_stopping(dashboard: Dashboard, capsys: pytest.Captur
     assert capsys.readouterr().out == f"{job_id} is over already\n"
 
     assert pia_batch("jobs", "--address", dashboard.address, "--json") == 0
-    (told,) = json.loads(capsys.readouterr().out)["jobs"]
-    assert (told["id"], told["status"], told["exit_code"]) == (job_id, "STOPPED", None)
+    (listed,) = json.loads(capsys.readouterr().out)["jobs"]
+    assert (listed["id"], listed["status"], listed["exit_code"]) == (job_id, "STOPPED", None)
 
 
 def test_following_ends_with_the_exit_code_of_the_driver(
     dashboard: Dashboard, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sent = Jobs(dashboard.address).submit(work())
+    sent = Jobs(dashboard.address).submit(spec())
     dashboard.logs = "[bold]3 requests: 1 failed[/bold]\n"
     dashboard.end(sent.id, "FAILED", 3)
 
@@ -442,4 +441,4 @@ def test_following_ends_with_the_exit_code_of_the_driver(
 def test_a_cluster_has_to_be_named(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
     assert dashboard.address
     assert pia_batch("jobs") == 2
-    assert "Give --address, or set RAY_ADDRESS" in capsys.readouterr().err
+    assert "give --address, or set RAY_ADDRESS" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from servers import free_port
 from pia_batch import cli
 from pia_batch.config import RunConfig
 from pia_batch.driver import submission
-from pia_batch.driver.ray_cluster import authentication
+from pia_batch.driver.authentication import authentication
 from pia_batch.journal.log import Journal
 from pia_batch.storage.object_store import Store
 

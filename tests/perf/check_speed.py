@@ -29,7 +29,7 @@ ROUNDS = 2
 
 HELP = "import sys; from pia_batch.cli import main; main(['--help'])"
 TYPER = "import typer, rich.console, rich.table"
-PLAN = "import sys, pia_batch.planning.plan, pia_batch.cli.preparing; sys.exit('torch' in sys.modules)"
+PLAN = "import sys, pia_batch.planning.plan, pia_batch.cli.plan_commands; sys.exit('torch' in sys.modules)"
 ENGINE = (
     "from pia_batch.config import ModelConfig; from pia_batch.engine import PiaEngine;"
     "PiaEngine.load(ModelConfig(), 'cpu')"

@@ -90,7 +90,7 @@ def doctor(
         if not as_json:
             style = {"ok": "green", "warn": "yellow", "fail": "bold red"}[finding.state]
             out.print(f"{finding.state.upper():5}", style=style, end="")
-            out.print(f"{finding.subject:9} {finding.told}", soft_wrap=True, markup=False)
+            out.print(f"{finding.subject:9} {finding.message}", soft_wrap=True, markup=False)
             if finding.remedy:
                 out.print(f"{'':15}{finding.remedy}", soft_wrap=True, markup=False)
     counts = {state: sum(finding.state == state for finding in findings) for state in ("ok", "warn", "fail")}

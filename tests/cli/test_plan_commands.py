@@ -116,8 +116,11 @@ def test_a_doctor_that_finds_a_failure_ends_with_2_and_the_remedy(
 
     assert told["fail"] >= 1
     (weights,) = [finding for finding in told["findings"] if finding["subject"] == "weights"]
-    assert (weights["state"], weights["remedy"]) == ("fail", "correct the config, or fetch them once here")
-    assert "/nowhere/model" in weights["told"]
+    assert (weights["state"], weights["remedy"]) == (
+        "fail",
+        "correct the config, or fetch the weights once on this machine",
+    )
+    assert "/nowhere/model" in weights["message"]
 
 
 def test_a_doctor_of_this_machine_alone_needs_no_config(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from pia_batch.cli.options import AsJson, RetryFailed
 from pia_batch.cli.signals import first_signal
 
 if TYPE_CHECKING:
-    from pia_batch.driver.submission import Job, Jobs, Work
+    from pia_batch.driver.submission import Job, Jobs, JobSpec
 
 Address = Annotated[
     str | None,
@@ -50,9 +50,9 @@ def submit(
     """
     from pia_batch.driver.submission import Jobs
 
-    work = _work(flags, package, retry_failed=retry_failed)
+    spec = _job_spec(flags, package, retry_failed=retry_failed)
     jobs = Jobs(_known(address))
-    job = jobs.submit(work)
+    job = jobs.submit(spec)
     err.print(f"submitted {job.id} to {_shown(jobs)}", soft_wrap=True, markup=False)
     if no_wait:
         out.print(job.id)
@@ -91,9 +91,9 @@ def jobs(
         out.print(line, soft_wrap=True, markup=False)
 
 
-def _work(flags: RunFlags, package: Path | None, *, retry_failed: bool) -> Work:
+def _job_spec(flags: RunFlags, package: Path | None, *, retry_failed: bool) -> JobSpec:
     """What `run` would do with these flags, as work for a cluster. The run date is the one of now."""
-    from pia_batch.driver.submission import Work
+    from pia_batch.driver.submission import JobSpec
 
     config = flags.load({})
     # Local paths relative to this folder are no others on the head node.
@@ -105,7 +105,7 @@ def _work(flags: RunFlags, package: Path | None, *, retry_failed: bool) -> Work:
         f"--backfill={flags.backfill}": flags.backfill,
     }
     filled = config if flags.backfill else config.filled()
-    return Work(
+    return JobSpec(
         config=config.model_copy(update={"run_date": filled.run_date}),
         arguments=tuple(argument for argument, wanted in arguments.items() if wanted),
         output=filled.output,
@@ -148,7 +148,7 @@ def _stop(jobs: Jobs, job_id: str) -> None:
 
 def _known(address: str | None) -> str:
     if address is None:
-        raise errors.ConfigError("which cluster? Give --address, or set RAY_ADDRESS, such as http://head:8265")
+        raise errors.ConfigError("no cluster is named; give --address, or set RAY_ADDRESS, such as http://head:8265")
     return address
 
 

@@ -1,0 +1,43 @@
+"""Examination: all preflight checks, in the order in which a run needs what they check."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pia_batch.config import ModelConfig, PlacementConfig, RunConfig
+from pia_batch.driver.preflight import cluster, devices, machine, storage
+from pia_batch.driver.preflight.finding import Finding
+from pia_batch.errors import printable
+from pia_batch.storage.object_store import Store
+
+
+def examine(config: RunConfig | None, torch_facts: Callable[[], dict[str, Any]] | None = None) -> Iterator[Finding]:
+    """Check everything that a run needs, and yield one finding after the other.
+
+    Writes two small objects to the output, and removes one of them. Fetches weights that are not on this machine.
+
+    Args:
+        config: Config of the run; None: check this machine and the embedded model only.
+        torch_facts: Function that returns torch's version and devices; None: `devices.torch_facts`.
+    """
+    place = PlacementConfig() if config is None else config.placement
+    models = {"default": ModelConfig()} if config is None else config.all_models
+    yield from machine.check_packages()
+    yield from machine.check_codecs()
+    facts: dict[str, Any] = {"devices": []}
+    try:
+        facts = (torch_facts or devices.torch_facts)()
+    except (OSError, ValueError, subprocess.SubprocessError) as err:
+        message = f"torch cannot be used: {printable(str(err))}"
+        yield Finding("fail", "devices", message, "install the torch that fits this machine: https://pytorch.org")
+    else:
+        yield from devices.check_devices(facts, place, models)
+    yield from machine.check_disks(models)
+    yield from storage.check_weights(models)
+    if config is not None:
+        yield from storage.check_manifest(config)
+        yield from storage.check_store(Store(config.output))
+    yield from cluster.check_ray(place)
+    yield from cluster.check_capacity(place, len(facts["devices"]))
