@@ -12,11 +12,11 @@ import torch
 from devices import PLACE, Machine
 from diffusers import PIAPipeline
 from pipelines import build, shot
+from schedulers import SCHEDULERS, scheduled
 
 from pia_batch.engine import PiaEngine, Shot, loading, sampling
 from pia_batch.engine.decoding import FrameDecoder
 from pia_batch.errors import NonFiniteError
-from tests.engine.test_sampling import SCHEDULERS, scheduled
 
 # diffusers' sigma schedulers hand numpy a tensor in a way that numpy 2 wants changed.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PIAPipeline, UNetMotionModel
+from adapted import adapted
+from diffusers import PIAPipeline
 from pipelines import assert_same, build, shot, single_call
 from places import PYTHONPATH
 from torch import nn
 
-from pia_batch.engine import PiaEngine, compiling, unet
+from pia_batch.engine import PiaEngine, compiling
 from pia_batch.engine.compiling import Compiler, directly
-from tests.engine.test_image_prompts import adapted
 
 ROWS = [
     shot(1, guidance_scale=3.0),
@@ -250,8 +250,7 @@ def test_kernels_are_kept_where_nobody_else_writes_unless_a_folder_is_named(tmp_
 PROGRAM = """
 import json, torch
 from torch._dynamo.utils import counters
-from tests.engine.test_compiling import small
-from places import PYTHONPATH
+from small_networks import small
 from pia_batch.engine.compiling import Compiler, directly
 from pia_batch.engine.unet import run
 compiler = Compiler(usual_calls=0)
@@ -263,27 +262,6 @@ with torch.inference_mode():
 found = counters["inductor"]
 print(json.dumps([distance, compiler.num_graphs(), found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]]))
 """
-
-
-def small() -> tuple[Any, ...]:
-    """What `unet.run` is called with, of a network that compiles in half a minute."""
-    torch.manual_seed(0)
-    network = UNetMotionModel(
-        in_channels=9,
-        block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlockMotion",),
-        up_block_types=("CrossAttnUpBlockMotion",),
-        layers_per_block=1,
-        cross_attention_dim=8,
-        num_attention_heads=2,
-        motion_num_attention_heads=2,
-        norm_num_groups=4,
-        use_motion_mid_block=False,
-    ).eval()
-    texts = [torch.randn(1, 4, 8) for _ in range(2)]
-    with torch.no_grad():
-        conditions = unet.prepare(network, [0, 0], 1, texts)
-    return network, torch.randn(1, 2, 4, 4, 9), torch.tensor([500]), conditions
 
 
 @pytest.mark.gpu

@@ -15,13 +15,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PIAPipeline
 from fake_cuda import CUDA, FakeCuda
+from lora_files import stock_with, write_lora
 from pipelines import build, named, picture, shot
+from schedulers import SCHEDULERS, scheduled
 
 from pia_batch.engine import PiaEngine, Shot, loading, sampling
 from pia_batch.engine.benchmark import baselines
 from pia_batch.engine.offloading import Berth, OnDemand
-from tests.engine.test_adapters import stock_with, write_lora
-from tests.engine.test_sampling import SCHEDULERS, scheduled
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 

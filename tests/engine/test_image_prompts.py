@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from pathlib import Path
 
 import ip_adapters
 import pytest
 import torch
-from diffusers import PIAPipeline
+from adapted import Adapted, adapted
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,14 +19,13 @@ from pipelines import (
     assert_same,
     build,
     picture,
-    save,
     shot,
     single_call,
     stock_engine,
 )
 from safetensors.torch import save_file
 
-from pia_batch.config import IpAdapterConfig, LoraConfig, ModelConfig, SchedulerConfig
+from pia_batch.config import LoraConfig
 from pia_batch.engine import PiaEngine, image_prompts, loading
 from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.errors import ConfigError, ImageUnreadableError, UnsupportedSettingError
@@ -41,31 +39,6 @@ ROWS = [
     shot(6, ip_adapter_image=picture(6), ip_adapter_scale=2.0, free_init_iters=2, num_frames=2),
 ]
 """Different image prompts, scales and guidance, three sizes, and schedules that end one after another."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapted:
-    """One model twice: as a pipeline that loaded an adapter, and as folders."""
-
-    pipe: PIAPipeline
-    model: ModelConfig
-
-    def engine(self) -> PiaEngine:
-        return PiaEngine.load(self.model, device="cpu")
-
-
-def adapted(folder: Path, layout: ip_adapters.Layout = "plain") -> Adapted:
-    pipe = build()
-    save(pipe, folder / "base")
-    path = ip_adapters.write(folder, layout)
-    ip_adapters.load(pipe, path)
-    pipe.unet.eval()  # the adapter's layers arrive as if they were to be trained
-    model = ModelConfig(
-        base=str(folder / "base"),
-        scheduler=SchedulerConfig(name="checkpoint"),
-        ip_adapter=IpAdapterConfig(source=str(path)),
-    )
-    return Adapted(pipe, model)
 
 
 @pytest.fixture(scope="module", params=ip_adapters.LAYOUTS)

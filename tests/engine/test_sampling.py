@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +13,9 @@ from diffusers.pipelines.free_init_utils import FreeInitMixin
 from hypothesis import given
 from hypothesis import strategies as st
 from pipelines import Truth, assert_same, build, shot, single_call, stock_engine
+from schedulers import SCHEDULERS, scheduled
 
-from pia_batch.config import FREE_INIT_METHODS, SchedulerConfig
+from pia_batch.config import FREE_INIT_METHODS
 from pia_batch.engine import PiaEngine, Shot, loading, sampling
 from pia_batch.engine.free_init import low_pass
 from pia_batch.errors import ConfigError, UnsupportedSettingError
@@ -23,23 +23,6 @@ from pia_batch.errors import ConfigError, UnsupportedSettingError
 # diffusers' sigma schedulers hand numpy a tensor in a way that numpy 2 wants changed.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
-    ("ddim", {}),
-    ("ddpm", {}),
-    ("pndm", {"skip_prk_steps": True}),
-    ("lms", {}),
-    ("euler", {}),
-    ("euler", {"timestep_spacing": "trailing"}),
-    ("euler_ancestral", {}),
-    ("heun", {}),
-    ("heun", {"use_karras_sigmas": True}),
-    ("dpmpp_2m", {}),
-    ("dpmpp_2m", {"timestep_spacing": "leading"}),
-    ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
-    ("unipc", {}),
-    ("unipc", {"timestep_spacing": "trailing", "solver_order": 3}),
-    ("lcm", {}),
-]
 
 PASSES = [
     shot(1, guidance_scale=3.0, num_inference_steps=3),
@@ -77,13 +60,6 @@ def exact() -> PIAPipeline:
 @pytest.fixture(scope="module")
 def truths(pipe: PIAPipeline) -> list[Truth]:
     return [single_call(pipe, row) for row in PASSES]
-
-
-def scheduled(pipe: PIAPipeline, name: Any, **settings: Any) -> PIAPipeline:
-    """The pipeline with another scheduler."""
-    own = copy.copy(pipe)
-    own.scheduler = loading.build_scheduler(SchedulerConfig(name=name, settings=settings), pipe.scheduler)
-    return own
 
 
 class CountingUnet:

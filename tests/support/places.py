@@ -1,4 +1,4 @@
-"""Folders that tests and the processes that they start need to know."""
+"""Folders that tests and the processes that they start use."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ ROOT = Path(__file__).parents[2]
 SUPPORT = Path(__file__).parent
 
 PYTHONPATH = os.pathsep.join(map(str, (ROOT, SUPPORT)))
-"""Where a process of its own, such as a worker of Ray, finds `pia_batch`, the tests and their support."""
+"""Path by which other processes, such as workers of Ray, import `pia_batch` and these support modules."""
