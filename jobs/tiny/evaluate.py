@@ -31,6 +31,7 @@ from rich.table import Table
 
 from pia_batch import tiny
 from pia_batch.config import RunConfig
+from pia_batch.config.layers import embedded
 from pia_batch.config.speed_presets import PRESETS, Speed
 
 Clip = NDArray[np.uint8]
@@ -225,7 +226,7 @@ def through_pipeline(arguments: argparse.Namespace) -> Animate:
     adapter = MotionAdapter.from_pretrained(arguments.checkpoint / "motion_adapter", dtype=torch.float32)
     pipeline = PIAPipeline.from_pretrained(arguments.checkpoint, motion_adapter=adapter, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    settings = tiny.defaults()["defaults"]
+    settings = embedded()["defaults"]
 
     def animate(cases: list[world.Case], num_frames: int) -> list[Clip]:
         return [
@@ -258,7 +259,7 @@ def through_engine(arguments: argparse.Namespace, speed: Speed = "exact") -> Ani
         overrides["model.base"] = str(arguments.checkpoint)
     config = RunConfig.load(overrides=overrides)
     engine = PiaEngine.load(config.model, device="cpu")
-    settings = tiny.defaults()["defaults"]
+    settings = embedded()["defaults"]
 
     def animate(cases: list[world.Case], num_frames: int) -> list[Clip]:
         shots = [

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from pia_batch import errors
+from pia_batch.config import yaml_text
 
 if TYPE_CHECKING:
     from pia_batch.config import RunConfig
@@ -77,8 +77,8 @@ def overrides(manifest: str | None, output: str | None, settings: list[str] | No
                 "docs/config.md has all keys"
             )
         try:
-            overrides[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
+            overrides[key] = yaml_text.parse(text)
+        except ValueError:
             raise errors.ConfigError(f"--set {setting}: {text!r} is no value in YAML; put it in quotes") from None
     flags = {"manifest": manifest, "output": output}
     return overrides | {name: value for name, value in flags.items() if value is not None}

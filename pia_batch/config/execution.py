@@ -135,9 +135,6 @@ class BudgetConfig(Section):
     @field_validator("deadline", mode="before")
     @classmethod
     def _has_a_meaning(cls, text: Any) -> Any:  # whatever was written
-        if isinstance(text, int) and not isinstance(text, bool):
-            msg = f"YAML reads a time without quotes as a number; write '{text // 60:02d}:{text % 60:02d}'"
-            raise ValueError(msg)  # noqa: TRY004 - pydantic collects ValueErrors only
         if isinstance(text, datetime):
             return text.isoformat()
         if isinstance(text, str):
@@ -170,11 +167,3 @@ class OnFinishConfig(Section):
             msg = f"{uris.redacted_uri(text)!r} is no URL with http:// or https://, and no $NAME of a variable"
             raise ValueError(msg)
         return text
-
-    @model_validator(mode="before")
-    @classmethod
-    def _on_is_a_word(cls, data: Any) -> Any:  # whatever was written
-        """YAML 1.1 reads the key `on` as true."""
-        if isinstance(data, dict) and True in data:
-            return {("on" if name is True else name): value for name, value in data.items()}
-        return data

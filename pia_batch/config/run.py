@@ -10,11 +10,10 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from pia_batch import tiny
 from pia_batch.config import templates as schedule
 from pia_batch.config.base import Section
 from pia_batch.config.execution import BudgetConfig, LimitsConfig, OnFinishConfig, PlacementConfig
-from pia_batch.config.layers import assign, complete, merge, read_yaml
+from pia_batch.config.layers import assign, complete, embedded, merge, read_yaml
 from pia_batch.config.messages import explain
 from pia_batch.config.models import EMBEDDED, ModelConfig
 from pia_batch.config.requests import Defaults, EncodingConfig, ImagesConfig
@@ -150,7 +149,7 @@ class RunConfig(Section):
             assign(written, key, value)
         model = written.get("model")
         base = model.get("base", EMBEDDED) if isinstance(model, dict) else EMBEDDED
-        layers = merge(tiny.defaults(), written) if base == EMBEDDED else written
+        layers = merge(embedded(), written) if base == EMBEDDED else written
         try:
             return cls.model_validate(layers)
         except ValidationError as err:

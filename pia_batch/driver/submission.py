@@ -24,12 +24,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import yaml
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobErrorType, JobStatus, JobSubmissionClient
 
 from pia_batch import __version__
-from pia_batch.config import RunConfig
+from pia_batch.config import RunConfig, yaml_text
 from pia_batch.driver.authentication import TOKEN_REMEDY, authentication, check_authentication, token
 from pia_batch.driver.job_log import FollowedLog
 from pia_batch.errors import ConfigError, InterruptedRunError, LeaseHeldError, message_of
@@ -314,7 +313,7 @@ def pack(spec: JobSpec, folder: Path) -> str:
             raise ConfigError(msg)
         shutil.copytree(source, folder / "pia_batch", ignore=shutil.ignore_patterns("__pycache__"))
     name = f"{spec.name}.yaml"
-    (folder / name).write_text(yaml.safe_dump(spec.config.model_dump(mode="json", exclude_unset=True), sort_keys=False))
+    (folder / name).write_text(yaml_text.dump(spec.config.model_dump(mode="json", exclude_unset=True)))
     return name
 
 

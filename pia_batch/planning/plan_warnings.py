@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator
 from fractions import Fraction
 
-from pia_batch import tiny
 from pia_batch.config import EMBEDDED, Defaults, ModelConfig, PlacementConfig, RunConfig
+from pia_batch.config.layers import embedded
 from pia_batch.manifest.tokens import MAX_TOKENS
 from pia_batch.planning.capacity import Node, find_shortage, local_cpus
 from pia_batch.planning.statistics import Statistics
@@ -115,7 +115,7 @@ def _about_gifs(statistics: Statistics) -> Iterator[str]:
 def _about_defaults(config: RunConfig, statistics: Statistics) -> Iterator[str]:
     for name in sorted(config.defaults.model_fields_set & Defaults.model_fields.keys()):
         value = getattr(config.defaults, name)
-        shipped = config.model.base == EMBEDDED and tiny.defaults()["defaults"].get(name) == value
+        shipped = config.model.base == EMBEDDED and embedded()["defaults"].get(name) == value
         if statistics.num_rows and statistics.num_given[name] == statistics.num_rows and not shipped:
             yield f"defaults.{name} has no effect: every row has its own value in column '{name}'; remove one of them"
 

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import yaml
-
-from pia_batch.config import EMBEDDED, RunConfig
+from pia_batch.config import EMBEDDED, RunConfig, yaml_text
 from pia_batch.report.results import Tally
 from pia_batch.schema.run_record import RunRecord
 from pia_batch.storage import uris
@@ -95,7 +93,7 @@ class Facts:
         places = {"manifest": self.manifest, "output": output}
         paths = [f"--{name} {shlex.quote(uri)}" for name, uri in places.items() if uri]
         self.again = " ".join(["pia-batch run CONFIG", *paths])
-        self.config = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
+        self.config = yaml_text.dump(config) if config else ""
 
     def _tiles(self, record: RunRecord | None, tally: Tally, price: float | None) -> Iterator[Tile]:
         summary, progress = (record.summary, record.progress) if record else (None, None)
@@ -173,7 +171,7 @@ def again_config(config: dict[str, Any], folder: str) -> str:
         own = folder if place.scheme == "file" else f"{place.scheme}://{place.authority}"  # the whole bucket is open
         allow = [*(deciding["images"].get("allow") or ()), own]
         kept["images"] = kept.get("images", {}) | {"allow": allow}
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=False, width=10**6)
+    return yaml_text.dump(kept, ascii_only=True)
 
 
 def _difference(these: dict[str, Any], those: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pia_batch import tiny
 from pia_batch.config import FORMATS, Defaults, EncodingConfig, ModelConfig, RunConfig
-from pia_batch.config.layers import read_yaml
+from pia_batch.config.layers import embedded, read_yaml
 from pia_batch.errors import ConfigError
 
 PATHS = {"manifest": "requests.parquet", "output": "out"}
@@ -37,7 +36,7 @@ def test_a_file_gives_its_values_and_flags_win_over_it(tmp_path: Path) -> None:
 
 
 def test_the_embedded_model_brings_its_defaults_under_what_the_operator_wrote() -> None:
-    own = tiny.defaults()
+    own = embedded()
 
     config = load(defaults__num_frames=5)
 
@@ -49,8 +48,8 @@ def test_the_embedded_model_brings_its_defaults_under_what_the_operator_wrote() 
 def test_a_key_of_a_section_leaves_the_embedded_defaults_of_its_other_keys(tmp_path: Path) -> None:
     config = RunConfig.load(written(tmp_path, PATHS | {"model": {"dtype": "float32"}, "defaults": {"eta": 0.5}}))
 
-    assert config.model.scheduler.name == tiny.defaults()["model"]["scheduler"]["name"]
-    assert (config.defaults.eta, config.defaults.height) == (0.5, tiny.defaults()["defaults"]["height"])
+    assert config.model.scheduler.name == embedded()["model"]["scheduler"]["name"]
+    assert (config.defaults.eta, config.defaults.height) == (0.5, embedded()["defaults"]["height"])
 
 
 def test_another_model_does_not_get_the_embedded_defaults() -> None:
@@ -61,11 +60,11 @@ def test_another_model_does_not_get_the_embedded_defaults() -> None:
 
 
 def test_the_defaults_of_the_embedded_model_are_not_changed_by_a_load() -> None:
-    before = tiny.defaults()
+    before = embedded()
 
     load(defaults__width=128, model__scheduler__name="pndm")
 
-    assert tiny.defaults() == before
+    assert embedded() == before
     assert load().defaults.width == before["defaults"]["width"]
 
 
@@ -298,7 +297,7 @@ def test_a_key_that_stands_twice_is_refused_with_both_of_its_lines(keys: list[st
         again = next(line for line, key in enumerate(keys, start=1) if key in keys[: line - 1])
         first = keys.index(keys[again - 1]) + 1
 
-        told = f"line {again}, column 1: the key '{keys[again - 1]}' stands in line {first} already"
+        told = f"line {again}, column 1: the key '{keys[again - 1]}' is in line {first} already"
         with pytest.raises(ConfigError, match=told):
             read_yaml(path)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import ray
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from servers import serving
@@ -20,7 +19,7 @@ from servers import serving
 from pia_batch import cli
 from pia_batch.cli import job_commands
 from pia_batch.cli.flags import RunFlags
-from pia_batch.config import RunConfig
+from pia_batch.config import RunConfig, yaml_text
 from pia_batch.driver import authentication, submission
 from pia_batch.driver.submission import Job, Jobs, JobSpec
 from pia_batch.errors import ConfigError, InterruptedRunError, LeaseHeldError, PiaBatchError
@@ -162,7 +161,7 @@ def test_a_package_travels_whole_and_without_what_python_keeps(tmp_path: Path) -
     submission.pack(sent, tmp_path)
 
     here = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
-    assert {Path("config.yaml"), Path("pia_batch/cli/__main__.py"), Path("pia_batch/tiny/defaults.yaml")} <= here
+    assert {Path("config.yaml"), Path("pia_batch/cli/__main__.py"), Path("pia_batch/config/embedded.yaml")} <= here
     assert not any("__pycache__" in path.parts for path in here)
     with pytest.raises(ConfigError, match="does not contain pia_batch"):
         submission.pack(JobSpec(**(vars(spec()) | {"package": tmp_path / "pia_batch"})), tmp_path)
@@ -391,7 +390,7 @@ def test_a_backfill_is_one_job_of_many_dates() -> None:
 
     assert made.arguments == ("--backfill=2026-11-20..2026-11-22",)
     assert (made.output, made.run_date) == ("s3://b/out/{date}", "2026-11-20..2026-11-22")
-    assert yaml.safe_load(yaml.safe_dump(made.config.output)) == made.output
+    assert yaml_text.parse(yaml_text.dump(made.config.output)) == made.output
 
 
 def pia_batch(*arguments: str) -> int:

@@ -9,8 +9,9 @@ import sys
 from typing import Any
 
 import pytest
-import yaml
 from deployments import CONFIGS, ROOT, keys
+
+from pia_batch.config import yaml_text
 
 
 def test_the_configs_show_every_key_once_with_its_meaning_and_its_default() -> None:
@@ -18,8 +19,8 @@ def test_the_configs_show_every_key_once_with_its_meaning_and_its_default() -> N
     explained: list[str] = []
     for path in CONFIGS:
         lines = path.read_text(encoding="utf-8").splitlines()
-        shown = flattened(yaml.safe_load("\n".join(re.sub(r"^( *)#(?=\S)", r"\1", line) for line in lines)))
-        active = flattened(yaml.safe_load("\n".join(lines)))
+        shown = flattened(yaml_text.parse("\n".join(re.sub(r"^( *)#(?=\S)", r"\1", line) for line in lines)))
+        active = flattened(yaml_text.parse("\n".join(lines)))
         assert shown.keys() <= known.keys()
         for key in shown.keys() - active.keys():
             default = known[key].get_default(call_default_factory=True)
@@ -53,7 +54,7 @@ def flattened(tree: Any, prefix: str = "") -> dict[str, Any]:
     known = keys()
     flat: dict[str, Any] = {}
     for name, value in (tree or {}).items():
-        key = prefix + ("on" if name is True else name)  # YAML 1.1 reads the key `on` as true
+        key = prefix + name
         if key in known or not isinstance(value, dict | None):
             flat[key] = value
         else:

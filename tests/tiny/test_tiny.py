@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from pia_batch import tiny
 from pia_batch.config import RunConfig
+from pia_batch.config.layers import embedded
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def pipeline():
 @pytest.fixture(scope="module")
 def animate(pipeline):
     """Draws a clip of a case, uint8 (frames, 64, 64, 3), with the model's own defaults."""
-    settings = tiny.defaults()["defaults"]
+    settings = embedded()["defaults"]
 
     def draw(image, prompt, motion_scale=1):
         frames = pipeline(
@@ -94,7 +95,7 @@ def test_the_package_is_imported_without_torch():
 
 
 def test_the_defaults_are_a_valid_config_and_fresh_every_time():
-    tiny.defaults()["defaults"]["width"] = 8
+    embedded()["defaults"]["width"] = 8
 
     config = RunConfig.load(overrides={"manifest": "m", "output": "o"})
 

@@ -1,0 +1,63 @@
+"""YAML 1.2 as text: read with duplicate keys refused, and written. The only import of ruamel.yaml."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode
+
+
+class _Constructor(SafeConstructor):
+    """Constructor of plain Python values whose errors name both lines of a duplicate key."""
+
+    def check_mapping_key(self, node: MappingNode, key_node: ScalarNode, mapping: Any, key: Any, value: Any) -> bool:
+        """Return True for a new key, with the signature of the base class.
+
+        Raises:
+            DuplicateKeyError: the mapping has the key already.
+        """
+        if key in mapping:
+            first = next(each for each, _ in node.value if getattr(each, "value", None) == key_node.value)
+            problem = f"the key {key_node.value!r} is in line {first.start_mark.line + 1} already"
+            raise DuplicateKeyError(None, None, problem, key_node.start_mark)
+        return bool(super().check_mapping_key(node, key_node, mapping, key, value))
+
+
+def parse(text: str) -> Any:  # any value that YAML can hold
+    """Return the value of a YAML document; None for an empty one.
+
+    Raises:
+        ValueError: not YAML, or a duplicate key. The message has line and column where they are known.
+    """
+    reader = YAML(typ="safe", pure=True)
+    reader.Constructor = _Constructor
+    try:
+        return reader.load(text)
+    except MarkedYAMLError as err:
+        mark = err.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        expected = f"{err.context}, " if (err.context or "").startswith("expected") else ""
+        raise ValueError(f"{where}{expected}{err.problem or err.context or ''}") from None
+    except YAMLError as err:
+        raise ValueError(str(err)) from None
+
+
+def dump(tree: Any, *, ascii_only: bool = False) -> str:  # any value that YAML can hold
+    """Return a value as YAML in block style, keys in their order, each scalar on one line.
+
+    Args:
+        tree: Plain Python values.
+        ascii_only: True: escape characters outside ASCII.
+    """
+    writer: Any = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False
+    writer.allow_unicode = not ascii_only
+    writer.width = 10**6
+    text = io.StringIO()
+    writer.dump(tree, text)
+    return text.getvalue()
