@@ -17,9 +17,9 @@ from simulated_runs import Driver
 from simulation import FaultyStore, Luck, Process, Task, World
 
 from pia_batch.config import RunConfig
-from pia_batch.journal import verify
 from pia_batch.journal.garbage_collection import delete_garbage, find_garbage
 from pia_batch.journal.log import Journal
+from pia_batch.journal.verify import find_problems, repair
 from pia_batch.media import quality
 from pia_batch.storage.object_store import Store
 
@@ -192,10 +192,10 @@ def _wrong_with_a_repair(torture: Torture, luck: Luck) -> list[str]:
         damage(path)
     record = Journal(Store(torture.config.output))
     outcomes = record.outcomes()
-    found = list(verify.verify(record, outcomes, quality.check_animation))
+    found = list(find_problems(record, outcomes, quality.check_animation))
     if {problem.key for problem in found} != set(damaged):
         return [f"verify found {found} where {set(damaged)} were damaged"]
-    verify.repair(record, outcomes, found, lambda: None)
+    repair(record, outcomes, found, lambda: None)
     for path in damaged.values():
         del torture.world.first_sha256[str(path.relative_to(torture.output))]
     luck.worsen()
