@@ -46,7 +46,7 @@ def record(store: Store) -> Journal:
     return Journal(store)
 
 
-def told(outcomes: Outcomes) -> tuple[Any, ...]:
+def contents(outcomes: Outcomes) -> tuple[Any, ...]:
     """Everything that outcomes say."""
     rows = zip(
         keys_to_hex(outcomes.keys).to_pylist(),
@@ -63,7 +63,7 @@ def index_of(record: Journal) -> list[Path]:
 
 
 def without_index(record: Journal) -> Outcomes:
-    """The truth: outcomes of a journal whose index nobody can find."""
+    """The truth: outcomes of a journal whose index cannot be found."""
 
     class Hidden(Store):
         def list(self, prefix: str) -> Any:
@@ -76,9 +76,9 @@ FRAGMENT = st.dictionaries(st.integers(0, 7), st.sampled_from(["succeeded", "fai
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("commit"), FRAGMENT),
-        st.tuples(st.just("withdraw"), st.sets(st.integers(0, 7), max_size=3)),
+        st.tuples(st.just("add tombstones"), st.sets(st.integers(0, 7), max_size=3)),
         st.tuples(st.just("see"), st.none()),
-        st.tuples(st.just("withdraw late"), st.sets(st.integers(0, 7), max_size=3)),
+        st.tuples(st.just("add late tombstones"), st.sets(st.integers(0, 7), max_size=3)),
         st.tuples(st.just("compact"), st.sampled_from(["mine", "theirs"])),
         st.tuples(st.just("lose"), st.integers(0, 9)),
         st.tuples(st.just("delete fragment"), st.integers(0, 9)),
@@ -98,11 +98,11 @@ def test_outcomes_are_the_same_with_and_without_an_index(steps: list[tuple[str, 
         for verb, argument in steps:
             if verb == "commit":
                 record.append(results(record.store, argument))
-            elif verb == "withdraw":
+            elif verb == "add tombstones":
                 record.add_tombstones(keys(*argument), record.outcomes())
             elif verb == "see":
                 seen = other.outcomes()
-            elif verb == "withdraw late" and set(seen.fragments) <= set(record.fragments()):
+            elif verb == "add late tombstones" and set(seen.fragments) <= set(record.fragments()):
                 record.add_tombstones(keys(*argument), seen)
             elif verb == "compact":
                 (record if argument == "mine" else other).compact()
@@ -111,7 +111,7 @@ def test_outcomes_are_the_same_with_and_without_an_index(steps: list[tuple[str, 
             elif verb == "delete fragment" and (names := record.fragments()):
                 record.store.delete(names[argument % len(names)])
                 seen = other.outcomes()
-            assert told(record.outcomes()) == told(without_index(record))
+            assert contents(record.outcomes()) == contents(without_index(record))
         winning = [row["key"] for table in record.winning_rows(record.outcomes()) for row in table.to_pylist()]
         assert sorted(winning) == sorted(successes(record.outcomes()))
 
@@ -119,16 +119,16 @@ def test_outcomes_are_the_same_with_and_without_an_index(steps: list[tuple[str, 
 def test_a_compacted_journal_is_read_without_its_fragments(record: Journal) -> None:
     for number in range(20):
         commit(record, {number: "succeeded", 100 + number: "failed"})
-    truth = told(record.outcomes())
+    truth = contents(record.outcomes())
 
     assert record.compact() == 20
     assert record.compact() == 0
 
     store = CountingStore(record.store.uri)
-    assert told(Journal(store).outcomes()) == truth
+    assert contents(Journal(store).outcomes()) == truth
     assert store.fragments_read == 0
     late = commit(record, {7: "succeeded", 107: "succeeded"})  # a zombie's
-    assert told(Journal(store).outcomes()) == told(without_index(record)) != truth
+    assert contents(Journal(store).outcomes()) == contents(without_index(record)) != truth
     assert store.fragments_read == 1
     assert late in Journal(store).outcomes().fragments
 
@@ -160,18 +160,18 @@ def test_taking_back_needs_no_fragment_that_is_indexed(record: Journal) -> None:
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
-def test_without_a_part_of_its_index_a_journal_says_the_same(
+def test_without_a_part_of_its_index_a_journal_has_the_same_outcomes(
     record: Journal, damage: Callable[[Path], object], caplog: pytest.LogCaptureFixture
 ) -> None:
     commit(record, {1: "succeeded", 2: "failed"})
     record.compact()
-    truth = told(record.outcomes())
+    truth = contents(record.outcomes())
 
     for path in index_of(record):
         data = path.read_bytes()
         damage(path)
         caplog.clear()
-        assert told(Journal(record.store).outcomes()) == truth
+        assert contents(Journal(record.store).outcomes()) == truth
         assert "index_damaged" in caplog.text or not path.exists()
         path.write_bytes(data)
 
@@ -306,7 +306,7 @@ def test_two_that_compact_at_once_do_no_harm_on_s3(s3: str) -> None:
     counting = CountingStore(store.uri)
     outcomes = Journal(counting).outcomes()
 
-    assert told(outcomes) == told(without_index(writer))
+    assert contents(outcomes) == contents(without_index(writer))
     assert counting.fragments_read == 0
     assert np.array_equal(outcomes.of(keyset(1)).succeeded, [True])
     assert isinstance(outcomes.fragments, tuple)

@@ -233,7 +233,7 @@ def test_a_lease_that_cannot_be_released_does_not_spoil_the_run(store: Store, ca
     assert "lease_release_failed error=no answer" in caplog.text
 
 
-def test_a_lease_that_another_run_took_is_told_when_asked(store: Store) -> None:
+def test_a_lease_that_another_run_took_is_reported_by_check(store: Store) -> None:
     with Lease(store, "mine", LONG_S) as held:
         held.check()
         held.lost.set()

@@ -242,7 +242,7 @@ def test_verify_finds_nothing_where_all_is_well_or_nothing_is_there(record: Jour
     assert problems(record) == {}
 
 
-def test_verify_tells_missing_changed_and_resized_animations_from_good_ones(record: Journal) -> None:
+def test_verify_finds_missing_changed_and_resized_animations_and_no_valid_ones(record: Journal) -> None:
     commit(record, dict.fromkeys(range(5), "succeeded"))
     record.store.replace(animation_name(key(1), "gif"), content(1)[::-1])
     record.store.replace(animation_name(key(2), "gif"), content(2) + b" ")
@@ -284,10 +284,10 @@ def test_verify_looks_at_every_animation_of_many_small_fragments_and_counts_them
 
 
 def held() -> None:
-    """Nobody else works here."""
+    """No other process works here."""
 
 
-def test_what_is_taken_back_is_unknown_until_it_is_committed_again(record: Journal) -> None:
+def test_what_is_removed_is_unknown_until_it_is_committed_again(record: Journal) -> None:
     commit(record, {1: "failed", 2: "succeeded"})
     first = commit(record, {1: "succeeded", 3: "succeeded"})
     digests = [digest_of(record.outcomes())]
@@ -305,10 +305,10 @@ def test_what_is_taken_back_is_unknown_until_it_is_committed_again(record: Journ
     rows = [row for table in record.winning_rows(record.outcomes()) for row in table.to_pylist()]
     assert {row["run_id"] for row in rows if row["key"] == key(1)} == {"again"}
     digests.append(digest_of(record.outcomes()))
-    assert len(set(digests)) == 3  # what is published tells of the first animation, so it is outdated
+    assert len(set(digests)) == 3  # the published results describe the first animation, so they are outdated
 
 
-def test_the_same_outcome_is_committed_once_after_it_was_taken_back_too(record: Journal) -> None:
+def test_the_same_outcome_is_committed_once_after_it_was_removed_too(record: Journal) -> None:
     commit(record, {1: "succeeded"})
     names = []
     for _ in range(2):
@@ -333,7 +333,7 @@ def test_taking_back_the_same_twice_or_nothing_at_all_changes_nothing(record: Jo
     assert successes(record.outcomes()) == {key(2): True}
 
 
-def test_a_fragment_that_nobody_had_seen_is_not_taken_back(record: Journal) -> None:
+def test_rows_of_a_fragment_that_was_not_seen_are_not_removed(record: Journal) -> None:
     commit(record, {1: "succeeded"})
     seen = record.outcomes()
     commit(record, {1: "succeeded", 2: "failed"}, note="meanwhile")
@@ -343,7 +343,7 @@ def test_a_fragment_that_nobody_had_seen_is_not_taken_back(record: Journal) -> N
     assert successes(record.outcomes()) == {key(1): True, key(2): False}
 
 
-def test_a_damaged_withdrawal_is_named_and_never_skipped(record: Journal) -> None:
+def test_a_damaged_tombstone_is_named_and_never_skipped(record: Journal) -> None:
     commit(record, {1: "succeeded"})
     record.add_tombstones(keys(1), record.outcomes())
     (item,) = record.store.list(layout.TOMBSTONES)
@@ -362,17 +362,17 @@ STEP = st.one_of(
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(STEP, max_size=9), st.randoms(use_true_random=False), st.integers(0, 20))
-def test_what_counts_is_what_was_not_taken_back_in_whatever_order_the_files_arrive(
+def test_what_counts_is_what_was_not_removed_in_whatever_order_the_files_arrive(
     steps: list[tuple[str, Any]], random: Random, cut: int
 ) -> None:
     with TemporaryDirectory() as folder:
         record = Journal(Store(f"{folder}/one"))
         committed: list[dict[int, str]] = []
-        live: list[dict[int, str]] = []  # what each commit says, less what was taken back since
+        live: list[dict[int, str]] = []  # rows of each commit, less those that were removed since
         for what, argument in steps:
             if what == "take back":
                 record.add_tombstones(keys(*argument), record.outcomes())
-                live = [{n: status for n, status in said.items() if n not in argument} for said in live]
+                live = [{n: status for n, status in commit_rows.items() if n not in argument} for commit_rows in live]
                 continue
             if what == "commit again":
                 argument = committed[argument % len(committed)] if committed else {}  # noqa: PLW2901
@@ -380,8 +380,8 @@ def test_what_counts_is_what_was_not_taken_back_in_whatever_order_the_files_arri
             committed.append(argument)
             live.append(argument)
         expected: dict[str, bool] = {}
-        for said in live:
-            for number, status in said.items():
+        for commit_rows in live:
+            for number, status in commit_rows.items():
                 expected[key(number)] = expected.get(key(number), False) or status == "succeeded"
 
         assert successes(record.outcomes()) == expected

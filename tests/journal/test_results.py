@@ -69,7 +69,7 @@ def test_success_json_comes_after_all_parts_and_latest_points_at_it(record: Jour
 
 
 def test_rows_that_are_not_those_of_the_index_publish_nothing(record: Journal) -> None:
-    """Nobody can write this but by hand: a fragment with another row than the one that was indexed under its name."""
+    """Only manual changes can cause this: a fragment with another row than the one that was indexed under its name."""
     name = commit(record, {1: "succeeded", 2: "failed"})
     commit(record, {3: "failed"})
     record.compact()

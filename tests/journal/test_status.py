@@ -31,9 +31,9 @@ def check_story(store: Store) -> None:
     with Lease(record.store, "night", ttl_s=60):
         begin(record.store, "night")
         commit(record, {1: "succeeded", 2: "failed", 3: "succeeded"})
-        told = read_status(store)
-        assert (told["succeeded"], told["failed"], told["failures"]) == (2, 1, {"non_finite": 1})
-        assert told["run"] == {
+        found = read_status(store)
+        assert (found["succeeded"], found["failed"], found["failures"]) == (2, 1, {"non_finite": 1})
+        assert found["run"] == {
             "run_id": "night",
             "started_at": BEGAN,
             "pending": 3,
@@ -42,18 +42,18 @@ def check_story(store: Store) -> None:
             "finished": False,
             "progress": None,
         }
-        assert (told["lease"]["state"], told["lease"]["run_id"], told["published"]) == ("held", "night", None)
-        assert told["lease"]["since"]
+        assert (found["lease"]["state"], found["lease"]["run_id"], found["published"]) == ("held", "night", None)
+        assert found["lease"]["since"]
         publish(record, record.outcomes(), keyset(1, 2, 3), SHOP, "night", {})
         begin(record.store, "night", state="finished")
 
     record.add_tombstones(keys(1), record.outcomes())
-    told = read_status(store)
-    assert (told["succeeded"], told["needs_regeneration"]) == (1, 1)
-    assert told["run"]["finished"]
-    assert told["published"] == store.uri_of("results/night")
-    assert told["lease"] == {"state": "free"}
-    assert json.loads(json.dumps(told)) == told
+    found = read_status(store)
+    assert (found["succeeded"], found["needs_regeneration"]) == (1, 1)
+    assert found["run"]["finished"]
+    assert found["published"] == store.uri_of("results/night")
+    assert found["lease"] == {"state": "free"}
+    assert json.loads(json.dumps(found)) == found
 
 
 def test_status_follows_a_run_from_its_first_lease_to_a_repair(store: Store) -> None:

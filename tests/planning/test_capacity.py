@@ -36,7 +36,7 @@ def test_engines_and_reading_fit(settings: dict[str, float], nodes: list[Node]) 
 
 
 @pytest.mark.parametrize(
-    ("settings", "nodes", "told", "remedy"),
+    ("settings", "nodes", "problem", "remedy"),
     [
         (
             {"min_engines": 4},
@@ -59,13 +59,13 @@ def test_engines_and_reading_fit(settings: dict[str, float], nodes: list[Node]) 
         ({}, [], "no room for one engine", "add a node"),
     ],
 )
-def test_what_is_short_is_told_with_what_to_set(
-    settings: dict[str, float], nodes: list[Node], told: str, remedy: str
+def test_a_shortage_names_the_settings_to_change(
+    settings: dict[str, float], nodes: list[Node], problem: str, remedy: str
 ) -> None:
     short = find_shortage(place(**settings), nodes)
 
     assert short is not None
-    assert told in short.problem
+    assert problem in short.problem
     assert remedy in short.remedy
 
 
@@ -105,8 +105,8 @@ def test_either_remedy_helps(min_engines: int, num_cpus: float) -> None:
     found = dict(re.findall(r"set placement\.(\w+) to ([\d.]+)", short.remedy))
     assert found
     for name, value in found.items():
-        mended = {"min_engines": min_engines, "num_cpus": num_cpus} | {name: float(value)}
-        assert find_shortage(place(**mended), nodes) is None
+        remedied = {"min_engines": min_engines, "num_cpus": num_cpus} | {name: float(value)}
+        assert find_shortage(place(**remedied), nodes) is None
 
 
 def test_a_ray_of_our_own_has_room_for_the_default_placement(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,13 +18,13 @@ SD15 = {"manifest": "m", "output": "o", "model.base": "somebody/sd15", "placemen
 ENGINE = "e" * 32
 
 
-def surveyed_as(table: pa.Table, **overrides: Any) -> tuple[Statistics, RunConfig]:
+def statistics_with(table: pa.Table, **overrides: Any) -> tuple[Statistics, RunConfig]:
     config = RunConfig.load(None, SD15 | {name.replace("__", "."): value for name, value in overrides.items()})
     return statistics_of(table, config=config), config
 
 
 def hours(table: pa.Table, num_requests: int | None = None, **overrides: Any) -> dict[str, tuple[float, float]]:
-    statistics, config = surveyed_as(table, **overrides)
+    statistics, config = statistics_with(table, **overrides)
     return {cost.device: cost.hours for cost in estimate_costs(statistics, num_requests or len(table), config, None)}
 
 
@@ -69,18 +69,18 @@ def test_copies_and_what_the_budget_leaves_out_cost_nothing() -> None:
     assert hours(requests_table(8), 2)["H100"][0] == pytest.approx(2 * hours(requests_table(1))["H100"][0])
 
 
-def test_every_device_says_where_its_figures_come_from_and_that_they_are_estimates() -> None:
-    statistics, config = surveyed_as(requests_table(2))
+def test_every_device_names_its_source_and_that_it_is_an_estimate() -> None:
+    statistics, config = statistics_with(requests_table(2))
 
-    told = estimate_costs(statistics, 2, config, None)
+    costs = estimate_costs(statistics, 2, config, None)
 
-    assert {cost.device for cost in told} == {"H100", "H200", "A100", "RTX 4090"}
-    assert all(cost.source.startswith("estimate: ") for cost in told)
-    assert all(cost.hours[0] < cost.hours[1] for cost in told)
+    assert {cost.device for cost in costs} == {"H100", "H200", "A100", "RTX 4090"}
+    assert all(cost.source.startswith("estimate: ") for cost in costs)
+    assert all(cost.hours[0] < cost.hours[1] for cost in costs)
 
 
 def test_nothing_is_guessed_of_the_embedded_model_nor_of_nothing() -> None:
-    statistics, config = surveyed_as(requests_table(2), model__base="embedded")
+    statistics, config = statistics_with(requests_table(2), model__base="embedded")
     assert estimate_costs(statistics, 2, config, None) == []
 
     assert estimate_costs(Statistics(), 0, config, None) == []
@@ -112,7 +112,7 @@ def finished(store: Store, **columns: Any) -> Journal:
 
 
 def test_what_finished_clips_took_comes_before_every_guess(store: Store) -> None:
-    statistics, config = surveyed_as(requests_table(10))
+    statistics, config = statistics_with(requests_table(10))
     journal = finished(store)
     finished(store, key="b" * 32, status="failed")
     finished(store, key="c" * 32, engine_id="d" * 32, gpu_seconds=99.0)
@@ -129,7 +129,7 @@ def test_what_finished_clips_took_comes_before_every_guess(store: Store) -> None
 
 
 def test_a_large_journal_is_sampled(store: Store) -> None:
-    _, config = surveyed_as(requests_table(1))
+    _, config = statistics_with(requests_table(1))
     for number in range(40):
         journal = finished(store, key=f"{number:032x}", gpu_seconds=4.0)
 
@@ -139,8 +139,8 @@ def test_a_large_journal_is_sampled(store: Store) -> None:
     assert 10 <= found.num_clips <= 16
 
 
-def test_an_output_without_clips_of_these_engines_tells_nothing(store: Store) -> None:
-    _, config = surveyed_as(requests_table(1))
+def test_an_output_without_clips_of_these_engines_has_no_measurement(store: Store) -> None:
+    _, config = statistics_with(requests_table(1))
     journal = finished(store, engine_id="d" * 32)
 
     assert measure_finished(journal, journal.fragments(), config, {"default": ENGINE}) is None
@@ -149,7 +149,7 @@ def test_an_output_without_clips_of_these_engines_tells_nothing(store: Store) ->
 
 def test_bytes_follow_format_frames_and_size() -> None:
     def low(**columns: Any) -> int:
-        statistics, _ = surveyed_as(requests_table(1, **columns))
+        statistics, _ = statistics_with(requests_table(1, **columns))
         return estimate_bytes(statistics, 1, None)[0]
 
     assert low() == int(16 * 512 * 512 * 0.03)

@@ -275,7 +275,7 @@ def test_a_finished_duplicate_is_not_planned_again(tmp_path: Path) -> None:
     assert len(left_for_ray(plan)) == 1
 
 
-def test_a_changed_setting_makes_its_requests_due_again_and_no_others(tmp_path: Path) -> None:
+def test_a_changed_setting_makes_its_requests_pending_again_and_no_others(tmp_path: Path) -> None:
     config = write(tmp_path, requests_table(4, format=["gif", "mp4", "gif", None]))
     commit(config, keys_of(make_plan(config)), "succeeded")
     assert make_plan(config).num_pending == 0
@@ -392,8 +392,8 @@ def test_a_plan_is_what_counting_row_by_row_gives(
     for index, row in enumerate(rows):
         contents.setdefault(row["request_id"], set()).add("bad" if index in bad else row["prompt"])
     clashing = {i for i, row in enumerate(rows) if i not in bad and len(contents[row["request_id"]]) > 1}
-    sound = [index for index in range(len(rows)) if index not in bad | clashing]
-    distinct = sorted({(rows[index]["request_id"], rows[index]["prompt"]) for index in sound})
+    valid = [index for index in range(len(rows)) if index not in bad | clashing]
+    distinct = sorted({(rows[index]["request_id"], rows[index]["prompt"]) for index in valid})
 
     first = make_plan(config)
     key_of = {}
@@ -412,23 +412,23 @@ def test_a_plan_is_what_counting_row_by_row_gives(
 
     plan = make_plan(config, retry=Retry() if retry_failed else None)
 
-    due = sorted(key_of[content] for content in distinct if content not in done)
-    assert plan.num_pending == len(due)
-    assert left_for_ray(plan) == due
-    assert plan.num_duplicates == len(sound) - len(distinct)
+    pending = sorted(key_of[content] for content in distinct if content not in done)
+    assert plan.num_pending == len(pending)
+    assert left_for_ray(plan) == pending
+    assert plan.num_duplicates == len(valid) - len(distinct)
     assert plan.num_rejected == len(bad) + len(clashing)
     assert len(plan.wanted) == plan.num_rejected + len(distinct)
     assert members(plan.wanted) == {key_of[content] for content in distinct} | set(plan.rejected["key"].to_pylist())
     kinds = Counter(plan.rejected["error_kind"].to_pylist())
     assert kinds["duplicate_id"] == len(clashing)
-    times = Counter((rows[index]["request_id"], rows[index]["prompt"]) for index in sound)
+    times = Counter((rows[index]["request_id"], rows[index]["prompt"]) for index in valid)
     assert plan.repeats["key"].to_pylist() == [
         key_of[content] for content in times if times[content] > 1 and content not in done
     ]
-    assert plan.outcomes.succeeded_keys.contains(keys_from_hex(pa.array(due, pa.string()))).sum() == 0
+    assert plan.outcomes.succeeded_keys.contains(keys_from_hex(pa.array(pending, pa.string()))).sum() == 0
 
 
-def test_a_plan_counts_what_can_be_drawn_together(make_config: Callable[..., RunConfig]) -> None:
+def test_a_plan_counts_what_can_share_a_batch(make_config: Callable[..., RunConfig]) -> None:
     table = requests_table(6, num_frames=[8, 8, 4, 8, 8, 99], size=[None, None, None, "auto", None, None])
 
     plan = make_plan(make_config(table))
@@ -470,7 +470,7 @@ def failures(tmp_path: Path) -> tuple[RunConfig, list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("kinds", "due"),
+    ("kinds", "pending"),
     [
         (None, [2, 3, 4, 5]),
         ({"non_finite"}, [2, 3, 5]),
@@ -481,19 +481,19 @@ def failures(tmp_path: Path) -> tuple[RunConfig, list[str]]:
     ids=["all", "one", "another", "two", "none of them"],
 )
 def test_retrying_brings_back_the_kinds_that_were_asked_for(
-    failures: tuple[RunConfig, list[str]], kinds: set[str] | None, due: list[int]
+    failures: tuple[RunConfig, list[str]], kinds: set[str] | None, pending: list[int]
 ) -> None:
     config, made = failures
 
     plan = make_plan(config, retry=Retry(None if kinds is None else frozenset(kinds)))
 
-    assert left_for_ray(plan) == sorted(made[index] for index in due)
-    assert plan.num_pending == len(due)
+    assert left_for_ray(plan) == sorted(made[index] for index in pending)
+    assert plan.num_pending == len(pending)
 
 
 def test_a_kind_that_does_not_exist_is_refused_with_those_that_do(failures: tuple[RunConfig, list[str]]) -> None:
-    told = r"the kind non-finite; did you mean non_finite\?; .* has: non_finite \(2\), timeout \(1\)$"
-    with pytest.raises(ConfigError, match=told):
+    message = r"the kind non-finite; did you mean non_finite\?; .* has: non_finite \(2\), timeout \(1\)$"
+    with pytest.raises(ConfigError, match=message):
         make_plan(failures[0], retry=Retry(frozenset({"non-finite", "timeout"})))
 
 
@@ -520,7 +520,7 @@ def test_what_was_taken_back_is_planned_again_also_where_it_had_failed_before(
     assert left_for_ray(make_plan(config)) == sorted([made[0], made[1], made[5]])
 
 
-def test_results_are_outdated_once_an_animation_was_drawn_again(finished: Callable[[pa.Table], RunConfig]) -> None:
+def test_results_are_outdated_once_an_animation_was_generated_again(finished: Callable[[pa.Table], RunConfig]) -> None:
     config = finished(requests_table(2))
     log = Journal(Store(config.output))
     (made,) = list(log.read(log.fragments()))

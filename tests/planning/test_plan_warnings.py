@@ -40,10 +40,10 @@ def test_an_ordinary_run_gives_nothing_to_warn_of() -> None:
         ({"format": ["gif"] * 3, "fps": [30.0] * 3}, "frames are shown for 30 or 40 ms"),
     ],
 )
-def test_what_rows_have_is_told_with_its_number(columns: dict[str, Any], words: str) -> None:
-    (told,) = warnings(requests_table(3, **columns))
+def test_a_warning_about_rows_has_their_number(columns: dict[str, Any], words: str) -> None:
+    (text,) = warnings(requests_table(3, **columns))
 
-    assert words in told
+    assert words in text
 
 
 @pytest.mark.parametrize("fps", [1, 8, 10, 12.5, 20, 25, 50, 7.5])
@@ -51,15 +51,15 @@ def test_rates_that_a_gif_holds_or_nearly_holds_are_fine(fps: float) -> None:
     assert warnings(requests_table(2, format=["gif"] * 2, fps=[fps] * 2)) == []
 
 
-def test_the_embedded_model_at_another_size_is_told() -> None:
-    (told,) = warnings(requests_table(2, width=[64, 128]), model__base="embedded")
+def test_the_embedded_model_at_another_size_is_a_warning() -> None:
+    (text,) = warnings(requests_table(2, width=[64, 128]), model__base="embedded")
 
-    assert "1 requests are not 64 x 64, the only size of the embedded model" in told
+    assert "1 requests are not 64 x 64, the only size of the embedded model" in text
 
 
-def test_a_schedule_that_pia_was_not_trained_on_is_told(tmp_path: Path) -> None:
-    (told,) = warnings(requests_table(1), model__scheduler__settings={"beta_schedule": "scaled_linear"})
-    assert "uses beta_schedule 'scaled_linear': PIA was trained with 'linear'" in told
+def test_a_schedule_that_pia_was_not_trained_on_is_a_warning(tmp_path: Path) -> None:
+    (text,) = warnings(requests_table(1), model__scheduler__settings={"beta_schedule": "scaled_linear"})
+    assert "uses beta_schedule 'scaled_linear': PIA was trained with 'linear'" in text
 
     shutil.copytree(tiny.PATH, tmp_path / "base")
     file = tmp_path / "base" / "scheduler" / "scheduler_config.json"
@@ -72,12 +72,12 @@ def test_a_schedule_that_pia_was_not_trained_on_is_told(tmp_path: Path) -> None:
     assert warnings(requests_table(1), **usual, **overridden) == []
 
 
-def test_a_default_that_every_row_overrides_is_told_and_others_are_not() -> None:
+def test_a_default_that_every_row_overrides_is_a_warning_and_others_are_not() -> None:
     table = requests_table(2, fps=[8.0, 9.0], num_frames=[8, None], eta=[0.5, 0.5])
 
-    (told,) = warnings(table, defaults__fps=12, defaults__num_frames=24)
+    (text,) = warnings(table, defaults__fps=12, defaults__num_frames=24)
 
-    assert told.startswith("defaults.fps has no effect: every row has its own value in column 'fps'")
+    assert text.startswith("defaults.fps has no effect: every row has its own value in column 'fps'")
 
 
 def test_the_embedded_models_own_defaults_are_nobodys_mistake() -> None:
@@ -87,15 +87,15 @@ def test_the_embedded_models_own_defaults_are_nobodys_mistake() -> None:
     assert len(warnings(table, model__base="embedded", defaults__fps=10)) == 1
 
 
-def test_engines_that_leave_no_cpu_to_read_with_are_told_of_where_the_machine_is_known(
+def test_engines_that_leave_no_cpu_to_read_with_are_a_warning_where_the_machine_is_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     crowd = {"placement__min_engines": 999, "placement__max_engines": 999}
 
-    (told,) = warnings(requests_table(5), **crowd)
+    (text,) = warnings(requests_table(5), **crowd)
 
-    assert "no CPU is left to read the manifest" in told
-    assert "set placement.min_engines to" in told
+    assert "no CPU is left to read the manifest" in text
+    assert "set placement.min_engines to" in text
     assert warnings(requests_table(5), placement__ray_address="head:6379", **crowd) == []
     assert warnings(requests_table(5), placement__num_gpus=1, **crowd) == []

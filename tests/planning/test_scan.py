@@ -145,7 +145,7 @@ def test_a_setting_that_decides_keys_asks_for_another_scan(
 
 
 class Spy:
-    """Hands on what a config says, and remembers what was asked for."""
+    """Config that records the names that are read."""
 
     def __init__(self, inner: Any, name: str, asked: set[str]) -> None:
         self._inner, self._name, self._asked = inner, name, asked

@@ -75,7 +75,7 @@ def test_processes_find_what_threads_find(config: RunConfig, monkeypatch: pytest
     assert counts_of(in_processes) == counts_of(in_threads)
 
 
-def test_what_is_wrong_with_a_file_is_told_as_ever(config: RunConfig, in_processes: None) -> None:
+def test_an_error_of_a_file_is_the_same_as_without_processes(config: RunConfig, in_processes: None) -> None:
     del in_processes
     write(config, requests(0, 500, prompt=[f"{row} of {'many ' * 9}" for row in range(500)]), requests(500, 4))
     task, pieces = pieces_of(config)
@@ -117,10 +117,10 @@ def test_a_process_that_dies_names_the_file_that_it_read(config: RunConfig, in_p
     write(config, requests(0, 4), requests(10, 4))
     task, (first, second) = pieces_of(config)
 
-    verdicts = scan_pool.validate_in_processes(task, [first, Deadly(**vars(second))])
+    results = scan_pool.validate_in_processes(task, [first, Deadly(**vars(second))])
 
     with pytest.raises(ManifestError, match=r"1\.parquet ended with signal 9: it ran out of memory"):
-        list(verdicts)  # the verdict on the first piece comes before or not, as the processes start
+        list(results)  # the result of the first piece comes first or not, as the processes start
 
 
 def test_a_bug_stays_a_bug(config: RunConfig, in_processes: None) -> None:
@@ -143,16 +143,16 @@ def test_what_lies_in_the_folder_that_one_works_in_is_not_run(
     assert make_plan(config).num_pending == 4
 
 
-def test_no_process_is_left_behind_where_nobody_waits_for_the_rest(config: RunConfig, in_processes: None) -> None:
+def test_no_process_is_left_behind_where_the_rest_is_not_consumed(config: RunConfig, in_processes: None) -> None:
     del in_processes
     write(config, requests(0, 4), requests(10, 4), requests(20, 4))
     task, pieces = pieces_of(config)
     before = set(psutil.Process().children())
 
-    verdicts = scan_pool.validate_in_processes(task, pieces)
-    next(verdicts)
+    results = scan_pool.validate_in_processes(task, pieces)
+    next(results)
     started = set(psutil.Process().children()) - before
-    verdicts.close()
+    results.close()
 
     assert len(started) == 2
     assert not any(process.is_running() for process in started)

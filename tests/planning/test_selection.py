@@ -1,4 +1,4 @@
-"""Which requests a run draws where its budget allows fewer than all of them."""
+"""Selection of the requests that a run animates if its budget allows fewer than all."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pia_batch.schema.keys import KeySet, keys_from_hex, keys_to_hex
 MakeConfig = Callable[..., RunConfig]
 
 
-def chosen_rows(config: RunConfig) -> list[str]:
-    """The request ids that the plan's run would draw, in the manifest's order."""
+def selected_rows(config: RunConfig) -> list[str]:
+    """The request ids that the plan's run would animate, in the manifest's order."""
     plan = make_plan(config)
     manifest = pa.concat_tables([batch.table for batch in plan.manifest.batches()])
     requests = stages.Validate(config, plan.engine_ids)(manifest)
@@ -44,24 +44,24 @@ def test_a_limit_takes_the_first_rows_and_counts_copies_once(make_config: MakeCo
     rows = requests_table(6)
     table = pa.concat_tables([rows.slice(0, 2), rows.slice(1, 1), rows.slice(0, 1), rows.slice(2)])
 
-    assert chosen_rows(make_config(table, budget__limit=3)) == ["r000", "r001", "r002"]
-    assert len(chosen_rows(make_config(table, budget__limit=6))) == 6
+    assert selected_rows(make_config(table, budget__limit=3)) == ["r000", "r001", "r002"]
+    assert len(selected_rows(make_config(table, budget__limit=6))) == 6
     assert make_plan(make_config(table, budget__limit=7)).selected is None
 
 
 def test_a_limit_takes_the_highest_priorities_and_of_equals_the_first(make_config: MakeConfig) -> None:
     table = requests_table(7, price=[1.0, None, 9.5, float("nan"), 9.5, 3.0, -2.0])
 
-    assert chosen_rows(make_config(table, budget__limit=3, budget__priority="price")) == ["r002", "r004", "r005"]
-    assert chosen_rows(make_config(table, budget__limit=1, budget__priority="price")) == ["r002"]
-    assert "r001" not in chosen_rows(make_config(table, budget__limit=5, budget__priority="price"))
+    assert selected_rows(make_config(table, budget__limit=3, budget__priority="price")) == ["r002", "r004", "r005"]
+    assert selected_rows(make_config(table, budget__limit=1, budget__priority="price")) == ["r002"]
+    assert "r001" not in selected_rows(make_config(table, budget__limit=5, budget__priority="price"))
 
 
 def test_a_setting_can_be_the_priority_and_its_default_counts(make_config: MakeConfig) -> None:
     table = requests_table(3, num_frames=pa.array([4, None, 12]))
     config = make_config(table, budget__limit=2, budget__priority="num_frames", defaults__num_frames=8)
 
-    assert chosen_rows(config) == ["r001", "r002"]
+    assert selected_rows(config) == ["r001", "r002"]
 
 
 @pytest.mark.parametrize("column", ["nowhere", "prompts", "tags"])
@@ -76,9 +76,9 @@ def test_a_priority_that_is_no_column_of_numbers_is_refused_with_those_that_are(
 
 def test_a_sample_is_the_same_whatever_the_settings_and_grows_with_its_size(make_config: MakeConfig) -> None:
     table = requests_table(400)
-    tenth = chosen_rows(make_config(table, budget__sample="10%"))
-    again = chosen_rows(make_config(table, budget__sample=0.1, defaults__num_frames=4, encoding__mp4_crf=30))
-    fifth = chosen_rows(make_config(table, budget__sample="20%"))
+    tenth = selected_rows(make_config(table, budget__sample="10%"))
+    again = selected_rows(make_config(table, budget__sample=0.1, defaults__num_frames=4, encoding__mp4_crf=30))
+    fifth = selected_rows(make_config(table, budget__sample="20%"))
 
     assert tenth == again
     assert set(tenth) < set(fifth)
@@ -88,9 +88,9 @@ def test_a_sample_is_the_same_whatever_the_settings_and_grows_with_its_size(make
 
 def test_a_limit_holds_inside_of_a_sample(make_config: MakeConfig) -> None:
     table = requests_table(100)
-    sample = chosen_rows(make_config(table, budget__sample="50%"))
+    sample = selected_rows(make_config(table, budget__sample="50%"))
 
-    assert chosen_rows(make_config(table, budget__sample="50%", budget__limit=5)) == sample[:5]
+    assert selected_rows(make_config(table, budget__sample="50%", budget__limit=5)) == sample[:5]
 
 
 FRACTIONS = st.floats(0, 1, exclude_min=True)
@@ -112,7 +112,7 @@ def test_a_larger_sample_contains_a_smaller_one(hashes: list[int], one: float, o
 
 
 class FakeManifest:
-    """A manifest that nobody has to read."""
+    """A manifest that is never read."""
 
     schema = pa.schema([])
 

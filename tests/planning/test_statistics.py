@@ -1,4 +1,4 @@
-"""What statistics counts of a manifest is what one would count row by row, whatever is known of it or finished."""
+"""The statistics of a manifest equal a count row by row, whatever is cached or finished."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_prompts_of_certainly_too_many_tokens_are_counted() -> None:
 
 
 def counted(plan: Plan, done: set[str]) -> dict[str, Any]:
-    """What statistics should say, row by row; `done` are the keys that are not drawn again.
+    """Count row by row; `done` are the keys that are not animated again.
 
     An id is rejected as a whole where one of its rows is.
     """
@@ -87,10 +87,10 @@ def counted(plan: Plan, done: set[str]) -> dict[str, Any]:
         num_rows += len(batch.table)
         num_given += Counter({name: pa.compute.count(batch.table[name]).as_py() for name in batch.table.column_names})
         requests = check(batch.table, plan.config, plan.engine_ids).requests
-        for row, drawn in zip(requests.to_pylist(), work_of(requests).to_pylist(), strict=True):
+        for row, work_row in zip(requests.to_pylist(), work_of(requests).to_pylist(), strict=True):
             if row["key"] in done or row["request_id"] in rejected:
                 continue
-            work[tuple(drawn[name] for name in WORK.names)] += 1
+            work[tuple(work_row[name] for name in WORK.names)] += 1
             truncated += least_tokens(pa.array([row["prompt"]]))[0].as_py() > MAX_TOKENS
             fps += Counter([row["fps"]] if row["format"] == "gif" else [])
             seeds.add(row["seed"])
@@ -112,7 +112,7 @@ def counted(plan: Plan, done: set[str]) -> dict[str, Any]:
     again=st.booleans(),
     rows=st.sampled_from([2, 5, 500_000]),
 )
-def test_a_survey_of_a_scanned_manifest_is_that_of_its_rows(
+def test_the_statistics_of_a_scanned_manifest_are_those_of_its_rows(
     files: list[tuple[int, pa.Table]], finished: list[tuple[int, bool]], again: bool, rows: int
 ) -> None:
     with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
@@ -148,7 +148,7 @@ def test_a_survey_of_a_scanned_manifest_is_that_of_its_rows(
         assert plan.num_pending <= read.num_pending  # copies count once there, and each time here
 
 
-def test_a_survey_of_a_scanned_manifest_opens_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_statistics_of_a_scanned_manifest_open_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_cache, "MIN_ROWS", 0)
     config = RunConfig.load(None, {"manifest": str(tmp_path / "manifest"), "output": str(tmp_path / "out")})
     path = tmp_path / "manifest" / "0.parquet"

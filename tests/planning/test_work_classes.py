@@ -52,7 +52,7 @@ def assert_same(one: WorkClasses, other: WorkClasses) -> None:
         ({"num_inference_steps": [20], "free_init_iters": [0], "free_init_fast": [True]}, 20),
     ],
 )
-def test_what_is_drawn_is_counted_with_strength_and_passes(columns: dict[str, Any], steps: float) -> None:
+def test_computed_steps_are_counted_with_strength_and_passes(columns: dict[str, Any], steps: float) -> None:
     (work,) = work_of(checked(requests_table(1, **columns)).requests).to_pylist()
 
     assert work["steps"] == steps
@@ -83,7 +83,7 @@ def test_a_rejected_row_counts_as_given_and_has_no_class() -> None:
     assert [row["gif_fps"] for row in by_row(work_classes)] == [8.0, None]
 
 
-def test_a_thousand_classes_and_more_can_be_told_apart() -> None:
+def test_a_thousand_classes_and_more_can_be_distinguished() -> None:
     steps = [1 + k % 700 for k in range(1400)]
     work_classes = classes_of(requests_table(1400, num_inference_steps=steps))
 
@@ -133,5 +133,5 @@ def test_parts_put_together_and_packed_are_the_whole(table: pa.Table, cuts: list
     assert {tuple(row.values())[:-1]: row["num_rows"] for row in whole.groups.to_pylist()} == counted
 
 
-def test_what_is_drawn_together_is_part_of_a_class() -> None:
+def test_what_shares_a_batch_is_part_of_a_class() -> None:
     assert set(GROUPED) <= set(WORK.names)

@@ -67,7 +67,7 @@ def successes(outcomes: Outcomes) -> dict[str, bool]:
 
 
 class RecordingStore(Store):
-    """Remembers the names it was told to write, in order."""
+    """Store that records the names of written objects, in order."""
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)

@@ -41,11 +41,11 @@ def members(keys: KeySet) -> set[str]:
 
 
 def content_of(plan: Plan) -> dict[str, Any]:
-    """All that a plan says, but for when it looked."""
+    """Everything in a plan, except its time."""
     rejected = plan.rejected.drop_columns(["finished_at"])
     return {
         "wanted": members(plan.wanted),
-        "settled": members(plan.skipped),
+        "skipped": members(plan.skipped),
         "rejected": rejected.to_pylist(),
         "schema": rejected.schema,
         "repeats": plan.repeats.to_pylist(),
