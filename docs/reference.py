@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pia_batch.cli import EXIT_CODES
 from pia_batch.config import RunConfig
 from pia_batch.pipeline.metrics import METRICS
-from pia_batch.report.facts import REMEDIES
+from pia_batch.report.head import REMEDIES
 from pia_batch.schema.columns import MEASURED, MODEL, OUTCOME, REQUEST, SETTINGS, SOURCE
 from pia_batch.schema.declaration import Setting
 from pia_batch.schema.run_record import ProgressSnapshot, RunRecord

@@ -17,7 +17,7 @@ from pia_batch.cli.options import AsJson, Output, OutputOrConfig, existing, held
 
 if TYPE_CHECKING:
     from pia_batch.journal.garbage_collection import Garbage
-    from pia_batch.report import Options, Report
+    from pia_batch.report import Report, ReportOptions
     from pia_batch.storage.object_store import Store
 
 
@@ -175,7 +175,7 @@ def report(
     from pia_batch import report
     from pia_batch.storage.object_store import Store
 
-    options = report.Options(
+    options = report.ReportOptions(
         max_results=max_results or report.MAX_RESULTS, embed=embed, media_url=media_url, price_per_hour=price_per_hour
     )
     store = Store(output)
@@ -185,7 +185,7 @@ def report(
         _print_report(report.write(store, run_id, options, out_file))
 
 
-def _follow(store: Store, run_id: str | None, every_s: float, options: Options, path: Path | None) -> None:
+def _follow(store: Store, run_id: str | None, every_s: float, options: ReportOptions, path: Path | None) -> None:
     """Write the page of a run again and again, until it has published, or nobody works there any more."""
     from pia_batch import report
     from pia_batch.journal.results import is_published

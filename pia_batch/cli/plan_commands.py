@@ -162,7 +162,7 @@ def _together(work: pa.Table, batch_size: int) -> list[dict[str, Any]]:
 
 
 def _print(payload: dict[str, Any]) -> None:
-    from pia_batch.report import facts
+    from pia_batch.report import head
 
     manifest = payload["manifest"]
     out.print(
@@ -183,7 +183,7 @@ def _print(payload: dict[str, Any]) -> None:
     if len(payload["together"]) > SHOWN_GROUPS:
         out.print(f"            and {len(payload['together']) - SHOWN_GROUPS} more kinds of rows")
     if payload["selected"]:
-        low, high = (facts.size(number) for number in payload["bytes"])
+        low, high = (head.size(number) for number in payload["bytes"])
         out.print(f"output      {low if low == high else f'{low} to {high}'}")
         _print_devices(payload["devices"])
     for words in payload["warnings"]:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pia_batch.errors import printable
-from pia_batch.report.facts import duration
+from pia_batch.report.head import duration
 from pia_batch.schema.run_record import ProgressSnapshot
 
 MAX_WIDTH = 110

@@ -1,7 +1,6 @@
-"""The page as text: templates, data for the script, and the policy that lets no other script run.
+"""Text of the page: templates, data for the script, and the policy that permits no other script.
 
-What strangers wrote is escaped in the markup by Jinja, and reaches the script as JSON in which no character means
-anything in HTML.
+Jinja escapes untrusted text in the markup. The script gets it as JSON in which no character is special in HTML.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 
-from pia_batch.report.facts import Facts
+from pia_batch.report.head import PageHead
 from pia_batch.schema.columns import SETTINGS
 
 _SCRIPTS = ("data.js", "filters.js", "media.js", "gallery.js", "detail.js", "charts.js", "main.js")
@@ -24,16 +23,16 @@ _ENVIRONMENT = jinja2.Environment(
     loader=_LOADER, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
 _DIGITS = 6
-"""Of a measure; settings keep all of theirs."""
+"""Significant digits of a measure; settings keep all digits."""
 
 
-def assemble(facts: Facts, data: dict[str, Any], sources: dict[str, str]) -> str:
-    """The HTML of a page.
+def assemble(head: PageHead, data: dict[str, Any], sources: dict[str, str]) -> str:
+    """Return the HTML of a page.
 
     Args:
-        facts: its head.
-        data: what its script shows; JSON.
-        sources: directives of the content security policy for media.
+        head: Contents of the page's head.
+        data: Data for the script, as a JSON value.
+        sources: Directives of the content security policy for media.
     """
     style = _source("report.css")
     script = "\n".join(_source(name) for name in _SCRIPTS)
@@ -48,7 +47,7 @@ def assemble(facts: Facts, data: dict[str, Any], sources: dict[str, str]) -> str
         "trusted-types": "'none'",
     }
     return _ENVIRONMENT.get_template("report.html").render(
-        run=facts,
+        run=head,
         policy="; ".join(f"{name} {value}" for name, value in policy.items()),
         style=style,
         script=script,
@@ -58,7 +57,10 @@ def assemble(facts: Facts, data: dict[str, Any], sources: dict[str, str]) -> str
 
 
 def column(name: str, values: pa.ChunkedArray) -> dict[str, Any]:
-    """A column as JSON: one value for `all`, or distinct `words` and where each is `at`, or plain `values`."""
+    """Return a column as JSON.
+
+    It has one value for `all` rows, or distinct `words` with the index of each row's word in `at`, or plain `values`.
+    """
     kind = values.type
     items: list[Any] = values.to_pylist()
     if pa.types.is_timestamp(kind):
@@ -83,7 +85,7 @@ def column(name: str, values: pa.ChunkedArray) -> dict[str, Any]:
 
 
 def for_script(value: object) -> str:
-    """JSON that no parser of HTML can mistake for markup, and no JavaScript for the end of a line."""
+    """Return JSON that no HTML parser mistakes for markup, and no JavaScript parser for the end of a line."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

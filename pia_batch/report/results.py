@@ -1,4 +1,4 @@
-"""The results of a run, read once and part by part: what is counted of all of them, and which the page holds."""
+"""Results of a run, read once and part by part: counts over all of them, and a sample for the page."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pia_batch.schema.columns import FAILED, RESULT, SUCCEEDED
 from pia_batch.storage.object_store import Store
 
 COLUMNS = pa.schema([column for column in RESULT if column.name not in ("animation_uri", "sha256")])
-"""What a page holds of a result: the animation's name follows from its key, and the carried columns may be secret."""
+"""Columns of a result on the page. The animation's name follows from its key; carried columns may be secret."""
 
 _FRAGMENTS = 1000
-"""Of the journal, counted together: one by one, each would go through all that is kept already."""
+"""Number of journal fragments that are counted together; one by one, each would be compared with the whole sample."""
 
 
 def read_part(store: Store, name: str) -> pa.Table:
-    """One file of results, as COLUMNS; null where an older file lacks one.
+    """Return one file of results with the columns COLUMNS; null for a column that an older file lacks.
 
     Raises:
-        StorageError: it is missing or damaged.
+        StorageError: The file is missing or damaged.
     """
     try:
         file = pq.ParquetFile(pa.BufferReader(store.read(name)), page_checksum_verification=True)
@@ -46,28 +46,28 @@ def _as_columns(table: pa.Table) -> pa.Table:
 
 
 @dataclass
-class Tally:
-    """Counts over all results, whatever the page has room for."""
+class ResultCounts:
+    """Counts over all results, whether or not the page shows them."""
 
     run_id: str
     examples: int = 5
     requests: int = 0
     succeeded: int = 0
-    drawn: int = 0
-    """Succeeded in this very run."""
+    generated: int = 0
+    """Number of requests that succeeded in this run."""
     reused: int = 0
-    """Finished by earlier runs."""
+    """Number of requests that earlier runs finished."""
     device_seconds: float = 0.0
     reused_device_seconds: float = 0.0
     num_bytes: int = 0
     devices: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     failures: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """The first few failed rows of every kind, in the order of their ids."""
+    """First few failed rows of every error kind, in the order of their ids."""
 
     @property
     def failed(self) -> int:
-        """Requests without an animation."""
+        """Number of requests without an animation."""
         return self.requests - self.succeeded
 
     def add(self, rows: pa.Table) -> None:
@@ -77,7 +77,7 @@ class Tally:
         good = pc.equal(rows["status"], SUCCEEDED)
         self.requests += len(rows)
         self.succeeded += _sum(good)
-        self.drawn += _sum(pc.equal(mine["status"], SUCCEEDED))
+        self.generated += _sum(pc.equal(mine["status"], SUCCEEDED))
         self.reused += len(earlier)
         self.device_seconds += _sum(mine["gpu_seconds"])
         self.reused_device_seconds += _sum(earlier["gpu_seconds"])
@@ -92,74 +92,74 @@ class Tally:
                 found += same.select(["request_id", "key", "error", "attempts"]).to_pylist()
 
 
-class Sample:
-    """All rows, or as many as there is room for: those with the smallest keys, which are hashes, so a fair sample."""
+class ResultSample:
+    """Up to a number of rows: those with the smallest keys. Keys are hashes, so this is a random sample."""
 
-    def __init__(self, room: int) -> None:
-        """Keep up to `room` rows; failures take what successes leave, or up to half of it."""
-        self._room = room
+    def __init__(self, max_rows: int) -> None:
+        """Keep up to `max_rows` rows; failures get the places that successes leave, or up to half of all."""
+        self._max_rows = max_rows
         self._kept = {SUCCEEDED: COLUMNS.empty_table(), FAILED: COLUMNS.empty_table()}
 
     def add(self, rows: pa.Table) -> None:
-        """Consider one part."""
+        """Add one part, and drop the rows beyond the limit."""
         for status, kept in self._kept.items():
             both = pa.concat_tables([kept, rows.filter(pc.equal(rows["status"], status))])
-            self._kept[status] = _smallest_keys(both, self._room)
+            self._kept[status] = _smallest_keys(both, self._max_rows)
 
     def rows(self) -> pa.Table:
-        """What is kept, sorted by request."""
+        """Return the sample, sorted by request."""
         good, bad = self._kept[SUCCEEDED], self._kept[FAILED]
-        for_bad = min(len(bad), max(self._room // 2, self._room - len(good)))
-        chosen = [_smallest_keys(good, self._room - for_bad), _smallest_keys(bad, for_bad)]
+        for_bad = min(len(bad), max(self._max_rows // 2, self._max_rows - len(good)))
+        chosen = [_smallest_keys(good, self._max_rows - for_bad), _smallest_keys(bad, for_bad)]
         return pa.concat_tables(chosen).sort_by([("request_id", "ascending"), ("key", "ascending")])
 
 
 @dataclass
-class SoFar:
-    """What a run that goes on has committed up to now. Reads each fragment of the journal once."""
+class RunningResults:
+    """Results that an unfinished run has committed so far. Reads each fragment of the journal once."""
 
     journal: Journal
-    tally: Tally
-    sample: Sample
+    counts: ResultCounts
+    sample: ResultSample
     _fragments: set[str] = field(default_factory=set)
     _keys: set[str] = field(default_factory=set)
 
     def read_on(self) -> None:
-        """Count what was committed since the last call.
+        """Add the results that were committed since the last call.
 
         Raises:
-            StorageError: the store refused or did not answer, or a fragment is damaged.
+            StorageError: The store refused or did not answer, or a fragment is damaged.
         """
         new = [name for name in self.journal.fragments() if name not in self._fragments]
         for start in range(0, len(new), _FRAGMENTS):
             tables = [_as_columns(table) for table in self.journal.read(new[start : start + _FRAGMENTS])]
             rows = pa.concat_tables(tables).combine_chunks()
-            rows = rows.filter(pc.equal(rows["run_id"], self.tally.run_id))
+            rows = rows.filter(pc.equal(rows["run_id"], self.counts.run_id))
             rows = rows.filter(pa.array([self._is_new(key) for key in rows["key"].to_pylist()], pa.bool_()))
-            self.tally.add(rows)
+            self.counts.add(rows)
             self.sample.add(rows)
         self._fragments.update(new)
 
     def _is_new(self, key: str) -> bool:
-        """Whether it comes for the first time: a worker taken for dead may commit a request once more."""
+        """Return True for a key's first result: a worker that was taken for dead may commit a request again."""
         if key in self._keys:
             return False
         self._keys.add(key)
         return True
 
 
-def weights(tally: Tally, shown: pa.Table) -> dict[str, float]:
-    """How many results one row of the page stands for, by status."""
+def weights(counts: ResultCounts, shown: pa.Table) -> dict[str, float]:
+    """Return the number of results that one row of the page represents, by status."""
     here = _sum(pc.equal(shown["status"], SUCCEEDED))
     failed = len(shown) - here
     return {
-        SUCCEEDED: tally.succeeded / here if here else 1.0,
-        FAILED: tally.failed / failed if failed else 1.0,
+        SUCCEEDED: counts.succeeded / here if here else 1.0,
+        FAILED: counts.failed / failed if failed else 1.0,
     }
 
 
-def _smallest_keys(rows: pa.Table, room: int) -> pa.Table:
-    return rows if len(rows) <= room else rows.take(pc.select_k_unstable(rows, room, [("key", "ascending")]))
+def _smallest_keys(rows: pa.Table, limit: int) -> pa.Table:
+    return rows if len(rows) <= limit else rows.take(pc.select_k_unstable(rows, limit, [("key", "ascending")]))
 
 
 def _sum(column: pa.ChunkedArray) -> Any:  # a number of the column's kind

@@ -125,7 +125,7 @@ def test_a_file_that_says_nothing_of_use_is_a_mistake_with_a_reason(
     if content == "silent":
         content = animation(make_config(encoding__provenance=False), "gif")
     if content == "later":
-        content = animation(make_config(), "gif").replace(b'"schema_version":1', b'"schema_version":2')
+        content = animation(make_config(), "webp").replace(b'"schema_version":1', b'"schema_version":2')
     if isinstance(content, bytes):
         (tmp_path / "file").write_bytes(content)
 

@@ -45,8 +45,9 @@ from pia_batch.journal import layout, log
 from pia_batch.manifest import validation
 from pia_batch.media import codecs, fetch
 from pia_batch.planning.plan import make_plan
-from pia_batch.report import facts, page
-from pia_batch.report.media import Places, with_embedded
+from pia_batch.report import head, page
+from pia_batch.report.embedded import with_embedded
+from pia_batch.report.links import MediaLinks
 from pia_batch.schema.columns import RESULT, SETTINGS
 from pia_batch.schema.run_record import RunSummary
 from pia_batch.storage.object_store import Store
@@ -182,7 +183,7 @@ def publish(store: Store, rows: list[dict[str, Any]], part_rows: int = 100_000, 
 
 
 def page_of(store: Store, **options: Any) -> str:
-    made = report.write(store, options=report.Options(**options))
+    made = report.write(store, options=report.ReportOptions(**options))
     assert made.uri == store.uri_of(f"_runs/{RUN}/report.html")
     text = store.read(f"_runs/{RUN}/report.html").decode()
     assert made.num_bytes == len(text.encode())
@@ -219,8 +220,8 @@ def test_the_head_counts_every_result_and_tells_only_what_the_data_has(store: St
     assert "9 animations , 1 failure " in text
     assert f"Clips per second {8 / 28:.3g} 28.0 s in all, start-up included" in text
     assert f"GPU time {seconds:.1f} s" in text
-    assert "Reused 1 from earlier runs: 1 min 30 s spared" in text
-    assert "Engines busy 62% of the time that they were alive" in text
+    assert "Reused 1 from earlier runs: 1 min 30 s saved" in text
+    assert "Engines busy 62% of their uptime" in text
     assert "Cost" not in text
     assert "Cost 1.25 0.5 GPU hours at 2.50, start-up and idle time included" in visible(
         page_of(store, price_per_hour=2.5)
@@ -256,7 +257,7 @@ def test_failures_are_grouped_by_kind_with_examples_a_remedy_and_the_command(sto
 
 def test_every_remedy_is_that_of_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
-    rows = [f"| `{kind}` | {remedy} |" for kind, remedy in facts.REMEDIES.items()]
+    rows = [f"| `{kind}` | {remedy} |" for kind, remedy in head.REMEDIES.items()]
     table = "\n".join(["| error kind | what to do |", "| --- | --- |", *rows, ""])
     assert table in page, f"docs/results.md wants this table:\n{table}"
 
@@ -267,14 +268,14 @@ def test_every_remedy_is_that_of_the_documentation() -> None:
      (725, "12 min 05 s"), (12_000, "3 h 20 min"), (360_000_000, "100,000 h 00 min")],
 )  # fmt: skip
 def test_durations_are_for_people(seconds: float, text: str) -> None:
-    assert facts.duration(seconds).replace("\N{NO-BREAK SPACE}", " ") == text
+    assert head.duration(seconds).replace("\N{NO-BREAK SPACE}", " ") == text
 
 
 @pytest.mark.parametrize(
     ("num_bytes", "text"), [(0, "0 B"), (999, "999 B"), (12_345, "12.3 kB"), (1.5e9, "1.5 GB"), (2e18, "2e+06 TB")]
 )
 def test_sizes_are_for_people(num_bytes: float, text: str) -> None:
-    assert facts.size(num_bytes) == text
+    assert head.size(num_bytes) == text
 
 
 def test_parts_are_read_one_by_one_and_older_ones_may_lack_columns(store: Store) -> None:
@@ -303,7 +304,7 @@ def test_a_large_run_is_shown_by_all_its_failures_and_a_fair_sample(store: Store
     }
     assert chosen == set(sorted(row["key"] for row in rows if row["status"] == "succeeded")[:70])
     assert "270 animations , 30 failures" in visible(html)
-    assert "This page holds 100 of 300 results" in visible(html)
+    assert "This page has 100 of 300 results" in visible(html)
 
 
 def test_failures_leave_half_of_the_page_to_animations(store: Store) -> None:
@@ -322,7 +323,7 @@ def test_there_is_no_page_before_there_are_results(store: Store, capsys: pytest.
     assert "has no results yet" in capsys.readouterr().err
 
     publish(store, [result(0)])
-    with pytest.raises(ConfigError, match=f"run 'other' has no complete results .* those that have: {RUN}"):
+    with pytest.raises(ConfigError, match=f"run 'other' has no published results .* published runs: {RUN}"):
         report.write(store, "other")
 
 
@@ -372,7 +373,7 @@ def test_the_page_of_a_run_that_goes_on_shows_what_it_has_committed_so_far(store
     assert (made.num_results, made.num_shown) == (3, 3)
     text = store.read(f"_runs/{RUN}/report.html").decode()
     assert '<meta http-equiv="refresh" content="20">' in text
-    assert "3 of 3 requests drawn" in text
+    assert "3 of 3 requests finished" in text
     for figure in ("Clips per second 0.04", "Time left 3 min 20 s", "Engines busy 90%", "Cost 2.00"):
         assert figure in visible(text)
 
@@ -448,10 +449,10 @@ def test_secrets_of_a_config_do_not_reach_the_page(store: Store) -> None:
 # --- references -----------------------------------------------------------------------------------------------------
 
 
-def places(**changes: Any) -> Places:
+def places(**changes: Any) -> MediaLinks:
     standard = {"output": "s3://bucket/out", "page": f"s3://bucket/out/_runs/{RUN}/report.html"}
     standard |= {"folder": "s3://bucket/sets/a", "media_url": None, "images_config": {}}
-    return Places(**standard | changes)
+    return MediaLinks(**standard | changes)
 
 
 LOCAL = {"output": "file:///d/my%20out", "page": "file:///d/my%20out/_runs/r/report.html", "folder": "file:///d/in"}
@@ -494,7 +495,7 @@ SEGMENT = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_charact
 def test_a_browser_resolves_a_reference_to_the_very_file(folder: list[str], name: list[str]) -> None:
     root, output = Path("/", *folder), Path("/", *folder[:-1], "out")
     page_uri = (output / "_runs" / "r" / "report.html").as_uri()
-    local = Places(output.as_uri(), page_uri, root.as_uri(), None, {})
+    local = MediaLinks(output.as_uri(), page_uri, root.as_uri(), None, {})
 
     reference = local.image("/".join(name))
 
@@ -505,9 +506,9 @@ def test_a_browser_resolves_a_reference_to_the_very_file(folder: list[str], name
 
 def test_a_page_elsewhere_needs_the_address_of_its_media(tmp_path: Path) -> None:
     page_uri = (tmp_path / "run.html").as_uri()
-    with pytest.raises(ConfigError, match="leave out --out to store it there, or name the http address"):
+    with pytest.raises(ConfigError, match="leave out --out to store it there, or give the http address"):
         places(page=page_uri)
-    with pytest.raises(ConfigError, match="--media-url ftp://host/out: the http or https address"):
+    with pytest.raises(ConfigError, match=r"invalid URL \(got ftp://host/out, expected the http or https address"):
         places(media_url="ftp://host/out")
 
     named = places(
@@ -544,7 +545,7 @@ def test_a_small_run_embeds_what_a_browser_cannot_get_by_itself(store: Store, tm
     table = pa.Table.from_pylist(rows, RESULT)
     table = table.append_column("image_ref", pa.array(["at/0.png", None, None, "at/3.png"]))  # the third is missing
 
-    local = Places(store.uri, store.uri_of("report.html"), tmp_path.as_uri(), None, {})
+    local = MediaLinks(store.uri, store.uri_of("report.html"), tmp_path.as_uri(), None, {})
     embedded = with_embedded(table, store, local)
 
     thumbnails, strips = embedded["thumbnail"].to_pylist(), embedded["strip"].to_pylist()
@@ -581,7 +582,7 @@ def test_the_config_of_a_clip_has_what_is_not_in_its_row(tmp_path: Path) -> None
     }  # fmt: skip
     config = RunConfig.load(None, settings)
 
-    text = facts.again_config(config.model_dump(mode="json"), "s3://bucket/sets/a")
+    text = head.reproduction_config(config.model_dump(mode="json"), "s3://bucket/sets/a")
 
     (tmp_path / "again.yaml").write_text(text, encoding="utf-8")
     again = RunConfig.load(tmp_path / "again.yaml", {"manifest": "m", "output": "o"})
@@ -593,9 +594,10 @@ def test_the_config_of_a_clip_has_what_is_not_in_its_row(tmp_path: Path) -> None
     assert "max_engines" not in text
     plain = RunConfig.load(None, {"manifest": "m", "output": "o"}).model_dump(mode="json")
     assert (
-        facts.again_config(plain, "file:///d/in") == "model:\n  base: embedded\nimages:\n  allow:\n  - file:///d/in\n"
+        head.reproduction_config(plain, "file:///d/in")
+        == "model:\n  base: embedded\nimages:\n  allow:\n  - file:///d/in\n"
     )
-    assert facts.again_config({}, "") == "{}\n"
+    assert head.reproduction_config({}, "") == "{}\n"
 
 
 @pytest.mark.s3
@@ -709,7 +711,7 @@ def build(folder: Path, rows: list[dict[str, Any]], **options: Any) -> Site:
     for k, row in enumerate(rows):
         if row["status"] == "succeeded":
             store_clip(store, row, k)
-    report.write(store, options=report.Options(**options))
+    report.write(store, options=report.ReportOptions(**options))
     return Site(folder, rows)
 
 
@@ -770,7 +772,7 @@ def test_a_live_page_renews_itself(store: Store, visit: Callable[..., Visit]) ->
     window = visit()
     page = window.open(next(pages).uri)
     assert window.ids() == ["r00000"]
-    assert "The run goes on: 1 of 2 requests drawn" in page.locator(".live").inner_text()
+    assert "Run in progress: 1 of 2 requests finished" in page.locator(".live").inner_text()
 
     commit(store, [result(1, format="gif", image="gone.png")])
     next(pages)

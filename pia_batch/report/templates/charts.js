@@ -1,8 +1,8 @@
-// Four small charts of the rows that are shown, drawn as inline SVG.
+// Four small charts of the rows that are shown, as inline SVG.
 
 const CHART = { width: 320, height: 180, left: 8, right: 8, top: 10, bottom: 24 };
 const MOST_BARS = 40;
-const PICK_PX = 14; // how near the pointer must be to a point
+const PICK_PX = 14; // largest distance of the pointer from a point that it selects
 
 function svg(tag, attributes = {}, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -15,7 +15,7 @@ const label = (x, y, text, anchor = "start", className = "") =>
   svg("text", { x, y, "text-anchor": anchor, class: className }, String(text));
 const number = (value) => String(+value.toPrecision(value >= 100 ? 3 : 2));
 
-function drawing(title, spoken, ...content) {
+function chartFigure(title, spoken, ...content) {
   const picture = svg(
     "svg",
     { viewBox: `0 0 ${CHART.width} ${CHART.height}`, role: "img", "aria-label": spoken },
@@ -24,8 +24,8 @@ function drawing(title, spoken, ...content) {
   return make("figure", { className: "chart" }, make("figcaption", { textContent: title }), picture);
 }
 
-/** Draw all charts that these rows have data for; `open` is called with the position of a chosen one. */
-function drawCharts(rows, open) {
+/** Render all charts that these rows have data for; `open` is called with the position of a chosen point. */
+function renderCharts(rows, open) {
   const box = document.getElementById("charts");
   const charts = [overTime(rows), seconds(rows), motionAgainstLikeness(rows, open), motionBySetting(rows)];
   box.replaceChildren(...charts.filter(Boolean));
@@ -63,9 +63,9 @@ function overTime(rows) {
     if (low) shapes.push(svg("rect", { ...at, y: floor - low, height: low, class: "good" }));
     if (high) shapes.push(svg("rect", { ...at, y: floor - low - high, height: high, class: "bad" }));
   }
-  const day = moment(first).slice(0, 10) === moment(last).slice(0, 10) ? 11 : 5; // with the date where it changes
+  const day = moment(first).slice(0, 10) === moment(last).slice(0, 10) ? 11 : 5; // with the date if it changes
   const spoken = `Clips a minute from ${moment(first)} to ${moment(last)} UTC, at most ${number(highest)}`;
-  return drawing(
+  return chartFigure(
     "Clips a minute",
     spoken,
     svg("path", { class: "axis", d: `M${CHART.left} ${floor}H${CHART.width - CHART.right}` }),
@@ -78,13 +78,13 @@ function overTime(rows) {
 
 // --- spreads --------------------------------------------------------------------------------------------------------
 
-/** The values at 5, 25, 50, 75 and 95 of 100. */
+/** Return the 5th, 25th, 50th, 75th and 95th percentile. */
 function spread(values) {
   const ordered = Float64Array.from(values).sort();
   return [0.05, 0.25, 0.5, 0.75, 0.95].map((part) => ordered[Math.round(part * (ordered.length - 1))]);
 }
 
-/** One line for each group: 5 to 95 of 100, the middle half, the median. */
+/** Build a chart with one line per group: percentiles 5 to 95, the middle half, and the median. */
 function spreads(title, groups, ticks, place, unit) {
   const left = 82;
   const right = CHART.width - 62;
@@ -107,13 +107,13 @@ function spreads(title, groups, ticks, place, unit) {
     );
   }
   const spoken = `${title}, medians: ${groups.map(({ name, five }) => `${name} ${number(five[2])}${unit}`).join(", ")}`;
-  return drawing(title, spoken, ...parts);
+  return chartFigure(title, spoken, ...parts);
 }
 
 function seconds(rows) {
   const stages = [
     ["fetch_seconds", "fetch"],
-    ["gpu_seconds", "draw"],
+    ["gpu_seconds", "generate"],
     ["encode_seconds", "encode"],
   ];
   const groups = stages.flatMap(([column, name]) => {
@@ -139,17 +139,17 @@ function motionBySetting(rows) {
     groups.get(name).push(measure);
   }
   if (groups.size < 2) return null;
-  const told = [...groups]
+  const ordered = [...groups]
     .sort(([a], [b]) => a.localeCompare(b, "en", { numeric: true }))
     .slice(0, 12)
     .map(([name, values]) => ({ name: name.replace("scale ", "").replace(", ", " "), five: spread(values) }));
-  const [ticks, most] = linear(0, Math.max(...told.map(({ five }) => five[4])), 4);
-  return spreads("Motion by motion scale", told, ticks, (measure) => measure / most, "");
+  const [ticks, most] = linear(0, Math.max(...ordered.map(({ five }) => five[4])), 4);
+  return spreads("Motion by motion scale", ordered, ticks, (measure) => measure / most, "");
 }
 
-/** Round ticks from `low` to at least `high`, and the last one. */
+/** Return round ticks from `low` to at least `high`, and the last one. */
 function linear(low, high, most) {
-  const rough = Math.max(high - low, Math.abs(high) / 50, 1e-6) / most; // also where all values are one
+  const rough = Math.max(high - low, Math.abs(high) / 50, 1e-6) / most; // not 0 if all values are equal
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((part) => part * power).find((part) => part >= rough * 0.999);
   const ticks = [];
@@ -168,7 +168,7 @@ function motionAgainstLikeness(rows, open) {
   });
   const likes = points.map(({ like }) => like).filter((like) => like !== null);
   if (points.length < 2 || !likes.length) return null;
-  const exact = likes.length < points.length; // identical first frames get a place of their own at the right
+  const exact = likes.length < points.length; // identical first frames get a column of their own at the right
   const [left, right] = [34, CHART.width - CHART.right - (exact ? 48 : 6)];
   const [across, widest] = linear(
     likes.reduce((a, b) => Math.min(a, b)),
@@ -192,7 +192,7 @@ function motionAgainstLikeness(rows, open) {
   parts.push(...across.map((tick) => label(x(tick), CHART.height - 8, number(tick), "middle")));
   parts.push(label(left - 14, CHART.height - 8, "dB", "end"));
   if (exact) parts.push(label(CHART.width - CHART.right, CHART.height - 8, "same", "end"));
-  const layer = Math.max(1, Math.ceil(points.length / 16)); // within a path nothing shines through, between paths it does
+  const layer = Math.max(1, Math.ceil(points.length / 16)); // dots of one path do not blend with each other, those of several paths do
   for (let from = 0; from < points.length; from += layer) {
     const dots = points
       .slice(from, from + layer)
@@ -202,7 +202,7 @@ function motionAgainstLikeness(rows, open) {
   }
   const mark = svg("circle", { class: "mark", r: 5, visibility: "hidden" });
   const said = label(left + 4, CHART.top + 4, "", "start", "muted");
-  const chart = drawing(
+  const chart = chartFigure(
     "Motion against first-frame PSNR",
     `Motion of ${points.length} clips against the likeness of their first frame to the image, ${number(across[0])} to ${number(widest)} dB`,
     ...parts,

@@ -1,4 +1,4 @@
-// What the page knows: results by column, and how to say a value to a person.
+// Data of the page: results by column, and their formatting.
 
 const page = JSON.parse(document.getElementById("data").textContent);
 
@@ -9,7 +9,7 @@ const readers = new Map(
   ]),
 );
 
-/** A value of a result, or null: also for a column that these results lack. */
+/** Return a value of a result, or null; null also for a column that these results lack. */
 const value = (name, row) => readers.get(name)?.(row) ?? null;
 
 const succeeded = (row) => value("status", row) === "succeeded";
@@ -24,10 +24,10 @@ function size(bytes) {
   return `${+(bytes / 1000 ** power).toPrecision(3)} ${UNITS[power]}`;
 }
 
-/** Date and time in UTC, as logs and results have it: 2026-11-23 03:53:32. */
+/** Format a time in UTC as logs and results do: 2026-11-23 03:53:32. */
 const moment = (ms) => new Date(ms).toISOString().slice(0, 19).replace("T", " ");
 
-/** A measure with its unit. */
+/** Format a measure with its unit. */
 function measured(name, number) {
   if (number === null) return "–";
   if (name === "finished_at") return moment(number);
@@ -37,10 +37,10 @@ function measured(name, number) {
   return unit ? `${text} ${unit}` : text;
 }
 
-/** Identical first frames have no PSNR: there is no error to compare with. */
+/** Return true if the first frame equals the image: the PSNR is then infinite, and null in the results. */
 const identical = (row) => succeeded(row) && value("first_frame_psnr_db", row) === null;
 
-/** How the motion of a request was asked for, in a few words; the order of the filter is that of the scale. */
+/** Describe the requested motion in a few words, which sort by the motion scale. */
 function motion(row) {
   if (value("motion_curve", row) !== null) return "own curve";
   const scale = value("motion_scale", row);
@@ -49,7 +49,7 @@ function motion(row) {
   return `scale ${scale}${kind}`;
 }
 
-/** An element with properties, attributes (what has a dash, or role) and children. No text is ever parsed as markup. */
+/** Create an element with properties, attributes (names with a dash, or role) and children. Never parses markup. */
 function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, setting] of Object.entries(properties)) {
@@ -61,5 +61,5 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Someone else's text, whose direction must not turn ours. */
+/** Wrap untrusted text, so that its direction does not affect the text around it. */
 const foreign = (text, className = "") => make("bdi", { textContent: text, className });

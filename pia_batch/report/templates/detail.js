@@ -1,4 +1,4 @@
-// One result at a time: large, frame by frame, with every setting and the way to make it again.
+// Detail view: one result, large, frame by frame, with every setting and the commands that make it again.
 
 const dialog = document.getElementById("detail");
 let opened = null; // { position, media, closing }
@@ -54,7 +54,7 @@ function detailBody(row, media, signal) {
     figure("Condition image", conditionImage(row, { eager: true })),
     figure(
       succeeded(row) ? "Animation" : "Failed",
-      media ?? make("span", { className: "picture why" }, make("code", { textContent: value("error_kind", row) })),
+      media ?? make("span", { className: "picture reason" }, make("code", { textContent: value("error_kind", row) })),
     ),
   );
   return make(
@@ -81,7 +81,7 @@ function detailBody(row, media, signal) {
         ["prompt_truncated", value("prompt_truncated", row) || null],
       ]),
     ),
-    again(row),
+    reproduction(row),
     inspection(row),
   );
 }
@@ -95,9 +95,9 @@ function shownMeasure(name, row) {
 const figure = (caption, content) => make("figure", {}, content, make("figcaption", { textContent: caption }));
 
 function list(title, entries) {
-  const told = entries.filter(([, setting]) => setting !== null && setting !== "");
-  if (!told.length) return null;
-  const rows = told.flatMap(([name, setting]) => [
+  const present = entries.filter(([, setting]) => setting !== null && setting !== "");
+  if (!present.length) return null;
+  const rows = present.flatMap(([name, setting]) => [
     make("dt", { textContent: name }),
     make("dd", {}, foreign(Array.isArray(setting) ? setting.join(", ") : String(setting))),
   ]);
@@ -115,7 +115,7 @@ function failure(row) {
   );
 }
 
-/** Text with `code` in it. */
+/** Convert text with `code` in it to elements. */
 const coded = (text) => text.split("`").map((part, index) => (index % 2 ? make("code", { textContent: part }) : part));
 
 function frameStrip(row, media, signal) {
@@ -154,30 +154,30 @@ function frameStrip(row, media, signal) {
   );
 }
 
-// --- the way to make it again ---------------------------------------------------------------------------------------
+// --- commands that make it again ------------------------------------------------------------------------------------
 
-function again(row) {
-  if (value("seed", row) === null) return null; // refused before it had any settings
+function reproduction(row) {
+  if (value("seed", row) === null) return null; // rejected before it had any settings
   const code = make("code", { id: "again", textContent: commands(row) });
-  const title = succeeded(row) ? "Make this clip again" : "Try this request alone";
+  const title = succeeded(row) ? "Make this clip again" : "Run this request alone";
   const parts = [make("h3", { textContent: title })];
   if (value("image", row) === null) {
     parts.push(
       make("p", {
         className: "note",
-        textContent: "Its image came inside the manifest: put the file's path in place of IMAGE.",
+        textContent: "The manifest contained the image itself: replace IMAGE by the path of a file.",
       }),
     );
   }
   return make("section", { className: "again" }, ...parts, copied(code));
 }
 
-/** How to read what the file itself tells of this; nothing where no file has it. */
+/** Build the command that reads the provenance in the animation file; null if the file has none. */
 function inspection(row) {
   if (!succeeded(row) || page.inspect === null) return null;
   const file = `${page.inspect}/${value("media", row).split("/").slice(-3).join("/")}`;
   const code = make("code", { id: "inspect", textContent: `pia-batch inspect ${shellWord(file)}` });
-  const title = make("h3", { textContent: "What the file tells of itself" });
+  const title = make("h3", { textContent: "Provenance in the file" });
   return make("section", { className: "inspect" }, title, copied(code));
 }
 
@@ -189,16 +189,16 @@ const copied = (code) =>
     make("button", { type: "button", className: "copy", textContent: "Copy", "data-copy": code.id }),
   );
 
-/** One word for a shell. */
+/** Quote text as one word of a shell command. */
 const shellWord = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
 
-/** Shell commands. A quoted here-document takes its lines as they are, and no line of JSON or of a config is its end. */
+/** Build the shell commands. A quoted here-document keeps its lines unchanged; no line of JSON or YAML ends it. */
 function commands(row) {
-  const entries = page.again.columns.map((name) => [name, written(name, row)]).filter(([, text]) => text !== "null");
+  const entries = page.reproduction.columns.map((name) => [name, written(name, row)]).filter(([, text]) => text !== "null");
   const request = `{${entries.map(([name, text]) => `${JSON.stringify(name)}: ${text}`).join(", ")}}`;
   return [
     "cat > again.yaml <<'END-OF-CONFIG'",
-    page.again.config.trimEnd(),
+    page.reproduction.config.trimEnd(),
     "END-OF-CONFIG",
     "cat > again.jsonl <<'END-OF-REQUEST'",
     request,
@@ -211,12 +211,12 @@ function written(name, row) {
   const setting = value(name, row);
   if (name === "image") return quoted(setting === null ? "IMAGE" : found(setting));
   if (name === "ip_adapter_image" && setting !== null) return quoted(found(setting));
-  if (value("size", row) === "auto" && (name === "width" || name === "height")) return "null"; // they come from the image
-  if (name === "seed") return String(setting); // beyond 2^53 it is text here, and a number there
+  if (value("size", row) === "auto" && (name === "width" || name === "height")) return "null"; // derived from the image
+  if (name === "seed") return String(setting); // above 2^53 it is text on this page, and a number in the request
   return typeof setting === "string" ? quoted(setting) : JSON.stringify(setting);
 }
 
-/** JSON in printable characters: what turns direction or hides in a terminal is spelled out. */
+/** Quote text as JSON; characters that are invisible or change direction in a terminal are escaped. */
 const quoted = (text) =>
   JSON.stringify(text).replace(/[\p{C}\u2028\u2029]/gu, (hidden) =>
     Array.from({ length: hidden.length }, (_, k) => `\\u${hidden.charCodeAt(k).toString(16).padStart(4, "0")}`).join(
@@ -224,9 +224,9 @@ const quoted = (text) =>
     ),
   );
 
-/** An image's absolute place: relative ones start from the manifest's folder. */
+/** Return the absolute URI of an image; relative ones are relative to the manifest's folder. */
 function found(image) {
-  const { folder } = page.again;
+  const { folder } = page.reproduction;
   if (/^[a-z][a-z0-9+.-]+:\/\//i.test(image) || image.startsWith("/") || !folder) return image;
   return `${folder}/${folder.startsWith("file://") ? image.split("/").map(encodeURIComponent).join("/") : image}`;
 }

@@ -1,4 +1,4 @@
-// Which results are shown, and in which order. The state is in the address, so that a view can be passed on.
+// Filters and sort order. The state is in the address, so that a view can be shared.
 
 const FILTERS = [
   { name: "status", label: "Status", of: (row) => value("status", row) },
@@ -7,7 +7,7 @@ const FILTERS = [
   { name: "model", label: "Model", of: (row) => value("model", row) },
 ];
 const SEARCHED = ["request_id", "prompt", "negative_prompt", "error", "image"];
-const KEY = /^[0-9a-f]{6,32}$/; // the beginning of one; fewer digits are in too many
+const KEY = /^[0-9a-f]{6,32}$/; // beginning of a key; fewer digits would match too many
 
 const state = { q: "", sort: "request_id", down: false, id: null };
 for (const { name } of FILTERS) state[name] = "";
@@ -15,7 +15,7 @@ for (const { name } of FILTERS) state[name] = "";
 const everyRow = Uint32Array.from({ length: page.rows }, (_, row) => row);
 let texts = null;
 
-/** The rows that match the state, sorted by it. */
+/** Return the rows that match the state, sorted by it. */
 function matching() {
   let rows = everyRow;
   for (const { name, of } of FILTERS) {
@@ -34,7 +34,7 @@ function matching() {
   return sorted(rows);
 }
 
-/** By the chosen measure; rows without one come last either way, equal ones stay in the order of their ids. */
+/** Sort rows by the chosen measure; rows without it come last in both orders, equal ones stay sorted by id. */
 function sorted(rows) {
   if (state.sort === "request_id") return state.down ? rows.slice().reverse() : rows;
   const keys = new Float64Array(page.rows);
@@ -52,7 +52,7 @@ function sortKey(row) {
   return number === null ? NaN : number;
 }
 
-/** The form's controls; `changed` is called when a person has changed one. */
+/** Build the controls of the form; `changed` is called when the user changes one. */
 function buildFilters(changed) {
   const form = document.getElementById("filters");
   const search = make("input", {
@@ -111,7 +111,7 @@ function select(name, label, options) {
   );
 }
 
-/** Let the controls show the state. */
+/** Make the controls show the state. */
 function showFilters() {
   const form = document.getElementById("filters");
   for (const control of form.querySelectorAll("[name]")) {
@@ -124,18 +124,18 @@ function showFilters() {
 }
 
 function readAddress() {
-  const asked = new URLSearchParams(location.hash.slice(1));
+  const requested = new URLSearchParams(location.hash.slice(1));
   const sorts = ["request_id", ...Object.keys(page.measures)];
-  for (const name of ["q", "id", ...FILTERS.map((filter) => filter.name)]) state[name] = asked.get(name) ?? "";
-  state.sort = sorts.includes(asked.get("sort")) ? asked.get("sort") : "request_id";
-  state.down = asked.get("order") === "down";
+  for (const name of ["q", "id", ...FILTERS.map((filter) => filter.name)]) state[name] = requested.get(name) ?? "";
+  state.sort = sorts.includes(requested.get("sort")) ? requested.get("sort") : "request_id";
+  state.down = requested.get("order") === "down";
 }
 
 function writeAddress() {
-  const told = new URLSearchParams();
-  for (const name of ["q", ...FILTERS.map((filter) => filter.name), "id"]) if (state[name]) told.set(name, state[name]);
-  if (state.sort !== "request_id") told.set("sort", state.sort);
-  if (state.down) told.set("order", "down");
-  const hash = told.toString();
+  const parameters = new URLSearchParams();
+  for (const name of ["q", ...FILTERS.map((filter) => filter.name), "id"]) if (state[name]) parameters.set(name, state[name]);
+  if (state.sort !== "request_id") parameters.set("sort", state.sort);
+  if (state.down) parameters.set("order", "down");
+  const hash = parameters.toString();
   if (hash !== location.hash.slice(1)) history.replaceState(null, "", `#${hash}`);
 }

@@ -1,17 +1,17 @@
-// The gallery: only the cards near the screen exist, whatever the number of results.
+// Gallery: only the cards near the viewport exist, for any number of results.
 
 const grid = document.getElementById("grid");
 const GAP_PX = 16;
-const CARD_PX = 288; // the narrowest card, where the screen allows it
-const TEXT_PX = 102; // of a card, below its pictures
-const SETTLED_MS = 90; // what is scrolled past faster is not fetched
+const CARD_PX = 288; // smallest width of a card, if the screen allows it
+const TEXT_PX = 102; // height of a card's text under its pictures
+const SETTLED_MS = 90; // media of cards that are scrolled past faster are not fetched
 
 let shown = everyRow; // rows in order
-let current = 0; // position that the keyboard is at
+let current = 0; // position of the keyboard focus
 let layout = { columns: 1, width: CARD_PX, height: CARD_PX, picture: CARD_PX / 2 };
 const cards = new Map(); // position -> card
 
-/** Pictures are as wide as half a card; their height follows the most frequent shape of the results. */
+/** Height of a picture per width, from the most frequent shape of the results. Pictures are half a card wide. */
 const shape = (() => {
   const shapes = new Map();
   for (const row of everyRow) {
@@ -39,7 +39,7 @@ function steer(card) {
   else card.media.pause();
 }
 
-/** Show other rows, from the start. */
+/** Show these rows, from the first one. */
 function showRows(rows) {
   for (const position of [...cards.keys()]) drop(position);
   shown = rows;
@@ -64,9 +64,9 @@ function render(settling = 0) {
   const line = layout.height + GAP_PX;
   const first = Math.max(0, Math.floor((top - line) / line)) * layout.columns;
   const below = (Math.floor((top + innerHeight + line) / line) + 1) * layout.columns;
-  const last = Math.min(shown.length, Math.max(first + layout.columns, below)); // never none: Tab must find one
+  const last = Math.min(shown.length, Math.max(first + layout.columns, below)); // at least one line, which Tab can reach
   const focused = grid.contains(document.activeElement);
-  if (!focused) setCurrent(Math.min(Math.max(current, first), last - 1)); // Tab goes to what is on the screen
+  if (!focused) setCurrent(Math.min(Math.max(current, first), last - 1)); // Tab goes to a card on the screen
   for (const position of [...cards.keys()]) {
     if ((position < first || position >= last) && !(focused && position === current)) drop(position);
   }
@@ -80,7 +80,7 @@ function render(settling = 0) {
   }
 }
 
-/** The one card that Tab reaches; arrows lead to the others. */
+/** Set the one card that Tab reaches; arrow keys reach the others. */
 function setCurrent(position) {
   const old = cards.get(current);
   if (old) old.button.tabIndex = -1;
@@ -89,7 +89,7 @@ function setCurrent(position) {
   if (card) card.button.tabIndex = 0;
 }
 
-/** Reading order is document order. */
+/** Keep the document order equal to the reading order. */
 function order() {
   const items = [...cards].sort(([a], [b]) => a - b).map(([, card]) => card.item);
   let before = null;
@@ -133,7 +133,7 @@ function fill(card) {
     steer(card);
   } else {
     card.pictures.append(
-      make("span", { className: "picture why" }, make("code", { textContent: value("error_kind", card.row) })),
+      make("span", { className: "picture reason" }, make("code", { textContent: value("error_kind", card.row) })),
     );
   }
 }
@@ -142,18 +142,18 @@ function words(row) {
   const facts = [motion(row), value("num_frames", row) && `${value("num_frames", row)} frames`];
   if (value("width", row)) facts.push(`${value("width", row)}×${value("height", row)}`);
   if (value("num_inference_steps", row)) facts.push(`${value("num_inference_steps", row)} steps`);
-  const told = succeeded(row) ? facts.filter(Boolean).join(" · ") : (value("error", row) ?? "");
+  const text = succeeded(row) ? facts.filter(Boolean).join(" · ") : (value("error", row) ?? "");
   const about = [make("span", { className: "id" }, foreign(value("request_id", row)))];
   if (state.sort !== "request_id") {
-    const text =
+    const measure =
       state.sort === "first_frame_psnr_db" && identical(row)
         ? "identical"
         : measured(state.sort, value(state.sort, row));
-    about.push(make("span", { className: "sorted", textContent: text }));
+    about.push(make("span", { className: "sorted", textContent: measure }));
   }
   return [
     make("span", { className: "prompt" }, foreign(value("prompt", row) ?? "no prompt")),
-    make("span", { className: succeeded(row) ? "facts" : "facts error" }, foreign(told)),
+    make("span", { className: succeeded(row) ? "facts" : "facts error" }, foreign(text)),
     make("span", { className: "line" }, ...about),
   ];
 }
@@ -167,7 +167,7 @@ function drop(position) {
   cards.delete(position);
 }
 
-/** Move the keyboard's place, scroll there, and put the focus on it. */
+/** Move the keyboard focus to a card, and scroll to it. */
 function goTo(position) {
   if (!shown.length) return;
   const target = Math.min(shown.length - 1, Math.max(0, position));
@@ -178,7 +178,7 @@ function goTo(position) {
   if (top < scrollY + covered) scrollTo(0, top - covered);
   else if (top + line > scrollY + innerHeight) scrollTo(0, top + line - innerHeight);
   render();
-  if (!cards.has(target)) grid.append(add(target, 0).item); // until the scrolling has come about
+  if (!cards.has(target)) grid.append(add(target, 0).item); // until scrolling has added it
   cards.get(target).button.focus({ preventScroll: true });
 }
 

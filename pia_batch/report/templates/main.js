@@ -1,4 +1,4 @@
-// What happens when: the address, the filters, the keys, the theme.
+// Events: the address, the filters, the keys and the theme.
 
 function changed(part) {
   Object.assign(state, part);
@@ -6,7 +6,7 @@ function changed(part) {
   show();
 }
 
-/** Bring the page in line with the state. */
+/** Make the page show the state. */
 function show() {
   showFilters();
   const rows = matching();
@@ -17,7 +17,7 @@ function show() {
     : `${count(rows.length)} of ${count(page.rows)} results`;
   document.getElementById("nothing").hidden = rows.length > 0;
   clearTimeout(show.charting);
-  show.charting = setTimeout(() => drawCharts(rows, openDetail), show.charting ? 150 : 0); // after the gallery
+  show.charting = setTimeout(() => renderCharts(rows, openDetail), show.charting ? 150 : 0); // after the gallery
 }
 
 function follow() {
@@ -30,7 +30,7 @@ function follow() {
     return;
   }
   if (dialog.open) dialog.close();
-  if (id) changed({ q: id, id: "" }); // not among those that the page holds: the gallery says so
+  if (id) changed({ q: id, id: "" }); // not on this page: the gallery says so
 }
 
 function buildCopy() {
@@ -41,7 +41,7 @@ function buildCopy() {
     try {
       await navigator.clipboard.writeText(source.textContent);
     } catch {
-      // not on a plain http site, and not where it is forbidden
+      // the clipboard API is missing on plain http sites, and may be forbidden
       getSelection().selectAllChildren(source);
       document.execCommand("copy");
     }
@@ -71,7 +71,7 @@ function buildTheme() {
     try {
       localStorage.setItem("pia-batch-theme", theme);
     } catch {
-      // a browser that keeps nothing
+      // the browser stores nothing
     }
   });
   apply();

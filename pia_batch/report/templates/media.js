@@ -1,10 +1,10 @@
-// Animations and condition images: what plays when, and what stands in for what cannot be shown.
+// Animations and condition images: playback, and placeholders for media that cannot be shown.
 
 const still = matchMedia("(prefers-reduced-motion: reduce)");
-const PATIENCE_MS = 1000; // for the picture of a frame that was sought
-const TINY_PX = 160; // below, enlarged pixels tell more than a blur
+const PATIENCE_MS = 1000; // time limit for the picture of a frame after seeking
+const TINY_PX = 160; // smaller clips are enlarged without smoothing
 
-/** The condition image of a result: by reference, else its thumbnail, else a word. */
+/** Build the condition image of a result: by reference, else its thumbnail, else a text. */
 function conditionImage(row, { eager = false } = {}) {
   const source = value("image_ref", row) ?? value("thumbnail", row);
   const missing = () => make("span", { className: "absent", textContent: "image not reachable from this page" });
@@ -24,10 +24,10 @@ function conditionImage(row, { eager = false } = {}) {
   return box;
 }
 
-/** The HTML element that plays the format of a result, "video" or "image"; null: browsers do not play it. */
+/** Return the HTML element that plays the format of a result, "video" or "image"; null: browsers do not play it. */
 const element = (row) => page.players[value("format", row)];
 
-/** The animation of a succeeded result: an element with `play()`, `pause()` and `release()`. */
+/** Build the animation of a succeeded result: an element with `play()`, `pause()` and `release()`. */
 function animation(row, { controls = false } = {}) {
   const box = make("span", { className: "picture animation" });
   if (value("width", row) < TINY_PX) box.classList.add("tiny");
@@ -40,7 +40,7 @@ function animation(row, { controls = false } = {}) {
   return Object.assign(box, player);
 }
 
-function film(row, controls) {
+function videoPlayer(row, controls) {
   const video = make("video", {
     muted: true,
     loop: true,
@@ -52,33 +52,33 @@ function film(row, controls) {
   return {
     parts: [video],
     video,
-    play: () => video.play().catch(() => {}), // taken away before it could start
+    play: () => video.play().catch(() => {}), // removed before it could start
     pause: () => video.pause(),
     release: () => {
       video.removeAttribute("src");
-      video.load(); // gives its decoder back
+      video.load(); // frees its decoder
     },
   };
 }
 
-/** GIF and WebP cannot be paused: a still of the first frame is laid over them instead. */
-function loop(row, controls) {
+/** Build the player of a GIF or WebP. These cannot be paused: a still of the first frame covers them instead. */
+function imagePlayer(row, controls) {
   const image = make("img", { alt: "", decoding: "async", src: value("media", row) });
   const cover = make("canvas", { hidden: true });
   let paused = false;
-  const lay = () => {
-    if (paused && image.naturalWidth && !cover.dataset.drawn) {
-      [cover.width, cover.height, cover.dataset.drawn] = [image.naturalWidth, image.naturalHeight, "yes"];
+  const update = () => {
+    if (paused && image.naturalWidth && !cover.dataset.ready) {
+      [cover.width, cover.height, cover.dataset.ready] = [image.naturalWidth, image.naturalHeight, "yes"];
       cover.getContext("2d").drawImage(image, 0, 0);
     }
-    cover.hidden = !(paused && cover.dataset.drawn);
+    cover.hidden = !(paused && cover.dataset.ready);
     image.classList.toggle("under", !cover.hidden);
   };
   const set = (to) => () => {
     paused = to;
-    lay();
+    update();
   };
-  image.addEventListener("load", lay);
+  image.addEventListener("load", update);
   return {
     parts: controls ? [image] : [image, cover],
     play: set(false),
@@ -87,8 +87,8 @@ function loop(row, controls) {
   };
 }
 
-/** A file that browsers do not play, such as zipped PNGs: the first frame of the strip, if there is one. */
-function archive(row) {
+/** Build the placeholder of a file that browsers do not play, such as zipped PNGs: the first frame, if embedded. */
+function placeholder(row) {
   const first = make("canvas", { className: "first" });
   strip(row, [first]);
   return {
@@ -99,9 +99,9 @@ function archive(row) {
   };
 }
 
-const PLAYERS = { video: film, image: loop, none: archive };
+const PLAYERS = { video: videoPlayer, image: imagePlayer, none: placeholder };
 
-/** How many frames the strip of a result shows; 0 where there is none. */
+/** Return the number of frames in the strip of a result; 0 if it has no strip. */
 function stripLength(row) {
   if (!succeeded(row)) return 0;
   const frames = value("num_frames", row);
@@ -109,9 +109,9 @@ function stripLength(row) {
   return value("strip", row) === null ? 0 : Math.min(frames, 16);
 }
 
-/** Draw the frames of a result, in order, on `canvases`; stops when `signal` says so. */
+/** Paint the frames of a result, in order, on `canvases`; stops when `signal` is aborted. */
 async function strip(row, canvases, signal = null) {
-  if (element(row) === "video") return stripOfFilm(row, canvases, signal);
+  if (element(row) === "video") return stripOfVideo(row, canvases, signal);
   const source = value("strip", row);
   if (source === null) return;
   const image = make("img", { src: source });
@@ -123,10 +123,10 @@ async function strip(row, canvases, signal = null) {
   });
 }
 
-async function stripOfFilm(row, canvases, signal) {
+async function stripOfVideo(row, canvases, signal) {
   const video = make("video", { muted: true, preload: "auto", playsInline: true });
   try {
-    const ready = toldBy(video, signal, (done) => video.addEventListener("loadeddata", done, { once: true }));
+    const ready = untilNotified(video, signal, (done) => video.addEventListener("loadeddata", done, { once: true }));
     video.src = value("media", row);
     await ready;
     const height = Math.min(video.videoHeight, 144);
@@ -136,15 +136,15 @@ async function stripOfFilm(row, canvases, signal) {
       canvas.getContext("2d").drawImage(video, 0, 0, canvas.width, canvas.height);
     }
   } catch {
-    // closed meanwhile, or not reachable: the large player says so
+    // closed in the meantime, or not reachable, which the large player shows
   } finally {
     video.removeAttribute("src");
     video.load();
   }
 }
 
-/** A promise that `start` keeps; broken by an error of the video, or by `signal`. */
-function toldBy(video, signal, start) {
+/** Return a promise that `start` fulfils; an error of the video or `signal` rejects it. */
+function untilNotified(video, signal, start) {
   return new Promise((done, fail) => {
     video.addEventListener("error", fail, { once: true });
     signal?.addEventListener("abort", fail, { once: true });
@@ -153,11 +153,12 @@ function toldBy(video, signal, start) {
 }
 
 /**
- * Seek a film to a frame, and wait until that is the picture: a busy browser has sought before it has the picture, and
- * would give the one before. Not every browser tells which picture it shows, nor whenever it shows the same one again.
+ * Seek a video to a frame, and wait until the browser shows it: a busy browser reports `seeked` before it has the
+ * picture, and would paint the previous one. Not every browser reports which picture it shows, nor a picture that it
+ * shows again.
  */
 function frameShown(video, index, fps, signal) {
-  return toldBy(video, signal, (done) => {
+  return untilNotified(video, signal, (done) => {
     let patience = null;
     const look = (_, { mediaTime }) => {
       if (Math.abs(mediaTime * fps - index) < 0.5) {

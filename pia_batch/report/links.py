@@ -1,0 +1,138 @@
+"""References from a page to animations and condition images, as a browser that shows the page can reach them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, unquote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import ValidationError
+
+from pia_batch.config import ImagesConfig
+from pia_batch.errors import ConfigError
+from pia_batch.journal import layout
+from pia_batch.media import codecs
+from pia_batch.schema.columns import SUCCEEDED
+from pia_batch.storage import schemes, uris
+
+
+class MediaLinks:
+    """References to media, relative to the page."""
+
+    def __init__(
+        self, output: str, page: str, folder: str, media_url: str | None, images_config: dict[str, Any] | None
+    ) -> None:
+        """Check that a page can reach the output.
+
+        Args:
+            output: URI of the output.
+            page: URI of the page.
+            folder: URI of the manifest's folder, to which image paths may be relative; empty: not known.
+            media_url: HTTP address of the output folder; None: it has none.
+            images_config: Section `images` of the run's config.
+
+        Raises:
+            ConfigError: A page at `page` could not reach the animations.
+        """
+        self.folder, self._media_url = folder, media_url
+        self._output, self._page = BaseLocation.of(output), BaseLocation.of(page)
+        try:
+            self.images = ImagesConfig.model_validate(images_config or {})
+        except ValidationError:  # of another version
+            self.images = ImagesConfig()
+        self._policy = uris.Policy(folder, self.images.allow)
+        if media_url is not None and not _is_web(media_url):
+            msg = f"--media-url: invalid URL (got {media_url}, expected the http or https address of the output folder)"
+            raise ConfigError(msg)
+        if media_url is None and self._page.root != self._output.root:
+            msg = (
+                f"a page at {page} cannot show media in {output}; leave out --out to store it there, or give the "
+                "http address of the output with --media-url"
+            )
+            raise ConfigError(msg)
+
+    def animation(self, key: str, extension: str) -> str:
+        """Return the reference to an animation."""
+        name = layout.animation_name(key, extension)
+        if self._media_url is not None:
+            return f"{self._media_url.rstrip('/')}/{name}"
+        return self._relative((*self._output.parts, *name.split("/")))
+
+    def image(self, image: str | None) -> str | None:
+        """Return the reference to a condition image; None if a browser that shows the page cannot reach it."""
+        if not image or not (self.folder or image.startswith("/") or "://" in image):
+            return None
+        try:
+            location = self._policy.locate(image)
+        except uris.RefusedError:
+            return None
+        if location.is_web:
+            return location.target
+        same = (location.scheme, location.authority) == self._page.root
+        return self._relative(location.parts) if same else None
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Permitted sources of pictures and videos, as directives of a content security policy."""
+        site = [] if self._media_url is None else [_origin(uris.parse(self._media_url))]
+        opened = [uris.parse_prefix(entry) for entry in self.images.allow]
+        web = [_origin(place) for place in opened if place.is_web]
+        return {"img-src": " ".join(["'self'", "data:", *site, *web]), "media-src": " ".join(["'self'", *site])}
+
+    def _relative(self, parts: tuple[str, ...]) -> str:
+        """Return a relative reference, percent-encoded segment by segment. It has no colon, so never a scheme."""
+        here = self._page.parts[:-1]
+        common = 0
+        while common < min(len(here), len(parts) - 1) and here[common] == parts[common]:
+            common += 1
+        down = [quote(part, safe="") for part in parts[common:]]
+        return "/".join([".."] * (len(here) - common) + down) if len(here) > common else "/".join([".", *down])
+
+
+@dataclass(frozen=True)
+class BaseLocation:
+    """URI of the output or of the page, in two parts."""
+
+    root: tuple[str, str]
+    """Scheme and authority, which a relative reference cannot change."""
+    parts: tuple[str, ...]
+    """Segments of the path."""
+
+    @classmethod
+    def of(cls, uri: str) -> BaseLocation:
+        """Parse the URI of the output or of the page; image URIs are parsed by `uris.Policy`."""
+        scheme, _, rest = schemes.canonical(uri).partition("://")
+        authority, _, path = rest.partition("/")
+        path = unquote(path) if scheme == "file" else path  # object keys are not percent-encoded
+        return cls((scheme, authority), tuple(path.split("/")))
+
+
+def _is_web(url: str) -> bool:
+    try:
+        return uris.parse(url).is_web
+    except uris.RefusedError:
+        return False
+
+
+def _origin(place: uris.Location) -> str:
+    return f"{place.scheme}://{place.authority}"
+
+
+def with_media(rows: pa.Table, links: MediaLinks) -> pa.Table:
+    """Return `rows` with references: `media` to each animation, and `image_ref` to its condition image or null."""
+    media = [
+        links.animation(key, codecs.CODECS[form].extension) if status == SUCCEEDED else None
+        for key, form, status in zip(*(rows[name].to_pylist() for name in ("key", "format", "status")), strict=True)
+    ]
+    references = {image: links.image(image) for image in pc.unique(rows["image"]).to_pylist()}
+    found = [references[image] for image in rows["image"].to_pylist()]
+    return extended(rows, media=media, image_ref=found)
+
+
+def extended(rows: pa.Table, **columns: list[str | None]) -> pa.Table:
+    """Return `rows` with further text columns."""
+    for name, values in columns.items():
+        rows = rows.append_column(name, pa.array(values, pa.string()))
+    return rows
