@@ -23,6 +23,7 @@ from pia_batch.pipeline.attempts import AttemptControl
 from pia_batch.pipeline.engine_loader import EngineLoader, LoadEngines
 from pia_batch.pipeline.request_rows import with_row_error
 from pia_batch.planning.plan import Plan
+from pia_batch.schema.columns import RANK
 from pia_batch.storage.object_store import Store
 
 
@@ -67,7 +68,7 @@ def _by_priority(requests: ray.data.Dataset, config: RunConfig) -> ray.data.Data
     if config.budget.priority is None:
         return requests
     ranked = requests.map_batches(stages.Rank(config.budget.priority), **ray_data.blocks(ray_data.RANK_CPUS))
-    return ranked.sort(stages.RANK, descending=True).drop_columns([stages.RANK])
+    return ranked.sort(RANK, descending=True).drop_columns([RANK])
 
 
 def _arranged(requests: ray.data.Dataset, plan: Plan) -> ray.data.Dataset:

@@ -9,13 +9,10 @@ from __future__ import annotations
 import pyarrow as pa
 from PIL import Image
 
-from pia_batch.schema.columns import EFFECTIVE, FETCHED, Row
+from pia_batch.schema.columns import ATTEMPT_KEY, EFFECTIVE, FETCHED, Row
 
 ROW_ERROR = pa.schema([("error_kind", pa.string()), ("error", pa.string())])
 """Error of a row, null in rows that can be animated."""
-
-ATTEMPT_KEY = "__attempt_key__"
-"""Column of keys under which attempts are counted, where rows may be repeated. Without it, `key` serves."""
 
 INTERNAL = frozenset({"key", ATTEMPT_KEY, *FETCHED.names, *ROW_ERROR.names})
 """Columns that are neither settings nor carried into the result."""

@@ -21,12 +21,14 @@ from pia_batch.errors import ImageMismatchError, ImageUnavailableError, ImageUnr
 from pia_batch.manifest import unify, validation
 from pia_batch.manifest.files import BATCH_ROWS, plain_type
 from pia_batch.media import fetch, images
-from pia_batch.pipeline.request_rows import ATTEMPT_KEY, ROW_ERROR, with_row_error
+from pia_batch.pipeline.request_rows import ROW_ERROR, with_row_error
 from pia_batch.planning import selection
 from pia_batch.schema.columns import (
+    ATTEMPT_KEY,
     EFFECTIVE,
     FETCHED,
     GROUPED,
+    RANK,
     REQUEST,
     Row,
     carried_columns,
@@ -34,9 +36,6 @@ from pia_batch.schema.columns import (
     rejected_keys,
 )
 from pia_batch.schema.keys import KeySet, keys_from_hex
-
-RANK = "__rank__"
-"""Column between Rank and the sort."""
 
 DATASET = "this Dataset of requests"
 """Name of a user's Dataset in messages, as it has no address."""

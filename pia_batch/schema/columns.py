@@ -154,7 +154,13 @@ FETCHED = pa.schema(
 NAMED = ("request_id", "image", "prompt", "model", "ip_adapter_image")
 """Texts of a rejected request that its result has, as far as they are texts."""
 
-RESERVED = frozenset(RESULT.names + FETCHED.names) - frozenset(REQUEST.names)
+ATTEMPT_KEY = "__attempt_key__"
+"""Column of keys under which attempts are counted, where rows may be repeated. Without it, `key` serves."""
+
+RANK = "__rank__"
+"""Column by which requests are sorted, where they have priorities."""
+
+RESERVED = frozenset([*RESULT.names, *FETCHED.names, ATTEMPT_KEY, RANK]) - frozenset(REQUEST.names)
 """Names that a manifest may not use for columns of its own."""
 
 Row = dict[str, Any]
