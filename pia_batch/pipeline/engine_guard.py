@@ -20,7 +20,9 @@ from pia_batch.pipeline.device_timer import DeviceTimer
 from pia_batch.pipeline.engine_loader import Engine, LoadEngines
 from pia_batch.pipeline.request_rows import attempt_key, condition_image
 from pia_batch.pipeline.watchdog import Watchdog, deadline_s, memory_limit_bytes
-from pia_batch.schema.columns import SETTINGS, Row
+from pia_batch.schema.columns import Row
+from pia_batch.schema.declaration import declared
+from pia_batch.schema.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ class EngineGuard:
         return engine
 
     def _shot(self, engine: Engine, row: Row) -> Any:  # the engine's own class
-        settings = {name: row[name] for name in SETTINGS.names if name not in _NOT_OF_SHOTS and row[name] is not None}
+        settings = {name: row[name] for name in _SHOT_SETTINGS if row[name] is not None}
         if "motion_curve" in settings:
             settings["motion_curve"] = tuple(settings["motion_curve"])
         if row["ip_adapter_bytes"] is not None:
@@ -116,5 +118,5 @@ class EngineGuard:
         return engine.shot(image=condition_image(row), prompt=row["prompt"], **settings)
 
 
-_NOT_OF_SHOTS = frozenset({"fps", "format", "size", "long_side"})
-"""Settings that the engine does not need: those of the file, and those that the row's width and height result from."""
+_SHOT_SETTINGS = ("seed", *(setting.name for setting in declared(EngineSettings)))
+"""Settings of a row that the engine takes."""

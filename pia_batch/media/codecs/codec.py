@@ -34,6 +34,14 @@ class MediaInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Playback:
+    """Settings of one request that decide how its file plays."""
+
+    fps: Fraction
+    """Rate in frames per second."""
+
+
+@dataclass(frozen=True, slots=True)
 class Codec:
     """One animation format: its names, its limits, and its encoder and decoder.
 
@@ -45,8 +53,8 @@ class Codec:
     """File name extension, without the dot."""
     signature: tuple[int, bytes]
     """Byte offset and bytes by which a file of this format is recognised."""
-    encode: Callable[[Frames, Fraction, EncodingConfig, Metadata | None], bytes]
-    """Encoder of C-contiguous frames at a rate in frames per second, with metadata or None for none."""
+    encode: Callable[[Frames, Playback, EncodingConfig, Metadata | None], bytes]
+    """Encoder of C-contiguous frames, with metadata or None for none."""
     decode: Callable[[bytes], tuple[list[Frames], Fraction]]
     """Decoder of a complete file; returns frames of shape (H, W, 3) and the duration in seconds."""
     comments: Callable[[bytes], list[str]]

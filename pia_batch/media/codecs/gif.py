@@ -9,7 +9,7 @@ import numpy as np
 from PIL import GifImagePlugin, Image
 
 from pia_batch.config import EncodingConfig
-from pia_batch.media.codecs.codec import Codec, Frames, decode_with_pillow, frame_delays, require
+from pia_batch.media.codecs.codec import Codec, Frames, Playback, decode_with_pillow, frame_delays, require
 from pia_batch.media.metadata import Metadata, gif_blocks, gif_comments, walk_gif
 
 _PALETTE_SAMPLES = 2**18
@@ -19,7 +19,7 @@ _BAYER = np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]]
 _TICKS_PER_SECOND = 100
 
 
-def _encode(frames: Frames, fps: Fraction, config: EncodingConfig, metadata: Metadata | None) -> bytes:
+def _encode(frames: Frames, playback: Playback, config: EncodingConfig, metadata: Metadata | None) -> bytes:
     num_frames, height, width, _ = frames.shape
     if config.gif_dither:
         dots = np.tile(_BAYER, (-(-height // 4), -(-width // 4)))[:height, :width, None].repeat(3, axis=-1)
@@ -34,7 +34,7 @@ def _encode(frames: Frames, fps: Fraction, config: EncodingConfig, metadata: Met
     nearest = np.asarray(cells.quantize(palette=palette, dither=Image.Dither.NONE)).ravel()
     parts: list[bytes] = []
     blocks = [gif_blocks(metadata)] if metadata else []
-    for frame, delay in zip(frames, frame_delays(num_frames, fps, _TICKS_PER_SECOND), strict=True):
+    for frame, delay in zip(frames, frame_delays(num_frames, playback.fps, _TICKS_PER_SECOND), strict=True):
         red, green, blue = np.moveaxis(frame >> 3, -1, 0).astype(np.uint16)
         picture = Image.fromarray(nearest[red << 10 | green << 5 | blue])
         picture.putpalette(palette.getpalette() or [])

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pia_batch.config import EncodingConfig
-from pia_batch.media.codecs.codec import Codec, Frames, exact_rate, require
+from pia_batch.media.codecs.codec import Codec, Frames, Playback, exact_rate, require
 from pia_batch.media.metadata import Metadata, in_png
 
 _INDEX = "animation.json"
@@ -19,8 +19,8 @@ _PROVENANCE = "provenance.json"
 _MAX_COMMENT_BYTES = 2**20
 
 
-def _encode(frames: Frames, fps: Fraction, config: EncodingConfig, metadata: Metadata | None) -> bytes:  # noqa: ARG001
-    members = {_INDEX: json.dumps({"fps": float(fps), "num_frames": len(frames)}).encode()}
+def _encode(frames: Frames, playback: Playback, config: EncodingConfig, metadata: Metadata | None) -> bytes:  # noqa: ARG001
+    members = {_INDEX: json.dumps({"fps": float(playback.fps), "num_frames": len(frames)}).encode()}
     members |= {_PROVENANCE: metadata.comment.encode()} if metadata else {}
     for number, frame in enumerate(frames):
         png = io.BytesIO()

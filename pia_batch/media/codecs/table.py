@@ -15,7 +15,7 @@ import numpy as np
 
 from pia_batch.config import EncodingConfig, Format
 from pia_batch.errors import EncodingError
-from pia_batch.media.codecs.codec import Codec, Frames, MediaInfo, exact_rate
+from pia_batch.media.codecs.codec import Codec, Frames, MediaInfo, Playback, exact_rate
 from pia_batch.media.codecs.gif import GIF
 from pia_batch.media.codecs.mp4 import MP4
 from pia_batch.media.codecs.png_zip import PNG_ZIP
@@ -58,7 +58,7 @@ def encode(frames: Frames, fmt: Format, fps: float, config: EncodingConfig, meta
         raise EncodingError(msg)
     failures: tuple[type[Exception], ...] = (*codec.errors, OSError, ValueError, MemoryError, struct.error)
     try:
-        return codec.encode(np.ascontiguousarray(frames), exact_rate(fps), config, metadata)
+        return codec.encode(np.ascontiguousarray(frames), Playback(exact_rate(fps)), config, metadata)
     except failures as err:
         msg = f"cannot encode {num_frames} frames as {fmt}: {type(err).__name__}: {err}"
         raise EncodingError(msg) from err

@@ -13,7 +13,7 @@ from fractions import Fraction
 from PIL import Image
 
 from pia_batch.config import EncodingConfig
-from pia_batch.media.codecs.codec import Codec, Frames, decode_with_pillow, frame_delays, require
+from pia_batch.media.codecs.codec import Codec, Frames, Playback, decode_with_pillow, frame_delays, require
 from pia_batch.media.metadata import Metadata, image_comments, webp_chunks
 
 _ANIMATED, _HAS_EXIF_AND_XMP = 0x02, 0x08 | 0x04
@@ -22,7 +22,7 @@ _ANIMATED, _HAS_EXIF_AND_XMP = 0x02, 0x08 | 0x04
 _TICKS_PER_SECOND = 1000
 
 
-def _encode(frames: Frames, fps: Fraction, config: EncodingConfig, metadata: Metadata | None) -> bytes:
+def _encode(frames: Frames, playback: Playback, config: EncodingConfig, metadata: Metadata | None) -> bytes:
     num_frames, height, width, _ = frames.shape
     canvas = _uint24(width - 1) + _uint24(height - 1)
     flags = _ANIMATED | (_HAS_EXIF_AND_XMP if metadata else 0)
@@ -31,7 +31,7 @@ def _encode(frames: Frames, fps: Fraction, config: EncodingConfig, metadata: Met
         _chunk(b"ANIM", b"\0\0\0\xff" + b"\0\0"),  # black background; loops forever
     ]
     settings = {"quality": config.webp_quality, "lossless": config.webp_lossless, "method": config.webp_method}
-    for frame, delay in zip(frames, frame_delays(num_frames, fps, _TICKS_PER_SECOND), strict=True):
+    for frame, delay in zip(frames, frame_delays(num_frames, playback.fps, _TICKS_PER_SECOND), strict=True):
         still = io.BytesIO()
         Image.fromarray(frame).save(still, "WEBP", **settings)
         place = bytes(6) + canvas + _uint24(delay) + b"\x02"  # replaces the previous frame
