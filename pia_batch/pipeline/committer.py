@@ -142,7 +142,8 @@ class Committer:
         """Encode, decode as a check, store unless the object exists, and describe the stored object."""
         started = time.monotonic()
         metadata = provenance.metadata_of(row, self._config, self._engine_ids[row["model"]])
-        data = codecs.encode(frames, row["format"], row["fps"], self._config.encoding, metadata)
+        loop_count = row["loop_count"] or 0
+        data = codecs.encode(frames, row["format"], row["fps"], self._config.encoding, metadata, loop_count=loop_count)
         info = quality.check_animation(data, row)
         name = animation_name(row["key"], codecs.CODECS[row["format"]].extension)
         encode_seconds = time.monotonic() - started

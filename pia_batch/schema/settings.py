@@ -134,6 +134,9 @@ class Settings(EngineSettings):
     )  # fmt: skip
     fps: float = setting(8.0, "Frames per second; at most 50 in a GIF.", ge=1, le=60)
     format: Format = setting("mp4", "File format; png_zip: the frames as PNG files in a zip.")
+    loop_count: int = setting(
+        0, "Number of times that a GIF or WebP plays; 0: for ever.", neutral=0, formats=("gif", "webp"), ge=0, le=65535
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -378,3 +378,16 @@ def test_a_file_bears_the_signature_of_its_codec_alone(fmt):
 
     bears = [c.format for c in codecs.CODECS.values() if data[c.signature[0] :].startswith(c.signature[1])]
     assert bears == [fmt]
+
+
+@pytest.mark.parametrize("num_frames", [1, 4])
+@pytest.mark.parametrize(("count", "webp", "gif"), [(0, 0, 0), (1, 1, None), (2, 2, 1), (65535, 65535, 65534)])
+def test_a_file_plays_as_often_as_it_is_asked_to(num_frames, count, webp, gif):
+    """WebP records the number of passes; GIF that of repetitions after the first pass, and without it plays once."""
+    frames = clip(num_frames)
+
+    assert Pillow(codecs.encode(frames, "webp", 8, CONFIG, loop_count=count)).loop == webp
+    assert Pillow(codecs.encode(frames, "gif", 8, CONFIG, loop_count=count)).loop == gif
+    for fmt in FORMATS:
+        played = codecs.encode(frames, fmt, 8, EXACT, loop_count=count)
+        assert np.array_equal(codecs.decode(played, fmt), codecs.decode(codecs.encode(frames, fmt, 8, EXACT), fmt))

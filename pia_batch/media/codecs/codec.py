@@ -39,6 +39,8 @@ class Playback:
 
     fps: Fraction
     """Rate in frames per second."""
+    loop_count: int = 0
+    """Number of times that the animation plays; 0: for ever. Only GIF and WebP record it."""
 
 
 @dataclass(frozen=True, slots=True)

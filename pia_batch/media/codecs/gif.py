@@ -39,9 +39,19 @@ def _encode(frames: Frames, playback: Playback, config: EncodingConfig, metadata
         picture = Image.fromarray(nearest[red << 10 | green << 5 | blue])
         picture.putpalette(palette.getpalette() or [])
         # Assembled here, because Image.save drops frames that equal the previous one.
-        parts = parts or GifImagePlugin.getheader(picture.copy(), info={"loop": 0, "duration": 10})[0] + blocks
+        parts = parts or GifImagePlugin.getheader(picture.copy(), info=_loop(playback) | {"duration": 10})[0] + blocks
         parts += GifImagePlugin.getdata(picture, duration=10 * delay)
     return b"".join([*parts, b";"])
+
+
+def _loop(playback: Playback) -> dict[str, int]:
+    """Return what Pillow writes as NETSCAPE extension: the number of repetitions after the first pass; 0: for ever.
+
+    A file without the extension plays once.
+    """
+    if playback.loop_count == 0:
+        return {"loop": 0}
+    return {"loop": playback.loop_count - 1} if playback.loop_count > 1 else {}
 
 
 def _decode(data: bytes) -> tuple[list[Frames], Fraction]:

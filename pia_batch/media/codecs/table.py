@@ -28,8 +28,16 @@ CODECS: Mapping[Format, Codec] = MappingProxyType({codec.format: codec for codec
 _PNG_SIGNATURE = (0, b"\x89PNG")
 
 
-def encode(frames: Frames, fmt: Format, fps: float, config: EncodingConfig, metadata: Metadata | None = None) -> bytes:
-    """Return the animation as one file. GIF and WebP loop forever. Identical neighbouring frames are all kept.
+def encode(
+    frames: Frames,
+    fmt: Format,
+    fps: float,
+    config: EncodingConfig,
+    metadata: Metadata | None = None,
+    *,
+    loop_count: int = 0,
+) -> bytes:
+    """Return the animation as one file. Identical neighbouring frames are all kept.
 
     MP4 keeps `fps` to a 1001th. GIF counts in 10 ms and WebP in 1 ms: single delays differ by one unit, so that the
     whole animation keeps its duration (8 fps as GIF: 130, 120, 130, ... ms).
@@ -41,6 +49,7 @@ def encode(frames: Frames, fmt: Format, fps: float, config: EncodingConfig, meta
         fps: Rate in frames per second, from 1 to `max_fps` of the codec.
         config: Quality and speed of each format.
         metadata: Description of the animation to embed; None: nothing. Pixels do not depend on it.
+        loop_count: Number of times that a GIF or WebP plays, at most 65535; 0: for ever.
 
     Raises:
         EncodingError: Shape, dtype or rate is not supported by the format, or the encoder fails.
@@ -58,7 +67,8 @@ def encode(frames: Frames, fmt: Format, fps: float, config: EncodingConfig, meta
         raise EncodingError(msg)
     failures: tuple[type[Exception], ...] = (*codec.errors, OSError, ValueError, MemoryError, struct.error)
     try:
-        return codec.encode(np.ascontiguousarray(frames), Playback(exact_rate(fps)), config, metadata)
+        playback = Playback(exact_rate(fps), loop_count)
+        return codec.encode(np.ascontiguousarray(frames), playback, config, metadata)
     except failures as err:
         msg = f"cannot encode {num_frames} frames as {fmt}: {type(err).__name__}: {err}"
         raise EncodingError(msg) from err

@@ -28,7 +28,7 @@ def _encode(frames: Frames, playback: Playback, config: EncodingConfig, metadata
     flags = _ANIMATED | (_HAS_EXIF_AND_XMP if metadata else 0)
     chunks = [
         _chunk(b"VP8X", bytes([flags, 0, 0, 0]) + canvas),
-        _chunk(b"ANIM", b"\0\0\0\xff" + b"\0\0"),  # black background; loops forever
+        _chunk(b"ANIM", b"\0\0\0\xff" + struct.pack("<H", playback.loop_count)),  # black background
     ]
     settings = {"quality": config.webp_quality, "lossless": config.webp_lossless, "method": config.webp_method}
     for frame, delay in zip(frames, frame_delays(num_frames, playback.fps, _TICKS_PER_SECOND), strict=True):
