@@ -1,12 +1,12 @@
 """Animate datasets of images and prompts with PIA, the Personalized Image Animator, at any scale.
 
 A *manifest* has one *request* per row: an image, a prompt, and settings of its own.
-Ray Data reads it and maps it across actors that each hold one PIA *engine*.
-Every *animation* becomes one object and every request one *result* row, committed to a *journal* as it is made.
-A *run* can be killed at any moment; the same command again finishes it, and nothing is lost, doubled or computed twice.
+Ray Data reads the manifest and distributes its requests over actors that each hold one PIA *engine*.
+Every *animation* is stored as one object and every request gets one *result* row, committed to a *journal* at once.
+A *run* can be killed at any moment. The same command finishes it, and no result is lost, duplicated or computed twice.
 
-`run(RunConfig(...))` is the whole job, `plan` what can be known before it, `animate` its stages over a Dataset of one's
-own, `PiaEngine` the model by itself. Naming one of them loads no more than it needs: planning knows neither Ray nor
+`run(RunConfig(...))` executes the whole job and `plan` returns what it would do. `animate` applies its stages to your
+own Ray Dataset, and `PiaEngine` is the model alone. An import loads only what it needs: `plan` loads neither Ray nor
 torch.
 """
 
@@ -24,7 +24,7 @@ _PUBLIC = {
     "plan": ("planning.plan", "make_plan"),
     "run": ("driver.run", "run"),
 }
-"""By public name: the module that has it, and its name there. `__init__.pyi` tells type checkers the same."""
+"""Module and attribute by public name. `__init__.pyi` declares the same names for type checkers."""
 
 __all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604 - all of them are strings
 

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print, exit code. Heavy imports wait until a command needs them."""
+"""Command line: parses arguments, calls the package, prints, and exits with a code. Commands import lazily."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ log = logging.getLogger("pia_batch")
 
 EXIT_CODES = {
     0: "every request succeeded, or nothing was left to do",
-    1: "a bug, or results that do not add up; the traceback or the message says which",
-    2: "usage, config, manifest or store: nothing was started; or a device that draws wrongly",
+    1: "a bug, or results that do not match the manifest; the traceback or the message has the details",
+    2: "wrong usage, config, manifest or store, and nothing was started; or a device that computes wrong pixels",
     3: "finished with failed requests, or stopped by more of them than `limits.max_failed`; `verify`: found a problem, "
     "repaired or not",
-    4: "interrupted, or a limit of the budget was reached; what was finished is committed. Start again to go on",
-    75: "another run works on this output, or a job for it is there that is not over",
+    4: "interrupted, or a limit of the budget was reached; everything finished is committed. Start again to continue",
+    75: "another run works on this output, or a job for it is pending or running",
 }
-"""What a command leaves with, for schedulers."""
+"""Meaning of each exit code, for schedulers."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,12 +47,12 @@ for command in (
 
 
 @app.callback(
-    epilog="Tab completes commands and options once `pia-batch --install-completion` has run. Exit codes: 0 all is "
-    "well, 1 a bug, 2 usage, config, manifest or store, 3 requests failed, 4 interrupted, 75 another run is at work."
+    epilog="Tab completes commands and options after `pia-batch --install-completion`. Exit codes: 0 success, 1 a bug, "
+    "2 wrong usage, config, manifest or store, 3 requests failed, 4 interrupted, 75 another run works on the output."
 )
 def options(
     debug: Annotated[
-        bool, typer.Option("--debug", envvar="PIA_BATCH_DEBUG", help="tell more, and the traceback of what goes wrong")
+        bool, typer.Option("--debug", envvar="PIA_BATCH_DEBUG", help="Log more, and the traceback of every error.")
     ] = False,
 ) -> None:
     """Animate datasets of images and prompts with PIA on Ray Data.
@@ -64,7 +64,11 @@ def options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and leave with its exit code; `arguments` instead of those of the process."""
+    """Run the command line and exit with its code.
+
+    Args:
+        arguments: Arguments of the command line; None: those of the process.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     logging.getLogger().setLevel(logging.WARNING)
@@ -74,17 +78,17 @@ def main(arguments: list[str] | None = None) -> None:
         log.debug("traceback", exc_info=True)
         err.print(f"pia-batch: {problem}", style="bold red", markup=False, soft_wrap=True)
         sys.exit(problem.exit_code)
-    except Exception as bug:  # noqa: BLE001 - nothing is swallowed: the process ends with 1
-        err.print(told_of_bug(bug, on_terminal=err.is_terminal), style="bold red", markup=False, soft_wrap=True)
+    except Exception as bug:  # noqa: BLE001 - nothing is hidden: the process ends with 1
+        err.print(bug_report(bug, on_terminal=err.is_terminal), style="bold red", markup=False, soft_wrap=True)
         sys.exit(1)
 
 
-def told_of_bug(bug: Exception, *, on_terminal: bool) -> str:
-    """What an operator reads of an exception that nobody expected.
+def bug_report(bug: Exception, *, on_terminal: bool) -> str:
+    """Return the message for an unexpected exception.
 
     Args:
-        bug: as it was caught.
-        on_terminal: one line, and the traceback in a file; else all of it, as a log is where one looks for it.
+        bug: Exception as it was caught.
+        on_terminal: True for one line and the traceback in a file; False for the whole traceback, as for a log.
     """
     trace = "".join(traceback.format_exception(bug))
     line = f"pia-batch: a bug: {type(bug).__name__}: {errors.message_of(bug)}"
@@ -92,4 +96,4 @@ def told_of_bug(bug: Exception, *, on_terminal: bool) -> str:
         return f"{trace}{line}"
     with tempfile.NamedTemporaryFile("w", prefix="pia-batch-", suffix=".log", delete=False, encoding="utf-8") as file:
         file.write(trace)
-    return f"{line}\nIts traceback is in {file.name}, and `pia-batch --debug` prints it; please report both"
+    return f"{line}\nThe traceback is in {file.name}, and `pia-batch --debug` prints it; please report both"

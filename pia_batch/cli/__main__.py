@@ -1,4 +1,4 @@
-"""`python -m pia_batch.cli`."""
+"""Entry point of `python -m pia_batch.cli`."""
 
 from pia_batch.cli import main
 

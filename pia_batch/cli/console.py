@@ -1,4 +1,4 @@
-"""What a command shows: text and JSON on standard output, progress on standard error."""
+"""Console: prints text and JSON on standard output, and progress on standard error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 from pia_batch.schema.run_record import ProgressSnapshot
 
 LOG_EVERY_S = 10.0
-"""Seconds between progress lines where standard error is no terminal."""
+"""Seconds between progress lines if standard error is not a terminal."""
 
 _REFRESHES_PER_SECOND = 4
 
@@ -31,74 +31,79 @@ out = Console(highlight=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
 
 
-def print_json(told: dict[str, Any]) -> None:
-    """One JSON object on standard output."""
-    out.print(json.dumps(told, indent=2, ensure_ascii=False), soft_wrap=True, markup=False)
+def print_json(payload: dict[str, Any]) -> None:
+    """Print one JSON object on standard output."""
+    out.print(json.dumps(payload, indent=2, ensure_ascii=False), soft_wrap=True, markup=False)
 
 
 @contextmanager
-def counting(what: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-    """A callback for each of many things: a live count on a terminal, a line now and then elsewhere."""
-    done, last = 0, time.monotonic()
+def counting(noun: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+    """Yield a callback that counts items: live on a terminal, elsewhere by a log line every LOG_EVERY_S seconds.
+
+    Args:
+        noun: Plural name of the items.
+        total: Number of all items, or None if it is not known.
+    """
+    count, last = 0, time.monotonic()
     log = logging.getLogger("pia_batch.driver.progress")
-    with Status("", console=err) if err.is_terminal else nullcontext() as shown:
+    with Status("", console=err) if err.is_terminal else nullcontext() as status:
 
         def one_more() -> None:
-            nonlocal done, last
-            done += 1
-            if time.monotonic() - last < (0.2 if shown else LOG_EVERY_S):
+            nonlocal count, last
+            count += 1
+            if time.monotonic() - last < (0.2 if status else LOG_EVERY_S):
                 return
             last = time.monotonic()
-            words = f"{done}{f' of {total}' if total is not None else ''} {what}"
-            if shown:
-                shown.update(words)
+            text = f"{count}{f' of {total}' if total is not None else ''} {noun}"
+            if status:
+                status.update(text)
             else:
-                log.info("progress %s", words)
+                log.info("progress %s", text)
 
         yield one_more
 
 
 @contextmanager
 def shown_progress(*, as_json: bool = False, console: Console = err) -> Iterator[Callable[[Progress], None]]:
-    """A callback for `pipeline.run`: a live view on a terminal, a line now and then elsewhere.
+    """Yield a progress callback for `run`: a live view on a terminal, elsewhere a line every LOG_EVERY_S seconds.
 
     Args:
-        as_json: where there is no terminal, each line is a JSON object: `event` and the keys of
-            `ProgressSnapshot`.
-        console: where to.
+        as_json: True to write each line as a JSON object, `event` and the fields of `ProgressSnapshot`, if there is no
+            terminal.
+        console: Console that shows the progress.
     """
     if console.is_terminal and not console.is_dumb_terminal:
         with _live(console) as show:
             yield show
     elif as_json:
-        yield _now_and_then(lambda seen: _print_json_line(seen, console))
+        yield _every_phase(lambda snapshot: _print_json_line(snapshot, console))
     else:
         from pia_batch.cli import view
 
         log = logging.getLogger("pia_batch.driver.progress")
-        yield _now_and_then(lambda seen: log.info("progress %s", view.line(seen)))
+        yield _every_phase(lambda snapshot: log.info("progress %s", view.line(snapshot)))
 
 
 @contextmanager
 def _live(console: Console) -> Iterator[Callable[[Progress], None]]:
-    """The view is drawn a few times a second below the log; its last state stays."""
+    """Show the view below the log, refreshed a few times a second; its last state stays."""
     from pia_batch.cli import view
 
-    seen: ProgressSnapshot | None = None
-    drawn = 0.0
+    snapshot: ProgressSnapshot | None = None
+    shown_s = 0.0
 
     def show(progress: Progress) -> None:
-        nonlocal seen, drawn
-        known = seen is not None and seen.phase == progress.phase
-        if known and (progress.phase == "starting" or time.monotonic() - drawn < 1 / _REFRESHES_PER_SECOND):
+        nonlocal snapshot, shown_s
+        is_known = snapshot is not None and snapshot.phase == progress.phase
+        if is_known and (progress.phase == "starting" or time.monotonic() - shown_s < 1 / _REFRESHES_PER_SECOND):
             return
-        seen, drawn = progress.snapshot(), time.monotonic()
+        snapshot, shown_s = progress.snapshot(), time.monotonic()
         if progress.phase == "starting":
-            # Ray writes to the terminal itself as it starts, and a frame that stood there could not be drawn over.
+            # Ray itself writes to the terminal when it starts; a frame above that could not be replaced.
             live.update(Text(), refresh=True)
             console.print(Text("starting Ray", "dim"))
         else:
-            live.update(view.Frame(seen))
+            live.update(view.Frame(snapshot))
 
     stderr = sys.stderr
     planning = Spinner("dots", Text("planning", "dim"))
@@ -106,18 +111,18 @@ def _live(console: Console) -> Iterator[Callable[[Progress], None]]:
         try:
             yield show
         except BaseException:
-            if seen is not None:
-                live.update(view.Frame(seen, "stopped"))
+            if snapshot is not None:
+                live.update(view.Frame(snapshot, "stopped"))
             raise
         finally:
-            live.transient = seen is None  # nothing was to be done: the spinner goes
+            live.transient = snapshot is None  # nothing was pending: remove the spinner
 
 
 @contextmanager
 def _log_above(console: Console, stream: Any) -> Iterator[None]:
-    """What is logged to `stream` appears above what is live there. Written past it, it would be drawn over."""
-    found = [handler for name in ("", "ray") for handler in logging.getLogger(name).handlers]
-    handlers = [one for one in found if isinstance(one, logging.StreamHandler) and one.stream is stream]
+    """Print log lines above the live view: the view would overwrite lines that go to `stream` directly."""
+    all_handlers = [handler for name in ("", "ray") for handler in logging.getLogger(name).handlers]
+    handlers = [each for each in all_handlers if isinstance(each, logging.StreamHandler) and each.stream is stream]
     for handler in handlers:
         handler.setStream(_Above(console))
     try:
@@ -128,33 +133,33 @@ def _log_above(console: Console, stream: Any) -> Iterator[None]:
 
 
 class _Above:
-    """A text stream whose lines a console prints above what is live. A terminal takes none of them for a command."""
+    """Text stream whose lines a console prints above the live view, with control characters escaped."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     def write(self, text: str) -> None:
-        """Print lines."""
+        """Print the lines of `text`."""
         for line in text.splitlines():
             self._console.print(Text(printable(line)), soft_wrap=True)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no text is buffered."""
 
 
-def _print_json_line(seen: ProgressSnapshot, console: Console) -> None:
-    told = {"event": "progress", **seen.model_dump(mode="json")}
-    console.print(json.dumps(told), soft_wrap=True, markup=False)
+def _print_json_line(snapshot: ProgressSnapshot, console: Console) -> None:
+    payload = {"event": "progress", **snapshot.model_dump(mode="json")}
+    console.print(json.dumps(payload), soft_wrap=True, markup=False)
 
 
-def _now_and_then(tell: Callable[[ProgressSnapshot], None]) -> Callable[[Progress], None]:
-    """Tell of each phase as it begins, and every LOG_EVERY_S seconds."""
+def _every_phase(write: Callable[[ProgressSnapshot], None]) -> Callable[[Progress], None]:
+    """Return a callback that shows a snapshot when a phase begins, and every LOG_EVERY_S seconds."""
     phase, last = "", 0.0
 
     def show(progress: Progress) -> None:
         nonlocal phase, last
         if progress.phase != phase or time.monotonic() - last >= LOG_EVERY_S:
             phase, last = progress.phase, time.monotonic()
-            tell(progress.snapshot())
+            write(progress.snapshot())
 
     return show

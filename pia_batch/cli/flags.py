@@ -1,4 +1,4 @@
-"""What the commands that draw take alike, one definition for all of them."""
+"""Flags that `run`, `retry` and `submit` share, defined once."""
 
 from __future__ import annotations
 
@@ -31,48 +31,61 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class RunFlags:
-    """The flags of `run` and `retry`; the names are those of the command line."""
+    """Flags of `run`, `retry` and `submit`, named as on the command line."""
 
     config: ConfigPath = None
     manifest: ManifestUri = None
     output: OutputUri = None
     override: Overrides = None
     run_id: Annotated[
-        str | None, typer.Option(help="names the results; may have {date}; made from date or time by default")
+        str | None,
+        typer.Option(help="Name of the results; may contain {date}. Default: made from the date or the time."),
     ] = None
     run_date: RunDateText = None
     backfill: Annotated[
         str | None,
-        typer.Option(metavar="FROM..TO", help="a run for each date (or hour), both ends included, in order"),
+        typer.Option(metavar="FROM..TO", help="Run each date (or hour) from FROM to TO, both included, in order."),
     ] = None
     param: Params = None
     max_failed: Annotated[
         int | None,
-        typer.Option(min=0, help="over limits.max_failed: one failed request more stops the run with exit code 3"),
+        typer.Option(
+            min=0, help="Stop after more than this many failed requests (exit code 3); overrides limits.max_failed."
+        ),
     ] = None
     max_gpu_hours: Annotated[
-        float | None, typer.Option(help="stop with 4 after so many hours of engines, times their GPUs")
+        float | None, typer.Option(help="Stop after this many GPU-hours; on CPUs, engine-hours (exit code 4).")
     ] = None
-    deadline: Annotated[str | None, typer.Option(help="stop with 4 at 06:00 (UTC), at an ISO time, or after 5h")] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="draw at most so many requests")] = None
-    sample: Annotated[str | None, typer.Option(help="draw 1% (or 0.01) of the requests, always the same ones")] = None
-    priority: Annotated[str | None, typer.Option(help="a column of numbers: the highest are drawn first")] = None
-    price_per_hour: Annotated[float | None, typer.Option(min=0, help="of one GPU: the summary tells a cost")] = None
-    wait: Annotated[bool, typer.Option("--wait", help="queue while another run works on the output")] = False
-    wait_for: Annotated[str | None, typer.Option(help="queue so long at most, such as 2h; then exit code 75")] = None
+    deadline: Annotated[
+        str | None, typer.Option(help="Stop at 06:00 (UTC), at an ISO time, or after 5h (exit code 4).")
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Process at most this many requests (exit code 4 if some are left).")
+    ] = None
+    sample: Annotated[
+        str | None, typer.Option(help="Process 1% (or 0.01) of the requests, always the same ones (exit code 4).")
+    ] = None
+    priority: Annotated[str | None, typer.Option(help="Column of numbers: process the highest first.")] = None
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Price per GPU-hour; adds the cost to the summary.")
+    ] = None
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait while another run works on the output, instead of exit code 75.")
+    ] = False
+    wait_for: Annotated[str | None, typer.Option(help="Wait at most this long, such as 2h; then exit code 75.")] = None
     as_json: AsJson = False
 
     def load(self, further: dict[str, Any]) -> RunConfig:
-        """The config with what was given laid over it; its templates are not filled in.
+        """Return the config with the flags' overrides; templates are not filled in.
 
         Args:
-            further: what the command itself lays over the config, by dotted key.
+            further: Further overrides of the command, by dotted key.
         """
         budget = ("max_gpu_hours", "deadline", "limit", "sample", "priority", "price_per_hour")
         wait_s = float("inf") if self.wait else None
         if self.wait_for is not None:
             wait_s = seconds_of(self.wait_for, "--wait-for")
-        laid_over = {
+        flag_overrides = {
             "run_id": self.run_id,
             "run_date": self.run_date,
             "limits.max_failed": self.max_failed,
@@ -80,11 +93,11 @@ class RunFlags:
             **{f"budget.{name}": getattr(self, name) for name in budget},
             **params_of(self.param),
         }
-        return load(self.config, overrides(self.manifest, self.output, self.override) | given(laid_over) | further)
+        return load(self.config, overrides(self.manifest, self.output, self.override) | given(flag_overrides) | further)
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, whose first parameter is a RunFlags, as typer wants it: with a parameter for each flag."""
+    """Return a command for typer, with one parameter for each flag in place of its first parameter, a RunFlags."""
     names = [field.name for field in dataclasses.fields(RunFlags)]
     hints = get_type_hints(RunFlags, include_extras=True)
     shared = [
@@ -97,11 +110,11 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     ]
 
     @functools.wraps(command)
-    def taken(**given_flags: Any) -> None:
+    def flattened(**given_flags: Any) -> None:
         flags = RunFlags(**{name: given_flags.pop(name) for name in names if name in given_flags})
         command(flags, **given_flags)
 
-    del taken.__wrapped__  # typer would look at the annotations of `command`
-    taken.__annotations__ = {parameter.name: parameter.annotation for parameter in [*shared, *own]}
-    taken.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]  # what typer reads
-    return taken
+    del flattened.__wrapped__  # typer would read the annotations of `command`
+    flattened.__annotations__ = {parameter.name: parameter.annotation for parameter in [*shared, *own]}
+    flattened.__signature__ = inspect.Signature([*shared, *own])  # type: ignore[attr-defined]  # typer reads it
+    return flattened

@@ -1,4 +1,4 @@
-"""`inspect`: what an animation file tells of how it was made."""
+"""Command `inspect`, which shows the provenance stored in an animation file."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ if TYPE_CHECKING:
     from pia_batch.media.provenance import Provenance
 
 MAX_BYTES = 2**30
-"""Of a file that is looked into; it is read whole. An animation has a few MB."""
+"""Maximum size of a file, which is read whole, in bytes. An animation has a few MB."""
 
 
 def inspect(
-    file: Annotated[str, typer.Argument(help="an animation: a local file, or its URI on object storage")],
+    file: Annotated[str, typer.Argument(help="Animation: a local file, or its URI on object storage.")],
     manifest_row: Annotated[
         bool,
-        typer.Option("--manifest-row", help="one line of a JSONL manifest that makes the same animation again"),
+        typer.Option(
+            "--manifest-row", help="Print one line of a JSONL manifest that generates the same animation again."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell how an animation was made: prompt, settings, seed, model, version and key, as the file itself says.
+    """Show how an animation was made: prompt, settings, seed, model, version and key, as stored in the file.
 
-    Reads GIF, MP4, WebP, zips of PNGs, and single PNGs out of those. Whoever has a file can change what it says.
+    Reads GIF, MP4, WebP, zips of PNGs, and single PNGs of those. Anyone with write access can change this metadata.
     Example: `pia-batch inspect outputs/demo/animations/3f/3f09.gif --manifest-row > again.jsonl`
     """
     from pia_batch.storage.uris import redacted_uri
@@ -69,7 +71,7 @@ def _read(file: str) -> bytes:
 
 def _check_size(num_bytes: int, file: str) -> None:
     if num_bytes > MAX_BYTES:
-        raise errors.ConfigError(f"{file} has {num_bytes} bytes; no animation of ours has more than {MAX_BYTES}")
+        raise errors.ConfigError(f"{file} has {num_bytes} bytes; an animation has at most {MAX_BYTES}")
 
 
 def _provenance(data: bytes, file: str) -> Provenance:
@@ -82,18 +84,18 @@ def _provenance(data: bytes, file: str) -> Provenance:
         raise errors.ConfigError(f"{file} is {problem}") from None
     except ValueError as problem:
         raise errors.ConfigError(
-            f"{file} says how it was made in a way that this version does not understand: {problem}; use a newer one"
+            f"{file}: metadata in a form that this version does not support: {problem}; use a newer version"
         ) from None
     if made is None:
         raise errors.ConfigError(
-            f"{file} does not tell how it was made: it is not ours, was drawn with `encoding.provenance: false`, or a "
-            "program that copied it left that out; its result has everything, by the key in its name"
+            f"{file}: no provenance in the file: another program made it, it was generated with "
+            "`encoding.provenance: false`, or a copy dropped it; find its result by the key in its name"
         )
     return made
 
 
 def _print(made: Provenance, file: str) -> None:
-    told = {
+    fields = {
         "file": file,
         "made by": f"{made.software}; {made.digital_source_type.rpartition('/')[2]}",
         "key": made.key,
@@ -107,16 +109,16 @@ def _print(made: Provenance, file: str) -> None:
         "fit": made.fit,
         "encoder": made.encoder,
     } | made.settings
-    for name, value in told.items():
+    for name, value in fields.items():
         if value is not None:
             out.print(f"{name:20} {errors.printable(str(value))}", soft_wrap=True, markup=False)
     _warn_of_gaps(made)
 
 
 def _warn_of_gaps(made: Provenance) -> None:
-    """On standard error: what a manifest row lacks to make the same animation."""
+    """Print on standard error what a manifest row lacks to generate the same animation."""
     for name in made.withheld:
-        words = f"the credentials in column '{name}' are not in the file: put them in again for the same key"
+        words = f"the credentials in column '{name}' are not in the file: add them again for the same key"
         err.print(words, soft_wrap=True, markup=False)
     if made.image is None:
         words = f"the manifest held the image: name a file with the sha256 {made.image_sha256} in column 'image'"

@@ -1,4 +1,4 @@
-"""`submit` and `jobs`: runs on a Ray cluster, from a machine that is none of its nodes."""
+"""Commands `submit` and `jobs`, for runs on a Ray cluster from a machine outside of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 Address = Annotated[
     str | None,
     typer.Option(
-        envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"], help="the dashboard's, such as http://head:8265; as `ray job`"
+        envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
+        help="URL of the dashboard, such as http://head:8265, as for `ray job`.",
     ),
 ]
 
@@ -31,27 +32,28 @@ def submit(
     address: Address = None,
     retry_failed: RetryFailed = False,
     package: Annotated[
-        Path | None, typer.Option(help="a clone of the project to send along; by default the nodes have it installed")
+        Path | None,
+        typer.Option(help="Clone of the project to send with the job; default: the nodes have it installed."),
     ] = None,
     no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="leave with 0 once the job is submitted, and print its id")
+        bool, typer.Option("--no-wait", help="Print the job's id once it is submitted, and exit with 0.")
     ] = False,
-    follow: Annotated[bool, typer.Option(help="show the job's log while waiting")] = True,
+    follow: Annotated[bool, typer.Option(help="Show the job's log while waiting.")] = True,
     stop_on_interrupt: Annotated[
-        bool, typer.Option("--stop-on-interrupt", help="Ctrl-C and SIGTERM stop the job too, and wait for its end")
+        bool, typer.Option("--stop-on-interrupt", help="Stop the job too on Ctrl-C and SIGTERM, and wait for its end.")
     ] = False,
 ) -> None:
-    """Submit a run to a Ray cluster, follow it, and leave with its exit code. Takes everything that `run` takes.
+    """Submit a run to a Ray cluster, follow it, and exit with its exit code. Takes all options of `run`.
 
-    While a job for the same output and date is pending or running, nothing is submitted: exit code 75. Ctrl-C and
-    SIGTERM leave the job alone: exit code 4.
+    Nothing is submitted while a job for the same output and date is pending or running (exit code 75). Ctrl-C and
+    SIGTERM do not stop the job (exit code 4).
 
     Example: `pia-batch submit nightly.yaml --address http://head:8265 --output s3://bucket/out`
     """
     from pia_batch.driver.submission import Jobs
 
     spec = _job_spec(flags, package, retry_failed=retry_failed)
-    jobs = Jobs(_known(address))
+    jobs = Jobs(_required_address(address))
     job = jobs.submit(spec)
     err.print(f"submitted {job.id} to {_shown(jobs)}", soft_wrap=True, markup=False)
     if no_wait:
@@ -62,26 +64,28 @@ def submit(
 
 def jobs(
     address: Address = None,
-    follow: Annotated[str | None, typer.Option("--follow", help="show the log of this job, to its end")] = None,
-    stop: Annotated[str | None, typer.Option("--stop", help="let this job commit what is in flight, and end")] = None,
+    follow: Annotated[
+        str | None, typer.Option("--follow", help="Show the log of this job until its end; exit with its exit code.")
+    ] = None,
+    stop: Annotated[
+        str | None, typer.Option("--stop", help="Let this job commit its requests in flight, and stop it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the jobs that `submit` has made, the newest first; or follow one, or stop one.
-
-    `--follow` leaves with the job's exit code, as `submit` does.
+    """List the jobs that `submit` has started, the newest first; or follow one, or stop one.
 
     Example: `pia-batch jobs --address http://head:8265 --stop pia-batch-0f3a9c41d27e-1`
     """
     from pia_batch.driver.submission import Jobs
 
-    there = Jobs(_known(address))
+    there = Jobs(_required_address(address))
     if stop is not None:
         _stop(there, stop)
         return
     if follow is not None:
         raise typer.Exit(_wait(there, follow))
     if as_json:
-        print_json({"jobs": [_told(job) for job in there.ours()]})
+        print_json({"jobs": [_job_payload(job) for job in there.ours()]})
         return
     out.print(f"{'job':26} {'status':9} {'exit':>4} {'started (UTC)':16} {'seconds':>8}  output")
     for job in there.ours():
@@ -92,11 +96,11 @@ def jobs(
 
 
 def _job_spec(flags: RunFlags, package: Path | None, *, retry_failed: bool) -> JobSpec:
-    """What `run` would do with these flags, as work for a cluster. The run date is the one of now."""
+    """Return the job that does what `run` would do with these flags; the run date is fixed now."""
     from pia_batch.driver.submission import JobSpec
 
     config = flags.load({})
-    # Local paths relative to this folder are no others on the head node.
+    # Relative paths refer to this folder, not to the working folder on the head node.
     uris = {name: _absolute(uri) for name, uri in (("manifest", config.manifest), ("output", config.output))}
     config = config.model_copy(update=uris)
     arguments = {
@@ -121,17 +125,17 @@ def _absolute(uri: str) -> str:
 
 
 def _wait(jobs: Jobs, job_id: str, *, follow: bool = True, stop_on_interrupt: bool = False) -> int:
-    """The exit code of a job, once it is over."""
+    """Wait until a job is over, and return its exit code."""
     show = (lambda text: out.print(text, end="", soft_wrap=True, markup=False)) if follow else None
     with first_signal() as leave:
         job = jobs.wait(job_id, show=show, leave=leave)
         if not job.is_over and stop_on_interrupt:
-            err.print(f"stopping {job_id}; once more to leave at once", markup=False)
+            err.print(f"stopping {job_id}; send the signal again to exit at once", markup=False)
             leave.clear()
             jobs.stop(job_id)
             job = jobs.wait(job_id, leave=leave)
     if not job.is_over:
-        msg = f"left job {job_id}, which goes on: `pia-batch jobs --follow {job_id}` shows it, --stop ends it"
+        msg = f"job {job_id} continues; `pia-batch jobs --follow {job_id}` shows it, --stop ends it"
         raise errors.InterruptedRunError(msg)
     err.print(f"{job.id} {job.status}", markup=False)
     return job.result()
@@ -139,14 +143,14 @@ def _wait(jobs: Jobs, job_id: str, *, follow: bool = True, stop_on_interrupt: bo
 
 def _stop(jobs: Jobs, job_id: str) -> None:
     if jobs.stop(job_id).is_over:
-        out.print(f"{job_id} is over already", markup=False)
+        out.print(f"{job_id} is already over", markup=False)
         return
     with first_signal() as leave:
         job = jobs.wait(job_id, leave=leave)
-    out.print(f"{job.id} {job.status}" if job.is_over else f"{job.id} is about to stop", markup=False)
+    out.print(f"{job.id} {job.status}" if job.is_over else f"{job.id} is stopping", markup=False)
 
 
-def _known(address: str | None) -> str:
+def _required_address(address: str | None) -> str:
     if address is None:
         raise errors.ConfigError("no cluster is named; give --address, or set RAY_ADDRESS, such as http://head:8265")
     return address
@@ -158,7 +162,7 @@ def _shown(jobs: Jobs) -> str:
     return redacted_uri(jobs.address)
 
 
-def _told(job: Job) -> dict[str, Any]:
+def _job_payload(job: Job) -> dict[str, Any]:
     return {
         "id": job.id,
         "status": job.status,

@@ -1,4 +1,4 @@
-"""What several commands take: a config and what is laid over it, or an output that exists."""
+"""Options that several commands share: a config with overrides, or an existing output."""
 
 from __future__ import annotations
 
@@ -18,32 +18,37 @@ if TYPE_CHECKING:
     from pia_batch.journal.lease import Lease
     from pia_batch.storage.object_store import Store
 
-ConfigPath = Annotated[Path | None, typer.Argument(help="a YAML config; docs/config.md has every key")]
-ManifestUri = Annotated[str | None, typer.Option("--manifest", help="the manifest's URI, over the config's")]
-OutputUri = Annotated[str | None, typer.Option("--output", help="the output's URI, over the config's")]
+ConfigPath = Annotated[Path | None, typer.Argument(help="YAML config; docs/config.md lists every key.")]
+ManifestUri = Annotated[str | None, typer.Option("--manifest", help="URI of the manifest; overrides the config.")]
+OutputUri = Annotated[str | None, typer.Option("--output", help="URI of the output; overrides the config.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="section.key=value over the config; may be repeated")
+    list[str] | None, typer.Option("--set", help="Override a config key: section.key=value; repeatable.")
 ]
-RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="draw again what failed before")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Also process requests that failed before.")]
 RunDateText = Annotated[
     str | None,
     typer.Option(
-        "--run-date", help="what {date} and {hour} stand for, UTC: 2026-11-22 or 2026-11-22T05; the last one by default"
+        "--run-date",
+        help="Value of {date} and {hour}, UTC: 2026-11-22 or 2026-11-22T05; default: the last complete one.",
     ),
 ]
 Params = Annotated[
-    list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="what {NAME} stands for; may be repeated")
+    list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="Value of {NAME} in templates; repeatable.")
 ]
-Output = Annotated[str, typer.Argument(help="the output's URI")]
-OutputOrConfig = Annotated[str, typer.Argument(help="the output's URI, or the YAML config that names it")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, and nothing else")]
+Output = Annotated[str, typer.Argument(help="URI of the output.")]
+OutputOrConfig = Annotated[str, typer.Argument(help="URI of the output, or the YAML config that names it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else.")]
 
 
 def load(path: Path | None, overrides: dict[str, Any]) -> RunConfig:
-    """The config of a YAML file, or of none, with `overrides` by dotted key over it. Templates are not filled in.
+    """Return the config of a YAML file, or of none, with overrides; templates are not filled in.
+
+    Args:
+        path: Path of the YAML file, or None.
+        overrides: Values by dotted key.
 
     Raises:
-        ConfigError: it cannot work, or a parameter among `overrides` stands for nothing in it.
+        ConfigError: The config cannot work, or no template contains a parameter among `overrides`.
     """
     from pia_batch.config import RunConfig
 
@@ -56,7 +61,7 @@ def load(path: Path | None, overrides: dict[str, Any]) -> RunConfig:
 
 
 def params_of(params: list[str] | None) -> dict[str, Any]:
-    """What `--param NAME=VALUE` lays over a config, by dotted key. Values are texts, whatever they look like."""
+    """Return the overrides of `--param NAME=VALUE` by dotted key. Values are always strings."""
     found = {}
     for param in params or []:
         name, equals, value = param.partition("=")
@@ -67,7 +72,7 @@ def params_of(params: list[str] | None) -> dict[str, Any]:
 
 
 def overrides(manifest: str | None, output: str | None, settings: list[str] | None) -> dict[str, Any]:
-    """What `--manifest`, `--output` and `--set` lay over a config, by dotted key."""
+    """Return the overrides of `--manifest`, `--output` and `--set` by dotted key."""
     overrides: dict[str, Any] = {}
     for setting in settings or []:
         key, equals, text = setting.partition("=")
@@ -79,21 +84,24 @@ def overrides(manifest: str | None, output: str | None, settings: list[str] | No
         try:
             overrides[key] = yaml_text.parse(text)
         except ValueError:
-            raise errors.ConfigError(f"--set {setting}: {text!r} is no value in YAML; put it in quotes") from None
+            raise errors.ConfigError(f"--set {setting}: invalid YAML value (got {text!r}); put it in quotes") from None
     flags = {"manifest": manifest, "output": output}
     return overrides | {name: value for name, value in flags.items() if value is not None}
 
 
 def given(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Those that were given on the command line."""
+    """Return the overrides that were given on the command line."""
     return {key: value for key, value in overrides.items() if value is not None}
 
 
 def existing(output: str) -> tuple[Store, float]:
-    """The store of an output that something was written to, and how many seconds a lease on it lasts.
+    """Return the store of an existing output, and the duration of a lease on it in seconds.
 
     Args:
-        output: its URI, or the path of a config that names it.
+        output: URI of the output, or path of a config that names it.
+
+    Raises:
+        ConfigError: No run has written to the output.
     """
     from pia_batch.config import LimitsConfig
     from pia_batch.journal import layout
@@ -112,10 +120,10 @@ def existing(output: str) -> tuple[Store, float]:
 
 @contextmanager
 def held(store: Store, command: str, ttl_s: float) -> Iterator[Lease]:
-    """The lease of an output, so that no run goes on or begins meanwhile.
+    """Hold the lease of an output, so that no run works on it meanwhile.
 
     Raises:
-        LeaseHeldError: a run works there.
+        LeaseHeldError: A run works on the output.
     """
     from pia_batch.journal.lease import Lease
 
@@ -124,7 +132,7 @@ def held(store: Store, command: str, ttl_s: float) -> Iterator[Lease]:
 
 
 def seconds_of(text: str, option: str) -> float:
-    """A duration such as `12h`, given to `option`, in seconds."""
+    """Return a duration such as `12h`, given to `option`, in seconds."""
     from pia_batch.config import templates
 
     try:

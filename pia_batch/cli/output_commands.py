@@ -1,4 +1,4 @@
-"""`status`, `verify`, `gc` and `report`: what looks after an output. They need the store alone."""
+"""Commands `status`, `verify`, `gc` and `report`, which need only the store of an output."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 def status(
     output: OutputOrConfig,
     as_json: AsJson = False,
-    watch: Annotated[bool, typer.Option("--watch", help="again and again, until interrupted")] = False,
-    every: Annotated[str, typer.Option(help="with --watch: how often, a number with s, m or h")] = "10s",
+    watch: Annotated[bool, typer.Option("--watch", help="Repeat until interrupted.")] = False,
+    every: Annotated[str, typer.Option(help="With --watch: interval, a number with s, m or h.")] = "10s",
 ) -> None:
-    """What is finished below an output, and who works on it now. Needs the store alone, from any machine.
+    """Show how much of an output is finished, and which run works on it. Needs only the store, from any machine.
 
     Examples: `pia-batch status s3://bucket/out`, `pia-batch status s3://bucket/out --watch`
     """
@@ -39,18 +39,18 @@ def status(
     before: tuple[float, int] | None = None
     with shown as screen:
         while True:
-            told, now = read_status(store), time.monotonic()
-            done = told["succeeded"] + told["failed"]
+            payload, now = read_status(store), time.monotonic()
+            done = payload["succeeded"] + payload["failed"]
             pace = (done - before[1]) / (now - before[0]) if before else None
             before = now, done
             if as_json:
-                print_json(told if pace is None else told | {"requests_per_second": round(pace, 3)})
+                print_json(payload if pace is None else payload | {"requests_per_second": round(pace, 3)})
             elif screen is not None:
-                screen.update(view.overview(told, pace), refresh=True)
+                screen.update(view.overview(payload, pace), refresh=True)
             elif out.is_terminal:
-                out.print(view.overview(told, pace))
+                out.print(view.overview(payload, pace))
             else:
-                out.print(view.status_text(told, pace), soft_wrap=True)
+                out.print(view.status_text(payload, pace), soft_wrap=True)
             if not watch:
                 return
             time.sleep(every_s)
@@ -59,12 +59,12 @@ def status(
 def verify(
     output: OutputOrConfig,
     repair: Annotated[
-        bool, typer.Option("--repair", help="delete what is damaged and have the next run draw it again")
+        bool, typer.Option("--repair", help="Delete damaged animations, so that the next run generates them again.")
     ] = False,
 ) -> None:
-    """Read every animation again and compare it with its result: there, same bytes, decodes, right size and length.
+    """Read every animation and compare it with its result: existence, bytes, decoding, size and length.
 
-    Exit code 3 if any is not, repaired or not. `--repair` is refused with 75 while a run works there.
+    Exit code 3 if any differs, repaired or not. `--repair` is refused with exit code 75 while a run works there.
     Example: `pia-batch verify s3://bucket/out --repair`
     """
     from pia_batch.journal.log import Journal
@@ -99,16 +99,16 @@ def verify(
 def gc(
     output: OutputOrConfig,
     older_than: Annotated[
-        str, typer.Option(help="leave alone what was written since: a number with s, m, h or d, such as 12h")
+        str, typer.Option(help="Keep objects newer than this: a number with s, m, h or d, such as 12h.")
     ] = "7d",
     delete: Annotated[
-        bool, typer.Option("--delete", help="remove what is found; without it nothing is changed")
+        bool, typer.Option("--delete", help="Delete the objects that are found; default: change nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find what lies below an output and no result names: orphaned animations, unfinished files, old leases.
+    """List objects of an output that no result names: orphaned animations, unfinished files, old leases.
 
-    Deletes only with `--delete`, and never while a run works there: that ends with exit code 75.
+    Deletes only with `--delete`, and never while a run works there (exit code 75).
     Example: `pia-batch gc s3://bucket/out --older-than 30d --delete`
     """
     from pia_batch.journal.garbage_collection import GARBAGE_KINDS, delete_garbage, find_garbage
@@ -134,41 +134,45 @@ def gc(
     else:
         count(found)
     if as_json:
-        told = {kind: {"objects": number, "bytes": size} for kind, (number, size) in counts.items()}
+        payload = {kind: {"objects": number, "bytes": size} for kind, (number, size) in counts.items()}
         print_json(
             {
                 "output": store.uri,
                 "older_than_s": seconds_of(older_than, "--older-than"),
                 "deleted": delete,
-                "garbage": told,
+                "garbage": payload,
             }
         )
         return
     for kind, (number, size) in counts.items():
         out.print(f"{GARBAGE_KINDS[kind]:40}{number:>9} objects {size / 1e6:>12.2f} MB")
     if not delete and any(number for number, _ in counts.values()):
-        out.print("nothing was changed; `--delete` removes them")
+        out.print("nothing was changed; `--delete` deletes them")
 
 
 def report(
     output: Output,
-    run_id: Annotated[str | None, typer.Option(help="a run with complete results; the newest by default")] = None,
+    run_id: Annotated[str | None, typer.Option(help="Run with complete results; default: the newest.")] = None,
     out_file: Annotated[
-        Path | None, typer.Option("--out", help="a local file; _runs/RUN_ID/report.html of the output by default")
+        Path | None, typer.Option("--out", help="Local file; default: _runs/RUN_ID/report.html of the output.")
     ] = None,
-    media_url: Annotated[str | None, typer.Option(help="the http address of the output folder, if it has one")] = None,
+    media_url: Annotated[str | None, typer.Option(help="HTTP address of the output folder, if it has one.")] = None,
     embed: Annotated[
         bool | None,
-        typer.Option(help="pictures that a browser cannot get, inside the page; by default in runs of up to 200"),
+        typer.Option(help="Put images that a browser cannot load into the page; default: in runs of up to 200."),
     ] = None,
-    max_results: Annotated[int | None, typer.Option(min=2, help="more than this: failures and a fair sample")] = None,
-    price_per_hour: Annotated[float | None, typer.Option(min=0, help="of one device; the page tells a cost")] = None,
+    max_results: Annotated[
+        int | None, typer.Option(min=2, help="For larger runs, show failures and a fair sample.")
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Price per device-hour; adds the cost to the page.")
+    ] = None,
     live: Annotated[
-        bool, typer.Option("--live", help="the run that goes on: write its page again and again until it has ended")
+        bool, typer.Option("--live", help="Write the page of a running run repeatedly until the run ends.")
     ] = False,
-    every: Annotated[str, typer.Option(help="with --live: how often, a number with s, m or h")] = "30s",
+    every: Annotated[str, typer.Option(help="With --live: interval, a number with s, m or h.")] = "30s",
 ) -> None:
-    """Make the page that shows a run: counts, failures, measures, and every animation beside its image.
+    """Write a page about a run: counts, failures, measures, and every animation next to its image.
 
     Examples: `pia-batch report s3://bucket/out --price-per-hour 2.49`, `pia-batch report s3://bucket/out --live`
     """
@@ -186,7 +190,7 @@ def report(
 
 
 def _follow(store: Store, run_id: str | None, every_s: float, options: ReportOptions, path: Path | None) -> None:
-    """Write the page of a run again and again, until it has published, or nobody works there any more."""
+    """Write the page of a run repeatedly, until it has published or no run holds the lease."""
     from pia_batch import report
     from pia_batch.journal.results import is_published
     from pia_batch.journal.status import read_last_run, read_lease_state
@@ -200,7 +204,7 @@ def _follow(store: Store, run_id: str | None, every_s: float, options: ReportOpt
         if read_lease_state(store)["state"] == "held":
             time.sleep(every_s)
         elif not is_published(store, made.run_id):
-            out.print("the run has ended without publishing; `pia-batch run` goes on, and then this does")
+            out.print("the run has ended without publishing; continue it with `pia-batch run`, then start this again")
             return
 
 

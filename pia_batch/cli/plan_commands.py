@@ -1,4 +1,4 @@
-"""`plan` and `doctor`: what can be known before a run costs anything."""
+"""Commands `plan` and `doctor`, which check a run before it costs anything."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SHOWN_GROUPS = 10
 SHOWN_REJECTIONS = 3
-"""For each kind."""
+"""Maximum number of examples shown for each kind of rejection."""
 
 
 def plan(
@@ -43,11 +43,11 @@ def plan(
     param: Params = None,
     retry_failed: RetryFailed = False,
     price_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="of one GPU, in any currency; over budget.price_per_hour")
+        float | None, typer.Option(min=0, help="Price per GPU-hour, in any currency; overrides budget.price_per_hour.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check the manifest, tell what a run would do and cost, and warn of what looks wrong. Writes nothing.
+    """Check the manifest, estimate what a run would do and cost, and warn of likely errors. Write nothing.
 
     Needs neither a GPU nor a cluster. Example: `pia-batch plan nightly.yaml --price-per-hour 2.49`
     """
@@ -75,15 +75,15 @@ def doctor(
     param: Params = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell whether everything that a run needs is ready: packages, codecs, GPU, disk, weights, manifest, store, Ray.
+    """Check everything that a run needs: packages, codecs, GPU, disk, weights, manifest, store, Ray.
 
-    Exit code 2 if anything fails. Without a config it looks at this machine alone. Below the output it leaves one small
-    object, as every run does. Example: `pia-batch doctor nightly.yaml`
+    Exit code 2 if any check fails. Without a config, only this machine is checked. One small object stays in the
+    output, as after every run. Example: `pia-batch doctor nightly.yaml`
     """
     from pia_batch.driver import preflight
 
-    laid_over = overrides(manifest, output, override) | given({"run_date": run_date}) | params_of(param)
-    loaded = load(config, laid_over).filled() if config is not None or laid_over else None
+    given_overrides = overrides(manifest, output, override) | given({"run_date": run_date}) | params_of(param)
+    loaded = load(config, given_overrides).filled() if config is not None or given_overrides else None
     findings = []
     for finding in preflight.examine(loaded):
         findings.append(finding)
@@ -97,7 +97,7 @@ def doctor(
     if as_json:
         print_json({"findings": [asdict(finding) for finding in findings], **counts})
     else:
-        out.print(f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} in the way of a run")
+        out.print(f"\n{counts['ok']} ok, {counts['warn']} warnings, {counts['fail']} failures")
     raise typer.Exit(2 if counts["fail"] else 0)
 
 
@@ -143,7 +143,7 @@ def _payload(made: Plan, statistics: Statistics, price: float | None) -> dict[st
 
 
 def _rejections(rejected: pa.Table) -> dict[str, dict[str, Any]]:
-    """How many rows were rejected for each kind of reason, and what is told of the first ones."""
+    """Return the number of rejected rows by error kind, with the first messages of each kind."""
     pairs = list(zip(*(rejected[name].to_pylist() for name in ("error_kind", "error")), strict=True))
     found = {}
     for kind in sorted({kind for kind, _ in pairs}):
@@ -153,7 +153,7 @@ def _rejections(rejected: pa.Table) -> dict[str, dict[str, Any]]:
 
 
 def _together(work: pa.Table, batch_size: int) -> list[dict[str, Any]]:
-    """What is drawn together, the largest groups first: pending requests, and the full batches that they would fill."""
+    """Return the groups of requests that share batches, the largest first, with their sizes and batch counts."""
     from pia_batch.schema.columns import GROUPED
 
     groups = work.group_by(list(GROUPED)).aggregate([("num_rows", "sum")])
@@ -200,7 +200,7 @@ def _print_devices(devices: list[dict[str, Any]]) -> None:
         words = f"{each['device']:10} {_range(each['hours'], 3)} device hours{cost}  ({each['source']})"
         out.print(f"takes       {words}", soft_wrap=True, markup=False)
     if not devices:
-        out.print("takes       unknown: the embedded model was never measured here; a first run tells")
+        out.print("takes       unknown: the embedded model was not measured here yet; a first run measures it")
 
 
 def _range(numbers: list[float], digits: int) -> str:

@@ -1,4 +1,4 @@
-"""`run`, `retry` and `demo`: what draws animations."""
+"""Commands `run`, `retry` and `demo`, which generate animations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @with_flags
 def run(flags: RunFlags, *, retry_failed: RetryFailed = False) -> None:
-    """Animate what is not finished yet, and publish the results.
+    """Animate the requests that are not finished, and publish the results.
 
     Example: `pia-batch run nightly.yaml --output s3://bucket/out --run-date 2026-11-22 --deadline 06:00`
     """
@@ -40,15 +40,15 @@ def retry(
     flags: RunFlags,
     *,
     kinds: Annotated[
-        list[str] | None, typer.Option("--kind", help="only what failed with this error kind; may be repeated")
+        list[str] | None, typer.Option("--kind", help="Only requests that failed with this error kind; repeatable.")
     ] = None,
     max_attempts: Annotated[
-        int | None, typer.Option(help="over limits.max_attempts: how often a request may kill its worker")
+        int | None, typer.Option(help="Attempts for a request that kills its worker; overrides limits.max_attempts.")
     ] = None,
 ) -> None:
-    """Draw again what failed before, and publish the results. What was never begun is drawn too, as by `run`.
+    """Process failed requests again, and publish the results. Pending requests are processed too, as by `run`.
 
-    Exit codes as those of `run`. Example: `pia-batch retry nightly.yaml --kind image_unavailable --kind timeout`
+    The exit codes are those of `run`. Example: `pia-batch retry nightly.yaml --kind image_unavailable --kind timeout`
     """
     from pia_batch.planning.plan import Retry
 
@@ -57,9 +57,7 @@ def retry(
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="a folder; what is finished in it is not made again")] = Path(
-        "outputs/demo"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder; finished animations in it are kept.")] = Path("outputs/demo"),
 ) -> None:
     """Animate twelve sample requests with the embedded model, on the CPU, with no download.
 
@@ -73,7 +71,7 @@ def demo(
 
     settings = {"defaults.format": "gif"}
     loaded = load(None, {"manifest": str(tiny.SAMPLE), "output": str(output), **settings})
-    with _drawing() as run_one:
+    with _running() as run_one:
         summary = run_one(loaded)
     results = ds.dataset(output / results_folder(summary.run_id)).to_table(
         ["request_id", "prompt", "animation_uri", "error"]
@@ -90,7 +88,7 @@ def demo(
 
 
 def _start(flags: RunFlags, config: RunConfig, again: Retry | None) -> None:
-    """Run the config, or each of its dates, and leave with the exit code."""
+    """Run the config, or each of its dates, and exit with the code of the run or of all runs."""
     records: list[RunRecord] = []
     if flags.backfill is not None:
         code = _backfill(flags, config, again, records)
@@ -98,7 +96,7 @@ def _start(flags: RunFlags, config: RunConfig, again: Retry | None) -> None:
             print_json({"exit_code": code, "runs": [record.payload() for record in records]})
         raise typer.Exit(code)
     try:
-        with _drawing(as_json=flags.as_json, retry=again, on_end=records.append) as run_one:
+        with _running(as_json=flags.as_json, retry=again, on_end=records.append) as run_one:
             summary = run_one(config)
     finally:
         if flags.as_json and records:
@@ -112,30 +110,30 @@ def _backfill(flags: RunFlags, config: RunConfig, again: Retry | None, records: 
     from pia_batch.driver.backfill import backfill
 
     if flags.run_date is not None:
-        raise errors.ConfigError("--run-date and --backfill: give one of them")
+        raise errors.ConfigError("--run-date, --backfill: mutually exclusive; give one of them")
 
-    def tell(date: RunDate, came_to: RunSummary | errors.PiaBatchError) -> None:
-        if isinstance(came_to, errors.PiaBatchError):
-            err.print(f"pia-batch: {date}: {came_to}", style="bold red", markup=False, soft_wrap=True)
+    def report(date: RunDate, outcome: RunSummary | errors.PiaBatchError) -> None:
+        if isinstance(outcome, errors.PiaBatchError):
+            err.print(f"pia-batch: {date}: {outcome}", style="bold red", markup=False, soft_wrap=True)
         elif not flags.as_json:
             out.print(f"\n{date}", style="bold")
-            _print(came_to, again)
+            _print(outcome, again)
 
     dates = config.templates.dates(flags.backfill or "", datetime.now(UTC))
-    with _drawing(as_json=flags.as_json, retry=again, on_end=records.append) as run_one:
-        return backfill(config, dates, run_one, tell)
+    with _running(as_json=flags.as_json, retry=again, on_end=records.append) as run_one:
+        return backfill(config, dates, run_one, report)
 
 
 @contextmanager
-def _drawing(*, as_json: bool = False, **options: Any) -> Iterator[Callable[[RunConfig], RunSummary]]:
-    """`pipeline.run` of one config after the other; the first SIGINT or SIGTERM stops all of them."""
+def _running(*, as_json: bool = False, **options: Any) -> Iterator[Callable[[RunConfig], RunSummary]]:
+    """Yield a function that runs one config after the other; the first SIGINT or SIGTERM stops all of them."""
     from pia_batch.driver import run as driver_run
 
-    with first_signal(_tell_of) as stop:
+    with first_signal(_print_signal) as stop:
 
         def run_one(config: RunConfig) -> RunSummary:
             if stop.is_set():
-                raise errors.InterruptedRunError("stopped between two runs; start again to go on")
+                raise errors.InterruptedRunError("stopped between two runs; start again to continue")
             with shown_progress(as_json=as_json) as show:
                 return driver_run.run(config, on_progress=show, stop=stop, **options)
 
@@ -143,11 +141,11 @@ def _drawing(*, as_json: bool = False, **options: Any) -> Iterator[Callable[[Run
 
 
 def _print(summary: RunSummary, again: Retry | None = None) -> None:
-    """What came out."""
+    """Print the outcome of a run."""
     if again is not None and summary.rejected:
         out.print(
-            f"{summary.rejected} rows were rejected for what the manifest says, and no retry helps: `pia-batch plan` "
-            "tells why; correct them there, and they are new requests",
+            f"{summary.rejected} rows were rejected because of their values, and no retry helps: `pia-batch plan` "
+            "lists the reasons; correct them in the manifest, and they are new requests",
             soft_wrap=True,
         )
     out.print(
@@ -165,5 +163,5 @@ def _print(summary: RunSummary, again: Retry | None = None) -> None:
         out.print(f"results: {summary.results_uri}", soft_wrap=True)
 
 
-def _tell_of(number: int) -> None:
-    err.print(f"{signal.Signals(number).name}: committing what is in flight; once more to leave at once")
+def _print_signal(number: int) -> None:
+    err.print(f"{signal.Signals(number).name}: committing requests in flight; send the signal again to exit at once")

@@ -1,4 +1,4 @@
-"""The first SIGINT or SIGTERM as an event, for commands that end what they do before they leave."""
+"""Signals: turns the first SIGINT or SIGTERM into an event, for commands that finish their work before they exit."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def first_signal(told: Callable[[int], None] = lambda _: None) -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second one ends this process at once.
+def first_signal(on_signal: Callable[[int], None] = lambda _: None) -> Iterator[threading.Event]:
+    """Yield an event that the first SIGINT or SIGTERM sets; the second one ends this process at once.
 
     Args:
-        told: called with the first one's number.
+        on_signal: Called with the number of the first signal.
     """
     event = threading.Event()
-    asked = False
+    received = False
 
-    def ask(number: int, _: object) -> None:
-        nonlocal asked
-        if asked:
+    def handle(number: int, _: object) -> None:
+        nonlocal received
+        if received:
             raise KeyboardInterrupt
-        asked = True
-        told(number)
+        received = True
+        on_signal(number)
         event.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,6 +1,6 @@
-"""How far a run is, for people: a frame on a terminal, a line of `key=value` elsewhere. `run` and `status` share them.
+"""View of a run's progress: a frame on a terminal, a line of `key=value` elsewhere; used by `run` and `status`.
 
-What a store says of a run is the text of strangers: no character of it is markup, or a command to the terminal.
+Texts from a store are untrusted: no character of them is used as markup, or as a command to the terminal.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from pia_batch.report.head import duration
 from pia_batch.schema.run_record import ProgressSnapshot
 
 MAX_WIDTH = 110
-"""Columns that a frame takes at most: a wider bar tells no more."""
+"""Maximum width of a frame, in columns: a wider bar is not more precise."""
 
 _THREE_GROUPS, _TWO_GROUPS = 96, 60
-"""So many columns are needed to have as many groups of figures beside each other."""
+"""Minimum widths, in columns, for three and for two groups of figures next to each other."""
 
 _SHORTEST_BAR = 8
 
 _SHOWN_KINDS = 6
-"""Error kinds that a frame has room for."""
+"""Maximum number of error kinds that a frame shows."""
 
 _KIND_LENGTH = 24
-"""Characters of an error kind that are shown; ours are shorter."""
+"""Maximum number of characters of an error kind; ours are shorter."""
 
 _LINKED = re.compile(r"(?:file|https?)://[!-~]+")
-"""What a terminal can open, in characters that end no escape sequence."""
+"""URIs that a terminal can open, without characters that end an escape sequence."""
 
 _PHASE_STYLES = {"finished": "bold green", "stopped": "bold yellow", "silent": "bold red"}
 
 Facts = list[tuple[str, Text]]
-"""Labels and values, a line each."""
+"""Pairs of label and value, one per line."""
 
 
 class Frame:
-    """A run at one moment, as wide as the terminal is when it is drawn.
+    """Progress of a run at one moment, as wide as the terminal is when the frame is rendered.
 
     Args:
-        seen: the run.
-        phase: what to call its phase instead, where somebody knows better than the run did.
+        snapshot: Progress of the run.
+        phase: Name of the phase to show instead of the snapshot's, or None.
     """
 
-    def __init__(self, seen: ProgressSnapshot, phase: str | None = None) -> None:
-        self._seen, self._phase = seen, phase or seen.phase
-        self._goes_on = self._phase in ("starting", "generating")
+    def __init__(self, snapshot: ProgressSnapshot, phase: str | None = None) -> None:
+        self._snapshot, self._phase = snapshot, phase or snapshot.phase
+        self._is_running = self._phase in ("starting", "generating")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(options.max_width, MAX_WIDTH)
@@ -69,111 +69,112 @@ class Frame:
             columns.add_column(width=(width - 2 * (len(groups) - 1)) // len(groups))
         columns.add_row(*map(_aligned, groups))
         yield columns
-        if self._seen.newest is not None:
-            yield _newest(self._seen.newest)
+        if self._snapshot.newest is not None:
+            yield _newest(self._snapshot.newest)
 
     def _head(self, width: int, *, ascii_only: bool) -> Iterator[RenderableType]:
-        """Which run, what it does, and how much of it is done."""
-        seen = self._seen
+        """Yield the name of the run, its phase, its duration and its bar."""
+        snapshot = self._snapshot
         title = Table.grid(expand=True, padding=(0, 2))
         title.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         title.add_column(justify="right", no_wrap=True)
         style = _PHASE_STYLES.get(self._phase, "bold cyan")
         title.add_row(
-            Text(printable(seen.run_id), "bold"), Text.assemble((self._phase, style), f"  {clock(seen.seconds)}")
+            Text(printable(snapshot.run_id), "bold"),
+            Text.assemble((self._phase, style), f"  {clock(snapshot.seconds)}"),
         )
         title.width = width
         yield title
-        if seen.total is None:
-            yield Text(f"{seen.done:,} requests done")
+        if snapshot.total is None:
+            yield Text(f"{snapshot.done:,} requests done")
             return
-        told = f"{_percent(_share(seen.done, seen.total))}  {seen.done:,} of {seen.total:,}"
-        room = width - len(told) - 2
-        bar = _bar(seen.done, seen.failed, seen.total, room, ascii_only=ascii_only)
-        yield Text.assemble(bar, "  ", told) if room >= _SHORTEST_BAR else Text(told)
+        counts = f"{_percent(_share(snapshot.done, snapshot.total))}  {snapshot.done:,} of {snapshot.total:,}"
+        bar_width = width - len(counts) - 2
+        bar = _bar(snapshot.done, snapshot.failed, snapshot.total, bar_width, ascii_only=ascii_only)
+        yield Text.assemble(bar, "  ", counts) if bar_width >= _SHORTEST_BAR else Text(counts)
 
     def _requests(self) -> Iterator[tuple[str, Text]]:
-        seen = self._seen
-        numbers = [seen.succeeded, seen.failed, seen.done_before, *seen.failures.values()]
+        snapshot = self._snapshot
+        numbers = [snapshot.succeeded, snapshot.failed, snapshot.done_before, *snapshot.failures.values()]
         width = max(len(f"{number:,}") for number in numbers)
 
         def right(number: int, style: str = "") -> Text:
             return Text(f"{number:>{width},}", style)
 
-        yield "succeeded", right(seen.succeeded, "green" if seen.succeeded else "")
-        yield "failed", right(seen.failed, "bold red" if seen.failed else "")
-        kinds = list(seen.failures.items())
+        yield "succeeded", right(snapshot.succeeded, "green" if snapshot.succeeded else "")
+        yield "failed", right(snapshot.failed, "bold red" if snapshot.failed else "")
+        kinds = list(snapshot.failures.items())
         shown = kinds if len(kinds) <= _SHOWN_KINDS else kinds[: _SHOWN_KINDS - 1]
         for kind, count in shown:
             yield f"  {_clipped(printable(kind))}", right(count, "red")
         if len(kinds) > len(shown):
             rest = kinds[len(shown) :]
             yield f"  {len(rest)} more kinds", right(sum(count for _, count in rest), "red")
-        if seen.done_before:
-            yield "before this run", right(seen.done_before)
+        if snapshot.done_before:
+            yield "before this run", right(snapshot.done_before)
 
     def _pace(self) -> Iterator[tuple[str, Text]]:
-        seen = self._seen
-        recent = seen.recent_clips_per_second if self._goes_on else None
-        yield "clips/s", _now_and_overall(recent, seen.clips_per_second, pace)
-        if self._goes_on:
+        snapshot = self._snapshot
+        recent = snapshot.recent_clips_per_second if self._is_running else None
+        yield "clips/s", _now_and_overall(recent, snapshot.clips_per_second, pace)
+        if self._is_running:
             yield (
                 "time left",
                 Text(
                     "not known yet"
-                    if seen.seconds_left is None
-                    else duration(seen.seconds_left).replace("\N{NO-BREAK SPACE}", " ")
+                    if snapshot.seconds_left is None
+                    else duration(snapshot.seconds_left).replace("\N{NO-BREAK SPACE}", " ")
                 ),
             )
 
     def _engines(self) -> Iterator[tuple[str, Text]]:
-        seen = self._seen
-        if self._goes_on and seen.engines is not None:
-            starting = f" ({seen.engines_starting} starting)" if seen.engines_starting else ""
-            yield "engines", Text(f"{seen.engines}{starting}")
-        if seen.busy is not None:
-            label = "GPU busy" if seen.unit.startswith("GPU") else "busy"
-            yield label, _now_and_overall(seen.recent_busy if self._goes_on else None, seen.busy, _percent)
-        if seen.gpu_hours is not None:
-            yield printable(seen.unit), Text(_hours(seen.gpu_hours))
-        if seen.cost is not None:
-            yield "cost", Text(f"{seen.cost:,.2f}")
+        snapshot = self._snapshot
+        if self._is_running and snapshot.engines is not None:
+            starting = f" ({snapshot.engines_starting} starting)" if snapshot.engines_starting else ""
+            yield "engines", Text(f"{snapshot.engines}{starting}")
+        if snapshot.busy is not None:
+            label = "GPU busy" if snapshot.unit.startswith("GPU") else "busy"
+            yield label, _now_and_overall(snapshot.recent_busy if self._is_running else None, snapshot.busy, _percent)
+        if snapshot.gpu_hours is not None:
+            yield printable(snapshot.unit), Text(_hours(snapshot.gpu_hours))
+        if snapshot.cost is not None:
+            yield "cost", Text(f"{snapshot.cost:,.2f}")
 
 
-def overview(told: dict[str, Any], pace_now: float | None) -> Group:
-    """What `status` tells, on a terminal: the last run as `run` itself shows it, then the whole output.
+def overview(status: dict[str, Any], pace_now: float | None) -> Group:
+    """Return the view of `status` on a terminal: the last run as `run` itself shows it, then the whole output.
 
     Args:
-        told: as from `read_status`.
-        pace_now: requests a second since the last look; None: there was none.
+        status: Status as `read_status` returns it.
+        pace_now: Requests per second since the last reading, or None for the first one.
     """
-    seen = snapshot_of(told["run"])
-    if seen is None:
-        return Group(status_text(told, pace_now))
-    gone_on = told["run"]["state"] == "running" and told["lease"]["state"] != "held"
-    heading = Text(f"all of {printable(told['output'])}", "bold", overflow="fold")
-    return Group(Frame(seen, "silent" if gone_on else None), Text(), heading, status_text(told, pace_now))
+    snapshot = snapshot_of(status["run"])
+    if snapshot is None:
+        return Group(status_text(status, pace_now))
+    is_silent = status["run"]["state"] == "running" and status["lease"]["state"] != "held"
+    heading = Text(f"all of {printable(status['output'])}", "bold", overflow="fold")
+    return Group(Frame(snapshot, "silent" if is_silent else None), Text(), heading, status_text(status, pace_now))
 
 
 def snapshot_of(run: dict[str, Any] | None) -> ProgressSnapshot | None:
-    """How far a run was when it last told; None: it did not tell, or another version of this package did."""
+    """Return the last progress that a run has written, or None if it has none in the form of this version."""
     try:
         return ProgressSnapshot.model_validate((run or {}).get("progress"))
     except ValidationError:
         return None
 
 
-def status_text(told: dict[str, Any], pace_now: float | None) -> Text:
-    """What `status` tells of a whole output, a fact a line; arguments as of `overview`."""
-    facts = [("succeeded", str(told["succeeded"])), ("failed", str(told["failed"]))]
-    facts += [("", f"{kind}  {count}") for kind, count in told["failures"].items()]
-    if told["needs_regeneration"]:
+def status_text(status: dict[str, Any], pace_now: float | None) -> Text:
+    """Return the status of a whole output, one fact per line; the arguments are those of `overview`."""
+    facts = [("succeeded", str(status["succeeded"])), ("failed", str(status["failed"]))]
+    facts += [("", f"{kind}  {count}") for kind, count in status["failures"].items()]
+    if status["needs_regeneration"]:
         note = "(removed by `verify --repair`; the next run generates them again)"
-        facts.append(("regenerate", f"{told['needs_regeneration']}  {note}"))
+        facts.append(("regenerate", f"{status['needs_regeneration']}  {note}"))
     if pace_now is not None:
-        facts.append(("pace", f"{pace_now:.2f} requests/s since the last look"))
-    facts += [("last run", _last_run(told["run"])), ("published", told["published"] or "nothing yet")]
-    facts.append(("lease", _lease(told["lease"])))
+        facts.append(("pace", f"{pace_now:.2f} requests/s since the last reading"))
+    facts += [("last run", _last_run(status["run"])), ("published", status["published"] or "nothing yet")]
+    facts.append(("lease", _lease(status["lease"])))
     lines = [
         Text.assemble((f"{name:9}" if name else "", "dim"), f"  {printable(value)}", overflow="fold")
         for name, value in facts
@@ -181,60 +182,58 @@ def status_text(told: dict[str, Any], pace_now: float | None) -> Text:
     return Text("\n", overflow="fold").join(lines)
 
 
-def _last_run(begun: dict[str, Any] | None) -> str:
-    if begun is None:
+def _last_run(run: dict[str, Any] | None) -> str:
+    if run is None:
         return "none"
-    words = "" if begun["finished"] else f", {begun['pending']} to draw then, not finished"
-    return f"{begun['run_id']}  started {begun['started_at']}{words}"
+    words = "" if run["finished"] else f", {run['pending']} pending then, not finished"
+    return f"{run['run_id']}  started {run['started_at']}{words}"
 
 
-def _lease(told: dict[str, Any]) -> str:
-    if told["state"] == "free":
+def _lease(lease: dict[str, Any]) -> str:
+    if lease["state"] == "free":
         return "free"
-    since = f" since {told['since']}" if told["since"] else ""
-    words = "renewed" if told["state"] == "held" else "SILENT: the next run takes over; last renewed"
-    return f"{told['run_id']} on {told['host']}{since}, {words} {told['silent_s']:.0f} s ago"
+    since = f" since {lease['since']}" if lease["since"] else ""
+    words = "renewed" if lease["state"] == "held" else "SILENT: the next run takes over; last renewed"
+    return f"{lease['run_id']} on {lease['host']}{since}, {words} {lease['silent_s']:.0f} s ago"
 
 
-def line(seen: ProgressSnapshot) -> str:
-    """The same for a log: `key=value` in a fixed order, without what is not known."""
-    busy = seen.busy if seen.recent_busy is None else seen.recent_busy
-    told = {
-        "run_id": seen.run_id or None,
-        "phase": seen.phase,
-        "done": seen.done,
-        "failed": seen.failed,
-        "total": seen.total,
-        "clips_per_second": pace(seen.clips_per_second),
-        "seconds_left": None if seen.seconds_left is None else f"{seen.seconds_left:.0f}",
-        "engines": seen.engines,
+def line(snapshot: ProgressSnapshot) -> str:
+    """Return the progress as `key=value` for a log, in a fixed order, without unknown values."""
+    busy = snapshot.busy if snapshot.recent_busy is None else snapshot.recent_busy
+    fields = {
+        "run_id": snapshot.run_id or None,
+        "phase": snapshot.phase,
+        "done": snapshot.done,
+        "failed": snapshot.failed,
+        "total": snapshot.total,
+        "clips_per_second": pace(snapshot.clips_per_second),
+        "seconds_left": None if snapshot.seconds_left is None else f"{snapshot.seconds_left:.0f}",
+        "engines": snapshot.engines,
         "busy": None if busy is None else f"{busy:.2f}",
-        "gpu_hours": None if seen.gpu_hours is None else f"{seen.gpu_hours:.4f}",
-        "cost": None if seen.cost is None else f"{seen.cost:.2f}",
-        "newest": seen.newest,
+        "gpu_hours": None if snapshot.gpu_hours is None else f"{snapshot.gpu_hours:.4f}",
+        "cost": None if snapshot.cost is None else f"{snapshot.cost:.2f}",
+        "newest": snapshot.newest,
     }
-    return " ".join(f"{name}={printable(str(value))}" for name, value in told.items() if value is not None)
+    return " ".join(f"{name}={printable(str(value))}" for name, value in fields.items() if value is not None)
 
 
 def pace(clips_per_second: float) -> str:
-    """Animations a second in three digits."""
+    """Return animations per second with three digits."""
     return f"{clips_per_second:.0f}" if clips_per_second >= 1000 else f"{clips_per_second:.3g}"  # noqa: PLR2004 - else 1e+03
 
 
 def clock(seconds: float) -> str:
-    """Seconds as a clock shows them: `0:07`, `12:41`, `3:05:12`."""
+    """Return seconds as a clock shows them: `0:07`, `12:41`, `3:05:12`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _bar(done: int, failed: int, total: int, width: int, *, ascii_only: bool) -> Text:
-    """What is done of all, what of it failed in red, and what is left in a thinner line: it is read without colours."""
+    """Return the bar: done requests, failed ones in red, and the rest as a thinner line, readable without colours."""
     cells = math.floor(width * _share(done, total))
     red = min(cells, math.ceil(width * failed / total)) if failed and total else 0
-    thick, thin = (
-        ("=", "-") if ascii_only else ("\N{BOX DRAWINGS HEAVY HORIZONTAL}", "\N{BOX DRAWINGS LIGHT HORIZONTAL}")
-    )
+    thick, thin = ("=", "-") if ascii_only else ("\u2501", "\u2500")
     return Text.assemble((thick * (cells - red), "green"), (thick * red, "red"), (thin * (width - cells), "dim"))
 
 
@@ -243,7 +242,7 @@ def _share(part: int, whole: int) -> float:
 
 
 def _aligned(facts: Facts) -> Table:
-    """Labels and values below each other."""
+    """Return a table of labels and values, one pair per line."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column()
@@ -253,7 +252,7 @@ def _aligned(facts: Facts) -> Table:
 
 
 def _newest(uri: str) -> Text:
-    """The newest animation; terminals that can open it do so by a click."""
+    """Return the URI of the newest animation, as a link where a terminal can open it."""
     shown = Text(printable(uri), overflow="fold")
     if _LINKED.fullmatch(uri):
         shown.stylize(Style(link=uri))
@@ -261,7 +260,7 @@ def _newest(uri: str) -> Text:
 
 
 def _now_and_overall(now: float | None, whole: float, shown: Callable[[float], str]) -> Text:
-    """A figure of the recent time with that of all of it, or that alone."""
+    """Return the recent figure followed by the overall one, or only the overall one."""
     if now is None:
         return Text(shown(whole))
     return Text.assemble(shown(now), (f"  {shown(whole)} overall", "dim"))
@@ -272,7 +271,7 @@ def _clipped(kind: str) -> str:
 
 
 def _percent(share: float) -> str:
-    """A share in whole percent; 100 % only for all of it."""
+    """Return a share in whole percent; 100 % only for the whole."""
     return f"{min(round(share * 100), 99 if share < 1 else 100)} %"
 
 

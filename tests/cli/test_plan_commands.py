@@ -163,7 +163,7 @@ def test_a_bug_is_one_line_on_a_terminal_and_its_traceback_is_kept(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     logging.getLogger("pia_batch").setLevel(logging.INFO)
 
-    first, second = cli.told_of_bug(bug(), on_terminal=True).splitlines()
+    first, second = cli.bug_report(bug(), on_terminal=True).splitlines()
 
     (kept,) = tmp_path.iterdir()
     assert first == "pia-batch: a bug: KeyError: 'animations\\nand more'"
