@@ -1,4 +1,4 @@
-"""The command line as a scheduler sees it: output, exit codes, what is imported, and what a kill leaves behind."""
+"""The command line as a scheduler sees it: output, exit codes, imports, and the output after a kill."""
 
 from __future__ import annotations
 
@@ -92,18 +92,18 @@ def test_a_held_lease_ends_with_exit_code_75(write_manifest: WriteManifest, tmp_
     assert "the-other-run" in capsys.readouterr().err
 
 
-def test_a_plan_of_mixed_rows_tells_what_is_drawn_together(
+def test_a_plan_of_mixed_rows_lists_the_groups_that_share_batches(
     write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = requests_table(14, num_frames=[8, 8, 4, *range(9, 20)], size=["auto"] * 2 + [None] * 12)
 
     code = pia_batch("plan", "--manifest", write_manifest(table), "--output", str(tmp_path / "out"))
 
-    told = capsys.readouterr().out
+    payload = capsys.readouterr().out
     assert code == 0
-    assert "together    2 rows: default, 8 frames, up to 512 px; 1 batch\n" in told
-    assert "1 rows: default, 4 frames, 64 x 64; 1 batch\n" in told
-    assert "and 3 more kinds of rows" in told
+    assert "together    2 rows: default, 8 frames, up to 512 px; 1 batch\n" in payload
+    assert "1 rows: default, 4 frames, 64 x 64; 1 batch\n" in payload
+    assert "and 3 more kinds of rows" in payload
 
 
 def test_help_and_plan_import_neither_torch_nor_ray(write_manifest: WriteManifest, tmp_path: Path) -> None:
@@ -128,16 +128,14 @@ def test_every_command_has_help_with_an_example(capsys) -> None:
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "gc"])
-def test_an_output_that_nobody_ever_wrote_to_is_a_mistake_and_stays_absent(
-    tmp_path: Path, capsys, command: str
-) -> None:
+def test_an_output_that_no_run_wrote_to_is_an_error_and_stays_absent(tmp_path: Path, capsys, command: str) -> None:
     assert pia_batch(command, str(tmp_path / "tpyo")) == 2
     assert "no run has ever written to" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def finished_output(store: Store, count: int = 3) -> Journal:
-    """An output with sound GIFs, as a run leaves it, and one failure."""
+    """Write an output with valid GIFs, as a run does, and one failure; return its journal."""
     frames = np.zeros((2, 16, 16, 3), np.uint8)
     made = [f"{k:032x}" for k in range(count)]
     files = [codecs.encode(frames + 40 * k, "gif", 8.0, EncodingConfig()) for k in range(count)]
@@ -165,7 +163,7 @@ def config_of(store: Store, tmp_path: Path) -> str:
     return str(tmp_path / "run.yaml")
 
 
-def test_verify_finds_nothing_wrong_with_sound_animations(store: Store, tmp_path: Path, capsys) -> None:
+def test_verify_finds_no_problem_in_valid_animations(store: Store, tmp_path: Path, capsys) -> None:
     finished_output(store)
 
     for place in (store.uri, config_of(store, tmp_path)):
@@ -206,7 +204,7 @@ def test_verify_groups_what_is_wrong_and_repairs_it(store: Store, capsys) -> Non
     assert "regenerate  4" in capsys.readouterr().out
 
 
-def test_gc_lists_and_deletes_only_when_told_and_never_during_a_run(store: Store, tmp_path: Path, capsys) -> None:
+def test_gc_lists_and_deletes_only_on_demand_and_never_during_a_run(store: Store, tmp_path: Path, capsys) -> None:
     finished_output(store)
     orphan = animation_name("e" * 32, "gif")
     store.create(orphan, b"orphan")
@@ -226,9 +224,9 @@ def test_gc_lists_and_deletes_only_when_told_and_never_during_a_run(store: Store
 
     capsys.readouterr()
     assert pia_batch("gc", store.uri, "--older-than", "0s", "--delete", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["garbage"]["animations"] == {"objects": 1, "bytes": 6}
-    assert told["deleted"] is True
+    payload = json.loads(capsys.readouterr().out)
+    assert payload["garbage"]["animations"] == {"objects": 1, "bytes": 6}
+    assert payload["deleted"] is True
     assert len(list(store.list("animations/"))) == 3
     assert pia_batch("verify", store.uri) == 0
 
@@ -241,28 +239,28 @@ def test_an_age_without_a_unit_is_refused_with_an_example(store: Store, capsys, 
     assert "such as 12h or 7d" in capsys.readouterr().err
 
 
-def test_status_tells_who_works_here_since_when_as_json_too(store: Store, capsys) -> None:
+def test_status_names_the_run_that_works_here_also_as_json(store: Store, capsys) -> None:
     finished_output(store)
-    about = {"run_id": "night", "started_at": "2026-11-01T00:00:00+00:00", "pending": 9, "rejected": 1}
-    about |= {"manifest": "m", "output": store.uri, "version": "0.1.0"}
-    store.replace("_runs/night/run.json", json.dumps(about).encode())
+    record = {"run_id": "night", "started_at": "2026-11-01T00:00:00+00:00", "pending": 9, "rejected": 1}
+    record |= {"manifest": "m", "output": store.uri, "version": "0.1.0"}
+    store.replace("_runs/night/run.json", json.dumps(record).encode())
 
     with Lease(store, "night", ttl_s=60):
         assert pia_batch("status", store.uri) == 0
         printed = capsys.readouterr().out
         assert pia_batch("status", store.uri, "--json") == 0
-        told = json.loads(capsys.readouterr().out)
+        payload = json.loads(capsys.readouterr().out)
 
-    assert "last run   night  started 2026-11-01T00:00:00Z, 9 to draw then, not finished" in printed
+    assert "last run   night  started 2026-11-01T00:00:00Z, 9 pending then, not finished" in printed
     assert re.search(r"lease      night on \S+ since 20\S+, renewed \d+ s ago", printed)
     assert "succeeded  3\nfailed     1\n  timeout  1" in printed
-    assert told["failures"] == {"timeout": 1}
-    assert (told["run"]["finished"], told["lease"]["state"], told["published"]) == (False, "held", None)
+    assert payload["failures"] == {"timeout": 1}
+    assert (payload["run"]["finished"], payload["lease"]["state"], payload["published"]) == (False, "held", None)
     assert pia_batch("status", store.uri) == 0
     assert "lease      free" in capsys.readouterr().out
 
 
-def test_status_tells_a_run_that_fell_silent_from_one_that_works(store: Store, tmp_path: Path, capsys) -> None:
+def test_status_distinguishes_a_silent_run_from_a_working_one(store: Store, tmp_path: Path, capsys) -> None:
     finished_output(store)
     state = {"run_id": "gone", "released": False, "ttl_s": 60.0, "host": "elsewhere", "since": "2026-11-01"}
     store.create("_lease/000000000001.json", json.dumps(state).encode())
@@ -394,7 +392,7 @@ def test_the_demo_makes_twelve_animations_and_says_where(tmp_path: Path) -> None
 
 
 @pytest.mark.long
-def test_what_is_retried_or_repaired_is_drawn_again_and_nothing_else_is(
+def test_requests_that_are_retried_or_repaired_are_processed_again_and_no_others(
     write_manifest: WriteManifest, tmp_path: Path
 ) -> None:
     output = str(tmp_path / "out")
@@ -413,14 +411,14 @@ def test_what_is_retried_or_repaired_is_drawn_again_and_nothing_else_is(
     assert "1 rows were rejected" in printed
 
     files = sorted(Path(output, "animations").rglob("*.mp4"))
-    sound = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files[2:]}
+    untouched = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files[2:]}
     files[0].unlink()
     files[1].write_bytes(files[2].read_bytes())
     finish(start("verify", output, "--repair"), 3)
     printed = finish(start("run", *where), 3)
     assert "5 requests: 4 succeeded, 1 failed; 2 computed in this run" in printed
     assert "4 animations verified, 0 with a problem" in finish(start("verify", output), 0)
-    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files[2:]} == sound
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files[2:]} == untouched
     newest = json.loads(Path(output, "results", "LATEST.json").read_bytes())["run_id"]
     shown = pq.read_table(Path(output, "results", newest)).to_pylist()
     assert {row["animation_uri"]: row["sha256"] for row in shown if row["status"] == "succeeded"} == {
@@ -428,7 +426,7 @@ def test_what_is_retried_or_repaired_is_drawn_again_and_nothing_else_is(
     }
 
 
-TOLD_LATE = """
+SIGNALLED_LATE = """
 import os, signal
 from pia_batch.driver import ray_cluster as cluster
 from pia_batch.cli.signals import first_signal
@@ -443,4 +441,4 @@ with first_signal() as stop:
 
 @pytest.mark.slow
 def test_a_run_that_has_left_ray_and_publishes_still_hears_a_signal() -> None:
-    assert subprocess.run([sys.executable, "-c", TOLD_LATE], check=False, timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", SIGNALLED_LATE], check=False, timeout=120).returncode == 0

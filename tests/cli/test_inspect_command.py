@@ -29,7 +29,7 @@ def pia_batch(*arguments: str) -> int:
 
 
 def animation(config: RunConfig, fmt: Format, **columns: Any) -> bytes:
-    """The file of the first request of a manifest."""
+    """Return the animation file of the first request of a manifest."""
     engines = make_plan(config).engine_ids
     (row,) = check(requests_table(1, format=[fmt], **columns), config, engines).requests.to_pylist()
     row["fetched_sha256"] = "ab" * 32
@@ -58,7 +58,7 @@ def same(one: KeySet, other: KeySet) -> bool:
     return bool(np.array_equal(one.high, other.high) and np.array_equal(one.low, other.low))
 
 
-def test_it_tells_everything_to_people_and_to_programs(
+def test_it_shows_everything_to_people_and_to_programs(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "clip.mp4").write_bytes(animation(make_config(), "mp4", seed=[5]))
@@ -66,13 +66,13 @@ def test_it_tells_everything_to_people_and_to_programs(
     assert pia_batch("inspect", str(tmp_path / "clip.mp4")) == 0
     printed = capsys.readouterr().out
     assert pia_batch("inspect", (tmp_path / "clip.mp4").as_uri(), "--json") == 0
-    told = json.loads(capsys.readouterr().out)
+    payload = json.loads(capsys.readouterr().out)
 
     assert "prompt               a red circle moving left, number 0\n" in printed
     assert "seed                 5\n" in printed
     assert "trainedAlgorithmicMedia" in printed
-    assert told["provenance"]["prompt"] == told["manifest_row"]["prompt"] == "a red circle moving left, number 0"
-    assert told["provenance"]["schema_version"] == 1
+    assert payload["provenance"]["prompt"] == payload["manifest_row"]["prompt"] == "a red circle moving left, number 0"
+    assert payload["provenance"]["schema_version"] == 1
 
 
 def test_it_reads_from_the_output_of_a_run_by_uri(
@@ -115,11 +115,11 @@ def test_it_warns_of_what_the_row_lacks(
         (b"", "not a GIF, an MP4, a WebP, a PNG or a zip"),
         (b"%PDF-1.7", "not a GIF, an MP4, a WebP, a PNG or a zip"),
         (b"GIF89a", "too damaged to be read"),
-        ("silent", "does not tell how it was made"),
-        ("later", "in a way that this version does not understand: schema_version"),
+        ("silent", "no provenance in the file"),
+        ("later", "in a form that this version does not support: schema_version"),
     ],
 )
-def test_a_file_that_says_nothing_of_use_is_a_mistake_with_a_reason(
+def test_a_file_without_usable_provenance_is_an_error_with_a_reason(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | str | None, words: str
 ) -> None:
     if content == "silent":

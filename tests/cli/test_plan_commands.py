@@ -1,4 +1,4 @@
-"""`plan`, `doctor`, what is told of mistakes and bugs, and completion, as an operator and a scheduler see them."""
+"""`plan`, `doctor`, messages of errors and bugs, and completion, as an operator and a scheduler see them."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def pia_batch(*arguments: str) -> int:
     return int(left.value.code or 0)
 
 
-def test_a_plan_tells_programs_what_it_tells_people(
+def test_a_plan_has_the_same_facts_for_programs_and_people(
     write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = requests_table(7, motion_scale=[0, 9, 1, 10, 11, 12, 0], seed=[7] * 7, fps=[30.0] * 7, format=["gif"] * 7)
     where = ("--manifest", write_manifest(table), "--output", str(tmp_path / "out"))
 
     assert pia_batch("plan", *where, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
+    payload = json.loads(capsys.readouterr().out)
     assert pia_batch("plan", *where) == 0
     printed = capsys.readouterr().out
 
-    assert (told["manifest"]["rows"], told["pending"], told["rejected"], told["finished"]) == (7, 3, 4, 0)
-    assert told["rejections"]["out_of_range"]["count"] == 4
-    assert len(told["rejections"]["out_of_range"]["first"]) == 3
-    (group,) = told["together"]
+    assert (payload["manifest"]["rows"], payload["pending"], payload["rejected"], payload["finished"]) == (7, 3, 4, 0)
+    assert payload["rejections"]["out_of_range"]["count"] == 4
+    assert len(payload["rejections"]["out_of_range"]["first"]) == 3
+    (group,) = payload["together"]
     assert (group["num_rows"], group["batches"], group["width"]) == (3, 2, 64)
-    assert len(told["warnings"]) == 2
+    assert len(payload["warnings"]) == 2
     for words in (
         "pending     3",
         "3 rows: default, 8 frames, 64 x 64; 2 batches",
@@ -53,7 +53,7 @@ def test_a_plan_tells_programs_what_it_tells_people(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_of_a_real_model_tells_hours_cost_and_bytes(
+def test_a_plan_of_a_real_model_estimates_hours_cost_and_bytes(
     write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The weights of the embedded model, by their path: to the estimate that is a model as every other.
@@ -63,30 +63,30 @@ def test_a_plan_of_a_real_model_tells_hours_cost_and_bytes(
     model = ("--set", f"model.base={tiny.PATH}", "--set", "placement.max_engines=4")
 
     assert pia_batch("plan", *where, *model, *REAL, "--price-per-hour", "2", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
+    payload = json.loads(capsys.readouterr().out)
     assert pia_batch("plan", *where, *model, *REAL, "--set", "budget.price_per_hour=2") == 0
     printed = capsys.readouterr().out
 
-    h100 = next(each for each in told["devices"] if each["device"] == "H100")
+    h100 = next(each for each in payload["devices"] if each["device"] == "H100")
     assert 0.07 < h100["hours"][0] < h100["hours"][1] < 0.11
     assert h100["cost"] == pytest.approx([2 * hours for hours in h100["hours"]])
     assert h100["hours_of_run"] == pytest.approx([hours / 4 for hours in h100["hours"]])
     assert h100["source"].startswith("estimate: ")
     assert "takes       H100       0.082 to 0.099 device hours  cost 0.16 to 0.20  (estimate: " in printed
-    assert told["bytes"][0] == 100 * 16 * 512 * 512 * 3 // 100
+    assert payload["bytes"][0] == 100 * 16 * 512 * 512 * 3 // 100
     assert "output      12.6 MB to 33.6 MB" in printed
-    assert told["warnings"] == []
+    assert payload["warnings"] == []
 
 
-def test_the_budget_says_how_much_is_drawn_now(
+def test_the_budget_says_how_many_are_selected(
     write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = ("--manifest", write_manifest(requests_table(6)), "--output", str(tmp_path / "out"))
 
     assert pia_batch("plan", *where, "--set", "budget.limit=2", "--json") == 0
 
-    told = json.loads(capsys.readouterr().out)
-    assert (told["pending"], told["selected"]) == (6, 2)
+    payload = json.loads(capsys.readouterr().out)
+    assert (payload["pending"], payload["selected"]) == (6, 2)
 
 
 def test_plan_and_inspect_import_neither_torch_nor_ray(write_manifest: WriteManifest, tmp_path: Path) -> None:
@@ -112,10 +112,10 @@ def test_a_doctor_that_finds_a_failure_ends_with_2_and_the_remedy(
     where = ("--manifest", write_manifest(), "--output", str(tmp_path / "out"))
 
     assert pia_batch("doctor", *where, "--set", "model.base=/nowhere/model", "--json") == 2
-    told = json.loads(capsys.readouterr().out)
+    payload = json.loads(capsys.readouterr().out)
 
-    assert told["fail"] >= 1
-    (weights,) = [finding for finding in told["findings"] if finding["subject"] == "weights"]
+    assert payload["fail"] >= 1
+    (weights,) = [finding for finding in payload["findings"] if finding["subject"] == "weights"]
     assert (weights["state"], weights["remedy"]) == (
         "fail",
         "correct the config, or fetch the weights once on this machine",
@@ -128,11 +128,11 @@ def test_a_doctor_of_this_machine_alone_needs_no_config(capsys: pytest.CaptureFi
 
     printed = capsys.readouterr().out
     assert "OK   codecs    mp4, gif, webp, png_zip: encoded and decoded\n" in printed
-    assert code == (0 if " 0 in the way of a run" in printed else 2)
+    assert code == (0 if " 0 failures" in printed else 2)
 
 
 @pytest.mark.parametrize("how", [["--debug"], "PIA_BATCH_DEBUG"])
-def test_a_mistake_has_a_traceback_only_where_it_is_asked_for(
+def test_an_error_has_a_traceback_only_on_demand(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -172,7 +172,7 @@ def test_a_bug_is_one_line_on_a_terminal_and_its_traceback_is_kept(
     assert 'raise KeyError("animations' in kept.read_text()
 
 
-def test_a_bug_is_told_in_full_to_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_logged_in_full(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise bug()
 
@@ -192,7 +192,7 @@ def test_a_mistyped_command_is_answered_with_the_right_one(capsys: pytest.Captur
 
 
 def complete(words: str) -> list[str]:
-    """What the shell would offer after `words`."""
+    """Return the completions that the shell offers after `words`."""
     asked = {"_PIA_BATCH_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
     program = Path(sys.executable).with_name("pia-batch")
     done = subprocess.run([program], env=os.environ | asked, capture_output=True, text=True, check=True)

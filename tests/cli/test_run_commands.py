@@ -1,4 +1,4 @@
-"""`run` and `retry` by the clock: dates, backfills, budgets, JSON and who is told. Only the slow ones draw."""
+"""`run` and `retry` with dates, backfills, budgets, JSON and notifications. Only the slow tests generate."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def week(tmp_path: Path) -> Path:
     return tmp_path / "week.yaml"
 
 
-def draw(path: Path, day: str, **settings: Any) -> None:
-    """What engines would commit of one day, without them."""
+def commit_day(path: Path, day: str, **settings: Any) -> None:
+    """Commit the results that engines would commit for one day."""
     config = RunConfig.load(path, {"run_date": day, **settings}).filled()
     plan = make_plan(config)
     store = Store(config.output)
-    due = plan.wanted if plan.selected is None else plan.selected
-    keys = [f"{high:016x}{low:016x}" for high, low in zip(due.high.tolist(), due.low.tolist(), strict=True)]
+    pending = plan.wanted if plan.selected is None else plan.selected
+    keys = [f"{high:016x}{low:016x}" for high, low in zip(pending.high.tolist(), pending.low.tolist(), strict=True)]
     for key in keys:
         store.replace(layout.animation_name(key, "mp4"), b"x")
     rows: dict[str, Any] = {
@@ -72,20 +72,25 @@ def written(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_drawn_date_is_published_under_its_name_and_then_is_a_no_op(
+def test_a_committed_date_is_published_under_its_name_and_then_is_a_no_op(
     week: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    draw(week, DAYS[0])
+    commit_day(week, DAYS[0])
 
     assert pia_batch("run", str(week), "--run-date", DAYS[0]) == 0
     assert "2 requests: 2 succeeded, 0 failed" in capsys.readouterr().out
     before = written(week.parent / "out")
     assert pia_batch("run", str(week), "--run-date", DAYS[0], "--json") == 0
 
-    told = json.loads(capsys.readouterr().out)
-    assert (told["run_id"], told["run_date"], told["state"], told["exit_code"]) == (DAYS[0], DAYS[0], "finished", 0)
-    assert (told["summary"]["succeeded"], told["summary"]["computed"], told["computed"]) == (2, 0, 0)
-    assert "config" not in told
+    payload = json.loads(capsys.readouterr().out)
+    assert (payload["run_id"], payload["run_date"], payload["state"], payload["exit_code"]) == (
+        DAYS[0],
+        DAYS[0],
+        "finished",
+        0,
+    )
+    assert (payload["summary"]["succeeded"], payload["summary"]["computed"], payload["computed"]) == (2, 0, 0)
+    assert "config" not in payload
     assert written(week.parent / "out") == before
 
 
@@ -94,7 +99,7 @@ def test_dates_that_share_an_output_are_no_ops_each_and_late_rows_make_another_r
 ) -> None:
     shared = ["--output", f"{week.parent}/shared"]
     for day in DAYS[:2]:
-        draw(week, day, output=f"{week.parent}/shared")
+        commit_day(week, day, output=f"{week.parent}/shared")
         assert pia_batch("run", str(week), *shared, "--run-date", day) == 0
     before = written(week.parent / "shared")
     for day in DAYS[:2]:
@@ -103,14 +108,14 @@ def test_dates_that_share_an_output_are_no_ops_each_and_late_rows_make_another_r
 
     late = week.parent / "in" / f"dt={DAYS[0]}" / "late.parquet"
     pq.write_table(requests_table(1, request_id=["late"], image=["0.png"]), late)
-    draw(week, DAYS[0], output=f"{week.parent}/shared")
+    commit_day(week, DAYS[0], output=f"{week.parent}/shared")
     capsys.readouterr()
     assert pia_batch("run", str(week), *shared, "--run-date", DAYS[0]) == 0
 
     assert "3 requests: 3 succeeded" in capsys.readouterr().out
-    told = read_success_marker(Store(f"{week.parent}/shared"), f"{DAYS[0]}-2")
-    assert told is not None
-    assert told["requests"] == 3
+    payload = read_success_marker(Store(f"{week.parent}/shared"), f"{DAYS[0]}-2")
+    assert payload is not None
+    assert payload["requests"] == 3
     assert pia_batch("run", str(week), *shared, "--run-date", DAYS[0]) == 0
     assert read_success_marker(Store(f"{week.parent}/shared"), f"{DAYS[0]}-3") is None
 
@@ -119,7 +124,7 @@ def test_a_backfill_passes_over_a_hole_and_finished_dates_and_says_so(
     week: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for day in DAYS:
-        draw(week, day)
+        commit_day(week, day)
     hole = week.parent / "in" / f"dt={DAYS[1]}"
     hole.rename(week.parent / "elsewhere")
     assert pia_batch("run", str(week), "--run-date", DAYS[0]) == 0
@@ -136,13 +141,13 @@ def test_a_backfill_passes_over_a_hole_and_finished_dates_and_says_so(
 
     (week.parent / "elsewhere").rename(hole)
     assert pia_batch("run", str(week), "--backfill", f"{DAYS[0]}..{DAYS[2]}", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["exit_code"], [run["run_date"] for run in told["runs"]]) == (0, DAYS)
+    payload = json.loads(capsys.readouterr().out)
+    assert (payload["exit_code"], [run["run_date"] for run in payload["runs"]]) == (0, DAYS)
 
 
 def test_a_backfill_goes_on_past_an_output_that_is_taken(week: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for day in DAYS:
-        draw(week, day)
+        commit_day(week, day)
 
     with Lease(Store(f"{week.parent}/out/{DAYS[0]}"), "theirs", 3):
         assert pia_batch("run", str(week), "--backfill", f"{DAYS[0]}..{DAYS[1]}") == 75
@@ -151,7 +156,7 @@ def test_a_backfill_goes_on_past_an_output_that_is_taken(week: Path, capsys: pyt
     assert read_success_marker(Store(f"{week.parent}/out/{DAYS[1]}"), DAYS[1]) is not None
 
 
-def test_a_run_that_waits_plans_anew_when_its_turn_comes(
+def test_a_run_that_waits_plans_again_when_its_turn_comes(
     week: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store(f"{week.parent}/out/{DAYS[0]}")
@@ -163,7 +168,7 @@ def test_a_run_that_waits_plans_anew_when_its_turn_comes(
             deadline = time.monotonic() + 60
             while "lease_waiting holder=theirs" not in caplog.text and time.monotonic() < deadline:
                 time.sleep(0.05)
-            draw(week, DAYS[0])
+            commit_day(week, DAYS[0])
 
     other = threading.Thread(target=other_run)
     other.start()
@@ -171,13 +176,13 @@ def test_a_run_that_waits_plans_anew_when_its_turn_comes(
     code = pia_batch("run", str(week), "--run-date", DAYS[0], "--wait", "--json")
     other.join()
 
-    told = json.loads(capsys.readouterr().out)
-    assert (code, told["state"], told["pending"], told["summary"]["computed"]) == (0, "finished", 0, 0)
-    assert told["timings"]["waiting_s"] > 0.05
+    payload = json.loads(capsys.readouterr().out)
+    assert (code, payload["state"], payload["pending"], payload["summary"]["computed"]) == (0, "finished", 0, 0)
+    assert payload["timings"]["waiting_s"] > 0.05
     assert "lease_waiting holder=theirs" in caplog.text
 
 
-def test_patience_ends_with_75(week: Path) -> None:
+def test_a_wait_that_is_too_long_ends_with_75(week: Path) -> None:
     with Lease(Store(f"{week.parent}/out/{DAYS[0]}"), "theirs", 3):
         assert pia_batch("run", str(week), "--run-date", DAYS[0], "--wait-for", "1s") == 75
 
@@ -199,7 +204,7 @@ def test_patience_ends_with_75(week: Path) -> None:
         (["--priority", "price", "--run-date", DAYS[0]], "budget.priority: the manifest has no numeric column"),
     ],
 )
-def test_a_mistake_about_dates_or_budgets_ends_with_2_and_writes_nothing(
+def test_an_error_in_dates_or_budgets_ends_with_2_and_writes_nothing(
     week: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
 ) -> None:
     assert pia_batch("run", str(week), *arguments) == 2
@@ -209,7 +214,7 @@ def test_a_mistake_about_dates_or_budgets_ends_with_2_and_writes_nothing(
 
 def test_a_parameter_fills_in_what_it_names(week: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = week.parent
-    draw(week, DAYS[0], output=f"{root}/out/north")
+    commit_day(week, DAYS[0], output=f"{root}/out/north")
 
     dated = [str(week), "--run-date", DAYS[0]]
     assert pia_batch("plan", *dated, "--output", f"{root}/{{place}}", "--param", "place=x") == 0
@@ -223,61 +228,61 @@ def test_status_of_a_config_with_a_date_is_that_of_the_last_one(
 ) -> None:
     yesterday = f"{datetime.now(UTC) - timedelta(days=1):%Y-%m-%d}"
     (tmp_path / "in" / f"dt={DAYS[0]}").rename(tmp_path / "in" / f"dt={yesterday}")
-    draw(week, yesterday)
+    commit_day(week, yesterday)
 
     assert pia_batch("status", str(week)) == 0
     assert "succeeded  2" in capsys.readouterr().out
 
 
-def test_those_who_are_told_hear_of_every_end_and_secrets_stay_where_they_are(
+def test_every_end_is_notified_and_secrets_stay_where_they_are(
     week: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = (
-        f"import json, sys; open({str(tmp_path / 'told')!r}, 'a').write(json.dumps(json.load(sys.stdin)) + chr(10))"
+        f"import json, sys; open({str(tmp_path / 'records')!r}, 'a').write(json.dumps(json.load(sys.stdin)) + chr(10))"
     )
     with week.open("a") as more:
         more.write(f"on_finish:\n  command: [{sys.executable}, -c, {json.dumps(program)}, hunter2]\n")
-    draw(week, DAYS[0])
+    commit_day(week, DAYS[0])
 
     assert pia_batch("run", str(week), "--run-date", DAYS[0]) == 0
     assert pia_batch("run", str(week), "--run-date", "2026-11-01") == 2
     assert pia_batch("run", str(week), "--run-date", DAYS[0], "--set", "on_finish.on=[failure]") == 0
 
-    told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
-    assert [(one["run_date"], one["state"], one["exit_code"]) for one in told] == [
+    payload = [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()]
+    assert [(one["run_date"], one["state"], one["exit_code"]) for one in payload] == [
         (DAYS[0], "finished", 0),
         ("2026-11-01", "stopped", 2),
     ]
-    assert "does not exist" in told[1]["message"]
+    assert "does not exist" in payload[1]["message"]
     whole = (tmp_path / "out" / DAYS[0] / "_runs" / DAYS[0] / "run.json").read_text()
     assert "hunter2" not in whole + capsys.readouterr().err
 
 
-def test_a_sample_that_is_drawn_ends_with_4_and_publishes_nothing(
+def test_a_sample_that_is_processed_ends_with_4_and_publishes_nothing(
     week: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = week.parent / "in" / f"dt={DAYS[0]}"
     pq.write_table(requests_table(40, image=["0.png"] * 40), folder / "rows.parquet")
-    draw(week, DAYS[0], **{"budget.sample": "30%"})
+    commit_day(week, DAYS[0], **{"budget.sample": "30%"})
 
     assert pia_batch("run", str(week), "--run-date", DAYS[0], "--sample", "30%", "--json") == 4
 
-    told = json.loads(capsys.readouterr().out)
-    assert (told["state"], told["reason"], told["pending"], told["selected"]) == (
+    payload = json.loads(capsys.readouterr().out)
+    assert (payload["state"], payload["reason"], payload["pending"], payload["selected"]) == (
         "stopped",
         "sample",
-        told["summary"]["left"],
+        payload["summary"]["left"],
         0,
     )
-    assert "start again without it, or with a larger one" in told["message"]
-    assert told["summary"]["results_uri"] is None
+    assert "start again without it, or with a larger one" in payload["message"]
+    assert payload["summary"]["results_uri"] is None
     assert not (week.parent / "out" / DAYS[0] / "results").exists()
     assert (
         json.loads((week.parent / "out" / DAYS[0] / "_runs" / DAYS[0] / "run.json").read_text())["reason"] == "sample"
     )
 
 
-def test_more_failures_than_are_tolerated_stop_a_run_before_it_draws(
+def test_more_failures_than_allowed_stop_a_run_before_it_generates(
     week: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = week.parent / "in" / f"dt={DAYS[0]}"
@@ -292,7 +297,7 @@ def test_more_failures_than_are_tolerated_stop_a_run_before_it_draws(
     assert "3 of 5 requests are left" in printed
 
 
-def test_a_deadline_that_is_over_draws_nothing(week: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_deadline_that_has_passed_generates_nothing(week: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pia_batch("run", str(week), "--run-date", DAYS[0], "--deadline", "2026-11-17T06:00") == 4
     assert "the deadline 2026-11-17T06:00 UTC (budget.deadline) has passed" in capsys.readouterr().out
 
@@ -314,14 +319,14 @@ def test_a_signal_between_two_dates_stops_the_rest(
     week: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     for day in DAYS:
-        draw(week, day)
+        commit_day(week, day)
     program = "import os, signal; os.kill(os.getppid(), signal.SIGTERM)"  # as the first date ends
     with week.open("a") as more:
         more.write(f"on_finish:\n  command: [{sys.executable}, -c, {json.dumps(program)}]\n")
 
     assert pia_batch("run", str(week), "--backfill", f"{DAYS[0]}..{DAYS[2]}") == 4
 
-    assert "committing what is in flight" in capsys.readouterr().err
+    assert "committing requests in flight" in capsys.readouterr().err
     assert "dates_skipped=1" in caplog.text
     assert read_success_marker(Store(f"{week.parent}/out/{DAYS[0]}"), DAYS[0]) is not None
     assert not (week.parent / "out" / DAYS[1] / "results").exists()

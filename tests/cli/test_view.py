@@ -60,14 +60,14 @@ def terminal(width: int, **options: Any) -> tuple[Console, io.StringIO]:
     return Console(file=written, width=width, height=40, force_terminal=True, legacy_windows=False, **options), written
 
 
-def drawn(shown: Any, width: int, *, styled: bool = False) -> str:
+def rendered(shown: Any, width: int, *, styled: bool = False) -> str:
     console, written = terminal(width, color_system="truecolor" if styled else None)
     console.print(shown)
     return written.getvalue()
 
 
 def test_a_frame_has_every_figure_of_a_run() -> None:
-    lines = [line.rstrip() for line in drawn(view.Frame(HALF_DONE), 80).splitlines()]
+    lines = [line.rstrip() for line in rendered(view.Frame(HALF_DONE), 80).splitlines()]
     assert (
         "\n".join(lines)
         == """\
@@ -86,7 +86,7 @@ newest  s3://clips/out/animations/4f/4f3a9c0de1b25f60718293a4b5c6d7e8.mp4"""
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_frame_is_aligned_and_fits_at_every_width(width: int) -> None:
-    lines = drawn(view.Frame(HALF_DONE), width).splitlines()
+    lines = rendered(view.Frame(HALF_DONE), width).splitlines()
 
     assert all(cell_len(line.rstrip()) <= min(width, view.MAX_WIDTH) for line in lines)
     assert lines[0].rstrip().endswith("generating  3:32:21")
@@ -101,8 +101,8 @@ def test_a_frame_is_aligned_and_fits_at_every_width(width: int) -> None:
     assert len(lines) <= 20
 
 
-def test_a_run_that_is_over_tells_what_all_of_it_was() -> None:
-    text = drawn(view.Frame(HALF_DONE.model_copy(update={"phase": "finished", "done": 100_000})), 120)
+def test_a_run_that_is_over_shows_overall_figures() -> None:
+    text = rendered(view.Frame(HALF_DONE.model_copy(update={"phase": "finished", "done": 100_000})), 120)
 
     assert "finished  3:32:21" in text
     assert "100 %  100,000 of 100,000" in text
@@ -127,27 +127,27 @@ def test_a_run_that_is_over_tells_what_all_of_it_was() -> None:
     ],
 )
 def test_runs_at_the_edge_have_a_frame_too(changes: dict[str, Any], bar: str, words: str, width: int) -> None:
-    text = drawn(view.Frame(ProgressSnapshot(at=HALF_DONE.at, run_id="r", **changes)), width)
+    text = rendered(view.Frame(ProgressSnapshot(at=HALF_DONE.at, run_id="r", **changes)), width)
 
     assert bar in text
     assert words in text
     assert all(cell_len(line.rstrip()) <= width for line in text.splitlines())
 
 
-def test_the_bar_tells_failures_from_successes() -> None:
+def test_the_bar_distinguishes_failures_from_successes() -> None:
     half = ProgressSnapshot(at=HALF_DONE.at, total=100, done=50, succeeded=40, failed=10, failures={"timeout": 10})
-    bar = drawn(view.Frame(half), 80, styled=True).splitlines()[1]
+    bar = rendered(view.Frame(half), 80, styled=True).splitlines()[1]
 
     green, red = re.findall(r"\x1b\[3([21])m(━+)", bar)
     assert (green[0], red[0]) == ("2", "1")
     assert len(green[1]) == pytest.approx(4 * len(red[1]), abs=4)
     one = half.model_copy(update={"succeeded": 49, "failed": 1, "total": 100_000, "done": 60_000})
-    assert "\x1b[31m━\x1b" in drawn(view.Frame(one), 80, styled=True)  # the smallest share is seen
+    assert "\x1b[31m━\x1b" in rendered(view.Frame(one), 80, styled=True)  # the smallest share is seen
 
 
 def test_many_error_kinds_are_summed_up() -> None:
     kinds = {f"kind_{k}": 20 - k for k in range(19)}
-    text = drawn(view.Frame(HALF_DONE.model_copy(update={"failures": kinds, "failed": sum(kinds.values())})), 80)
+    text = rendered(view.Frame(HALF_DONE.model_copy(update={"failures": kinds, "failed": sum(kinds.values())})), 80)
 
     assert "kind_4" in text
     assert "kind_5" not in text
@@ -162,7 +162,7 @@ def test_a_terminal_without_unicode_gets_a_bar_too() -> None:
     assert b"==========" in written.buffer.getvalue()
 
 
-# --- the text of strangers ------------------------------------------------------------------------------------------
+# --- untrusted text ------------------------------------------------------------------------------------------------
 
 ESCAPES = "\x1b]8;;http://evil.example\x1b\\click\x1b]8;;\x1b\\ \x1b[2J \x07 \x9b31m \u202e \r\n\t [red]no[/red] [link=http://x]y[/]"
 HOSTILE = st.text(st.characters(codec="utf-8"), max_size=60) | st.sampled_from([ESCAPES, "[/]", "[bold", "\\[red]"])
@@ -171,7 +171,7 @@ SAFE = re.compile(r"\x1b\[[\d;]*m|\x1b\]8;[^\x1b\x07]*\x1b\\")
 
 
 def is_harmless(written: str) -> bool:
-    """Whether nothing but text, colours and line ends is left of it."""
+    """Return True if the output is only text, colours and line ends."""
     return all(character.isprintable() or character == "\n" for character in SAFE.sub("", written))
 
 
@@ -181,7 +181,7 @@ def is_harmless(written: str) -> bool:
 def test_no_text_of_a_run_is_a_command_to_the_terminal(run_id: str, kind: str, newest: str, width: int) -> None:
     seen = HALF_DONE.model_copy(update={"run_id": run_id, "failures": {kind: 3}, "newest": newest})
 
-    written = drawn(view.Frame(seen), width, styled=True)
+    written = rendered(view.Frame(seen), width, styled=True)
 
     assert is_harmless(written)
     links = re.findall(r"\x1b\]8;[^;]*;([^\x1b]+)\x1b", written)
@@ -194,7 +194,7 @@ def test_markup_is_shown_as_it_is_written() -> None:
     seen = HALF_DONE.model_copy(
         update={"run_id": "[red]x[/]", "failures": {"[bold]k": 3}, "newest": "s3://b/[link=u]z"}
     )
-    text = drawn(view.Frame(seen), 120)
+    text = rendered(view.Frame(seen), 120)
 
     for word in ("[red]x[/]", "[bold]k", "s3://b/[link=u]z"):
         assert word in text
@@ -211,11 +211,11 @@ def test_markup_is_shown_as_it_is_written() -> None:
     ],
 )
 def test_the_newest_animation_is_a_link_where_a_terminal_can_open_it(uri: str, linked: bool) -> None:
-    written = drawn(view.Frame(HALF_DONE.model_copy(update={"newest": uri})), 120, styled=True)
+    written = rendered(view.Frame(HALF_DONE.model_copy(update={"newest": uri})), 120, styled=True)
     assert (re.search(rf"\x1b\]8;[^;]*;{re.escape(uri)}\x1b\\", written) is not None) == linked
 
 
-TOLD = {
+STATUS = {
     "output": "s3://clips/out",
     "succeeded": 61_874,
     "failed": 436,
@@ -231,9 +231,9 @@ TOLD = {
 
 
 def test_status_shows_the_frame_that_the_run_shows() -> None:
-    text = drawn(view.overview(TOLD, 4.2), 120)
+    text = rendered(view.overview(STATUS, 4.2), 120)
 
-    assert text.startswith(drawn(view.Frame(HALF_DONE), 120))
+    assert text.startswith(rendered(view.Frame(HALF_DONE), 120))
     assert (
         "all of s3://clips/out\nsucceeded  61874\nfailed     436\n  image_unavailable  436\npace       4.20 requests/s"
         in text
@@ -241,9 +241,9 @@ def test_status_shows_the_frame_that_the_run_shows() -> None:
     assert "lease      night on gpu-7 since 2026-11-22T20:00:00, renewed 3 s ago" in text
 
 
-def test_status_tells_that_a_run_fell_silent() -> None:
-    gone = TOLD | {"lease": TOLD["lease"] | {"state": "silent", "silent_s": 900.0}}
-    text = drawn(view.overview(gone, None), 120)
+def test_status_shows_a_run_that_fell_silent() -> None:
+    gone = STATUS | {"lease": STATUS["lease"] | {"state": "silent", "silent_s": 900.0}}
+    text = rendered(view.overview(gone, None), 120)
 
     assert "silent  3:32:21" in text
     assert "time left" not in text
@@ -251,18 +251,18 @@ def test_status_tells_that_a_run_fell_silent() -> None:
 
 @pytest.mark.parametrize("progress", [None, {}, {"done": "many"}, "half", [1], {"at": "now", "total": -1.5}])
 def test_status_does_without_what_another_version_wrote(progress: Any) -> None:
-    told = TOLD | {"run": TOLD["run"] | {"progress": progress}}
+    status = STATUS | {"run": STATUS["run"] | {"progress": progress}}
 
-    assert drawn(view.overview(told, None), 80).startswith("succeeded  61874")
+    assert rendered(view.overview(status, None), 80).startswith("succeeded  61874")
 
 
 @given(HOSTILE, HOSTILE)
 @example(ESCAPES, ESCAPES)
 def test_no_text_of_an_output_is_a_command_to_the_terminal(run_id: str, host: str) -> None:
-    run = TOLD["run"] | {"run_id": run_id, "progress": HALF_DONE.model_dump(mode="json") | {"run_id": run_id}}
-    told = TOLD | {"run": run, "lease": TOLD["lease"] | {"host": host}, "failures": {host: 1}}
+    run = STATUS["run"] | {"run_id": run_id, "progress": HALF_DONE.model_dump(mode="json") | {"run_id": run_id}}
+    status = STATUS | {"run": run, "lease": STATUS["lease"] | {"host": host}, "failures": {host: 1}}
 
-    assert is_harmless(drawn(view.overview(told, None), 80, styled=True))
+    assert is_harmless(rendered(view.overview(status, None), 80, styled=True))
 
 
 # --- the line -------------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def screen(written: str) -> list[str]:
         elif piece == "\x1b[2K":
             lines[row] = ""
         elif piece == "\r" or piece.startswith("\x1b"):
-            pass  # every line that is drawn over is erased before
+            pass  # every line is erased before it is written again
         else:
             lines[row] += piece
     return [line.rstrip() for line in lines]
@@ -420,21 +420,21 @@ def test_programs_get_one_object_a_line(progress: Progress) -> None:
 
 
 def picture() -> str:
-    """The frame of a run that is half done, as SVG that asks nobody for a font."""
+    """Return the frame of a run that is half done, as SVG that loads no font."""
     console = Console(record=True, width=90, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(
         "$ pia-batch run nightly.yaml --run-date 2026-11-22 --price-per-hour 2.49", markup=False, highlight=False
     )
     console.print("2026-11-22 19:40:02,113 INFO run_planned run_id=nightly-2026-11-22 requests=100000", highlight=False)
     console.print(view.Frame(HALF_DONE))
-    drawn_by_rich = console.export_svg(title="pia-batch run", unique_id="view")
-    return re.sub(r"@font-face \{.*?\}", "", drawn_by_rich, flags=re.DOTALL)
+    svg = console.export_svg(title="pia-batch run", unique_id="view")
+    return re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
 
 
 def test_the_picture_in_the_documentation_is_the_frame() -> None:
     shown = PICTURE.read_text(encoding="utf-8")
 
-    assert words_of(shown) == words_of(picture()), f"draw it again: python tests/cli/test_view.py {PICTURE}"
+    assert words_of(shown) == words_of(picture()), f"render it again: python tests/cli/test_view.py {PICTURE}"
     assert "url(" not in re.sub(r"url\(#", "", shown)
 
 

@@ -417,7 +417,7 @@ def test_submitting_listing_stopping(dashboard: Dashboard, capsys: pytest.Captur
     assert pia_batch("jobs", "--address", dashboard.address, "--stop", job_id) == 0
     assert capsys.readouterr().out == f"{job_id} STOPPED\n"
     assert pia_batch("jobs", "--address", dashboard.address, "--stop", job_id) == 0
-    assert capsys.readouterr().out == f"{job_id} is over already\n"
+    assert capsys.readouterr().out == f"{job_id} is already over\n"
 
     assert pia_batch("jobs", "--address", dashboard.address, "--json") == 0
     (listed,) = json.loads(capsys.readouterr().out)["jobs"]

@@ -148,7 +148,7 @@ CASES = [
         "model.base: there is no folder or file some/where/not, and it is no",
     ),
     (f"run {GOOD} --set images.allow=[photos]", "'photos' is not a URI or an absolute path, such as s3://photos/"),
-    (f"run {GOOD} --run-id ../x", "run_id '../x': up to 128 letters, digits"),
+    (f"run {GOOD} --run-id ../x", "run_id: invalid value (got '../x', expected up to 128 letters, digits"),
     (f"run {GOOD} --run-date tomorrow", "'tomorrow' is no date such as 2026-11-22"),
     (f"run {GOOD} --deadline never", "'never' is no time such as 06:00"),
     (f"run {GOOD} --param country=de", "neither manifest nor output nor run_id has {country}; leave it out"),
