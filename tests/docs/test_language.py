@@ -19,11 +19,9 @@ ROOT = Path(__file__).parents[2]
 
 PENDING = {
     "jobs",
-    "pia_batch/__init__.py",
     "pia_batch/cli",
     "pia_batch/config",
     "pia_batch/engine",
-    "pia_batch/errors.py",
     "pia_batch/manifest",
     "pia_batch/schema",
     "pia_batch/weights",
