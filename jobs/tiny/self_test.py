@@ -18,9 +18,9 @@ from pia_batch.engine import PiaEngine, self_test
 def main() -> None:
     """Write the file."""
     parser = argparse.ArgumentParser(description="Store the clip that the self-test expects of the embedded model.")
-    parser.add_argument("--to", type=Path, default=self_test.ANSWER, help="file to write (default: the package's)")
+    parser.add_argument("--to", type=Path, default=self_test.EXPECTED, help="file to write (default: the package's)")
     engine = PiaEngine.load(ModelConfig(dtype="float32"), device="cpu")
-    self_test.write_answer(engine.under(self_test.scheduler(None, embedded=True)), parser.parse_args().to)
+    self_test.write_expected(engine.with_scheduler(self_test.scheduler(None, embedded=True)), parser.parse_args().to)
 
 
 if __name__ == "__main__":

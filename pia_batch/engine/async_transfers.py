@@ -1,8 +1,8 @@
-"""Calls of torch that would wait for the GPU, made so that they do not.
+"""Asynchronous transfers: torch calls that would make the host wait for the GPU, replaced by calls that do not.
 
-The host must run ahead of the device, or the device idles while the next call is prepared. diffusers' schedulers make
-it wait: for noise that they draw on the CPU and move, for small tables that they build on the device, for the check of
-a linear system. All of that comes out the same without waiting.
+The host must run ahead of the device; otherwise the device is idle while the host prepares the next call. diffusers'
+schedulers make the host wait: for noise that they sample on the CPU and move to the device, for small tables that they
+build on the device, and for the check of a linear system. The results are the same without waiting.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch.overrides import TorchFunctionMode
 
 
 class AsyncTransfers(TorchFunctionMode):
-    """Inside, copies from the host to a device are queued, from pinned memory, and linear systems solved unchecked.
+    """Context in which host-to-device copies are queued from pinned memory and linear systems are solved unchecked.
 
-    Without effect on tensors that stay on the CPU.
+    Tensors that stay on the CPU are not affected.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """`func`, or what does the same without waiting."""
+        """Call `func`, or an equivalent that does not wait for the device."""
         kwargs = kwargs or {}
         if func is torch.Tensor.to and _is_host(args[0].device) and not _is_host(_target(args[1:], kwargs)):
             return func(args[0].pin_memory(), *args[1:], **kwargs | {"non_blocking": True})
@@ -33,7 +33,7 @@ class AsyncTransfers(TorchFunctionMode):
 
 
 def _target(args: Any, kwargs: Any) -> Any:
-    """The device that the arguments of `Tensor.to` name; None: they name none."""
+    """Return the device that the arguments of `Tensor.to` name, or None."""
     named = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.device | str | torch.Tensor)]
     return next((each.device if isinstance(each, torch.Tensor) else each for each in named), None)
 

@@ -1,4 +1,4 @@
-"""How large a batch the device has memory for, learned from what fitted and what did not."""
+"""Batch limit: the largest batch that fits into the device's memory, learned from successes and overflows."""
 
 from __future__ import annotations
 
@@ -7,65 +7,66 @@ from itertools import accumulate, takewhile
 
 import torch
 
-_EXHAUSTED = (
+_OUT_OF_MEMORY_MESSAGES = (
     "out of memory",
     "can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "was unable to find an engine to execute this computation",
 )
-"""What a plain RuntimeError says where memory ran out outside of torch's own allocator of the GPU.
+"""Texts of a plain RuntimeError that mean memory ran out outside of torch's own GPU allocator.
 
-The last is a convolution's: torch tries one algorithm of cuDNN after another, passes over those whose workspace finds
-no memory, and in the end says only that none was left.
+The last one comes from a convolution: torch tries one cuDNN algorithm after another, skips those whose workspace does
+not fit into memory, and finally reports only that no algorithm was left.
 """
 
 PATIENCE = 8
-"""Batches at the limit that must succeed before a larger one is tried."""
+"""Number of batches at the limit that must succeed before a larger one is tried."""
 
 MAX_PATIENCE = 512
-"""Where patience ends. It doubles with every larger batch that fails, so that a lasting limit costs little."""
+"""Largest patience. It doubles with every larger batch that fails, so that a lasting limit costs little."""
 
 
 class BatchLimit:
-    """The largest load of one batch. A load is in any unit that memory grows with; the loads of its rows add up.
+    """Largest load of one batch. A load is in any unit that memory grows with; the loads of the rows add up.
 
-    There is no limit until a batch overflows. That halves its rows. After enough batches at the limit it is doubled
-    again, for as long as more is asked for, so that one bad moment does not halve the throughput for ever.
+    There is no limit until a batch overflows; an overflow halves the rows. After enough successful batches at the
+    limit, the limit doubles, as long as more rows are requested. So one short shortage does not halve the throughput
+    for ever.
     """
 
     def __init__(self) -> None:
         self._limit: int | None = None
         self._proven: int | None = None
-        """The limit before it was doubled, until a batch beyond it has fitted."""
+        """Limit before it was doubled; None once a larger batch has fitted."""
         self._patience = PATIENCE
         self._streak = 0
 
-    def take(self, loads: Sequence[int]) -> int:
-        """How many of the rows that are left to draw next: at least one, at most all.
+    def batch_size(self, loads: Sequence[int]) -> int:
+        """Return the number of rows for the next batch: at least one, at most all remaining rows.
 
         Args:
-            loads: of those rows, in their order; at least one.
+            loads: Loads of the remaining rows, in their order; at least one.
         """
         limit = self._limit
         if limit is None:
             return len(loads)
         return max(1, sum(1 for _ in takewhile(lambda total: total <= limit, accumulate(loads))))
 
-    def fitted(self, loads: Sequence[int], taken: int) -> None:
-        """A batch of the first `taken` of these rows was drawn."""
+    def record_success(self, loads: Sequence[int], taken: int) -> None:
+        """Record that a batch of the first `taken` of these rows fitted."""
         if self._limit is None:
             return
         if self._proven is not None and sum(loads[:taken]) > self._proven:
             self._proven, self._patience = None, PATIENCE
         if taken == len(loads):
-            return  # as much as was asked for: the limit held nothing back
+            return  # all rows fitted: the limit did not restrict this batch
         self._streak += 1
         if self._streak >= self._patience and self._proven is None:
             self._proven, self._limit, self._streak = self._limit, 2 * self._limit, 0
 
-    def overflowed(self, loads: Sequence[int], taken: int) -> None:
-        """A batch of the first `taken` of these rows did not fit. The next one has fewer rows, if it had several."""
+    def record_overflow(self, loads: Sequence[int], taken: int) -> None:
+        """Record that a batch of the first `taken` of these rows did not fit; a batch of several rows then shrinks."""
         load = sum(loads[:taken])
         half = max(load // 2, sum(loads[: (taken + 1) // 2]) if taken > 1 else 1)
         self._streak = 0
@@ -77,7 +78,7 @@ class BatchLimit:
 
 
 def is_out_of_memory(err: Exception) -> bool:
-    """Whether that is what this exception means, whoever raised it."""
+    """Return True if this exception means that memory ran out, whichever library raised it."""
     if isinstance(err, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(err, RuntimeError) and any(sign in str(err) for sign in _EXHAUSTED)
+    return isinstance(err, RuntimeError) and any(sign in str(err) for sign in _OUT_OF_MEMORY_MESSAGES)

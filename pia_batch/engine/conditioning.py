@@ -1,7 +1,7 @@
-"""What steers a clip besides its motion curve: prompt embeddings and image posteriors, cached.
+"""Conditioning of a clip besides its motion: cached prompt embeddings and image posteriors.
 
-Knows nothing of timesteps and noise levels. Everything is computed for one row alone, so that a cached value does not
-depend on the batch in which it was first seen.
+Does not depend on timesteps or noise levels. Every value is computed for one row alone, so that a cached value does not
+depend on the batch in which it was first used.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from PIL import Image
 from pia_batch.errors import NonFiniteError
 
 MAX_PROMPTS = 256
-"""Prompt embeddings kept, 0.24 MB each in float32 for Stable Diffusion 1.5."""
+"""Number of cached prompt embeddings, 0.24 MB each in float32 for Stable Diffusion 1.5."""
 
 MAX_IMAGES = 32
-"""Image posteriors kept, 0.13 MB each in float32 at 512 x 512, and 64 times that at 4096 x 4096."""
+"""Number of cached image posteriors, 0.13 MB each in float32 at 512 x 512, 64 times as much at 4096 x 4096."""
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
-class Recent(Generic[Key, Value]):
-    """The `capacity` most recently used values of a function of a key."""
+class LruCache(Generic[Key, Value]):
+    """Cache of the `capacity` most recently used values of a function of a key."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -41,7 +41,7 @@ class Recent(Generic[Key, Value]):
         return len(self._values)
 
     def get(self, key: Key, compute: Callable[[], Value]) -> Value:
-        """The value of `key`, computed if it is not at hand."""
+        """Return the value of `key`; compute it if it is not cached."""
         if key not in self._values:
             self._values[key] = compute()
             if len(self._values) > self._capacity:
@@ -51,19 +51,19 @@ class Recent(Generic[Key, Value]):
 
 
 def pixel_digest(image: Image.Image) -> tuple[tuple[int, int], bytes]:
-    """Equal for images of equal size and pixels: (width, height) and a 128-bit hash."""
+    """Return (width, height) and a 128-bit hash, equal for images of equal size and pixels."""
     return image.size, hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the UNet reads of a text.
+    """Embedding of a text, as the UNet reads it.
 
     Attributes:
-        embedding: (1, tokens, features), in the text encoder's dtype, on its device.
-        num_tokens: start and end markers included, before truncation.
-        truncated: whether `num_tokens` exceeds what the text encoder reads.
-        is_finite: whether the embedding holds neither NaN nor infinity.
+        embedding: Tensor (1, tokens, features), in the text encoder's dtype, on its device.
+        num_tokens: Number of tokens before truncation, start and end markers included.
+        truncated: True if `num_tokens` exceeds the number that the text encoder reads.
+        is_finite: True if the embedding holds neither NaN nor infinity.
     """
 
     embedding: torch.Tensor
@@ -73,22 +73,22 @@ class Prompt:
 
 
 class PromptEncoder:
-    """CLIP embeddings of prompts, cached by text and `clip_skip`."""
+    """Encoder of prompts to CLIP embeddings, cached by text and `clip_skip`."""
 
     def __init__(self, tokenizer: Any, text_encoder: Any) -> None:
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
         added = tokenizer.added_tokens_encoder
         self._has_long_words = any(f"{word}_1" in added for word in added)
-        self._recent: Recent[tuple[str, int | None], Prompt] = Recent(MAX_PROMPTS)
+        self._recent: LruCache[tuple[str, int | None], Prompt] = LruCache(MAX_PROMPTS)
 
     def encode(self, text: str, clip_skip: int | None = None) -> Prompt:
-        """The prompt's embedding, of the layer that `clip_skip` leaves as the last one."""
+        """Return the prompt's embedding, from the layer that `clip_skip` leaves as the last one."""
         return self._recent.get((text, clip_skip), lambda: self._encode(text, clip_skip))
 
     def _encode(self, text: str, clip_skip: int | None) -> Prompt:
         limit = self._tokenizer.model_max_length
-        if self._has_long_words:  # textual inversions of several vectors; asking for them warns of long prompts
+        if self._has_long_words:  # textual inversions of several vectors; the conversion warns about long prompts
             text = TextualInversionLoaderMixin().maybe_convert_prompt(text, self._tokenizer)
         num_tokens = len(self._tokenizer(text, verbose=False).input_ids)
         padded = self._tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
@@ -106,7 +106,7 @@ class PromptEncoder:
         if clip_skip is None:
             embedding = output.last_hidden_state
         else:
-            # Up to transformers 4 the layers sat in `text_model`. PIAPipeline still looks there, and so fails with 5.
+            # Up to transformers 4 the layers were in `text_model`. PIAPipeline still reads them there and fails with 5.
             layers = getattr(encoder, "text_model", encoder)
             embedding = layers.final_layer_norm(output.hidden_states[-(clip_skip + 1)])
         result: torch.Tensor = embedding.to(encoder.dtype)
@@ -115,11 +115,11 @@ class PromptEncoder:
 
 @dataclass(frozen=True, slots=True)
 class Posterior:
-    """What the VAE makes of an image: a normal distribution for each latent.
+    """VAE encoding of an image: a normal distribution for each latent.
 
     Attributes:
-        mean: (1, 4, h, w) at the image's own size, unscaled.
-        std: as `mean`.
+        mean: Tensor (1, 4, h, w) at the image's own size, without the VAE's scaling factor.
+        std: Standard deviations, in the shape of `mean`.
     """
 
     mean: torch.Tensor
@@ -127,37 +127,38 @@ class Posterior:
 
     @property
     def is_finite(self) -> bool:
-        """Whether it holds neither NaN nor infinity."""
+        """True if the posterior holds neither NaN nor infinity."""
         return bool((torch.isfinite(self.mean) & torch.isfinite(self.std)).all())
 
     def sample(self, generator: torch.Generator) -> torch.Tensor:
-        """One draw, of the generator's next numbers: (1, 4, h, w)."""
+        """Return one sample, (1, 4, h, w), from the generator's next numbers."""
         noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype)
         return self.mean + self.std * noise.to(self.mean.device)
 
 
 class ImageEncoder:
-    """VAE posteriors of images, cached by their pixels: the distribution, as the draw belongs to the row."""
+    """Encoder of images to VAE posteriors, cached by pixels. Sampling is left to the row, which owns a generator."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae
-        self._recent: Recent[tuple[tuple[int, int], bytes], Posterior] = Recent(MAX_IMAGES)
+        self._recent: LruCache[tuple[tuple[int, int], bytes], Posterior] = LruCache(MAX_IMAGES)
 
     def encode(self, image: Image.Image) -> Posterior:
-        """The posterior of an RGB image, at the image's own size.
+        """Return the posterior of an RGB image, at the image's own size.
 
         Raises:
-            NonFiniteError: it holds NaN or infinity, in half precision also after encoding again in float32.
+            NonFiniteError: The posterior holds NaN or infinity. In half precision: after a second try in float32.
         """
         return self._recent.get(pixel_digest(image), lambda: self._encode(np.asarray(image)))
 
     def _encode(self, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Posterior:
         scaled = torch.from_numpy(pixels.astype(np.float32) / 255.0) * 2.0 - 1.0
-        # A batch first, then channels first: the strides decide which convolution runs, and so the last digits.
+        # Add the batch axis, then move channels first: the strides decide which convolution kernel runs, and so the
+        # last digits.
         batch = scaled[None].permute(0, 3, 1, 2)
         posterior = _posterior(self._vae, batch)
         if self._vae.dtype != torch.float32 and not posterior.is_finite:
-            # Half precision overflows here as it does in the decoder. Rare, so the copy is not kept.
+            # Half precision can overflow here as in the decoder. This is rare, so the copy is not kept.
             exact = _posterior(copy.deepcopy(self._vae).float(), batch)
             posterior = Posterior(exact.mean.to(self._vae.dtype), exact.std.to(self._vae.dtype))
         if not posterior.is_finite:

@@ -1,4 +1,4 @@
-"""Latents to uint8 frames, in bounded chunks, never silently broken."""
+"""Decoding of latents to uint8 frames, in bounded chunks, with a check that the frames are finite."""
 
 from __future__ import annotations
 
@@ -15,51 +15,52 @@ from pia_batch.engine.compiling import Call, directly
 from pia_batch.errors import NonFiniteError
 
 _CHUNK_PIXELS = 4 * 512 * 512
-"""Pixels decoded at a time. The decoder's activations, not its weights, decide the peak memory of a clip."""
+"""Number of pixels decoded at a time. The decoder's activations, not its weights, decide the peak memory of a clip."""
 
 _CPU_CHUNK_PIXELS = 8 * 64 * 64
-"""The same on a CPU. Activations that outgrow its caches cost twice the time (measured: 8.1 for 4.1 ms a frame)."""
+"""The same on a CPU. Activations larger than its caches take twice the time (measured: 8.1 against 4.1 ms a frame)."""
 
 
 class FrameDecoder:
-    """The VAE's decoder, and its float32 copy once half precision has overflowed."""
+    """Decoder of a VAE; it keeps a float32 copy of the VAE once half precision has overflowed."""
 
     def __init__(self, vae: Any, call: Call = directly) -> None:
-        """A decoder of the VAE's config and weights.
+        """Create a decoder.
 
         Args:
-            vae: an `AutoencoderKL`, or what is called like one.
-            call: what calls the decoding of a chunk, where that takes whole frames together.
+            vae: `AutoencoderKL`, or an object with its interface.
+            call: Function that calls `decode_chunk`, such as a `Compiler`. Not used where the VAE works in slices or
+                tiles.
         """
         self._vae = vae
         self._full_precision: Any = None
         self._call = call
 
     def decode(self, latents: Sequence[torch.Tensor]) -> list[NDArray[np.uint8] | NonFiniteError]:
-        """Frames of each row, or why there are none. A broken row leaves the others alone.
+        """Return the frames of each row, or an error; a failed row does not affect the others.
 
-        The host waits for the device once, when all is drawn.
+        The host waits for the device once, after all rows are decoded.
 
         Args:
-            latents: each (1, 4, F, h, w), all of one shape.
+            latents: Tensors (1, 4, F, h, w), all of one shape.
 
         Returns:
-            For each row uint8 (F, H, W, 3), RGB, 0-255; or an error where latents or frames hold NaN or infinity,
-            in half precision also after decoding again in float32.
+            For each row uint8 (F, H, W, 3), RGB, 0-255. An error where latents or frames hold NaN or infinity; in half
+            precision: after a second try in float32.
         """
         results: list[NDArray[np.uint8] | NonFiniteError] = [
-            NonFiniteError("the denoised latents hold NaN or infinity, which no decoding mends") for _ in latents
+            NonFiniteError("the denoised latents hold NaN or infinity, which decoding cannot fix") for _ in latents
         ]
         if not latents:
             return results
-        sound = torch.stack([torch.isfinite(row).all() for row in latents])
+        are_finite = torch.stack([torch.isfinite(row).all() for row in latents])
         decoded = self._frames(self._vae, torch.cat(list(latents)))
-        for index, (frames, whole) in enumerate(zip(decoded, sound.cpu().tolist(), strict=True)):
+        for index, (frames, whole) in enumerate(zip(decoded, are_finite.cpu().tolist(), strict=True)):
             if whole:
-                results[index] = self._again(latents[index]) if frames is None else frames
+                results[index] = self._decode_in_float32(latents[index]) if frames is None else frames
         return results
 
-    def _again(self, latents: torch.Tensor) -> NDArray[np.uint8] | NonFiniteError:
+    def _decode_in_float32(self, latents: torch.Tensor) -> NDArray[np.uint8] | NonFiniteError:
         if latents.dtype != torch.float32:
             if self._full_precision is None:
                 self._full_precision = copy.deepcopy(self._vae).float()
@@ -69,7 +70,7 @@ class FrameDecoder:
         return NonFiniteError("the decoded frames hold NaN or infinity, in float32 too")
 
     def _frames(self, vae: Any, latents: torch.Tensor) -> list[NDArray[np.uint8] | None]:
-        """Decode (N, 4, F, h, w): for each row its frames, None where one is not finite."""
+        """Decode (N, 4, F, h, w); return the frames of each row, or None where a frame is not finite."""
         num_rows, channels, num_frames, *size = latents.shape
         images = (1 / vae.config.scaling_factor * latents).transpose(1, 2).reshape(-1, channels, *size)
         on_cpu = latents.device.type == "cpu"
@@ -81,13 +82,15 @@ class FrameDecoder:
         call = self._call if isinstance(vae, AutoencoderKL) and not (vae.use_slicing or vae.use_tiling) else directly
         pixels, finite = zip(*(call(decode_chunk, vae, part) for part in images.split(chunk)), strict=True)
         frames = _queued_to_host(torch.cat(pixels))
-        complete = torch.cat(finite).view(num_rows, num_frames).all(dim=1).cpu().tolist()  # waits, for the frames too
+        complete = (
+            torch.cat(finite).view(num_rows, num_frames).all(dim=1).cpu().tolist()
+        )  # waits; the frames are then there, too
         clips = frames.numpy().reshape(num_rows, num_frames, *frames.shape[1:])
         return [row if whole else None for row, whole in zip(clips, complete, strict=True)]
 
 
 def decode_chunk(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames and whether they are finite: (N, 4, h, w) to uint8 (N, H, W, 3), 0-255, and bool (N,)."""
+    """Decode (N, 4, h, w) to uint8 (N, H, W, 3), 0-255, and bool (N,): True for each finite frame."""
     decoded = vae.decode(latents).sample.float()
     finite = torch.isfinite(decoded).flatten(1).all(dim=1)
     unit = (decoded * 0.5 + 0.5).clamp(0, 1).nan_to_num()
@@ -95,7 +98,7 @@ def decode_chunk(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def _queued_to_host(pixels: torch.Tensor) -> torch.Tensor:
-    """On the CPU, once the device has done what it was asked before: pinned memory, which it fills by itself."""
+    """Queue a copy to pinned host memory; it is complete once the device has done all earlier work."""
     if pixels.device.type == "cpu":
         return pixels
     host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)

@@ -1,8 +1,7 @@
-"""PIA on one device: a batch of shots in, one clip each out.
+"""PIA engine: one loaded model on one device, which turns a batch of shots into one clip for each shot.
 
-Row k of any batch is what a single `diffusers.PIAPipeline` call with that row's settings and
-`torch.Generator("cpu").manual_seed(seed)` draws. The batch only makes it cheaper. The engine knows nothing of Ray,
-storage and manifests; torch, diffusers and transformers are imported in this package only.
+Row k of any batch equals the result of a single `diffusers.PIAPipeline` call with that row's settings and
+`torch.Generator("cpu").manual_seed(seed)`. Batching only lowers the cost.
 """
 
 from __future__ import annotations
@@ -38,26 +37,27 @@ if TYPE_CHECKING:
 class PiaEngine:
     """One PIA model on one device, loaded once, for any number of batches.
 
-    Make one with `load` or `from_pipeline`. It keeps bounded caches and no other state between calls. Not for several
-    threads at a time.
+    Create it with `load` or `from_pipeline`. It keeps bounded caches and no other state between calls. It is not
+    thread-safe.
     """
 
     shot = Shot
-    """What `animate` takes, for those who have the engine but must not import torch."""
+    """Class of the arguments of `animate`, for callers that hold an engine but must not import torch."""
 
     def __init__(self, components: loading.Components, identify: Callable[[], str], *, embedded: bool = False) -> None:
-        """An engine of components that nobody else changes.
+        """Create an engine from components that no other code modifies.
 
         Args:
-            components: as `loading` makes them.
-            identify: what makes `engine_id`, called once at most.
-            embedded: whether this is the embedded model with nothing laid over it, whose clips are known.
+            components: Networks and scheduler, as `loading` returns them.
+            identify: Function that computes `engine_id`; called at most once.
+            embedded: True for the embedded model without adapters; the self-test then compares its clip with the
+                stored one.
         """
         self._parts = components
         self._identify = identify
         self._embedded = embedded
         self.limits = components.limits
-        """What a shot may ask for."""
+        """Range of settings that this model supports; `Limits`."""
         self._prompts = PromptEncoder(components.tokenizer, components.text_encoder)
         self._images = ImageEncoder(components.vae)
         self._image_prompts = None
@@ -70,15 +70,17 @@ class PiaEngine:
 
     @classmethod
     def load(cls, model: ModelConfig, device: str | None = None, shared: SharedParts | None = None) -> PiaEngine:
-        """The engine of the weights that `model` names.
+        """Load the weights that `model` names and return their engine.
 
         Args:
-            model: what to load; `ModelConfig()` is the embedded checkpoint.
-            device: such as `cpu` or `cuda:0`; None: a GPU if there is one.
-            shared: parts of other engines on this device, to be used again; see `model_cache.ModelCache`.
+            model: Model to load; `ModelConfig()` is the embedded checkpoint.
+            device: Torch device such as `cpu` or `cuda:0`. None: a GPU if there is one, else the CPU.
+            shared: Parts of other engines on this device, to be reused; see `model_cache.ModelCache`.
 
         Raises:
-            ConfigError: the weights are missing, unsafe, unfit for PIA, or do not fit each other.
+            ConfigError: The weights are missing, unsafe, unsuitable for PIA, or do not fit each other.
+            StorageError: An object store refused or did not answer.
+            torch.OutOfMemoryError: The device has too little memory for the weights.
         """
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         found = resolve(model)
@@ -93,16 +95,17 @@ class PiaEngine:
     def from_pipeline(
         cls, pipe: PIAPipeline, speed: Speed = "exact", compiler: compiling.Compiler | None = None
     ) -> PiaEngine:
-        """The engine of a pipeline's networks, with its scheduler, device and dtype. The pipeline stays as it is.
+        """Return an engine that uses a pipeline's networks, scheduler, device and dtype; leave the pipeline unchanged.
 
         Args:
-            pipe: what to draw with.
-            speed: as `ModelConfig.speed`.
-            compiler: what calls the UNet and the VAE; None: their own calls. Several engines may share one.
+            pipe: Pipeline whose networks generate the clips.
+            speed: Speed preset, as in `ModelConfig.speed`.
+            compiler: Compiler that calls the UNet and the VAE. None: they are called without compilation. Several
+                engines may share one compiler.
 
         Raises:
-            ConfigError: the pipeline has FreeInit or offloading switched on, or an IP-Adapter that does not read
-                images, or several.
+            ConfigError: The pipeline has FreeInit or offloading enabled, several IP-Adapters, or an IP-Adapter that
+                does not read images.
         """
         call = compiler or compiling.directly
         parts = dataclasses.replace(loading.adopt(pipe), shortcuts=PRESETS[speed], call=call)
@@ -110,52 +113,56 @@ class PiaEngine:
 
     @cached_property
     def engine_id(self) -> str:
-        """Weights, scheduler, dtype and engine version as 32 hexadecimal digits; `weights.engine_id` where loaded."""
+        """Hash of weights, scheduler, dtype and engine version, 32 hexadecimal digits.
+
+        For an engine from `load` it is `weights.identity.engine_id`.
+        """
         return self._identify()
 
     @property
     def device(self) -> str:
-        """Where the networks are, such as `cpu` or `cuda:0`."""
+        """Device of the networks, such as `cpu` or `cuda:0`."""
         return str(self._parts.device)
 
     @property
     def dtype(self) -> str:
-        """What the networks compute in: `float32`, `float16` or `bfloat16`."""
+        """Dtype of the UNet and the VAE: `float32`, `float16` or `bfloat16`."""
         return str(self._parts.dtype).removeprefix("torch.")
 
-    def under(self, scheduler: Any) -> PiaEngine:
-        """The same networks under another scheduler of diffusers, in an engine of its own."""
+    def with_scheduler(self, scheduler: Any) -> PiaEngine:
+        """Return a second engine that uses the same networks with another diffusers scheduler."""
         return PiaEngine(dataclasses.replace(self._parts, scheduler=scheduler), self._identify, embedded=self._embedded)
 
     def check(self) -> None:
-        """Draw a small fixed request, alone and among others, and return if it came out as it should.
+        """Generate a small fixed clip, alone and within a batch, and return if both are as expected.
 
-        The embedded model's clip is compared with a stored answer, any model's with itself. Takes two small calls of
-        the UNet, four of the embedded model's. Says nothing of the configured scheduler and speed, which it does not
-        use.
+        For the embedded model, compare the clip with a stored one; for every model, compare it with itself. The
+        self-test takes two small UNet calls, four for the embedded model. It does not use, and so does not test, the
+        configured scheduler and speed preset.
 
         Raises:
-            BrokenDeviceError: it came out as another clip, flat, or not at all.
-            ConfigError: the stored answer is missing, or of another embedded model.
+            BrokenDeviceError: The clip differs from the expected one, is flat, or could not be generated.
+            ConfigError: The stored clip is missing, or belongs to another embedded model.
         """
         scheduler = self_test.scheduler(self._parts.scheduler, embedded=self._embedded)
         exact = dataclasses.replace(self._parts, scheduler=scheduler, shortcuts=EXACT)
         self_test.check(PiaEngine(exact, self._identify, embedded=self._embedded), embedded=self._embedded)
 
     def animate(self, shots: Sequence[Shot], *, keep_latents: bool = False) -> list[Clip]:
-        """Draw every shot.
+        """Generate a clip for every shot.
 
-        Shots of equal frames and size are drawn together, whatever else differs. A batch that the device has no
-        memory for is halved until it fits. Later batches start with what fitted, and grow again after a while.
+        Shots with the same number of frames and the same size share a batch, whatever else differs. A batch that does
+        not fit into the device's memory is halved until it fits. Later batches start with the size that fitted, and
+        grow again after a while.
 
         Args:
-            shots: any mixture; none is an empty list.
-            keep_latents: also return what the VAE decoded.
+            shots: Shots with any mixture of settings. An empty sequence returns an empty list.
+            keep_latents: True to return the latents that the VAE decoded, too.
 
         Returns:
-            One clip per shot, in their order. A shot that could not be drawn has a clip with an `error`:
-            `UnsupportedSettingError`, `ImageUnreadableError`, `NonFiniteError` or `DeviceMemoryError`. The others are
-            none the worse for it.
+            One clip per shot, in the order of `shots`. A failed shot has a clip with an `error`:
+            `UnsupportedSettingError`, `ImageUnreadableError`, `NonFiniteError` or `DeviceMemoryError`. A failed shot
+            does not affect the others.
         """
         clips: dict[int, Clip] = {}
         groups: dict[tuple[int, int, int], list[int]] = {}
@@ -168,38 +175,39 @@ class PiaEngine:
                 groups.setdefault((shot.num_frames, shot.width, shot.height), []).append(index)
         with torch.inference_mode():
             for indices in groups.values():
-                drawn = self._draw([shots[index] for index in indices], keep_latents)
-                clips.update(zip(indices, drawn, strict=True))
+                generated = self._generate([shots[index] for index in indices], keep_latents)
+                clips.update(zip(indices, generated, strict=True))
         return [clips[index] for index in range(len(shots))]
 
-    def _draw(self, shots: Sequence[Shot], keep_latents: bool) -> list[Clip]:
-        """Clips of shots of one size, in batches no larger than what is known to fit."""
+    def _generate(self, shots: Sequence[Shot], keep_latents: bool) -> list[Clip]:
+        """Generate clips for shots of one size, in batches no larger than the known limit."""
         clips: list[Clip] = []
         tried_alone = False
         while len(clips) < len(shots):
-            loads = [_load(shot) for shot in shots[len(clips) :]]
-            taken = self._batch_limit.take(loads)
-            drawn = self._draw_if_it_fits(shots[len(clips) : len(clips) + taken], keep_latents)
-            if isinstance(drawn, list):
-                self._batch_limit.fitted(loads, taken)
-                clips += drawn
+            loads = [_memory_load(shot) for shot in shots[len(clips) :]]
+            size = self._batch_limit.batch_size(loads)
+            outcome = self._generate_if_it_fits(shots[len(clips) : len(clips) + size], keep_latents)
+            if isinstance(outcome, list):
+                self._batch_limit.record_success(loads, size)
+                clips += outcome
                 tried_alone = False
             else:
-                self._batch_limit.overflowed(loads, taken)
-                if taken == 1 and tried_alone:  # once more, as it may have been another's moment of need
-                    clips.append(Clip(error=drawn))
-                tried_alone = taken == 1 and not tried_alone
+                self._batch_limit.record_overflow(loads, size)
+                # A single row gets a second try: another process may have used the memory for a moment.
+                if size == 1 and tried_alone:
+                    clips.append(Clip(error=outcome))
+                tried_alone = size == 1 and not tried_alone
         return clips
 
-    def _draw_if_it_fits(self, shots: Sequence[Shot], keep_latents: bool) -> list[Clip] | DeviceMemoryError:
-        """The clips; or, with nothing of the attempt left in memory, that there is too little of it."""
+    def _generate_if_it_fits(self, shots: Sequence[Shot], keep_latents: bool) -> list[Clip] | DeviceMemoryError:
+        """Return the clips, or an error if the device's memory is too small; then free what the attempt allocated."""
         try:
-            return self._draw_together(shots, keep_latents)
+            return self._generate_together(shots, keep_latents)
         except (MemoryError, RuntimeError) as err:
             if not is_out_of_memory(err):
                 raise
             reason = str(err)
-        # Only here, with the exception gone, does its traceback no longer hold the tensors that filled the memory.
+        # Collect here, outside the handler: the exception's traceback holds the tensors that filled the memory.
         gc.collect()
         if self._parts.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -208,7 +216,7 @@ class PiaEngine:
             f"set model.memory to low: {reason}"
         )
 
-    def _draw_together(self, shots: Sequence[Shot], keep_latents: bool) -> list[Clip]:
+    def _generate_together(self, shots: Sequence[Shot], keep_latents: bool) -> list[Clip]:
         began = time.perf_counter()
         prompts = [self._prompts.encode(shot.prompt, shot.clip_skip) for shot in shots]
         started = [self._start(shot, prompt) for shot, prompt in zip(shots, prompts, strict=True)]
@@ -238,13 +246,13 @@ class PiaEngine:
         return self._image_prompts.encode(shot.image if shot.ip_adapter_image is None else shot.ip_adapter_image)
 
 
-def _load(shot: Shot) -> int:
-    """What the memory of a batch grows with: the pixels of all samples that the UNet sees at once."""
+def _memory_load(shot: Shot) -> int:
+    """Return the shot's share of a batch's memory, in pixels of all samples that the UNet processes at once."""
     return shot.num_frames * shot.width * shot.height * (2 if shot.guided else 1)
 
 
 def _shares(seconds: float, rows: Sequence[sampling.Row | RequestError]) -> list[float]:
-    """The time of a batch, split by how many UNet samples each row took."""
+    """Return each row's share of a batch's time, in seconds, in proportion to its UNet samples."""
     costs = [row.unet_samples if isinstance(row, sampling.Row) else 0 for row in rows]
     return [seconds * cost / max(1, sum(costs)) for cost in costs]
 

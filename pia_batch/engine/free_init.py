@@ -1,6 +1,6 @@
-"""FreeInit: a further pass over a clip, from its own low frequencies and fresh high ones.
+"""FreeInit: a further denoising pass that starts from the clip's own low frequencies and new high ones.
 
-Source: arXiv 2312.07537; numbers and order of draws are those of diffusers 0.42.1 `FreeInitMixin`.
+Source: arXiv 2312.07537; values and order of random numbers are those of diffusers 0.42.1 `FreeInitMixin`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _VOLUME = (-3, -2, -1)
 def renoise(
     shot: Shot, clip: torch.Tensor, first: torch.Tensor, scheduler: Any, generator: torch.Generator
 ) -> torch.Tensor:
-    """The latents that the next pass starts from.
+    """Return the latents from which the next pass starts.
 
     Args:
-        shot: whose filter it is.
-        clip: (1, 4, F, h, w), what the last pass ended with.
-        first: as `clip`, what the first pass started from.
-        scheduler: with the schedule of the last pass.
-        generator: gives one float32 number for each latent.
+        shot: Shot that defines the low-pass filter.
+        clip: Latents (1, 4, F, h, w) at the end of the last pass.
+        first: Latents at the start of the first pass, in the shape of `clip`.
+        scheduler: Scheduler, with the schedule of the last pass.
+        generator: CPU generator; one float32 number is taken for each latent.
 
     Returns:
-        (1, 4, F, h, w), in the clip's dtype and on its device.
+        Latents (1, 4, F, h, w), in the clip's dtype and on its device.
 
     Raises:
-        IndexError: the schedule knows no noise level for the last timestep of training.
+        IndexError: The schedule has no noise level for the last timestep of training.
     """
     noised = scheduler.add_noise(clip, first, last_timestep(scheduler)).float()
     fresh = torch.randn(clip.shape, generator=generator, dtype=torch.float32).to(clip.device)
@@ -49,7 +49,7 @@ def renoise(
 
 
 def last_timestep(scheduler: Any) -> torch.Tensor:
-    """The noisiest timestep of training, at which every further pass starts: int64, shape (1,)."""
+    """Return the noisiest timestep of training, at which every further pass starts: int64, shape (1,)."""
     return torch.tensor([scheduler.config.num_train_timesteps - 1])
 
 
@@ -57,12 +57,12 @@ def last_timestep(scheduler: Any) -> torch.Tensor:
 def low_pass(
     shape: tuple[int, int, int], method: FreeInitMethod, order: int, spatial_stop: float, temporal_stop: float
 ) -> torch.Tensor:
-    """How much of each frequency is kept: float32, 0 to 1, of the given shape (F, h, w), frequency zero first.
+    """Return the share of each frequency that is kept: float32, 0 to 1, of shape (F, h, w), frequency zero first.
 
-    All zero where a stop frequency is zero. 32 are kept, of 0.26 MB each for 16 frames of 512 x 512.
+    All values are zero where a stop frequency is zero. 32 filters are cached, 0.26 MB each for 16 frames of 512 x 512.
 
-    Source: the `ideal` filter's limit of twice the stop frequency, where its square would be expected, is diffusers'
-    and the paper's own code's.
+    Source: the limit of the `ideal` filter is twice the stop frequency, where its square would be expected, both in
+    diffusers and in the code of the paper.
     """
     if spatial_stop == 0 or temporal_stop == 0:
         return torch.zeros(shape)

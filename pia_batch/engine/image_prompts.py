@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil
 
-from pia_batch.engine.conditioning import Recent, pixel_digest
+from pia_batch.engine.conditioning import LruCache, pixel_digest
 from pia_batch.errors import ConfigError, NonFiniteError
 
 MAX_IMAGE_PROMPTS = 32
@@ -62,7 +62,7 @@ class ImagePromptEncoder:
         self._encoder = encoder
         self._processor = processor
         self._device = device
-        self._recent: Recent[tuple[tuple[int, int], bytes], ImagePrompt] = Recent(MAX_IMAGE_PROMPTS)
+        self._recent: LruCache[tuple[tuple[int, int], bytes], ImagePrompt] = LruCache(MAX_IMAGE_PROMPTS)
 
     def encode(self, image: Image.Image) -> ImagePrompt:
         """The embeddings of an RGB image of any size.

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from pia_batch.config import ModelConfig, SchedulerConfig
 from pia_batch.config.speed_presets import EXACT, PRESETS, Shortcuts
 from pia_batch.engine import adapters, compiling, image_prompts, offloading, single_file
-from pia_batch.engine.offloading import Berth, OnDemand
+from pia_batch.engine.offloading import DeviceSlot, OnDemand
 from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.engine.shots import Limits
 from pia_batch.errors import ConfigError
@@ -229,8 +229,8 @@ class _Loader:
             parts["image_processor"] = image_prompts.processor_for(parts["image_encoder"])
             networks.append("image_encoder")
         if self._saving.offload:
-            berth = self._shared.berth if self._shared else Berth()
-            parts |= {name: OnDemand(parts[name], self._device, berth) for name in networks}
+            slot = self._shared.slot if self._shared else DeviceSlot()
+            parts |= {name: OnDemand(parts[name], self._device, slot) for name in networks}
         return parts
 
     def _part(self, name: str, make: Callable[[], Any], *others: Any) -> Any:

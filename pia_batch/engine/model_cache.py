@@ -1,4 +1,4 @@
-"""Many models in one process: loaded when they are asked for, put away when memory runs short."""
+"""Model cache: loads several models in one process on demand, and evicts them when memory runs short."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from pia_batch.errors import ConfigError
 log = logging.getLogger(__name__)
 
 WEIGHTS_SHARE = 0.6
-"""How much of a memory the weights of all models may take; the rest is for what a batch computes."""
+"""Share of a device's memory that the weights of all models may take; the rest is for activations."""
 
 
 def budget(device: torch.device) -> int:
-    """Bytes that weights may take of this device's memory."""
+    """Return the number of bytes of this device's memory that weights may take."""
     return int(WEIGHTS_SHARE * total_memory(device))
 
 
 class ModelCache:
-    """The engines of several models on one device, as many at a time as there is room for.
+    """Engines of several models on one device; as many at a time as the memory budget allows.
 
-    What models have in common is in memory once: text encoder, VAE, tokenizer and UNet where nothing distinguishes
-    them, and the motion modules of UNets with the same motion adapter. A model draws what it draws alone. Not for
-    several threads at a time.
+    Parts that models have in common are in memory once: equal text encoders, VAEs, tokenizers and UNets, and the
+    motion modules of UNets with the same motion adapter. Sharing does not change any clip. The cache is not
+    thread-safe.
 
     Args:
-        models: by name.
-        device: such as `cpu` or `cuda:0`; None: a GPU if there is one.
-        max_models: most engines at a time; None: as many as the budget holds.
-        budget: bytes that weights may take of a device. The model in use may take more.
-        load: makes the engine of a model, on a device, with shared parts.
+        models: Model configs by name.
+        device: Torch device such as `cpu` or `cuda:0`. None: a GPU if there is one, else the CPU.
+        max_models: Largest number of engines in memory at a time. None: as many as the budget allows.
+        budget: Function that returns the number of bytes that weights may take of a device. The model in use may
+            exceed it.
+        load: Function that creates the engine of a model, on a device, with shared parts.
     """
 
     def __init__(
@@ -58,14 +59,16 @@ class ModelCache:
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        """The models in memory, the one that was used last at the end."""
+        """Names of the models in memory, the most recently used one last."""
         return tuple(self._engines)
 
     def engine(self, name: str) -> PiaEngine:
-        """The engine of a model. Ask for it anew each time: whoever keeps it keeps its memory.
+        """Return the engine of a model; load it if it is not in memory.
+
+        Call this method for every use: a reference that the caller keeps prevents the model from being evicted.
 
         Raises:
-            ConfigError: there is no such model, it cannot be loaded, or the device is too small for it alone.
+            ConfigError: There is no such model, it cannot be loaded, or the device's memory is too small for it alone.
         """
         if name not in self._models:
             raise ConfigError(f"there is no model {name!r}; the config has {', '.join(sorted(self._models))}")
@@ -92,18 +95,18 @@ class ModelCache:
         return engine
 
     def _try_to_load(self, name: str) -> PiaEngine | None:
-        """The engine; None where memory ran out. When this returns, no traceback holds what was loaded half-way."""
+        """Return the engine, or None if memory ran out; then no traceback keeps the partly loaded model alive."""
         try:
             return self._load_engine(self._models[name], self._device, self._shared)
         except (MemoryError, torch.OutOfMemoryError) as err:
-            log.warning("model_does_not_fit name=%s loaded=%d reason=%s", name, len(self._engines), err)
+            log.warning("model_load_failed name=%s loaded=%d reason=%s", name, len(self._engines), err)
             return None
 
     def _is_over_budget(self) -> bool:
         return any(size > self._budget(device) for device, size in self._shared.num_bytes().items())
 
     def _evict(self, down_to: int) -> None:
-        """Put away the models that were not used for longest, until no more than this many are left."""
+        """Evict the least recently used models until at most `down_to` are left."""
         while len(self._engines) > down_to:
             name = next(iter(self._engines))
             del self._engines[name]

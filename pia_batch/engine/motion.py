@@ -1,6 +1,6 @@
-"""Motion curves: how like the image each frame should be, by the settings of a shot.
+"""Motion: similarity of each frame to the input image, computed from the settings of a shot.
 
-Knows nothing of tensors and networks.
+Does not use tensors or networks.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ _PRESETS: tuple[tuple[float, ...], ...] = (
     (0.5, 0.4, 0.4, 0.4, 0.35, 0.35, 0.3, 0.25, 0.2),
     (0.5, 0.2),
 )
-"""Likeness to the image by distance from the frame that is the image, by motion_scale. 3 to 5 close after 16 frames.
+"""Similarity to the image by distance from the conditioning frame, for each motion_scale. 3 to 5 loop after 16 frames.
 
 Source: open-mmlab/PIA `animatediff/utils/util.py`, in the order of diffusers: the original has 6 and 8 swapped.
 """
 
 
 def motion_coefficients(shot: Shot) -> tuple[float, ...]:
-    """One number a frame: how like the image it should be, 0 to 1 with the presets.
+    """Return one coefficient for each frame: its similarity to the image, 0 to 1 for the presets.
 
-    A curve goes by the distance to `cond_frame` and stays at its last value. Of a loop the last frame has the
-    coefficient of the first, at any number of frames and any `cond_frame`.
+    A curve is indexed by the distance to `cond_frame`; beyond its end it keeps its last value. In a loop, the last
+    frame has the coefficient of the first, at any number of frames and any `cond_frame`.
 
     Source: `prepare_mask_coef_by_statistics` of open-mmlab/PIA; loops of other lengths than 16 are resampled from it.
     """
     frames = range(shot.num_frames)
     if shot.loop and shot.motion_curve is None:
         loop = _resampled(_PRESETS[3 + shot.motion_scale % 3], shot.num_frames)
-        # The last frame is the first one's phase again, so that one turn is a frame shorter than the clip.
+        # The last frame repeats the phase of the first, so one turn is a frame shorter than the clip.
         turn = max(1, shot.num_frames - 1)
         return tuple(loop[(frame - shot.cond_frame) % turn] for frame in frames)
     curve = _PRESETS[shot.motion_scale] if shot.motion_curve is None else shot.motion_curve
@@ -43,7 +43,7 @@ def motion_coefficients(shot: Shot) -> tuple[float, ...]:
 
 
 def _resampled(curve: tuple[float, ...], count: int) -> tuple[float, ...]:
-    """The curve at `count` even positions from its first to its last value, linearly between its own."""
+    """Return the curve at `count` equidistant positions from its first to its last value, linearly interpolated."""
     last = len(curve) - 1
     values = []
     for index in range(count):

@@ -1,4 +1,4 @@
-"""Less memory on the device, at the cost of time: networks that only visit it, and a VAE that works in small steps."""
+"""Offloading: saves device memory at the cost of time; networks wait on the CPU, and the VAE works in parts."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import psutil
 import torch
 
 SMALL_DEVICE_BYTES = 10 * 2**30
-"""A GPU with less than this is `small`: the model's 3 GB in half precision leave too little for a clip of 512 x 512."""
+"""Size below which a GPU counts as small: 3 GB of weights in half precision leave too little for a 512 x 512 clip."""
 
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Savings:
-    """What `ModelConfig.memory` means on a device.
+    """Memory savings on a device, as `ModelConfig.memory` requests them.
 
     Attributes:
-        offload: networks wait on the CPU until they are used.
-        slices: the VAE takes one frame at a time. Changes no pixel.
-        tiles: the VAE takes one part of a frame at a time, of its own sample size. Frames no larger stay as they are;
-            in others the seams are blended, so that they differ a little.
+        offload: True if networks wait on the CPU until they are used.
+        slices: True if the VAE processes one frame at a time. Does not change pixels.
+        tiles: True if the VAE processes one tile of a frame at a time, of its own sample size. Frames no larger than a
+            tile do not change; in others the seams are blended, so that pixels differ a little.
     """
 
     offload: bool
@@ -33,7 +33,7 @@ class Savings:
     tiles: bool
 
     def apply_to_vae(self, vae: Any) -> None:
-        """Set up an `AutoencoderKL`."""
+        """Enable slicing and tiling of an `AutoencoderKL`, as requested."""
         if self.slices:
             vae.enable_slicing()
         if self.tiles:
@@ -41,7 +41,7 @@ class Savings:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of the GPU, or of this machine's main memory."""
+    """Return the size of the GPU's memory, or of this machine's main memory, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return psutil.virtual_memory().total
@@ -52,7 +52,7 @@ def savings(
     device: torch.device,
     total: Callable[[torch.device], int] = total_memory,
 ) -> Savings:
-    """How to save memory on this device; `total` tells how much it has."""
+    """Return the memory savings for this device; `total` returns the size of its memory in bytes."""
     small = device.type == "cuda" and total(device) < SMALL_DEVICE_BYTES
     low = memory == "low" or (memory == "auto" and small)
     return Savings(offload=low and device.type != "cpu", slices=low, tiles=memory == "low")
@@ -62,27 +62,27 @@ def _move(network: Any, device: torch.device) -> None:
     network.to(device)
 
 
-class Berth:
-    """Room on a device for one network at a time. Who comes sends whom it finds back to the CPU."""
+class DeviceSlot:
+    """Slot on a device for one network at a time. Placing a network moves the previous one back to the CPU."""
 
     def __init__(self, move: Callable[[Any, torch.device], None] = _move) -> None:
         self._move = move
         self._occupant: weakref.ref[Any] | None = None
 
-    def admit(self, network: Any, device: torch.device) -> None:
-        """Bring a network onto the device, unless it is there."""
+    def place(self, network: Any, device: torch.device) -> None:
+        """Move a network to the device, unless it is there already."""
         if self._occupant is not None and self._occupant() is network:
             return
-        self.vacate()
+        self.clear()
         self._occupant = weakref.ref(network)
         try:
             self._move(network, device)
         except BaseException:
-            self.vacate()  # half of it may have arrived
+            self.clear()  # a part of it may be on the device
             raise
 
-    def vacate(self) -> None:
-        """Send the network that is there, if any, back to the CPU."""
+    def clear(self) -> None:
+        """Move the network that is on the device, if any, back to the CPU."""
         occupant = None if self._occupant is None else self._occupant()
         if occupant is not None:
             self._move(occupant, _CPU)
@@ -90,40 +90,40 @@ class Berth:
 
 
 class OnDemand:
-    """A network that waits on the CPU, and is on `device` from when it is used until another one is.
+    """Network that waits on the CPU; using it moves it to `device`, until another network is used.
 
-    To its users it seems to be there always: `device` says where to send inputs, everything else is the network's own.
+    Callers need not know: `device` is the device for inputs, and all other attributes are the network's own.
     """
 
-    def __init__(self, network: Any, device: torch.device, berth: Berth) -> None:
+    def __init__(self, network: Any, device: torch.device, slot: DeviceSlot) -> None:
         self.network = network
         self.device = device
-        self._berth = berth
+        self._slot = slot
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.network, name)
 
-    def arrived(self) -> Any:
-        """The network itself, on the device until another one is."""
-        self._berth.admit(self.network, self.device)
+    def on_device(self) -> Any:
+        """Return the network itself, on the device until another network is placed there."""
+        self._slot.place(self.network, self.device)
         return self.network
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's own call, on the device."""
-        return self.arrived()(*args, **kwargs)
+        """Call the network on the device."""
+        return self.on_device()(*args, **kwargs)
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """The VAE's `encode`, on the device."""
-        return self.arrived().encode(*args, **kwargs)
+        """Call the VAE's `encode` on the device."""
+        return self.on_device().encode(*args, **kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
-        """The VAE's `decode`, on the device."""
-        return self.arrived().decode(*args, **kwargs)
+        """Call the VAE's `decode` on the device."""
+        return self.on_device().decode(*args, **kwargs)
 
     def float(self) -> OnDemand:
-        """The same network in float32, in place, as `torch.nn.Module.float`."""
+        """Convert the network to float32 in place, as `torch.nn.Module.float` does."""
         self.network.float()
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnDemand:
-        return OnDemand(copy.deepcopy(self.network, memo), self.device, self._berth)
+        return OnDemand(copy.deepcopy(self.network, memo), self.device, self._slot)

@@ -140,4 +140,4 @@ class _Stock:
 
 def _present(unet: Any) -> Any:
     """The network on its device."""
-    return unet.arrived() if isinstance(unet, OnDemand) else unet
+    return unet.on_device() if isinstance(unet, OnDemand) else unet

@@ -20,7 +20,7 @@ from pia_batch.config.speed_presets import EXACT, OUTERMOST_SHARE, Shortcuts, wh
 from pia_batch.engine import free_init
 from pia_batch.engine.async_transfers import AsyncTransfers
 from pia_batch.engine.compiling import Call, directly
-from pia_batch.engine.conditioning import Posterior, Prompt, Recent
+from pia_batch.engine.conditioning import LruCache, Posterior, Prompt
 from pia_batch.engine.image_prompts import Attention, ImagePrompt
 from pia_batch.engine.loading import Components
 from pia_batch.engine.motion import motion_coefficients
@@ -163,7 +163,7 @@ def denoise(unet: Any, rows: Sequence[Row], call: Call = directly) -> None:
     """
     left = [row for row in rows if row.timesteps]
     while left:
-        batches: Recent[tuple[int, ...], _Batch] = Recent(_MAX_BATCHES)
+        batches: LruCache[tuple[int, ...], _Batch] = LruCache(_MAX_BATCHES)
         for _ in range(min(len(row.timesteps) for row in left)):
             for alike in _alike(left):
                 key = tuple(id(row) for row in alike)

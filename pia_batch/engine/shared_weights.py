@@ -1,4 +1,4 @@
-"""Parts that several models have in common: made once, and kept for as long as one of the models is in use."""
+"""Shared weights: parts that several models have in common, created once and kept while one of the models is in use."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 
 import torch
 
-from pia_batch.engine.offloading import Berth
+from pia_batch.engine.offloading import DeviceSlot
 from pia_batch.weights.components import Component
 
 MOTION = "motion_modules"
-"""What diffusers calls the motion modules of each block of a UNet."""
+"""Attribute under which diffusers keeps the motion modules of a UNet block."""
 
 
 class SharedParts:
-    """The parts of all models in use on one device, each by its recipe: everything that it was made of.
+    """Parts of all models in use on one device, each identified by its recipe: a list of everything it was made from.
 
-    A recipe is a list, nested at will, of `Component`s and what JSON can hold. Equal recipes make equal parts. Whoever
-    changes a part must have made it by a recipe of its own.
+    A recipe is a list, nested at will, of `Component`s and values that JSON can hold. Equal recipes make equal parts.
+    Code that changes a part in place must have created it under a recipe that no other part has.
 
     Attributes:
-        berth: where networks that wait on the CPU are taken in turn.
+        slot: Device slot that offloaded networks of all these models take in turn.
     """
 
-    def __init__(self, berth: Berth | None = None) -> None:
-        self.berth = berth or Berth()
+    def __init__(self, slot: DeviceSlot | None = None) -> None:
+        self.slot = slot or DeviceSlot()
         self._parts: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
     def get(self, recipe: Sequence[Any], make: Callable[[], Any]) -> Any:
-        """The part of this recipe that is in use, or else a new one."""
+        """Return the part of this recipe that is in use; create it with `make` if there is none."""
         key = json.dumps(recipe, default=_identity, sort_keys=True)
         part = self._parts.get(key)
         if part is None:
@@ -40,7 +40,7 @@ class SharedParts:
         return part
 
     def num_bytes(self) -> dict[torch.device, int]:
-        """How much the weights in use take of each device, what is shared counted once."""
+        """Return the number of bytes that the weights in use take of each device; shared weights count once."""
         tensors: dict[int, torch.Tensor] = {}
         for part in self._parts.values():
             if isinstance(part, torch.nn.Module):
@@ -51,16 +51,16 @@ class SharedParts:
         return sizes
 
     def share_motion(self, unet: Any, recipe: Sequence[Any]) -> None:
-        """Put the motion modules of this recipe that are in use in place of the UNet's own, equal ones."""
+        """Replace the UNet's motion modules by equal ones of this recipe that are already in use."""
         own = [(name, modules) for name, modules in unet.named_modules() if name.split(".")[-1] == MOTION]
         for name, modules in own:
             block = unet.get_submodule(name.removesuffix(f".{MOTION}"))
-            # The base UNet has a say in their structure, which is in what they print.
+            # Their structure depends on the base UNet, too; `repr` shows it.
             setattr(block, MOTION, self.get([*recipe, name, repr(modules)], partial(getattr, block, MOTION)))
 
 
 def _identity(part: Any) -> Any:
     if not isinstance(part, Component):
-        raise TypeError(f"{part!r} cannot be part of a recipe")
-    # A commit holds many parts, told apart by their folder and files; elsewhere identities are hashes of the files.
+        raise TypeError(f"recipe: unsupported type {type(part).__name__}; use Component or JSON values")
+    # One hub commit holds many parts: folder and files distinguish them. Other identities are hashes of the files.
     return [part.identity(), *([part.folder.name, part.files] if part.commit else [])]

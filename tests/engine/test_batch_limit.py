@@ -16,14 +16,14 @@ def draw(room: BatchLimit, loads: list[int], holds: Callable[[int], bool]) -> li
     """Draw rows of these loads on a device that `holds` a batch or not. The loads that were tried."""
     left, tried = list(loads), []
     while left:
-        taken = room.take(left)
+        taken = room.batch_size(left)
         load = sum(left[:taken])
         tried.append(load)
         if holds(load):
-            room.fitted(left, taken)
+            room.record_success(left, taken)
             del left[:taken]
         else:
-            room.overflowed(left, taken)
+            room.record_overflow(left, taken)
             if taken == 1:
                 del left[0]
     return tried
@@ -46,8 +46,8 @@ def test_a_batch_is_halved_until_it_fits_and_what_fits_is_remembered():
 
 def test_one_bad_moment_halves_the_batches_for_a_while_only():
     room = BatchLimit()
-    room.overflowed([1] * 8, 8)
-    room.overflowed([1] * 4, 4)
+    room.record_overflow([1] * 8, 8)
+    room.record_overflow([1] * 4, 4)
 
     tried = draw(room, [1] * (6 * PATIENCE + 8), most(1000))
 
@@ -57,7 +57,7 @@ def test_one_bad_moment_halves_the_batches_for_a_while_only():
 
 def test_batches_grow_no_further_than_what_is_asked_for():
     room = BatchLimit()
-    room.overflowed([1] * 8, 8)
+    room.record_overflow([1] * 8, 8)
     for _ in range(PATIENCE):
         assert draw(room, [1] * 8, most(8)) == [4, 4]
 
@@ -67,7 +67,7 @@ def test_batches_grow_no_further_than_what_is_asked_for():
 
 def test_a_lasting_limit_is_tried_ever_more_rarely():
     room = BatchLimit()
-    room.overflowed([1] * 8, 8)
+    room.record_overflow([1] * 8, 8)
 
     tried = draw(room, [1] * 4 * 4_000, most(4))
 
@@ -81,7 +81,7 @@ def test_a_lasting_limit_is_tried_ever_more_rarely():
 
 def test_a_larger_batch_that_fails_costs_nothing_that_had_fitted():
     room = BatchLimit()
-    room.overflowed([1] * 8, 8)
+    room.record_overflow([1] * 8, 8)
     for _ in range(PATIENCE):
         assert draw(room, [2] * 3, most(4)) == [4, 2]
 
@@ -91,11 +91,11 @@ def test_a_larger_batch_that_fails_costs_nothing_that_had_fitted():
 
 def test_patience_is_short_again_once_more_has_fitted():
     room = BatchLimit()
-    room.overflowed([1] * 8, 8)
+    room.record_overflow([1] * 8, 8)
     draw(room, [1] * 4 * 1000, most(4))  # long enough to lose patience
     draw(room, [1] * 4 * 1000, most(1000))
 
-    room.overflowed([1] * 2, 2)
+    room.record_overflow([1] * 2, 2)
     assert draw(room, [1] * (PATIENCE + 2), most(1000)) == [1] * PATIENCE + [2]
 
 
@@ -126,6 +126,6 @@ def test_every_row_is_tried_in_few_attempts_however_the_room_changes(loads, capa
 @pytest.mark.parametrize("load", [1, 2, 3])
 def test_a_limit_never_reaches_zero_from_which_it_could_not_grow(load):
     room = BatchLimit()
-    room.overflowed([load], 1)
+    room.record_overflow([load], 1)
 
     assert 8 in draw(room, [1] * 100, most(8))

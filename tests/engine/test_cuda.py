@@ -21,7 +21,7 @@ from schedulers import SCHEDULERS, scheduled
 
 from pia_batch.engine import PiaEngine, Shot, loading, sampling
 from pia_batch.engine.benchmark import baselines
-from pia_batch.engine.offloading import Berth, OnDemand
+from pia_batch.engine.offloading import DeviceSlot, OnDemand
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -124,9 +124,9 @@ def test_no_step_of_any_scheduler_mixes_devices_or_waits(encoded, name, settings
 
 def test_networks_that_wait_on_the_host_are_there_when_they_are_asked(cuda):
     parts = loading.adopt(moved(cuda, build()))
-    berth = Berth(lambda network, device: cuda.place(network, device=device))
+    slot = DeviceSlot(lambda network, device: cuda.place(network, device=device))
     ashore = {
-        name: OnDemand(cuda.place(getattr(parts, name), device=torch.device("cpu")), CUDA, berth)
+        name: OnDemand(cuda.place(getattr(parts, name), device=torch.device("cpu")), CUDA, slot)
         for name in ("unet", "vae", "text_encoder")
     }
 

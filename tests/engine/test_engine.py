@@ -526,7 +526,7 @@ def test_what_rows_share_is_computed_once_and_kept(pipe):
 
 
 def test_caches_forget_what_was_not_used_for_longest():
-    recent: conditioning.Recent[str, int] = conditioning.Recent(2)
+    recent: conditioning.LruCache[str, int] = conditioning.LruCache(2)
     for key in ("a", "b", "a", "c"):
         recent.get(key, lambda: 1)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from pia_batch.config import ModelConfig, SchedulerConfig
 from pia_batch.engine import PiaEngine, loading
-from pia_batch.engine.offloading import SMALL_DEVICE_BYTES, Berth, OnDemand, Savings, savings, total_memory
+from pia_batch.engine.offloading import SMALL_DEVICE_BYTES, DeviceSlot, OnDemand, Savings, savings, total_memory
 from pia_batch.weights.resolve import resolve
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -66,9 +66,9 @@ class Ferry:
 def visiting(parts: loading.Components) -> tuple[PiaEngine, Ferry]:
     """An engine whose networks wait ashore. Its device is the CPU, called by another name."""
     ferry = Ferry(*(getattr(parts, name) for name in NETWORKS))
-    berth = Berth(ferry)
+    slot = DeviceSlot(ferry)
     device = torch.device("cpu", 0)
-    wrapped = {name: OnDemand(getattr(parts, name), device, berth) for name in NETWORKS}
+    wrapped = {name: OnDemand(getattr(parts, name), device, slot) for name in NETWORKS}
     return PiaEngine(dataclasses.replace(parts, device=device, **wrapped), lambda: "visiting"), ferry
 
 
@@ -110,12 +110,12 @@ def test_frames_that_overflow_are_decoded_again_by_a_copy_that_visits_too():
 def test_the_berth_has_room_for_one_network_at_a_time():
     one, two = nn.Linear(2, 2), nn.Linear(2, 2)
     moves: list[tuple[Any, torch.device]] = []
-    berth = Berth(lambda network, device: moves.append((network, device)))
+    slot = DeviceSlot(lambda network, device: moves.append((network, device)))
 
     for network in (one, one, two, two, one):
-        berth.admit(network, GPU)
-    berth.vacate()
-    berth.vacate()
+        slot.place(network, GPU)
+    slot.clear()
+    slot.clear()
 
     assert moves == [(one, GPU), (one, CPU), (two, GPU), (two, CPU), (one, GPU), (one, CPU)]
 
@@ -128,21 +128,21 @@ def test_a_network_that_does_not_fit_leaves_the_device_again():
         if device == GPU and len(moves) == 1:
             raise torch.OutOfMemoryError("tried to allocate 3 GiB")
 
-    berth = Berth(cramped)
+    slot = DeviceSlot(cramped)
     with pytest.raises(torch.OutOfMemoryError):
-        berth.admit(network, GPU)
-    berth.admit(network, GPU)
+        slot.place(network, GPU)
+    slot.place(network, GPU)
 
     assert moves == [GPU, CPU, GPU]
 
 
 def test_the_berth_keeps_no_network_alive():
     moves = []
-    berth = Berth(lambda _, device: moves.append(device))
-    berth.admit(nn.Linear(2, 2), GPU)
+    slot = DeviceSlot(lambda _, device: moves.append(device))
+    slot.place(nn.Linear(2, 2), GPU)
     gc.collect()
 
-    berth.vacate()
+    slot.clear()
 
     assert moves == [GPU]
 

@@ -174,12 +174,12 @@ def test_its_request_suits_every_model(other, stride, max_frames):
 
 def test_the_answer_is_stored_and_read_again(embedded, tmp_path):
     path = tmp_path / "self_test.json"
-    canaries = embedded.under(self_test.scheduler(None, embedded=True))
+    canaries = embedded.with_scheduler(self_test.scheduler(None, embedded=True))
 
-    self_test.write_answer(canaries, path)
+    self_test.write_expected(canaries, path)
 
-    self_test.check(canaries, embedded=True, answer=path)
-    stored, fresh = json.loads(self_test.ANSWER.read_text()), json.loads(path.read_text())
+    self_test.check(canaries, embedded=True, expected=path)
+    stored, fresh = json.loads(self_test.EXPECTED.read_text()), json.loads(path.read_text())
     assert stored["engine_id"] == fresh["engine_id"]
     assert len(path.read_bytes()) < 1500
 
@@ -206,8 +206,8 @@ def test_thumbnails_are_means_of_squares():
 )
 def test_an_answer_that_is_no_answer_is_an_error_that_names_the_command(embedded, tmp_path, spoil):
     path = tmp_path / "self_test.json"
-    path.write_text(self_test.ANSWER.read_text())
+    path.write_text(self_test.EXPECTED.read_text())
     spoil(path)
 
     with pytest.raises(ConfigError, match=r"python jobs/tiny/self_test\.py"):
-        self_test.check(embedded, embedded=True, answer=path)
+        self_test.check(embedded, embedded=True, expected=path)
