@@ -23,9 +23,9 @@ def bench(
     size: Annotated[
         Literal["full", "tiny"], typer.Option(help="full: SD 1.5 with random weights; tiny: the embedded model")
     ] = "full",
-    rounds: Annotated[int, typer.Option(min=1, help="how often each contestant takes its turn")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="how often each variant takes its turn")] = 3,
     batches: Annotated[str, typer.Option(help="batch sizes of the engine, separated by commas")] = "1,2,4",
-    only: Annotated[str, typer.Option(help="contestants, in the order of their turns, such as d,b,c")] = "a,b,c,d,e",
+    only: Annotated[str, typer.Option(help="variants, in the order of their turns, such as d,b,c")] = "a,b,c,d,e",
     side: Annotated[int | None, typer.Option(min=8, help="width and height, px; by default 512, tiny 64")] = None,
     frames: Annotated[int | None, typer.Option(min=1, max=32, help="of a clip; by default 16, tiny 8")] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=1000, help="by default 25, tiny 8")] = None,
@@ -46,7 +46,7 @@ def bench(
     """Clips a second of the engine, and of what one would use without it, interleaved on one device. No download.
 
     `--to` is written after each turn, and numbers of another run under the same conditions stay there: a long benchmark
-    may be cut into several commands by `--only`. Exit code 1: no contestant could be measured.
+    may be cut into several commands by `--only`. Exit code 1: no variant could be measured.
 
     Examples: `pia-batch bench --to bench.json`, `pia-batch bench --size tiny --no-compile`,
     `pia-batch bench --only d --batches 4 --profile --minutes 8 --to bench.json`
@@ -83,14 +83,14 @@ def bench(
         print_json(told)
     else:
         _show(told)
-    if not any(one["turns"] for one in measured["contestants"].values()):
+    if not any(one["turns"] for one in measured["variants"].values()):
         raise typer.Exit(1)
 
 
 def _show(told: dict[str, Any]) -> None:
     wide = out if out.is_terminal else Console(highlight=False, emoji=False, width=_WIDTH)
     wide.print(_table(told))
-    for name, one in told["contestants"].items():
+    for name, one in told["variants"].items():
         for what in ("error", "not_compiled"):
             if what in one:
                 out.print(f"{name}: {what.replace('_', ' ')}: {one[what]}", markup=False, soft_wrap=True)
@@ -113,7 +113,7 @@ def _numbers(batches: str) -> tuple[int, ...]:
 def _letters(only: str) -> str:
     letters = only.split(",")
     if not set(letters) <= set("abcde"):
-        raise typer.BadParameter(f"{only!r} is no list of contestants, such as a,b,c,d,e", param_hint="--only")
+        raise typer.BadParameter(f"{only!r} is no list of variants, such as a,b,c,d,e", param_hint="--only")
     return "".join(letters)
 
 
@@ -153,10 +153,10 @@ def _write(path: Path, told: dict[str, Any]) -> None:
 def _table(told: dict[str, Any]) -> Table:
     shape = "{device}, {dtype}, {side_px} px, {frames} frames, {steps} steps".format_map(told["conditions"])
     table = Table(title=f"{shape}, {told['tflop_per_clip']:.3g} TFLOP a clip")
-    table.add_column("contestant", no_wrap=True)
+    table.add_column("variant", no_wrap=True)
     for head in _COLUMNS:
         table.add_column(head, justify="right", no_wrap=True)
-    for name, one in told["contestants"].items():
+    for name, one in told["variants"].items():
         least, most = one.get("clips_per_s_range") or (None, None)
         peak = one.get("peak_bytes")
         table.add_row(

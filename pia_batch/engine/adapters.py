@@ -1,6 +1,6 @@
-"""What makes a model one's own: LoRAs, textual inversions and FreeU, laid over networks that were just loaded.
+"""Adapters of a model: LoRAs, textual inversions and FreeU, applied to networks that were just loaded.
 
-The result draws what the stock pipeline draws after `load_lora_weights`, `set_adapters`, `fuse_lora`,
+The result generates the same clips as the stock pipeline after `load_lora_weights`, `set_adapters`, `fuse_lora`,
 `load_textual_inversion` and `enable_freeu`.
 """
 
@@ -25,17 +25,17 @@ from pia_batch.weights.components import Component
 TOKENIZER = "tokenizer"
 
 _NAMELESS = ("emb_params", "string_to_param", "string_to_param.*", "*")
-"""What files converted from the web UI's call their tensor, in place of a word."""
+"""Tensor names of files converted from the web UI's format, which do not hold the word."""
 
 
 @dataclass(frozen=True, slots=True)
-class Inversion:
-    """A textual inversion's file.
+class TextualInversion:
+    """Textual inversion, read from its file.
 
     Attributes:
-        part: the file.
-        word: what stands for it in a prompt.
-        vectors: (tokens, features).
+        part: The file.
+        word: Word that stands for it in a prompt.
+        vectors: Embeddings, (tokens, features).
     """
 
     part: Component
@@ -44,24 +44,24 @@ class Inversion:
 
     @property
     def tokens(self) -> list[str]:
-        """The tokens of the vectors, named as diffusers names them."""
+        """Names of the vectors' tokens, as diffusers names them."""
         return [self.word, *(f"{self.word}_{k}" for k in range(1, len(self.vectors)))]
 
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """All that personalises one model, read and not yet applied.
+    """Adapters of one model, read and not yet applied.
 
-    Parts must be the model's own when `apply_to_...` gets them: they are changed in place.
+    The `apply_to_...` methods change parts in place, so the parts must belong to this model alone.
     """
 
     loras: tuple[Lora, ...]
-    inversions: tuple[Inversion, ...]
+    inversions: tuple[TextualInversion, ...]
     freeu: FreeUConfig | None
     fuse: bool
 
     def recipe(self, part: str) -> list[Any]:
-        """What is done to a part, such as `unet`: equal for adapters that change it equally, empty for none."""
+        """Return a description of the changes to a part such as `unet`: equal for equal changes, empty for none."""
         steps: list[Any] = [[lora.part, lora.scale, self.fuse] for lora in self.loras if lora.touches(part)]
         if part in (TOKENIZER, TEXT_ENCODER):
             steps += [[inversion.part, inversion.word] for inversion in self.inversions]
@@ -71,42 +71,46 @@ class Adapters:
 
     @property
     def touch_motion(self) -> bool:
-        """Whether the UNet's motion modules are changed, too."""
+        """True if the adapters change the UNet's motion modules, too."""
         return any(lora.touches(UNET, "motion_modules") for lora in self.loras)
 
     def apply_to_tokenizer(self, tokenizer: Any) -> None:
         """Add the words of the textual inversions.
 
         Raises:
-            ConfigError: a word is in the vocabulary already.
+            ConfigError: A word is already in the vocabulary.
         """
         for inversion in self.inversions:
             known = tokenizer.get_vocab()
             taken = [token for token in inversion.tokens if token in known]
             if taken:
                 raise ConfigError(
-                    f"{inversion.part.path}: {taken[0]!r} is in the tokenizer's vocabulary already; set another "
+                    f"{inversion.part.path}: {taken[0]!r} is already in the tokenizer's vocabulary; set another "
                     "`token` in model.textual_inversions"
                 )
-            # A word of several vectors is looked for in the prompt as it is written; lower-casing, which tokens
-            # undergo by default, would hide it, and only the first vector would be read.
+            # diffusers searches the prompt for a word of several vectors as it is written. Added tokens are lower-cased
+            # by default; then the word would not be found, and only the first vector would be used.
             literal = len(inversion.vectors) > 1
             tokenizer.add_tokens([AddedToken(token, normalized=not literal) for token in inversion.tokens])
 
     def apply_to_text_encoder(self, text_encoder: Any, tokenizer: Any) -> None:
-        """Add the vectors of the textual inversions, then the LoRAs. `tokenizer` has the words.
+        """Add the vectors of the textual inversions, then apply the LoRAs.
+
+        Args:
+            text_encoder: CLIP text encoder, changed in place.
+            tokenizer: Tokenizer that already has the words of the textual inversions.
 
         Raises:
-            ConfigError: vectors or LoRAs of another shape than this text encoder's.
+            ConfigError: Vectors or LoRAs have other shapes than this text encoder.
         """
         self._embed(text_encoder, tokenizer)
         loras.apply(self.loras, TEXT_ENCODER, text_encoder, fuse=self.fuse)
 
     def apply_to_unet(self, unet: Any) -> None:
-        """Lay the LoRAs over a `UNetMotionModel`, and switch on FreeU.
+        """Apply the LoRAs to a `UNetMotionModel`, in place, and enable FreeU.
 
         Raises:
-            ConfigError: a LoRA of another shape than this UNet's.
+            ConfigError: A LoRA has other shapes than this UNet.
         """
         loras.apply(self.loras, UNET, unet, fuse=self.fuse)
         if self.freeu is not None:
@@ -117,8 +121,8 @@ class Adapters:
         for inversion in self.inversions:
             if inversion.vectors.shape[1] != size:
                 raise ConfigError(
-                    f"{inversion.part.path}: its vectors have {inversion.vectors.shape[1]} numbers and the text "
-                    f"encoder's {size}; it was made for another family of models"
+                    f"{inversion.part.path}: its vectors have {inversion.vectors.shape[1]} dimensions, those of the "
+                    f"text encoder {size}; it was made for another family of models"
                 )
         if self.inversions:
             rows = max(len(tokenizer), text_encoder.get_input_embeddings().num_embeddings)
@@ -129,10 +133,10 @@ class Adapters:
 
 
 def read(model: ModelConfig, lora_files: Sequence[Component], inversion_files: Sequence[Component]) -> Adapters:
-    """The adapters that `model` names, from the files that they were resolved to, in the config's order.
+    """Read the adapters that `model` names from their resolved files, in the config's order.
 
     Raises:
-        ConfigError: a file that cannot be read, or is not what it is said to be.
+        ConfigError: A file cannot be read, or is not a file of the expected kind.
     """
     return Adapters(
         tuple(loras.read(part, config) for part, config in zip(lora_files, model.loras, strict=True)),
@@ -142,8 +146,8 @@ def read(model: ModelConfig, lora_files: Sequence[Component], inversion_files: S
     )
 
 
-def traces(network: Any) -> dict[str, Any]:
-    """What adapters have left on a network beside its weights: scales of LoRAs, and FreeU. JSON."""
+def adapter_settings(network: Any) -> dict[str, Any]:
+    """Return the adapter settings of a network that are not in its weights: LoRA scales and FreeU. JSON values."""
     left: dict[str, Any] = {}
     for name, module in network.named_modules():
         if isinstance(module, LoraLayer):
@@ -153,7 +157,7 @@ def traces(network: Any) -> dict[str, Any]:
     return left
 
 
-def _inversion(part: Component, config: TextualInversionConfig) -> Inversion:
+def _inversion(part: Component, config: TextualInversionConfig) -> TextualInversion:
     path = part.path
     try:
         tensors = safetensors.torch.load_file(path)
@@ -161,12 +165,12 @@ def _inversion(part: Component, config: TextualInversionConfig) -> Inversion:
         raise ConfigError(f"cannot read {path}: {err}") from err
     if len(tensors) != 1:
         raise ConfigError(
-            f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}; a textual inversion for Stable Diffusion 1.5 "
+            f"{path} holds {', '.join(sorted(tensors)) or 'no tensors'}; a textual inversion for Stable Diffusion 1.5 "
             "holds one tensor (one for SDXL holds two)"
         )
     name, vectors = next(iter(tensors.items()))
     if config.token is None and name in _NAMELESS:
-        raise ConfigError(f"{path} does not say which word it is for; set `token` in model.textual_inversions")
+        raise ConfigError(f"{path} does not name its word; set `token` in model.textual_inversions")
     if vectors.ndim not in (1, 2) or vectors.numel() == 0:
-        raise ConfigError(f"{path} holds a tensor of shape {tuple(vectors.shape)}, not tokens x features")
-    return Inversion(part, config.token or name, vectors.view(-1, vectors.shape[-1]))
+        raise ConfigError(f"{path}: invalid shape {tuple(vectors.shape)}, expected (tokens, features)")
+    return TextualInversion(part, config.token or name, vectors.view(-1, vectors.shape[-1]))

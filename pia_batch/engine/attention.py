@@ -1,8 +1,8 @@
-"""Attention of the UNet over tokens that stay where they are: (samples, frames, pixels, channels) in memory.
+"""Attention of the UNet over tokens with a fixed memory layout: (samples, frames, pixels, channels).
 
-The same sums as in diffusers 0.42.1 `AttnProcessor2_0`, but nothing is copied to bring another axis to its place: over
-pixels, over frames and over text, only the strides that the kernel reads with differ. What a text contributes does not
-depend on the latents, and so is computed once for all frames and steps.
+The arithmetic is that of diffusers 0.42.1 `AttnProcessor2_0`, without copies that move axes: attention over pixels,
+frames and text differs only in the strides with which the kernel reads. Keys and values of a text do not depend on the
+latents, and so are computed once for all frames and steps.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 MAX_HEADS = 65_535
-"""Heads in one call of the kernel: CUDA's limit of the grid's third dimension, in which they are counted."""
+"""Largest number of heads in one call of the kernel: CUDA's limit of the grid's third dimension, which counts heads."""
 
 _FRAME_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""What may attend over frames on a GPU: not cuDNN, which torch asks first on an H100 from cuDNN 9.15 on. It plans a
-graph for every shape, raises where it finds no plan, and nobody has tried it with tens of thousands of heads."""
+"""Kernels allowed for attention over frames on a GPU.
+
+cuDNN is not among them, although torch prefers it on an H100 from cuDNN 9.15 on: it plans a graph for every shape,
+raises where it finds no plan, and is not tested with tens of thousands of heads.
+"""
 
 
 class States(NamedTuple):
-    """What one cross-attention reads of the texts of a batch, or of its image prompts.
+    """Keys and values of one cross-attention for the texts, or the image prompts, of a batch.
 
     Attributes:
-        keys: (samples, heads, tokens, channels of a head).
-        values: as `keys`.
+        keys: Tensor (samples, heads, tokens, channels of a head).
+        values: Tensor in the shape of `keys`.
     """
 
     keys: torch.Tensor
@@ -37,11 +40,11 @@ class States(NamedTuple):
 
 
 class Read(NamedTuple):
-    """All that one cross-attention reads.
+    """Keys and values of one cross-attention.
 
     Attributes:
-        text: of every sample.
-        images: the same; None where no IP-Adapter sits in the attention.
+        text: Those of the texts of every sample.
+        images: Those of the image prompts; None if the attention has no IP-Adapter.
     """
 
     text: States
@@ -49,7 +52,7 @@ class Read(NamedTuple):
 
 
 def is_plain(attention: Any) -> bool:
-    """Whether this diffusers `Attention` is projections, scaled dot products and a projection, and nothing else."""
+    """Return True if this diffusers `Attention` consists of projections and scaled dot products only."""
     extras = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross")
     return (
         type(attention.processor) in (AttnProcessor2_0, IPAdapterAttnProcessor2_0)
@@ -61,52 +64,52 @@ def is_plain(attention: Any) -> bool:
 
 
 def reads_images(attention: Any) -> bool:
-    """Whether an IP-Adapter sits in this attention."""
+    """Return True if this attention has an IP-Adapter."""
     return isinstance(attention.processor, IPAdapterAttnProcessor2_0)
 
 
 def text_states(attention: Any, texts: Sequence[torch.Tensor]) -> States:
-    """Keys and values of each sample's text, equal texts projected once.
+    """Return keys and values of each sample's text; project each distinct text once.
 
     Args:
-        attention: a cross-attention.
-        texts: of each sample, (1, tokens, features). The same object is the same text.
+        attention: Cross-attention module.
+        texts: Text embedding of each sample, (1, tokens, features). One object stands for one text.
     """
     distinct = {id(text): text for text in texts}
     place = {key: index for index, key in enumerate(distinct)}
     order = [place[id(text)] for text in texts]
     features = torch.cat(list(distinct.values()))
     projected = [project(features) for project in (attention.to_k, attention.to_v)]
-    # Not by a list as an index, which would be copied to the device, and the host would wait for it.
+    # A list as an index would be copied to the device, and the host would wait for the copy.
     each = [torch.cat([states[index : index + 1] for index in order]) for states in projected]
     return States(*(_split(states, attention.heads) for states in each))
 
 
 def image_states(attention: Any, prompts: torch.Tensor) -> States:
-    """Keys and values of each sample's image prompt.
+    """Return keys and values of each sample's image prompt.
 
     Args:
-        attention: a cross-attention with an IP-Adapter.
-        prompts: (samples, tokens, features), as the adapter's projection makes them.
+        attention: Cross-attention module with an IP-Adapter.
+        prompts: Output of the adapter's projection, (samples, tokens, features).
     """
     projections = attention.processor.to_k_ip[0], attention.processor.to_v_ip[0]
     return States(*(_split(project(prompts), attention.heads) for project in projections))
 
 
 def over_pixels(attention: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Self-attention within each frame: (samples, frames, pixels, channels) to the same."""
+    """Apply self-attention within each frame; input and output are (samples, frames, pixels, channels)."""
     query, key, value = (
         _split(project(tokens).flatten(0, 1), attention.heads)
         for project in (attention.to_q, attention.to_k, attention.to_v)
     )
-    drawn = functional.scaled_dot_product_attention(query, key, value)
-    return _projected(attention, drawn, tokens.shape)
+    attended = functional.scaled_dot_product_attention(query, key, value)
+    return _projected(attention, attended, tokens.shape)
 
 
 def over_frames(attention: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Self-attention of each pixel with itself in the other frames, in and out as in `over_pixels`.
+    """Apply self-attention of each pixel over the frames; shapes are those of `over_pixels`.
 
-    A pixel's heads are counted as heads of the frame, which changes no number and spares a copy each way.
+    The heads of all pixels are treated as heads of the frame, which changes no value and saves two copies.
     """
     samples, frames, pixels, _ = tokens.shape
     query, key, value = (
@@ -115,40 +118,39 @@ def over_frames(attention: Any, tokens: torch.Tensor) -> torch.Tensor:
     )
     with contextlib.nullcontext() if query.device.type == "cpu" else sdpa_kernel(_FRAME_KERNELS):
         if query.shape[1] <= MAX_HEADS:
-            drawn = functional.scaled_dot_product_attention(query, key, value)
+            attended = functional.scaled_dot_product_attention(query, key, value)
         else:
             parts = zip(*(states.split(MAX_HEADS, dim=1) for states in (query, key, value)), strict=True)
-            drawn = torch.cat([functional.scaled_dot_product_attention(*part) for part in parts], dim=1)
-    return _projected(attention, drawn, tokens.shape)
+            attended = torch.cat([functional.scaled_dot_product_attention(*part) for part in parts], dim=1)
+    return _projected(attention, attended, tokens.shape)
 
 
 def over_text(
     attention: Any, tokens: torch.Tensor, read: Read, image_scales: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention of every pixel of every frame to its sample's text and image prompt, in and out as in `over_pixels`.
+    """Apply attention of every pixel to its sample's text and image prompt; shapes are those of `over_pixels`.
 
     Args:
-        attention: a cross-attention.
-        tokens: as in `over_pixels`.
-        read: of this attention.
-        image_scales: of each sample, how much its image prompt weighs, (samples,), float32 or float64; not needed
-            without one.
+        attention: Cross-attention module.
+        tokens: Tensor (samples, frames, pixels, channels).
+        read: Keys and values of this attention.
+        image_scales: Weight of each sample's image prompt, (samples,), float32 or float64. None without image prompts.
     """
     query = _split(attention.to_q(tokens).flatten(1, 2), attention.heads)
-    drawn = functional.scaled_dot_product_attention(query, *read.text)
+    attended = functional.scaled_dot_product_attention(query, *read.text)
     if read.images is not None and image_scales is not None:
-        shown = functional.scaled_dot_product_attention(query, *read.images)
-        # In float32, as diffusers' product of a number and a tensor of half precision.
-        drawn = drawn + (image_scales.view(-1, 1, 1, 1) * shown).to(drawn.dtype)
-    return _projected(attention, drawn, tokens.shape)
+        attended_images = functional.scaled_dot_product_attention(query, *read.images)
+        # Multiply in float32, as diffusers' product of a number and a half-precision tensor does.
+        attended = attended + (image_scales.view(-1, 1, 1, 1) * attended_images).to(attended.dtype)
+    return _projected(attention, attended, tokens.shape)
 
 
 def _split(states: Any, heads: int) -> Any:
-    """(batch, length, channels) to (batch, heads, length, channels of a head), without a copy."""
+    """Reshape (batch, length, channels) to (batch, heads, length, channels of a head), without a copy."""
     return states.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _projected(attention: Any, drawn: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """(batch, heads, length, channels of a head) to tokens of this shape, through the last projection."""
-    result: torch.Tensor = attention.to_out[0](drawn.transpose(1, 2).reshape(shape))
+def _projected(attention: Any, attended: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Apply the output projection: (batch, heads, length, channels of a head) to tokens of this shape."""
+    result: torch.Tensor = attention.to_out[0](attended.transpose(1, 2).reshape(shape))
     return result

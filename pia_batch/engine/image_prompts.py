@@ -1,7 +1,7 @@
-"""IP-Adapter: an image as a prompt beside the text, with an image and a weight of its own for every row.
+"""IP-Adapter: an image as a prompt in addition to the text, with an image and a weight for every row.
 
-The adapter's projection and its share of the cross-attention sit inside the UNet, where diffusers puts them. This
-module puts them there, encodes what they read, and weighs every sample of a UNet call by its row's scale.
+The adapter's projection and its part of the cross-attention are inside the UNet, as in diffusers. This module installs
+them, encodes their input, and weights every sample of a UNet call by the scale of its row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pia_batch.engine.conditioning import LruCache, pixel_digest
 from pia_batch.errors import ConfigError, NonFiniteError
 
 MAX_IMAGE_PROMPTS = 32
-"""Encoded image prompts kept, 8 kB each in float32 for the plain adapter, 2.6 MB for those that read hidden states."""
+"""Number of cached image prompts: 8 kB each in float32 for the plain adapter, 2.6 MB if it reads hidden states."""
 
 _PROCESSORS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
 _PROJECTIONS = (ImageProjection, IPAdapterPlusImageProjection, IPAdapterFullImageProjection)
@@ -38,12 +38,12 @@ _FAMILIES = "ip-adapter_sd15, ip-adapter_sd15_light, ip-adapter-plus_sd15, -plus
 
 @dataclass(frozen=True, slots=True)
 class ImagePrompt:
-    """What the UNet's projection reads of an image.
+    """Embeddings of an image prompt, the input of the UNet's projection.
 
     Attributes:
-        positive: (1, 1, features), or (1, 1, tokens, features) where the adapter reads hidden states; in the image
+        positive: Tensor (1, 1, features), or (1, 1, tokens, features) if the adapter reads hidden states; in the image
             encoder's dtype, on its device.
-        negative: as `positive`, of no image, for the unconditional half of guidance.
+        negative: Embedding without an image, in the shape of `positive`, for the unconditional half of guidance.
     """
 
     positive: torch.Tensor
@@ -51,10 +51,10 @@ class ImagePrompt:
 
 
 class ImagePromptEncoder:
-    """CLIP embeddings of image prompts, cached by their pixels.
+    """Encoder of image prompts to CLIP embeddings, cached by pixels.
 
-    Source: the unconditional embedding is that of diffusers 0.42.1 `PIAPipeline.encode_image`: zeros where the adapter
-    reads one embedding, and where it reads hidden states those of an image of zeros, after normalisation.
+    Source: the unconditional embedding is that of diffusers 0.42.1 `PIAPipeline.encode_image`. It is zero if the
+    adapter reads one embedding; if it reads hidden states, it is that of an image of zeros after normalisation.
     """
 
     def __init__(self, unet: Any, encoder: Any, processor: Any, device: torch.device) -> None:
@@ -65,10 +65,10 @@ class ImagePromptEncoder:
         self._recent: LruCache[tuple[tuple[int, int], bytes], ImagePrompt] = LruCache(MAX_IMAGE_PROMPTS)
 
     def encode(self, image: Image.Image) -> ImagePrompt:
-        """The embeddings of an RGB image of any size.
+        """Return the embeddings of an RGB image of any size.
 
         Raises:
-            NonFiniteError: the image encoder made NaN or infinity of it.
+            NonFiniteError: An embedding holds NaN or infinity.
         """
         return self._recent.get(pixel_digest(image), lambda: self._encode(image))
 
@@ -88,17 +88,17 @@ class ImagePromptEncoder:
         return ImagePrompt(positive[None], negative[None])
 
 
-class Attention:
-    """What the cross-attention of one batch of samples needs to know of their image prompts."""
+class ImagePromptAttention:
+    """Image prompts of one batch of samples, as the cross-attention uses them."""
 
     def __init__(self, unet: Any, embeddings: Sequence[torch.Tensor], scales: Sequence[float], num_frames: int) -> None:
-        """Lay it out once for all steps.
+        """Prepare the image prompts once for all steps.
 
         Args:
-            unet: with an adapter, unless `embeddings` is empty.
-            embeddings: of each sample, as in `ImagePrompt`.
-            scales: of each sample; 0 is without its image.
-            num_frames: of each sample.
+            unet: UNet; it must have an adapter unless `embeddings` is empty.
+            embeddings: Embedding of each sample's image prompt, as in `ImagePrompt`.
+            scales: Weight of each sample's image prompt; 0 disables it.
+            num_frames: Number of frames of each sample.
         """
         self._processors = _processors(unet) if embeddings else []
         self._condition = {"image_embeds": [torch.cat(list(embeddings))]} if embeddings else None
@@ -110,19 +110,19 @@ class Attention:
 
     @property
     def added_conditions(self) -> dict[str, list[torch.Tensor]] | None:
-        """The `added_cond_kwargs` of the UNet call."""
+        """Argument `added_cond_kwargs` of the UNet call; None without image prompts."""
         return self._condition
 
     @property
     def scales(self) -> torch.Tensor:
-        """Of each sample, (samples,), on the device of its embedding; float32, float64 in an engine of float64."""
+        """Weight of each sample, (samples,), on the embeddings' device; float32, or float64 for float64 engines."""
         embeddings = [] if self._condition is None else self._condition["image_embeds"]
         exact = torch.promote_types(embeddings[0].dtype, torch.float32) if embeddings else torch.float32
         return torch.tensor(self._scales, dtype=exact, device=embeddings[0].device if embeddings else None)
 
     @contextlib.contextmanager
     def weighted(self) -> Iterator[None]:
-        """The UNet weighs image prompts by these samples' scales; afterwards by what it had before."""
+        """Context in which the UNet weights image prompts by these samples' scales; restores its scales afterwards."""
         before = [processor.scale for processor in self._processors]
         try:
             for processor in self._processors:
@@ -134,10 +134,10 @@ class Attention:
 
 
 class _RowScales:
-    """Where diffusers' attention multiplies by one number for all samples, another number for each.
+    """Scale of each sample, in the place of the one number by which diffusers' attention multiplies all samples.
 
-    The arithmetic stays its own, so that the last bits of a row do not depend on its batch-mates' scales: a float times
-    a half-precision tensor is computed in float32 there, and here too.
+    The arithmetic is that of diffusers, so that the last bits of a row do not depend on the scales of other rows: both
+    compute the product of a float and a half-precision tensor in float32.
     """
 
     def __init__(self, scales: Sequence[float], num_frames: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -145,58 +145,62 @@ class _RowScales:
         self._scales = torch.tensor(scales, device=device, dtype=exact).repeat_interleave(num_frames).view(-1, 1, 1)
 
     def __mul__(self, states: torch.Tensor) -> torch.Tensor:
-        """`states`, (samples x frames, tokens, features), each sample times its scale."""
+        """Multiply `states`, (samples x frames, tokens, features), by the scale of each sample."""
         return (self._scales * states).to(states.dtype)
 
 
 def install(unet: Any, path: Path) -> None:
-    """Put the adapter of a file into the UNet, as `PIAPipeline.load_ip_adapter` does.
+    """Install the adapter of a file in the UNet, as `PIAPipeline.load_ip_adapter` does.
 
     Args:
-        unet: gets the adapter in its own dtype, on its own device.
-        path: safetensors with `image_proj.*` and `ip_adapter.*`, as `weights.resolve` found it.
+        unet: UNet; the adapter gets its dtype and device.
+        path: safetensors file with `image_proj.*` and `ip_adapter.*` tensors, as `weights.resolve` found it.
 
     Raises:
-        ConfigError: the file is damaged, or made for a UNet of other blocks.
+        ConfigError: The file is damaged, or made for a UNet with other blocks.
     """
     groups: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     try:
         for name, tensor in load_file(path).items():
             group, _, rest = name.partition(".")
             groups[group][rest] = tensor
-        # What `load_ip_adapter` itself calls, whose module cannot be imported without warnings of torchvision.
+        # `load_ip_adapter` calls this method, too; importing its module causes warnings about torchvision.
         unet._load_ip_adapter_weights([groups])  # noqa: SLF001
     except (KeyError, OSError, RuntimeError, SafetensorError, ValueError) as err:
         raise ConfigError(f"model.ip_adapter: {path} does not fit the base's UNet, or is damaged: {err}") from err
     unused = len(groups["ip_adapter"]) - 2 * len(_processors(unet))
     if unused:
         raise ConfigError(
-            f"model.ip_adapter: {path} has {unused} tensors more than the base's UNet has attention for: it is made "
+            f"model.ip_adapter: {path} has {unused} tensors more than the attention of the base's UNet; it is made "
             "for another family of models"
         )
 
 
 def processor_for(encoder: Any) -> Any:
-    """What makes images ready for this CLIPVisionModelWithProjection.
+    """Return the image preprocessor for a CLIPVisionModelWithProjection.
 
-    Of pillow, also where torchvision is installed, whose resized pixels differ: a clip depends on no such chance.
-    Source: diffusers 0.42.1 `IPAdapterMixin.load_ip_adapter`, where the size is that of the encoder.
+    It always uses Pillow, even if torchvision is installed: torchvision resizes to other pixels, and a clip must not
+    depend on which packages are installed.
+
+    Source: diffusers 0.42.1 `IPAdapterMixin.load_ip_adapter`; the size is that of the encoder.
     """
     size = encoder.config.image_size
     return CLIPImageProcessorPil(size=size, crop_size=size)
 
 
 def check_adopted(pipe: Any) -> None:
-    """Return if rows can have the adapter of this pipeline each with an image and a scale of their own.
+    """Return if the adapter of this pipeline can be used with an image and a scale for each row.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: It cannot.
     """
     layers = pipe.unet.encoder_hid_proj.image_projection_layers
     if len(layers) != 1:
-        raise ConfigError(f"the pipeline has {len(layers)} IP-Adapters, and a row has one image prompt; load one")
+        raise ConfigError(
+            f"the pipeline has {len(layers)} IP-Adapters, but a row has one image prompt; load one adapter"
+        )
     if not isinstance(layers[0], _PROJECTIONS):
-        raise ConfigError(f"the pipeline's IP-Adapter does not read images, as those of FaceID; load {_FAMILIES}")
+        raise ConfigError(f"the pipeline's IP-Adapter does not read images (FaceID adapters do not); load {_FAMILIES}")
     if pipe.image_encoder is None or pipe.feature_extractor is None:
         raise ConfigError(
             "the pipeline has an IP-Adapter but no image encoder; load it with image_encoder_folder, or set "
@@ -204,7 +208,7 @@ def check_adopted(pipe: Any) -> None:
         )
     if len({str(processor.scale) for processor in _processors(pipe.unet)}) > 1:
         raise ConfigError(
-            "the pipeline's IP-Adapter has a scale for each block, and a row has one for all of them; call "
+            "the pipeline's IP-Adapter has a scale for each block, but a row has one scale for all blocks; call "
             "pipe.set_ip_adapter_scale(1.0), then set ip_adapter_scale per row"
         )
 

@@ -1,4 +1,4 @@
-"""Folders of weights, or a pipeline that someone else built, to the components that the engine runs."""
+"""Loading of the engine's components, from resolved weights or from an existing pipeline."""
 
 from __future__ import annotations
 
@@ -41,23 +41,29 @@ _SCHEDULERS = {
 }
 
 _TRAINED = {"beta_schedule": "linear", "clip_sample": False}
-"""PIA's noise schedule, where a base ships Stable Diffusion's. Source: open-mmlab/PIA `example/config/base.yaml`."""
+"""Noise schedule of PIA, which replaces that of Stable Diffusion bases.
+
+Source: open-mmlab/PIA `example/config/base.yaml`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """The networks and the scheduler of one PIA model. Shared with nobody who changes them.
+    """Networks and scheduler of one PIA model. No other code may modify them.
 
     Attributes:
-        scheduler: configured, never stepped: rows take copies.
-        unet: with motion modules and nine input channels.
-        device: where all networks are.
-        dtype: of the UNet and the VAE.
-        latent_stride: pixels per latent on a side.
-        image_encoder: what the UNet's IP-Adapter reads image prompts with; None without an adapter.
-        image_processor: what makes an image ready for `image_encoder`.
-        shortcuts: what the preset of speed leaves out.
-        call: what calls the functions of the UNet and the VAE's decoder.
+        tokenizer: CLIP tokenizer.
+        text_encoder: CLIP text encoder.
+        vae: `AutoencoderKL`.
+        unet: `UNetMotionModel` with motion modules and nine input channels.
+        scheduler: Configured scheduler; rows step copies of it.
+        device: Device of all networks.
+        dtype: Dtype of the UNet and the VAE.
+        latent_stride: Pixels per latent on each side.
+        image_encoder: Encoder of image prompts for the UNet's IP-Adapter; None without an adapter.
+        image_processor: Preprocessor of images for `image_encoder`.
+        shortcuts: Layers and steps that the speed preset leaves out.
+        call: Function that calls the functions of the UNet and the VAE's decoder, such as a `Compiler`.
     """
 
     tokenizer: Any
@@ -75,7 +81,7 @@ class Components:
 
     @property
     def limits(self) -> Limits:
-        """What a shot may ask of this model."""
+        """Range of settings that this model supports."""
         return Limits(
             max_frames=self.unet.config.motion_max_seq_length,
             max_clip_skip=self.text_encoder.config.num_hidden_layers,
@@ -92,18 +98,18 @@ def load(
     dtype: torch.dtype,
     shared: SharedParts | None = None,
 ) -> Components:
-    """Read the weights from their folders onto the device, with the model's adapters. The hub is not asked.
+    """Load weights and adapters of a model onto the device. Uses only local files, never the hub.
 
     Args:
-        model: what to load.
-        weights: `model`, resolved.
-        device: where to compute.
-        dtype: what to compute in.
-        shared: parts of the models that are in use on this device; None: nothing is shared.
+        model: Config of the model.
+        weights: Resolved weights of `model`.
+        device: Device that computes.
+        dtype: Dtype of the networks.
+        shared: Parts of the models in use on this device. None: share nothing.
 
     Raises:
-        ConfigError: the parts or the adapters do not fit each other, or the scheduler's settings are wrong.
-        torch.OutOfMemoryError: the device has too little memory.
+        ConfigError: The parts or the adapters do not fit each other, or the scheduler's settings are invalid.
+        torch.OutOfMemoryError: The device has too little memory.
     """
     loader = _Loader(model, weights, device, dtype, shared)
     with quiet():
@@ -120,10 +126,10 @@ def load(
 
 
 def adopt(pipe: Any) -> Components:
-    """The components of a `diffusers.PIAPipeline`, as they are; the pipeline itself stays untouched.
+    """Return the components of a `diffusers.PIAPipeline`; leave the pipeline unchanged.
 
     Raises:
-        ConfigError: the pipeline has a feature switched on that rows cannot have each for itself.
+        ConfigError: The pipeline has a feature enabled that cannot be set per row.
     """
     image_prompter: dict[str, Any] = {}
     if getattr(pipe.unet, "encoder_hid_proj", None) is not None:
@@ -131,7 +137,7 @@ def adopt(pipe: Any) -> Components:
         image_prompter = {"image_encoder": pipe.image_encoder, "image_processor": pipe.feature_extractor}
     if pipe.free_init_enabled:
         raise ConfigError(
-            "the pipeline has FreeInit enabled, which would be for all rows; call pipe.disable_free_init(), then set "
+            "the pipeline has FreeInit enabled for all rows; call pipe.disable_free_init(), then set "
             "free_init_iters per row"
         )
     if hasattr(pipe.unet, "_hf_hook"):
@@ -148,11 +154,13 @@ def adopt(pipe: Any) -> Components:
 
 
 def adopted_id(parts: Components) -> str:
-    """The identity of components without known files: a hash of every weight, 32 hexadecimal digits."""
+    """Return the identity of components without known files: a hash of every weight, 32 hexadecimal digits."""
     digest = hashlib.sha256()
     settings = {"version": ENGINE_VERSION, "scheduler": type(parts.scheduler).__name__, "dtype": str(parts.dtype)}
     settings |= {"settings": json.dumps(dict(parts.scheduler.config), sort_keys=True, default=str)}
-    settings |= {"adapters": json.dumps([adapters.traces(parts.text_encoder), adapters.traces(parts.unet)])}
+    settings |= {
+        "adapters": json.dumps([adapters.adapter_settings(parts.text_encoder), adapters.adapter_settings(parts.unet)])
+    }
     settings |= {"tiles": str(parts.vae.use_tiling)}
     if parts.shortcuts != EXACT:
         settings |= {"shortcuts": repr(parts.shortcuts)}
@@ -170,13 +178,17 @@ def adopted_id(parts: Components) -> str:
 
 
 def build_scheduler(config: SchedulerConfig, shipped: Any) -> Any:
-    """The scheduler that the config names, on the noise schedule that PIA was trained on.
+    """Return the scheduler that the config names, with the noise schedule that PIA was trained on.
 
-    `checkpoint` is the shipped one itself. Any other starts from the shipped one's config, with a linear beta
-    schedule and no clipping of samples. The config's own settings win in both cases.
+    `checkpoint` is the shipped scheduler itself. Any other starts from the shipped scheduler's config, with a linear
+    beta schedule and without clipping of samples. The config's own settings override both.
+
+    Args:
+        config: Config of the scheduler.
+        shipped: Scheduler that the checkpoint ships.
 
     Raises:
-        ConfigError: a setting that this scheduler does not have, or a value that it refuses.
+        ConfigError: The scheduler does not have a setting, or refuses its value.
     """
     if config.name == "checkpoint":
         chosen, trained = type(shipped), {}
@@ -192,7 +204,7 @@ def build_scheduler(config: SchedulerConfig, shipped: Any) -> Any:
     overrides = {key: value for key, value in trained.items() if key in known} | config.settings
     try:
         scheduler = chosen.from_config(shipped.config, **overrides)
-        # Some settings are read only here. LCM may have been distilled for fewer steps than ten.
+        # Schedulers check some settings only here. LCM may have been distilled for fewer than ten steps.
         copy.deepcopy(scheduler).set_timesteps(min(10, scheduler.config.get("original_inference_steps", 10)))
     except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as err:
         raise ConfigError(f"model.scheduler: {chosen.__name__} refuses these settings: {err}") from err
@@ -200,7 +212,7 @@ def build_scheduler(config: SchedulerConfig, shipped: Any) -> Any:
 
 
 class _Loader:
-    """The parts of one model, each found among those in use or else read, personalised and put in its place."""
+    """Loader of the parts of one model: reuses parts in use; else reads them, applies adapters and moves them."""
 
     def __init__(
         self,
@@ -216,7 +228,7 @@ class _Loader:
         self._adapters = adapters.read(model, weights.loras, weights.textual_inversions)
 
     def parts(self) -> dict[str, Any]:
-        """Tokenizer and networks, by the names of `Components`."""
+        """Return tokenizer and networks, by their names in `Components`."""
         named = self._weights.components
         parts = {"tokenizer": self._part("tokenizer", self._tokenizer)}
         tokenizer = parts["tokenizer"]
@@ -271,7 +283,7 @@ class _Loader:
         return self._ready(network)
 
     def _ready(self, network: Any) -> Any:
-        if self._home.type == "cuda":  # what its convolutions read, who would else turn their weights at every call
+        if self._home.type == "cuda":  # convolutions would otherwise convert their weights at every call
             network = network.to(memory_format=torch.channels_last)
         return network.to(self._home).eval().requires_grad_(requires_grad=False)
 
@@ -282,7 +294,7 @@ def _components(*, device: torch.device, **parts: Any) -> Components:
 
 
 def _read(kind: Any, weights: Weights, name: str, dtype: torch.dtype) -> Any:
-    """A network with exactly the weights of its files."""
+    """Return a network with exactly the weights of its files."""
     part = dict(weights.parts())[name]
     if part.layout == "single_file":
         return single_file.read(kind, part, dtype)
@@ -297,7 +309,9 @@ def _read(kind: Any, weights: Weights, name: str, dtype: torch.dtype) -> Any:
     missing = sorted(report["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ConfigError(f"{part.folder} lacks the tensor {missing[0]}{more} of its {kind.__name__}; it is not whole")
+        raise ConfigError(
+            f"{part.folder}: incomplete {kind.__name__}: missing tensor {missing[0]}{more}; download the folder again"
+        )
     return network
 
 
@@ -305,7 +319,7 @@ def _unet(weights: Weights, dtype: torch.dtype) -> Any:
     if "motion_adapter" not in weights.components:
         return _read(diffusers.UNetMotionModel, weights, "unet", dtype)
     plain = _read(diffusers.UNet2DConditionModel, weights, "unet", dtype)
-    # The adapter is changed by what follows and shares its first layer with the result, so it is not kept.
+    # `from_unet2d` changes the adapter and shares its first layer with the result, so do not keep the adapter.
     adapter = _read(diffusers.MotionAdapter, weights, "motion_adapter", dtype)
     return diffusers.UNetMotionModel.from_unet2d(plain, adapter)
 
@@ -316,13 +330,13 @@ def _shipped_scheduler(weights: Weights) -> Any:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = getattr(diffusers, config["_class_name"])
     except (AttributeError, KeyError, TypeError, ValueError) as err:
-        raise ConfigError(f"{path} does not name a scheduler of diffusers {diffusers.__version__}") from err
+        raise ConfigError(f"{path}: no scheduler of diffusers {diffusers.__version__} in _class_name") from err
     return kind.from_config(config)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Errors only and no progress bars from diffusers and transformers, for a time."""
+    """Context in which diffusers and transformers log errors only and show no progress bars."""
     libraries = (diffusers_logging, transformers_logging)
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:

@@ -1,7 +1,7 @@
-"""LoRAs: files of three layouts, laid over the layers that they name.
+"""LoRAs: reads files of three layouts and applies them to the layers that they name.
 
-diffusers and PEFT apply them, so that a clip is what the stock pipeline with the same LoRA draws. The files are read
-here: diffusers drops what does not fit, with a warning; here every tensor has its place, or the file is refused.
+diffusers and PEFT apply the LoRAs, so that a clip equals that of the stock pipeline with the same LoRA. This module
+reads the files: diffusers drops tensors that do not fit, with a warning; here a file with such a tensor is refused.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PREFIXES = {
     "lora_te_": TEXT_ENCODER,
     "lora_te1_": TEXT_ENCODER,
 }
-"""How keys begin: in diffusers' and PEFT's files, then in kohya's."""
+"""Prefixes of keys: those of diffusers and PEFT, then those of kohya."""
 
 _ROLES = {
     "lora_A.weight": "down",
@@ -49,7 +49,7 @@ _ROLES = {
     "lora_up.weight": "up",
     "alpha": "alpha",
 }
-"""How keys end: in files of PEFT, diffusers and kohya."""
+"""Suffixes of keys: those of PEFT, diffusers and kohya."""
 
 _OLD_NAMES = (
     (r"\.processor\.to_([qkv])_lora\.", r".to_\1.lora."),
@@ -57,22 +57,22 @@ _OLD_NAMES = (
     (r"\.self_attn\.to_(q|k|v|out)_lora\.", r".self_attn.\1_proj.lora."),
     (r"\.lora_linear_layer\.", ".lora."),
 )
-"""Names of diffusers before 0.22, and the layer that each of them means."""
+"""Patterns of names in diffusers before 0.22, each with the current name."""
 
 _CALLED_BY_KEYWORD = re.compile(r"motion_modules\.\d+\.proj_(in|out)")
-"""Layers that diffusers 0.42.1 calls as `layer(input=...)`, which PEFT's wrapper of a layer does not understand."""
+"""Layers that diffusers 0.42.1 calls as `layer(input=...)`, which PEFT's layer wrapper does not support."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """A LoRA's file, sorted by the networks that it changes.
+    """LoRA, read from its file and sorted by the networks that it changes.
 
     Attributes:
-        part: the file.
-        scale: how strongly it is applied.
-        tensors: network, then layer as the file names it, then `down` (rank, in, ...), `up` (out, rank, ...) and
-            perhaps `alpha` (scalar; the product of the matrices counts alpha / rank times).
-        metadata: what PEFT recorded about it; None in most files.
+        part: The file.
+        scale: Factor with which it is applied.
+        tensors: Tensors by network, then by layer name in the file, then by role: `down` (rank, in, ...), `up` (out,
+            rank, ...) and optionally `alpha` (scalar; the product of the matrices is multiplied by alpha / rank).
+        metadata: Metadata that PEFT stored in the file; None in most files.
     """
 
     part: Component
@@ -81,20 +81,20 @@ class Lora:
     metadata: dict[str, Any] | None
 
     def touches(self, network: str, layers: str = "") -> bool:
-        """Whether it changes a layer of this network whose name holds `layers`."""
+        """Return True if it changes a layer of this network whose name contains `layers`."""
         return any(layers in name for name in self.tensors.get(network, {}))
 
 
 def read(part: Component, config: LoraConfig) -> Lora:
-    """The LoRA in a safetensors file.
+    """Read the LoRA in a safetensors file.
 
     Raises:
-        ConfigError: the file is broken, holds none, or one of another kind or for other networks.
+        ConfigError: The file is broken, holds no LoRA, or one of an unsupported kind or for other networks.
     """
     path = part.path
     try:
         with safetensors.safe_open(path, "pt") as file:
-            loaded = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+            loaded = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
             recorded = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
         metadata = None if recorded is None else dict(json.loads(recorded))
     except (OSError, TypeError, ValueError, safetensors.SafetensorError) as err:
@@ -109,16 +109,16 @@ def read(part: Component, config: LoraConfig) -> Lora:
 
 
 def apply(loras: Sequence[Lora], network: str, target: Any, *, fuse: bool) -> None:
-    """Lay all LoRAs that change `network` over it, in place and in its dtype.
+    """Apply all LoRAs that change `network`, in place and in the network's dtype.
 
     Args:
-        loras: in the order in which they are added up.
+        loras: LoRAs, in the order in which they are added.
         network: `unet` or `text_encoder`.
-        target: the network.
-        fuse: merge them into the weights, so that nothing is left of them but that.
+        target: The network.
+        fuse: True to merge the LoRAs into the weights and remove their layers.
 
     Raises:
-        ConfigError: a LoRA has layers or shapes that the network has not.
+        ConfigError: A LoRA has layers or shapes that the network does not have.
     """
     chosen = {f"lora{index}": lora for index, lora in enumerate(loras) if lora.touches(network)}
     if not chosen:
@@ -128,8 +128,8 @@ def apply(loras: Sequence[Lora], network: str, target: Any, *, fuse: bool) -> No
         fitted = dict(_fit(lora, network, layers))
         if network == UNET and not fuse and any(_CALLED_BY_KEYWORD.search(layer) for layer in fitted):
             raise ConfigError(
-                f"{lora.part.path} changes proj_in or proj_out of motion modules, which works in merged form only; "
-                "set model.fuse_loras to true"
+                f"{lora.part.path} changes proj_in or proj_out of motion modules, which is supported for fused LoRAs "
+                "only; set model.fuse_loras to true"
             )
         _inject(lora, name, network, target, fitted)
     scales = [lora.scale for lora in chosen.values()]
@@ -146,34 +146,34 @@ def apply(loras: Sequence[Lora], network: str, target: Any, *, fuse: bool) -> No
 
 
 def _parse(key: str, path: Path) -> tuple[str, str, str]:
-    """Network, layer and role of a key; kohya's layers have underscores where others have dots."""
+    """Return network, layer and role of a key; kohya's layer names have underscores in the place of dots."""
     prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), None)
     if prefix is None:
         raise ConfigError(
-            f"{path}: {key!r} is for no network of Stable Diffusion 1.5; a LoRA for another family, such as SDXL, "
-            "does not fit, nor does another kind of file"
+            f"{path}: {key!r} does not belong to a network of Stable Diffusion 1.5; the file is not a LoRA, or a LoRA "
+            "for another family, such as SDXL"
         )
     rest = key.removeprefix(prefix)
     for old, new in _OLD_NAMES:
         rest = re.sub(old, new, rest)
     ending = next((ending for ending in _ROLES if rest.endswith(f".{ending}")), None)
     if ending is None:
-        raise ConfigError(f"{path}: {key!r} is of a kind of LoRA that is not read here (DoRA, LoHa, LoKr, CP-LoCon)")
+        raise ConfigError(f"{path}: {key!r} belongs to an unsupported kind of LoRA (DoRA, LoHa, LoKr, CP-LoCon)")
     return _PREFIXES[prefix], rest.removesuffix(f".{ending}"), _ROLES[ending]
 
 
 def _fit(lora: Lora, network: str, layers: dict[str, Any]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """The network's layers that a LoRA changes, and its matrices for them in the network's dtype."""
+    """Yield each layer of the network that a LoRA changes, with the LoRA's matrices in the network's dtype."""
     known = {name: name for name in layers} | {name.replace(".", "_"): name for name in layers}
-    if network == TEXT_ENCODER:  # transformers 5 has dropped a level that files still have
+    if network == TEXT_ENCODER:  # transformers 5 has removed a level that files still have
         known |= {f"text_model.{name}": name for name in layers}
         known |= {f"text_model_{name.replace('.', '_')}": name for name in layers}
     for named, tensors in lora.tensors[network].items():
         where = f"{lora.part.path}: {named!r} of the {network}"
         if named not in known:
-            raise ConfigError(f"{where} is no layer of this model; is the LoRA for another family, such as SDXL?")
+            raise ConfigError(f"{where} is not a layer of this model; is the LoRA for another family, such as SDXL?")
         if not {"down", "up"} <= set(tensors):
-            raise ConfigError(f"{where} lacks one of its two matrices; the file is damaged")
+            raise ConfigError(f"{where}: one of the two matrices is missing; the file is damaged")
         weight = layers[known[named]].weight
         rank = tensors["down"].shape[:1]
         wanted = {
@@ -183,15 +183,15 @@ def _fit(lora: Lora, network: str, layers: dict[str, Any]) -> Iterator[tuple[str
         found = {role: tuple(tensors[role].shape) for role in wanted}
         if found != wanted:
             raise ConfigError(
-                f"{where} has shapes {found['down']} and {found['up']}, and the layer needs {wanted['down']} and "
-                f"{wanted['up']}; is the LoRA for another family, such as SDXL?"
+                f"{where}: invalid shapes (got {found['down']} and {found['up']}, expected {wanted['down']} and "
+                f"{wanted['up']}); is the LoRA for another family, such as SDXL?"
             )
-        # Copied, lest a tensor stay a window on the file, which may change.
+        # Copy: a tensor would otherwise remain a view of the file, which may change.
         yield known[named], tensors | {role: tensors[role].to(weight.dtype, copy=True) for role in wanted}
 
 
 def _inject(lora: Lora, name: str, network: str, target: Any, fitted: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Hand a LoRA to diffusers, under names that it needs not guess at."""
+    """Pass a LoRA to diffusers, with full layer names so that diffusers does not have to guess them."""
     state = {}
     for layer, tensors in fitted.items():
         state[f"{network}.{layer}.lora_A.weight"] = tensors["down"]
@@ -199,7 +199,9 @@ def _inject(lora: Lora, name: str, network: str, target: Any, fitted: dict[str, 
     options = {"adapter_name": name, "metadata": lora.metadata, "low_cpu_mem_usage": True}
     try:
         alphas = _alphas(network, fitted)
-        with warnings.catch_warnings(action="ignore"):  # that there is a LoRA already: several are meant
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # diffusers warns if there is a LoRA already; several are intended
             if network == UNET:
                 StableDiffusionLoraLoaderMixin.load_lora_into_unet(state, alphas, target, **options)
             else:
@@ -209,7 +211,7 @@ def _inject(lora: Lora, name: str, network: str, target: Any, fitted: dict[str, 
 
 
 def _alphas(network: str, fitted: dict[str, dict[str, torch.Tensor]]) -> dict[str, float] | None:
-    """The alpha of every layer, its rank where it has none; None where no layer has one."""
+    """Return the alpha of every layer, or its rank if it has none; None if no layer has an alpha."""
     if not any("alpha" in tensors for tensors in fitted.values()):
         return None
     return {

@@ -1,6 +1,6 @@
-"""What the UNet predicts for rows that share its calls, with all that stays the same from step to step laid out once.
+"""Noise prediction for rows that share UNet calls; prepares once what stays the same from step to step.
 
-The samples of a batch are first the unconditional ones of the guided rows, then one of each row.
+The samples of a batch are first the unconditional samples of the guided rows, then one sample of each row.
 """
 
 from __future__ import annotations
@@ -12,31 +12,37 @@ import torch
 
 from pia_batch.engine import unet as layout
 from pia_batch.engine.compiling import Call, directly
-from pia_batch.engine.image_prompts import Attention
+from pia_batch.engine.image_prompts import ImagePromptAttention
 from pia_batch.engine.offloading import OnDemand
 
-Deep = tuple[torch.Tensor, ...]
-"""Of each sample, (frames, channels, height, width)."""
+DeepFeatures = tuple[torch.Tensor, ...]
+"""Deep features of each sample, (frames, channels, height, width)."""
 
 
 class Predictor(Protocol):
-    """What calls the UNet for a batch of samples."""
+    """Callable that predicts the noise of a batch of samples."""
 
     def __call__(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Latents (rows, 4, F, h, w) and timesteps (rows,) to the noise of each sample, (samples, 4, F, h, w)."""
+        """Return the noise of each sample, (samples, 4, F, h, w).
+
+        Args:
+            latents: Latents of each row, (rows, 4, F, h, w).
+            timesteps: Timestep of each row, (rows,).
+        """
         ...
 
     def reusing(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, layers: int, deep: Deep
-    ) -> tuple[torch.Tensor, Deep]:
-        """As a call, and what the network's deep part had made for it.
+        self, latents: torch.Tensor, timesteps: torch.Tensor, layers: int, deep: DeepFeatures
+    ) -> tuple[torch.Tensor, DeepFeatures]:
+        """Return the noise of each sample and its deep features, which later calls can reuse.
 
         Args:
-            latents: as for a call.
-            timesteps: as for a call.
-            layers: at the end of the network, that are no part of the deep one.
-            deep: what this told for the same samples at another timestep: only the outermost layers run. Empty: the
-                whole network runs. Where that is laid out by nobody, nothing can be told, and it is empty again.
+            latents: Latents of each row, (rows, 4, F, h, w).
+            timesteps: Timestep of each row, (rows,).
+            layers: Number of layers at the end of the network that do not belong to its deep part.
+            deep: Deep features that an earlier call returned for the same samples; then only the outermost layers run.
+                Empty: the whole network runs. A predictor that cannot separate the deep part always returns an empty
+                tuple.
         """
         ...
 
@@ -46,27 +52,27 @@ def predictor(
     rows: Sequence[int],
     conditions: torch.Tensor,
     texts: Sequence[torch.Tensor],
-    images: Attention,
+    images: ImagePromptAttention,
     call: Call = directly,
 ) -> Predictor:
-    """What calls the UNet, by the layout made for speed where that knows its structure, else by its own call.
+    """Return a predictor: the optimized one where `unet.supports` the network, else one that uses its own call.
 
     Args:
-        unet: a `UNetMotionModel`, or what is called like one.
-        rows: of each sample, the index of its row.
-        conditions: of each row, (rows, 5, F, h, w), what the UNet sees beside the latents.
-        texts: of each sample, (1, tokens, features). The same object is the same text.
-        images: what an IP-Adapter knows of the samples.
-        call: what calls the functions of the layout.
+        unet: `UNetMotionModel`, or an object with its interface.
+        rows: Index of the row of each sample.
+        conditions: UNet input besides the latents, for each row, (rows, 5, F, h, w).
+        texts: Text embedding of each sample, (1, tokens, features). One object stands for one text.
+        images: Image prompts of the samples.
+        call: Function that calls the functions of `unet`, such as a `Compiler`.
     """
     network = unet.network if isinstance(unet, OnDemand) else unet
-    if layout.understands(network):
-        return _Laid(unet, rows, conditions, texts, images, call)
-    return _Stock(unet, rows, conditions, texts, images)
+    if layout.supports(network):
+        return _OptimizedPredictor(unet, rows, conditions, texts, images, call)
+    return _StockPredictor(unet, rows, conditions, texts, images)
 
 
-class _Laid:
-    """By `unet.run`. One buffer holds what the UNet sees, channels last; a step writes the latents into it."""
+class _OptimizedPredictor:
+    """Predictor by `unet.run`. One channels-last buffer holds the UNet's input; each step writes the latents to it."""
 
     def __init__(
         self,
@@ -74,7 +80,7 @@ class _Laid:
         rows: Sequence[int],
         conditions: torch.Tensor,
         texts: Sequence[torch.Tensor],
-        images: Attention,
+        images: ImagePromptAttention,
         call: Call,
     ) -> None:
         self._unet = unet
@@ -83,32 +89,37 @@ class _Laid:
         num_rows, channels, *volume = conditions.shape
         self._input = conditions.new_empty((num_rows, *volume, self._latents + channels))
         self._input[..., self._latents :] = conditions.movedim(1, -1)
-        self._conditions = layout.prepare(_present(unet), rows, num_rows, texts, images)
+        self._conditions = layout.prepare(_on_device(unet), rows, num_rows, texts, images)
 
     def __call__(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        noise: torch.Tensor = self._call(layout.run, *self._given(latents, timesteps))
+        noise: torch.Tensor = self._call(layout.run, *self._arguments(latents, timesteps))
         return noise
 
     def reusing(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, layers: int, deep: Deep
-    ) -> tuple[torch.Tensor, Deep]:
-        given = self._given(latents, timesteps)
+        self, latents: torch.Tensor, timesteps: torch.Tensor, layers: int, deep: DeepFeatures
+    ) -> tuple[torch.Tensor, DeepFeatures]:
+        given = self._arguments(latents, timesteps)
         if deep:
             return self._call(layout.run_outermost, *given, layers, torch.cat(deep)), deep
         noise, made = self._call(layout.run_and_keep, *given, layers)
         return noise, torch.split(made, self._input.shape[1])
 
-    def _given(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[Any, ...]:
-        """The network, what it sees, and by what it draws."""
+    def _arguments(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[Any, ...]:
+        """Return the arguments of `unet.run`, with the latents in the buffer."""
         self._input[..., : self._latents] = latents.movedim(1, -1)
-        return _present(self._unet), self._input, timesteps, self._conditions
+        return _on_device(self._unet), self._input, timesteps, self._conditions
 
 
-class _Stock:
-    """By the network's own call, every frame with a text of its own."""
+class _StockPredictor:
+    """Predictor by the network's own call, with one text embedding for every frame."""
 
     def __init__(
-        self, unet: Any, rows: Sequence[int], conditions: torch.Tensor, texts: Sequence[torch.Tensor], images: Attention
+        self,
+        unet: Any,
+        rows: Sequence[int],
+        conditions: torch.Tensor,
+        texts: Sequence[torch.Tensor],
+        images: ImagePromptAttention,
     ) -> None:
         self._unet = unet
         self._rows = torch.tensor(rows, device=conditions.device)
@@ -132,12 +143,12 @@ class _Stock:
         self,
         latents: torch.Tensor,
         timesteps: torch.Tensor,
-        layers: int,  # noqa: ARG002 - its own call has no parts
-        deep: Deep,  # noqa: ARG002
-    ) -> tuple[torch.Tensor, Deep]:
+        layers: int,  # noqa: ARG002 - the network's own call cannot be split
+        deep: DeepFeatures,  # noqa: ARG002
+    ) -> tuple[torch.Tensor, DeepFeatures]:
         return self(latents, timesteps), ()
 
 
-def _present(unet: Any) -> Any:
-    """The network on its device."""
+def _on_device(unet: Any) -> Any:
+    """Return the network, on its device."""
     return unet.on_device() if isinstance(unet, OnDemand) else unet

@@ -1,8 +1,9 @@
-"""Denoising many rows together, each by its own schedule.
+"""Sampling: denoises many rows together, each with its own schedule.
 
-Every row owns a scheduler, a generator and its latents; only the UNet sees them side by side, with one timestep a row.
-So steps, strength, eta, guidance and the solver's history stay the row's own with any scheduler, and a row's schedule
-does not depend on its batch-mates. A row whose schedule has ended begins its next FreeInit pass, or leaves the batch.
+Every row owns a scheduler, a generator and its latents. Only the UNet processes the rows together, with one timestep
+for each row. So steps, strength, eta, guidance and the solver's history belong to the row, with any scheduler, and a
+row's schedule does not depend on the other rows. A row whose schedule has ended begins its next FreeInit pass, or
+leaves the batch.
 """
 
 from __future__ import annotations
@@ -21,40 +22,43 @@ from pia_batch.engine import free_init
 from pia_batch.engine.async_transfers import AsyncTransfers
 from pia_batch.engine.compiling import Call, directly
 from pia_batch.engine.conditioning import LruCache, Posterior, Prompt
-from pia_batch.engine.image_prompts import Attention, ImagePrompt
+from pia_batch.engine.image_prompts import ImagePrompt, ImagePromptAttention
 from pia_batch.engine.loading import Components
 from pia_batch.engine.motion import motion_coefficients
-from pia_batch.engine.prediction import Deep, predictor
+from pia_batch.engine.prediction import DeepFeatures, predictor
 from pia_batch.engine.shots import Shot
 from pia_batch.errors import UnsupportedSettingError
 
 _LATENT_CHANNELS = 4
 
 _MAX_BATCHES = 8
-"""Compositions of rows that are kept laid out, where rows of one batch take their shortcuts at different steps."""
+"""Number of cached row combinations, for batches whose rows reuse deep features at different steps."""
 
 
 @dataclass(slots=True)
 class Row:
-    """One shot between noise and latents.
+    """State of one shot during denoising.
 
     Attributes:
-        latents: (1, 4, F, h, w), what the schedule has made so far.
-        condition: (1, 5, F, h, w): the motion coefficients as a mask, then the image's latents, the same all along.
-        positive: (1, tokens, features).
-        negative: as `positive`; None without guidance.
-        image_prompt: what an IP-Adapter reads, weighed by the shot's `ip_adapter_scale`; None without an adapter.
-        generator: the row's own, on the CPU: every number that it draws.
-        timesteps: what is left of this pass, on the CPU, so that reading one never waits for a GPU.
-        passes: steps of each FreeInit pass after this one.
-        first_latents: what the first pass started from, (1, 4, F, h, w); FreeInit noises with it again.
-        options: keyword arguments of the scheduler's `step`, the row's generator among them.
-        unet_samples: samples of UNet calls taken so far, of the outermost layers by their share of it: the row's cost
-            relative to its batch-mates.
-        shortcuts: what its preset leaves out.
-        whole: at each of `timesteps`, whether the whole UNet runs.
-        deep: what its deep part made last, with guidance of the unconditional sample, then of the conditional one;
-            empty where it is not used again.
+        shot: The shot.
+        generator: CPU generator of the row; the source of all its random numbers.
+        scheduler: Scheduler of the row, a copy of its own.
+        timesteps: Remaining timesteps of this pass, on the CPU, so that reading one never waits for a GPU.
+        passes: Numbers of steps of the FreeInit passes after this one.
+        first_latents: Latents at the start of the first pass, (1, 4, F, h, w); FreeInit adds noise with them again.
+        latents: Current latents, (1, 4, F, h, w).
+        condition: UNet input besides the latents, (1, 5, F, h, w): the motion coefficients as a mask, then the image's
+            latents; constant over all steps.
+        positive: Prompt embedding, (1, tokens, features).
+        negative: Embedding of the negative prompt, in the shape of `positive`; None without guidance.
+        image_prompt: Input of the IP-Adapter, weighted by the shot's `ip_adapter_scale`; None without an adapter.
+        options: Keyword arguments of the scheduler's `step`, the row's generator among them.
+        unet_samples: Number of UNet samples computed so far; a call of the outermost layers counts as their share of
+            the UNet. This is the row's cost relative to the other rows.
+        shortcuts: Layers and steps that the row's speed preset leaves out.
+        whole: For each of `timesteps`, True if the whole UNet runs.
+        deep: Latest deep features, with guidance those of the unconditional sample and then of the conditional one;
+            empty if no later step reuses them.
     """
 
     shot: Shot
@@ -72,7 +76,7 @@ class Row:
     unet_samples: float = 0
     shortcuts: Shortcuts = EXACT
     whole: list[bool] = field(init=False)
-    deep: Deep = ()
+    deep: DeepFeatures = ()
 
     def __post_init__(self) -> None:
         self._begin(self.timesteps)
@@ -83,7 +87,7 @@ class Row:
         self.whole = whole_evaluations(self.shortcuts, times, self.scheduler.config.num_train_timesteps)
 
     def advance(self, conditional: torch.Tensor, unconditional: torch.Tensor | None) -> None:
-        """Take one step along the predicted noise, both (1, 4, F, h, w). After a pass's last, begin the next pass."""
+        """Take a scheduler step with the predicted noise, (1, 4, F, h, w) each. After the last, begin the next pass."""
         noise = conditional
         if unconditional is not None:
             noise = unconditional + self.shot.guidance_scale * (conditional - unconditional)
@@ -95,7 +99,7 @@ class Row:
             self.latents = free_init.renoise(
                 self.shot, self.latents, self.first_latents, self.scheduler, self.generator
             )
-            self._begin(_spread(self.scheduler, self.passes.pop(0), self.shot))
+            self._begin(_set_schedule(self.scheduler, self.passes.pop(0), self.shot))
 
 
 def start(
@@ -106,21 +110,29 @@ def start(
     negative: Prompt | None,
     image_prompt: ImagePrompt | None,
 ) -> Row:
-    """The row before its first step.
+    """Return the row before its first step.
 
-    Its generator draws in the pipeline's order: initial noise, then the image's latents, then (strength < 1) the
-    noise that replaces the initial one, then whatever the scheduler's steps ask for and, between them, each FreeInit
-    pass after the first.
+    The row's generator is used in the pipeline's order: initial noise, then the image's latents, then (strength < 1)
+    the noise that replaces the initial one, then the random numbers of the scheduler's steps and, between them, those
+    of each FreeInit pass after the first.
+
+    Args:
+        shot: Shot to denoise.
+        parts: Networks and scheduler.
+        posterior: VAE posterior of the shot's image.
+        positive: Encoded prompt.
+        negative: Encoded negative prompt; None without guidance.
+        image_prompt: Encoded image prompt; None without an IP-Adapter.
 
     Raises:
-        UnsupportedSettingError: the scheduler cannot make such a schedule, for one of FreeInit's passes perhaps.
+        UnsupportedSettingError: The scheduler has no such schedule, for the clip or for one of its FreeInit passes.
 
     Source: the order is that of diffusers 0.42.1 `PIAPipeline.__call__`.
     """
     generator = torch.Generator("cpu").manual_seed(shot.seed)
     scheduler = copy.deepcopy(parts.scheduler)
     if shot.free_init_iters:
-        _rehearse(scheduler, shot)
+        _check_free_init_schedules(scheduler, shot)
     timesteps = _schedule(scheduler, shot)
     size = (shot.height // parts.latent_stride, shot.width // parts.latent_stride)
     shape = (1, _LATENT_CHANNELS, shot.num_frames, *size)
@@ -131,8 +143,8 @@ def start(
     still = image[:, :, None].expand(shape)
     if shot.strength < 1:
         latents = scheduler.add_noise(still, _noise(shape, generator, parts), timesteps[0][None])
-    if shot.free_init_iters:  # the pipeline scales its noise by the whole schedule, and only then shortens the pass
-        timesteps = _spread(scheduler, shot.pass_steps[0], shot)
+    if shot.free_init_iters:  # the pipeline scales the noise by the whole schedule, and shortens the pass afterwards
+        timesteps = _set_schedule(scheduler, shot.pass_steps[0], shot)
 
     coefficients = torch.tensor(motion_coefficients(shot), dtype=parts.dtype, device=parts.device)
     mask = coefficients.view(1, 1, -1, 1, 1).expand(1, 1, *shape[2:])
@@ -154,18 +166,18 @@ def start(
 
 
 def denoise(unet: Any, rows: Sequence[Row], call: Call = directly) -> None:
-    """Run every row to the end of its last schedule, in place. All rows have the same frames and size.
+    """Denoise every row to the end of its last schedule, in place.
 
     Args:
-        unet: what predicts the noise.
-        rows: of one number of frames and one size.
-        call: what calls the functions of the UNet's layout.
+        unet: Network that predicts the noise.
+        rows: Rows with the same number of frames and the same size.
+        call: Function that calls `unet.run` and its variants, such as a `Compiler`.
     """
     left = [row for row in rows if row.timesteps]
     while left:
         batches: LruCache[tuple[int, ...], _Batch] = LruCache(_MAX_BATCHES)
         for _ in range(min(len(row.timesteps) for row in left)):
-            for alike in _alike(left):
+            for alike in _group_by_network(left):
                 key = tuple(id(row) for row in alike)
                 with AsyncTransfers():
                     batch = batches.get(key, functools.partial(_Batch, unet, alike, call))
@@ -173,8 +185,8 @@ def denoise(unet: Any, rows: Sequence[Row], call: Call = directly) -> None:
         left = [row for row in left if row.timesteps]
 
 
-def _alike(rows: Sequence[Row]) -> list[list[Row]]:
-    """Those that need the whole network next, and the others: two calls, lest one row's shortcut become another's."""
+def _group_by_network(rows: Sequence[Row]) -> list[list[Row]]:
+    """Separate rows that need the whole network next from rows that reuse deep features, for one UNet call each."""
     groups = [[row for row in rows if row.whole[0] is whole] for whole in (True, False)]
     return [group for group in groups if group]
 
@@ -197,26 +209,26 @@ class _Batch:
             samples,
             torch.cat([row.condition for row in rows]),
             [*texts, *(row.positive for row in rows)],
-            Attention(unet, embeddings, scales, rows[0].shot.num_frames),
+            ImagePromptAttention(unet, embeddings, scales, rows[0].shot.num_frames),
             call,
         )
 
     def step(self) -> None:
-        """One UNet call, then one scheduler step of each row."""
+        """Call the UNet once, then take one scheduler step in each row."""
         latents = torch.cat([row.scheduler.scale_model_input(row.latents, row.timesteps[0]) for row in self._rows])
         timesteps = torch.stack([row.timesteps[0] for row in self._rows]).to(latents.device, non_blocking=True)
         noise = torch.split(self._noise(latents, timesteps), 1)
         unconditional = dict(zip(self._guided, noise, strict=False))
-        with AsyncTransfers():  # not around the UNet, whose compiler knows no such mode
+        with AsyncTransfers():  # not around the UNet: its compiler does not support this mode
             for index, (row, conditional) in enumerate(zip(self._rows, noise[len(self._guided) :], strict=True)):
                 row.advance(conditional, unconditional.get(index))
 
     def _noise(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Of each sample; over the deep features that the rows have from earlier steps, if they have enough in them."""
+        """Predict the noise of each sample; reuse the rows' deep features where the preset and the step allow it."""
         rows, guided, shortcuts = self._rows, self._guided, self._rows[0].shortcuts
         if shortcuts == EXACT:
             return self._predict(latents, timesteps)
-        known: Deep = ()
+        known: DeepFeatures = ()
         if not rows[0].whole[0] and rows[0].deep:
             known = (*(rows[index].deep[0] for index in guided), *(row.deep[-1] for row in rows))
         noise, deep = self._predict.reusing(latents, timesteps, shortcuts.layers, known)
@@ -230,19 +242,19 @@ class _Batch:
 
 
 def _schedule(scheduler: Any, shot: Shot) -> list[torch.Tensor]:
-    """The timesteps that strength leaves, at the first of which the scheduler then stands."""
-    timesteps = _spread(scheduler, shot.num_inference_steps, shot)
+    """Return the timesteps that remain after `strength`; set the scheduler to the first of them."""
+    timesteps = _set_schedule(scheduler, shot.num_inference_steps, shot)
     first = (shot.num_inference_steps - shot.num_steps) * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     return timesteps[first:]
 
 
-def _spread(scheduler: Any, num_steps: int, shot: Shot) -> list[torch.Tensor]:
-    """The timesteps of a new schedule of so many steps, at the start of which the scheduler then stands.
+def _set_schedule(scheduler: Any, num_steps: int, shot: Shot) -> list[torch.Tensor]:
+    """Set the scheduler to a new schedule of `num_steps` steps and return its timesteps.
 
     Raises:
-        UnsupportedSettingError: the scheduler has no such schedule.
+        UnsupportedSettingError: The scheduler has no such schedule.
     """
     name = type(scheduler).__name__
     asked, remedy = f"num_inference_steps {shot.num_inference_steps}", "change num_inference_steps"
@@ -253,7 +265,7 @@ def _spread(scheduler: Any, num_steps: int, shot: Shot) -> list[torch.Tensor]:
         most = scheduler.config.original_inference_steps
         if num_steps > most:
             raise UnsupportedSettingError(
-                f"{asked}: {name} has {most} steps at most; lower num_inference_steps, or raise "
+                f"{asked}: {name} supports at most {most} steps; lower num_inference_steps, or raise "
                 "original_inference_steps in model.scheduler.settings"
             )
     try:
@@ -263,21 +275,21 @@ def _spread(scheduler: Any, num_steps: int, shot: Shot) -> list[torch.Tensor]:
     return list(scheduler.timesteps)
 
 
-def _rehearse(scheduler: Any, shot: Shot) -> None:
-    """Return if the scheduler can begin each FreeInit pass and noise what it ends with for the next one.
+def _check_free_init_schedules(scheduler: Any, shot: Shot) -> None:
+    """Return if the scheduler can start each FreeInit pass and add noise to its result for the next pass.
 
     Raises:
-        UnsupportedSettingError: it cannot. Better said now than after the first pass.
+        UnsupportedSettingError: The scheduler cannot. This check fails before the first pass rather than after it.
     """
     nothing = torch.zeros(1)
     last = free_init.last_timestep(scheduler)
     for num_steps in sorted(set(shot.pass_steps)):
-        _spread(scheduler, num_steps, shot)
-        if shot.free_init_iters == 1:  # nothing comes after it
+        _set_schedule(scheduler, num_steps, shot)
+        if shot.free_init_iters == 1:  # no pass follows
             return
         try:
             scheduler.add_noise(nothing, nothing, last)
-        except IndexError as err:  # it finds noise levels by their place in the schedule, and this one has none
+        except IndexError as err:  # the scheduler looks noise levels up in its schedule, and this timestep is not there
             remedy = "set timestep_spacing to trailing in model.scheduler.settings"
             if num_steps == 1 and scheduler.config.timestep_spacing == "linspace":
                 remedy += ", or raise num_inference_steps" + " or clear free_init_fast" * shot.free_init_fast
@@ -288,11 +300,11 @@ def _rehearse(scheduler: Any, shot: Shot) -> None:
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator, parts: Components) -> torch.Tensor:
-    """Drawn on the CPU and then moved, so that a seed means the same on every device."""
+    """Sample noise on the CPU and move it to the device, so that a seed gives the same noise on every device."""
     return torch.randn(shape, generator=generator, dtype=parts.text_encoder.dtype).to(parts.device)
 
 
 def _step_options(scheduler: Any, **offered: Any) -> dict[str, Any]:
-    """Those of the offered arguments that this scheduler's `step` takes."""
+    """Return those of the offered arguments that this scheduler's `step` accepts."""
     taken = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in offered.items() if name in taken}

@@ -1,7 +1,7 @@
-"""Networks whose weights are in one safetensors file, in the original layout or in that of diffusers.
+"""Single-file networks: loads weights from one safetensors file, in the original layout or in that of diffusers.
 
-Every tensor of the network comes from the file: one that is missing, or that the network has no place for, is an
-error, never a random or a dropped weight. Nothing but the file and the part's config is read.
+Every tensor of the network comes from the file. A missing tensor, or one that the network does not have, is an error;
+no weight stays random and none is dropped. Only the file and the part's config are read.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ Tensors = dict[str, torch.Tensor]
 
 _MOST_LISTED = 5
 _POSITIONS = ("pos_embed.pe", "pos_encoder.pe")
-"""Sines and cosines of AnimateDiff, which the network computes where its file does not have them."""
+"""Sines and cosines of AnimateDiff; the network computes them if the file does not hold them."""
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the tensors of one kind of network are found in a file.
+    """Names of the tensors of one kind of network in a file.
 
     Attributes:
-        prefixes: what the names of this network's tensors begin with; the first that any name begins with counts.
-        kept: whether names keep the prefix, for `convert` to see.
-        spare: beginnings of names, without prefix, of what is no weight of the network.
-        convert: tensors in the original layout and the network's config to tensors in that of diffusers.
+        prefixes: Possible prefixes of the names; the first one that any name has is used.
+        kept: True if names keep the prefix, because `convert` needs it.
+        spare: Beginnings of names, without prefix, of tensors that are not weights of the network.
+        convert: Function that converts tensors of the original layout, with the network's config, to the layout of
+            diffusers.
     """
 
     prefixes: tuple[str, ...]
@@ -45,7 +46,7 @@ class _Layout:
 
 
 def _flat(tensors: Tensors, config: Any) -> Tensors:
-    """CLIP's text tower without the name that it once had inside its model."""
+    """Remove the prefix that CLIP's text tower had inside its model."""
     del config
     return {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
 
@@ -57,13 +58,13 @@ _LAYOUTS: dict[Any, _Layout] = {
     diffusers.AutoencoderKL: _Layout(
         ("first_stage_model.", ""),
         kept=True,
-        spare=("loss.", "model_ema."),  # of its training
+        spare=("loss.", "model_ema."),  # used in training only
         convert=original.convert_ldm_vae_checkpoint,
     ),
     transformers.CLIPTextModel: _Layout(
         ("cond_stage_model.transformer.",),
         kept=False,
-        # Constants, and what CLIP needs for other ends than its hidden states.
+        # Constants, and tensors that CLIP uses for other outputs than hidden states.
         spare=("text_model.embeddings.position_ids", "embeddings.position_ids", "text_projection", "logit_"),
         convert=_flat,
     ),
@@ -77,15 +78,15 @@ _LAYOUTS: dict[Any, _Layout] = {
 
 
 def read(kind: Any, part: Component, dtype: torch.dtype) -> Any:
-    """The network of a part with the layout `single_file`, on the CPU, in memory of its own.
+    """Return the network of a part with the layout `single_file`, on the CPU, in its own memory.
 
     Args:
-        kind: UNet2DConditionModel, AutoencoderKL or MotionAdapter of diffusers, or transformers' CLIPTextModel.
-        part: of that kind; its config says how large the network is.
-        dtype: of the weights, whatever the file's is.
+        kind: UNet2DConditionModel, AutoencoderKL or MotionAdapter of diffusers, or CLIPTextModel of transformers.
+        part: Part of that kind; its config defines the size of the network.
+        dtype: Dtype of the loaded weights, whatever the dtype in the file.
 
     Raises:
-        ConfigError: the file lacks tensors, has others, or some of another shape.
+        ConfigError: Tensors are missing, unexpected, or of another shape.
     """
     layout = _LAYOUTS[kind]
     network = _empty(kind, part)
@@ -96,23 +97,28 @@ def read(kind: Any, part: Component, dtype: torch.dtype) -> Any:
     if "text_model.final_layer_norm.weight" in expected:  # transformers before 5.6
         converted = {f"text_model.{name}": tensor for name, tensor in converted.items()}
     _check(part, kind, held, converted, expected)
-    # Copied, as a tensor of the right dtype would otherwise stay a window on the file, which may change.
+    # Copy: a tensor of the right dtype would otherwise remain a view of the file, which may change.
     own = {name: tensor.to(dtype, copy=True) for name, tensor in converted.items()}
     network.load_state_dict(own, strict=False, assign=True)
     return network.to(dtype)
 
 
 def _converted(part: Component, layout: _Layout, held: Tensors, config: Any) -> Tensors:
-    """In the names of diffusers, whose conversion meets some missing tensors with None, and others with a KeyError."""
+    """Convert to the names of diffusers.
+
+    For missing tensors, the conversion of diffusers returns None in some cases and raises KeyError in others.
+    """
     try:
         converted = layout.convert(dict(held), config)
     except KeyError as err:
-        raise ConfigError(f"{part.path} lacks {err.args[0]}; it is not whole, or {_remedy(part)}") from None
+        raise ConfigError(
+            f"{part.path}: missing tensor {err.args[0]}; the file is incomplete, or {_remedy(part)}"
+        ) from None
     return {name: tensor for name, tensor in converted.items() if tensor is not None}
 
 
 def _empty(kind: Any, part: Component) -> Any:
-    """The network without memory for its weights, but with the buffers that it computes."""
+    """Return the network without memory for its weights, but with the buffers that it computes."""
     folder = part.folder if part.config is None else part.config.folder
     with accelerate.init_empty_weights():
         if kind is transformers.CLIPTextModel:
@@ -121,7 +127,7 @@ def _empty(kind: Any, part: Component) -> Any:
 
 
 def _tensors(part: Component, layout: _Layout) -> Tensors:
-    """What the file has of this network, as windows on it."""
+    """Return this network's tensors in the file, as views of it."""
     try:
         with safe_open(part.path, "pt") as file:
             names = list(file.keys())
@@ -142,14 +148,13 @@ def _check(part: Component, kind: Any, held: Tensors, converted: Tensors, expect
     missing = [name for name in expected if name not in converted and not name.endswith(_POSITIONS)]
     if missing:
         raise ConfigError(
-            f"{part.path} lacks {_listed(missing)} of the {kind.__name__}; it is not whole, or {_remedy(part)}"
+            f"{part.path}: missing tensors of the {kind.__name__}: {_listed(missing)}; the file is incomplete, or "
+            f"{_remedy(part)}"
         )
     placed = {tensor.data_ptr() for name, tensor in converted.items() if name in expected}
     others = [name for name in held if held[name].data_ptr() not in placed and not name.endswith(_POSITIONS)]
     if others:
-        raise ConfigError(
-            f"{part.path} has {_listed(others)}, for which the {kind.__name__} has no place; {_remedy(part)}"
-        )
+        raise ConfigError(f"{part.path}: unexpected tensors for a {kind.__name__}: {_listed(others)}; {_remedy(part)}")
     wrong = [
         f"{name} ({_sides(converted[name])} instead of {_sides(expected[name])})"
         for name in expected
@@ -157,13 +162,13 @@ def _check(part: Component, kind: Any, held: Tensors, converted: Tensors, expect
     ]
     if wrong:
         raise ConfigError(
-            f"{part.path} has tensors of another shape than the {kind.__name__}: {_listed(wrong)}; {_remedy(part)}"
+            f"{part.path}: tensors with other shapes than in the {kind.__name__}: {_listed(wrong)}; {_remedy(part)}"
         )
 
 
 def _remedy(part: Component) -> str:
     folder = part.folder if part.config is None else part.config.folder
-    return f"it does not belong to the config in {folder}; name the right one in model.config"
+    return f"it does not match the config in {folder}; set model.config to the matching one"
 
 
 def _sides(tensor: torch.Tensor) -> str:

@@ -1,8 +1,8 @@
-"""One call of a `UNetMotionModel`, laid out for speed: the weights and the sums of diffusers, fewer of its detours.
+"""Optimized call of a `UNetMotionModel`: the weights and arithmetic of diffusers with less overhead.
 
-Activations are channels-last all the way, so that convolutions, attention over pixels, text and frames read the same
-memory in turn and nothing is permuted. The halves of guidance are one until a text tells them apart. Divisions by one
-are left out, time is embedded once a sample rather than once a frame.
+Activations stay channels-last, so that convolutions and attention over pixels, text and frames read the same memory
+without permutation. The two halves of guidance share their computation until the first text attention. Divisions by one
+are left out. The time is embedded once for each sample rather than once for each frame.
 
 Source: diffusers 0.42.1 `models/unets/unet_motion_model.py` and the blocks that it uses.
 """
@@ -29,11 +29,11 @@ from torch.nn import functional
 from pia_batch.engine import attention, image_prompts
 
 
-def understands(unet: Any) -> bool:
-    """Whether `run` computes what this network's own call does.
+def supports(unet: Any) -> bool:
+    """Return True if `run` computes the same as this network's own call.
 
-    False for a wrapper around a network, for structures that no PIA checkpoint has, for attention by another
-    processor, and for half precision on a CPU, where nothing is gained.
+    False for a wrapper around a network, for structures that no PIA checkpoint has, for attention with another
+    processor, and for half precision on a CPU, where `run` is not faster.
     """
     if type(unet) is not UNetMotionModel:
         return False
@@ -51,12 +51,12 @@ def understands(unet: Any) -> bool:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a batch of samples is drawn by, the same at every step.
+    """Inputs of a batch of samples that are the same at every step.
 
     Attributes:
-        rows: of each sample, the row whose latents it sees; None: sample k is row k.
-        read: of each cross-attention, by its name, what it reads.
-        image_scales: of each sample, how much its image prompt weighs; None without an IP-Adapter.
+        rows: Index of the row whose latents each sample uses; None: sample k is row k.
+        read: Keys and values of each cross-attention, by its name.
+        image_scales: Weight of each sample's image prompt; None without an IP-Adapter.
     """
 
     rows: torch.Tensor | None
@@ -69,16 +69,16 @@ def prepare(
     rows: Sequence[int],
     num_rows: int,
     texts: Sequence[torch.Tensor],
-    images: image_prompts.Attention | None = None,
+    images: image_prompts.ImagePromptAttention | None = None,
 ) -> Conditions:
-    """Lay out what stays the same from step to step.
+    """Compute the inputs that stay the same from step to step.
 
     Args:
-        unet: that `understands` is true of.
-        rows: of each sample, the index of its row.
-        num_rows: how many rows there are.
-        texts: of each sample, (1, tokens, features).
-        images: what an IP-Adapter knows of the samples; None without one.
+        unet: Network that `supports` accepts.
+        rows: Index of the row of each sample.
+        num_rows: Number of rows.
+        texts: Text embedding of each sample, (1, tokens, features).
+        images: Image prompts of the samples; None without an IP-Adapter.
     """
     shared = list(rows) != list(range(num_rows))
     prompts = scales = None
@@ -96,16 +96,16 @@ def prepare(
 
 
 def run(unet: Any, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-    """The prediction for every sample.
+    """Return the prediction for every sample.
 
     Args:
-        unet: that `understands` is true of.
-        sample: (rows, frames, height, width, channels), latents and their conditions.
-        timesteps: of each row, (rows,), on the sample's device.
-        conditions: as `prepare` made them of this network.
+        unet: Network that `supports` accepts.
+        sample: Latents and their conditions, (rows, frames, height, width, channels).
+        timesteps: Timestep of each row, (rows,), on the sample's device.
+        conditions: Result of `prepare` for this network.
 
     Returns:
-        (samples, channels, frames, height, width), of no particular strides.
+        Tensor (samples, channels, frames, height, width), with unspecified strides.
     """
     return run_and_keep(unet, sample, timesteps, conditions, 0)[0]
 
@@ -113,7 +113,10 @@ def run(unet: Any, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Co
 def run_and_keep(
     unet: Any, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions, layers: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `run`; and (samples x frames, channels, height, width), what so many last layers of the network were given."""
+    """Return the prediction, as `run`, and the input of the last `layers` layers.
+
+    The input has the shape (samples x frames, channels, height, width).
+    """
     call = _Call(unet, sample, timesteps, conditions)
     return call.run(sample.flatten(0, 1).permute(0, 3, 1, 2), layers)
 
@@ -121,7 +124,15 @@ def run_and_keep(
 def run_outermost(
     unet: Any, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions, layers: int, deep: torch.Tensor
 ) -> torch.Tensor:
-    """As `run`, but what the last layers are given is what `run_and_keep` told at another timestep.
+    """Return the prediction, as `run`, but run only the outermost layers.
+
+    Args:
+        unet: Network that `supports` accepts.
+        sample: Latents and their conditions, (rows, frames, height, width, channels).
+        timesteps: Timestep of each row, (rows,), on the sample's device.
+        conditions: Result of `prepare` for this network.
+        layers: Number of last layers to run.
+        deep: Input of these layers, which `run_and_keep` returned at another timestep.
 
     Source: DeepCache, arXiv 2312.00858.
     """
@@ -131,7 +142,7 @@ def run_outermost(
 
 
 class _Call:
-    """One call. Images are (rows or samples x frames, channels, height, width), channels last in memory."""
+    """State of one call. Images are (rows or samples x frames, channels, height, width), channels last in memory."""
 
     def __init__(self, unet: Any, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions) -> None:
         self._unet = unet
@@ -140,10 +151,10 @@ class _Call:
         self._frames = sample.shape[1]
         embedded = unet.time_embedding(unet.time_proj(timesteps).to(unet.dtype))
         self._time = functional.silu(embedded)
-        """(rows, features), later (samples, features)."""
+        """Time embedding, (rows, features); (samples, features) once the samples are separate."""
 
     def run(self, image: Any, layers: int, deep: Any = None) -> tuple[Any, Any]:
-        """Noise, and what the last layers were given, which is made where it is not given."""
+        """Return the noise and the input of the last layers; compute that input where `deep` is None."""
         unet = self._unet
         image = unet.conv_in(image)
         skipped = [image]
@@ -153,16 +164,16 @@ class _Call:
         first = max(0, last - layers)
         if deep is None:
             image = self._deep(image, skipped)
-            deep = self._each_sample(self._up_layers(name, block, image, skipped, range(first)))
+            deep = self._expand_to_samples(self._up_layers(name, block, image, skipped, range(first)))
         else:
             self._down_layers("down_blocks.0", unet.down_blocks[0], image, skipped, range(last - first - 1))
-        self._tell_apart()
+        self._expand_time()
         image = self._up_layers(name, block, deep, skipped, range(first, last))
         image = unet.conv_out(functional.silu(unet.conv_norm_out(image), inplace=True))
         return image.unflatten(0, (-1, self._frames)).transpose(1, 2), deep
 
     def _deep(self, image: Any, skipped: list[Any]) -> Any:
-        """All but the last up block."""
+        """Run all blocks except the last up block."""
         unet = self._unet
         for index, block in enumerate(unet.down_blocks):
             image = self._down(f"down_blocks.{index}", block, image, skipped)
@@ -182,7 +193,7 @@ class _Call:
         for index in layers:
             image = self._resnet(block.resnets[index], image)
             image = self._attend(name, block, index, image)
-            image = self._move(block.motion_modules[index], image)
+            image = self._attend_over_frames(block.motion_modules[index], image)
             skipped.append(image)
         return image
 
@@ -192,7 +203,7 @@ class _Call:
         for index, resnet in enumerate(block.resnets[1:]):
             image = self._attend("mid_block", block, index, image)
             if hasattr(block, "motion_modules"):
-                image = self._move(block.motion_modules[index], image)
+                image = self._attend_over_frames(block.motion_modules[index], image)
             image = self._resnet(resnet, image)
         return image
 
@@ -207,22 +218,22 @@ class _Call:
         for index in layers:
             skip = skipped.pop()
             if len(skip) < len(image):
-                skip = self._each_sample(skip)
-            if all(freeu.values()):  # which writes into the image that it is given, and that may be kept
+                skip = self._expand_to_samples(skip)
+            if all(freeu.values()):  # FreeU writes into its input image, which may be kept
                 image, skip = apply_freeu(block.resolution_idx, image.clone(), skip, **freeu)
             image = self._resnet(block.resnets[index], torch.cat([image, skip], dim=1))
             image = self._attend(name, block, index, image)
-            image = self._move(block.motion_modules[index], image)
+            image = self._attend_over_frames(block.motion_modules[index], image)
         return image
 
-    def _each_sample(self, image: Any) -> Any:
-        """An image of each sample, where up to now there was one of each row."""
+    def _expand_to_samples(self, image: Any) -> Any:
+        """Expand images of rows to images of samples, where that has not happened yet."""
         if self._rows is None or len(image) == len(self._rows) * self._frames:
             return image
         return image.unflatten(0, (-1, self._frames))[self._rows].flatten(0, 1)
 
-    def _tell_apart(self) -> None:
-        """From here on there is an image of each sample."""
+    def _expand_time(self) -> None:
+        """Expand the time embedding from rows to samples."""
         if self._rows is not None and len(self._time) < len(self._rows):
             self._time = self._time[self._rows]
 
@@ -234,7 +245,7 @@ class _Call:
         return hidden.add_(image if block.conv_shortcut is None else block.conv_shortcut(image))
 
     def _attend(self, name: str, block: Any, index: int, image: Any) -> Any:
-        """Over pixels and text, in blocks that do."""
+        """Apply attention over pixels and text, in blocks that have it."""
         if not getattr(block, "has_cross_attention", False):
             return image
         module = block.attentions[index]
@@ -245,28 +256,30 @@ class _Call:
             tokens = self._tokens(module.proj_in(hidden), len(hidden) // self._frames)
         for depth, layer in enumerate(module.transformer_blocks):
             tokens = attention.over_pixels(layer.attn1, layer.norm1(tokens)).add_(tokens)
-            tokens = self._read(f"{name}.attentions.{index}.transformer_blocks.{depth}.attn2", layer, tokens)
+            tokens = self._attend_over_text(
+                f"{name}.attentions.{index}.transformer_blocks.{depth}.attn2", layer, tokens
+            )
             tokens = _feed_forward(layer, tokens)
         if module.use_linear_projection:
             tokens = module.proj_out(tokens)
-        drawn = tokens.flatten(0, 1).unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
+        attended = tokens.flatten(0, 1).unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
         if not module.use_linear_projection:
-            drawn = module.proj_out(drawn)
-        return drawn + self._each_sample(image)
+            attended = module.proj_out(attended)
+        return attended + self._expand_to_samples(image)
 
-    def _read(self, name: str, layer: Any, tokens: Any) -> Any:
-        """Over text. From here on the halves of guidance differ."""
+    def _attend_over_text(self, name: str, layer: Any, tokens: Any) -> Any:
+        """Apply attention over text. From here on the two halves of guidance differ."""
         if self._rows is not None and len(tokens) < len(self._rows):
             tokens = tokens[self._rows]
-            self._tell_apart()
+            self._expand_time()
         read, scales = self._conditions.read[name], self._conditions.image_scales
         return attention.over_text(layer.attn2, layer.norm2(tokens), read, scales).add_(tokens)
 
-    def _move(self, module: Any, image: Any) -> Any:
-        """Over frames. The norm sees all frames of a sample at once."""
+    def _attend_over_frames(self, module: Any, image: Any) -> Any:
+        """Apply attention over frames. The norm covers all frames of a sample together."""
         count, channels, height, width = image.shape
-        # Frames within channels: channels last, the kernel of a CPU sums squares, less accurate where so many
-        # numbers share a mean.
+        # Put frames within channels: for channels-last input the CPU kernel sums squares, which is less accurate
+        # where so many numbers share a mean.
         film = image.unflatten(0, (-1, self._frames)).transpose(1, 2).contiguous()
         normed = module.norm(film).transpose(1, 2).flatten(0, 1)
         tokens = module.proj_in(self._tokens(normed, count // self._frames))
@@ -275,11 +288,11 @@ class _Call:
             for norm, each in ((layer.norm1, layer.attn1), (layer.norm2, layer.attn2)):
                 tokens = attention.over_frames(each, norm(tokens).add_(places)).add_(tokens)
             tokens = _feed_forward(layer, tokens)
-        drawn = module.proj_out(tokens).view(count, height, width, channels).permute(0, 3, 1, 2)
-        return drawn.add_(image)
+        attended = module.proj_out(tokens).view(count, height, width, channels).permute(0, 3, 1, 2)
+        return attended.add_(image)
 
     def _tokens(self, image: Any, count: int) -> Any:
-        """(count, frames, pixels, channels), without a copy where channels are last in memory."""
+        """Return (count, frames, pixels, channels), without a copy if channels are last in memory."""
         return image.permute(0, 2, 3, 1).reshape(count, self._frames, -1, image.shape[1])
 
 
@@ -287,7 +300,7 @@ def _feed_forward(layer: Any, tokens: Any) -> Any:
     hidden = layer.norm3(tokens)
     gate, *rest = layer.ff.net
     if tokens.device.type == "cpu" and type(gate) is GEGLU and type(gate.proj) is nn.Linear:
-        # As two products: the halves of one lie apart in memory, where GELU takes three times as long.
+        # Two products: the halves of a single product are not contiguous, and GELU then takes three times as long.
         halves = zip(gate.proj.weight.chunk(2), gate.proj.bias.chunk(2), strict=True)
         value, switch = (functional.linear(hidden, weight, bias) for weight, bias in halves)
         hidden = value.mul_(functional.gelu(switch))
@@ -307,8 +320,8 @@ def _cross_attentions(unet: Any) -> list[tuple[str, Any]]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a part of the network is of the one shape that `run` knows of its kind, and nobody listens to it."""
-    if module.training or module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 - torch tells nowhere else
+    """Return True if this part of the network has the one structure that `run` implements, and no hooks."""
+    if module.training or module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 - torch has no public API for it
         return False
     plain = True
     match module:

@@ -1,4 +1,4 @@
-"""`pia-batch bench` on small clips: every contestant runs, what is told can be so, and what fails spoils nothing."""
+"""`pia-batch bench` on small clips: every variant runs, what is told can be so, and what fails spoils nothing."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def one_thread() -> Iterator[None]:
 
 
 def measured(encode: Callable[[Any], bytes] = lambda _: b"", **options: Any) -> dict[str, Any]:
-    """The contestants of the smallest network there is."""
+    """The variants of the smallest network there is."""
     told = runner.run(BenchmarkOptions(**SMALL | options), encode, make=lambda _size: build())
-    return dict(told["contestants"])
+    return dict(told["variants"])
 
 
 def bench(*arguments: str) -> Result:
@@ -63,7 +63,7 @@ def test_every_contestant_draws_the_same_clip_and_is_measured(tmp_path):
 
     assert result.exit_code == 0, result.output
     told = json.loads(path.read_text())
-    assert list(told["contestants"]) == [
+    assert list(told["variants"]) == [
         "a: documented",
         "a': documented, MP4",
         "b: pipeline",
@@ -71,16 +71,16 @@ def test_every_contestant_draws_the_same_clip_and_is_measured(tmp_path):
         "e: balanced, 1 row",
         "e: fast, 1 row",
     ]
-    for name, one in told["contestants"].items():
+    for name, one in told["variants"].items():
         least, most = one["clips_per_s_range"]
         assert 0 < least <= one["clips_per_s"] <= most
-        assert one["clips_per_s"] <= one["clips_per_s_drawn"]
+        assert one["clips_per_s"] <= one["clips_per_s_generated"]
         assert one["psnr_db"] >= 40
         assert 0 < one["share_of_measured_matmul"] < (1 if name[0] in "abd" else 9)  # work left out counts as speed
         assert (one["peak_bytes"], one["share_of_datasheet"], one["compile_s"]) == (None, None, None)
         assert "error" not in one
-    assert told["contestants"]["b: pipeline"]["psnr_db"] == runner.IDENTICAL_DB
-    exact, fast = (told["contestants"][f"{name}, 1 row"]["psnr_db"] for name in ("d: engine", "e: fast"))
+    assert told["variants"]["b: pipeline"]["psnr_db"] == runner.IDENTICAL_DB
+    exact, fast = (told["variants"][f"{name}, 1 row"]["psnr_db"] for name in ("d: engine", "e: fast"))
     assert exact >= max(45, fast + 10)
     assert told["tflop_per_clip"] == pytest.approx(0.0212, rel=0.02)
     assert all(told["calibration"][name] > 0 for name in ("matmul_tflops", "attention_tflops", "convolution_tflops"))
@@ -140,7 +140,7 @@ def test_no_turn_begins_after_the_minutes_that_there_are():
     result = small("--only", "d,b", "--minutes", "0", "--json")
 
     assert result.exit_code == 1
-    told = json.loads(result.stdout)["contestants"]
+    told = json.loads(result.stdout)["variants"]
     assert [name[0] for name in told] == ["d", "b"]
     assert all(one["error"] == "not measured: the 0 minutes were over" for one in told.values())
 
@@ -148,15 +148,15 @@ def test_no_turn_begins_after_the_minutes_that_there_are():
 def test_numbers_are_written_as_they_come_and_stay_beside_later_ones(tmp_path):
     path = tmp_path / "bench.json"
     earlier = {"turns": 3, "clips_per_s": 0.5}
-    known = {"conditions": runner.conditions(BenchmarkOptions(**SMALL)), "contestants": {"b: pipeline": earlier}}
+    known = {"conditions": runner.conditions(BenchmarkOptions(**SMALL)), "variants": {"b: pipeline": earlier}}
     path.write_text(json.dumps(known))
 
     result = small("--only", "d", "--to", str(path), "--json")
 
     assert result.exit_code == 0, result.output
     both = json.loads(path.read_text())
-    assert list(both["contestants"]) == ["b: pipeline", "d: engine, 1 row"]
-    assert both["contestants"]["b: pipeline"] == earlier
+    assert list(both["variants"]) == ["b: pipeline", "d: engine, 1 row"]
+    assert both["variants"]["b: pipeline"] == earlier
     assert json.loads(result.stdout) == both
     assert list(tmp_path.iterdir()) == [path]
 
@@ -164,7 +164,7 @@ def test_numbers_are_written_as_they_come_and_stay_beside_later_ones(tmp_path):
 def test_numbers_of_other_conditions_are_not_mixed(tmp_path):
     path = tmp_path / "bench.json"
     known = runner.conditions(BenchmarkOptions(**SMALL))
-    path.write_text(json.dumps({"conditions": known | {"device": "NVIDIA H100 80GB HBM3"}, "contestants": {}}))
+    path.write_text(json.dumps({"conditions": known | {"device": "NVIDIA H100 80GB HBM3"}, "variants": {}}))
     before = path.read_text()
 
     result = small("--to", str(path))
@@ -253,8 +253,8 @@ def test_a_gpus_state_is_what_its_program_prints(program: str, told: dict[str, s
     fake.write_text(f"#!/bin/sh\n{program}\n")
     fake.chmod(0o755)
 
-    assert calibration.queried([str(fake)]) == told
-    assert calibration.queried([str(tmp_path / "missing")]) is None
+    assert calibration.query_nvidia_smi([str(fake)]) == told
+    assert calibration.query_nvidia_smi([str(tmp_path / "missing")]) is None
 
 
 @pytest.mark.parametrize(("speed", "shares"), [("exact", [1 / 2]), ("fast", [5 / 18, 4 / 18])])
@@ -287,7 +287,7 @@ def test_a_gpu_is_measured_with_its_memory_and_its_own_clock():
 
     assert told["conditions"]["dtype"] == "float16"
     assert told["calibration"]["matmul_tflops"] > 1
-    for one in told["contestants"].values():
+    for one in told["variants"].values():
         assert "error" not in one
         assert one["peak_bytes"] > 0
         assert one["psnr_db"] >= 30

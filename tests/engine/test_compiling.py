@@ -124,8 +124,8 @@ def test_what_cannot_be_compiled_is_called_as_it_is_with_one_warning(pipe, caplo
         assert_same(clip, single_call(pipe, row))
     said = refusals(caplog)
     assert [line.split(" reason=")[0] for line in said] == [
-        "not_compiled function=run",
-        "not_compiled function=decode_chunk",
+        "compile_failed function=run",
+        "compile_failed function=decode_chunk",
     ]
     assert "no C++ compiler found" in said[0]
 
@@ -183,8 +183,8 @@ def test_a_graph_that_computes_something_else_is_not_used(fault, caplog):
     assert all(torch.equal(each, values / 2) for each in asked)
     assert compiler.num_graphs() == 0
     (line,) = refusals(caplog)
-    assert line.startswith("not_compiled function=half reason=its graph is ")
-    assert compiler.refused == {"half": line.split("reason=")[1]}
+    assert line.startswith("compile_failed function=half reason=the first result of its graph differs by ")
+    assert compiler.failures == {"half": line.split("reason=")[1]}
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-2), (torch.float16, 2e-2), (torch.bfloat16, 0.1)])
@@ -195,7 +195,7 @@ def test_a_graph_may_be_off_by_what_its_precision_takes(dtype, most):
 
         compiler(half, values)
 
-        assert bool(compiler.refused) == refused
+        assert bool(compiler.failures) == refused
 
 
 def test_only_the_first_call_of_each_shape_is_compared():
@@ -272,7 +272,7 @@ def test_graphs_of_a_gpu_pass_the_comparison(pipe, dtype):
     clips = PiaEngine.from_pipeline(copy.deepcopy(pipe).to("cuda", dtype), compiler=compiler).animate(ROWS)
 
     assert all(clip.error is None for clip in clips)
-    assert (compiler.refused, compiler.num_graphs()) == ({}, 2)
+    assert (compiler.failures, compiler.num_graphs()) == ({}, 2)
 
 
 @pytest.mark.long

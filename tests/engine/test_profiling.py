@@ -72,7 +72,7 @@ def test_on_a_gpu_its_kernels_count_and_not_what_launched_them():
     ]
 
     spans = profiling.kernels(trace)
-    told = profiling.told(spans, {"matmul": 0.15}, repeats=2)
+    told = profiling.summarized(spans, {"matmul": 0.15}, repeats=2)
 
     assert [(span.begin, span.taken, span.launcher) for span in spans] == [
         (100, 300, "aten::addmm"),
@@ -106,7 +106,7 @@ def test_on_a_cpu_an_operator_counts_without_those_that_it_calls():
         "aten::copy_": 10,
         "aten::gelu": 50,
     }
-    told = profiling.told(list(spans.values()), {}, repeats=1)
+    told = profiling.summarized(list(spans.values()), {}, repeats=1)
     assert (told["window_ms"], told["gaps_ms"]) == (pytest.approx(0.2), pytest.approx(0.05))
 
 
@@ -117,7 +117,7 @@ def test_operators_of_two_threads_do_not_hold_each_other():
 
 
 def test_of_no_kernels_nothing_is_told():
-    assert profiling.told([], {}, repeats=1) == {"window_ms": 0.0, "gaps_ms": 0.0, "kinds": {}, "kernels": []}
+    assert profiling.summarized([], {}, repeats=1) == {"window_ms": 0.0, "gaps_ms": 0.0, "kinds": {}, "kernels": []}
 
 
 def test_a_real_call_spends_its_time_where_it_multiplies():
@@ -143,4 +143,4 @@ def test_a_profiler_that_sees_nothing_says_so():
 def test_kernels_beyond_the_most_costly_are_left_out():
     spans = [Span(f"aten::op{index}", index, index + 1, 1) for index in range(50)]
 
-    assert len(profiling.told(spans, {}, repeats=1)["kernels"]) == profiling.MOST_KERNELS
+    assert len(profiling.summarized(spans, {}, repeats=1)["kernels"]) == profiling.MOST_KERNELS

@@ -111,7 +111,7 @@ def test_a_broken_kernel_is_found_by_the_stored_answer(embedded, fault):
 
 @pytest.mark.parametrize("leak", LEAKS)
 def test_rows_that_touch_each_other_are_found_with_any_model(other, leak):
-    with BrokenKernel(*LEAKS[leak]), pytest.raises(BrokenDeviceError, match="where others are beside it"):
+    with BrokenKernel(*LEAKS[leak]), pytest.raises(BrokenDeviceError, match="when other rows share the batch"):
         other.check()
 
 

@@ -121,11 +121,11 @@ def test_a_text_is_projected_once_for_all_its_samples_frames_and_steps(network):
 
 
 def test_networks_of_other_shapes_keep_their_own_call(network):
-    assert unet.understands(network)
-    assert not unet.understands(Counting(network))
-    assert not unet.understands(build().unet.to(torch.bfloat16))
+    assert unet.supports(network)
+    assert not unet.supports(Counting(network))
+    assert not unet.supports(build().unet.to(torch.bfloat16))
     network.set_attn_processor(AttnProcessor())
-    assert not unet.understands(network)
+    assert not unet.supports(network)
 
 
 @pytest.mark.parametrize(
@@ -142,11 +142,11 @@ def test_networks_of_other_shapes_keep_their_own_call(network):
 def test_a_network_that_was_changed_keeps_its_own_call(network, change):
     change(network)
 
-    assert not unet.understands(network)
+    assert not unet.supports(network)
 
 
 def test_the_network_of_pia_itself_is_understood():
     with torch.device("meta"):
         network = UNetMotionModel(in_channels=9, cross_attention_dim=768, use_motion_mid_block=False)
 
-    assert unet.understands(network.eval())
+    assert unet.supports(network.eval())

@@ -68,7 +68,7 @@ def test_all_of_it_on_a_cpu_in_two_commands(tmp_path, monkeypatch):
         assert benchmark_gpu.main() == 0
 
     told = json.loads((tmp_path / "cpu" / "benchmark.json").read_text())
-    assert list(told["contestants"]) == ["b: pipeline", "d: engine, 1 row"]
+    assert list(told["variants"]) == ["b: pipeline", "d: engine, 1 row"]
     told = json.loads((tmp_path / "cpu" / "runs.json").read_text())
     assert list(told) == ["exact", "fast"]
     for one in told.values():

@@ -1,8 +1,10 @@
-"""Who takes part in the benchmark: each a way from shots to frames and files, on networks of its own layout.
+"""Variants of the benchmark: the baselines (a) to (c) and the engine (d) and (e), each from shots to frames and files.
 
-(a) the documented use of `PIAPipeline`: CPU offload, VAE slices, GIF, a row at a time; (a') the same with MP4;
-(b) the pipeline resident on the device; (c) the same as a competent user compiles it; (d) the engine, exact, a batch at
-a time; (e) the engine under each lossy preset of `model.speed`, in its largest batch.
+- (a) the documented use of `PIAPipeline`: CPU offload, VAE slicing, GIF, one row at a time; (a') the same with MP4;
+- (b) the pipeline resident on the device;
+- (c) the same, compiled as an experienced user would;
+- (d) the engine, exact, one batch at a time;
+- (e) the engine with each lossy preset of `model.speed`, in its largest batch.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from pia_batch.config.speed_presets import PRESETS, Speed, whole_evaluations
 from pia_batch.engine.benchmark.profiling import counting
 from pia_batch.engine.compiling import Call, Compiler, Mode, directly
 from pia_batch.engine.engine import PiaEngine
-from pia_batch.engine.image_prompts import Attention
+from pia_batch.engine.image_prompts import ImagePromptAttention
 from pia_batch.engine.prediction import predictor
 from pia_batch.engine.shots import Shot
 from pia_batch.weights import sd15
@@ -40,17 +42,17 @@ Frames = NDArray[np.uint8]
 Encode = Callable[[Frames], bytes]
 
 GUIDANCE = {"full": 7.5, "tiny": 1.5}
-"""Guidance scale of the shots of each size."""
+"""Guidance scale of the shots, by size."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnetCall:
-    """One kind of call that a contestant makes of the network.
+    """One kind of UNet call that a variant makes.
 
     Attributes:
-        share: how many of them one step of one row takes.
-        call: makes one.
-        directly: makes one without compiled graphs.
+        share: Number of such calls for one step of one row.
+        call: Function that makes one call.
+        directly: Function that makes one call without compiled graphs.
     """
 
     share: float
@@ -59,22 +61,22 @@ class UnetCall:
 
 
 @dataclass(slots=True)
-class Contestant:
-    """One way to draw.
+class Variant:
+    """One way to generate clips, measured by the benchmark.
 
     Attributes:
-        pipe: the networks that it draws with.
-        rows: how many it draws together.
-        draw: shots to the frames of each.
-        encode: frames to a file.
-        unet_calls: what it calls the network with.
-        compiler: what compiles for it; None: it is compiled as a whole, or not at all.
-        compiled: whether any of it is.
+        pipe: Pipeline with the networks.
+        rows: Number of rows in a batch.
+        generate: Function from shots to the frames of each.
+        encode: Function from frames to a file's bytes.
+        unet_calls: Function that returns the kinds of UNet calls.
+        compiler: Compiler of the variant; None: it is compiled as a whole, or not at all.
+        compiled: True if any part is compiled.
     """
 
     pipe: Any
     rows: int
-    draw: Callable[[Sequence[Shot]], list[Frames]]
+    generate: Callable[[Sequence[Shot]], list[Frames]]
     encode: Encode
     unet_calls: Callable[[], list[UnetCall]]
     compiler: Compiler | None = None
@@ -82,25 +84,25 @@ class Contestant:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A contestant that has not been made: its networks may not fit on the device."""
+class VariantEntry:
+    """Variant that is not created yet: its networks may not fit on the device."""
 
     name: str
-    make: Callable[[], Contestant]
+    make: Callable[[], Variant]
 
 
 @dataclass(slots=True)
-class Lineup:
-    """All that contestants are made of.
+class Variants:
+    """Factory of all variants.
 
     Attributes:
-        pipe: resident on the device, as the pipeline would have it.
-        shots: what is drawn in a turn.
-        batches: batch sizes of the engine.
-        encode_mp4: frames to MP4.
-        compiles: whether (c) takes part, and (d) and (e) compile.
-        mode: of Inductor, for all who compile.
-        backend: of `torch.compile`.
+        pipe: Pipeline, resident on the device, in the stock memory layout.
+        shots: Shots of one turn.
+        batches: Batch sizes of the engine.
+        encode_mp4: Function from frames to the bytes of an MP4 file.
+        compiles: True to include (c), and to compile in (d) and (e).
+        mode: Mode of Inductor, for all variants that compile.
+        backend: Backend of `torch.compile`.
     """
 
     pipe: Any
@@ -112,40 +114,42 @@ class Lineup:
     backend: str | Call = "inductor"
     _made: dict[str, Any] = field(default_factory=dict)
 
-    def entries(self) -> Iterator[Entry]:
-        """In their order."""
+    def entries(self) -> Iterator[VariantEntry]:
+        """Yield the variants in their order."""
         mp4 = self.encode_mp4
-        yield Entry("a: documented", lambda: self._one_by_one(self._once("offloaded", self._offloaded), _gif))
-        yield Entry("a': documented, MP4", lambda: self._one_by_one(self._once("offloaded", self._offloaded), mp4))
-        yield Entry("b: pipeline", lambda: self._one_by_one(self.pipe, mp4))
+        yield VariantEntry("a: documented", lambda: self._one_by_one(self._once("offloaded", self._offloaded), _gif))
+        yield VariantEntry(
+            "a': documented, MP4", lambda: self._one_by_one(self._once("offloaded", self._offloaded), mp4)
+        )
+        yield VariantEntry("b: pipeline", lambda: self._one_by_one(self.pipe, mp4))
         if self.compiles:
-            yield Entry("c: compiled", self._compiled)
+            yield VariantEntry("c: compiled", self._compiled)
         for size in self.batches:
-            yield Entry(f"d: engine, {_rows(size)}", functools.partial(self._engine, size, "exact"))
+            yield VariantEntry(f"d: engine, {_rows(size)}", functools.partial(self._engine, size, "exact"))
         for speed in PRESETS:
             if speed != "exact":
                 size = max(self.batches)
-                yield Entry(f"e: {speed}, {_rows(size)}", functools.partial(self._engine, size, speed))
+                yield VariantEntry(f"e: {speed}, {_rows(size)}", functools.partial(self._engine, size, speed))
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What several contestants have in common."""
+        """Return a part that several variants share; create it on first use."""
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
 
-    def _one_by_one(self, pipe: Any, encode: Encode) -> Contestant:
+    def _one_by_one(self, pipe: Any, encode: Encode) -> Variant:
         resident = self.pipe if pipe is self._made.get("offloaded") else pipe  # the same network, on the device
         call = stock_unet_call(resident, self.shots[0])
-        return Contestant(
+        return Variant(
             pipe,
             rows=1,
-            draw=lambda shots: [single_call(pipe, shot) for shot in shots],
+            generate=lambda shots: [single_call(pipe, shot) for shot in shots],
             encode=encode,
             unet_calls=lambda: [UnetCall(1.0, call, call)],
         )
 
     def _offloaded(self) -> Any:
-        """As diffusers' page on PIA has it. On a CPU there is nothing to offload."""
+        """Return the pipeline as in the documentation of diffusers on PIA. On a CPU there is nothing to offload."""
         if self.pipe.device.type != "cuda":
             vae = copy.deepcopy(self.pipe.vae)
             vae.enable_slicing()
@@ -155,8 +159,8 @@ class Lineup:
         pipe.enable_model_cpu_offload(device=self.pipe.device)
         return pipe
 
-    def _compiled(self) -> Contestant:
-        """By diffusers' pages on speed: query, key and value by one projection, channels last, whole graphs."""
+    def _compiled(self) -> Variant:
+        """Return (c), as the documentation of diffusers on speed has it: fused QKV, channels last, full graphs."""
         unet, vae = (
             copy.deepcopy(network).to(memory_format=torch.channels_last) for network in (self.pipe.unet, self.pipe.vae)
         )
@@ -172,14 +176,14 @@ class Lineup:
         made.compiled = True
         return made
 
-    def _engine(self, size: int, speed: Speed) -> Contestant:
+    def _engine(self, size: int, speed: Speed) -> Variant:
         pipe = self._once("engine", self._engine_networks)
         compiler = None
         if self.compiles:
             compiler = self._once("compiler", lambda: Compiler(self.backend, usual_calls=0, mode=self.mode))
 
-        def draw(shots: Sequence[Shot]) -> list[Frames]:
-            # A new one each turn: nothing cached comes from an earlier turn but what was compiled.
+        def generate(shots: Sequence[Shot]) -> list[Frames]:
+            # A new engine for each turn, so that only compiled graphs are left from earlier turns.
             engine = PiaEngine.from_pipeline(pipe, speed, compiler)
             batches = [shots[start : start + size] for start in range(0, len(shots), size)]
             clips = [clip for batch in batches for clip in engine.animate(batch)]
@@ -188,10 +192,10 @@ class Lineup:
                     raise clip.error
             return [clip.frames for clip in clips]
 
-        return Contestant(
+        return Variant(
             pipe,
             rows=size,
-            draw=draw,
+            generate=generate,
             encode=self.encode_mp4,
             unet_calls=lambda: engine_unet_calls(pipe, self.shots[:size], speed, compiler),
             compiler=compiler,
@@ -199,17 +203,17 @@ class Lineup:
         )
 
     def _engine_networks(self) -> Any:
-        """As the engine lays them out when it loads them: on a GPU channels last."""
+        """Return the networks in the memory layout of the engine: channels last on a GPU."""
         if self.pipe.device.type != "cuda":
             return self.pipe
-        turned = {name: copy.deepcopy(network) for name, network in networks(self.pipe) if name in {"unet", "vae"}}
+        converted = {name: copy.deepcopy(network) for name, network in networks(self.pipe) if name in {"unet", "vae"}}
         return _with(
-            self.pipe, **{name: network.to(memory_format=torch.channels_last) for name, network in turned.items()}
+            self.pipe, **{name: network.to(memory_format=torch.channels_last) for name, network in converted.items()}
         )
 
 
 def pipeline(size: Size) -> Any:
-    """The network as a float32 `PIAPipeline` on the CPU: the embedded one, or a full one with random weights."""
+    """Return a float32 `PIAPipeline` on the CPU: the embedded model, or a full-size one with random weights."""
     parts = {"local_files_only": True, "dtype": torch.float32}
     if size == "tiny":
         adapter = diffusers.MotionAdapter.from_pretrained(tiny.PATH / "motion_adapter", **parts)
@@ -223,12 +227,12 @@ def pipeline(size: Size) -> Any:
 
 
 def _full() -> Any:
-    """Stable Diffusion 1.5 with PIA's motion modules, of which there is never a second copy."""
+    """Return Stable Diffusion 1.5 with PIA's motion modules, without ever holding a second copy of the weights."""
 
     def config(kind: Any, name: str) -> Any:
         return kind.from_config(kind.load_config(sd15.PATH / name))
 
-    with torch.device("meta"):  # only to put the two configs together, as the pipeline does
+    with torch.device("meta"):  # only to merge the two configs, as the pipeline does
         still = config(diffusers.UNet2DConditionModel, "unet")
         adapter = config(diffusers.MotionAdapter, "motion_adapter")
         together = diffusers.UNetMotionModel.from_unet2d(still, adapter, load_weights=False).config
@@ -245,12 +249,12 @@ def _full() -> Any:
 
 
 def networks(pipe: Any) -> list[tuple[str, Any]]:
-    """Those of a pipeline that draw, by name."""
+    """Return the networks of a pipeline, by name."""
     return [(name, getattr(pipe, name)) for name in ("text_encoder", "unet", "vae")]
 
 
 def _with(pipe: Any, **parts: Any) -> Any:
-    """A pipeline of the same parts but these."""
+    """Return a pipeline with some parts replaced."""
     own = {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "unet", "vae", "scheduler")}
     made = diffusers.PIAPipeline(**own | parts)
     made.set_progress_bar_config(disable=True)
@@ -258,8 +262,8 @@ def _with(pipe: Any, **parts: Any) -> Any:
 
 
 def single_call(pipe: Any, shot: Shot) -> Frames:
-    """One clip by a single call of the pipeline."""
-    drawn = pipe(
+    """Return one clip, uint8 (F, H, W, 3), from a single call of the pipeline."""
+    images = pipe(
         image=shot.image,
         prompt=shot.prompt,
         negative_prompt=shot.negative_prompt,
@@ -272,11 +276,11 @@ def single_call(pipe: Any, shot: Shot) -> Frames:
         height=shot.height,
         output_type="pil",
     ).frames[0]
-    return np.stack([np.asarray(frame) for frame in drawn])
+    return np.stack([np.asarray(frame) for frame in images])
 
 
 def _gif(frames: Frames) -> bytes:
-    """By diffusers' own function, as its documentation has it."""
+    """Encode with diffusers' own function, as in its documentation."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "animation.gif"
         export_to_gif([Image.fromarray(frame) for frame in frames], str(path))
@@ -284,7 +288,10 @@ def _gif(frames: Frames) -> bytes:
 
 
 def stock_unet_call(pipe: Any, shot: Shot) -> Callable[[], Any]:
-    """One step's call of the network for one guided row, just as the pipeline makes it, lest a graph is made anew."""
+    """Return a call of the network for one step of one guided row.
+
+    It has exactly the arguments that the pipeline passes; otherwise a graph would be compiled again.
+    """
     unet, stride = pipe.unet, pipe.vae_scale_factor
     size = (shot.num_frames, shot.height // stride, shot.width // stride)
     options = {"device": pipe.vae.device, "dtype": pipe.vae.dtype}
@@ -300,7 +307,7 @@ def stock_unet_call(pipe: Any, shot: Shot) -> Callable[[], Any]:
 
 
 def flops_per_clip(pipe: Any, shot: Shot) -> int:
-    """Multiplications and additions of one pipeline call's networks: what every contestant's work is counted as."""
+    """Return the multiplications and additions of one pipeline call's networks, the work of a clip in all variants."""
     one = dataclasses.replace(shot, num_inference_steps=1)
     with counting() as whole:
         single_call(pipe, one)
@@ -310,9 +317,9 @@ def flops_per_clip(pipe: Any, shot: Shot) -> int:
     return int(whole.get_total_flops() + (shot.num_steps - 1) * step.get_total_flops())
 
 
-@torch.inference_mode()  # as the engine's own tensors are made, or else the first call would be compiled once more
+@torch.inference_mode()  # as in the engine; other tensors would make the first call compile again
 def engine_unet_calls(pipe: Any, shots: Sequence[Shot], speed: Speed, compiler: Compiler | None) -> list[UnetCall]:
-    """The engine's calls of the network for a batch of guided rows: of all of it, and of its outermost layers."""
+    """Return the engine's UNet calls for a batch of guided rows: of the whole network and of its outermost layers."""
     unet, stride, shot, preset = pipe.unet, pipe.vae_scale_factor, shots[0], PRESETS[speed]
     size = (shot.num_frames, shot.height // stride, shot.width // stride)
     options = {"device": unet.device, "dtype": unet.dtype}
@@ -322,7 +329,7 @@ def engine_unet_calls(pipe: Any, shots: Sequence[Shot], speed: Speed, compiler: 
     texts = [torch.randn(1, tokens, features, **options)] * len(shots)
     texts += [torch.randn(1, tokens, features, **options) for _ in shots]
     rows = [*range(len(shots))] * 2
-    images = Attention(unet, [], [1.0] * len(rows), shot.num_frames)
+    images = ImagePromptAttention(unet, [], [1.0] * len(rows), shot.num_frames)
     times = torch.full((len(shots),), 500, device=unet.device)
     predicts = [predictor(unet, rows, conditions, texts, images, call) for call in (compiler or directly, directly)]
     deep = () if speed == "exact" else predicts[1].reusing(latents, times, preset.layers, ())[1]

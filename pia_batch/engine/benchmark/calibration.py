@@ -1,4 +1,4 @@
-"""What a device can do at most, measured by a few kernels, and what its datasheet says."""
+"""Calibration: peak performance of a device, measured with a few kernels and taken from its datasheet."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ DATASHEET_TFLOPS = {
     r"\bT4\b": 65.0,
     r"\bRTX 4090$": 165.2,
 }
-"""Dense float16 tensor operations with sums in float32, 10**12 a second, by a pattern of a device's name.
+"""Dense float16 tensor performance with float32 sums, in TFLOP/s, by a pattern of the device's name.
 
-The first that fits counts. Source: NVIDIA's datasheets of H200 SXM, H100 PCIe and SXM, A100, L40S, L40, L4 and T4, and
-its Ada whitepaper for the RTX 4090, sparsity not counted; A10G from AWS's description of G5 instances. Other forms of
-these chips (NVL, laptops, the 4090 D) run at other clocks, and are not known here.
+The first matching pattern counts. Source: NVIDIA's datasheets of H200 SXM, H100 PCIe and SXM, A100, L40S, L40, L4 and
+T4, and its Ada whitepaper for the RTX 4090, without sparsity; A10G from AWS's description of G5 instances. Other forms
+of these chips (NVL, laptops, the 4090 D) run at other clocks, and are not listed.
 """
 
 _REPEATS = 7
@@ -46,15 +46,15 @@ _STATE = {
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What kernels reach on a device, medians.
+    """Measured performance of kernels on a device; medians. On a CPU the kernels' sizes are smaller.
 
     Attributes:
-        matmul_tflops: of a square product in the benchmark's dtype, 10**12 operations a second.
-        copy_gbps: of a copy within the device's memory, 10**9 bytes a second, read and written ones counted.
-        attention_tflops: of scaled dot products as at the UNet's finest level, 10**12 operations a second.
-        convolution_tflops: of its 3 x 3 convolutions there, channels last, 10**12 operations a second. On a CPU all are
-            smaller.
-        datasheet_tflops: what the maker says; None where `DATASHEET_TFLOPS` does not know the device.
+        matmul_tflops: Square matrix product in the benchmark's dtype, in 10**12 operations per second.
+        copy_gbps: Copy within the device's memory, in 10**9 bytes per second, reads and writes counted.
+        attention_tflops: Scaled dot products of the size of the UNet's finest level, in 10**12 operations per second.
+        convolution_tflops: 3 x 3 convolutions of that level, channels last, in 10**12 operations per second.
+        datasheet_tflops: Peak by the manufacturer, in 10**12 operations per second; None if `DATASHEET_TFLOPS` does not
+            list the device.
     """
 
     matmul_tflops: float
@@ -64,13 +64,13 @@ class Calibration:
     datasheet_tflops: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the attributes as JSON values."""
         return asdict(self)
 
 
 @torch.inference_mode()
 def calibrate(device: torch.device, dtype: torch.dtype) -> Calibration:
-    """Run the kernels: some seconds."""
+    """Measure the kernels; takes some seconds."""
     large = device.type == "cuda"
     return Calibration(
         matmul_tflops=_matmul(device, dtype, 8192 if large else 1024) / 1e12,
@@ -109,10 +109,10 @@ def _convolution(device: torch.device, dtype: torch.dtype, batch: int) -> float:
 
 
 def seconds(device: torch.device, call: Callable[[], Any], repeats: int = _REPEATS) -> float:
-    """The median of several calls, after one that is not counted.
+    """Return the median duration of several calls, in seconds, after one call that is not counted.
 
-    On a GPU by its own events, with calls queued one behind the other, so that what the host needs to launch them
-    counts only where the device waits for it.
+    On a GPU, use its events and queue the calls, so that the host's time to launch them counts only if the device waits
+    for it.
     """
     call()
     synchronize(device)
@@ -136,40 +136,41 @@ def _wall_seconds(call: Callable[[], Any]) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or how many threads compute on the CPU."""
+    """Return the GPU's name, or the number of threads on the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
 
 
 def datasheet_tflops(name: str) -> float | None:
-    """Of a GPU's name, as in `DATASHEET_TFLOPS`."""
+    """Return the datasheet peak for a GPU's name, in TFLOP/s; None if `DATASHEET_TFLOPS` does not list it."""
     return next((tflops for pattern, tflops in DATASHEET_TFLOPS.items() if re.search(pattern, name)), None)
 
 
 def state(device: torch.device) -> dict[str, str] | None:
-    """The GPU's driver, clock in MHz, power in W and temperature in degrees Celsius, as `nvidia-smi` prints them.
+    """Return the GPU's driver, clock in MHz, power in W and temperature in degrees Celsius, as from `nvidia-smi`.
 
-    None on a CPU, and where that program is missing or fails: a slow GPU may be a hot one, but that is all it is for.
+    The values help to explain a slow GPU; nothing depends on them. None on a CPU, or if `nvidia-smi` is missing or
+    fails.
     """
     if device.type != "cuda":
         return None
     identity = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
-    return queried(["nvidia-smi", f"--id=GPU-{identity}"])
+    return query_nvidia_smi(["nvidia-smi", f"--id=GPU-{identity}"])
 
 
-def queried(command: list[str]) -> dict[str, str] | None:
-    """What `nvidia-smi`, or what is called like it, says of one GPU; None where it cannot be asked."""
-    question = [f"--query-gpu={','.join(_STATE.values())}", "--format=csv,noheader,nounits"]
+def query_nvidia_smi(command: list[str]) -> dict[str, str] | None:
+    """Return the state of one GPU from `nvidia-smi`, or a program with its interface; None if the program fails."""
+    query = [f"--query-gpu={','.join(_STATE.values())}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run([*command, *question], capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
+        done = subprocess.run([*command, *query], capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return None
-    told = [each.strip() for each in done.stdout.strip().split(",")]
-    return dict(zip(_STATE, told, strict=True)) if len(told) == len(_STATE) else None
+    values = [each.strip() for each in done.stdout.strip().split(",")]
+    return dict(zip(_STATE, values, strict=True)) if len(values) == len(_STATE) else None

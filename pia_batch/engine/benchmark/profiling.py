@@ -1,8 +1,7 @@
-"""Where the time of a call goes, by kind of kernel, beside what its multiplications would take at the measured peak.
+"""Profiling: time of a call by kind of kernel, compared with the time of its operations at the measured peak.
 
-Read from the trace that torch's profiler writes: on a GPU its kernels and copies, on a CPU torch's operators, each
-without those that it calls. What is left of the window is gaps: in them a GPU waits for the host, and on a CPU Python
-runs.
+The times are read from the trace of torch's profiler: kernels and copies on a GPU; torch's operators, each without the
+operators that it calls, on a CPU. The rest of the window is gaps: a GPU waits for the host; on a CPU, Python runs.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from pia_batch.engine.benchmark.calibration import synchronize
 
-Kind = Literal["convolution", "matmul", "attention", "norm", "elementwise", "copies"]
+KernelKind = Literal["convolution", "matmul", "attention", "norm", "elementwise", "copies"]
 
-_KINDS: tuple[tuple[Kind, str], ...] = (
+_KINDS: tuple[tuple[KernelKind, str], ...] = (
     ("attention", r"flash|fmha|attention|sdpa|softmax"),
     ("norm", r"norm|RowwiseMoments|ComputeFusedParams|welford|var_mean"),
     ("copies", r"nchwToNhwc|nhwcToNchw|Memcpy|Memset"),
@@ -32,30 +31,30 @@ _KINDS: tuple[tuple[Kind, str], ...] = (
     ("matmul", r"gemm|gemv|splitK|cutlass|nvjet|xmma|\bb?mm\b|\baddb?mm\b|baddbmm|matmul|linear"),
     ("copies", r"copy|CatArray|::(cat|clone|contiguous|index|index_select|to|fill_|zero_|empty\w*|resize_)\b|concat"),
 )
-"""What the name of a kernel, or of the operator that launched it, tells of its kind; the first that fits counts."""
+"""Kinds by a pattern of the name of the kernel or of the operator that launched it; the first match counts."""
 
 _MOVES = frozenset(
     ["cat", "clone", "constant", "copy", "index", "nd", "pad", "permute", "to", "transpose", "unsafe", "view"]
 )
-"""Of what Inductor fused into one kernel: operators that only move numbers."""
+"""Operators in a kernel that Inductor fused which only move data."""
 
-_COUNTED: dict[str, Kind] = {"convolution": "convolution", "attention": "attention", "mm": "matmul"}
-"""What the name of an operator that is counted holds; the first that fits counts."""
+_COUNTED: dict[str, KernelKind] = {"convolution": "convolution", "attention": "attention", "mm": "matmul"}
+"""Kinds of counted operators by a part of their name; the first match counts."""
 
 MOST_KERNELS = 20
-"""Told one by one, those that take most."""
+"""Number of kernels listed individually, the slowest first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One kernel, or one operator without those that it called.
+    """One kernel, or one operator without the operators that it called.
 
     Attributes:
-        name: as the profiler has it.
-        begin: in microseconds.
-        end: in microseconds.
-        taken: microseconds of its own.
-        launcher: the operator that launched it; empty where it is one itself.
+        name: Name in the profiler's trace.
+        begin: Start, in microseconds.
+        end: End, in microseconds.
+        taken: Time of its own, in microseconds.
+        launcher: Operator that launched the kernel; empty for an operator.
     """
 
     name: str
@@ -72,22 +71,22 @@ def profile(
     matmul_tflops: float,
     repeats: int = 3,
 ) -> dict[str, Any]:
-    """What so many calls spend, as JSON.
+    """Profile a call and return the averages of one call, as JSON values.
 
     Args:
-        device: where they compute.
-        call: what is looked at; once before it is.
-        count: computes the same without compiled graphs, whose multiplications nobody sees.
-        matmul_tflops: the measured peak, 10**12 operations a second.
-        repeats: calls one behind the other.
+        device: Device that computes.
+        call: Function to profile; it is called once before.
+        count: Function with the same computation but without compiled graphs, in which operations cannot be counted.
+        matmul_tflops: Measured peak, in 10**12 operations per second.
+        repeats: Number of profiled calls.
 
     Returns:
-        Of one call: `window_ms` from its first kernel to its last, `gaps_ms` of it without any; of each kind `ms`,
-        `share` of the window, `floor_ms` of its multiplications at the measured peak, and `above_floor_ms`; and the
-        `kernels` that take most.
+        For one call: `window_ms` from its first to its last kernel, and `gaps_ms` in it without a kernel; for each kind
+        `ms`, `share` of the window, `floor_ms` of its operations at the measured peak, and `above_floor_ms`; and the
+        slowest `kernels`.
 
     Raises:
-        RuntimeError: the profiler is not allowed to look at the GPU, and so saw no kernel.
+        RuntimeError: The profiler has no permission to observe the GPU, and so saw no kernel.
     """
     call()
     synchronize(device)
@@ -102,16 +101,16 @@ def profile(
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     spans = kernels(events) if device.type == "cuda" else operators(events)
     if not spans:
-        raise RuntimeError(f"torch's profiler saw nothing of {device}; it may lack the right to look at it")
+        raise RuntimeError(f"torch's profiler saw no kernels on {device}; it may lack the permission to observe it")
     with counting() as counter:
         count()
     counted = counter.get_flop_counts().get("Global", {})
     floors = {kind: flops / matmul_tflops / 1e9 for kind, flops in _by_kind(counted).items()}
-    return {"calls": repeats, **told(spans, floors, repeats)}
+    return {"calls": repeats, **summarized(spans, floors, repeats)}
 
 
 def counting() -> FlopCounterMode:
-    """Counts multiplications and additions; torch's own counter, which does not know the attention of a CPU."""
+    """Return torch's counter of multiplications and additions, extended by the attention kernel of CPUs."""
     ours = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}  # noqa: SLF001 - its name
     return FlopCounterMode(display=False, custom_mapping=ours)
 
@@ -122,7 +121,7 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: 
 
 
 def kernels(events: Sequence[dict[str, Any]]) -> list[Span]:
-    """Of a trace, what ran on a GPU."""
+    """Return the spans of a trace that ran on a GPU."""
     launchers: dict[Any, str] = {}
     spans = []
     for event in events:
@@ -138,14 +137,16 @@ def kernels(events: Sequence[dict[str, Any]]) -> list[Span]:
 
 
 def operators(events: Iterable[dict[str, Any]]) -> list[Span]:
-    """Of a trace, torch's operators on the CPU, each without the time of those that it called."""
+    """Return the CPU operators of a trace, each without the time of the operators that it called."""
     calls: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "cpu_op" and event.get("ph") == "X":
             calls[event.get("tid")].append(event)
     spans = []
     for thread in calls.values():
-        inside: list[tuple[float, list[float]]] = []  # of each operator that has begun, its end, and what others took
+        inside: list[
+            tuple[float, list[float]]
+        ] = []  # end of each open operator, and times of the operators that it called
         for event in sorted(thread, key=lambda each: (each["ts"], -each["dur"])):
             begin, taken = float(event["ts"]), float(event["dur"])
             while inside and inside[-1][0] <= begin:
@@ -158,9 +159,9 @@ def operators(events: Iterable[dict[str, Any]]) -> list[Span]:
     return [Span(name, begin, begin + taken, max(0.0, taken - sum(others))) for name, begin, taken, others in spans]
 
 
-def told(spans: Sequence[Span], floors: dict[Kind, float], repeats: int) -> dict[str, Any]:
-    """A profile as JSON, of one of so many calls; `floors` in milliseconds. See `profile`."""
-    by_kind: dict[Kind, float] = defaultdict(float)
+def summarized(spans: Sequence[Span], floors: dict[KernelKind, float], repeats: int) -> dict[str, Any]:
+    """Return the averages of one of `repeats` calls as JSON values, as `profile` does; `floors` are in milliseconds."""
+    by_kind: dict[KernelKind, float] = defaultdict(float)
     by_name: dict[str, list[float]] = defaultdict(list)
     for span in spans:
         by_kind[kind_of(span.name, span.launcher)] += span.taken / repeats / 1000
@@ -193,16 +194,16 @@ def told(spans: Sequence[Span], floors: dict[Kind, float], repeats: int) -> dict
     }
 
 
-def kind_of(name: str, launcher: str = "") -> Kind:
-    """The kind of a kernel, by its name and that of the operator that launched it."""
+def kind_of(name: str, launcher: str = "") -> KernelKind:
+    """Return the kind of a kernel, from its name and that of the operator that launched it."""
     if match := re.match(r"triton_(\w\w\w)_fused_(\w+)", name):
         return _of_inductor(*match.groups())
     text = f"{name} {launcher}"
     return next((kind for kind, pattern in _KINDS if re.search(pattern, text, re.IGNORECASE)), "elementwise")
 
 
-def _of_inductor(template: str, fused: str) -> Kind:
-    """Of a kernel that Inductor wrote, by what it fused; `tem` are its own products and convolutions."""
+def _of_inductor(template: str, fused: str) -> KernelKind:
+    """Return the kind of a kernel by Inductor from its fused operators; `tem` are its own products and convolutions."""
     if template == "tem":
         return "convolution" if "conv" in fused else "matmul"
     if re.search(r"norm|var_mean|softmax", fused):
@@ -211,9 +212,9 @@ def _of_inductor(template: str, fused: str) -> Kind:
     return "copies" if words <= _MOVES else "elementwise"
 
 
-def _by_kind(counted: dict[Any, int]) -> dict[Kind, float]:
-    """Multiplications and additions of each operator to those of each kind."""
-    flops: dict[Kind, float] = defaultdict(float)
+def _by_kind(counted: dict[Any, int]) -> dict[KernelKind, float]:
+    """Sum the multiplications and additions of operators by kind."""
+    flops: dict[KernelKind, float] = defaultdict(float)
     for operator, count in counted.items():
         kind = next((kind for part, kind in _COUNTED.items() if part in str(operator)), None)
         if kind is not None:
@@ -222,5 +223,5 @@ def _by_kind(counted: dict[Any, int]) -> dict[Kind, float]:
 
 
 def _window(spans: Sequence[Span]) -> float:
-    """From the first to the last, in microseconds."""
+    """Return the time from the first begin to the last end, in microseconds."""
     return max((span.end for span in spans), default=0.0) - min((span.begin for span in spans), default=0.0)
