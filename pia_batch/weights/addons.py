@@ -1,4 +1,4 @@
-"""What is laid over a base: LoRAs, textual inversions and an IP-Adapter. Which file each is, and whether it fits."""
+"""Add-ons of a base: finds the files of LoRAs, textual inversions and the IP-Adapter, and checks that they fit."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from pia_batch.config import IpAdapterConfig, LoraConfig, ModelConfig, TextualIn
 from pia_batch.errors import ConfigError
 from pia_batch.weights import components, safetensors
 from pia_batch.weights.components import CONFIG, MODEL, Component
-from pia_batch.weights.fetching import Hub, Place, locate
+from pia_batch.weights.fetching import Hub, Location, locate
 
 _READS_TEXT = re.compile(r"^(?!.*motion_modules).*attn2.*to_[kv].*(lora_down|lora\.down|lora_A)\.weight$")
-"""The tensor of a LoRA, in any of its spellings, that takes text embeddings; its second side is their width.
+"""Pattern of a LoRA's tensors, in all naming schemes, that read text embeddings; their second side is the text width.
 
-Motion modules have layers of that name too, which see no text.
+Motion modules have layers of that name, too; these do not read text.
 """
 
 _OTHER_FAMILIES = ("double_blocks", "single_blocks", "joint_blocks", "lora_te2_", "text_encoder_2.", "transformer.")
-"""Parts of names that LoRAs of Flux, Stable Diffusion 3 and XL have, and those of Stable Diffusion 1.5 never."""
+"""Parts of tensor names that occur in LoRAs of Flux, Stable Diffusion 3 and XL, but never in those of 1.5."""
 
 _MOST_LISTED = 12
 
 
 @dataclass(frozen=True)
 class Addons:
-    """What `find` found, in the config's order.
+    """Add-ons of a model, in the config's order.
 
     Attributes:
-        loras: each with exactly one file.
-        textual_inversions: each with exactly one file.
-        ip_adapter: one file; None without.
-        image_encoder: the folder of the IP-Adapter's image encoder; None without.
+        loras: LoRAs, each with exactly one file.
+        textual_inversions: Textual inversions, each with exactly one file.
+        ip_adapter: IP-Adapter, one file; None if the model has none.
+        image_encoder: Folder of the IP-Adapter's image encoder; None if the model has no IP-Adapter.
     """
 
     loras: tuple[Component, ...]
@@ -43,16 +43,17 @@ class Addons:
 
 
 def find(model: ModelConfig, text_width: int, text_encoder_width: int, hub: Hub) -> Addons:
-    """All that `model` lays over its base.
+    """Find all add-ons of `model`; fetch the files that are not on this machine.
 
     Args:
-        model: what to find.
-        text_width: of the text embeddings that the base's UNet takes, its `cross_attention_dim`.
-        text_encoder_width: of a token in the base's text encoder, its `hidden_size`.
-        hub: asked for hub ids only.
+        model: Config of the model.
+        text_width: Width of the text embeddings that the base's UNet takes, its `cross_attention_dim`.
+        text_encoder_width: Width of a token in the base's text encoder, its `hidden_size`.
+        hub: Hub that resolves hub ids.
 
     Raises:
-        ConfigError: not there, not safetensors, of another kind or family, or several files to choose from.
+        ConfigError: A file is missing, not safetensors, of another kind or family, or one of several to choose from.
+        StorageError: An object store refused or did not answer.
     """
     image = None if model.ip_adapter is None else _ip_adapter(model.ip_adapter, text_width, hub)
     return Addons(
@@ -66,20 +67,20 @@ def find(model: ModelConfig, text_width: int, text_encoder_width: int, hub: Hub)
     )
 
 
-def expect(header: safetensors.Header, key: str, *kinds: safetensors.Kind) -> safetensors.Kind:
-    """What the file is, which must be one of `kinds`.
+def expect_kind(header: safetensors.SafetensorsHeader, key: str, *kinds: safetensors.FileKind) -> safetensors.FileKind:
+    """Return the kind of the file, which must be one of `kinds`.
 
     Raises:
-        ConfigError: it is another, with where that one belongs.
+        ConfigError: The file is of another kind; the message names the config key for that kind.
     """
     found = safetensors.kind(header)
     if found not in kinds:
-        remedy = _BELONGS.get(found, "PIA animates Stable Diffusion 1.5 and what is made for it")
+        remedy = _BELONGS.get(found, "PIA supports Stable Diffusion 1.5 and add-ons for it")
         raise ConfigError(f"{key}: {header.path.name} is of the wrong kind: {found}; {remedy}")
     return found
 
 
-_BELONGS: dict[safetensors.Kind, str] = {
+_BELONGS: dict[safetensors.FileKind, str] = {
     "Stable Diffusion 1.5 checkpoint": "it belongs in model.base",
     "LoRA": "it belongs in model.loras",
     "LyCORIS adapter (LoHa or LoKr)": "only plain LoRAs can be applied",
@@ -87,73 +88,73 @@ _BELONGS: dict[safetensors.Kind, str] = {
     "IP-Adapter": "it belongs in model.ip_adapter",
     "motion adapter": "it belongs in model.motion_adapter",
     "VAE": "it belongs in model.vae",
-    "UNet of a diffusers folder": "name the folder above, with tokenizer, text encoder and VAE",
-    "text encoder": "name the whole checkpoint",
-    "file of unknown layout": "its tensors have none of the names that are known here",
+    "UNet of a diffusers folder": "set the key to the parent folder, with tokenizer, text encoder and VAE",
+    "text encoder": "use the complete checkpoint",
+    "file of unknown layout": "its tensor names match no supported kind of file",
 }
 
 
 def _lora(entry: LoraConfig, key: str, text_width: int, hub: Hub) -> Component:
-    place, name = _choose(entry, key, "pytorch_lora_weights.safetensors", hub)
-    found = components.single_file(place.bring([name]), name)
-    header = _header(found, key, place)
-    expect(header, key, "LoRA")
+    location, name = _choose(entry, key, "pytorch_lora_weights.safetensors", hub)
+    found = components.single_file(location.fetch([name]), name)
+    header = _header(found, key, location)
+    expect_kind(header, key, "LoRA")
     widths = {shape[1] for each, shape in header.shapes.items() if _READS_TEXT.search(each) and len(shape) > 1}
     if widths - {text_width} or any(part in each for each in header.shapes for part in _OTHER_FAMILIES):
-        told = f" takes text embeddings of {min(widths)} numbers, the base {text_width}:" if widths else ""
-        raise ConfigError(f"{key}: {name}{told} is made for another family of models than the base")
+        found_width = f" (text embeddings: got {min(widths)} dimensions, expected {text_width})" if widths else ""
+        raise ConfigError(f"{key}: {name} is made for another family of models than the base{found_width}")
     return found
 
 
 def _inversion(entry: TextualInversionConfig, key: str, width: int, hub: Hub) -> Component:
-    place, name = _choose(entry, key, "learned_embeds.safetensors", hub)
-    found = components.single_file(place.bring([name]), name)
-    header = _header(found, key, place)
-    expect(header, key, "textual inversion")
+    location, name = _choose(entry, key, "learned_embeds.safetensors", hub)
+    found = components.single_file(location.fetch([name]), name)
+    header = _header(found, key, location)
+    expect_kind(header, key, "textual inversion")
     word, shape = ("emb_params", header.shapes["emb_params"]) if "emb_params" in header.shapes else _only(header)
     if shape[-1] != width:
         raise ConfigError(
-            f"{key}: {name} has embeddings of {shape[-1]} numbers, the base's text encoder {width}: "
-            "it is made for another family of models than the base"
+            f"{key}: {name} is made for another family of models than the base (embeddings: got {shape[-1]} "
+            f"dimensions, expected {width})"
         )
     if word == "emb_params" and entry.token is None:
-        raise ConfigError(f"{key}: {name} does not say which word it stands for; set {key}.token")
+        raise ConfigError(f"{key}: {name} does not name its word; set {key}.token")
     return found
 
 
-def _only(header: safetensors.Header) -> tuple[str, tuple[int, ...]]:
+def _only(header: safetensors.SafetensorsHeader) -> tuple[str, tuple[int, ...]]:
     (found,) = header.shapes.items()
     return found
 
 
 def _ip_adapter(entry: IpAdapterConfig, text_width: int, hub: Hub) -> tuple[Component, Component]:
     key = "model.ip_adapter"
-    place, name = _choose(entry, key, "ip-adapter_sd15.safetensors", hub)
+    location, name = _choose(entry, key, "ip-adapter_sd15.safetensors", hub)
     beside = (PurePosixPath(name).parent / "image_encoder").as_posix()
     with_encoder = components.patterns(f"{beside}/", None) if entry.image_encoder is None else []
-    source = place.bring([name, *with_encoder])
+    source = location.fetch([name, *with_encoder])
     adapter = components.single_file(source, name)
-    header = _header(adapter, key, place)
-    expect(header, key, "IP-Adapter")
+    header = _header(adapter, key, location)
+    expect_kind(header, key, "IP-Adapter")
     if _is_for_faces(header):
-        raise ConfigError(f"{key}: {name} is a FaceID adapter, which needs face embeddings; take one without FaceID")
+        raise ConfigError(f"{key}: {name} is a FaceID adapter, which needs face embeddings; use one without FaceID")
     takes = header.shape_of(".to_k_ip.weight")
     if takes is None or takes[-1] != text_width:
-        raise ConfigError(f"{key}: {name} is made for another family of models than the base; take one of `sd15`")
+        raise ConfigError(f"{key}: {name} is made for another family of models than the base; use one for `sd15`")
     if entry.image_encoder is not None:
         encoder = _image_encoder(entry, entry.image_encoder, hub)
     elif (source.root / beside / CONFIG).is_file():
         encoder = components.weighted(source, beside, MODEL, None)
     else:
         raise ConfigError(
-            f"{key}: there is no {beside}/ beside {name}; set {key}.image_encoder to a CLIPVisionModelWithProjection"
+            f"{key}: there is no {beside}/ next to {name}; set {key}.image_encoder to a CLIPVisionModelWithProjection"
         )
     _check_encoder(header, encoder, key)
     return adapter, encoder
 
 
-def _is_for_faces(header: safetensors.Header) -> bool:
-    """FaceID, which brings LoRAs or a projection that images have none of. `full-face` takes ordinary images."""
+def _is_for_faces(header: safetensors.SafetensorsHeader) -> bool:
+    """Return True for a FaceID adapter: it has LoRAs or projects face embeddings. `full-face` reads images."""
     if any("lora" in name for name in header.shapes) or header.starting("image_proj.perceiver_resampler."):
         return True
     return "image_proj.proj.0.weight" in header.shapes and "image_proj.proj.3.weight" not in header.shapes
@@ -161,14 +162,14 @@ def _is_for_faces(header: safetensors.Header) -> bool:
 
 def _image_encoder(entry: IpAdapterConfig, name: str, hub: Hub) -> Component:
     key = "model.ip_adapter.image_encoder"
-    place, file = locate(name, entry.image_encoder_revision, key, hub)
+    location, file = locate(name, entry.image_encoder_revision, key, hub)
     if file is not None:
-        raise ConfigError(f"{key}: {name} is a file; name the folder with its config.json")
-    return components.weighted(place.bring(components.patterns("", None)), "", MODEL, None)
+        raise ConfigError(f"{key}: {name} is a file; set it to the folder with its config.json")
+    return components.weighted(location.fetch(components.patterns("", None)), "", MODEL, None)
 
 
-def _check_encoder(header: safetensors.Header, encoder: Component, key: str) -> None:
-    """An IP-Adapter takes an image as one vector, or, as `plus` and `full-face`, as the encoder's hidden states."""
+def _check_encoder(header: safetensors.SafetensorsHeader, encoder: Component, key: str) -> None:
+    """Check the encoder's output width. `plus` and `full-face` adapters read its hidden states, others one vector."""
     settings = encoder.settings
     vision = settings.get("vision_config", settings)
     for tensor, known in (
@@ -179,32 +180,32 @@ def _check_encoder(header: safetensors.Header, encoder: Component, key: str) -> 
         shape = header.shapes.get(tensor)
         if shape is not None and known is not None and shape[-1] != known:
             raise ConfigError(
-                f"{key}: {header.path.name} takes images as {shape[-1]} numbers, but the image encoder in "
-                f"{encoder.folder} gives {known}; set {key}.image_encoder to the one that it was trained with"
+                f"{key}: {header.path.name} takes image embeddings of {shape[-1]} dimensions, but the image encoder in "
+                f"{encoder.folder} returns {known}; set {key}.image_encoder to the one that it was trained with"
             )
 
 
 def _choose(
     entry: LoraConfig | TextualInversionConfig | IpAdapterConfig, key: str, default: str, hub: Hub
-) -> tuple[Place, str]:
-    """Where the file is, and its name there: the one that is named, the only one, or `default` among several."""
-    place, file = locate(entry.source, entry.revision, f"{key}.source", hub)
+) -> tuple[Location, str]:
+    """Return the location and the name of the file: the named one, the only one, or `default` among several."""
+    location, file = locate(entry.source, entry.revision, f"{key}.source", hub)
     wanted = entry.weight_name
     if file is not None:
         if wanted is not None and wanted != file:
-            raise ConfigError(f"{key}: source names the file {file} already; leave weight_name out")
-        return place, file
+            raise ConfigError(f"{key}: source already names the file {file}; leave weight_name out")
+        return location, file
     if wanted is not None:
         safetensors.refuse_pickle(wanted, f"{key}.weight_name")
-        return place, wanted
-    names = place.names()
+        return location, wanted
+    names = location.names()
     usable = [name for name in names if name.endswith(safetensors.SUFFIX)]
     nearest = [name for name in usable if "/" not in name] or usable
     if default in nearest:
-        return place, default
+        return location, default
     if len(nearest) != 1:
         _refuse_choice(entry.source, key, names, nearest)
-    return place, nearest[0]
+    return location, nearest[0]
 
 
 def _refuse_choice(source: str, key: str, names: list[str], usable: list[str]) -> NoReturn:
@@ -214,15 +215,15 @@ def _refuse_choice(source: str, key: str, names: list[str], usable: list[str]) -
     if pickles:
         raise ConfigError(
             f"{key}: {source} has no {safetensors.SUFFIX} file, only {_listed(pickles)}; pickled weights are refused, "
-            "as opening them runs their code. Convert them to safetensors"
+            "because opening them runs their code. Convert them to safetensors"
         )
     raise ConfigError(f"{key}: {source} has no {safetensors.SUFFIX} file")
 
 
-def _header(part: Component, key: str, place: Place) -> safetensors.Header:
+def _header(part: Component, key: str, location: Location) -> safetensors.SafetensorsHeader:
     if not part.path.is_file():
-        usable = [name for name in place.names() if name.endswith(safetensors.SUFFIX)]
-        raise ConfigError(f"{key}: there is no {part.files[0]}; weight_name may be one of {_listed(usable)}")
+        usable = [name for name in location.names() if name.endswith(safetensors.SUFFIX)]
+        raise ConfigError(f"{key}: there is no {part.files[0]}; set weight_name to one of {_listed(usable)}")
     return safetensors.read(part.path)
 
 

@@ -1,4 +1,4 @@
-"""One part of a model: which files it is made of, whether they are all there and safe to open, and its identity."""
+"""Component: one part of a model, with its files, its identity, and checks that the files are complete and safe."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from pia_batch.errors import ConfigError
 from pia_batch.weights import safetensors
-from pia_batch.weights.fetching import Source
+from pia_batch.weights.fetching import FetchedFolder
 
 MODEL, DIFFUSION_MODEL = "model", "diffusion_pytorch_model"
-"""What transformers and diffusers call the weights in a folder."""
+"""File name stems of weights in a folder, by transformers and by diffusers."""
 
 CONFIG = "config.json"
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -25,13 +25,13 @@ class Component:
     """One part of a model on this machine.
 
     Attributes:
-        folder: where its files are.
-        variant: the `fp16` of `diffusion_pytorch_model.fp16.safetensors`; None: no variant.
-        files: the files that are used, relative to `folder`, sorted.
-        commit: the hub commit that they come from; None where they are not from the hub.
+        folder: Folder of its files.
+        variant: Variant, such as `fp16` in `diffusion_pytorch_model.fp16.safetensors`; None: no variant.
+        files: Used files, relative to `folder`, sorted.
+        commit: Hub commit of the files; None if they are not from the hub.
         layout: `diffusers`: a folder that diffusers or transformers load; `single_file`: exactly one safetensors file,
-            which may hold more than this part.
-        config: of a network in a single file, the folder with its `config.json`; None: in `folder`, or not needed.
+            which may contain more than this part.
+        config: Component with the `config.json` of a network in a single file; None: it is in `folder`, or not needed.
     """
 
     folder: Path
@@ -43,21 +43,21 @@ class Component:
 
     @property
     def path(self) -> Path:
-        """The one file of a `single_file`."""
+        """Path of the file of a `single_file` component."""
         (name,) = self.files
         return self.folder / name
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The content of its `config.json`.
+        """Content of its `config.json`.
 
         Raises:
-            ConfigError: there is none, or it is broken.
+            ConfigError: There is no such file, or it is invalid.
         """
         return read_json((self.folder if self.config is None else self.config.folder) / CONFIG)
 
     def identity(self) -> dict[str, Any]:
-        """Equal for equal weights: the hub commit, else the sha256 of every file that is used, wherever they are."""
+        """Return the identity, equal for equal weights: the hub commit, else the sha256 of every used file."""
         if self.layout == "single_file":
             held = {"sha256": sha256_of(self.path)} if self.commit is None else {"commit": self.commit}
             file = {} if self.commit is None else {"file": self.files[0]}
@@ -68,53 +68,53 @@ class Component:
 
 
 def patterns(prefix: str, variant: str | None) -> list[str]:
-    """What to fetch of a part: configs, and the weights of one variant only, whole or in shards."""
+    """Return the file patterns of a part: configs, and the weights of one variant, in one file or in shards."""
     middle = "" if variant is None else f".{variant}"
     ends = (f"{middle}.safetensors", f"{middle}-*-of-*.safetensors", f"-*-of-*{middle}.safetensors")
     return [f"{prefix}*.json", *(f"{prefix}{stem}{end}" for stem in (MODEL, DIFFUSION_MODEL) for end in ends)]
 
 
-def plain(source: Source, part: str, names: tuple[str, ...]) -> Component:
-    """A part without weights: the files of `names` that are there.
+def plain(source: FetchedFolder, part: str, names: tuple[str, ...]) -> Component:
+    """Return a part without weights, with those files of `names` that exist.
 
     Raises:
-        ConfigError: none is.
+        ConfigError: None of the files exists.
     """
     folder = source.root / part
     files = tuple(sorted(name for name in names if (folder / name).is_file()))
     if not files:
-        raise ConfigError(f"{source.named} has no {part}/{names[0]}; it is not a whole checkpoint of diffusers")
+        raise ConfigError(f"{source.named} has no {part}/{names[0]}; it is not a complete diffusers checkpoint")
     return Component(folder, None, files, source.commit)
 
 
-def tokenizer(source: Source) -> Component:
-    """The part `tokenizer`.
+def tokenizer(source: FetchedFolder) -> Component:
+    """Return the part `tokenizer`.
 
     Raises:
-        ConfigError: it has no vocabulary.
+        ConfigError: It has no vocabulary.
     """
     found = plain(source, "tokenizer", _TOKENIZER)
     if "tokenizer.json" not in found.files and not {"vocab.json", "merges.txt"} <= set(found.files):
-        raise ConfigError(f"{source.named} has no vocabulary in tokenizer/; it is not a whole checkpoint")
+        raise ConfigError(f"{source.named} has no vocabulary in tokenizer/; it is not a complete checkpoint")
     return found
 
 
-def weighted(source: Source, part: str, stem: str, variant: str | None) -> Component:
-    """A network in a folder: its `config.json` and its weights, whole or in shards.
+def weighted(source: FetchedFolder, part: str, stem: str, variant: str | None) -> Component:
+    """Return a network in a folder: its `config.json` and its weights, in one file or in shards.
 
     Args:
-        source: where the folder is.
-        part: the folder in there; empty: `source` itself.
-        stem: `MODEL` or `DIFFUSION_MODEL`.
-        variant: as in `Component`.
+        source: Folder on this machine that contains the part.
+        part: Name of the part's folder; empty: `source` itself.
+        stem: File name stem of the weights: `MODEL` or `DIFFUSION_MODEL`.
+        variant: Variant, as in `Component`.
 
     Raises:
-        ConfigError: something is missing, pickled or cut short.
+        ConfigError: A file is missing, pickled or truncated.
     """
     folder = source.root / part
     label = f"{part}/" if part else ""
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{source.named} has no {label}{CONFIG}; it is not a whole checkpoint of diffusers")
+        raise ConfigError(f"{source.named} has no {label}{CONFIG}; it is not a complete diffusers checkpoint")
     middle = "" if variant is None else f".{variant}"
     index = folder / f"{stem}.safetensors.index{middle}.json"
     names = {f"{stem}{middle}.safetensors"}
@@ -130,57 +130,57 @@ def weighted(source: Source, part: str, stem: str, variant: str | None) -> Compo
     return Component(folder, variant, tuple(sorted(used)), source.commit)
 
 
-def single_file(source: Source, name: str, config: Component | None = None) -> Component:
-    """A part in one file, which the caller has looked into."""
+def single_file(source: FetchedFolder, name: str, config: Component | None = None) -> Component:
+    """Return a part in one file, which the caller has checked."""
     return Component(source.root, None, (name,), source.commit, "single_file", config)
 
 
-def only_config(source: Source, part: str) -> Component:
-    """The `config.json` of a network whose weights are elsewhere.
+def only_config(source: FetchedFolder, part: str) -> Component:
+    """Return the `config.json` of a network whose weights are in another location.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: There is no such file.
     """
     return plain(source, part, (CONFIG,))
 
 
-def header(part: Component) -> safetensors.Header:
-    """The tensors of all its safetensors files together."""
+def header(part: Component) -> safetensors.SafetensorsHeader:
+    """Return the merged header of all its safetensors files."""
     found = [safetensors.read(part.folder / name) for name in part.files if name.endswith(safetensors.SUFFIX)]
     shapes = {name: shape for each in found for name, shape in each.shapes.items()}
-    return safetensors.Header(found[0].path, shapes)
+    return safetensors.SafetensorsHeader(found[0].path, shapes)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object.
+    """Read a file with a JSON object.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: The file cannot be read, or does not contain a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError) as err:
         raise ConfigError(f"cannot read {path}: {err}") from err
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} does not hold a JSON object")
+        raise ConfigError(f"{path} does not contain a JSON object")
     return content
 
 
 def sha256_of(path: Path) -> str:
-    """The file's sha256, 64 hexadecimal digits; read once as long as its size and time stay."""
+    """Return the file's sha256, 64 hexadecimal digits; cached as long as size and modification time stay the same."""
     stat = path.stat()
     return _hash_file(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=256)
 def _hash_file(path: Path, size: int, modified_ns: int) -> str:
-    """The file's sha256. Size and time are in the key only, so that a changed file is read again."""
+    """Return the file's sha256. Size and time are cache keys only, so that a changed file is read again."""
     del size, modified_ns
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _why_no_weights(source: Source, folder: Path, wanted: str) -> str:
+def _why_no_weights(source: FetchedFolder, folder: Path, wanted: str) -> str:
     message = f"{source.named} has no {wanted}"
     others = sorted(path.name for path in folder.glob(f"*{safetensors.SUFFIX}"))
     if others:
@@ -188,6 +188,6 @@ def _why_no_weights(source: Source, folder: Path, wanted: str) -> str:
     pickles = sorted(path.name for ending in safetensors.PICKLED for path in folder.glob(f"*{ending}"))
     found = f", only {', '.join(pickles)}" if pickles else ""
     return (
-        f"{message}{found}; pickled weights are refused, as opening them runs their code. "
-        "Convert them to safetensors, or name a checkpoint that has them"
+        f"{message}{found}; pickled weights are refused, because opening them runs their code. "
+        "Convert them to safetensors, or use a checkpoint that has safetensors"
     )

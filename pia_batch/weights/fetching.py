@@ -1,8 +1,7 @@
-"""Where weights are brought from: a folder of this machine, the hub, or object storage, each object once per node.
+"""Fetching of weights from a folder of this machine, the hub, or object storage; each object once per node.
 
-What an object store holds is kept in a cache folder, `PIA_BATCH_CACHE` or `~/.cache/pia_batch/weights`. A folder in
-there appears by one rename once all its files are whole, and is used again as long as the store lists the same names,
-sizes and tags.
+Objects are kept in a cache folder, `PIA_BATCH_CACHE` or `~/.cache/pia_batch/weights`. A folder in the cache appears by
+one rename after all its files are complete. It is reused as long as the store lists the same names, sizes and tags.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)/(.+\.\w+)")
 _RECORD = ".fetched.json"
 _ABANDONED_S = 24 * 3600.0
-"""Seconds after which a download that was not finished counts as dead. Younger ones may be another machine's."""
+"""Age in seconds at which an unfinished download counts as abandoned; younger ones may be another machine's."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """A folder on this machine with the files that were asked for.
+class FetchedFolder:
+    """Folder on this machine with the requested files.
 
     Attributes:
-        root: the folder.
-        commit: the hub commit that it is a snapshot of; None where it is not from the hub.
-        named: as the config names it, for messages.
+        root: Path of the folder.
+        commit: Hub commit of the snapshot; None if it is not from the hub.
+        named: Name in the config, for messages.
     """
 
     root: Path
@@ -55,43 +54,43 @@ class Source:
     named: str
 
 
-class Place(Protocol):
-    """A folder of weights, wherever it is."""
+class Location(Protocol):
+    """Location of weights: a local folder, a hub repository or a prefix of an object store."""
 
     def names(self) -> list[str]:
-        """All files in there, relative, with slashes."""
+        """Return all files, relative to the location, with slashes."""
 
-    def bring(self, patterns: Sequence[str]) -> Source:
-        """The files that match one of `patterns`, on this machine. A pattern that nothing matches is no error.
+    def fetch(self, patterns: Sequence[str]) -> FetchedFolder:
+        """Bring the files that match one of `patterns` to this machine. A pattern without a match is not an error.
 
-        In a pattern `*` stands for any characters; every other character is itself.
+        In a pattern, `*` matches any characters; every other character matches itself.
         """
 
 
 class Hub(Protocol):
-    """What is needed of the Hugging Face hub."""
+    """Interface of the Hugging Face hub that this package uses."""
 
     def names(self, repo_id: str, revision: str | None) -> list[str]:
-        """All files of a repository."""
+        """Return the names of all files of a repository."""
 
     def download(self, repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
-        """A folder, named by its commit, with the files that match one of `patterns`."""
+        """Download the files that match one of `patterns`; return their folder, which is named by its commit."""
 
 
-def locate(name: str, revision: str | None, key: str, hub: Hub) -> tuple[Place, str | None]:
-    """What a config's `name` means: a place, and the one file in it where `name` is that of a file.
+def locate(name: str, revision: str | None, key: str, hub: Hub) -> tuple[Location, str | None]:
+    """Return the location that a config's `name` means, and the file in it if `name` names a file.
 
     A name is, in this order: a URI (`file://`, or of an object store), a folder, a file, `owner/name` on the hub, or
     `owner/name/file.safetensors` there.
 
     Args:
-        name: as in the config.
-        revision: hub commit, tag or branch; unused elsewhere.
-        key: of the config, for messages.
-        hub: asked for hub ids only, and not before the place is.
+        name: Name in the config.
+        revision: Hub commit, tag or branch; unused for other locations.
+        key: Key of the config, for messages.
+        hub: Hub for hub ids; called only when the location is used.
 
     Raises:
-        ConfigError: it means nothing, or a file that is not safetensors.
+        ConfigError: There is no such location, or the file is not safetensors.
     """
     scheme = _SCHEME.match(name)
     if scheme is not None and scheme[1].lower() != "file":
@@ -110,12 +109,11 @@ def locate(name: str, revision: str | None, key: str, hub: Hub) -> tuple[Place, 
         safetensors.refuse_pickle(name, key)
         return HubRepository(in_repository[1], revision, hub), in_repository[2]
     raise ConfigError(
-        f"{key}: there is no folder or file {name}, and it is no hub id either "
-        "(owner/name, or owner/name/file.safetensors)"
+        f"{key}: there is no folder or file {name}, and it is not a hub id (owner/name, or owner/name/file.safetensors)"
     )
 
 
-def _locate_object(uri: str, key: str) -> tuple[Place, str | None]:
+def _locate_object(uri: str, key: str) -> tuple[Location, str | None]:
     try:
         schemes.find(uri, "weights")
     except schemes.UnsupportedSchemeError as err:
@@ -130,59 +128,58 @@ def _locate_object(uri: str, key: str) -> tuple[Place, str | None]:
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """A folder of this machine, used where it is."""
+    """Folder of this machine, used in location."""
 
     path: Path
     named: str
 
     def names(self) -> list[str]:
-        """All files in there, relative, with slashes."""
+        """Return all files, relative to the location, with slashes."""
         return sorted(path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file())
 
-    def bring(self, patterns: Sequence[str]) -> Source:
-        """The folder itself."""
+    def fetch(self, patterns: Sequence[str]) -> FetchedFolder:
+        """Return the folder itself."""
         del patterns
-        return Source(self.path, None, self.named)
+        return FetchedFolder(self.path, None, self.named)
 
 
 @dataclass(frozen=True)
 class HubRepository:
-    """A repository of the hub at one revision; None: its main branch."""
+    """Repository of the hub at one revision; None: its main branch."""
 
     repo_id: str
     revision: str | None
     hub: Hub
 
     def names(self) -> list[str]:
-        """All files of the repository; without a network those of its newest snapshot in the hub's cache."""
+        """Return all files of the repository; without a network, those of its newest snapshot in the hub's cache."""
         return self.hub.names(self.repo_id, self.revision)
 
-    def bring(self, patterns: Sequence[str]) -> Source:
-        """The snapshot in the hub's cache, completed by the files that match."""
+    def fetch(self, patterns: Sequence[str]) -> FetchedFolder:
+        """Download the matching files that are missing; return the snapshot in the hub's cache."""
         root = self.hub.download(self.repo_id, self.revision, [_glob(pattern) for pattern in patterns])
-        return Source(root, root.name, self.repo_id)
+        return FetchedFolder(root, root.name, self.repo_id)
 
 
 class HuggingFaceHub:
-    """The hub itself; without a network, or with HF_HUB_OFFLINE=1, its cache on this machine.
+    """Hugging Face hub; without a network, or with HF_HUB_OFFLINE=1, its cache on this machine.
 
-    Raises, from both methods:
-        ConfigError: neither the hub nor its cache has what is asked for.
+    Both methods raise ConfigError if neither the hub nor its cache has the repository.
     """
 
     def names(self, repo_id: str, revision: str | None) -> list[str]:
-        """All files of a repository."""
+        """Return the names of all files of a repository."""
         import huggingface_hub  # noqa: PLC0415 - most runs name folders, and it takes a third of a second
         from huggingface_hub import errors  # noqa: PLC0415
 
         try:
             return sorted(huggingface_hub.HfApi().list_repo_files(repo_id, revision=revision))
         except (OSError, ValueError, errors.HTTPError):  # type: ignore[attr-defined] # its HTTP client's base
-            # No network, or no such repository: the cache knows, or says why not.
+            # No network, or no such repository: use the cache, whose error explains what is missing.
             return LocalFolder(self.download(repo_id, revision, []), repo_id).names()
 
     def download(self, repo_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
-        """A folder, named by its commit, with the files that match one of `patterns`."""
+        """Download the files that match one of `patterns`; return their folder, which is named by its commit."""
         import huggingface_hub  # noqa: PLC0415
         from huggingface_hub import errors  # noqa: PLC0415
 
@@ -198,36 +195,36 @@ class HuggingFaceHub:
 
 @dataclass(frozen=True)
 class ObjectFolder:
-    """A prefix of an object store, kept in the cache folder of this machine."""
+    """Prefix of an object store, cached on this machine."""
 
     store: Store
     key: str
 
     def names(self) -> list[str]:
-        """All objects below the prefix, relative."""
+        """Return all objects under the prefix, relative to it."""
         return sorted(found.name for found in self.store.list(""))
 
-    def bring(self, patterns: Sequence[str]) -> Source:
-        """A cached folder with the objects that match; fetched unless it is there already.
+    def fetch(self, patterns: Sequence[str]) -> FetchedFolder:
+        """Return a cached folder with the matching objects; fetch it if it is not in the cache.
 
         Raises:
-            ConfigError: nothing matches, or the cache folder cannot be written.
-            StorageError: the store refused, did not answer, or changed meanwhile.
+            ConfigError: No object matches, or the cache folder cannot be written.
+            StorageError: The store refused, did not answer, or changed during the download.
         """
         listing = self._listing(patterns)
         if not listing:
             raise ConfigError(
-                f"{self.key}: there are no weights at {redacted(self.store.uri)}; nothing there matches "
+                f"{self.key}: there are no weights at {redacted(self.store.uri)}; no object matches "
                 f"{', '.join(patterns)}"
             )
         try:
             root = _cached(self.store, listing)
         except OSError as err:
             raise ConfigError(
-                f"cannot keep {redacted(self.store.uri)} in {cache_folder()}: {err}. "
-                "Make room, or set PIA_BATCH_CACHE to a folder that can be written"
+                f"cannot cache {redacted(self.store.uri)} in {cache_folder()}: {err}. "
+                "Free disk space, or set PIA_BATCH_CACHE to a writable folder"
             ) from err
-        return Source(root, None, redacted(self.store.uri))
+        return FetchedFolder(root, None, redacted(self.store.uri))
 
     def _listing(self, patterns: Sequence[str]) -> list[ObjectInfo]:
         if not any("*" in pattern for pattern in patterns):
@@ -246,22 +243,22 @@ class ObjectFolder:
 
 
 def cache_folder() -> Path:
-    """Where objects are kept: `PIA_BATCH_CACHE`, else `~/.cache/pia_batch/weights`."""
+    """Return the cache folder of objects: `PIA_BATCH_CACHE`, else `~/.cache/pia_batch/weights`."""
     return Path(os.environ.get("PIA_BATCH_CACHE") or "~/.cache/pia_batch/weights").expanduser()
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """As the hub matches, but `*` ends at a slash."""
+    """Return True if the name matches the pattern, as on the hub, but `*` does not match a slash."""
     return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, _glob(pattern))
 
 
 def _glob(pattern: str) -> str:
-    """The pattern with `*` alone special: names may have brackets and question marks."""
+    """Escape all special characters except `*`: names may contain brackets and question marks."""
     return re.sub(r"[\[?]", r"[\g<0>]", pattern)
 
 
 def _cached(store: Store, listing: list[ObjectInfo]) -> Path:
-    """The folder with all of `listing`, whole; one process of this machine fetches it while the others wait."""
+    """Return the complete folder with all of `listing`; one process of this machine fetches it while others wait."""
     cache = cache_folder()
     origin = _digest(store.uri)
     target = cache / f"{origin}-{_digest(json.dumps([asdict(found) for found in listing]))}"
@@ -276,7 +273,7 @@ def _cached(store: Store, listing: list[ObjectInfo]) -> Path:
 
 
 def _fetch(store: Store, listing: list[ObjectInfo], cache: Path, origin: str, target: Path) -> None:
-    """Make `target` in one go, after everything is on the disk."""
+    """Create `target` by one rename, after all files are on disk."""
     partial = cache / f"{origin}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     partial.mkdir()
     try:
@@ -284,7 +281,7 @@ def _fetch(store: Store, listing: list[ObjectInfo], cache: Path, origin: str, ta
         try:
             partial.rename(target)
         except OSError:
-            if not _is_whole(target):  # else another machine was faster, where the cache is on a shared disk
+            if not _is_whole(target):  # else another machine was faster: the cache may be on a shared disk
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -297,7 +294,7 @@ def _fill(folder: Path, store: Store, listing: list[ObjectInfo], known: dict[Obj
     for found in listing:
         path = folder / found.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not _linked(known.get(found), path):
+        if not _hard_link(known.get(found), path):
             store.download(found, path)
             num_fetched += 1
         sha256, modified_ns = _sha256(path), path.stat().st_mtime_ns
@@ -311,8 +308,8 @@ def _fill(folder: Path, store: Store, listing: list[ObjectInfo], known: dict[Obj
     )
 
 
-def _linked(known: Path | None, path: Path) -> bool:
-    """Whether a file that an earlier listing had already could be taken over; some disks have no hard links."""
+def _hard_link(known: Path | None, path: Path) -> bool:
+    """Hard-link a file that an earlier download has; return False if there is none or the disk has no hard links."""
     if known is None:
         return False
     try:
@@ -323,7 +320,7 @@ def _linked(known: Path | None, path: Path) -> bool:
 
 
 def _known(cache: Path, origin: str) -> dict[ObjectInfo, Path]:
-    """The objects of one origin that are in the cache, by what the store says of them."""
+    """Return the cached files of one origin, by the object's name, size and tag."""
     found = {}
     for folder in cache.glob(f"{origin}-*"):
         for name, file in _record(folder).items():
@@ -334,13 +331,13 @@ def _known(cache: Path, origin: str) -> dict[ObjectInfo, Path]:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a cached folder is there, and has what was recorded when it was made."""
+    """Return True if a cached folder exists and has the files recorded when it was created."""
     files = _record(folder)
     return bool(files) and all(_is_same(folder / name, file) for name, file in files.items())
 
 
 def _is_same(path: Path, recorded: dict[str, Any]) -> bool:
-    """Whether size and time are as recorded; where only the time is not, the content decides."""
+    """Return True if size and time are as recorded; if only the time differs, compare the content."""
     try:
         stat = path.stat()
     except OSError:
@@ -351,7 +348,7 @@ def _is_same(path: Path, recorded: dict[str, Any]) -> bool:
 
 
 def _record(folder: Path) -> dict[str, dict[str, Any]]:
-    """What is known of the files of a cached folder; nothing where it is none, or damaged."""
+    """Return the recorded files of a cached folder; empty if there is no record, or it is damaged."""
     try:
         files: dict[str, dict[str, Any]] = json.loads((folder / _RECORD).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -360,10 +357,10 @@ def _record(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _clear(cache: Path, origin: str, target: Path) -> None:
-    """Remove a damaged folder, and what dead downloads of the same origin left."""
+    """Remove a damaged folder, and the remains of abandoned downloads of the same origin."""
     if target.exists():
-        log.warning("weights_damaged folder=%s", target)
-        # Renamed first: half a folder must never bear the name of a whole one.
+        log.warning("cache_damage_found folder=%s", target)
+        # Rename first: a partly removed folder must never have the name of a complete one.
         shutil.rmtree(target.rename(cache / f"{origin}.partial-{os.getpid()}-{secrets.token_hex(4)}"))
     for partial in cache.glob(f"{origin}.partial-*"):
         if time.time() - partial.stat().st_mtime > _ABANDONED_S:
@@ -372,7 +369,7 @@ def _clear(cache: Path, origin: str, target: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held by one process of this machine; the system releases it when that process ends, however it ends."""
+    """Hold a lock among the processes of this machine; the system releases it when the process ends, in any way."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""What a safetensors file holds, told from its header: no tensor is read, and nothing that could run code is opened."""
+"""Headers of safetensors files: identifies files by names and shapes, without reading tensors or running code."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pia_batch.errors import ConfigError
 SUFFIX = ".safetensors"
 
 MAX_HEADER_BYTES = 100_000_000
-"""Source: huggingface/safetensors, `MAX_HEADER_SIZE`."""
+"""FetchedFolder: huggingface/safetensors, `MAX_HEADER_SIZE`."""
 
-Kind = Literal[
+FileKind = Literal[
     "Stable Diffusion 1.5 checkpoint",
     "inpainting checkpoint",
     "InstructPix2Pix checkpoint",
@@ -36,55 +36,55 @@ Kind = Literal[
 ]
 
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
-"""Endings of files whose opening can run code."""
+"""Suffixes of files that can run code when opened."""
 
 
 @dataclass(frozen=True)
-class Header:
-    """The names and shapes of all tensors of a file.
+class SafetensorsHeader:
+    """Names and shapes of all tensors of a safetensors file.
 
     Attributes:
-        path: the file.
-        shapes: by name, in the file's order.
+        path: Path of the file.
+        shapes: Shapes by tensor name, in the file's order.
     """
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
 
     def starting(self, *prefixes: str) -> list[str]:
-        """The names that begin with one of `prefixes`."""
+        """Return the tensor names that begin with one of `prefixes`."""
         return [name for name in self.shapes if name.startswith(prefixes)]
 
     def shape_of(self, ending: str) -> tuple[int, ...] | None:
-        """The shape of the first tensor whose name ends so; None: there is none."""
+        """Return the shape of the first tensor whose name has this ending, or None."""
         return next((shape for name, shape in self.shapes.items() if name.endswith(ending)), None)
 
 
 def refuse_pickle(name: str, key: str) -> None:
-    """Stop at a file name that means pickled weights, or anything else than safetensors.
+    """Refuse a file name with any other suffix than `.safetensors`.
 
     Args:
-        name: a path, URI or file name.
-        key: of the config, for the message.
+        name: Path, URI or file name.
+        key: Key of the config, for the message.
 
     Raises:
-        ConfigError: it does not end in `.safetensors`.
+        ConfigError: The name does not end in `.safetensors`.
     """
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in PICKLED:
         raise ConfigError(
-            f"{key}: {name} is a pickle, which is refused, as opening it runs its code. "
-            "Convert it to safetensors, or name a file that is"
+            f"{key}: {name} is a pickle, which is refused, because opening it runs its code. "
+            "Convert it to safetensors, or use a safetensors file"
         )
     if suffix != SUFFIX:
-        raise ConfigError(f"{key}: {name} is no {SUFFIX} file, the only kind of weights that is opened")
+        raise ConfigError(f"{key}: {name} is not a {SUFFIX} file; only {SUFFIX} files are opened")
 
 
-def read(path: Path) -> Header:
-    """The header of a safetensors file, checked against the file's size.
+def read(path: Path) -> SafetensorsHeader:
+    """Read the header of a safetensors file and check it against the file's size.
 
     Raises:
-        ConfigError: a pickle or zip under a wrong name, cut short, or not safetensors at all.
+        ConfigError: The file is a renamed pickle or zip, truncated, or not safetensors.
     """
     try:
         with path.open("rb") as file:
@@ -93,7 +93,7 @@ def read(path: Path) -> Header:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if not 0 < length <= min(num_bytes - 8, MAX_HEADER_BYTES):
-                raise ConfigError(_what_it_is_instead(path, start, num_bytes))
+                raise ConfigError(_why_invalid(path, start, num_bytes))
             text = file.read(length)
     except OSError as err:
         raise ConfigError(f"cannot read {path}: {err}") from err
@@ -103,47 +103,47 @@ def read(path: Path) -> Header:
         shapes = {name: tuple(int(side) for side in tensor["shape"]) for name, tensor in header.items()}
         end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as err:
-        raise ConfigError(f"{path} is no safetensors file: its header cannot be read ({err})") from err
+        raise ConfigError(f"{path} is not a safetensors file: its header cannot be read ({err})") from err
     if 8 + length + end != num_bytes:
         raise ConfigError(
-            f"{path} has {num_bytes} bytes, but its header tells of {8 + length + end}: "
+            f"{path}: wrong size (got {num_bytes} bytes, expected {8 + length + end} by its header): "
             "it was not copied in full, or it is damaged; fetch it again"
         )
-    return Header(path, shapes)
+    return SafetensorsHeader(path, shapes)
 
 
-def _what_it_is_instead(path: Path, start: bytes, num_bytes: int) -> str:
+def _why_invalid(path: Path, start: bytes, num_bytes: int) -> str:
     if start[:1] == b"\x80" or start[:4] == b"PK\x03\x04":
         return (
-            f"{path} is named as safetensors, but it is a pickle inside, which is refused, as opening it runs its "
-            "code. Convert it to safetensors, or name a file that is"
+            f"{path} has a safetensors name, but it is a pickle, which is refused, because opening it runs its "
+            "code. Convert it to safetensors, or use a safetensors file"
         )
-    return f"{path} is no safetensors file, or it was cut short: it has {num_bytes} bytes"
+    return f"{path} is not a safetensors file, or it is truncated: it has {num_bytes} bytes"
 
 
-def kind(header: Header) -> Kind:
-    """What the file is, by the names and shapes that only such files have."""
+def kind(header: SafetensorsHeader) -> FileKind:
+    """Return the kind of a file, from tensor names and shapes that only files of this kind have."""
     return next(name for name, holds in _KINDS if holds(header))
 
 
-def _any(header: Header, *parts: str) -> bool:
+def _any(header: SafetensorsHeader, *parts: str) -> bool:
     return any(part in name for name in header.shapes for part in parts)
 
 
-def _unet_input(header: Header) -> int | None:
-    """Channels that the UNet of a checkpoint in the original layout takes."""
+def _unet_input(header: SafetensorsHeader) -> int | None:
+    """Return the number of input channels of the UNet in a checkpoint of the original layout, or None."""
     shape = header.shapes.get("model.diffusion_model.input_blocks.0.0.weight")
     return shape[1] if shape is not None and len(shape) > 1 else None
 
 
-def _is_inversion(header: Header) -> bool:
+def _is_inversion(header: SafetensorsHeader) -> bool:
     if "emb_params" in header.shapes:
         return True
     return len(header.shapes) == 1 and all(0 < len(shape) <= 2 for shape in header.shapes.values())  # noqa: PLR2004
 
 
-# The first that holds wins: files that name the networks they belong to come before those networks.
-_KINDS: tuple[tuple[Kind, Callable[[Header], bool]], ...] = (
+# The first match wins: add-ons, which name tensors of networks, come before these networks.
+_KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
     ("IP-Adapter", lambda header: bool(header.starting("ip_adapter.", "image_proj."))),
     ("LyCORIS adapter (LoHa or LoKr)", lambda header: _any(header, "hada_w", "lokr_w")),
     ("LoRA", lambda header: _any(header, ".lora_", "_lora.", ".lora.")),

@@ -85,8 +85,8 @@ WANTED = {name: content for name, content in FILES.items() if name != "big.bin"}
 
 
 def test_only_what_matches_is_fetched_and_only_once(origin):
-    first = place(origin).bring(PATTERNS)
-    second = place(origin).bring(PATTERNS)
+    first = place(origin).fetch(PATTERNS)
+    second = place(origin).fetch(PATTERNS)
 
     assert held(first.root) == WANTED
     assert first.root == second.root
@@ -95,7 +95,7 @@ def test_only_what_matches_is_fetched_and_only_once(origin):
 
 
 def test_a_star_ends_at_a_slash(origin):
-    assert set(held(place(origin).bring(["*.json", "*.txt"]).root)) == {"notes.txt"}
+    assert set(held(place(origin).fetch(["*.json", "*.txt"]).root)) == {"notes.txt"}
 
 
 def test_brackets_and_question_marks_in_a_name_are_themselves(origin, tmp_path):
@@ -106,7 +106,7 @@ def test_brackets_and_question_marks_in_a_name_are_themselves(origin, tmp_path):
 
     for each in places:
         for patterns in ([name], [name, "unet/*.json"]):
-            assert (each.bring(patterns).root / name).is_file()
+            assert (each.fetch(patterns).root / name).is_file()
 
 
 def test_exact_names_need_no_listing_and_may_be_absent(origin):
@@ -114,15 +114,15 @@ def test_exact_names_need_no_listing_and_may_be_absent(origin):
         def list(self, prefix: str) -> list[ObjectInfo]:  # type: ignore[override]
             raise AssertionError(prefix)
 
-    source = place(origin, NoListing).bring(["unet/model.safetensors", "unet/nowhere.json"])
+    source = place(origin, NoListing).fetch(["unet/model.safetensors", "unet/nowhere.json"])
 
     assert set(held(source.root)) == {"unet/model.safetensors"}
 
 
 def test_one_replaced_object_is_fetched_alone_and_the_old_folder_stays(origin):
-    old = place(origin).bring(PATTERNS).root
+    old = place(origin).fetch(PATTERNS).root
     (origin / "unet/config.json").write_bytes(b'{"a": 1}')
-    new = place(origin).bring(PATTERNS).root
+    new = place(origin).fetch(PATTERNS).root
 
     assert new != old
     assert held(old) == WANTED
@@ -131,24 +131,24 @@ def test_one_replaced_object_is_fetched_alone_and_the_old_folder_stays(origin):
 
 
 def test_an_object_of_equal_size_that_was_replaced_is_noticed_by_its_tag(origin):
-    place(origin).bring(PATTERNS)
+    place(origin).fetch(PATTERNS)
     (origin / "unet/config.json").write_bytes(b"[]")
 
-    assert held(place(origin).bring(PATTERNS).root)["unet/config.json"] == b"[]"
+    assert held(place(origin).fetch(PATTERNS).root)["unet/config.json"] == b"[]"
 
 
 def test_another_choice_from_the_same_place_fetches_what_is_new(origin):
-    place(origin).bring(PATTERNS)
-    place(origin).bring([*PATTERNS, "*.bin"])
+    place(origin).fetch(PATTERNS)
+    place(origin).fetch([*PATTERNS, "*.bin"])
 
     assert downloads(origin) == sorted(FILES)
 
 
 def test_a_touched_file_is_checked_by_its_content_and_kept(origin):
-    root = place(origin).bring(PATTERNS).root
+    root = place(origin).fetch(PATTERNS).root
     os.utime(root / "notes.txt", (1, 1))
 
-    assert place(origin).bring(PATTERNS).root == root
+    assert place(origin).fetch(PATTERNS).root == root
     assert downloads(origin) == sorted(WANTED)
 
 
@@ -165,11 +165,11 @@ def test_a_touched_file_is_checked_by_its_content_and_kept(origin):
     ids=["another size", "another content", "a file gone", "no record", "a broken record", "a strange record"],
 )
 def test_a_damaged_folder_is_fetched_again(spoil: Callable[[Path], None], origin):
-    root = place(origin).bring(PATTERNS).root
+    root = place(origin).fetch(PATTERNS).root
     os.utime(root / "unet/config.json", (1, 1))  # whatever happens to it is not hidden by an equal time
     spoil(root)
 
-    again = place(origin).bring(PATTERNS).root
+    again = place(origin).fetch(PATTERNS).root
 
     assert again == root
     assert held(again) == WANTED
@@ -189,10 +189,10 @@ class FailingStore(CountingStore):
 
 def test_a_download_that_broke_off_leaves_nothing_that_looks_whole(origin, cache):
     with pytest.raises(StorageError, match="went away"):
-        place(origin, FailingStore).bring(PATTERNS)
+        place(origin, FailingStore).fetch(PATTERNS)
 
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
-    assert held(place(origin).bring(PATTERNS).root) == WANTED
+    assert held(place(origin).fetch(PATTERNS).root) == WANTED
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class SlowStore:
                 time.sleep(seconds)
 
         ready.wait()  # type: ignore[attr-defined]
-        root = place(self.folder, Slow).bring(PATTERNS).root
+        root = place(self.folder, Slow).fetch(PATTERNS).root
         if held(root) != WANTED:
             os._exit(3)
 
@@ -239,11 +239,11 @@ def test_a_killed_process_leaves_no_lock_and_no_whole_folder(origin, cache):
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
 
-    assert held(place(origin).bring(PATTERNS).root) == WANTED
+    assert held(place(origin).fetch(PATTERNS).root) == WANTED
     (dead,) = cache.glob("*.partial-*")
     os.utime(dead, (1, 1))  # as if it had been dead for long
     (origin / "notes.txt").write_bytes(b"changed")
-    place(origin).bring(PATTERNS)
+    place(origin).fetch(PATTERNS)
     assert not dead.exists()
 
 
@@ -259,17 +259,17 @@ def test_another_machine_that_was_faster_is_believed(origin, cache):
 
         overtaken_by: Path | None = None
 
-    whole = place(origin).bring(PATTERNS).root
+    whole = place(origin).fetch(PATTERNS).root
     shutil.move(whole, whole.parent.parent / whole.name)
     store = Overtaken(origin.as_uri())
     store.overtaken_by = whole.parent.parent / whole.name
 
-    assert held(ObjectFolder(store, "model.base").bring(PATTERNS).root) == WANTED
+    assert held(ObjectFolder(store, "model.base").fetch(PATTERNS).root) == WANTED
     assert not list(cache.glob("*.partial-*"))
 
 
 def test_a_disk_without_hard_links_fetches_again(origin, monkeypatch):
-    place(origin).bring(PATTERNS)
+    place(origin).fetch(PATTERNS)
     (origin / "notes.txt").write_bytes(b"changed")
 
     def refuse(*paths: Path) -> None:
@@ -277,18 +277,18 @@ def test_a_disk_without_hard_links_fetches_again(origin, monkeypatch):
 
     monkeypatch.setattr(Path, "hardlink_to", refuse)
 
-    assert held(place(origin).bring(PATTERNS).root) == WANTED | {"notes.txt": b"changed"}
+    assert held(place(origin).fetch(PATTERNS).root) == WANTED | {"notes.txt": b"changed"}
     assert downloads(origin) == sorted([*WANTED, *WANTED])
 
 
 def test_a_cache_that_was_filled_before_may_be_read_only(origin, cache):
-    root = place(origin).bring(PATTERNS).root
+    root = place(origin).fetch(PATTERNS).root
     for path in [*cache.rglob("*"), cache]:
         path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     next(cache.glob("*.lock")).unlink()
 
     try:
-        assert place(origin).bring(PATTERNS).root == root
+        assert place(origin).fetch(PATTERNS).root == root
         assert not list(cache.glob("*.lock"))
     finally:
         for path in [cache, *cache.rglob("*")]:
@@ -300,7 +300,7 @@ def test_a_cache_folder_that_cannot_be_made_is_a_config_error_with_the_remedy(or
     monkeypatch.setenv("PIA_BATCH_CACHE", str(tmp_path / "file" / "cache"))
 
     with pytest.raises(ConfigError, match=r"cannot keep .*set PIA_BATCH_CACHE"):
-        place(origin).bring(PATTERNS)
+        place(origin).fetch(PATTERNS)
 
 
 def test_the_cache_is_in_the_home_folder_unless_it_is_set(monkeypatch, tmp_path):
@@ -311,7 +311,7 @@ def test_the_cache_is_in_the_home_folder_unless_it_is_set(monkeypatch, tmp_path)
 
 
 def test_a_record_tells_where_a_folder_comes_from_and_what_it_holds(origin):
-    root = place(origin).bring(PATTERNS).root
+    root = place(origin).fetch(PATTERNS).root
 
     record = json.loads((root / ".fetched.json").read_text())
 
@@ -325,7 +325,7 @@ def test_a_prefix_with_nothing_that_matches_is_a_config_error_with_its_key(origi
     with pytest.raises(
         ConfigError, match=r"model\.base: there are no weights at file://.*origin; nothing there matches"
     ):
-        place(origin).bring(["vae/*.json"])
+        place(origin).fetch(["vae/*.json"])
 
 
 # --- downloads ------------------------------------------------------------------------------------------------------
@@ -501,10 +501,10 @@ def test_an_object_on_s3_that_is_replaced_is_another_model(s3: str):
     found, name = locate_here(f"{s3}/a/lora.safetensors")
     assert isinstance(found, ObjectFolder)
     assert name == "lora.safetensors"
-    first = found.bring([name]).root / name
+    first = found.fetch([name]).root / name
     store.replace("a/lora.safetensors", save({"x": np.ones(1)}))
 
-    second = found.bring([name]).root / name
+    second = found.fetch([name]).root / name
 
     assert first.read_bytes() == header
     assert second.read_bytes() == save({"x": np.ones(1)})
