@@ -1,11 +1,11 @@
-"""The main job, for `ray job submit`: the same arguments, output and exit codes as `pia-batch run`.
+"""Main job for `ray job submit`: the same arguments and output as `pia-batch run`.
 
     ray job submit --working-dir . -- python jobs/animate.py jobs/configs/cluster.yaml \
         --manifest s3://bucket/manifest/ --output s3://bucket/out
 
-That command turns every failure into exit code 1. `pia-batch submit`, which takes the same arguments, has the driver's
-own, and refuses doubles: docs/clusters.md. On every node the pinned packages of constraints.txt must be installed; this
-package travels in the working directory.
+`ray job submit` turns every failure into exit code 1. `pia-batch submit` takes the same arguments, returns the exit
+code of the driver and refuses a second job for the same output: see docs/clusters.md. The pinned packages of
+constraints.txt must be installed on every node; this package is uploaded with the working directory.
 """
 
 import sys

@@ -1,8 +1,9 @@
-"""The runs of many dates, one after the other, in order; dates that are finished cost their planning.
+"""Backfill: the runs of many dates, one after the other, in order; a finished date costs only its planning.
 
     ray job submit --working-dir . -- python jobs/backfill.py 2026-11-16..2026-11-22
 
-It is `jobs/scheduled.py` for all dates from the first to the last, both included. Stop it and start it again at will.
+It runs `jobs/scheduled.py` for all dates from the first to the last, both included. It can be stopped and restarted at
+any time.
 """
 
 import sys

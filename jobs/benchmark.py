@@ -1,9 +1,9 @@
-"""The engine against the documented pipeline, the resident one and the compiled one, in one run on one device.
+"""Benchmark of the engine against the documented, the resident and the compiled pipeline, in one run on one device.
 
     python jobs/benchmark.py --to bench.json                # full size, random weights: needs a GPU to end in minutes
     python jobs/benchmark.py --size tiny --rounds 1 --batches 1,2 --no-compile   # the embedded model: a minute, CPU
 
-The same as `pia-batch bench`; docs/performance.md says what its columns mean.
+The same as `pia-batch bench`; docs/performance.md explains its columns.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Measure the chain from manifest to journal around engines of known speed: real Ray, images, files, and no model.
+"""Measure the chain from manifest to journal around engines of known speed: real Ray, images and files, but no model.
 
     python jobs/benchmark_chain.py                                      # two engines, 1 s a batch: half a minute
     python jobs/benchmark_chain.py --actors 1 2 4 8 16 64 --batch-seconds 6 1 --json chain.json
-    python jobs/benchmark_chain.py --actors 1 2 4 8 --rows 256          # strong scaling: so many rows in all
+    python jobs/benchmark_chain.py --actors 1 2 4 8 --rows 256          # strong scaling: total rows
     python jobs/benchmark_chain.py --batch-seconds 0 --rows 1000 10000 50000        # the driver's cost and memory
 
-Each line is a run of its own in a process of its own: `pipeline.run` as a command starts it, with its lease, fetching,
-encoding, checking, committing and publishing. Only the engines are simulated: each draws a batch in the seconds asked
-for, and notes when. docs/performance.md says what the columns mean.
+Each line is a separate run in a separate process: `driver.run` as a command starts it, with its lease, fetching,
+encoding, checks, commits and publishing. Only the engines are simulated: each takes the given seconds for a batch, and
+records when. docs/performance.md explains the columns.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import ray
-from simulated_engine import SimulatedLoader, drawings, write_manifest
+from simulated_engine import SimulatedLoader, batch_records, write_manifest
 
 from pia_batch.config import RunConfig
 from pia_batch.driver.progress import Progress
@@ -40,7 +40,7 @@ from pia_batch.driver.run import run
 from pia_batch.planning.plan import make_plan
 
 ENGINE_CPUS, FETCH_CPUS, OTHER_CPUS = 0.5, 0.4, 2.0
-"""What Ray is told of: enough for every engine, and for a few tasks of the other stages at a time."""
+"""CPUs that Ray is started with: enough for every engine, and for a few tasks of the other stages at a time."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Case:
     """One run to measure.
 
     Attributes:
-        actors: engines, each in a process of its own.
-        batch_seconds: what an engine needs for a batch.
-        batch_size: requests in a batch.
-        rows: of the manifest.
-        side_px: width and height of the animations.
-        num_frames: of each.
-        format: of the files.
+        actors: Number of engines, each in its own process.
+        batch_seconds: Duration of a batch, in seconds.
+        batch_size: Number of requests in a batch.
+        rows: Number of rows in the manifest.
+        side_px: Width and height of the animations, in pixels.
+        num_frames: Number of frames of each animation.
+        format: Format of the files.
     """
 
     actors: int
@@ -67,17 +67,21 @@ class Case:
 
 
 def main() -> None:
-    """Measure every case that was asked for, print a line for each, and write them as JSON."""
+    """Measure every requested case, print a line for each, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--actors", type=int, nargs="+", default=[2], help="how many engines; default: 2")
-    parser.add_argument("--batch-seconds", type=float, nargs="+", default=[1.0], help="of an engine; default: 1")
-    parser.add_argument("--batch-size", type=int, default=4, help="requests in a batch; default: 4")
-    parser.add_argument("--batches", type=int, default=20, help="of each engine: weak scaling; default: 20")
-    parser.add_argument("--rows", type=int, nargs="+", help="in all, however many engines there are: strong scaling")
-    parser.add_argument("--side", type=int, default=64, help="pixels of an animation's side; default: 64")
-    parser.add_argument("--frames", type=int, default=4, help="of an animation; default: 4")
-    parser.add_argument("--format", default="mp4", help="of the files; default: mp4")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--actors", type=int, nargs="+", default=[2], help="numbers of engines (default: %(default)s)")
+    parser.add_argument(
+        "--batch-seconds", type=float, nargs="+", default=[1.0], help="seconds for a batch (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=int, default=4, help="requests in a batch (default: %(default)s)")
+    parser.add_argument(
+        "--batches", type=int, default=20, help="batches of each engine: weak scaling (default: %(default)s)"
+    )
+    parser.add_argument("--rows", type=int, nargs="+", help="total rows for any number of engines: strong scaling")
+    parser.add_argument("--side", type=int, default=64, help="width and height in pixels (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=4, help="frames of an animation (default: %(default)s)")
+    parser.add_argument("--format", default="mp4", help="format of the files (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="JSON file for the figures")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case is not None:
@@ -96,29 +100,29 @@ def main() -> None:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Run a case in a process of its own.
+    """Run a case in a separate process.
 
     Returns:
         The case, and
 
-        - `busy`: the share of its life, from its first batch to its last, that an engine draws, the mean of all; its
-          batches are counted at `batch_seconds`, so that one that wakes too late is no busier for it. `busy_least`: of
-          the worst engine. `busy_steady`: of all, while every one of them has work.
-        - `gap_ms_median`, `gap_ms_p95`: between two batches of an engine.
-        - `start_s`: from the start of the chain to the first batch; `start_all_s`: of the last engine.
-        - `rows_per_s`: while every engine has work; `seconds`: of the whole run.
-        - `driver_ms_per_row`: CPU of the driver between the first and the last row's commit; `driver_share` the same as
-          a share of a core. `cpu_ms_per_row`: of all processes of the run, by kind.
-        - `driver_mb`: the most memory of the driver's process up to the last row's commit; `driver_mb_before`: up
-          to the start of the chain; `driver_mb_published`: up to the end, its results and its report written.
+        - `busy`: share of the time between its first and its last batch in which an engine works, mean of all engines.
+          A batch counts as `batch_seconds`, so that waking up late does not count as work. `busy_least`: share of the
+          least busy engine. `busy_steady`: mean share while all engines have work.
+        - `gap_ms_median`, `gap_ms_p95`: time between two batches of an engine.
+        - `start_s`: time from the start of the chain to the first batch; `start_all_s`: to the last engine's first.
+        - `rows_per_s`: rows per second while all engines have work; `seconds`: duration of the whole run.
+        - `driver_ms_per_row`: CPU time of the driver between the first and the last commit, per row; `driver_share`:
+          the same as a share of a core. `cpu_ms_per_row`: CPU time of all processes of the run, by kind.
+        - `driver_mb`: peak memory of the driver up to the last commit; `driver_mb_before`: up to the start of the
+          chain; `driver_mb_published`: up to the end, with results and report written.
 
     Raises:
-        subprocess.CalledProcessError: the run failed; what it said is on standard error.
+        subprocess.CalledProcessError: The run failed; its messages are on standard error.
     """
     command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE)  # noqa: S603 - this program
-    told: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
-    return told
+    figures: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    return figures
 
 
 # --- a run, in its own process --------------------------------------------------------------------------------------
@@ -130,7 +134,7 @@ def _measure_here(case: Case) -> dict[str, Any]:
         folder = Path(name)
         config = _config(folder, case)
         engine_id = make_plan(config).engine_ids["default"]
-        (folder / "drawn").mkdir()
+        (folder / "batches").mkdir()
         start_ray(case.actors)
         try:
             watch = _Observer()
@@ -138,7 +142,7 @@ def _measure_here(case: Case) -> dict[str, Any]:
             summary = run(
                 config,
                 on_progress=watch.see,
-                load_engines=SimulatedLoader(engine_id, case.batch_seconds, folder / "drawn", case.actors),
+                load_engines=SimulatedLoader(engine_id, case.batch_seconds, folder / "batches", case.actors),
             )
             seconds = time.monotonic() - began
         finally:
@@ -146,13 +150,13 @@ def _measure_here(case: Case) -> dict[str, Any]:
         if summary.succeeded != case.rows:
             msg = f"{summary.succeeded} of {case.rows} rows succeeded: {summary.failures}"
             raise RuntimeError(msg)
-        drawn = drawings(folder / "drawn")
-    told = asdict(case) | {"seconds": round(seconds, 2)}
-    return told | engines_told(case, drawn, watch.began) | watch.told()
+        batches = batch_records(folder / "batches")
+    figures = asdict(case) | {"seconds": round(seconds, 2)}
+    return figures | engine_figures(case, batches, watch.began) | watch.figures()
 
 
 def start_ray(actors: int) -> None:
-    """A Ray on this machine that is told of enough CPUs for so many engines."""
+    """Start Ray on this machine with enough CPUs for the engines."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -188,22 +192,22 @@ def _config(folder: Path, case: Case) -> RunConfig:
 # --- the figures ----------------------------------------------------------------------------------------------------
 
 
-def engines_told(case: Case, drawn: list[npt.NDArray[np.float64]], began: float) -> dict[str, Any]:
-    """How busy the engines were. `drawn`: as `simulated_engine.drawings` gives it, and all of them drew."""
-    first = np.array([each[0, 0] for each in drawn])
-    last = np.array([each[-1, 1] for each in drawn])
-    busy = np.array([len(each) for each in drawn]) * case.batch_seconds / (last - first)
-    gaps = np.concatenate([each[1:, 0] - each[:-1, 1] for each in drawn])
-    all_of_them = np.concatenate(drawn)
+def engine_figures(case: Case, records: list[npt.NDArray[np.float64]], began: float) -> dict[str, Any]:
+    """Return the figures of the engines. `records`: as from `batch_records`; every engine has at least one batch."""
+    first = np.array([each[0, 0] for each in records])
+    last = np.array([each[-1, 1] for each in records])
+    busy = np.array([len(each) for each in records]) * case.batch_seconds / (last - first)
+    gaps = np.concatenate([each[1:, 0] - each[:-1, 1] for each in records])
+    all_of_them = np.concatenate(records)
     opens, closes = first.max(), last.min()
     inside = np.clip(np.minimum(all_of_them[:, 1], closes) - np.maximum(all_of_them[:, 0], opens), 0, None)
-    batches = float((inside / (all_of_them[:, 1] - all_of_them[:, 0])).sum())  # shares of those at either end
+    batches = float((inside / (all_of_them[:, 1] - all_of_them[:, 0])).sum())  # batches at either end count in part
     steady = closes - opens if closes > opens else np.nan
     return {
-        "engines": len(drawn),
+        "engines": len(records),
         "busy": _rounded(busy.mean(), 4),
         "busy_least": _rounded(busy.min(), 4),
-        "busy_steady": _rounded(batches * case.batch_seconds / (len(drawn) * steady), 4),
+        "busy_steady": _rounded(batches * case.batch_seconds / (len(records) * steady), 4),
         "gap_ms_median": _rounded(np.median(gaps) * 1e3, 1) if len(gaps) else None,
         "gap_ms_p95": _rounded(np.quantile(gaps, 0.95) * 1e3, 1) if len(gaps) else None,
         "start_s": _rounded(first.min() - began, 2),
@@ -218,7 +222,7 @@ def _rounded(value: float, digits: int) -> float | None:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Where the run stands: rows committed, the clock, CPU seconds by kind of process, the driver's most memory."""
+    """State of the run: committed rows, clock, CPU seconds by kind of process, peak memory of the driver."""
 
     rows: int
     at: float
@@ -227,7 +231,7 @@ class _Sample:
 
 
 class _Observer:
-    """Looks at the run's processes when its first rows are committed, and when the last ones are."""
+    """Observer that samples the run's processes after the first and after the last commit."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -236,15 +240,15 @@ class _Observer:
         self._samples: list[_Sample] = []
 
     def see(self, progress: Progress) -> None:
-        """As `on_progress` of a run."""
+        """Receive the progress of a run."""
         if not self._mb_before:
             self.began, self._mb_before = time.monotonic(), _peak_mb()
         if (progress.computed and not self._samples) or progress.computed == progress.total > self._total:
             self._samples.append(_Sample(progress.computed, time.monotonic(), _cpu_seconds(), _peak_mb()))
             self._total = progress.total if progress.computed == progress.total else 0
 
-    def told(self) -> dict[str, Any]:
-        """The driver's part of `measure`."""
+    def figures(self) -> dict[str, Any]:
+        """Return the driver's figures of `measure`."""
         first, last = self._samples[0], self._samples[-1]
         rows, seconds = last.rows - first.rows, last.at - first.at
         spent = {kind: cpu - first.cpu.get(kind, 0.0) for kind, cpu in last.cpu.items()}
@@ -260,7 +264,7 @@ class _Observer:
 
 
 def _cpu_seconds() -> dict[str, float]:
-    """Of this process and of those that it started, by kind; what ended is counted with the one that waited for it."""
+    """Return CPU seconds of this process and its children, by kind; ended ones count for the process that waited."""
     totals = {"driver": time.process_time()}
     for process in psutil.Process().children(recursive=True):
         try:
@@ -279,7 +283,7 @@ _KINDS = {
     "raylet": "raylet",
     "gcs_server": "gcs",
 }
-"""By a part of the command line, the first that fits."""
+"""Kinds of processes by a part of the command line; the first match counts."""
 
 
 def _peak_mb() -> float:
@@ -292,14 +296,14 @@ _HEAD = (
 )
 
 
-def _line(told: dict[str, Any]) -> str:
-    percent = [_shown(told[name], 100) for name in ("busy", "busy_least", "busy_steady")]
-    every = sum(told["cpu_ms_per_row"].values())
+def _line(one: dict[str, Any]) -> str:
+    percent = [_shown(one[name], 100) for name in ("busy", "busy_least", "busy_steady")]
+    every = sum(one["cpu_ms_per_row"].values())
     return (
-        f"{told['actors']:>7}{told['batch_seconds']:>8g}{told['rows']:>7}{percent[0]:>8}{percent[1]:>7}{percent[2]:>7}"
-        f"{_shown(told['gap_ms_median']):>7}{_shown(told['gap_ms_p95']):>7}{_shown(told['start_all_s']):>8}"
-        f"{_shown(told['rows_per_s']):>8}{_shown(told['driver_ms_per_row']):>14}{_shown(told['driver_share'], 100):>8}"
-        f"{_shown(every):>11}{told['driver_mb']:>6}"
+        f"{one['actors']:>7}{one['batch_seconds']:>8g}{one['rows']:>7}{percent[0]:>8}{percent[1]:>7}{percent[2]:>7}"
+        f"{_shown(one['gap_ms_median']):>7}{_shown(one['gap_ms_p95']):>7}{_shown(one['start_all_s']):>8}"
+        f"{_shown(one['rows_per_s']):>8}{_shown(one['driver_ms_per_row']):>14}{_shown(one['driver_share'], 100):>8}"
+        f"{_shown(every):>11}{one['driver_mb']:>6}"
     )
 
 

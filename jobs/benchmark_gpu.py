@@ -1,13 +1,13 @@
-"""All that is measured on a machine with a GPU, in one folder: the benchmark, then whole runs through Ray.
+"""All measurements on a machine with a GPU, in one folder: the benchmark, then whole runs through Ray.
 
     python jobs/benchmark_gpu.py --to gpu                                   # full size, random weights
-    python jobs/benchmark_gpu.py --to gpu --parts runs --speeds exact --work /tmp/runs      # one piece of it
-    python jobs/benchmark_gpu.py --to cpu --size tiny --requests 8 --bench "--rounds 1 --no-compile"  # a rehearsal, CPU
+    python jobs/benchmark_gpu.py --to gpu --parts runs --speeds exact --work /tmp/runs      # one part of it
+    python jobs/benchmark_gpu.py --to cpu --size tiny --requests 8 --bench "--rounds 1 --no-compile"  # trial, CPU
 
-`benchmark.json` and `runs.json` are written as numbers come, and a later command adds to what is there: where a machine
-is lent for minutes, ask for one piece after the other. Each part is a process of its own, so that the GPU is free for
-the next. The runs draw from a checkpoint that is written first, so that it loads as any other: manifest to MP4 files
-and results, one engine, and each preset of speed asked for. docs/performance.md says what the numbers mean.
+`benchmark.json` and `runs.json` are updated after each measurement, and a later command adds to them: on a machine with
+limited time, run one part after the other. Each part is a process of its own, so that the GPU's memory is free for the
+next. The runs load a checkpoint that is written first, like any other checkpoint. They go from the manifest to MP4
+files and results, with one engine, for each requested speed preset. docs/performance.md explains the numbers.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _WRITE_CHECKPOINT = str(Path(__file__).with_name("write_full_checkpoint.py"))
 
 
 class CommandFailedError(Exception):
-    """A command that this program started did not succeed; the end of what it said."""
+    """Failure of a command that this program started; the message has the end of its output."""
 
 
 def main() -> int:
-    """Measure part by part; 1 if one of them failed, which the others do not mind."""
+    """Run all parts; return 1 if one of them failed. A failure does not stop the other parts."""
     arguments = _parse()
     arguments.to.mkdir(parents=True, exist_ok=True)
     failures = []
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> list[str]:
-    """`pia-batch bench`, which writes its numbers itself; why it failed, if it did."""
+    """Run `pia-batch bench`, which writes its numbers itself; return the reasons of failures."""
     file = str(arguments.to / "benchmark.json")
     try:
         print(_pia_batch("bench", "--size", arguments.size, *arguments.bench.split(), "--to", file), flush=True)
@@ -64,9 +64,9 @@ def _bench(arguments: argparse.Namespace) -> list[str]:
 
 
 def _runs(arguments: argparse.Namespace, work: Path) -> list[str]:
-    """A run of each preset of speed; why some failed."""
+    """Run each speed preset; return the reasons of failures."""
     file = arguments.to / "runs.json"
-    told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     base = "embedded"
     if arguments.size == "full":
         base = str(work / "checkpoint")
@@ -77,17 +77,17 @@ def _runs(arguments: argparse.Namespace, work: Path) -> list[str]:
     for speed in arguments.speeds.split(","):
         with tempfile.TemporaryDirectory(dir=work) as output:
             try:
-                told[speed] = _measured_run(arguments, manifest, base, speed, output)
+                results[speed] = _measured_run(arguments, manifest, base, speed, output)
             except CommandFailedError as err:
                 failures.append(f"run with {speed}: {err}")
                 continue
-        file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        print(speed, json.dumps(told[speed], indent=2), flush=True)
+        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(speed, json.dumps(results[speed], indent=2), flush=True)
     return failures
 
 
 def _measured_run(arguments: argparse.Namespace, manifest: str, base: str, speed: str, output: str) -> dict[str, Any]:
-    """One run, and what its results tell of it."""
+    """Run once; return the settings, measurements of the results, and the summary."""
     asked = {"side_px": arguments.side, "frames": arguments.frames, "steps": arguments.steps}
     shape = BenchmarkOptions(arguments.size, **asked).shape
     settings = {
@@ -109,30 +109,30 @@ def _measured_run(arguments: argparse.Namespace, manifest: str, base: str, speed
 
 
 def steady(rows: pa.Table, batch_size: int) -> dict[str, Any]:
-    """What results, sorted by when they were finished, tell of a run once all is compiled.
+    """Return the steady-state measurements of a run, from its results in the order of `finished_at`.
 
-    The first quarter of the batches, or one, is left out: shapes are compiled when they have come 20 times. `busy` is
-    the share of the time from there to the end of the last batch in which the engine drew. Files are finished while
-    the next batch is drawn, so that of a few batches it may be a little above 1.
+    The first quarter of the batches, at least one, is left out, because shapes are compiled after 20 calls. `busy` is
+    the share of the remaining time in which the engine generated clips. Files are encoded while the next batch is
+    generated, so that with few batches `busy` may be slightly above 1.
     """
     batches = -(-len(rows) // batch_size)
     begun = batch_size * max(1, batches // 4)
-    ends, drawn = rows["finished_at"].to_pylist(), rows["gpu_seconds"].to_pylist()
+    ends, device_s = rows["finished_at"].to_pylist(), rows["gpu_seconds"].to_pylist()
     window = (ends[-1] - ends[begun - 1]).total_seconds() if begun < len(rows) else 0.0
     return {
         "requests": len(rows),
         "succeeded": rows["status"].to_pylist().count("succeeded"),
         "device": rows["device"][0].as_py(),
         "left_out": begun,
-        "busy": sum(drawn[begun:]) / window if window else None,
+        "busy": sum(device_s[begun:]) / window if window else None,
         "clips_per_s_steady": (len(rows) - begun) / window if window else None,
-        "gpu_seconds_per_clip": sum(drawn[begun:]) / (len(rows) - begun) if begun < len(rows) else None,
+        "gpu_seconds_per_clip": sum(device_s[begun:]) / (len(rows) - begun) if begun < len(rows) else None,
         "mp4_bytes": sum(rows["num_bytes"].to_pylist()),
     }
 
 
 def _write_manifest(work: Path, count: int) -> str:
-    """So many requests, each with a picture of its own beside the manifest."""
+    """Write a manifest of `count` requests, each with its own image; return its path."""
     rng = np.random.default_rng(0)
     for index in range(count):
         picture = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -145,15 +145,15 @@ def _write_manifest(work: Path, count: int) -> str:
 
 
 def _pia_batch(*arguments: str) -> str:
-    """What a command prints."""
+    """Run a `pia-batch` command; return its standard output."""
     return _python("-m", "pia_batch.cli", *arguments)
 
 
 def _python(*arguments: str) -> str:
-    """What a Python of its own prints; what it says beside is shown as it comes.
+    """Run a Python process; return its standard output. Its standard error is passed through.
 
     Raises:
-        CommandFailedError: it did not end with 0.
+        CommandFailedError: The exit code is not 0.
     """
     command = [sys.executable, "-W", "ignore", *arguments]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)  # noqa: S603 - ourselves
@@ -164,18 +164,28 @@ def _python(*arguments: str) -> str:
 
 
 def _parse() -> Any:
-    parser = argparse.ArgumentParser(description="Everything that is measured on a machine with a GPU.")
-    parser.add_argument("--size", choices=("full", "tiny"), default="full")
-    parser.add_argument("--parts", default="bench,runs", help="what to measure, separated by commas")
+    parser = argparse.ArgumentParser(description="Run all measurements on a machine with a GPU.")
+    parser.add_argument(
+        "--size", choices=("full", "tiny"), default="full", help="full: random weights; tiny: the embedded model"
+    )
+    parser.add_argument(
+        "--parts", default="bench,runs", help="parts to run, separated by commas (default: %(default)s)"
+    )
     parser.add_argument("--bench", default="", help="further options of `pia-batch bench`, in one string")
-    parser.add_argument("--requests", type=int, default=64, help="of each run")
-    parser.add_argument("--batch-size", type=int, default=4, help="requests that are drawn together")
-    parser.add_argument("--speeds", default="exact,balanced,fast", help="presets to run, separated by commas")
-    parser.add_argument("--side", type=int, help="width and height of the runs' clips; by default 512, tiny 64")
-    parser.add_argument("--frames", type=int, help="of the runs' clips; by default 16, tiny 8")
-    parser.add_argument("--steps", type=int, help="of the runs' clips; by default 25, tiny 8")
-    parser.add_argument("--cpu", action="store_true", help="runs without a GPU, also at full size")
-    parser.add_argument("--work", type=Path, help="where to keep the checkpoint for the next command")
+    parser.add_argument("--requests", type=int, default=64, help="requests of each run (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=4, help="requests in a batch (default: %(default)s)")
+    parser.add_argument(
+        "--speeds",
+        default="exact,balanced,fast",
+        help="speed presets to run, separated by commas (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--side", type=int, help="width and height of the runs' clips, in pixels (default: 512, tiny: 64)"
+    )
+    parser.add_argument("--frames", type=int, help="frames of the runs' clips (default: 16, tiny: 8)")
+    parser.add_argument("--steps", type=int, help="steps of the runs' clips (default: 25, tiny: 8)")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU, also at full size")
+    parser.add_argument("--work", type=Path, help="folder that keeps the checkpoint for the next command")
     parser.add_argument("--to", type=Path, required=True, help="folder for benchmark.json and runs.json")
     return parser.parse_args()
 

@@ -1,11 +1,11 @@
-"""A run beside the plain script of plain_ray_data.py: what each costs with an engine of the same known speed.
+"""Compare a run with the plain script of plain_ray_data.py, both with an engine of the same known speed.
 
     python jobs/benchmark_plain.py
     python jobs/benchmark_plain.py --only events
 
-First both animate the same manifest, from the image to the file; a batch takes the engine as long as its rows would one
-after the other, so that nothing is won by drawing several at once. Then both meet a row without an image, a driver that
-is killed half way and started again, and a second start of what is done. Each run has a process and a Ray of its own.
+First both animate the same manifest, from the image to the file. A batch takes as long as its rows one by one, so that
+batching gains nothing. Then both handle a row without an image, a driver that is killed half way and restarted, and a
+restart after everything is done. Each run has its own process and its own Ray.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 import ray
 from benchmark_chain import ENGINE_CPUS, FETCH_CPUS, start_ray
 from PIL import Image
-from simulated_engine import SimulatedEngine, SimulatedLoader, drawings, write_manifest
+from simulated_engine import SimulatedEngine, SimulatedLoader, batch_records, write_manifest
 
 from pia_batch.config import RunConfig
 from pia_batch.driver.run import run
@@ -41,15 +41,16 @@ from pia_batch.planning.plan import make_plan
 
 @dataclass(frozen=True)
 class Job:
-    """One start of one of the two.
+    """One start of one of the two programs.
 
     Attributes:
         side: `plain` or `run`.
-        folder: of the manifest, the outputs and the notes of the engine.
-        row_seconds: that the engine needs for a row.
-        size: width and height, pixels.
-        frames: of an animation.
-        format: of the files of `run`; the plain script writes GIF.
+        folder: Folder of the manifest, the output and the engine's records.
+        row_seconds: Duration of a row, in seconds.
+        size: Width and height, in pixels.
+        frames: Number of frames of an animation.
+        format: Format of the files of `run`; the plain script writes GIF.
+        batch_size: Number of requests in a batch of `run`.
     """
 
     side: str
@@ -62,74 +63,74 @@ class Job:
 
     @property
     def notes(self) -> Path:
-        """Where the engines leave theirs."""
-        return Path(self.folder) / "drawn"
+        """Folder of the engines' records."""
+        return Path(self.folder) / "batches"
 
     @property
     def output(self) -> Path:
-        """Where the animations go."""
+        """Folder of the animations."""
         return Path(self.folder) / "out"
 
 
 @dataclass(frozen=True)
 class SimulatedPipeline:
-    """What the plain script calls: a frame list after so many seconds, and a note of when."""
+    """Pipeline for the plain script: returns frames after the given seconds, and records the time."""
 
     engine: SimulatedEngine
     num_frames: int
 
     def __call__(self, image: Image.Image, prompt: str, num_inference_steps: int) -> SimpleNamespace:
-        """As `PIAPipeline`: `frames` has a list of pictures for each row."""
+        """Return frames as `PIAPipeline` does: a list of images for each row."""
         del prompt, num_inference_steps
         (clip,) = self.engine.animate([SimpleNamespace(image=image.convert("RGB"), num_frames=self.num_frames)])
         return SimpleNamespace(frames=[[Image.fromarray(frame) for frame in clip.frames]])
 
 
 def main() -> None:
-    """Compare both, print, and write JSON."""
+    """Compare both, print the figures, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=24)
-    parser.add_argument("--row-seconds", type=float, default=1.5, help="of the engine; default: 1.5")
-    parser.add_argument("--side", type=int, default=512, help="pixels; default: 512")
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--only", choices=["speed", "events"], help="one half of it")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--rows", type=int, default=24, help="rows of the manifest (default: %(default)s)")
+    parser.add_argument("--row-seconds", type=float, default=1.5, help="seconds for a row (default: %(default)s)")
+    parser.add_argument("--side", type=int, default=512, help="width and height in pixels (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=16, help="frames of a clip (default: %(default)s)")
+    parser.add_argument("--only", choices=["speed", "events"], help="run only this half")
+    parser.add_argument("--json", type=Path, help="JSON file for the figures")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.job is not None:
         sys.exit(_start(Job(**json.loads(given.job))))
-    told = {}
+    figures = {}
     if given.only != "events":
-        told["speed"] = _compare_speed(given)
+        figures["speed"] = _compare_speed(given)
     if given.only != "speed":
-        told["events"] = _compare_events()
+        figures["events"] = _compare_events()
     if given.json:
-        given.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        given.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def _compare_speed(given: argparse.Namespace) -> list[dict[str, Any]]:
-    told = []
+    figures = []
     print(f"{'':22}{'busy %':>8}{'rows/s':>8}{'seconds':>9}")
     for name, side, kind in (("plain, GIF", "plain", "gif"), ("run, GIF", "run", "gif"), ("run, MP4", "run", "mp4")):
         cost = _speed(Job(side, "", given.row_seconds, given.side, given.frames, kind), given.rows)
-        told.append({"what": name} | cost)
+        figures.append({"what": name} | cost)
         print(f"{name:22}{cost['busy'] * 100:>8.1f}{cost['rows_per_s']:>8.2f}{cost['seconds']:>9.1f}", flush=True)
-    return told
+    return figures
 
 
 def _compare_events() -> list[dict[str, Any]]:
-    told = []
-    print(f"{'':34}{'exit code':>10}{'results':>9}{'of rows':>9}{'drawn':>7}")
+    figures = []
+    print(f"{'':34}{'exit code':>10}{'results':>9}{'of rows':>9}{'clips':>7}")
     for event, happens in EVENTS.items():
         for side in ("plain", "run"):
             outcome = happens(Job(side, "", 0.2, 64, 4), 24)
-            told.append({"what": event, "side": side} | outcome)
+            figures.append({"what": event, "side": side} | outcome)
             print(
                 f"{event + ': ' + side:34}{outcome['exit_code']:>10}{outcome['results']:>9}{outcome['rows']:>9}"
-                f"{outcome['drawn']:>7}",
+                f"{outcome['generated']:>7}",
                 flush=True,
             )
-    return told
+    return figures
 
 
 # --- in the process of a job ----------------------------------------------------------------------------------------
@@ -182,7 +183,7 @@ def _run(job: Job) -> int:
 
 
 def _prepared(job: Job, folder: str, rows: int, missing: int | None = None) -> Job:
-    """The job in this folder, with its manifest; the image of row number `missing` is not there."""
+    """Return the job in this folder, with its manifest; the image of row number `missing` does not exist."""
     path = Path(write_manifest(Path(folder) / "manifest", rows, job.size)) / "requests.parquet"
     table = pq.read_table(path)
     images = [f"{path.parent}/{name}" for name in table["image"].to_pylist()]
@@ -200,7 +201,7 @@ def _begin(job: Job) -> subprocess.Popen[bytes]:
 
 
 def _speed(job: Job, rows: int) -> dict[str, float]:
-    """How busy its engine is from the first row to the last, and how many rows it makes a second."""
+    """Return the engine's busy share from the first to the last row, its rows per second, and the duration."""
     with tempfile.TemporaryDirectory(prefix="pia-batch-plain-") as folder:
         job = _prepared(job, folder, rows)
         began = time.monotonic()
@@ -208,24 +209,24 @@ def _speed(job: Job, rows: int) -> dict[str, float]:
             msg = f"{job} failed"
             raise RuntimeError(msg)
         seconds = time.monotonic() - began
-        (drawn,) = drawings(job.notes)
-    begun = drawn[-1, 0] - drawn[0, 0]  # from call to call, so that what one leaves to be done before the next counts
-    pace = float(drawn[:-1, 2].sum() / begun)
+        (batches,) = batch_records(job.notes)
+    begun = batches[-1, 0] - batches[0, 0]  # from call to call, so that work between two calls counts
+    pace = float(batches[:-1, 2].sum() / begun)
     return {"busy": round(pace * job.row_seconds, 4), "rows_per_s": round(pace, 3), "seconds": round(seconds, 1)}
 
 
 def _outcome(job: Job, exit_code: int, rows: int, before: int = 0) -> dict[str, int]:
-    """What a user finds afterwards; `drawn` counts rows since there were `before`."""
-    return {"exit_code": exit_code, "results": _results(job), "rows": rows, "drawn": _drawn(job) - before}
+    """Return the outcome for a user; `generated` counts the rows generated after the first `before`."""
+    return {"exit_code": exit_code, "results": _results(job), "rows": rows, "generated": _generated(job) - before}
 
 
-def _drawn(job: Job) -> int:
-    """Rows that engines have drawn so far."""
-    return int(sum(each[:, 2].sum() for each in drawings(job.notes)))
+def _generated(job: Job) -> int:
+    """Return the number of rows that engines have generated so far."""
+    return int(sum(each[:, 2].sum() for each in batch_records(job.notes)))
 
 
 def _results(job: Job) -> int:
-    """Rows of the results as a reader of that folder gets them."""
+    """Return the number of result rows that a reader of the folder gets."""
     folder = job.output / "results"
     if job.side == "run" and (folder / "LATEST.json").exists():
         folder /= json.loads((folder / "LATEST.json").read_text())["run_id"]
@@ -242,7 +243,7 @@ def _killed(job: Job, rows: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory(prefix="pia-batch-plain-") as folder:
         job = _prepared(job, folder, rows)
         process = _begin(job)
-        while _drawn(job) < rows // 2 and process.poll() is None:
+        while _generated(job) < rows // 2 and process.poll() is None:
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -254,14 +255,14 @@ def _again(job: Job, rows: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory(prefix="pia-batch-plain-") as folder:
         job = _prepared(job, folder, rows)
         _begin(job).wait()
-        before = _drawn(job)
+        before = _generated(job)
         return _outcome(job, _begin(job).wait(), rows, before)
 
 
 def _settled(job: Job) -> int:
-    """Rows drawn, once the killed driver's engine is gone too."""
+    """Return the number of generated rows, once the killed driver's engine has ended, too."""
     before = -1
-    while before != (before := _drawn(job)):
+    while before != (before := _generated(job)):
         time.sleep(job.row_seconds * job.batch_size + 2)
     return before
 

@@ -1,12 +1,11 @@
-"""Measure what surrounds the engines at scale: planning, resuming and finalising many requests. No model runs.
+"""Measure the code around the engines at scale: planning, resuming and finalising many requests. No model runs.
 
-    python jobs/benchmark_scale.py --rows 1000000                 # some minutes, about 1 GB below --folder
+    python jobs/benchmark_scale.py --rows 1000000                 # some minutes, about 1 GB in --folder
     python jobs/benchmark_scale.py --rows 10000000 --fragment-rows 1000 --json scale.json
 
-Makes a manifest of Parquet files and the journal that a run of it would leave, and measures each step in a process of
-its own: seconds, CPU seconds, and the most memory that it and the processes it starts ever had. Everything goes through
-`pia_batch` as a run does it; only the listing of the animations is made up from their keys, so that no file is made for
-each.
+Creates a manifest of Parquet files and the journal that a run would leave, and measures each step in a separate
+process: seconds, CPU seconds, and the peak memory of the process and its children. All steps call `pia_batch` as a run
+does; only the listing of the animations is simulated from their keys, so that no animation files are needed.
 """
 
 from __future__ import annotations
@@ -52,13 +51,13 @@ CLIP_BYTES = 400_000
 
 
 def main() -> None:
-    """Make the data, then run each step in a process of its own and print what it took."""
+    """Create the data, then run each step in a separate process and print its cost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--files", type=int, default=10, help="of the manifest")
-    parser.add_argument("--fragment-rows", type=int, default=64, help="rows that an engine commits together")
-    parser.add_argument("--folder", type=Path, help="where the data goes; default: a temporary folder")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the manifest (default: %(default)s)")
+    parser.add_argument("--files", type=int, default=10, help="files of the manifest (default: %(default)s)")
+    parser.add_argument("--fragment-rows", type=int, default=64, help="rows in a commit (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="folder for the data (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, help="JSON file for the figures")
     parser.add_argument("--step", choices=sorted(STEPS), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.step is not None:
@@ -69,10 +68,10 @@ def main() -> None:
         figures = _measure(folder, given.rows, given.files, given.fragment_rows)
     finally:
         shutil.rmtree(folder)
-    told = {"rows": given.rows, "files": given.files, "fragment_rows": given.fragment_rows, "steps": figures}
-    told |= {"python": platform.python_version(), "pyarrow": pa.__version__, "numpy": np.__version__}
+    record = {"rows": given.rows, "files": given.files, "fragment_rows": given.fragment_rows, "steps": figures}
+    record |= {"python": platform.python_version(), "pyarrow": pa.__version__, "numpy": np.__version__}
     if given.json:
-        given.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        given.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _measure(folder: Path, rows: int, files: int, fragment_rows: int) -> dict[str, dict[str, Any]]:
@@ -80,19 +79,19 @@ def _measure(folder: Path, rows: int, files: int, fragment_rows: int) -> dict[st
     for number, (start, end) in enumerate(itertools.pairwise(bounds)):
         _write_file(folder / "manifest" / f"part-{number:05d}.parquet", start, end)
     figures = {}
-    print(f"{'step':24}{'seconds':>10}{'CPU s':>10}{'peak MB':>10}{'grown MB':>10}  what it found")
+    print(f"{'step':24}{'seconds':>10}{'CPU s':>10}{'peak MB':>10}{'grown MB':>10}  result")
     for step in STEPS:
         if step == "plan_grown":
             _write_file(folder / "manifest" / "part-99999.parquet", rows, rows + rows // 100)
         arguments = ["--step", step, "--folder", str(folder), "--fragment-rows", str(fragment_rows)]
-        answer = subprocess.run(  # noqa: S603 - this program, in a process of its own
+        answer = subprocess.run(  # noqa: S603 - this program, in a separate process
             [sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE
         )
-        told = json.loads(answer.stdout.splitlines()[-1])
-        if told is not None:
-            figures[step] = told
-            found = ", ".join(f"{name} {value}" for name, value in told.items() if name not in _COSTS)
-            costs = f"{told['seconds']:>10.2f}{told['cpu_seconds']:>10.2f}{told['peak_mb']:>10}{told['grown_mb']:>10}"
+        step_figures = json.loads(answer.stdout.splitlines()[-1])
+        if step_figures is not None:
+            figures[step] = step_figures
+            found = ", ".join(f"{name} {value}" for name, value in step_figures.items() if name not in _COSTS)
+            costs = "{seconds:>10.2f}{cpu_seconds:>10.2f}{peak_mb:>10}{grown_mb:>10}".format_map(step_figures)
             print(f"{step:24}{costs}  {found}")
     return figures
 
@@ -118,12 +117,12 @@ def _write_file(path: Path, start: int, end: int) -> None:
 
 
 def _costs(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a function takes, its processes included, and what it returns besides."""
+    """Return the cost of a function, its child processes included, and the function's own figures."""
     wall, cpu = time.monotonic(), _cpu_seconds()
     with _Peak() as peak:
-        told = function()
+        found = function()
     costs = {"seconds": round(time.monotonic() - wall, 2), "cpu_seconds": round(_cpu_seconds() - cpu, 2)}
-    return costs | {"peak_mb": round(peak.num_bytes / 2**20), "grown_mb": round(peak.grown_bytes / 2**20)} | told
+    return costs | {"peak_mb": round(peak.num_bytes / 2**20), "grown_mb": round(peak.grown_bytes / 2**20)} | found
 
 
 def _cpu_seconds() -> float:
@@ -131,11 +130,11 @@ def _cpu_seconds() -> float:
 
 
 class _Peak:
-    """The most memory that this process and those it starts hold at one time, looked at every 20 ms.
+    """Peak memory of this process and its children, sampled every 20 ms.
 
     Attributes:
-        num_bytes: what several processes share counts once for each; what this one alone ever had is exact.
-        grown_bytes: beyond what this process had before.
+        num_bytes: Peak, in bytes. Memory that processes share counts once for each; the peak of this process is exact.
+        grown_bytes: Peak minus the memory of this process at the start, in bytes.
     """
 
     def __init__(self) -> None:
@@ -163,7 +162,7 @@ class _Peak:
 def _rss(process: psutil.Process) -> int:
     try:
         return int(process.memory_info().rss)
-    except psutil.Error:  # it has just ended
+    except psutil.Error:  # the process has just ended
         return 0
 
 
@@ -182,8 +181,8 @@ def _plan(config: RunConfig, _: int) -> dict[str, Any]:
     return _costs(lambda: _found(make_plan(config)))
 
 
-def _plan_told(config: RunConfig, _: int) -> dict[str, Any]:
-    """As `pia-batch plan` does it, which also tells what the pending requests have in common."""
+def _plan_with_statistics(config: RunConfig, _: int) -> dict[str, Any]:
+    """Plan as `pia-batch plan` does, which also collects statistics of the pending requests."""
     return _costs(lambda: _found(make_plan(config, statistics=Statistics())))
 
 
@@ -194,10 +193,10 @@ def _plan_and_keep(config: RunConfig, _: int) -> dict[str, Any]:
         plan.append(make_plan(config))
         return _found(plan[0])
 
-    told = _costs(make)
+    costs = _costs(make)
     start = time.monotonic()
     plan[0].save_scan()
-    return told | {"keeping_seconds": round(time.monotonic() - start, 2)}
+    return costs | {"keeping_seconds": round(time.monotonic() - start, 2)}
 
 
 def _no_op(config: RunConfig, _: int) -> dict[str, Any]:
@@ -209,7 +208,7 @@ def _no_op(config: RunConfig, _: int) -> dict[str, Any]:
 
 
 def _finish(share: float) -> Callable[[RunConfig, int], None]:
-    """Commits what a run would: fragments of this share of the manifest's rows, and all that was not there before."""
+    """Return a step that commits fragments until this share of the manifest's rows is finished."""
 
     def finish(config: RunConfig, fragment_rows: int) -> None:
         journal = Journal(Store(config.output))
@@ -227,7 +226,7 @@ def _finish(share: float) -> Callable[[RunConfig, int], None]:
 
 
 def _keys(config: RunConfig) -> Keys:
-    """Of all rows, in the manifest's order, the made-up file last."""
+    """Return the keys of all rows, in the manifest's order."""
     plan = make_plan(config)
     cache = ScanCache(Store(config.output), config, plan.engine_ids)
     return scan_manifest(Manifest.open(config.manifest, cache.contents), config, plan.engine_ids, cache).keys
@@ -263,7 +262,7 @@ def _outcomes(config: RunConfig, _: int) -> dict[str, Any]:
 
 
 class _Listed(Store):
-    """Lists an animation for every key, though there is no file."""
+    """Store that lists an animation for every key, although there are no files."""
 
     def __init__(self, uri: str, keys: KeySet) -> None:
         super().__init__(uri)
@@ -301,14 +300,14 @@ STEPS: dict[str, Callable[[RunConfig, int], dict[str, Any] | None]] = {
     "compact": _compact,
     "journal_by_index": _outcomes,
     "resume": _plan,
-    "plan_command": _plan_told,
+    "plan_command": _plan_with_statistics,
     "plan_grown": _plan,
     "finish_the_rest": _finish(1.0),
     "compact_again": _compact,
     "finalise": _finalise,
     "no_op": _no_op,
 }
-"""In this order; those that return nothing only make the data of the next ones."""
+"""Steps in their order; steps that return None only prepare data for the following ones."""
 
 if __name__ == "__main__":
     main()

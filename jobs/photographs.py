@@ -1,10 +1,11 @@
-"""A manifest of real photographs: those that scikit-image ships, as 24 requests with settings of their own.
+"""Write a manifest of real photographs: those in scikit-image, as 24 requests with different settings.
 
     python jobs/photographs.py s3://pia/photographs
     pia-batch run --manifest s3://pia/photographs/manifest --output s3://pia/out
 
-Writes `images/*.png` and a manifest partitioned by `subject`, for the embedded model: what moves is nonsense to it, but
-sizes, formats, cropping and settings are those of a real job. Needs scikit-image (`pip install 'pia-batch[test]'`).
+Writes `images/*.png` and a manifest partitioned by `subject`, for the embedded model. The embedded model cannot animate
+photographs, but sizes, formats, cropping and settings are those of a real job. Needs scikit-image
+(`pip install 'pia-batch[test]'`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from PIL import Image
 from pia_batch.storage import object_store
 
 SUBJECTS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "hubble_deep_field")
-"""Inside the scikit-image wheel; the others are downloads. `camera` is grey, the rest is RGB."""
+"""Photographs in the scikit-image wheel; others would be downloads. `camera` is grey, the others are RGB."""
 
 VARIATIONS: tuple[dict[str, Any], ...] = (
     {"prompt": "{} moving left", "motion_scale": 0, "format": "mp4", "num_frames": 8, "width": 64, "height": 64},
@@ -38,11 +39,11 @@ VARIATIONS: tuple[dict[str, Any], ...] = (
         "height": 96,
     },
 )
-"""What makes four requests of each photograph; the numbers differ so that batches are mixed."""
+"""Settings of the four requests for each photograph; the values differ so that batches are mixed."""
 
 
 def main(folder_uri: str) -> None:
-    """Write images and manifest below `folder_uri`, and print where the manifest is."""
+    """Write images and manifest under `folder_uri`, and print the manifest's URI."""
     folder_uri = object_store.absolute(folder_uri).rstrip("/")
     filesystem, root = fsspec.url_to_fs(folder_uri)
     rows = []

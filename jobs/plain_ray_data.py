@@ -1,9 +1,10 @@
-"""What one would write without this package: `PIAPipeline` in a pool of Ray Data. docs/performance.md has its costs.
+"""Plain script without this package, for comparison: `PIAPipeline` in a Ray Data pool. Costs: docs/performance.md.
 
     python jobs/plain_ray_data.py requests.parquet clips                  # Stable Diffusion 1.5 and PIA, on one GPU
     python jobs/plain_ray_data.py requests.parquet clips --base pia_batch/tiny/checkpoint --device cpu --size 64
 
-The manifest has the columns `request_id`, `image` and `prompt`; `clips` gets a GIF of each row, and Parquet files.
+The manifest has the columns `request_id`, `image` and `prompt`; the folder `clips` gets a GIF of each row, and Parquet
+files with the results.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ import ray
 
 
 class Animate:
-    """Holds a pipeline, and draws a row a call."""
+    """Actor that holds a pipeline and animates one row per call."""
 
     def __init__(self, load: Callable[[], Any], output: Path, size: int, steps: int) -> None:
         self.pipe, self.output, self.size, self.steps = load(), output, size, steps
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        """The row, a batch of one, with the path of its GIF."""
+        """Return the row, a batch of one, with the path of its GIF."""
         from diffusers.utils import export_to_gif, load_image  # noqa: PLC0415 - on the worker only
 
         image = load_image(str(rows["image"][0])).resize((self.size, self.size))
-        drawn = self.pipe(image=image, prompt=str(rows["prompt"][0]), num_inference_steps=self.steps)
-        path = export_to_gif(drawn.frames[0], f"{self.output}/{rows['request_id'][0]}.gif")
+        result = self.pipe(image=image, prompt=str(rows["prompt"][0]), num_inference_steps=self.steps)
+        path = export_to_gif(result.frames[0], f"{self.output}/{rows['request_id'][0]}.gif")
         return rows | {"animation": [path]}
 
 
@@ -51,7 +52,7 @@ def run(
 
 
 def pipeline(base: str, adapter: str, device: str) -> Any:
-    """The checkpoint as it is documented to be loaded."""
+    """Load the checkpoint as the documentation of diffusers does."""
     import torch  # noqa: PLC0415 - on the worker only
     from diffusers import MotionAdapter, PIAPipeline  # noqa: PLC0415
 
@@ -61,19 +62,21 @@ def pipeline(base: str, adapter: str, device: str) -> Any:
 
 
 def main() -> None:
-    """Read the command line, and run."""
+    """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("manifest")
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--base", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
-    parser.add_argument("--adapter", help="default: the one in the base's folder, else openmmlab/PIA-condition-adapter")
-    parser.add_argument("--device", default="cuda", help="cuda or cpu; default: cuda")
-    parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("manifest", help="Parquet manifest to animate")
+    parser.add_argument("output", type=Path, help="folder for the GIF files and results")
+    parser.add_argument(
+        "--base", default="stable-diffusion-v1-5/stable-diffusion-v1-5", help="hub id or folder (default: %(default)s)"
+    )
+    parser.add_argument("--adapter", help="hub id or folder (default: the base's own, else PIA's)")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=512, help="width and height in pixels (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps (default: %(default)s)")
     given = parser.parse_args()
-    beside = Path(given.base).resolve() / "motion_adapter"
-    base = str(beside.parent) if beside.exists() else given.base
-    adapter = given.adapter or (str(beside) if beside.exists() else "openmmlab/PIA-condition-adapter")
+    bundled = Path(given.base).resolve() / "motion_adapter"
+    base = str(bundled.parent) if bundled.exists() else given.base
+    adapter = given.adapter or (str(bundled) if bundled.exists() else "openmmlab/PIA-condition-adapter")
     num_gpus = float(given.device == "cuda")
     run(given.manifest, given.output, lambda: pipeline(base, adapter, given.device), num_gpus, given.size, given.steps)
 

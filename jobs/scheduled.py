@@ -1,11 +1,11 @@
-"""The run of a date, for schedulers that submit to a Ray cluster: the last day that is over, or the one that is given.
+"""Run of one date, for schedulers that submit to a Ray cluster: the last complete day, or a given one.
 
     ray job submit --working-dir . -- python jobs/scheduled.py
     ray job submit --working-dir . -- python jobs/scheduled.py --run-date 2026-11-22
 
-It is `jobs/animate.py` with `jobs/configs/nightly.yaml`, where manifest and output have their `{date}`. A date that is
-finished ends with 0 at once, and one that got late rows draws these. Two schedulers do no harm: the later one ends
-with 75, or queues with `--wait`.
+It runs `jobs/animate.py` with `jobs/configs/nightly.yaml`, whose manifest and output contain `{date}`. A finished date
+exits with 0 at once; a date that received late rows generates only these. Two schedulers may run at a time: the later
+one exits with 75, or waits with `--wait`.
 """
 
 import sys

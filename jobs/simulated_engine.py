@@ -1,4 +1,4 @@
-"""An engine of known speed and requests for it: what the benchmarks around the engine put in its place."""
+"""Simulated engine of known speed, and requests for it; benchmarks of the surrounding code use it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 IMAGES = 16
-"""Pictures that the requests share, as requests of a data set often do."""
+"""Number of images that the requests share, as requests of a data set often do."""
 
 
 def write_manifest(folder: Path, rows: int, side_px: int) -> str:
-    """Requests that share a few smooth pictures; the folder's path."""
+    """Write requests that share a few smooth images; return the folder's path."""
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for number in range(IMAGES):
@@ -41,7 +41,7 @@ def write_manifest(folder: Path, rows: int, side_px: int) -> str:
 
 @dataclass
 class SimulatedClip:
-    """What an engine hands to `pipeline.animate.Animate`."""
+    """Clip with the attributes of `Clip` that the pipeline uses."""
 
     frames: npt.NDArray[np.uint8]
     device_seconds: float
@@ -51,7 +51,7 @@ class SimulatedClip:
 
 @dataclass
 class SimulatedEngine:
-    """Waits for as long as a device would draw, and lets the picture drift. Notes when it began and when it ended."""
+    """Engine that waits as long as a device would compute, shifts the image, and records when batches begin and end."""
 
     engine_id: str
     seconds: float
@@ -60,14 +60,14 @@ class SimulatedEngine:
 
     @staticmethod
     def shot(**settings: Any) -> SimpleNamespace:
-        """The settings, by name."""
+        """Return the settings as attributes."""
         return SimpleNamespace(**settings)
 
     def check(self) -> None:
-        """There is no device that could be broken."""
+        """Pass: there is no device to test."""
 
     def animate(self, shots: Sequence[Any]) -> list[SimulatedClip]:
-        """A clip for each shot, uint8, (num_frames, height, width, 3)."""
+        """Return a clip for each shot, uint8, (num_frames, height, width, 3)."""
         began = time.monotonic()
         clips = [
             SimulatedClip(drifting(np.asarray(shot.image), shot.num_frames), self.seconds / len(shots))
@@ -80,13 +80,13 @@ class SimulatedEngine:
 
 
 def drifting(picture: npt.NDArray[np.uint8], num_frames: int) -> npt.NDArray[np.uint8]:
-    """The picture, one pixel further to the right in each frame."""
+    """Return the image, shifted one more pixel to the right in each frame."""
     return np.stack([np.roll(picture, number, axis=1) for number in range(num_frames)])
 
 
 @dataclass
-class _Shelf:
-    """`engines.Engines` of one engine."""
+class _SingleEngine:
+    """Cache with a single engine, in the place of `ModelCache`."""
 
     only: SimulatedEngine
 
@@ -97,14 +97,14 @@ class _Shelf:
 
 @dataclass(frozen=True)
 class SimulatedLoader:
-    """What a run gives to its workers instead of `engines.EngineLoader`.
+    """Loader of simulated engines, in the place of `EngineLoader`.
 
     Attributes:
-        engine_id: what the run expects.
-        seconds: that a batch takes.
-        notes: a folder for the engines' notes.
-        crew: how many engines wait for each other before the first of them is ready, so that none draws while others
-            still take the CPU for their start.
+        engine_id: Engine id that the run expects.
+        seconds: Duration of a batch, in seconds.
+        notes: Folder for the engines' records.
+        crew: Number of engines that wait for each other before the first one is ready, so that no engine works while
+            others use the CPU for their start.
     """
 
     engine_id: str
@@ -112,15 +112,15 @@ class SimulatedLoader:
     notes: Path
     crew: int = 1
 
-    def __call__(self) -> _Shelf:
-        """The engine of one worker, once all of the crew are there."""
+    def __call__(self) -> _SingleEngine:
+        """Return the engine of one worker, once all engines of the crew have started."""
         (self.notes / str(os.getpid())).touch()
         while len(list(self.notes.iterdir())) < self.crew:
             time.sleep(0.1)
-        return _Shelf(SimulatedEngine(self.engine_id, self.seconds, self.notes))
+        return _SingleEngine(SimulatedEngine(self.engine_id, self.seconds, self.notes))
 
 
-def drawings(notes: Path) -> list[npt.NDArray[np.float64]]:
-    """For each engine that drew: when each batch began and ended, monotonic seconds, and its rows; shape (n, 3)."""
-    notes_taken = (path.read_bytes() for path in sorted(notes.iterdir()))
-    return [np.frombuffer(note).reshape(-1, 3) for note in notes_taken if note]
+def batch_records(notes: Path) -> list[npt.NDArray[np.float64]]:
+    """Return for each engine with batches: begin and end of each batch, in monotonic seconds, and its rows; (n, 3)."""
+    records = (path.read_bytes() for path in sorted(notes.iterdir()))
+    return [np.frombuffer(note).reshape(-1, 3) for note in records if note]

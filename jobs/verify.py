@@ -1,9 +1,9 @@
-"""Every animation of an output against its result, close to the store: on the cluster, and not over your own line.
+"""Verification of an output: checks every animation against its result, on the cluster and so close to the store.
 
     ray job submit --working-dir . -- python jobs/verify.py s3://bucket/out
     ray job submit --working-dir . -- python jobs/verify.py s3://bucket/out --repair
 
-The same arguments and exit codes as `pia-batch verify`: 0 all is sound, 3 a problem was found.
+The same arguments and exit codes as `pia-batch verify`: 0 no problem, 3 a problem was found.
 """
 
 import sys

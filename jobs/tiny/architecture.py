@@ -1,4 +1,4 @@
-"""The embedded model's networks, with random weights, and how they become a diffusers folder.
+"""Architecture of the embedded model: networks with random weights, saved as a diffusers folder.
 
 `python jobs/tiny/architecture.py OUT` writes the untrained checkpoint; `jobs/tiny/train.py` trains it. The folder
 has the layout of Stable Diffusion 1.5 with PIA's motion adapter inside, every weight in float16.
@@ -30,11 +30,11 @@ CHANNELS = (32, 64, 112)
 
 LATENT_CHANNELS = 4
 TEXT_TOKENS = 20
-"""Tokens of a prompt, its begin and its end included; longer ones are cut."""
+"""Number of tokens of a prompt, start and end markers included; longer prompts are truncated."""
 
 TEXT_CHANNELS = 64
 SHRINK = 4
-"""Pixels for one latent, each way."""
+"""Pixels per latent on each side."""
 
 _NORM_GROUPS = 8
 _HEADS = (1, 2, 4)
@@ -43,7 +43,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Networks:
-    """Everything that a checkpoint holds."""
+    """All parts of a checkpoint."""
 
     unet: UNet2DConditionModel
     motion_adapter: MotionAdapter
@@ -65,7 +65,7 @@ class Networks:
             part.float()
             _tidy(folder / name / "config.json")
         backend = self.tokenizer.backend_tokenizer
-        backend.no_padding()  # or what the last call asked for would be written along
+        backend.no_padding()  # otherwise the settings of the last call would be saved, too
         backend.no_truncation()
         self.tokenizer.save_pretrained(folder / "tokenizer")
         self.scheduler.save_pretrained(folder / "scheduler")
@@ -73,8 +73,8 @@ class Networks:
 
 
 _MODEL_INDEX: dict[str, Any] = {
-    # Stable Diffusion's class and not PIA's, as in every folder that PIAPipeline is used with: the pipeline that is
-    # asked to load decides, and a UNetMotionModel is made from the plain UNet at that moment.
+    # The class is Stable Diffusion's and not PIA's, as in every folder that PIAPipeline loads: the loading pipeline
+    # class decides, and creates a UNetMotionModel from the plain UNet.
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.30.0",
     "feature_extractor": [None, None],
@@ -90,7 +90,7 @@ _MODEL_INDEX: dict[str, Any] = {
 
 
 def build(seed: int = 0) -> Networks:
-    """All networks with random weights; the same seed gives the same ones."""
+    """Return all networks with random weights; equal seeds give equal weights."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(captions(seed, 20_000))
     unet = UNet2DConditionModel(
@@ -98,7 +98,7 @@ def build(seed: int = 0) -> Networks:
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         block_out_channels=CHANNELS,
-        # A direction is one word for the whole picture, but which of two shapes it is for is seen at 8 x 8 only.
+        # A direction is one word for the whole image, but only at 8 x 8 can two shapes be distinguished.
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
@@ -109,7 +109,7 @@ def build(seed: int = 0) -> Networks:
     adapter = MotionAdapter(
         block_out_channels=CHANNELS,
         motion_layers_per_block=1,
-        # At 16 x 16 frames are drawn one by one, as 8 x 8 and 4 x 4 have said; attention there would cost a third.
+        # No attention over frames at 16 x 16: 8 x 8 and 4 x 4 decide the motion, and it would cost a third more.
         motion_transformer_layers_per_block=(0, 1, 1),
         motion_num_attention_heads=_HEADS,
         motion_norm_num_groups=_NORM_GROUPS,
@@ -122,7 +122,7 @@ def build(seed: int = 0) -> Networks:
 
 
 def build_vae() -> AutoencoderKL:
-    """64 x 64 pixels to 16 x 16 latents of 4 channels, near mean 0 and variance 1 as they are."""
+    """Return a VAE: 64 x 64 pixels to 16 x 16 latents of 4 channels, near mean 0 and variance 1 without scaling."""
     vae = AutoencoderKL(
         block_out_channels=(32, 32, 32),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -139,14 +139,14 @@ def build_vae() -> AutoencoderKL:
 
 
 def narrow_posterior(vae: AutoencoderKL) -> None:
-    """Let an image have one latent: the pipeline samples it, and a log-variance of -12 leaves nothing to chance."""
+    """Make the encoding deterministic: the pipeline samples it, and with a log-variance of -12 samples do not differ."""
     with torch.no_grad():
         vae.quant_conv.weight[LATENT_CHANNELS:] = 0
         vae.quant_conv.bias[LATENT_CHANNELS:] = -12
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """CLIP's text tower with two layers of 64 channels."""
+    """Return CLIP's text tower with two layers of 64 channels."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_CHANNELS,
@@ -160,16 +160,16 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         pad_token_id=tokenizer.eos_token_id,
     )
     encoder = CLIPTextModel(config)
-    # CLIP starts its embeddings so small that two words begin as almost the same vector.
+    # CLIP initialises its embeddings with values so small that all words begin with almost the same vector.
     nn.init.normal_(encoder.get_input_embeddings().weight, std=0.5)
     return encoder
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Noise down to no signal at all, which v-prediction and trailing steps can sample from.
+    """Return a scheduler with pure noise at its end, from which v-prediction with trailing steps can sample.
 
-    Betas are far larger than Stable Diffusion's at the clean end. A clip of this world is decided by its conditions
-    alone, so that steps which only polish would be wasted: each of eight still draws the clip.
+    At the clean end, betas are far larger than Stable Diffusion's. The conditions alone decide a clip of this world, so
+    steps that only refine details would be wasted: with eight steps, each still shapes the clip.
     """
     return DDIMScheduler(
         num_train_timesteps=1000,
@@ -186,7 +186,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
-    """CLIP's byte-level BPE, trained on `texts`; any other text falls apart into pieces, never into nothing."""
+    """Return CLIP's byte-level BPE, trained on `texts`; any other text is split into smaller pieces, never dropped."""
     bpe = tokenizers.Tokenizer(models.BPE(unk_token=_END, continuing_subword_prefix="", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -210,7 +210,7 @@ def build_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
     with tempfile.TemporaryDirectory() as folder:
         bpe.save(f"{folder}/tokenizer.json")
         trained = json.loads(Path(folder, "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    # CLIP's own order: bytes, bytes that end a word, merges, begin, end. Bytes of every kind are kept.
+    # CLIP's order: bytes, bytes that end a word, merges, start and end markers. All bytes are kept.
     merges = [tuple(pair) for pair in trained["merges"]]
     words = [*alphabet, *(f"{byte}</w>" for byte in alphabet)]
     words += [word for word in dict.fromkeys("".join(pair) for pair in merges) if word not in set(words)]
@@ -219,7 +219,7 @@ def build_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
 
 
 def with_denoiser(networks: Networks, denoiser: UNetMotionModel) -> Networks:
-    """The networks with the weights of a motion UNet, taken apart again into image UNet and motion adapter."""
+    """Return the networks with the weights of a motion UNet, split into image UNet and motion adapter."""
     assert networks.motion_adapter.conv_in is not None  # noqa: S101 - for the type checker
     weights = denoiser.state_dict()
     networks.motion_adapter.conv_in.load_state_dict(
@@ -234,16 +234,16 @@ def with_denoiser(networks: Networks, denoiser: UNetMotionModel) -> Networks:
 
 
 def captions(seed: int, count: int) -> list[str]:
-    """Prompts of the world, as many as asked."""
+    """Return `count` prompts of the world."""
     rng = np.random.default_rng(seed)
     return [world.random_case(rng).prompt for _ in range(count)]
 
 
 def _start_small(unet: UNet2DConditionModel, adapter: MotionAdapter) -> None:
-    """Start as an image model that sees the motion scale.
+    """Initialise the networks as an image model that depends on the motion scale.
 
-    Motion modules begin as identity, as AnimateDiff's do. Mask coefficients differ by a few hundredths between the
-    presets: their input weights start tenfold, at the kernel's centre alone, about the mean of the coefficients.
+    Motion modules start as identity, as in AnimateDiff. The mask coefficients of the presets differ by a few hundredths
+    only. So their input weights start ten times larger, at the kernel's centre only, around the coefficients' mean.
     """
     assert adapter.conv_in is not None  # noqa: S101 - for the type checker
     with torch.no_grad():
@@ -254,13 +254,13 @@ def _start_small(unet: UNet2DConditionModel, adapter: MotionAdapter) -> None:
         mask.zero_()
         mask[:, 1, 1] = torch.randn(len(mask)) * 4
         adapter.conv_in.bias -= 0.8 * mask[:, 1, 1]
-        # The pipeline takes these from the UNet and all other weights of its first layer from the adapter.
+        # The pipeline takes these weights from the UNet and the other weights of its first layer from the adapter.
         unet.conv_in.weight.copy_(adapter.conv_in.weight[:, :LATENT_CHANNELS])
         unet.conv_in.bias.copy_(adapter.conv_in.bias)
 
 
 def _tidy(path: Path) -> None:
-    """Leave out of a config what names the machine it was written on."""
+    """Remove paths of the current machine from a config."""
     config = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
     config.pop("_name_or_path", None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -268,8 +268,8 @@ def _tidy(path: Path) -> None:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description="Write the checkpoint with random weights.")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("out", type=Path, help="folder for the checkpoint")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
     arguments = parser.parse_args()
     build(arguments.seed).save(arguments.out)
 

@@ -1,11 +1,11 @@
-"""Measure the embedded model: does what it draws do what the prompt says? Over cases it was never trained on.
+"""Measure how well the embedded model follows the prompt, on cases that it was not trained on.
 
     python jobs/tiny/evaluate.py                         # through diffusers' PIAPipeline, one call for each clip
     python jobs/tiny/evaluate.py --through engine        # through pia_batch.engine.PiaEngine, in batches
     python jobs/tiny/evaluate.py --through presets --steps 25   # each preset of `model.speed`, against exact
 
-Cases come from `jobs/tiny/world.py` by a seed that training does not use. The moving shape is found in every frame
-by its colour: pixels nearer to it than to what would be there without it. Exit code 1: a target is missed.
+Cases come from `jobs/tiny/world.py`, with a seed that training does not use. The moving shape is found in every frame by
+its colour: pixels nearer to it than to the image without the shape. Exit code 1: a target is missed.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ Clip = NDArray[np.uint8]
 Animate = Callable[[list[world.Case], int], list[Clip]]
 
 TARGETS = {"direction": 0.95, "still": 0.95, "first_frame_psnr_db": 22.0, "monotone": 0.9}
-"""The least that the model must reach; the other numbers are reported."""
+"""Smallest acceptable values; all other numbers are only reported."""
 
-_SEED = 90_001  # no training seed: those are pairs and triples, see jobs/tiny/train.py
+_SEED = 90_001  # not a training seed: those are tuples, see jobs/tiny/train.py
 _MOVED_PX = 2.0
 _STILL_PX = 1.5
 _COLOUR_TOLERANCE = 60.0
@@ -49,33 +49,33 @@ _LITTLE_ROOM_PX, _MUCH_ROOM_PX = 6.0, 18.0
 
 @dataclasses.dataclass(frozen=True)
 class Track:
-    """Where the moving shape is in every frame, by colour."""
+    """Positions of the moving shape in all frames, found by colour."""
 
-    centres: NDArray[np.float64]  # (frames, 2) x and y in pixels; NaN where the shape is not seen
+    centres: NDArray[np.float64]  # (frames, 2) x and y in pixels; NaN where the shape is not found
     masks: NDArray[np.bool_]  # (frames, 64, 64)
 
     @property
     def areas(self) -> NDArray[np.int64]:
-        """Pixels of the shape in every frame."""
+        """Number of pixels of the shape in every frame."""
         return np.asarray(self.masks.sum((1, 2)), np.int64)
 
 
 def main() -> None:
-    """Animate, measure, print, and say by the exit code whether the targets are met."""
+    """Animate, measure and print; exit with 1 if a target is missed."""
     arguments = _parse()
     torch.set_num_threads(arguments.threads)
     if arguments.through == "presets":
-        _print_and_judge(compare_presets(arguments), "through each preset", arguments.json)
+        _print_results(compare_presets(arguments), "through each preset", arguments.json)
         return
     animate = through_pipeline(arguments) if arguments.through == "pipeline" else through_engine(arguments)
     start = time.perf_counter()
     numbers = evaluate(animate, arguments.cases)
     title = f"through {arguments.through}, {numbers['clips']:.0f} clips, {time.perf_counter() - start:.0f} s"
-    _print_and_judge({"value": numbers}, title, arguments.json)
+    _print_results({"value": numbers}, title, arguments.json)
 
 
-def _print_and_judge(columns: dict[str, dict[str, float]], title: str, path: Path | None) -> None:
-    """The measures of each column beside their targets; exit code 1 if any misses one."""
+def _print_results(columns: dict[str, dict[str, float]], title: str, path: Path | None) -> None:
+    """Print the measures of each column next to their targets; exit with 1 if a target is missed."""
     table = Table(title=f"embedded model {title}")
     for column in ("measure", *columns, "target"):
         table.add_column(column)
@@ -84,8 +84,8 @@ def _print_and_judge(columns: dict[str, dict[str, float]], title: str, path: Pat
         table.add_row(name, *values, f">= {TARGETS[name]}" if name in TARGETS else "")
     Console().print(table)
     if path is not None:
-        told = columns if len(columns) > 1 else next(iter(columns.values()))
-        path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        record = columns if len(columns) > 1 else next(iter(columns.values()))
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     missed = {name for name, least in TARGETS.items() for numbers in columns.values() if numbers[name] < least}
     if missed:
         print(f"targets missed: {', '.join(sorted(missed))}")
@@ -93,10 +93,10 @@ def _print_and_judge(columns: dict[str, dict[str, float]], title: str, path: Pat
 
 
 def compare_presets(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """All measures of each preset; its CPU time, and its distance from the exact clips of the same requests.
+    """Return all measures of each preset, its relative speed, and its distance from the exact clips.
 
-    `times_as_fast` is the ratio of CPU seconds, the engine's own. The PSNR is the mean and the least over clips, the
-    mean difference is of all pixels, 0 to 255.
+    `times_as_fast` is the ratio of the engine's CPU seconds. The PSNR is given as mean and least over clips; the mean
+    difference is over all pixels, 0 to 255.
     """
     columns: dict[str, dict[str, float]] = {}
     exact: list[Clip] = []
@@ -107,10 +107,10 @@ def compare_presets(arguments: argparse.Namespace) -> dict[str, dict[str, float]
         def recorded(cases: list[world.Case], num_frames: int) -> list[Clip]:
             nonlocal seconds
             began = time.process_time()
-            drawn = animate(cases, num_frames)  # noqa: B023 - called within this turn only
+            animated = animate(cases, num_frames)  # noqa: B023 - called within this iteration only
             seconds += time.process_time() - began
-            clips.extend(drawn)  # noqa: B023
-            return drawn
+            clips.extend(animated)  # noqa: B023
+            return animated
 
         recorded([world.random_case(np.random.default_rng(0))], 8)
         clips.clear()
@@ -132,26 +132,26 @@ def compare_presets(arguments: argparse.Namespace) -> dict[str, dict[str, float]
 
 
 def evaluate(animate: Animate, cases: int) -> dict[str, float]:
-    """All measures, as shares of 1 if their name has no unit.
+    """Return all measures; those without a unit in their name are shares of 1.
 
     Args:
-        animate: draws clips of as many frames as asked, one for each case.
-        cases: how many of each of the four directions; the other measures take as many as they need.
+        animate: Function that returns one clip with the given number of frames for each case.
+        cases: Number of cases for each of the four directions; other measures use numbers in proportion.
     """
     rng = np.random.default_rng(_SEED)
     numbers: dict[str, float] = {}
     everything: list[tuple[world.Case, Clip]] = []
 
-    def draw(motion: world.Motion, count: int, scale: int | None = None) -> list[tuple[world.Case, Clip]]:
-        drawn = [_roomy_case(rng, motion, scale) for _ in range(count)]
-        pairs = list(zip(drawn, animate(drawn, 8), strict=True))
+    def animated(motion: world.Motion, count: int, scale: int | None = None) -> list[tuple[world.Case, Clip]]:
+        sampled = [_roomy_case(rng, motion, scale) for _ in range(count)]
+        pairs = list(zip(sampled, animate(sampled, 8), strict=True))
         everything.extend(pairs)
         return pairs
 
     directions: list[bool] = []
     by_shapes: dict[int, list[bool]] = {1: [], 2: []}
     for motion in track(world.MOTIONS[:4], "directions", transient=True):
-        pairs = draw(motion, cases)
+        pairs = animated(motion, cases)
         right = [goes(motion, follow(case, clip)) for case, clip in pairs]
         for (case, _), well in zip(pairs, right, strict=True):
             by_shapes[len(case.shapes)].append(well)
@@ -161,7 +161,7 @@ def evaluate(animate: Animate, cases: int) -> dict[str, float]:
     numbers["direction_one_shape"] = float(np.mean(by_shapes[1] or [True]))
     numbers["direction_two_shapes"] = float(np.mean(by_shapes[2] or [True]))
     for motion in track(world.MOTIONS[4:], "other motions", transient=True):
-        pairs = draw(motion, max(1, cases * 2 // 3))
+        pairs = animated(motion, max(1, cases * 2 // 3))
         numbers[motion] = float(np.mean([_does(case, clip) for case, clip in pairs]))
     rising, travels = [], []
     for _ in track(range(max(1, cases // 2)), "motion scales", transient=True):
@@ -189,7 +189,7 @@ def evaluate(animate: Animate, cases: int) -> dict[str, float]:
 
 
 def follow(case: world.Case, clip: Clip) -> Track:
-    """Find the moving shape in every frame: pixels nearer to its colour than to what lies behind it."""
+    """Find the moving shape in every frame: pixels nearer to its colour than to the background behind it."""
     behind = _without_mover(case)
     colour = np.asarray(case.shapes[0].rgb, float)
     pixels = clip.astype(float)
@@ -202,7 +202,7 @@ def follow(case: world.Case, clip: Clip) -> Track:
 
 
 def goes(motion: world.Motion, path: Track) -> bool:
-    """Whether the shape ends clearly on the asked side, and nowhere as far to another."""
+    """Return True if the shape ends clearly on the requested side, and not as far in another direction."""
     across, below = path.centres[-1] - path.centres[0]
     wanted, other = {
         "left": (-across, below),
@@ -214,13 +214,13 @@ def goes(motion: world.Motion, path: Track) -> bool:
 
 
 def travel(path: Track) -> float:
-    """Pixels from the shape's first place to its last."""
+    """Return the distance from the shape's first position to its last, in pixels."""
     return float(np.linalg.norm(path.centres[-1] - path.centres[0]))
 
 
 def through_pipeline(arguments: argparse.Namespace) -> Animate:
-    """The unmodified pipeline, one call for each clip, with the settings of the embedded model's defaults."""
-    from diffusers import MotionAdapter, PIAPipeline  # noqa: PLC0415 - the engine's way needs none of it
+    """Return a function that calls the unmodified pipeline for each clip, with the embedded model's defaults."""
+    from diffusers import MotionAdapter, PIAPipeline  # noqa: PLC0415 - not needed with the engine
 
     warnings.filterwarnings("ignore")
     adapter = MotionAdapter.from_pretrained(arguments.checkpoint / "motion_adapter", dtype=torch.float32)
@@ -251,8 +251,8 @@ def through_pipeline(arguments: argparse.Namespace) -> Animate:
 
 
 def through_engine(arguments: argparse.Namespace, speed: Speed = "exact") -> Animate:
-    """Our engine, in batches of eight; same settings and seeds, so that exact clips are the same."""
-    from pia_batch.engine import PiaEngine, Shot  # noqa: PLC0415 - the pipeline's way needs none of it
+    """Return a function that calls our engine in batches of eight, with the pipeline's settings and seeds."""
+    from pia_batch.engine import PiaEngine, Shot  # noqa: PLC0415 - not needed with the pipeline
 
     overrides = {"manifest": "-", "output": "-", "model.speed": speed}
     if arguments.checkpoint != tiny.PATH:
@@ -278,32 +278,28 @@ def through_engine(arguments: argparse.Namespace, speed: Speed = "exact") -> Ani
         ]
         clips: list[Clip] = []
         for first in range(0, len(shots), 8):
-            for drawn in engine.animate(shots[first : first + 8]):
-                if drawn.frames is None:
-                    msg = f"the engine drew nothing: {drawn.error}"
-                    raise RuntimeError(msg)
-                clips.append(drawn.frames)
+            clips += [clip.frames for clip in engine.animate(shots[first : first + 8])]
         return clips
 
     return animate
 
 
 def _roomy_case(rng: np.random.Generator, motion: world.Motion, scale: int | None) -> world.Case:
-    """A case in which one can see what must happen: no spinning circle, and room for a good part of the way."""
+    """Return a case whose motion can be measured: no spinning circle, and room for a good part of the path."""
     room = 0.0
     if motion in ("left", "right", "up", "down"):
         room = _MUCH_ROOM_PX if scale == 2 else _LITTLE_ROOM_PX  # noqa: PLR2004 - PIA's large motion
     while True:
         case = world.random_case(rng, motion=motion, motion_scale=scale)
         if motion == "spinning" and case.shapes[0].kind == "circle":
-            continue  # nobody can see it
+            continue  # invisible
         furthest = world.moved(case.shapes[0], motion, 2, 7)
         if abs(furthest.x - case.shapes[0].x) + abs(furthest.y - case.shapes[0].y) >= room:
             return case
 
 
 def _does(case: world.Case, clip: Clip) -> bool:
-    """Whether a motion that is no direction happens."""
+    """Return True if the clip shows the requested motion, for motions without a direction."""
     path = follow(case, clip)
     areas, away = path.areas / max(1, path.areas[0]), path.centres - path.centres[0]
     if case.motion == "still":
@@ -320,7 +316,7 @@ def _does(case: world.Case, clip: Clip) -> bool:
 
 
 def _colour_kept(case: world.Case, clip: Clip) -> bool:
-    """Whether the shape's middle colour in the last frame is still its colour."""
+    """Return True if the shape's median colour in the last frame is near its original colour."""
     mask = follow(case, clip).masks[-1]
     if not mask.any():
         return False
@@ -333,13 +329,13 @@ def _true_mask(case: world.Case, frame: int) -> NDArray[np.bool_]:
 
 
 def _without_mover(case: world.Case) -> NDArray[np.float64]:
-    """What the picture shows where the moving shape is not: (64, 64, 3), 0 to 255."""
+    """Return the image without the moving shape: (64, 64, 3), 0 to 255."""
     hidden = dataclasses.replace(case.shapes[0], radius=0.0, x=-1000.0)
     return dataclasses.replace(case, shapes=(hidden, *case.shapes[1:])).image().astype(float)
 
 
 def _overlap(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
-    """Intersection over union."""
+    """Return the intersection over union."""
     return float((one & other).sum() / max(1, (one | other).sum()))
 
 
@@ -349,14 +345,20 @@ def _psnr(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
 
 
 def _parse() -> Any:
-    parser = argparse.ArgumentParser(description="Measure the embedded model over held-out cases.")
-    parser.add_argument("--through", choices=("pipeline", "engine", "presets"), default="pipeline")
+    parser = argparse.ArgumentParser(
+        description="Measure the embedded model on held-out cases; exit code 1: a target is missed."
+    )
+    parser.add_argument(
+        "--through", choices=("pipeline", "engine", "presets"), default="pipeline", help="default: %(default)s"
+    )
     parser.add_argument("--checkpoint", type=Path, default=tiny.PATH, help="another checkpoint of the same layout")
-    parser.add_argument("--cases", type=int, default=30, help="cases of each direction; 30 makes about 275 clips")
+    parser.add_argument(
+        "--cases", type=int, default=30, help="cases of each direction (default: %(default)s, about 275 clips)"
+    )
     parser.add_argument("--steps", type=int, default=0, help="denoising steps; 0: the model's default")
     parser.add_argument("--guidance", type=float, default=0.0, help="guidance scale; 0: the model's default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--json", type=Path, default=None, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, default=None, help="JSON file for the numbers")
     return parser.parse_args()
 
 

@@ -1,15 +1,15 @@
-"""Train the embedded model from nothing: its picture codec, its text encoder, its denoiser. One command, no data.
+"""Train the embedded model from scratch: image codec, text encoder and denoiser, with one command and without data.
 
     python jobs/tiny/train.py --work outputs/tiny --out pia_batch/tiny/checkpoint
 
-Every picture is drawn when it is needed, by `jobs/tiny/world.py`, from the seed and the number of the step: the
-same seed gives the same training, and a run that was stopped goes on from its last state in `--work` when it is started
-again. Losses (CSV) and sample sheets (PNG) are written there too. Works on a CPU and on a GPU.
+`jobs/tiny/world.py` renders every image on demand, from the seed and the number of the step: equal seeds give equal
+training, and a restarted run continues from its last state in `--work`. Losses (CSV) and sample sheets (PNG) are written
+there, too. Runs on a CPU or a GPU.
 
-1. **Codec.** The encoder regresses to latents that have a formula (`latents_of`), the decoder learns to undo it. So the
-   denoiser trains on latents that cost almost nothing, and no encoder is run.
-2. **Text encoder.** Learns to tell motion, colour and shape from the prompt, and is frozen: trained together with the
-   denoiser it loses the difference between "left" and "right" before that difference is of any use.
+1. **Codec.** The encoder regresses to latents with a formula (`latents_of`), and the decoder learns its inverse. So the
+   denoiser trains on latents that cost almost nothing, without running an encoder.
+2. **Text encoder.** Learns to identify motion, colour and shape from the prompt, and is then frozen: trained together
+   with the denoiser, it loses the difference between "left" and "right" before the denoiser can use it.
 3. **Denoiser.** UNet and motion adapter together, v-prediction, with PIA's conditioning: the first frame's latents at
    every frame, and the coefficients of the sample's motion scale.
 """
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 
-# Mean and deviation of the four latents over the world's pictures, so that they come near mean 0 and variance 1.
+# Mean and standard deviation of the four latents over the world's images; normalised latents have mean 0, variance 1.
 _LATENT_MEAN = (0.55, 0.0, 0.0, 0.01)
 _LATENT_DEVIATION = (0.33, 0.25, 0.25, 0.08)
-# The share of steps in which the denoiser sees far travel in noise alone: on the whole world at once it learned to
-# copy and to blur, and for a thousand steps nothing of the prompt. 16 frames come last, when 8 are understood.
+# Share of steps in which the denoiser sees only long travel in strong noise: with the whole world from the start, it
+# learned to copy and to blur, and ignored the prompt for a thousand steps. Clips of 16 frames follow after _MIDDLE.
 _OPENING, _MIDDLE = 0.3, 0.6
 _CLEAR_PX = 10.0
 _MOTION_SHARES = {
@@ -57,7 +57,7 @@ _MOTION_SHARES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how each part is trained."""
+    """Training settings of all parts."""
 
     seed: int
     work: Path
@@ -71,14 +71,14 @@ class Plan:
 
 
 def latents_of(frames: Tensor) -> Tensor:
-    """The latents that the encoder learns to give.
+    """Return the latents that the encoder learns.
 
     Args:
-        frames: (n, 3, 64, 64), RGB, 0 to 1.
+        frames: Frames, (n, 3, 64, 64), RGB, 0 to 1.
 
     Returns:
-        (n, 4, 16, 16), about mean 0 and variance 1: brightness, red against green, blue against both, each averaged
-        over 4 x 4 pixels, and how much the colours differ inside those.
+        Latents, (n, 4, 16, 16), near mean 0 and variance 1: brightness, red against green, blue against both, each
+        averaged over 4 x 4 pixels, and the spread of the colours in these pixels.
     """
     mean = functional.avg_pool2d(frames, architecture.SHRINK)
     spread = (functional.avg_pool2d(frames**2, architecture.SHRINK) - mean**2).clamp_min(0).mean(1).sqrt()
@@ -89,7 +89,7 @@ def latents_of(frames: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Parse, train the three parts in order, write the checkpoint."""
+    """Train the three parts in order, and write the checkpoint."""
     plan, out = _parse()
     plan.work.mkdir(parents=True, exist_ok=True)
     networks = architecture.build(plan.seed)
@@ -109,8 +109,8 @@ def train_codec(vae: AutoencoderKL, plan: Plan) -> None:
     run = torch.compile(decode) if plan.compiled else decode
     for step in trainer.steps_left():
         rng = np.random.default_rng((plan.seed, 1, step))
-        drawn = [_random_case(rng).frames([int(rng.integers(12))])[0] for _ in range(16)]
-        frames = _to_channels(np.stack(drawn), plan.device)
+        images = [_random_case(rng).frames([int(rng.integers(12))])[0] for _ in range(16)]
+        frames = _to_channels(np.stack(images), plan.device)
         target = latents_of(frames)
         torch.manual_seed(plan.seed + step)
         noisy = target + torch.randn_like(target) * torch.rand(len(target), 1, 1, 1, device=plan.device) * 0.12
@@ -128,7 +128,7 @@ def train_codec(vae: AutoencoderKL, plan: Plan) -> None:
 
 
 def train_text_encoder(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, plan: Plan) -> None:
-    """Teach every token from the prompt's end on to name the motion, the colour and the shape of what moves."""
+    """Train the tokens from the prompt's end on to identify motion, colour and shape of the moving shape."""
     questions = (("none", *world.MOTIONS), ("none", *world.COLOURS), ("none", *world.KINDS))
     torch.manual_seed(plan.seed)
     heads = nn.ModuleList(nn.Linear(architecture.TEXT_CHANNELS, len(answers)) for answers in questions)
@@ -143,8 +143,8 @@ def train_text_encoder(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, plan: P
         hidden = encoder(tokens).last_hidden_state
         ended = (tokens == tokenizer.eos_token_id).cumsum(1) > 0
         loss, right = hidden.new_zeros(()), torch.ones(len(prompts), dtype=torch.bool, device=plan.device)
-        for head, answers, said in zip(heads, questions, zip(*map(_said, cases), strict=True), strict=True):
-            truth = torch.tensor([answers.index(word) for word in said] + [0] * 4, device=plan.device)
+        for head, answers, labels in zip(heads, questions, zip(*map(_labels, cases), strict=True), strict=True):
+            truth = torch.tensor([answers.index(word) for word in labels] + [0] * 4, device=plan.device)
             logits = head(hidden)
             loss = loss + functional.cross_entropy(logits[ended], truth[:, None].expand_as(tokens)[ended])
             right &= logits[:, -1].argmax(1) == truth
@@ -153,7 +153,7 @@ def train_text_encoder(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, plan: P
 
 
 def train_denoiser(networks: architecture.Networks, plan: Plan) -> UNetMotionModel:
-    """Train UNet and motion adapter as one; returns the averaged network."""
+    """Train UNet and motion adapter together; return the averaged network."""
     scheduler = networks.scheduler
     signal = scheduler.alphas_cumprod.to(plan.device)
     encoder = networks.text_encoder.to(plan.device).eval().requires_grad_(requires_grad=False)
@@ -168,7 +168,7 @@ def train_denoiser(networks: architecture.Networks, plan: Plan) -> UNetMotionMod
         opening = done < _OPENING
         num_frames = 16 if rng.random() < (0.0 if done < _MIDDLE else 0.15) else 8
         clips = plan.clips * 8 // num_frames
-        loops = 0.5 if num_frames == 16 else 0.04  # noqa: PLR2004 - PIA's loops hold 16 frames
+        loops = 0.5 if num_frames == 16 else 0.04  # noqa: PLR2004 - PIA's loops have 16 frames
         cases = [_opening_case(rng) if opening else _random_case(rng, loops) for _ in range(clips)]
         clean = latents_of(_to_channels(np.concatenate([case.clip(num_frames) for case in cases]), plan.device))
         clean = clean.view(clips, num_frames, *clean.shape[1:]).transpose(1, 2)  # (clips, 4, frames, 16, 16)
@@ -200,7 +200,7 @@ def train_denoiser(networks: architecture.Networks, plan: Plan) -> UNetMotionMod
 
 
 class PlainAttention:
-    """Attention as two matrix products: on sequences this short the fused kernel's backward pass is slower on a CPU."""
+    """Attention as two matrix products: for short sequences the fused kernel's backward pass is slower on a CPU."""
 
     def __call__(
         self,
@@ -209,7 +209,7 @@ class PlainAttention:
         encoder_hidden_states: Tensor | None = None,
         **_: object,
     ) -> Tensor:
-        """What diffusers asks of an attention processor: (batch, tokens, channels) in and out."""
+        """Apply attention as a diffusers processor: (batch, tokens, channels) in and out."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
             projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
@@ -221,7 +221,7 @@ class PlainAttention:
 
 
 class _Trainer:
-    """Optimiser, schedule, running average, state on disk and a progress bar for one network."""
+    """Training state of one network: optimiser, schedule, running average, state on disk, progress bar."""
 
     def __init__(
         self, name: str, model: nn.Module, plan: Plan, steps: int, learning_rate: float, average: float
@@ -242,7 +242,7 @@ class _Trainer:
             self.first = state["step"]
 
     def steps_left(self) -> Iterator[int]:
-        """The numbers of the steps to come, behind a progress bar."""
+        """Yield the numbers of the remaining steps, with a progress bar."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns) as progress:
             self.progress, self.task = progress, progress.add_task(self.name, total=self.total, completed=self.first)
@@ -250,7 +250,7 @@ class _Trainer:
         self.save(self.total)
 
     def update(self, step: int, loss: Tensor, **measures: float) -> None:
-        """One step of the optimiser; the learning rate warms up over 100 steps and falls as a cosine after 55 %."""
+        """Take one optimiser step; the learning rate warms up over 100 steps and falls as a cosine after 55 %."""
         late = max(0.0, (step / self.total - 0.55) / 0.45)
         rate = self.base_rate * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * late)))
         for group in self.optimizer.param_groups:
@@ -275,7 +275,7 @@ class _Trainer:
             self.save(step + 1)
 
     def save(self, step: int) -> None:
-        """Replace the state on disk, so that a stop at any moment leaves the old one or the new one."""
+        """Replace the state on disk atomically, so that a stop at any moment leaves the old or the new state."""
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -286,7 +286,7 @@ class _Trainer:
         self.state_path.with_suffix(".tmp").replace(self.state_path)
 
     def use_average(self) -> None:
-        """Let the running average be the network."""
+        """Replace the network's weights by their running average."""
         self.model.load_state_dict(self.average.state_dict())
         self.model.eval()
 
@@ -298,7 +298,7 @@ def _random_case(rng: np.random.Generator, loops: float = 0.0) -> world.Case:
 
 
 def _opening_case(rng: np.random.Generator) -> world.Case:
-    """One shape that goes far in a direction: where the prompt matters most."""
+    """Return a case with one shape that travels far in a direction, where the prompt matters most."""
     while True:
         motion = world.MOTIONS[rng.integers(4)]
         case = world.random_case(rng, motion=motion, motion_scale=2 if rng.integers(5) else 1, both=0.0)
@@ -307,8 +307,8 @@ def _opening_case(rng: np.random.Generator) -> world.Case:
             return case
 
 
-def _said(case: world.Case) -> tuple[str, str, str]:
-    """Motion, colour and shape as far as the prompt names them for what moves."""
+def _labels(case: world.Case) -> tuple[str, str, str]:
+    """Return motion, colour and shape of the moving shape, as far as the prompt names them."""
     shape = case.shapes[0]
     own_words = case.prompt.replace(",", "").split(" beside ")[0].split(" near ")[0].split(" and the ")[0].split()
     return (
@@ -335,7 +335,7 @@ def _autocast(device: torch.device) -> torch.autocast:
 
 
 def _sheet(model: UNetMotionModel, networks: architecture.Networks, plan: Plan, step: int) -> None:
-    """Draw what the network makes of one case for every motion; the truth stands above each."""
+    """Write a sheet with the clip of one case for every motion, each under the true clip."""
     pipeline = PIAPipeline(networks.vae, networks.text_encoder, networks.tokenizer, model, networks.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     rng = np.random.default_rng((plan.seed, 4))
@@ -359,18 +359,26 @@ def _sheet(model: UNetMotionModel, networks: architecture.Networks, plan: Plan, 
 
 
 def _parse() -> tuple[Plan, Path]:
-    parser = argparse.ArgumentParser(description="Train the embedded model from nothing.")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the finished checkpoint")
-    parser.add_argument("--work", type=Path, required=True, help="folder of states, losses and sample sheets")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(description="Train the embedded model from scratch.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the finished checkpoint")
+    parser.add_argument("--work", type=Path, required=True, help="folder for states, losses and sample sheets")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--codec-steps", type=int, default=1600)
-    parser.add_argument("--text-steps", type=int, default=600)
-    parser.add_argument("--denoiser-steps", type=int, default=15_000)
-    parser.add_argument("--clips", type=int, default=6, help="clips of 8 frames in a step of the denoiser")
-    parser.add_argument("--learning-rate", type=float, default=1.2e-3, help="of the denoiser")
-    parser.add_argument("--compile", action="store_true", help="minutes of compiling for faster steps")
+    parser.add_argument("--codec-steps", type=int, default=1600, help="steps of the codec (default: %(default)s)")
+    parser.add_argument("--text-steps", type=int, default=600, help="steps of the text encoder (default: %(default)s)")
+    parser.add_argument(
+        "--denoiser-steps", type=int, default=15_000, help="steps of the denoiser (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--clips", type=int, default=6, help="clips of 8 frames in a step of the denoiser (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, default=1.2e-3, help="learning rate of the denoiser (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the networks: takes minutes, makes steps faster"
+    )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     plan = Plan(

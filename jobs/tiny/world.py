@@ -1,13 +1,13 @@
-"""The world that the embedded model knows: coloured shapes that move as a prompt says. Numpy and pillow only.
+"""World of the embedded model: coloured shapes that move as a prompt describes. Needs only numpy and Pillow.
 
-Prompt, first image and true clip come from one generator, so that a seed names a case. What moves, and how far, is a
-function of the frame, the motion and the motion scale alone: 0, 1 and 2 travel little, more and far; 3, 4 and 5 go as
-far and come back at frame 15, as PIA's loop presets do. Positions and lengths are pixels of a 64 x 64 picture.
+Prompt, first image and true clip come from one generator, so that a seed identifies a case. The motion is a function of
+frame, kind of motion and motion scale: scales 0, 1 and 2 travel a short, medium and long way; 3, 4 and 5 go as far and
+return at frame 15, as PIA's loop presets do. Positions and lengths are in pixels of a 64 x 64 image.
 
 `python jobs/tiny/world.py OUT` writes the sample manifest and its images.
 """
 
-# ruff: noqa: PLR2004 - the shares and ranges of a drawn case are read best where they are drawn
+# ruff: noqa: PLR2004 - shares and ranges of random cases are easiest to read where they are used
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Kind = Literal["circle", "square", "triangle", "star"]
 Rgb = tuple[int, int, int]
 
 SIDE = 64
-"""Pixels of a side of every picture that the model was trained on."""
+"""Width and height in pixels of every image that the model was trained on."""
 
 MOTIONS: tuple[Motion, ...] = (
     "left", "right", "up", "down", "growing", "shrinking", "spinning", "bouncing", "still",
@@ -67,18 +67,18 @@ _DIRECTIONS: dict[Motion, tuple[float, float]] = {
     "up": (0, -1),
     "down": (0, 1),
 }
-_TRAVEL_PX = (7.0, 14.0, 21.0)  # from frame 0 to frame 7, for small, moderate and large motion
-_GROWTH = (0.25, 0.55, 0.9)  # how much larger at frame 7
-_TURN = (math.radians(35), math.radians(80), math.radians(125))  # at frame 7
-_BOUNCE_PX = (6.0, 11.0, 17.0)  # the height of a hop; one takes 5 frames
-_WALL_PX = 6.0  # a centre never comes nearer to the edge by moving, so that a shape stays in sight
+_TRAVEL_PX = (7.0, 14.0, 21.0)  # distance from frame 0 to frame 7, for small, moderate and large motion
+_GROWTH = (0.25, 0.55, 0.9)  # relative growth at frame 7
+_TURN = (math.radians(35), math.radians(80), math.radians(125))  # rotation at frame 7
+_BOUNCE_PX = (6.0, 11.0, 17.0)  # height of a hop; a hop takes 5 frames
+_WALL_PX = 6.0  # a moving centre keeps this distance from the edge, so that the shape stays visible
 _LOOP_END = 15  # PIA's loop presets hold 16 values
-_DRIFT_PX = 6.0  # below this the rest of a wall-bound path counts as none when a case is drawn
+_DRIFT_PX = 6.0  # a shorter remaining path counts as none when a case is sampled
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One coloured shape: centre and radius in pixels, angle in radians (clockwise, 0 upright)."""
+    """Coloured shape: centre and radius in pixels, angle in radians (clockwise, 0 upright)."""
 
     kind: Kind
     colour: str
@@ -86,13 +86,13 @@ class Shape:
     y: float
     radius: float
     angle: float = 0.0
-    rgb: Rgb | None = None  # None: the usual one of `colour`
+    rgb: Rgb | None = None  # None: the standard value of `colour`
     inner: float = 0.45  # a star's inner radius over its outer one
 
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """A linear gradient from one colour to another towards `angle` (radians, 0 to the right)."""
+    """Linear gradient from one colour to another in the direction `angle` (radians, 0 to the right)."""
 
     start: Rgb
     end: Rgb
@@ -101,7 +101,7 @@ class Background:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One picture with its prompt, and what must happen. `shapes[0]` moves, the other one rests."""
+    """Image with its prompt and the expected motion. `shapes[0]` moves, the other shape rests."""
 
     prompt: str
     motion: Motion
@@ -110,38 +110,38 @@ class Case:
     background: Background
 
     def image(self, side: int = SIDE) -> NDArray[np.uint8]:
-        """The first frame: uint8, (side, side, 3), RGB."""
-        return to_uint8(_draw([self.shapes], self.background, side)[0])
+        """Return the first frame: uint8, (side, side, 3), RGB."""
+        return to_uint8(_render([self.shapes], self.background, side)[0])
 
     def clip(self, num_frames: int = 8) -> Floats:
-        """The true clip: float32, (num_frames, 64, 64, 3), RGB, 0 to 1."""
+        """Return the true clip: float32, (num_frames, 64, 64, 3), RGB, 0 to 1."""
         return self.frames(range(num_frames))
 
     def backdrop(self) -> Floats:
-        """The background without any shape: float32, (64, 64, 3), RGB, 0 to 1."""
-        picture: Floats = _draw([()], self.background, SIDE)[0]
+        """Return the background without shapes: float32, (64, 64, 3), RGB, 0 to 1."""
+        picture: Floats = _render([()], self.background, SIDE)[0]
         return picture
 
     def frames(self, indices: Iterable[int]) -> Floats:
-        """Some frames of the true clip, counted from 0."""
+        """Return the given frames of the true clip, counted from 0: float32, (n, 64, 64, 3), RGB, 0 to 1."""
         shapes = [(moved(self.shapes[0], self.motion, self.motion_scale, index), *self.shapes[1:]) for index in indices]
-        return _draw(shapes, self.background, SIDE)
+        return _render(shapes, self.background, SIDE)
 
 
 def to_uint8(frames: Floats) -> NDArray[np.uint8]:
-    """Colours of 0 to 1 as bytes."""
+    """Convert colours from 0-1 to uint8."""
     return np.asarray((frames * 255).round().clip(0, 255), np.uint8)
 
 
 def progress(motion_scale: int, frame: int) -> float:
-    """How far along its way a motion is: 0 at frame 0, 1 at frame 7; slower then, or back at 0 at frame 15."""
+    """Return the progress of a motion: 0 at frame 0, 1 at frame 7; then slower, or in loops back to 0 at frame 15."""
     if motion_scale >= 3:
         return math.sin(math.pi * min(frame, _LOOP_END) / _LOOP_END)
     return frame * (1 - frame / 45) / (7 * (1 - 7 / 45))
 
 
 def moved(shape: Shape, motion: Motion, motion_scale: int, frame: int) -> Shape:
-    """The shape as it is at `frame` (0, 1, ...) of a clip; `motion_scale` is one of 0 to 5."""
+    """Return the shape at `frame` (0, 1, ...) of a clip; `motion_scale` is 0 to 5."""
     done, size = progress(motion_scale, frame), motion_scale % 3
     if motion in _DIRECTIONS:
         towards_x, towards_y = _DIRECTIONS[motion]
@@ -167,13 +167,13 @@ def random_case(
     motion_scale: int | None = None,
     both: float = 0.25,
 ) -> Case:
-    """Any case of this world.
+    """Return a random case of this world.
 
     Args:
-        rng: where every choice comes from.
-        motion: the motion wanted; None for any.
-        motion_scale: 0 to 5; None for 0, 1 or 2.
-        both: share of pictures with a second shape, which rests.
+        rng: Generator of all random choices.
+        motion: Kind of motion. None: a random one.
+        motion_scale: Motion scale, 0 to 5. None: 0, 1 or 2 at random.
+        both: Share of images with a second shape, which rests.
     """
     motion = motion or MOTIONS[rng.integers(len(MOTIONS))]
     scale = int(rng.integers(3)) if motion_scale is None else motion_scale
@@ -182,8 +182,10 @@ def random_case(
     first = _random_shape(rng, kind, background, other=None)
     for _ in range(20):
         last = moved(first, motion, scale % 3, 7)
-        if rng.random() < 0.1 or math.hypot(last.x - first.x, last.y - first.y) + 0.5 >= _wish(motion, scale % 3):
-            break  # mostly with room for the whole way
+        if rng.random() < 0.1 or math.hypot(last.x - first.x, last.y - first.y) + 0.5 >= _full_travel(
+            motion, scale % 3
+        ):
+            break  # in most cases there is room for the whole path
         first = _random_shape(rng, kind, background, other=None)
     shapes: tuple[Shape, ...] = (first,)
     if rng.random() < both:
@@ -193,8 +195,8 @@ def random_case(
 
 
 def write_sample(folder: Path) -> None:
-    """The sample manifest, `requests.parquet`, and its images as PNG."""
-    import pyarrow as pa  # noqa: PLC0415 - only here: drawing needs no Arrow
+    """Write the sample manifest, `requests.parquet`, and its images as PNG."""
+    import pyarrow as pa  # noqa: PLC0415 - rendering does not need Arrow
     import pyarrow.parquet as pq  # noqa: PLC0415
 
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -215,15 +217,15 @@ def write_sample(folder: Path) -> None:
     pq.write_table(pa.table(table), folder / "requests.parquet")
 
 
-def _wish(motion: Motion, size: int) -> float:
-    """The travel in pixels that a free path has at frame 7."""
+def _full_travel(motion: Motion, size: int) -> float:
+    """Return the travel of an unobstructed path at frame 7, in pixels."""
     if motion in _DIRECTIONS:
         return _TRAVEL_PX[size]
     return _BOUNCE_PX[size] * abs(math.sin(math.pi * 7 / 5)) if motion == "bouncing" else 0.0
 
 
 def _walled(start: float, travel: float) -> float:
-    """Where a centre ends that starts at `start`; the walls never push, they only hold."""
+    """Return the final position of a centre; walls stop it, but never move it."""
     if travel < 0:
         return max(start + travel, min(start, _WALL_PX))
     return min(start + travel, max(start, SIDE - _WALL_PX))
@@ -234,7 +236,10 @@ def _apart(one: Shape, other: Shape) -> bool:
 
 
 def _random_shape(rng: np.random.Generator, kind: Kind, background: Background, other: Shape | None) -> Shape:
-    """A shape that can be told from the background, and from the other shape by colour and place (in 50 tries)."""
+    """Return a shape that differs from the background, and from the other shape in colour and position.
+
+    After 50 tries, return the last one.
+    """
     shape = None
     for _ in range(50):
         colour = list(COLOURS)[rng.integers(len(COLOURS))]
@@ -267,12 +272,12 @@ def _random_background(rng: np.random.Generator) -> Background:
 
 
 def _random_tint(rng: np.random.Generator) -> Rgb:
-    """White, black, greys, pale and dark colours: what people put behind a shape."""
-    draw = rng.random()
-    if draw < 0.3:
+    """Return a typical background colour: white, black, a grey, a pale or a dark colour."""
+    choice = rng.random()
+    if choice < 0.3:
         grey = int(rng.choice((255, 255, 0, 240, 128, int(rng.integers(256)))))
         return grey, grey, grey
-    low, high = (175, 256) if draw < 0.65 else (0, 90)
+    low, high = (175, 256) if choice < 0.65 else (0, 90)
     red, green, blue = rng.integers(low, high, 3).tolist()
     return red, green, blue
 
@@ -308,8 +313,8 @@ def _random_prompt(rng: np.random.Generator, shapes: tuple[Shape, ...], motion: 
     return prompt
 
 
-def _draw(frames: list[tuple[Shape, ...]], background: Background, side: int) -> Floats:
-    """Float32 (frames, side, side, 3) in 0 to 1; edges are smoothed over one pixel."""
+def _render(frames: list[tuple[Shape, ...]], background: Background, side: int) -> Floats:
+    """Render frames: float32 (frames, side, side, 3), 0 to 1, with edges smoothed over one pixel."""
     unit = np.float32(SIDE / side)
     axis = (np.arange(side, dtype=np.float32) + np.float32(0.5)) * unit
     along = math.cos(background.angle) * (axis[None, :] / SIDE - 0.5) + math.sin(background.angle) * (
@@ -319,7 +324,7 @@ def _draw(frames: list[tuple[Shape, ...]], background: Background, side: int) ->
     share = (along / (2 * reach) + 0.5).astype(np.float32)[..., None]
     start, end = (np.asarray(rgb, np.float32) / 255 for rgb in (background.start, background.end))
     canvas = np.broadcast_to(start + (end - start) * share, (len(frames), side, side, 3)).astype(np.float32)
-    for index in reversed(range(len(frames[0]))):  # the moving shape is drawn last, on top
+    for index in reversed(range(len(frames[0]))):  # the moving shape is rendered last, on top
         path = [shapes[index] for shapes in frames]
         resting = all(shape == path[0] for shape in path)
         cover = _coverage(path[:1] if resting else path, axis, float(unit))[..., None]
@@ -329,7 +334,7 @@ def _draw(frames: list[tuple[Shape, ...]], background: Background, side: int) ->
 
 
 def _coverage(path: list[Shape], axis: Floats, unit: float) -> Floats:
-    """How much of each pixel the shape covers: float32 (frames, side, side), 0 to 1."""
+    """Return the share of each pixel that the shape covers: float32 (frames, side, side), 0 to 1."""
 
     def column(values: list[float]) -> Floats:
         return np.asarray(values, np.float32)[:, None, None]
@@ -353,7 +358,7 @@ def _coverage(path: list[Shape], axis: Floats, unit: float) -> Floats:
 
 
 def _outside_star(across: Floats, below: Floats, radius: Floats, inner: float) -> Floats:
-    """Distance to a five-pointed star's edge, negative inside: folded to one tenth, where it is a line."""
+    """Return the distance to a five-pointed star's edge, negative inside. By symmetry, one tenth of it is a line."""
     tenth = math.pi / 5
     turned = np.abs(np.mod(np.arctan2(across, -below) + np.float32(tenth), np.float32(2 * tenth)) - np.float32(tenth))
     away = np.hypot(across, below)
@@ -414,12 +419,12 @@ SAMPLE_ROWS: tuple[Mapping[str, object], ...] = (
         "prompt": "a purple square standing still",
     },
 )
-"""Rows of the sample manifest; a column that a row lacks has the default of `write_sample`."""
+"""Rows of the sample manifest; missing columns have the defaults of `write_sample`."""
 
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description="Write the sample manifest and its images.")
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, help="folder for the manifest and the images")
     write_sample(parser.parse_args().out)
 
 

@@ -43,8 +43,8 @@ class Read(NamedTuple):
     """Keys and values of one cross-attention.
 
     Attributes:
-        text: Those of the texts of every sample.
-        images: Those of the image prompts; None if the attention has no IP-Adapter.
+        text: Keys and values of every sample's text.
+        images: Keys and values of the image prompts; None if the attention has no IP-Adapter.
     """
 
     text: States

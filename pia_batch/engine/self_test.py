@@ -82,7 +82,7 @@ def scheduler(shipped: Any, *, embedded: bool) -> DDIMScheduler:
     """Return the self-test's scheduler, so that its result and its cost do not depend on the configured scheduler.
 
     Args:
-        shipped: Scheduler of the model; tells the prediction type of its UNet. Unused for the embedded model.
+        shipped: Scheduler of the model; defines the prediction type of its UNet. Unused for the embedded model.
         embedded: True to return the scheduler that the embedded model was trained with.
     """
     if embedded:

@@ -1,6 +1,7 @@
 """Embedded model: a PIA checkpoint small enough to be part of a package, and a sample manifest for it.
 
-It knows a world of coloured shapes in 64 x 64 pixels. Its config is `pia_batch/config/embedded.yaml`.
+It animates coloured shapes in 64 x 64 pixels. Its config is `pia_batch/config/embedded.yaml`; the programs in
+jobs/tiny/ train it.
 """
 
 from pathlib import Path

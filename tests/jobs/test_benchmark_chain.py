@@ -25,7 +25,7 @@ def test_an_engine_is_busy_for_the_seconds_asked_for_and_no_longer() -> None:
     steady = np.array([[10.0, 11.0, 4], [11.25, 12.25, 4], [12.5, 13.5, 4]])  # idle between
     late = np.array([[11.0, 12.5, 4], [12.5, 13.5, 4]])  # woke half a second too late once
 
-    told = benchmark_chain.engines_told(case, [steady, late], began=8.0)
+    told = benchmark_chain.engine_figures(case, [steady, late], began=8.0)
 
     assert told["busy"] == pytest.approx((3 / 3.5 + 2 / 2.5) / 2, abs=1e-4)
     assert told["busy_least"] == pytest.approx(2 / 2.5, abs=1e-4)
@@ -37,7 +37,7 @@ def test_an_engine_is_busy_for_the_seconds_asked_for_and_no_longer() -> None:
 def test_engines_that_never_had_work_at_the_same_time_have_no_steady_state() -> None:
     one, other = np.array([[1.0, 2.0, 1]]), np.array([[3.0, 4.0, 1]])
 
-    told = benchmark_chain.engines_told(Case(2, 1.0, 1, 2), [one, other], began=0.0)
+    told = benchmark_chain.engine_figures(Case(2, 1.0, 1, 2), [one, other], began=0.0)
 
     assert (told["busy"], told["busy_steady"], told["gap_ms_median"], told["rows_per_s"]) == (1.0, None, None, None)
 
@@ -85,8 +85,8 @@ def test_the_plain_script_loses_what_a_run_keeps(tmp_path: Path) -> None:
     bad, killed, again = (name for name, side in told if side == "run")
     assert told[bad, "plain"]["exit_code"] != 0
     assert told[bad, "run"]["results"] == 24
-    assert told[killed, "plain"]["drawn"] == 24
+    assert told[killed, "plain"]["generated"] == 24
     assert told[killed, "run"]["results"] == 24
-    assert told[killed, "run"]["drawn"] < 24
+    assert told[killed, "run"]["generated"] < 24
     assert told[again, "plain"]["results"] == 48
-    assert (told[again, "run"]["results"], told[again, "run"]["drawn"]) == (24, 0)
+    assert (told[again, "run"]["results"], told[again, "run"]["generated"]) == (24, 0)

@@ -299,7 +299,7 @@ def test_a_cache_folder_that_cannot_be_made_is_a_config_error_with_the_remedy(or
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("PIA_BATCH_CACHE", str(tmp_path / "file" / "cache"))
 
-    with pytest.raises(ConfigError, match=r"cannot keep .*set PIA_BATCH_CACHE"):
+    with pytest.raises(ConfigError, match=r"cannot cache .*set PIA_BATCH_CACHE"):
         place(origin).fetch(PATTERNS)
 
 
@@ -322,9 +322,7 @@ def test_a_record_tells_where_a_folder_comes_from_and_what_it_holds(origin):
 
 
 def test_a_prefix_with_nothing_that_matches_is_a_config_error_with_its_key(origin):
-    with pytest.raises(
-        ConfigError, match=r"model\.base: there are no weights at file://.*origin; nothing there matches"
-    ):
+    with pytest.raises(ConfigError, match=r"model\.base: there are no weights at file://.*origin; no object matches"):
         place(origin).fetch(["vae/*.json"])
 
 
@@ -426,7 +424,7 @@ def test_prefixes_and_objects_are_named_by_uri(uri, root, file):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("/no/such", "model.base: there is no folder or file /no/such, and it is no hub id either"),
+        ("/no/such", "model.base: there is no folder or file /no/such, and it is not a hub id"),
         ("./models/a.safetensors", "there is no folder or file ./models/a.safetensors"),
         ("models/a.safetensors", "there is no folder or file models/a.safetensors"),
         ("file:///no/such", "there is no folder or file file:///no/such"),
@@ -437,7 +435,7 @@ def test_prefixes_and_objects_are_named_by_uri(uri, root, file):
         ),
         ("s3://bucket/a.ckpt", "s3://bucket/a.ckpt is a pickle"),
         ("owner/name/a.ckpt", "owner/name/a.ckpt is a pickle"),
-        ("owner/name/a.gguf", "owner/name/a.gguf is no .safetensors file"),
+        ("owner/name/a.gguf", "owner/name/a.gguf is not a .safetensors file"),
         ("s3://key:secret@bucket/a", "was given with credentials"),
     ],
 )

@@ -140,7 +140,7 @@ def test_a_base_without_an_adapter_asks_for_one(base):
         (ModelConfig(base="/no/such/folder"), "model.base: there is no folder or file /no/such/folder"),
         (ModelConfig(motion_adapter="./nowhere"), "model.motion_adapter: there is no folder"),
         (ModelConfig(vae="nowhere"), "model.vae: there is no folder or file nowhere"),
-        (ModelConfig(base=__file__), "no .safetensors file"),
+        (ModelConfig(base=__file__), "not a .safetensors file"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -200,8 +200,8 @@ def test_shards_are_all_needed_and_all_part_of_the_id(base):
         ("unet", {"in_channels": 9}, "inpainting"),
         ("unet", {"in_channels": 8}, "not the UNet of Stable Diffusion 1.5"),
         ("unet", {"addition_embed_type": "text_time"}, "not the UNet of Stable Diffusion 1.5"),
-        ("unet", {"_class_name": "UNetMotionModel"}, "not PIA's UNet"),
-        ("motion_adapter", {"conv_in_channels": None}, "no PIA motion adapter"),
+        ("unet", {"_class_name": "UNetMotionModel"}, "use a UNet of PIA"),
+        ("motion_adapter", {"conv_in_channels": None}, "not a PIA motion adapter"),
     ],
 )
 def test_networks_that_pia_cannot_use_are_refused(base, part, changes, message):
@@ -404,7 +404,7 @@ def test_configs_may_come_from_the_hub(single, tmp_path):
         ({"channels": 9}, r"realistic\.safetensors is of the wrong kind: inpainting checkpoint"),
         ({"conditioner__embedders__0__x": (1,)}, "wrong kind: Stable Diffusion XL checkpoint"),
         ({"cond_stage_model__model__ln_final__weight": (1,)}, "wrong kind: Stable Diffusion 2 checkpoint"),
-        ({"width": 1024}, "takes text embeddings of 1024 numbers, but its config says 768"),
+        ({"width": 1024}, "takes text embeddings of 1024 dimensions, but its config says 768"),
         ({"without": "cond_stage_model."}, r"has no text encoder \(cond_stage_model"),
         ({"without": "first_stage_model."}, r"has no VAE \(first_stage_model.*set model\.vae"),
     ],
@@ -430,12 +430,20 @@ def test_a_checkpoint_without_vae_takes_another(tmp_path, single):
     [
         ("base", {"unet__mid__lora_A__weight": (4, 8), "b": (1,)}, r"model\.base: .*LoRA; it belongs in model\.loras"),
         ("base", {"cat": (1, 768)}, r"textual inversion; it belongs in model\.textual_inversions"),
-        ("base", {"conv_in__weight": (8, 4, 3, 3), "b": (1,)}, "unknown layout; its tensors have none of the names"),
+        (
+            "base",
+            {"conv_in__weight": (8, 4, 3, 3), "b": (1,)},
+            "unknown layout; its tensor names match no supported kind",
+        ),
         ("vae", {UNET_INPUT: (8, 9, 3, 3), "b": (1,)}, r"model\.vae: .*inpainting"),
         ("vae", {"encoder.conv_in.weight": (1,), "b": (1,)}, "has no decoder"),
         ("vae", {"decoder.conv_in.weight": (8, 4, 3, 3)}, "has no encoder"),
         ("vae", {UNET_INPUT: (8, 4, 3, 3), "b": (1,)}, "has no encoder and no decoder"),
-        ("vae", {"encoder.conv_in.weight": (1,), "decoder.conv_in.weight": (8, 16, 3, 3)}, "latents have 16 channels"),
+        (
+            "vae",
+            {"encoder.conv_in.weight": (1,), "decoder.conv_in.weight": (8, 16, 3, 3)},
+            r"wrong latent channels \(got 16",
+        ),
         (
             "motion_adapter",
             {"first_stage_model__x": (1,), "b": (1,)},
@@ -461,7 +469,7 @@ def test_a_pickled_checkpoint_is_refused_whatever_its_name(tmp_path, file):
 def test_a_pickle_in_the_place_of_safetensors_in_a_folder_is_refused(base):
     (base / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(pickle.dumps(list(range(100)), protocol=4))
 
-    with pytest.raises(ConfigError, match=r"vae/diffusion_pytorch_model\.safetensors is named as safetensors, but"):
+    with pytest.raises(ConfigError, match=r"vae/diffusion_pytorch_model\.safetensors has a safetensors name, but"):
         resolve(ModelConfig(base=str(base)))
 
 
@@ -493,8 +501,11 @@ def test_a_config_beside_a_single_file_counts_where_it_is_of_that_network(tmp_pa
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({"conv_in__weight": (8, 4, 3, 3)}, r"not both 9 \(4\); an AnimateDiff adapter does not see the image"),
-        ({POSITIONS: (1, 24, 8)}, "knows 24 frames, its config 32; correct motion_max_seq_length"),
+        (
+            {"conv_in__weight": (8, 4, 3, 3)},
+            r"must both be 9 \(got 4\); an AnimateDiff adapter does not read the image",
+        ),
+        ({POSITIONS: (1, 24, 8)}, "has 24 frame positions, but its config says 32; correct motion_max_seq_length"),
     ],
     ids=["channels", "frames"],
 )
@@ -508,7 +519,7 @@ def test_an_adapter_that_is_not_pias_is_refused_by_its_header(tmp_path, single, 
 def test_an_animatediff_adapter_has_no_first_layer(tmp_path, single):
     wrong = write(tmp_path / "mm_sd_v15.safetensors", **{POSITIONS: (1, 32, 8), "b": (1,)})
 
-    with pytest.raises(ConfigError, match=r"is no PIA motion adapter: .*\(None\)"):
+    with pytest.raises(ConfigError, match=r"is not a PIA motion adapter: .*\(got None\)"):
         resolve(ModelConfig(**(single | {"motion_adapter": wrong})))
 
 
@@ -516,7 +527,7 @@ def test_an_adapter_whose_config_lies_about_its_file_is_refused(base):
     path = base / "motion_adapter" / "diffusion_pytorch_model.safetensors"
     adapter_file(path, conv_in__weight=(8, 4, 3, 3))
 
-    with pytest.raises(ConfigError, match=r"not both 9 \(4\)"):
+    with pytest.raises(ConfigError, match=r"must both be 9 \(got 4\)"):
         resolve(ModelConfig(base=str(base)))
 
 
@@ -529,7 +540,7 @@ def test_the_vae_of_another_family_is_refused(base, tmp_path):
 
 
 def test_configs_without_a_single_file_are_an_error():
-    with pytest.raises(ConfigError, match=r"model\.config is for .* in a single file, and none is"):
+    with pytest.raises(ConfigError, match=r"model\.config is for .* in a single file, but this model has none"):
         resolve(ModelConfig(config=str(sd15.PATH)))
 
 
@@ -586,7 +597,7 @@ def test_pins_hold_for_files_of_the_hub_too(tmp_path):
     name = "unet/diffusion_pytorch_model.safetensors"
 
     resolve(ModelConfig(base="someone/sd15", sha256={name: sha256(tiny.PATH / name)}), hub)
-    with pytest.raises(ConfigError, match="it is another file"):
+    with pytest.raises(ConfigError, match="is another file"):
         resolve(ModelConfig(base="someone/sd15", sha256={name: "0" * 64}), hub)
 
 
