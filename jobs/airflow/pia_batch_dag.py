@@ -1,14 +1,14 @@
-"""Every night one run on a Ray cluster, by Airflow 3: submitted, followed, and its exit code told as a task state.
+"""Airflow 3 DAG with one run every night on a Ray cluster: submits it, follows it, and maps its exit code to a state.
 
 Copy this file into the DAGs folder, edit the three names below, and install pia_batch where the tasks run. Their
-environment tells `pia-batch submit` where the cluster is, and its token: RAY_ADDRESS, such as http://head:8265,
+environment must have the cluster's address and token for `pia-batch submit`: RAY_ADDRESS, such as http://head:8265,
 RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH. Then:
 
     airflow dags test pia_batch_nightly 2026-11-22                          # one date, here and now
     airflow backfill create --dag-id pia_batch_nightly --from-date 2026-11-01 --to-date 2026-11-22
 
-A date that was missed is made up for (catchup); one that is finished is a success at once, as nothing is left to draw.
-Clear the task of a date whose manifest got late rows: only these are drawn.
+Airflow also runs missed dates (catchup). A finished date succeeds at once, as nothing is pending. Clear the task of a
+date whose manifest received late rows: the run generates only these.
 """
 
 from __future__ import annotations
@@ -30,41 +30,41 @@ MANIFEST = "s3://bucket/requests/date={date}/"
 OUTPUT = "s3://bucket/animations"
 
 ON_FAILED_REQUESTS: Literal["fail", "skip"] = "fail"
-"""What exit code 3 makes of the task: `skip` shows it apart from a success, and lets the next date go on."""
+"""Task state for exit code 3: `skip` differs from a success, but does not stop the next date."""
 
 LOOK_AGAIN = timedelta(minutes=15)
-"""After how long a task looks again whether the output is free."""
+"""Time after which a task checks again whether the output is free."""
 
 State = Literal["success", "fail", "skip", "retry", "reschedule"]
 
 
 def state_of(exit_code: int, on_failed_requests: Literal["fail", "skip"] = ON_FAILED_REQUESTS) -> State:
-    """The task state that an exit code of `pia-batch submit` stands for; docs/commands.md has the codes.
+    """Return the task state for an exit code of `pia-batch submit`; docs/commands.md lists the codes.
 
     Returns:
-        `fail` where a retry would end the same way: a mistake in the config or manifest, a bug, failed requests.
+        State of the task; `fail` if a retry would fail, too: an error in config or manifest, a bug, failed requests.
     """
     states: dict[int, State] = {
         0: "success",
         1: "fail",  # a bug
         2: "fail",  # usage, config, manifest or store
         3: on_failed_requests,  # finished, with more failed requests than tolerated
-        4: "retry",  # interrupted, all committed: the next try goes on from there
+        4: "retry",  # interrupted, with all results committed: the next try continues
         75: "reschedule",  # another run works on this output
     }
-    return states.get(exit_code, "retry")  # killed by a signal, or the machine went away
+    return states.get(exit_code, "retry")  # killed by a signal, or the machine was lost
 
 
 @dag(
     dag_id="pia_batch_nightly",
-    schedule=CronDataIntervalTimetable("30 1 * * *", timezone="UTC"),  # `ds` is the day before, which is over
+    schedule=CronDataIntervalTimetable("30 1 * * *", timezone="UTC"),  # `ds` is the previous day, which is complete
     start_date=datetime(2026, 11, 1, tzinfo=UTC),
     catchup=True,
     max_active_runs=1,
     tags=["pia_batch"],
 )
 def pia_batch_nightly() -> None:
-    """One task: the run of a date."""
+    """Define one task: the run of a date."""
 
     @task(retries=4, retry_delay=timedelta(minutes=5), execution_timeout=timedelta(hours=12))
     def animate(run_date: str) -> None:
@@ -72,13 +72,13 @@ def pia_batch_nightly() -> None:
         command += ["--run-date", run_date, "--stop-on-interrupt"]
         code = subprocess.run(command, check=False).returncode  # noqa: S603 - the operator's own settings
         state = state_of(code)
-        said = f"pia-batch ended with exit code {code} for {run_date}"
+        message = f"pia-batch ended with exit code {code} for {run_date}"
         if state == "fail":
-            raise AirflowFailException(said)
+            raise AirflowFailException(message)
         if state == "skip":
-            raise AirflowSkipException(said)
+            raise AirflowSkipException(message)
         if state == "retry":
-            raise AirflowException(said)
+            raise AirflowException(message)
         if state == "reschedule":
             raise AirflowRescheduleException(datetime.now(UTC) + LOOK_AGAIN)
 

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Creates the RayJob of a date, waits for its end, and tells it by the exit code: 0 complete, 3 failed.
+# Create the RayJob of a date, wait for its end, and report it by the exit code: 0 complete, 3 failed.
 #
 #   sh submit.sh [DATE]    # yesterday, UTC, by default; rayjob.yaml is read from the folder of this script
 #
-# Started again while that RayJob works, it waits for it; once it has ended, it is made anew, which draws late rows only.
+# If the RayJob is already active, wait for it. If it has ended, create it again, which generates late rows only.
 set -eu
 
 now=$(date -u +%s)
@@ -18,7 +18,7 @@ esac
 if [ -z "$(kubectl get rayjob "$name" --ignore-not-found -o name)" ]; then
   sed "s/RUN_DATE/$date/" "$(dirname "$0")/rayjob.yaml" | kubectl create -f -
 fi
-# It goes when the job that made it does, so that the history limits of the CronJob hold for both.
+# The RayJob is deleted with the Job that created it, so that the history limits of the CronJob hold for both.
 if [ -n "${JOB_UID:-}" ]; then
   owner="{\"apiVersion\":\"batch/v1\",\"kind\":\"Job\",\"name\":\"$JOB_NAME\",\"uid\":\"$JOB_UID\"}"
   kubectl patch rayjob "$name" --type=merge -p "{\"metadata\":{\"ownerReferences\":[$owner]}}"

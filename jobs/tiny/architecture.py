@@ -139,7 +139,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def narrow_posterior(vae: AutoencoderKL) -> None:
-    """Make the encoding deterministic: the pipeline samples it, and with a log-variance of -12 samples do not differ."""
+    """Make the encoding deterministic: the pipeline samples it, and a log-variance of -12 makes all samples equal."""
     with torch.no_grad():
         vae.quant_conv.weight[LATENT_CHANNELS:] = 0
         vae.quant_conv.bias[LATENT_CHANNELS:] = -12

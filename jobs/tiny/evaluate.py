@@ -4,8 +4,8 @@
     python jobs/tiny/evaluate.py --through engine        # through pia_batch.engine.PiaEngine, in batches
     python jobs/tiny/evaluate.py --through presets --steps 25   # each preset of `model.speed`, against exact
 
-Cases come from `jobs/tiny/world.py`, with a seed that training does not use. The moving shape is found in every frame by
-its colour: pixels nearer to it than to the image without the shape. Exit code 1: a target is missed.
+Cases come from `jobs/tiny/world.py`, with a seed that training does not use. The moving shape is found in every frame
+by its colour: pixels nearer to it than to the image without the shape. Exit code 1: a target is missed.
 """
 
 from __future__ import annotations

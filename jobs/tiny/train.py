@@ -3,8 +3,8 @@
     python jobs/tiny/train.py --work outputs/tiny --out pia_batch/tiny/checkpoint
 
 `jobs/tiny/world.py` renders every image on demand, from the seed and the number of the step: equal seeds give equal
-training, and a restarted run continues from its last state in `--work`. Losses (CSV) and sample sheets (PNG) are written
-there, too. Runs on a CPU or a GPU.
+training, and a restarted run continues from its last state in `--work`. Losses (CSV) and sample sheets (PNG) are
+written there, too. Runs on a CPU or a GPU.
 
 1. **Codec.** The encoder regresses to latents with a formula (`latents_of`), and the decoder learns its inverse. So the
    denoiser trains on latents that cost almost nothing, without running an encoder.

@@ -1,4 +1,4 @@
-"""What the engine takes and what it gives: `Shot` in, `Clip` out."""
+"""Input and output of the engine: `Shot` and `Clip`, and the limits of a model."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from pia_batch.errors import ImageUnreadableError, RequestError, UnsupportedSett
 from pia_batch.schema.settings import BY_NAME, FREE_INIT_METHODS, MAX_SEED, EngineSettings
 
 _FIRST_STYLE = 6
-"""The first motion_scale that restyles; those below move, and have loops."""
+"""Smallest motion_scale that restyles; smaller ones move, and support loops."""
 
 _MAX_FREE_INIT_ITERS = BY_NAME["free_init_iters"].limits["le"]
 _MAX_FREE_INIT_ORDER = BY_NAME["free_init_order"].limits["le"]
 
 _MIN_FREE_INIT_STOP = 1e-6
-"""Below it, zero aside, the squares and powers of the filter leave the range of floating point numbers."""
+"""Smallest stop frequency except zero; with smaller ones, powers in the filter exceed the floating-point range."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shot(EngineSettings):
-    """One animation to generate: an image, a prompt and every setting, so that a row depends on nothing but itself.
+    """Request for one clip: an image, a prompt and every setting, so that rows do not depend on each other.
 
-    The settings are those of `schema.settings.EngineSettings`, by keyword, each with its default; `schema.settings`
-    describes them.
+    The settings are keyword arguments, those of `schema.settings.EngineSettings`, each with a default;
+    `schema.settings` declares their meaning, type, range and unit.
 
     Attributes:
-        image: RGB, of any size: it is encoded as it is, and its latents are resampled (nearest) to the clip's size.
-        prompt: Text to animate the image by; text beyond the tokenizer's limit (77 tokens in CLIP) is not seen.
+        image: Input image, RGB, of any size: it is encoded at its own size, and its latents are resampled (nearest) to
+            the clip's size.
+        prompt: Description of the clip; text beyond the tokenizer's limit (77 tokens in CLIP) is not read.
         seed: Seed of the row's own CPU generator, 0 to 2**63 - 1.
         ip_adapter_image: Image prompt, RGB; None: `image` itself. Unused without an IP-Adapter.
     """
@@ -44,17 +45,17 @@ class Shot(EngineSettings):
 
     @property
     def guided(self) -> bool:
-        """Whether classifier-free guidance runs, which doubles the work of a step."""
+        """True if classifier-free guidance is on, which doubles the work of a step."""
         return self.guidance_scale > 1
 
     @property
     def num_steps(self) -> int:
-        """Steps that `strength` leaves. The rounding is the pipeline's: downwards, of the float product."""
+        """Number of steps after `strength`. As in the pipeline, the float product is rounded down."""
         return min(int(self.num_inference_steps * self.strength), self.num_inference_steps)
 
     @property
     def pass_steps(self) -> tuple[int, ...]:
-        """Steps of each pass: one without FreeInit. The rounding is the pipeline's, of its product of floats."""
+        """Numbers of steps of each pass; one pass without FreeInit. Float products are rounded as in the pipeline."""
         passes = max(1, self.free_init_iters)
         if not self.free_init_fast:
             return (self.num_steps,) * passes
@@ -62,14 +63,15 @@ class Shot(EngineSettings):
 
 
 class Clip:
-    """One drawn animation, or why it could not be drawn.
+    """One generated clip, or the error that prevented it.
 
     Attributes:
-        latents: (4, F, h, w) on the CPU, in the engine's dtype, before the VAE's scaling; None unless asked for.
-        prompt_tokens: tokens of the prompt, start and end markers included, before truncation.
-        prompt_truncated: whether the text encoder saw less than the whole prompt.
-        device_seconds: this clip's share of the time of the rows that it was drawn with.
-        error: None, or why there are no frames.
+        latents: Tensor (4, F, h, w) on the CPU, in the engine's dtype, without the VAE's scaling factor; None unless
+            requested.
+        prompt_tokens: Number of tokens of the prompt before truncation, start and end markers included.
+        prompt_truncated: True if the text encoder did not read the whole prompt.
+        device_seconds: This clip's share of its batch's time, in seconds.
+        error: Reason for missing frames; None if there are frames.
     """
 
     __slots__ = ("_frames", "device_seconds", "error", "latents", "prompt_tokens", "prompt_truncated")
@@ -95,10 +97,10 @@ class Clip:
 
     @property
     def frames(self) -> NDArray[np.uint8]:
-        """uint8, shape (F, H, W, 3), RGB, 0-255.
+        """Frames: uint8, shape (F, H, W, 3), RGB, 0-255.
 
         Raises:
-            RequestError: `error`, where this clip could not be drawn.
+            RequestError: The clip has an `error`; that error is raised.
         """
         if self._frames is None:
             raise self.error or RequestError("the clip has no frames")
@@ -107,14 +109,14 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one model can draw.
+    """Range of settings that one model supports.
 
     Attributes:
-        max_frames: positions that the motion modules know.
-        max_clip_skip: layers of the text encoder.
-        max_steps: timesteps that the scheduler was trained on.
-        latent_stride: pixels per latent on a side, 8 in Stable Diffusion.
-        takes_image_prompts: whether it has an IP-Adapter.
+        max_frames: Number of frame positions of the motion modules.
+        max_clip_skip: Number of layers of the text encoder.
+        max_steps: Number of timesteps on which the scheduler was trained.
+        latent_stride: Pixels per latent on each side, 8 in Stable Diffusion.
+        takes_image_prompts: True if the model has an IP-Adapter.
     """
 
     max_frames: int
@@ -124,11 +126,11 @@ class Limits:
     takes_image_prompts: bool
 
     def check(self, shot: Shot) -> None:
-        """Return if this model can draw the shot.
+        """Return if this model supports the shot.
 
         Raises:
-            UnsupportedSettingError: a setting is out of the model's range. The message names it and the range.
-            ImageUnreadableError: the image turns out broken when its pixels are read.
+            UnsupportedSettingError: A setting is out of the model's range. The message names the setting and the range.
+            ImageUnreadableError: The image's pixels cannot be decoded.
         """
         self._check_image(shot.image)
         self._check_image_prompt(shot)

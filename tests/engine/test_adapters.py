@@ -204,13 +204,16 @@ def test_a_broken_record_of_peft_is_a_config_error(tmp_path, record):
     ("tensors", "message"),
     [
         ({}, "holds no LoRA"),
-        ({"weight": (2, 2)}, "no network of Stable Diffusion 1.5"),
+        ({"weight": (2, 2)}, "not belong to a network of Stable Diffusion 1.5"),
         ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (2, 16)}, "SDXL"),
         ({"transformer.blocks.0.to_q.lora_A.weight": (2, 16)}, "another family"),
-        ({"mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": (2, 32)}, "no network"),
-        ({"unet.mid_block.attentions.9.proj_in.lora_A.weight": (2, 32)}, "mid_block.attentions.9.proj_in.*no layer"),
-        ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (2, 32)}, "input_blocks_4_1_proj_in.*no layer"),
-        ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (2, 32, 1, 1)}, "lacks one of its two"),
+        ({"mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": (2, 32)}, "not belong to a network"),
+        ({"unet.mid_block.attentions.9.proj_in.lora_A.weight": (2, 32)}, "mid_block.attentions.9.proj_in.*not a layer"),
+        ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (2, 32)}, "input_blocks_4_1_proj_in.*not a layer"),
+        (
+            {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (2, 32, 1, 1)},
+            "one of the two matrices is missing",
+        ),
         ({"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": (2, 2)}, "LoHa"),
         ({"unet.mid_block.attentions.0.proj_in.dora_scale": (2, 2)}, "DoRA"),
         (
@@ -218,9 +221,9 @@ def test_a_broken_record_of_peft_is_a_config_error(tmp_path, record):
                 "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (2, 640, 1, 1),
                 "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": (640, 2, 1, 1),
             },
-            r"\(2, 640, 1, 1\) .*needs \(2, 32, 1, 1\)",
+            r"\(2, 640, 1, 1\) .*expected \(2, 32, 1, 1\)",
         ),
-        ({_PROJ_IN + "lora_down.weight": (), _PROJ_IN + "lora_up.weight": ()}, r"shapes \(\) and \(\)"),
+        ({_PROJ_IN + "lora_down.weight": (), _PROJ_IN + "lora_up.weight": ()}, r"got \(\) and \(\)"),
         ({_PROJ_IN + "lora_down.weight": (0, 32, 1, 1), _PROJ_IN + "lora_up.weight": (32, 0, 1, 1)}, "cannot apply"),
         (
             {
@@ -343,7 +346,7 @@ def test_a_word_of_several_vectors_is_found_whatever_its_case(tmp_path):
 def test_the_word_of_a_file_that_names_none_must_be_set(tmp_path):
     path = write_inversion(tmp_path / "easy.safetensors", "emb_params")
 
-    with pytest.raises(ConfigError, match=r"easy\.safetensors does not say which word.*`token`"):
+    with pytest.raises(ConfigError, match=r"easy\.safetensors does not name its word.*`token`"):
         personalised(inversions=[(path, None)])
 
 
@@ -351,7 +354,7 @@ def test_the_word_of_a_file_that_names_none_must_be_set(tmp_path):
 def test_a_word_of_the_vocabulary_cannot_be_taken(tmp_path, word):
     path = write_inversion(tmp_path / "cat.safetensors")
 
-    with pytest.raises(ConfigError, match=r"cat\.safetensors: .*in the tokenizer's vocabulary already"):
+    with pytest.raises(ConfigError, match=r"cat\.safetensors: .*already in the tokenizer's vocabulary"):
         personalised(inversions=[(path, word)])
 
 
@@ -369,7 +372,9 @@ def test_two_textual_inversions_cannot_share_a_word_or_its_vectors(tmp_path):
 def test_vectors_for_another_text_encoder_are_a_config_error(tmp_path):
     path = write_inversion(tmp_path / "large.safetensors", size=24)
 
-    with pytest.raises(ConfigError, match=r"large\.safetensors: its vectors have 24 numbers and the text encoder's 16"):
+    with pytest.raises(
+        ConfigError, match=r"large\.safetensors: its vectors have 24 dimensions, those of the text encoder 16"
+    ):
         personalised(inversions=[(path, None)])
 
 
@@ -377,7 +382,7 @@ def test_vectors_for_another_text_encoder_are_a_config_error(tmp_path):
 def test_a_tensor_that_is_no_list_of_vectors_is_a_config_error(tmp_path, shape):
     save_file({"<cat>": torch.ones(shape)}, tmp_path / "odd.safetensors")
 
-    with pytest.raises(ConfigError, match=r"odd\.safetensors holds a tensor of shape"):
+    with pytest.raises(ConfigError, match=r"odd\.safetensors: invalid shape"):
         personalised(inversions=[(tmp_path / "odd.safetensors", None)])
 
 

@@ -142,7 +142,7 @@ def test_no_turn_begins_after_the_minutes_that_there_are():
     assert result.exit_code == 1
     told = json.loads(result.stdout)["variants"]
     assert [name[0] for name in told] == ["d", "b"]
-    assert all(one["error"] == "not measured: the 0 minutes were over" for one in told.values())
+    assert all(one["error"] == "not measured: the limit of 0 minutes was reached" for one in told.values())
 
 
 def test_numbers_are_written_as_they_come_and_stay_beside_later_ones(tmp_path):
