@@ -1,4 +1,4 @@
-"""LoRAs, textual inversions and FreeU against the stock pipeline with the same, and files that do not fit."""
+"""LoRAs, textual inversions and FreeU against the stock pipeline with the same adapters, and files that do not fit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def personalised(
     fuse: bool = False,
     pipe: PIAPipeline | None = None,
 ) -> PIAPipeline:
-    """The pipeline of `build`, with its parts personalised by the code under test."""
+    """The pipeline of `build`, with adapters applied by the code under test."""
     loras, inversions = loras or [], inversions or []
     model = ModelConfig(
         loras=tuple(LoraConfig(source=str(path), scale=scale) for path, scale in loras),
@@ -65,7 +65,7 @@ def personalised(
 
 
 def assert_draws_as(stock: PIAPipeline, ours: PIAPipeline, rows: list[Any] = ROWS) -> None:
-    """To the last bit by the UNet's own call, within 1e-5 in a mixed batch; and not as without adapters."""
+    """Equal to the last bit by the UNet's own call, within 1e-5 in a mixed batch; and different from no adapters."""
     engine, called = PiaEngine.from_pipeline(ours), stock_engine(ours)
     together = engine.animate(rows, keep_latents=True)
     for row, clip in zip(rows, together, strict=True):
@@ -144,7 +144,7 @@ def test_a_style_leaves_the_motion_modules_as_they_are(tmp_path):
 
 
 def test_every_layer_counts_by_its_own_alpha_and_rank(tmp_path):
-    """As kohya means it. The stock loader gives the most frequent alpha to layers that have others."""
+    """Alphas as kohya defines them. The stock loader gives the most frequent alpha to layers that have others."""
     path = write_lora(tmp_path / "alphas.safetensors", "kohya", alpha=lambda index: 0.5 + index % 5)
     by_hand = build()
     index = 0

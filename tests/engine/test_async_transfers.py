@@ -1,4 +1,4 @@
-"""Nothing in the denoising loop waits for the device: seen on one that tells, with the numbers of a CPU."""
+"""Nothing in the denoising loop waits for the device: shown on a fake device that reports waits, with CPU results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pia-batch bench` on small clips: every variant runs, what is told can be so, and what fails spoils nothing."""
+"""`pia-batch bench` on small clips: every variant runs, results are plausible, and failures affect nothing else."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Several wait for each other where the machine is busy, which makes small calls ten times slower."""
+    """Use one thread: on a busy machine threads wait for each other, which makes small calls ten times slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

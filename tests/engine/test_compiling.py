@@ -1,4 +1,4 @@
-"""Compilation: the same clips by graphs of the usual shapes, and by their own call where there is no compiler."""
+"""Compilation: the same clips by graphs of frequent shapes, and by direct calls without a compiler."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pipe() -> PIAPipeline:
 
 
 class Seen:
-    """A compiler of graphs that are called as they are, which notes what it was given; or one that fails."""
+    """A compiler whose graphs call the function directly and record the arguments; or one that fails."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.graphs = 0
@@ -147,7 +147,7 @@ def test_a_compiler_out_of_memory_is_out_of_memory():
 
 
 class Broken:
-    """A compiler whose graphs compute something else: what they should, through `fault`."""
+    """A compiler whose graphs compute the right result, changed by `fault`."""
 
     def __init__(self, fault: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.fault = fault

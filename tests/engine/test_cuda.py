@@ -1,4 +1,4 @@
-"""The engine as on a GPU, in half precision: devices, precisions, waits, limits of kernels, on one without numbers."""
+"""The engine as on a GPU, in half precision: devices, dtypes, waits, kernel limits, on a fake device without data."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def moved(cuda: FakeCuda, pipe: PIAPipeline) -> PIAPipeline:
 
 
 def draw(cuda: FakeCuda, engine: PiaEngine, shots: list[Shot]) -> None:
-    """As `animate` draws them, with a look at what the host waits for."""
+    """Generate as `animate` does, and record the calls that make the host wait."""
     parts = engine._parts
     rows = [engine._start(each, engine._prompts.encode(each.prompt, each.clip_skip)) for each in shots]
     assert all(isinstance(row, sampling.Row) for row in rows)
@@ -83,7 +83,7 @@ def test_adapters_and_image_prompts_are_drawn(tmp_path: Path) -> None:
 
 
 class Silent:
-    """A network that predicts nothing, where only the schedulers matter."""
+    """A network that predicts zeros, for tests of schedulers."""
 
     def __init__(self, network: Any) -> None:
         self.config = network.config
@@ -94,7 +94,7 @@ class Silent:
 
 @pytest.fixture(scope="module")
 def encoded() -> tuple[FakeCuda, PIAPipeline, tuple[Any, Any, Any]]:
-    """A GPU, a pipeline there, and what it makes of an image, a prompt and no prompt."""
+    """A GPU, a pipeline on it, and its encodings of an image, a prompt and an empty prompt."""
     with FakeCuda() as cuda, torch.inference_mode():
         pipe = moved(cuda, build())
         engine = PiaEngine.from_pipeline(pipe)
@@ -173,7 +173,7 @@ def full(cuda: FakeCuda) -> PIAPipeline:
 
 
 def test_the_full_network_draws_what_a_gpu_can_count(cuda):
-    """More pixels than one kernel's heads, over which cuDNN is not asked to attend."""
+    """More pixels than heads of one kernel call; cuDNN is not used for them."""
     asked = {"num_frames": 16, "num_inference_steps": 1, "width": 768, "height": 768, "image": picture(1, 768, 768)}
 
     draw(cuda, PiaEngine.from_pipeline(full(cuda)), [shot(1, **asked), shot(2, guidance_scale=1.0, **asked)])

@@ -34,7 +34,7 @@ def latents(count: int, height: int, width: int) -> list[torch.Tensor]:
 
 
 def decoder_batches(vae: Any) -> list[int]:
-    """How many frames the decoder sees at a time, from now on."""
+    """Record the number of frames in each call of the decoder."""
     seen: list[int] = []
     vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     return seen

@@ -1,4 +1,4 @@
-"""`PiaEngine` against single calls of `diffusers.PIAPipeline`, row by row, and rows that it cannot draw."""
+"""`PiaEngine` against single calls of `diffusers.PIAPipeline`, row by row, and rows that fail."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ MIXED = [
     shot(9, loop=True, motion_scale=2, cond_frame=1, guidance_scale=3.0),
     shot(10, free_init_iters=3, free_init_fast=True, free_init_method="gaussian", num_inference_steps=4),
 ]
-"""Rows that differ in everything that a request can set, no two of them alike."""
+"""Rows that differ in every setting of a request."""
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def engine(pipe: PIAPipeline) -> PiaEngine:
 
 @pytest.fixture(scope="module")
 def exact() -> PIAPipeline:
-    """The same pipeline in float64, where a batch cannot hide behind rounding."""
+    """The same pipeline in float64, where rounding cannot hide the effects of a batch."""
     return build().to(torch.float64)
 
 
@@ -336,7 +336,7 @@ def test_an_image_that_breaks_when_it_is_read_fails_its_row_alone(engine, tmp_pa
 
 
 class CrampedUnet:
-    """A UNet on a device with memory for so many samples only. Counts what it was asked for.
+    """A UNet on a device with memory for a limited number of samples. Records the requested numbers.
 
     Attributes:
         most: samples that fit.

@@ -1,4 +1,4 @@
-"""Many models in one process: what they share, what they must not, and what is left when one is put away."""
+"""Several models in one process: shared parts, parts that must not be shared, and memory after an eviction."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelConfig]:
 
 @pytest.fixture(scope="module")
 def truths(models) -> dict[str, list[Clip]]:
-    """What every model draws alone."""
+    """The clips of every model alone."""
     return {name: PiaEngine.load(model, "cpu").animate(ROWS, keep_latents=True) for name, model in models.items()}
 
 
-def assert_draws(engine: PiaEngine, truth: list[Clip]) -> None:
+def assert_generates(engine: PiaEngine, truth: list[Clip]) -> None:
     for clip, expected in zip(engine.animate(ROWS, keep_latents=True), truth, strict=True):
         assert clip.error is None
         assert torch.equal(clip.latents, expected.latents)
@@ -168,7 +168,7 @@ def test_a_model_draws_what_it_draws_alone_in_any_order_of_loads_and_evictions(m
     order = random.Random(max_models).choices(sorted(models), k=10)
 
     for name in order:
-        assert_draws(cache.engine(name), truths[name])
+        assert_generates(cache.engine(name), truths[name])
 
 
 @pytest.mark.parametrize("other", ["sibling", "style", "motion", "fused", "voice", "cat", "freeu", "image", "low"])
@@ -186,7 +186,7 @@ def test_loading_a_model_changes_no_weight_of_another(models, truths, other):
     for (network, name), tensor in before.items():
         assert torch.equal(getattr(parts, network).state_dict()[name], tensor)
     assert "<cat>" not in parts.tokenizer.get_vocab()
-    assert_draws(cache.engine("base"), truths["base"])
+    assert_generates(cache.engine("base"), truths["base"])
 
 
 def test_what_is_shared_stays_when_one_of_its_models_is_put_away(models, truths):
@@ -198,7 +198,7 @@ def test_what_is_shared_stays_when_one_of_its_models_is_put_away(models, truths)
 
     assert cache.loaded == ("sibling", "style")
     assert sibling == style
-    assert_draws(cache.engine("sibling"), truths["sibling"])
+    assert_generates(cache.engine("sibling"), truths["sibling"])
 
 
 def test_the_memory_of_a_model_comes_back_when_it_is_put_away(models):
@@ -258,7 +258,7 @@ def test_the_model_in_use_is_kept_though_it_alone_exceeds_the_budget(models, tru
     cache = ModelCache(models, "cpu", budget=lambda _: 1)
 
     for name in ("base", "twin", "base"):
-        assert_draws(cache.engine(name), truths[name])
+        assert_generates(cache.engine(name), truths[name])
         assert cache.loaded == (name,)
 
 
@@ -277,7 +277,7 @@ def test_the_budget_is_a_share_of_this_machine():
 
 
 class Cramped:
-    """Loads engines on a device that has room for `most` of them; what it began to load fills it up, too."""
+    """A loader on a device with memory for `most` engines; a partly loaded one takes memory, too."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -303,7 +303,7 @@ def test_a_model_that_does_not_fit_beside_the_others_is_loaded_in_their_place(mo
 
     assert cache.loaded == ("style",)
     assert load.loads == 4
-    assert_draws(engine, truths["style"])
+    assert_generates(engine, truths["style"])
 
 
 def test_a_model_that_does_not_fit_alone_is_a_config_error(models):
@@ -323,7 +323,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_others_as_they_are(models, tru
     with pytest.raises(ConfigError):
         cache.engine("lost")
     assert cache.loaded == ("base",)
-    assert_draws(cache.engine("base"), truths["base"])
+    assert_generates(cache.engine("base"), truths["base"])
 
 
 def test_an_unknown_name_is_a_config_error_that_lists_the_models(models):

@@ -1,4 +1,4 @@
-"""NaN and infinity, wherever they come from: the row fails by itself, and its batch-mates are none the worse."""
+"""NaN and infinity from any source: the row fails alone, and the other rows of its batch are not affected."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ SOURCES: dict[str, tuple[dict[str, Any], Callable[[Components], dict[str, Any]],
         "denoised latents",
     ),
 }
-"""By where NaN comes from: what is odd about the bad row, the networks that make it so, and what the error says."""
+"""Sources of NaN: the unusual setting of the bad row, the networks that cause NaN, and the error message."""
 
 
 def good(seed: int) -> Shot:

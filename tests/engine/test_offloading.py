@@ -1,4 +1,4 @@
-"""Networks that visit the device: there when they are used, gone when another one is, and what `memory` means."""
+"""Offloading: networks are on the device when they are used, and leave it for the next one; meanings of `memory`."""
 
 from __future__ import annotations
 

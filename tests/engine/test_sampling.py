@@ -43,7 +43,7 @@ PASSES = [
         eta=1.0,
     ),
 ]
-"""Rows whose passes differ in number, length and filter, beside rows without FreeInit."""
+"""Rows whose passes differ in number, length and filter, together with rows without FreeInit."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def pipe() -> PIAPipeline:
 
 @pytest.fixture(scope="module")
 def exact() -> PIAPipeline:
-    """The same pipeline in float64, where a batch cannot hide behind rounding."""
+    """The same pipeline in float64, where rounding cannot hide the effects of a batch."""
     return build().to(torch.float64)
 
 
@@ -63,7 +63,7 @@ def truths(pipe: PIAPipeline) -> list[Truth]:
 
 
 class CountingUnet:
-    """A UNet that notes how many samples each of its calls has."""
+    """A UNet that records the number of samples of each call."""
 
     def __init__(self, unet: Any) -> None:
         self._unet = unet
@@ -230,7 +230,7 @@ def test_a_filter_is_made_once_and_not_too_many_are_kept():
 
 
 class StepCounter(FreeInitMixin):
-    """The pipeline's FreeInit over a scheduler that only notes how many steps each pass asks for."""
+    """The pipeline's FreeInit with a scheduler that only records the number of steps of each pass."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []

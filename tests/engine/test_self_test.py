@@ -1,4 +1,4 @@
-"""The canary, on devices whose kernels compute something else than they should."""
+"""The self-test, on devices whose kernels compute wrong results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pipe() -> PIAPipeline:
 
 @pytest.fixture
 def other(pipe) -> PiaEngine:
-    """An engine whose clips nobody has stored."""
+    """An engine without a stored clip."""
     return PiaEngine.from_pipeline(pipe)
 
 
@@ -42,7 +42,7 @@ Fault = Callable[[torch.Tensor], torch.Tensor]
 
 
 class BrokenKernel(TorchFunctionMode):
-    """A device on which one function of torch computes something else."""
+    """A device on which one function of torch computes a wrong result."""
 
     def __init__(self, broken: Kernel, fault: Fault) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ LEAKS: dict[str, tuple[Kernel, Fault]] = {
     "rows in another order": (ATTENTION, lambda out: out.flip(0) if len(out) > 6 else out),
     "a row plus a tenth of another": (CONV, lambda out: out + 0.1 * out.roll(3, 0) if len(out) > 6 else out),
 }
-"""In a batch only: alone the canary has at most six images, three frames with guidance."""
+"""Faults in a batch only: alone, the self-test has at most six images, three frames with guidance."""
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ LEAKS: dict[str, tuple[Kernel, Fault]] = {
         ModelConfig(dtype="float16"),
         ModelConfig(scheduler=SchedulerConfig(name="pndm")),  # has no schedule of less than four steps
         ModelConfig(memory="low"),
-        ModelConfig(freeu=FreeUConfig()),  # draws other clips than the stored one, as it should
+        ModelConfig(freeu=FreeUConfig()),  # generates another clip than the stored one, as expected
     ],
     ids=["default", "bfloat16", "float16", "pndm", "low memory", "freeu"],
 )
@@ -174,11 +174,11 @@ def test_its_request_suits_every_model(other, stride, max_frames):
 
 def test_the_answer_is_stored_and_read_again(embedded, tmp_path):
     path = tmp_path / "self_test.json"
-    canaries = embedded.with_scheduler(self_test.scheduler(None, embedded=True))
+    engine = embedded.with_scheduler(self_test.scheduler(None, embedded=True))
 
-    self_test.write_expected(canaries, path)
+    self_test.write_expected(engine, path)
 
-    self_test.check(canaries, embedded=True, expected=path)
+    self_test.check(engine, embedded=True, expected=path)
     stored, fresh = json.loads(self_test.EXPECTED.read_text()), json.loads(path.read_text())
     assert stored["engine_id"] == fresh["engine_id"]
     assert len(path.read_bytes()) < 1500

@@ -201,7 +201,7 @@ def test_features_of_the_same_step_change_nothing(precise, layers):
 
 
 class Noting(nn.Module):
-    """A layer that notes how many samples each of its calls has."""
+    """A layer that records the number of samples of each call."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ def distance(one: Clip, other: Clip) -> float:
 
 
 def assert_rows_are_their_own(pipe: PIAPipeline, speed: speed_presets.Speed, rows: list[Shot]) -> None:
-    """Each row drawn alone is the row of the batch, and is another one than without the preset if that says so."""
+    """Each row alone equals its row of the batch, and differs from the exact one where the preset says so."""
     engine = PiaEngine.from_pipeline(pipe, speed)
     alone = [engine.animate([row], keep_latents=True)[0] for row in rows]
     together = engine.animate(rows[::-1], keep_latents=True)[::-1]

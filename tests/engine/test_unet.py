@@ -1,4 +1,4 @@
-"""The layout of the UNet made for speed, against the network's own call, in float64 where rounding hides nothing."""
+"""The optimized UNet call against the network's own call, in float64, where rounding hides nothing."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_freeu_is_the_networks_own(network):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_half_precision_is_as_near_to_the_truth_as_the_networks_own(network, dtype):
-    """As a GPU draws: on a CPU the engine leaves such networks to their own call."""
+    """Half precision as on a GPU: on a CPU the engine uses such networks' own call."""
     given = conditioned()
     exact = own_call(network, **given)
     network.to(dtype)
@@ -83,7 +83,7 @@ def test_more_heads_than_a_kernel_takes_are_taken_in_parts(network, monkeypatch)
 
 
 class Watched(nn.Module):
-    """A layer that notes how many samples each of its calls has."""
+    """A layer that records the number of samples of each call."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

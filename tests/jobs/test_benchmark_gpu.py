@@ -1,4 +1,4 @@
-"""The program for machines with a GPU: what it reckons, what a failure leaves, and all of it once on a CPU."""
+"""The program for machines with a GPU: its figures, its failures, and all parts once on a CPU."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
 import benchmark_gpu
 
 
-def results(seconds: list[float], drawn: list[float]) -> pa.Table:
+def results(seconds: list[float], device_s: list[float]) -> pa.Table:
     began = dt.datetime(2026, 11, 23, tzinfo=dt.UTC)
     return pa.table(
         {
             "finished_at": [began + dt.timedelta(seconds=each) for each in seconds],
-            "gpu_seconds": drawn,
+            "gpu_seconds": device_s,
             "status": ["succeeded"] * len(seconds),
             "device": ["NVIDIA H100 80GB HBM3"] * len(seconds),
             "num_bytes": [10] * len(seconds),
@@ -30,7 +30,7 @@ def results(seconds: list[float], drawn: list[float]) -> pa.Table:
 
 
 def test_the_batches_that_compile_are_left_out():
-    # Eight batches of two. The first two compile; from then on a batch takes 3 s, of which 2.8 s are drawn.
+    # Eight batches of two. The first two compile; from then on a batch takes 3 s, 2.8 s of it on the device.
     ends = [100, 100, 150, 150, *(150 + 3 * batch for batch in range(1, 7) for _ in range(2))]
 
     told = benchmark_gpu.steady(results(ends, [50.0] * 4 + [1.4] * 12), batch_size=2)

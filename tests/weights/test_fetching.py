@@ -1,4 +1,4 @@
-"""`pia_batch.weights.fetching`: what a name means, and object storage that is read once per machine."""
+"""`weights.fetching`: the location that a name means, and object storage that is read once per machine."""
 
 from __future__ import annotations
 

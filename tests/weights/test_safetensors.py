@@ -1,4 +1,4 @@
-"""`pia_batch.weights.safetensors`: telling files apart, and refusing what could run code, by the first bytes."""
+"""`weights.safetensors`: identifying files, and refusing files that could run code, by their first bytes."""
 
 from __future__ import annotations
 
