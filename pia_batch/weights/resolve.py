@@ -251,7 +251,8 @@ def _check_unet(unet: Component, model: ModelConfig) -> bool:
     takes = _text_width(components.header(unet))
     if takes not in (None, width):
         raise ConfigError(
-            f"{named} takes text embeddings of {takes} dimensions, but its config says {width}; correct the config"
+            f"{named} takes text embeddings of {takes} dimensions, but its config says {width}; "
+            "set model.config to the matching folder, or correct the config"
         )
     return holds_motion
 

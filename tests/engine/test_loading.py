@@ -314,7 +314,7 @@ def test_a_small_checkpoint_with_the_packages_configs_is_told_to_name_its_own(si
     """As a real one of another size would be; here the width of its text is the first to differ."""
     settings = {name: value for name, value in single.items() if name != "config"}
 
-    with pytest.raises(ConfigError, match="takes text embeddings of 16 numbers, but its config says 768"):
+    with pytest.raises(ConfigError, match="takes text embeddings of 16 dimensions, but its config says 768"):
         load(**settings)
 
 

@@ -336,7 +336,7 @@ def test_an_ip_adapter_without_image_encoder_asks_for_one(tmp_path):
         ConfigError, match=r"there is no image_encoder/ next to .*; set model\.ip_adapter\.image_encoder"
     ):
         adapter(source)
-    with pytest.raises(ConfigError, match=r"model\.ip_adapter\.image_encoder: .* is a file; name the folder"):
+    with pytest.raises(ConfigError, match=r"model\.ip_adapter\.image_encoder: .* is a file; set it to the folder"):
         adapter(source, image_encoder=source)
 
 

@@ -540,7 +540,7 @@ def test_the_vae_of_another_family_is_refused(base, tmp_path):
 
 
 def test_configs_without_a_single_file_are_an_error():
-    with pytest.raises(ConfigError, match=r"model\.config is for .* in a single file, but this model has none"):
+    with pytest.raises(ConfigError, match=r"model\.config applies to .* in a single file, but this model has none"):
         resolve(ModelConfig(config=str(sd15.PATH)))
 
 
