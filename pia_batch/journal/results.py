@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from pia_batch.errors import AccountingError
 from pia_batch.journal import layout
 from pia_batch.journal.log import Journal, Outcomes, digest_of, to_json, to_parquet
-from pia_batch.schema.columns import RESULT, SUCCEEDED
+from pia_batch.schema.columns import RESULT, SUCCEEDED, conformed
 from pia_batch.schema.keys import KeySet, halves, keys_from_hex
 from pia_batch.storage.object_store import Store
 
@@ -140,17 +140,15 @@ def _parts(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
 
 def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Return `table` with the columns of `schema`; an older fragment may lack carried columns or have other types."""
-    if table.schema.equals(schema):
-        return table
-    columns = []
-    for wanted in schema:
-        column = table[wanted.name] if wanted.name in table.column_names else pa.nulls(len(table), wanted.type)
-        try:
-            columns.append(column.cast(wanted.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            log.warning("carried_column_changed name=%s old=%s new=%s", wanted.name, column.type, wanted.type)
-            columns.append(pa.nulls(len(table), wanted.type))
-    return pa.table(columns, schema=schema)
+    return table if table.schema.equals(schema) else conformed(table, schema, _cast_or_null)
+
+
+def _cast_or_null(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
+    try:
+        return column.cast(field.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        log.warning("carried_column_changed name=%s old=%s new=%s", field.name, column.type, field.type)
+        return pa.nulls(len(column), field.type)
 
 
 def _sorted(table: pa.Table) -> pa.Table:

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pia_batch.errors import ManifestError, message_of
 from pia_batch.manifest.files import MAX_COLUMNS, plain_type
-from pia_batch.schema.columns import RESERVED
+from pia_batch.schema.columns import RESERVED, conformed
 
 
 def unify(schemas: list[pa.Schema], files: tuple[str, ...]) -> pa.Schema:
@@ -77,16 +77,11 @@ def check_columns(names: Sequence[str], place: str) -> None:
 
 
 def conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str] | None = None) -> pa.Table:
-    """`table` in the columns and types of `schema`; what it lacks comes from its `partitions`, or is null."""
-    columns = []
-    for item in schema:
-        if item.name in table.column_names:
-            columns.append(_cast(table[item.name], item))
-        elif item.name in (partitions or {}):
-            columns.append(pa.repeat((partitions or {})[item.name], len(table)))
-        else:
-            columns.append(pa.nulls(len(table), item.type))
-    return pa.table(columns, schema=schema)
+    """Return `table` with the columns and types of `schema`; missing columns come from `partitions`, or are null."""
+    for name, value in (partitions or {}).items():
+        if name not in table.column_names:
+            table = table.append_column(name, pa.repeat(value, len(table)))
+    return conformed(table, schema, _cast)
 
 
 def _cast(column: pa.ChunkedArray, item: pa.Field) -> pa.ChunkedArray:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pia_batch.errors import StorageError
 from pia_batch.journal.log import Journal
-from pia_batch.schema.columns import FAILED, RESULT, SUCCEEDED
+from pia_batch.schema.columns import FAILED, RESULT, SUCCEEDED, conformed
 from pia_batch.storage.object_store import Store
 
 COLUMNS = pa.schema([column for column in RESULT if column.name not in ("animation_uri", "sha256")])
@@ -31,18 +31,10 @@ def read_part(store: Store, name: str) -> pa.Table:
     try:
         file = pq.ParquetFile(pa.BufferReader(store.read(name)), page_checksum_verification=True)
         present = file.schema_arrow.names
-        return _as_columns(file.read([column.name for column in COLUMNS if column.name in present]))
+        return conformed(file.read([column.name for column in COLUMNS if column.name in present]), COLUMNS)
     except (FileNotFoundError, pa.ArrowException, OSError, KeyError) as err:
         msg = f"results {store.uri_of(name)} are damaged: {err}; publish them again by `pia-batch run` with a new id"
         raise StorageError(msg) from None
-
-
-def _as_columns(table: pa.Table) -> pa.Table:
-    arrays = [
-        table[column.name].cast(column.type) if column.name in table.column_names else pa.nulls(len(table), column.type)
-        for column in COLUMNS
-    ]
-    return pa.table(arrays, schema=COLUMNS)
 
 
 @dataclass
@@ -132,7 +124,7 @@ class RunningResults:
         """
         new = [name for name in self.journal.fragments() if name not in self._fragments]
         for start in range(0, len(new), _FRAGMENTS):
-            tables = [_as_columns(table) for table in self.journal.read(new[start : start + _FRAGMENTS])]
+            tables = [conformed(table, COLUMNS) for table in self.journal.read(new[start : start + _FRAGMENTS])]
             rows = pa.concat_tables(tables).combine_chunks()
             rows = rows.filter(pc.equal(rows["run_id"], self.counts.run_id))
             rows = rows.filter(pa.array([self._is_new(key) for key in rows["key"].to_pylist()], pa.bool_()))

@@ -5,7 +5,7 @@ A request is *effective* once every null is replaced by the config's default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,6 +184,25 @@ def results_table(columns: Mapping[str, pa.Array | pa.Scalar], carried: pa.Table
     for name in ("image", "ip_adapter_image"):
         arrays[name] = redacted(arrays[name])
     return pa.table(arrays | {name: carried[name] for name in carried.column_names})
+
+
+def conformed(
+    table: pa.Table,
+    schema: pa.Schema,
+    cast: Callable[[pa.ChunkedArray, pa.Field], pa.ChunkedArray] = lambda column, field: column.cast(field.type),
+) -> pa.Table:
+    """Return `table` with the columns and types of `schema`; columns that it lacks are null.
+
+    Args:
+        table: Table to convert.
+        schema: Columns of the result, in order.
+        cast: Function that converts a column to the type of a field.
+    """
+    columns = [
+        cast(table[field.name], field) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
 
 
 def redacted(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:

@@ -1,7 +1,16 @@
 import pyarrow as pa
 import pytest
 
-from pia_batch.schema.columns import REQUEST, RESERVED, RESULT, SETTINGS, carried_columns, redacted, results_table
+from pia_batch.schema.columns import (
+    REQUEST,
+    RESERVED,
+    RESULT,
+    SETTINGS,
+    carried_columns,
+    conformed,
+    redacted,
+    results_table,
+)
 
 
 def test_results_have_the_order_and_the_types_of_the_schema_whatever_was_given() -> None:
@@ -57,3 +66,12 @@ def test_what_a_manifest_carries_is_neither_a_request_column_nor_named_as_a_resu
     assert not RESERVED & set(REQUEST.names)
     assert {"key", "status", "error", "pixels", "run_id"} <= RESERVED
     assert set(SETTINGS.names) <= set(RESULT.names) & set(REQUEST.names)
+
+
+def test_a_table_is_conformed_to_a_schema_in_order_types_and_missing_columns() -> None:
+    schema = pa.schema([("a", pa.int64()), ("b", pa.string()), ("c", pa.float64())])
+
+    table = conformed(pa.table({"c": [1], "a": pa.array([2], pa.int32()), "other": ["x"]}), schema)
+
+    assert table.schema == schema
+    assert table.to_pylist() == [{"a": 2, "b": None, "c": 1.0}]
