@@ -1,4 +1,4 @@
-"""Random manifests of a few small rows, some of them bad, and what must become of each."""
+"""Random manifests of a few small rows, some of them bad, and the result that each row must have."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ POISON = {
     "hangs": "timeout",
     "not finite": NonFiniteError.kind,
 }
-"""What a prompt does to its engine, and the `error_kind` that it comes to."""
+"""Effect of a prompt on its engine, and the `error_kind` that follows."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A manifest, and what must become of it, known without the code under test."""
+    """A manifest and the results that it must have, known without the code under test."""
 
     config: RunConfig
-    due: Counter[tuple[str, str, str | None]]
-    """How many results there must be of each request id, status and error kind."""
+    expected: Counter[tuple[str, str, str | None]]
+    """Number of results that there must be of each request id, status and error kind."""
     batches: int = 1
-    """Of a task."""
+    """Number of batches of a task."""
 
     @classmethod
     @functools.cache
     def make(cls, number: int, folder: Path) -> Case:
-        """The same for the same number: 2 to 7 rows of 16 x 16 pixels and 2 or 3 frames, some of them bad."""
+        """Make the case of this number, always the same: 2 to 7 rows, 16 x 16 pixels, 2 or 3 frames, some bad."""
         random = Random(number)
-        rows, due = [], Counter[tuple[str, str, str | None]]()
+        rows, expected = [], Counter[tuple[str, str, str | None]]()
         mixed = random.random() < 0.3
         for index in range(random.randint(2, 7)):
             fate = random.choices(("good", "poison", "no image", "bad seed"), (12, 3, 1, 1))[0]
@@ -60,9 +60,9 @@ class Case:
                     rows.append(row)
                 case "contradicted":
                     rows.append(row | {"prompt": "a blue square"})
-                    due[row["request_id"], "failed", "duplicate_id"] = 2
+                    expected[row["request_id"], "failed", "duplicate_id"] = 2
                     continue
-            due[row["request_id"], "failed" if kind else "succeeded", kind] = 1
+            expected[row["request_id"], "failed" if kind else "succeeded", kind] = 1
         manifest = folder / f"case-{number}"
         manifest.mkdir(exist_ok=True)
         for index in range(2):
@@ -78,4 +78,4 @@ class Case:
             "placement.max_engines": random.randint(1, 3),
             "limits.max_attempts": random.randint(2, 3),
         }
-        return cls(RunConfig.load(None, settings), due, batches=random.choice((1, 1, 2, 3)))
+        return cls(RunConfig.load(None, settings), expected, batches=random.choice((1, 1, 2, 3)))

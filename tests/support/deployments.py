@@ -1,4 +1,4 @@
-"""What stands in the files of a deployment: their texts, and the names of ours that they use."""
+"""Files of a deployment: their texts, and our names in them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ FILES = sorted(
     [*CLUSTERS, ROOT / "Dockerfile", *(ROOT / "jobs").glob("*.py")]
     + [path for folder in _FOLDERS for path in (ROOT / "jobs" / folder).iterdir() if path.is_file()]
 )
-"""Everything that a person copies, edits or submits."""
+"""All files that a person copies, edits or submits."""
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
-    """The documents of a YAML file."""
+    """Return the documents of a YAML file."""
     return [each for each in yaml.safe_load_all(path.read_text(encoding="utf-8")) if each]
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """The command and the options of every `pia-batch` that a text calls; lines that go on are one."""
+    """Yield command and options of every `pia-batch` that a text calls; continued lines are one."""
     joined = re.sub(r"\\\s*\n\s*#?\s*|\n\s+(?=--)", " ", text)
     calls = re.findall(r"(?m)(?:^|[\s/`])(?<!-n )(?<!namespace )pia-batch ([a-z]+)\b([^\n`;|]*)", joined)
     return [(name, re.findall(r"(?<![\w-])--[a-z][a-z-]+", rest)) for name, rest in calls]
@@ -39,7 +39,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 
 @functools.cache
 def options() -> dict[str, set[str]]:
-    """By command, the options that it knows. What `submit` does not know is for `run`."""
+    """Return the options of each command. Options that `submit` does not have are those of `run`."""
     group: Any = typer.main.get_command(cli.app)
     known = {name: {one for each in command.params for one in each.opts} for name, command in group.commands.items()}
     known["submit"] |= known["run"]
@@ -48,7 +48,7 @@ def options() -> dict[str, set[str]]:
 
 @functools.cache
 def keys(section: type[Any] = RunConfig, prefix: str = "") -> dict[str, Any]:
-    """Every key of a config by its dotted name, with its field; a section itself is none."""
+    """Return every key of a config by its dotted name, with its field; sections are not keys."""
     found: dict[str, Any] = {}
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
@@ -59,6 +59,6 @@ def keys(section: type[Any] = RunConfig, prefix: str = "") -> dict[str, Any]:
 
 
 def pins(path: Path) -> dict[str, str]:
-    """The version that a file of requirements pins, by package name in its normal form."""
+    """Return the version that a file of requirements pins, by package name in its normal form."""
     found = re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}

@@ -1,4 +1,4 @@
-"""A device that is none: its tensors say that they are elsewhere, compute on the CPU, and tell when the host waits."""
+"""A fake device: its tensors claim to be on it, compute on the CPU, and report when the host waits."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 PLACE = torch.device("meta")
-"""Of the devices that torch knows without their hardware, the one that is not the host."""
+"""A device that torch knows without its hardware, other than the host."""
 
 READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_linalg_check_errors"}
-"""Operations of ATen that look at numbers on the device."""
+"""Operations of ATen that read numbers on the device."""
 
 FACTORIES = {torch.zeros, torch.ones, torch.empty, torch.full, torch.arange, torch.linspace}
-"""Functions that make a tensor on the device without anything of the host's."""
+"""Functions that make a tensor on the device without data of the host."""
 
 
 _SMALL = 1024
-"""Bytes. CUDA takes copies up to 64 kB along."""
+"""Size in bytes up to which CUDA copies without waiting: 64 kB."""
 
 
 class Remote(torch.Tensor):
@@ -72,10 +72,10 @@ def _as_host(each: Any) -> Any:
 
 
 class Machine(TorchFunctionMode):
-    """Inside, there is such a device.
+    """Provide the fake device inside a block.
 
     Attributes:
-        waits: what made the host wait for it, in order.
+        waits: Operations that made the host wait for it, in order.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class Machine(TorchFunctionMode):
         self._pinned: list[torch.Tensor] = []
 
     def remote(self, here: torch.Tensor) -> Remote:
-        """A copy on the device."""
+        """Return a copy on the device."""
         made: Remote = Remote(here.clone(), self.waits)
         return made
 
@@ -109,7 +109,7 @@ class Machine(TorchFunctionMode):
         return result
 
     def _moved(self, args: Any, kwargs: Any) -> Remote:
-        """As `Tensor.to`. What is small is taken along with the order to copy it, and keeps nobody waiting."""
+        """Copy like `Tensor.to`. A small tensor is sent with the copy command, so the host does not wait."""
         queued = kwargs.pop("non_blocking", False)
         if not (queued and (args[0].nbytes <= _SMALL or any(args[0] is each for each in self._pinned))):
             self.waits.append("a copy to the device")

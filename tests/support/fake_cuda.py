@@ -1,4 +1,4 @@
-"""A GPU that is none, of torch's fake tensors: shapes, dtypes, strides and the device `cuda:0`, and no numbers.
+"""A fake GPU of torch's fake tensors: shapes, dtypes, strides and the device `cuda:0`, and no numbers.
 
 Where a GPU would raise, it raises: tensors of two devices in one operation, two precisions in one product, more heads
 than a kernel takes. Where the host would wait for a GPU, that is noted. What the host reads comes as ones.
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 CUDA = torch.device("cuda:0")
 
 MOST = 65_535
-"""Of CUDA's grid in its second and third dimension, in which attention counts batches and heads."""
+"""Limit of CUDA's grid in its second and third dimension, in which attention counts batches and heads."""
 
 OF_A_KIND = {
     "addmm",
@@ -46,7 +46,7 @@ _SMALL = 64 * 1024
 
 
 class _Kernels(TorchDispatchMode):
-    """Raises where a GPU has no kernel: of two precisions, or of operands that are elsewhere."""
+    """A mode that raises where a GPU has no kernel: for two precisions, or operands on other devices."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in OF_A_KIND:
@@ -58,11 +58,11 @@ class _Kernels(TorchDispatchMode):
 
 
 class FakeCuda(TorchFunctionMode):
-    """Inside, there is such a GPU.
+    """Provide the fake GPU inside a block.
 
     Attributes:
-        waits: what made the host wait for it, in order.
-        attended: of every attention, the shape of its queries, and whether it may go to cuDNN.
+        waits: Operations that made the host wait for it, in order.
+        attended: Shape of the queries of every attention, and true if it may go to cuDNN.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class FakeCuda(TorchFunctionMode):
         }
 
     def place(self, network: Any, dtype: torch.dtype = torch.float16, device: torch.device = CUDA) -> Any:
-        """The same network with weights on this GPU; or off it, with weights of zeros."""
+        """Return the same network with weights on this GPU, or with zeros off it."""
         for module in network.modules():
             for name, weight in module._parameters.items():
                 if weight is not None:
@@ -176,7 +176,7 @@ class FakeCuda(TorchFunctionMode):
             return torch.ops.aten.index(given, places) if places else given
 
     def _plain(self, index: Any) -> Any:
-        """A number of the host's for a tensor that holds one; a tensor on the device for several."""
+        """Return a number of the host for a tensor of one element, else a tensor on the device."""
         if isinstance(index, torch.Tensor) and index.dim() == 0:
             return int(self._read(index) if isinstance(index, FakeTensor) else index)
         if isinstance(index, list) or (isinstance(index, torch.Tensor) and not isinstance(index, FakeTensor)):
@@ -197,7 +197,7 @@ class FakeCuda(TorchFunctionMode):
             return torch.empty((*given.shape[:2], *size), dtype=given.dtype, device=CUDA, memory_format=form)
 
     def _attend(self, query: Any, key: Any, value: Any, attn_mask: Any = None, **named: Any) -> torch.Tensor:
-        """By the kernel that CUDA has for it; all but the one that holds every product in memory."""
+        """Choose the kernel that CUDA has for it, except the one that keeps every product in memory."""
         batch, heads, _, channels = query.shape
         if max(batch, heads) > MOST:
             raise RuntimeError(f"CUDA error: invalid configuration argument, {batch} batches of {heads} heads")

@@ -1,4 +1,4 @@
-"""Stand-ins for what is slow or far away. Importable by Ray's workers, so a module of its own."""
+"""Stand-ins for slow or remote parts, in a module that Ray's workers can import."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENGINE_ID = "f" * 32
 
 @dataclass
 class FakeClip:
-    """What `pia_batch.engine.Clip` offers to `pipeline.animate.Animate`."""
+    """The part of `pia_batch.engine.Clip` that is used by `pipeline.animate.Animate`."""
 
     generated: Any = None
     error: RequestError | None = None
@@ -43,7 +43,7 @@ class FakeClip:
 
 @dataclass
 class FakeEngine:
-    """Rolls the condition image by one pixel a frame; fails a shot whose prompt says so. Counts its calls."""
+    """An engine that rolls the image by one pixel a frame, fails a shot whose prompt says so, and keeps its calls."""
 
     engine_id: str = ENGINE_ID
     device: str = "fake"
@@ -52,7 +52,7 @@ class FakeEngine:
 
     @staticmethod
     def shot(**settings: Any) -> SimpleNamespace:
-        """What was given, and no curve and no clip_skip where none was, as with `pia_batch.engine.Shot`."""
+        """Return a shot of these settings; curve and clip_skip default to None, as in `pia_batch.engine.Shot`."""
         return SimpleNamespace(**({"motion_curve": None, "clip_skip": None} | settings))
 
     def check(self) -> None:
@@ -73,7 +73,7 @@ class FakeEngine:
 
 @dataclass
 class PoisonedEngine(FakeEngine):
-    """Does to its process what a prompt says."""
+    """An engine that does to its process what the prompt says."""
 
     def animate(self, shots: Sequence[Any]) -> list[FakeClip]:
         for shot in shots:
@@ -94,7 +94,7 @@ class PoisonedEngine(FakeEngine):
 
 @dataclass
 class RestlessEngine(FakeEngine):
-    """Generates no request twice with the same pixels, as no two batches do on a GPU, so that a mix-up shows."""
+    """An engine that never generates the same pixels twice, as no two batches do on a GPU, so that a mix-up shows."""
 
     def animate(self, shots: Sequence[Any]) -> list[FakeClip]:
         clips = super().animate(shots)
@@ -139,7 +139,7 @@ class FakeControl(AttemptTracker):
 
 @dataclass(frozen=True)
 class FakeEngineLoader:
-    """What a run gives to its workers instead of `engines.EngineLoader`."""
+    """The loader that a run gives to its workers instead of `engines.EngineLoader`."""
 
     engine_id: str
     seconds: float = 0.0

@@ -1,6 +1,6 @@
 """The real command line over a fake engine: `python tests/support/fast_cli.py SECONDS FOLDER run --manifest …`.
 
-SECONDS are what it takes for each batch; in FOLDER every worker that loads the engine leaves a file named by its pid.
+SECONDS is the time of each batch; every worker that loads the engine leaves a file named by its pid in FOLDER.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pia_batch.weights.resolve import resolve
 
 @dataclass(frozen=True)
 class FastLoader:
-    """What workers load instead of the config's model, under its identity."""
+    """The loader of a fake engine under the identity of the config's model."""
 
     engine_id: str
     seconds: float
@@ -43,7 +43,7 @@ class FastLoader:
 
 
 def main(seconds: float, folder: Path, arguments: list[str]) -> int:
-    """The exit code of the command. In another thread than the main one signals are not heard."""
+    """Run the command and return its exit code. Signals are handled in the main thread only."""
     real = driver_run.run
 
     @functools.wraps(real)

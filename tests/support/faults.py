@@ -1,7 +1,7 @@
 """Whole runs under real faults: the real command line, Ray, and S3 server, and processes that are killed for good.
 
-A *trial* is one output. Drivers are started upon it, as often as it takes, while faults strike them, their workers, the
-store and the way to the store; then `witness` looks at what lies there, and the proxy's record at how it came to be.
+A *trial* is one output. Drivers are started on it, as often as needed, while faults strike them, their workers, the
+store and the way to the store; then `witness` checks the output, and the proxy's record shows how it was written.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ STOPPED = (2, 4, 75, -signal.SIGKILL)
 """Exit codes of a run that faults may end: no store at the start, interrupted, another run holds the lease, killed."""
 
 START_S = 240
-"""Seconds after which a driver is taken for stuck."""
+"""Time after which a driver counts as stuck, in seconds."""
 
 SETTINGS = {
     "defaults.width": 64,
@@ -56,7 +56,7 @@ SETTINGS = {
 }
 
 
-# --- what stays over many trials ------------------------------------------------------------------------------------
+# --- shared by many trials ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Stack:
 
     @property
     def filesystem(self) -> pyarrow.fs.FileSystem:
-        """The store past the proxy, by a client that the package does not write with."""
+        """File system of the store past the proxy, by a client that the package does not write with."""
         return pyarrow.fs.S3FileSystem(
             access_key=seaweedfs.KEY,
             secret_key=seaweedfs.SECRET,
@@ -101,7 +101,7 @@ class Stack:
 
 @contextmanager
 def stack(folder: Path) -> Iterator[Stack]:
-    """Started once for many trials. Drivers and workers find the store by the environment, as on a cluster."""
+    """Start the stack once for many trials. Drivers and workers find the store by the environment, as on a cluster."""
     credentials = (seaweedfs.KEY, seaweedfs.SECRET)
     (folder / "s3").mkdir()
     with (
@@ -127,14 +127,14 @@ def stack(folder: Path) -> Iterator[Stack]:
 
 @dataclass(frozen=True)
 class Case:
-    """A manifest on the local disk, and what its results are where nothing goes wrong."""
+    """A manifest on the local disk, and its results where nothing goes wrong."""
 
     manifest: Path
     expected: frozenset[tuple[str, str, str, str | None]]
 
     @classmethod
     def make(cls, number: int, stack: Stack) -> Case:
-        """8 to 14 good rows of 64 x 64 pixels; one that is rejected, one without an image, and one that comes twice."""
+        """Make 8 to 14 good rows of 64 x 64 pixels, one that is rejected, one without an image, and one twice."""
         random = Random(number)
         folder = stack.folder / f"case-{number}"
         folder.mkdir()
@@ -160,21 +160,21 @@ class Case:
         return cls(folder, frozenset(witness.outcomes(output)))
 
     @property
-    def due(self) -> Counter[str]:
-        """How many results each request id is to have."""
+    def num_expected(self) -> Counter[str]:
+        """Number of results that each request id must have."""
         return Counter(request_id for request_id, *_ in self.expected)
 
 
 @dataclass(frozen=True)
 class Standstill:
-    """A driver and a worker of it that were stopped, and the write in whose middle that was."""
+    """A driver and a worker that were stopped in the middle of a write."""
 
     driver: subprocess.Popen[bytes]
     processes: list[psutil.Process]
     release: threading.Event
 
     def end(self) -> None:
-        """They go on."""
+        """Let them continue."""
         self.release.set()
         for process in self.processes:
             with suppress(psutil.NoSuchProcess):
@@ -186,7 +186,7 @@ class Standstill:
 
 @dataclass
 class Trial:
-    """One output, the drivers that were started upon it, and what is wrong with them."""
+    """One output, the drivers that were started on it, and their problems."""
 
     stack: Stack
     case: Case
@@ -194,7 +194,7 @@ class Trial:
     drivers: list[subprocess.Popen[bytes]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     settings: dict[str, object] = field(default_factory=dict)
-    """Over SETTINGS."""
+    """Settings that override SETTINGS."""
 
     def __post_init__(self) -> None:
         self.folder = self.stack.folder / f"trial-{time.monotonic_ns()}"
@@ -204,16 +204,16 @@ class Trial:
 
     @property
     def prefix(self) -> str:
-        """Bucket and folder, as the proxy's record and pyarrow have them; nothing for a local disk."""
+        """Bucket and folder, as the proxy's record and pyarrow name them; empty for a local disk."""
         return self.output.partition("://")[2]
 
     def start(self, *, seconds: float = 0.0, embedded: bool = False, own_ray: bool = False) -> subprocess.Popen[bytes]:
         """Start a driver in a process group of its own.
 
         Args:
-            seconds: what a batch takes to be drawn.
-            embedded: by the embedded model, not by a fake engine.
-            own_ray: on a Ray that the driver starts and ends itself.
+            seconds: Time that a fake engine takes for a batch, in seconds.
+            embedded: Use the embedded model instead of a fake engine.
+            own_ray: Use a Ray that the driver starts and ends itself.
         """
         program = ["-m", "pia_batch.cli"] if embedded else [str(SUPPORT / "fast_cli.py"), str(seconds), str(self.pids)]
         command = [sys.executable, *program, *self._arguments(own_ray=own_ray)]
@@ -223,14 +223,14 @@ class Trial:
         return driver
 
     def run(self, *, seconds: float = 0.0) -> int:
-        """The exit code of a driver in this process, whose workers are there sooner than those of a new one."""
+        """Run a driver in this process, whose workers start sooner than a new one's, and return the exit code."""
         engines, said = self.num_engines, io.StringIO()
         if not ray.is_initialized():
             ray.init(address=self.stack.ray_address, log_to_driver=False, logging_level=logging.ERROR)
         with redirect_stdout(said), redirect_stderr(said):
             code = fast_cli.main(seconds, self.pids, self._arguments(own_ray=False))
         if code not in FINISHED or self.num_engines > engines + 1:
-            ray.shutdown()  # Ray Data keeps engines that were replaced, and those of a run that was left, until then
+            ray.shutdown()  # until then Ray Data keeps replaced engines, and those of a run that stopped
         if code not in FINISHED + STOPPED:
             self.problems.append(f"a driver ended with {code}:\n{said.getvalue()[-6000:]}")
         return code
@@ -241,7 +241,7 @@ class Trial:
         return words + [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 
     def wait(self, *drivers: subprocess.Popen[bytes]) -> int:
-        """The exit code of the last of these; every one of them has to be one that is told of faults."""
+        """Wait for the drivers and return the exit code of the last; each code must be one that faults explain."""
         for driver in drivers:
             number = self.drivers.index(driver)
             try:
@@ -255,19 +255,19 @@ class Trial:
         return drivers[-1].returncode
 
     def log(self, number: int = -1) -> str:
-        """The end of what a driver has said."""
+        """Return the end of a driver's log."""
         number %= len(self.drivers)
         return (self.folder / f"driver-{number}.log").read_text(errors="replace")[-6000:]
 
     def kill(self, *drivers: subprocess.Popen[bytes]) -> None:
-        """SIGKILL to these, or to all that live."""
+        """Send SIGKILL to these drivers, or to all that live."""
         for driver in drivers or self.drivers:
             if driver.poll() is None:
                 with suppress(ProcessLookupError):
                     os.killpg(driver.pid, signal.SIGKILL)
 
     def finish(self, most_starts: int = 6) -> int:
-        """Start drivers one after the other until one says that all is finished; how many it took."""
+        """Start drivers one after the other until one finishes everything; return the number of starts."""
         self.stack.proxy.set()
         for number in range(1, most_starts + 1):
             if self.run() in FINISHED:
@@ -275,23 +275,26 @@ class Trial:
         self.problems.append(f"not finished after {most_starts} starts")
         return most_starts
 
-    # What strikes it.
+    # Faults.
 
     def kill_drivers(self, _: Request) -> None:
-        """For `Fault.act`."""
+        """Kill all drivers; for `Fault.act`."""
         self.kill()
 
     def kill_sender(self, request: Request) -> None:
-        """For `Fault.act`: the worker, or the driver if it is another process than this, whichever it is that asks."""
+        """Kill the process that sent the request, a worker or another driver than this process; for `Fault.act`."""
         if (sender := request.sender()) is not None and sender.pid != os.getpid():
             sender.kill()
 
     def freeze_at(self, kind: Kind, point: tuple[str, str, int]) -> Standstill | None:
-        """Start a driver; at that write stop it and whoever writes, as a paused machine stops. None: it came to none.
+        """Start a driver and stop it with the writing process at that write, as a paused machine stops.
 
         Args:
-            kind: `pass`: the store carries the write out; `held`: it sees it when all goes on.
-            point: verb, where and which, as Aimed has them.
+            kind: `pass`: the store carries the write out; `held`: it receives it when the processes continue.
+            point: Verb, path and number of the write, as in Aimed.
+
+        Returns:
+            The stopped processes, or None: the driver ended before that write.
         """
 
         def stop(request: Request) -> None:
@@ -313,10 +316,10 @@ class Trial:
                 return None
         return Standstill(driver, stopped, fault.release)
 
-    # What is wrong with it.
+    # Problems.
 
-    def judge(self) -> list[str]:
-        """Everything that does not hold: of what lies there now, of how it was written, and of the drivers so far."""
+    def problems_now(self) -> list[str]:
+        """List all problems: of the output as it is now, of how it was written, and of the drivers so far."""
         problems = list(self.problems)
         if self.output.startswith("s3://"):
             copy = witness.fetch(self.prefix, self.folder / f"copy-{time.monotonic_ns()}", self.stack.filesystem)
@@ -325,14 +328,16 @@ class Trial:
             copy = Path(self.output)
             problems += self.look()
         rows, wrong = witness.results(copy)
-        problems += wrong + witness.missing_or_doubled(rows, self.case.due) + witness.false_successes(rows, copy)
+        problems += (
+            wrong + witness.missing_or_doubled(rows, self.case.num_expected) + witness.false_successes(rows, copy)
+        )
         problems += witness.orphans(copy)
         outcomes = witness.outcomes(copy)
         problems += [f"other than without faults: {one}" for one in sorted(outcomes ^ self.case.expected, key=str)]
         return problems
 
     def _wrong_with_writes(self, copy: Path) -> list[str]:
-        """Objects that the store wrote twice, or that are not what was written."""
+        """List objects that the store wrote twice, or that differ from what was written."""
         problems = []
         now = witness.objects(copy)
         written: dict[str, list[str]] = {name: [] for name in now}
@@ -355,7 +360,7 @@ class Trial:
         return problems
 
     def look(self) -> list[str]:
-        """Objects on a local disk that changed since somebody looked first."""
+        """List objects on a local disk that changed since the first look."""
         output, problems = Path(self.output), []
         for name in witness.objects(output):
             stat = (output / name).stat()
@@ -364,8 +369,8 @@ class Trial:
                 problems.append(f"{name} was overwritten")
         return problems + [f"{name} was removed" for name in self._first if not (output / name).exists()]
 
-    def judge_again(self) -> list[str]:
-        """A driver with nothing to do must exit with 0 or 3, write nothing, and start no engine."""
+    def problems_of_a_rerun(self) -> list[str]:
+        """Check that a driver with nothing to do exits with 0 or 3, writes nothing, and starts no engine."""
         self.stack.proxy.set()
         writes, engines = self._writes(), self.num_engines
         code = self.run()
@@ -373,7 +378,7 @@ class Trial:
         problems += [f"a run with nothing to do wrote {one}" for one in self._writes()[len(writes) :]]
         if self.num_engines != engines:
             problems.append("a run with nothing to do started an engine")
-        return problems + self.judge()
+        return problems + self.problems_now()
 
     def _writes(self) -> list[str]:
         if not self.output.startswith("s3://"):
@@ -382,7 +387,7 @@ class Trial:
         return [f"{seen.verb} {seen.path}" for seen in self.stack.proxy.below(self.prefix) if seen.verb in _WRITES]
 
     def committed_keys(self) -> set[str]:
-        """What fragments of the journal speak of, by their own words."""
+        """Return the keys that the fragments of the journal hold."""
         selector = pyarrow.fs.FileSelector(f"{self.prefix}/_journal")
         files = [item.path for item in self.stack.filesystem.get_file_info(selector) if item.extension == "parquet"]
         tables = [pq.read_table(path, filesystem=self.stack.filesystem, columns=["key"]) for path in files]
@@ -390,7 +395,7 @@ class Trial:
 
     @property
     def num_engines(self) -> int:
-        """How many processes have loaded an engine."""
+        """Number of processes that have loaded an engine."""
         return len(list(self.pids.iterdir()))
 
 

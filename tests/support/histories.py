@@ -1,4 +1,4 @@
-"""Random histories of whole runs, started again until nothing is left to do, and all that must hold then."""
+"""Random histories of whole runs, started again until nothing is left to do, and the properties that must hold then."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from pia_batch.storage.object_store import Store
 
 NUM_CASES = 12
 MOST_STARTS = 60
-"""More than the mishaps of a history can ask for."""
+"""Number of starts that the mishaps of a history can never need."""
 
 
 @dataclass
 class Report:
-    """What became of one history."""
+    """Result of one history."""
 
     seed: int
     problems: list[str]
@@ -39,7 +39,7 @@ class Report:
 
 @dataclass
 class Torture:
-    """One output, and everything that works on it."""
+    """One output, and all processes that work on it."""
 
     case: Case
     output: Path
@@ -47,7 +47,7 @@ class Torture:
     keys: set[str]
     make_store: Callable[[str, Process], FaultyStore] = FaultyStore
     suspected: Counter[str] = field(default_factory=Counter)
-    """How many workers died or were taken for dead while they held a key."""
+    """Number of workers that died, or were taken for dead, while they held a key."""
 
     @property
     def config(self) -> RunConfig:
@@ -61,7 +61,7 @@ class Torture:
         return self.make_store(self.config.output, process)
 
     def start(self, count: int = 1, *, leased: bool = True, retry_failed: bool = False) -> bool:
-        """Run drivers, all at once, to their ends. Whether one of them found that nothing is left to do."""
+        """Run drivers, all at once, to their ends; return true if one of them found that nothing is left to do."""
         self.world.tallies["starts"] += count
         number = self.world.tallies["starts"]
         drivers = [
@@ -75,45 +75,45 @@ class Torture:
         return any(driver.idle for driver in drivers)
 
     def wrong_with_results(self) -> list[str]:
-        """What a reader of the published results could complain of at any time after the first publication."""
+        """List errors that a reader of the published results could see at any time after the first publication."""
         rows, problems = witness.results(self.output)
-        due = Counter[str]()
-        for (request_id, _, _), count in self.case.due.items():
-            due[request_id] += count
-        return problems + witness.missing_or_doubled(rows, due) + witness.false_successes(rows, self.output)
+        expected = Counter[str]()
+        for (request_id, _, _), count in self.case.expected.items():
+            expected[request_id] += count
+        return problems + witness.missing_or_doubled(rows, expected) + witness.false_successes(rows, self.output)
 
     def wrong_with_outcomes(self) -> list[str]:
-        """Results that are not what the manifest deserves, though their workers were not to blame."""
+        """List results that differ from those of the manifest, although no worker died with them."""
         rows, problems = witness.results(self.output)
         if {row["key"] for row in rows} != self.keys:
             problems.append("the keys are not those of a run without faults")
         for row in rows:
             got = (row["request_id"], row["status"], row["error_kind"])
             of_a_death = row["error_kind"] in ("worker_crash", "timeout")
-            # What raises in its batch, or stands beside what does, is alone already when its first worker dies.
+            # A request that raises in its batch, or whose neighbour does, is alone when its first worker dies.
             excused = of_a_death and self.suspected[row["key"]] >= self.config.limits.max_attempts - 1
-            if got not in self.case.due and not excused:
+            if got not in self.case.expected and not excused:
                 problems.append(f"result {got} after {self.suspected[row['key']]} deaths")
         return problems
 
     def wrong_with_objects(self) -> list[str]:
-        """What was created and is not as it was then, and animations that no result tells of, and no death explains."""
+        """List objects that were changed or removed, and animations without a result that no death explains."""
         now, rows = witness.objects(self.output), witness.results(self.output)[0]
         first = {name: sha for name, sha in self.world.first_sha256.items() if name.startswith(witness.IMMUTABLE)}
         problems = [f"{name} was changed or removed" for name, sha in first.items() if now.get(name) != sha]
         problems += [f"{name} came from nowhere" for name in now if name not in first]
-        told = {row["key"] for row in rows if row["status"] == "succeeded"}
+        recorded = {row["key"] for row in rows if row["status"] == "succeeded"}
         excused = {row["key"] for row in rows if row["error_kind"] in ("worker_crash", "timeout")}
-        orphans = witness.animated_keys(self.output) - told
+        orphans = witness.animated_keys(self.output) - recorded
         return problems + [f"orphan {key}" for key in orphans if not (key in excused and self.suspected[key])]
 
-    def judge(self) -> list[str]:
+    def problems_now(self) -> list[str]:
         return self.wrong_with_results() + self.wrong_with_outcomes() + self.wrong_with_objects()
 
 
 @functools.cache
 def _keys_without_faults(number: int, folder: Path) -> set[str]:
-    """The keys that the results of a case have where nothing goes wrong."""
+    """Return the keys of the results of a case where nothing goes wrong."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
         luck = Luck(0)
         luck.calm_down()
@@ -123,7 +123,7 @@ def _keys_without_faults(number: int, folder: Path) -> set[str]:
 
 
 def history(seed: int, folder: Path, make_store: Callable[[str, Process], FaultyStore] = FaultyStore) -> Report:
-    """One run and its faults, from the first start until nothing is left to do, and all that must hold then."""
+    """Run one output through its faults until nothing is left to do, and check all properties that must hold then."""
     luck = Luck(seed)
     case = Case.make(seed % NUM_CASES, folder)
     with tempfile.TemporaryDirectory(dir=folder) as output:
@@ -142,11 +142,11 @@ def _live(torture: Torture, luck: Luck) -> list[str]:
             return [f"while the run went on: {problem}" for problem in problems]
     else:
         return [f"not finished after {MOST_STARTS} starts"]
-    problems = [f"when it was finished: {problem}" for problem in torture.judge()]
+    problems = [f"when it was finished: {problem}" for problem in torture.problems_now()]
     luck.calm_down()
-    torture.world.run()  # zombies wake, and write what they have
+    torture.world.run()  # zombies wake and write their results
     problems += [f"after the zombies: {problem}" for problem in torture.wrong_with_results()]
-    problems += _wrong_with_reruns(torture) or torture.judge()
+    problems += _wrong_with_reruns(torture) or torture.problems_now()
     problems = problems or _wrong_with_a_retry(torture)
     if problems or luck.coin():
         return problems
@@ -154,37 +154,37 @@ def _live(torture: Torture, luck: Luck) -> list[str]:
 
 
 def _wrong_with_reruns(torture: Torture) -> list[str]:
-    """A run that has nothing to do must do nothing. Zombies may have left the first one something to publish."""
+    """Check that a run with nothing to do does nothing. Zombies may have left results for the first one to publish."""
     tallies = torture.world.tallies
     for _ in range(3):
-        before = (tallies["attempts to write"], tallies["drawn"])
+        before = (tallies["attempts to write"], tallies["generated"])
         idle = torture.start()
-        after = (tallies["attempts to write"], tallies["drawn"])
+        after = (tallies["attempts to write"], tallies["generated"])
         if idle:
-            return [] if after == before else [f"a run with nothing to do wrote and drew: {before} -> {after}"]
+            return [] if after == before else [f"a run with nothing to do wrote and generated: {before} -> {after}"]
         if after[1] != before[1]:
-            return [f"a run drew what was finished: {before} -> {after}"]
+            return [f"a run generated finished requests: {before} -> {after}"]
     return ["not finished without faults"]
 
 
 def _wrong_with_a_retry(torture: Torture) -> list[str]:
-    """Without faults, what only a death could fail succeeds, and every animation there is has its result."""
+    """Check that requests that failed only by a death succeed without faults, and every animation has its result."""
     torture.start(retry_failed=True)
     rows, problems = witness.results(torture.output)
     got = Counter((row["request_id"], row["status"]) for row in rows)
-    due = Counter[tuple[str, str]]()
-    for (request_id, status, _), count in torture.case.due.items():
-        due[request_id, status] += count
-    if got != due:
-        problems.append(f"after --retry-failed: {got - due} instead of {due - got}")
-    told = {row["key"] for row in rows if row["status"] == "succeeded"}
-    if told != witness.animated_keys(torture.output):
+    expected = Counter[tuple[str, str]]()
+    for (request_id, status, _), count in torture.case.expected.items():
+        expected[request_id, status] += count
+    if got != expected:
+        problems.append(f"after --retry-failed: {got - expected} instead of {expected - got}")
+    recorded = {row["key"] for row in rows if row["status"] == "succeeded"}
+    if recorded != witness.animated_keys(torture.output):
         problems.append("after --retry-failed: animations and succeeded results are not the same")
     return problems + torture.wrong_with_results()
 
 
 def _wrong_with_a_repair(torture: Torture, luck: Luck) -> list[str]:
-    """`verify` names what was damaged and nothing else; what it takes back is drawn again by runs that die anew."""
+    """Check that `verify` names damaged animations only, and that runs that die again generate them again."""
     damages = itertools.cycle((Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1]), _flip_a_bit))
     animations = sorted(path for path in (torture.output / "animations").rglob("*") if path.is_file())
     damaged = {path.stem: path for path in animations if luck.coin()}
@@ -203,7 +203,7 @@ def _wrong_with_a_repair(torture: Torture, luck: Luck) -> list[str]:
         return ["not finished after a repair"]
     luck.calm_down()
     torture.world.run()
-    problems = _wrong_with_reruns(torture) or torture.judge()
+    problems = _wrong_with_reruns(torture) or torture.problems_now()
     return [f"after a repair: {problem}" for problem in problems]
 
 
@@ -214,7 +214,7 @@ def _flip_a_bit(path: Path) -> None:
 
 
 def _wrong_with_gc(torture: Torture) -> list[str]:
-    """When nobody works any more `gc --delete` removes every orphan, and nothing that a result needs."""
+    """Check that `gc --delete`, when no run works, removes every orphan and nothing that a result needs."""
     record = Journal(Store(torture.config.output))
     list(delete_garbage(record.store, find_garbage(record, time.time() + 3600), lambda: None))
     problems = torture.wrong_with_results() + torture.wrong_with_outcomes() + witness.orphans(torture.output)

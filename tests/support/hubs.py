@@ -11,7 +11,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub:
-    """Serves copies of folders as snapshots of one commit; remembers what was asked for."""
+    """A hub that serves copies of folders as snapshots of one commit, and keeps the requests."""
 
     def __init__(self, cache: Path, **repositories: Path) -> None:
         self._cache = cache

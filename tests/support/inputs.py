@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def png(seed: int = 0, width: int = 64, height: int = 64) -> bytes:
-    """A smooth random picture, as a PNG file."""
+    """Return a smooth random picture as a PNG file."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     sink = io.BytesIO()
@@ -20,7 +20,7 @@ def png(seed: int = 0, width: int = 64, height: int = 64) -> bytes:
 
 
 def requests_table(count: int = 4, **columns: Any) -> pa.Table:
-    """A manifest of `count` good requests for the embedded model; `columns` are added or replaced."""
+    """Return a manifest of `count` good requests for the embedded model; `columns` are added or replaced."""
     table: dict[str, Any] = {
         "request_id": [f"r{k:03d}" for k in range(count)],
         "image": [f"images/{k % 4}.png" for k in range(count)],

@@ -18,7 +18,7 @@ _QUERIES, _DEPTH, _INNER, _HEAD = 5, 4, 8, 64
 
 
 def write(folder: Path, layout: Layout = "plain", **changes: torch.Tensor) -> Path:
-    """An adapter for `pipelines.build()` and the image encoder beside it. `changes` are put over its weights."""
+    """Write an adapter for `pipelines.build()` and its image encoder. `changes` replace some of its weights."""
     torch.manual_seed(LAYOUTS.index(layout))
     encoder = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
@@ -38,7 +38,7 @@ def write(folder: Path, layout: Layout = "plain", **changes: torch.Tensor) -> Pa
 
 
 def weights(layout: Layout = "plain") -> dict[str, torch.Tensor]:
-    """What such a file holds."""
+    """Return the content of such a file."""
     projection = {"plus": _resampler, "full_face": _mlp}.get(layout, _linear)()
     named = {f"image_proj.{name}": tensor for name, tensor in projection.items()}
     # Cross-attention has the odd numbers: down, up, then the middle, with the channels of those blocks.
@@ -49,7 +49,7 @@ def weights(layout: Layout = "plain") -> dict[str, torch.Tensor]:
 
 
 def load(pipe: PIAPipeline, path: Path) -> None:
-    """As a user of the pipeline would."""
+    """Load it into the pipeline as its users do."""
     pipe.load_ip_adapter(str(path.parent), subfolder="", weight_name=path.name, local_files_only=True)
 
 

@@ -21,15 +21,17 @@ SHOP = pa.schema([("shop", pa.string())])
 
 
 def key(number: int) -> str:
+    """Return the key of a numbered request."""
     return hashlib.blake2b(str(number).encode(), digest_size=16).hexdigest()
 
 
 def content(number: int) -> bytes:
+    """Return the animation of a numbered request."""
     return f"the animation of request {number}".encode()
 
 
 def results(store: Store, statuses: dict[int, str], note: str | None = None, shops: pa.Array | None = None) -> pa.Table:
-    """Result rows of requests, by number; `note` goes where it does not matter."""
+    """Return result rows of requests, by number; `note` is their run id, which decides nothing."""
     numbers, count = list(statuses), len(statuses)
     done = [statuses[number] == "succeeded" for number in numbers]
 
@@ -51,7 +53,7 @@ def results(store: Store, statuses: dict[int, str], note: str | None = None, sho
 
 
 def commit(record: Journal, statuses: dict[int, str], **options: Any) -> str:
-    """Store the animations of the good ones, then one fragment for all."""
+    """Store the animations of the succeeded ones, then one fragment for all."""
     for number, status in statuses.items():
         if status == "succeeded":
             record.store.replace(animation_name(key(number), "gif"), content(number))
@@ -59,10 +61,12 @@ def commit(record: Journal, statuses: dict[int, str], **options: Any) -> str:
 
 
 def keyset(*numbers: int) -> KeySet:
+    """Return the keys of numbered requests as a set."""
     return KeySet.of(keys_from_hex(pa.array([key(number) for number in numbers], pa.string())))
 
 
 def successes(outcomes: Outcomes) -> dict[str, bool]:
+    """Return by key whether an outcome is a success."""
     return dict(zip(keys_to_hex(outcomes.keys).to_pylist(), outcomes.succeeded.tolist(), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Networks in the layouts that their files have outside diffusers, made by the inverse of what a loader must do."""
+"""Networks in the layouts of files outside diffusers, made by the inverse of a loader's conversion."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def checkpoint(folder: Path) -> Tensors:
         **{UNET + name: tensor for name, tensor in original_unet(unet).items()},
         **{VAE + name: tensor for name, tensor in original_vae(vae).items()},
         **{TEXT + name.removeprefix("text_model."): tensor for name, tensor in text.items()},
-        # What such files also have, and no network takes.
+        # Tensors that such files also have and no network uses.
         "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
         "betas": torch.linspace(0.00085, 0.012, 1000),
         "model_ema.decay": torch.tensor(0.9999),
@@ -132,7 +132,7 @@ def original_adapter(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def configs(folder: Path, target: Path) -> Path:
-    """What a checkpoint in one file lacks of the diffusers folder: the files that are no weights."""
+    """Write the files of the diffusers folder that a checkpoint in one file lacks: all but the weights."""
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix != ".safetensors":
             copy = target / path.relative_to(folder)
@@ -142,7 +142,7 @@ def configs(folder: Path, target: Path) -> Path:
 
 
 def write(tensors: Mapping[str, torch.Tensor], path: Path) -> Path:
-    """A safetensors file."""
+    """Write a safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, path)
     return path

@@ -22,7 +22,7 @@ def of_style(name: str) -> bool:
 def matrices(
     network: nn.Module, chosen: Callable[[str], bool], rank: int = 2, seed: int = 0
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Random `down` and `up` for each chosen layer of a network."""
+    """Return random `down` and `up` for each chosen layer of a network."""
     random = torch.Generator().manual_seed(seed)
     made = {}
     for name, layer in network.named_modules():
@@ -43,7 +43,7 @@ def write_lora(
     seed: int = 0,
     alpha: Callable[[int], float] | None = None,
 ) -> Path:
-    """A LoRA for the pipeline of `build`, as a trainer of that layout writes it."""
+    """Write a LoRA for the pipeline of `build`, as a trainer of that layout writes it."""
     pipe = build()
     tensors = {}
     layers = [
@@ -69,9 +69,10 @@ def write_lora(
 
 
 def stock_with(*loras: tuple[Path, float], fuse: bool = False) -> PIAPipeline:
+    """Return the stock pipeline with these LoRAs, each with its scale."""
     pipe = build()
     for index, (path, _) in enumerate(loras):
-        with warnings.catch_warnings(action="ignore"):  # a second LoRA is warned of
+        with warnings.catch_warnings(action="ignore"):  # diffusers warns about a second LoRA
             pipe.load_lora_weights(str(path), adapter_name=f"stock{index}")
     pipe.set_adapters([f"stock{index}" for index in range(len(loras))], [scale for _, scale in loras])
     if fuse:
@@ -80,7 +81,7 @@ def stock_with(*loras: tuple[Path, float], fuse: bool = False) -> PIAPipeline:
 
 
 def _in_diffusers(network: str, name: str) -> str:
-    """As diffusers wrote it before PEFT: attention by its processor, other layers by themselves."""
+    """Return the name that diffusers wrote before PEFT: attention by its processor, other layers by their own names."""
     if network == "text_encoder":
         for short in ("q", "k", "v", "out"):
             name = name.replace(f"{short}_proj", f"to_{short}_lora")

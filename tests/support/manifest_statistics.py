@@ -40,7 +40,7 @@ CONFIG = RunConfig.load(None, {"manifest": "m", "output": "o"})
 
 
 def statistics_of(*batches: pa.Table, config: RunConfig = CONFIG) -> Statistics:
-    """Statistics of these rows, of which all good ones are pending."""
+    """Count these rows; all valid ones are pending."""
     statistics = Statistics()
     for rows in batches:
         checked = check(rows, config, dict.fromkeys(config.all_models, "e" * 32))
@@ -50,7 +50,7 @@ def statistics_of(*batches: pa.Table, config: RunConfig = CONFIG) -> Statistics:
 
 
 def counts_of(statistics: Statistics) -> dict[str, Any]:
-    """All counts of the statistics."""
+    """Return all counts of statistics."""
     return {
         "num_rows": statistics.num_rows,
         "num_given": +statistics.num_given,

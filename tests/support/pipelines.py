@@ -1,4 +1,4 @@
-"""A PIAPipeline small enough for hundreds of calls, and what a single call of it draws: the truth about the engine."""
+"""A PIAPipeline small enough for hundreds of calls, and the result of single calls: the reference of the engine."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from pia_batch.engine import Clip, PiaEngine, Shot, loading
 
 
 def named(value: object) -> str:
-    """A parameter in a test's name: the same in every process, where several share the tests."""
+    """Return a parameter's part of a test's name, which is the same in every process that shares the tests."""
     return re.sub(r" at 0x[0-9A-Fa-f]+", "", str(value))
 
 
 def picture(seed: int = 0, width: int = 32, height: int = 32) -> Image.Image:
-    """RGB noise."""
+    """Return RGB noise."""
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def shot(seed: int = 0, **settings: Any) -> Shot:
-    """A shot that the small pipeline draws in a tenth of a second."""
+    """Return a shot that the small pipeline generates in a tenth of a second."""
     small: dict[str, Any] = {
         "image": picture(abs(seed)),
         "prompt": "a red circle moving left",
@@ -48,7 +48,7 @@ def shot(seed: int = 0, **settings: Any) -> Shot:
 
 
 def build(seed: int = 0) -> PIAPipeline:
-    """A pipeline with random weights: 12 frames at most, 3 layers of text encoder, 4 pixels to a latent.
+    """Build a pipeline with random weights: 12 frames at most, 3 layers of text encoder, 4 pixels to a latent.
 
     Its noise schedule ends early. Untrained networks predict nothing, so that latents grow by what the schedule takes
     away; a full schedule would leave them near 50, where float32 has no digits left for an absolute 1e-5.
@@ -68,7 +68,7 @@ def build(seed: int = 0) -> PIAPipeline:
 
 
 def save(pipe: PIAPipeline, folder: Any) -> None:
-    """Write the folder that `pipe` could have been loaded from: a plain UNet, and the adapter beside it."""
+    """Write the folder that `pipe` could have been loaded from: a plain UNet, and the adapter next to it."""
     unet = _unet()
     weights = pipe.unet.state_dict()
     weights["conv_in.weight"] = weights["conv_in.weight"][:, :4]
@@ -85,7 +85,7 @@ def save(pipe: PIAPipeline, folder: Any) -> None:
 
 @dataclass(frozen=True)
 class Truth:
-    """What the pipeline draws of one shot."""
+    """Result of the pipeline for one shot."""
 
     latents: torch.Tensor
     frames: NDArray[np.uint8]
@@ -93,8 +93,8 @@ class Truth:
 
 @torch.no_grad()
 def single_call(pipe: PIAPipeline, shot: Shot) -> Truth:
-    """One call of the pipeline for one shot. Works around what the call cannot do by itself, and nothing else."""
-    # The pipeline looks for the final norm where transformers 4 kept it. A plain attribute, lest torch see a loop.
+    """Call the pipeline once for one shot, working around only what the call cannot do by itself."""
+    # The pipeline looks for the final norm where transformers 4 kept it. A plain attribute, or torch would see a loop.
     object.__setattr__(pipe.text_encoder, "text_model", pipe.text_encoder)
     image_prompt: dict[str, Any] = {}
     if pipe.unet.encoder_hid_proj is not None:
@@ -134,7 +134,7 @@ def assert_same(clip: Clip, truth: Truth, tolerance: float = 1e-5) -> None:
 
 
 def assert_equals_single_calls(pipe: PIAPipeline, engine: PiaEngine, shots: list[Shot]) -> None:
-    """Within 1e-5 in float32, and within 1e-10 in float64."""
+    """Assert equality within 1e-5 in float32, and within 1e-10 in float64."""
     clips = engine.animate(shots, keep_latents=True)
     tolerance = 1e-5 if engine.dtype == "float32" else 1e-10
     for row, clip in zip(shots, clips, strict=True):
@@ -142,7 +142,7 @@ def assert_equals_single_calls(pipe: PIAPipeline, engine: PiaEngine, shots: list
 
 
 def coefficients(shot: Shot) -> list[float]:
-    """The pipeline's own coefficients, of any conditioned frame; and by numpy what the pipeline has no word for."""
+    """Return the pipeline's own coefficients for any conditioned frame; numpy makes those that it has no name for."""
     if shot.motion_curve is not None:
         curve = [*shot.motion_curve, *shot.motion_curve[-1:] * shot.num_frames]
         return [curve[abs(frame - shot.cond_frame)] for frame in range(shot.num_frames)]
@@ -160,7 +160,7 @@ def coefficients(shot: Shot) -> list[float]:
 
 @contextlib.contextmanager
 def free_init(pipe: PIAPipeline, shot: Shot) -> Iterator[None]:
-    """The pipeline with what the shot asks of FreeInit, and without it afterwards."""
+    """Give the pipeline the shot's FreeInit inside a block, and take it away afterwards."""
     if shot.free_init_iters:
         pipe.enable_free_init(
             num_iters=shot.free_init_iters,
@@ -192,7 +192,7 @@ class Counting:
 
 
 def stock_engine(pipe: PIAPipeline) -> PiaEngine:
-    """The pipeline's engine with the UNet's own call in place of the engine's: what remains changes no bit of a row."""
+    """Return the pipeline's engine with the UNet's own call: everything else in it changes no bit of a row."""
     parts = loading.adopt(pipe)
     return PiaEngine(dataclasses.replace(parts, unet=Counting(parts.unet)), lambda: "stock")
 

@@ -17,7 +17,7 @@ from pia_batch.storage.object_store import Store
 
 
 def keys_of(plan: Plan) -> list[str]:
-    """The keys of all good rows, duplicates included."""
+    """Return the keys of all valid rows, duplicates included."""
     return [
         key
         for batch in plan.manifest.batches()
@@ -26,6 +26,7 @@ def keys_of(plan: Plan) -> list[str]:
 
 
 def commit(config: RunConfig, keys: list[str], status: str, error_kind: str | None = None) -> None:
+    """Commit one outcome for all of these keys."""
     columns = {
         "request_id": pa.array([f"of {key}" for key in keys], pa.string()),
         "key": pa.array(keys, pa.string()),
@@ -36,6 +37,7 @@ def commit(config: RunConfig, keys: list[str], status: str, error_kind: str | No
 
 
 def members(keys: KeySet) -> set[str]:
+    """Return the keys of a set as hexadecimal text."""
     pairs = np.stack([keys.high, keys.low], axis=1).astype(">u8")
     return {row.tobytes().hex() for row in pairs}
 

@@ -1,7 +1,7 @@
-"""A proxy between a run and its object store that answers as badly as it is told to.
+"""A proxy between a run and its object store that answers as badly as its rules say.
 
 It reads every request whole before it decides, so a fault can be aimed at one object and one step: before the store
-has seen the request, or after it has carried it out. It also keeps a record of what was asked and answered, which shows
+has seen the request, or after it has carried it out. It also keeps a record of requests and answers, which shows
 afterwards whether anything was written twice.
 """
 
@@ -27,7 +27,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
 Kind = Literal["pass", "500", "503", "reset", "lost", "slow", "cut", "frozen", "held", "careless"]
-"""What becomes of a request:
+"""Fates of a request:
 
 pass      forwarded
 500, 503  answered so, and not forwarded
@@ -48,7 +48,7 @@ _ERRORS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asks for; `path` begins with the bucket, percent-decoded and without a leading slash."""
+    """A request of a client; `path` begins with the bucket, percent-decoded and without a leading slash."""
 
     verb: str
     path: str
@@ -56,7 +56,7 @@ class Request:
     """The client's end of the connection."""
 
     def sender(self) -> psutil.Process | None:
-        """The process that asks; None: it is gone already."""
+        """Return the process that sent it, or None if that has ended."""
         for connection in psutil.net_connections("tcp4"):
             if connection.laddr and connection.laddr.port == self.port and connection.pid:
                 return psutil.Process(connection.pid)
@@ -65,7 +65,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Fault:
-    """What becomes of a request, and what else happens then.
+    """The fate of a request, and an action that goes with it.
 
     `act` is called in a thread: after the store has answered where the kind is `lost` or `cut`, else before anything.
     """
@@ -80,7 +80,7 @@ class Rule(Protocol):
     """Decides about requests, one at a time."""
 
     def fault(self, request: Request) -> Fault | None:
-        """What this request meets; None: another rule may decide."""
+        """Return the fault of this request, or None: another rule may decide."""
 
 
 @dataclass
@@ -118,13 +118,13 @@ class Weather:
 
 @dataclass
 class Seen:
-    """A request and what came of it. `status` None: the store has not answered."""
+    """A request and its answer. `status` None: the store has not answered."""
 
     verb: str
     path: str
     kind: Kind
     sha256: str
-    """Of the request's body."""
+    """SHA-256 of the request's body."""
     status: int | None = None
 
 
@@ -133,7 +133,7 @@ class Proxy:
 
     Args:
         upstream: URL of the store, such as `http://127.0.0.1:8333`.
-        credentials: access key and secret, to sign anew what `careless` changes.
+        credentials: Access key and secret, to sign again what `careless` changes.
     """
 
     def __init__(self, upstream: str, credentials: tuple[str, str]) -> None:
@@ -163,16 +163,16 @@ class Proxy:
         self._loop.close()
 
     def set(self, *rules: Rule) -> None:
-        """From now on, these rules; the first of them that names a fault decides."""
+        """Replace the rules; the first of them that names a fault decides."""
         with self._lock:
             self.rules = list(rules)
 
     def struck(self) -> Counter[str]:
-        """How many requests met each kind of fault."""
+        """Count the requests that met each kind of fault."""
         return Counter(seen.kind for seen in list(self.seen) if seen.kind != "pass")
 
     def below(self, prefix: str) -> list[Seen]:
-        """What was asked of the objects of `prefix`, in order."""
+        """Return the requests for objects of `prefix`, in order."""
         return [seen for seen in list(self.seen) if seen.path.startswith(prefix)]
 
     async def _close(self) -> None:
@@ -194,7 +194,7 @@ class Proxy:
             writer.close()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One request and its answer; a connection carries no more."""
+        """Handle one request and its answer; a connection carries no more."""
         head = await reader.readuntil(b"\r\n\r\n")
         verb, target, _ = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ", 2)
         length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
@@ -219,9 +219,9 @@ class Proxy:
         match fault.kind:
             case "500" | "503":
                 status, code = _ERRORS[fault.kind]
-                text = b"<Error><Code>" + code + b"</Code><Message>told to</Message></Error>"
-                told = (b"HTTP/1.1 " + status, b"Content-Length: %d" % len(text), b"Connection: close", b"", text)
-                writer.write(b"\r\n".join(told))
+                text = b"<Error><Code>" + code + b"</Code><Message>injected</Message></Error>"
+                lines = (b"HTTP/1.1 " + status, b"Content-Length: %d" % len(text), b"Connection: close", b"", text)
+                writer.write(b"\r\n".join(lines))
                 await writer.drain()
                 return
             case "reset":
@@ -241,7 +241,7 @@ class Proxy:
         await writer.drain()
 
     async def _forward(self, head: bytes, body: bytes, seen: Seen) -> bytes:
-        """The whole answer of the store. An OSError if it gives none."""
+        """Return the whole answer of the store; raise an OSError if it gives none."""
         reader, writer = await asyncio.open_connection(*self._upstream)
         try:
             line, rest = head.split(b"\r\n", 1)
@@ -257,7 +257,7 @@ class Proxy:
         return answer
 
     def _unconditional(self, head: bytes, body: bytes) -> bytes:
-        """The head of the same request without its condition, signed anew, as signatures cover it."""
+        """Return the head of the same request without its condition, signed again, as signatures cover it."""
         line, *fields = head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
         verb, target, version = line.split(" ", 2)
         headers = dict(one.split(": ", 1) for one in fields)

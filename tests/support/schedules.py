@@ -1,4 +1,4 @@
-"""Random schedules of faults over whole runs: one seed says what strikes when. `make torture STACK=50` runs these."""
+"""Random schedules of faults over whole runs, decided by a seed. `make torture STACK=50` runs these."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from proxy import Aimed, Fault, Weather
 NUM_CASES = 4
 
 POINTS = ("/animations/", "/_journal/[0-9a-f]{32}", "/_runs/", "/part-", "/_SUCCESS", "/LATEST", "/_lease/")
-"""The steps of a run that write."""
+"""Steps of a run that write."""
 
 COMMITS = POINTS[:2]
-"""Those of a worker."""
+"""Steps of a worker that write."""
 
 
 @dataclass
 class Scheduled:
-    """What became of one schedule."""
+    """Result of one schedule."""
 
     seed: int
     problems: list[str]
@@ -31,7 +31,7 @@ class Scheduled:
 
 
 class Schedule:
-    """A trial, and one to three starts that something strikes; then starts without faults until all is finished."""
+    """A trial with one to three starts under a fault each, then starts without faults until all is finished."""
 
     def __init__(self, seed: int, stack: Stack, case: Case) -> None:
         self.random = Random(f"schedule {seed}")
@@ -39,10 +39,10 @@ class Schedule:
         self.trial = Trial(stack, case, f"s3://{stack.server.bucket}/schedule-{seed}-{self.random.getrandbits(40):x}")
         self.tallies = Counter[str]()
         self.late = list[threading.Event]()
-        """What holds back writes that are to arrive when all is over."""
+        """Events that hold back writes until all is over."""
 
     def live(self) -> list[str]:
-        """Everything that was wrong."""
+        """Run the schedule and return all problems."""
         for _ in range(self.random.randint(1, 3)):
             event: Callable[[], int] = self.random.choice(
                 (
@@ -58,38 +58,38 @@ class Schedule:
             if code in FINISHED:
                 break
         self.tallies["starts"] += self.trial.finish()
-        problems = self.trial.judge()
+        problems = self.trial.problems_now()
         if self.late:
             for release in self.late:
                 release.set()
-            problems += [f"after the late writes: {problem}" for problem in self.trial.judge()]
-        return problems or self.trial.judge_again()
+            problems += [f"after the late writes: {problem}" for problem in self.trial.problems_now()]
+        return problems or self.trial.problems_of_a_rerun()
 
     def point(self, points: tuple[str, ...] = POINTS) -> tuple[str, str, int]:
-        """For Aimed: a verb, what it is aimed at, and which of several."""
+        """Return the verb, path and number of a write, for Aimed."""
         return "PUT", self.random.choice(points), self.random.randint(1, 4)
 
     def driver_killed(self) -> int:
-        """SIGKILL to the driver, before or after the store does what one of its writes or its workers' asks for."""
+        """SIGKILL to the driver, before or after the store carries out a write of it or of its workers."""
         kind = self.random.choice(("reset", "lost"))
         self.stack.proxy.set(Aimed(Fault(kind, act=self.trial.kill_drivers), *self.point()))
         return self.trial.wait(self.trial.start(seconds=self.random.choice((0.0, 0.3))))
 
     def worker_killed(self) -> int:
-        """SIGKILL to whoever is about to store or to commit an animation, or has just done so."""
+        """SIGKILL to the process that is about to store or commit an animation, or has just done so."""
         kind = self.random.choice(("reset", "lost"))
         self.stack.proxy.set(Aimed(Fault(kind, act=self.trial.kill_sender), *self.point(COMMITS)))
         return self.trial.run()
 
     def server_killed(self) -> int:
-        """SIGKILL to the store, which is there again later, or much later."""
+        """SIGKILL to the store, which starts again later, or much later."""
         away = self.stack.outage(self.random.choice((0.5, 2.0, 6.0)))
         kind = self.random.choice(("reset", "lost"))
         self.stack.proxy.set(Aimed(Fault(kind, act=away), *self.point()))
         return self.trial.run()
 
     def server_frozen(self) -> int:
-        """SIGSTOP to the store, which goes on later, and does then what it was asked for."""
+        """SIGSTOP to the store, which continues later and then carries out its requests."""
         still = self.stack.standstill(self.random.choice((0.5, 3.0, 7.0)))
         self.stack.proxy.set(Aimed(Fault("pass", act=still), *self.point()))
         return self.trial.run()
@@ -102,12 +102,12 @@ class Schedule:
         return self.trial.run()
 
     def no_answer(self) -> int:
-        """A connection that is taken and never answered, longer than the client waits."""
+        """Accept a connection and leave it without an answer for longer than the client waits."""
         self.stack.proxy.set(Aimed(Fault("frozen", 60.0), *self.point()))
         return self.trial.run()
 
     def two_drivers(self) -> int:
-        """Two at once, and perhaps one of them is killed."""
+        """Start two drivers at once, and perhaps kill one of them."""
         if self.random.random() < 0.5:
             kill = Fault("lost", act=lambda _: self.trial.kill(self.trial.drivers[-1]))
             self.stack.proxy.set(Aimed(kill, *self.point()))
@@ -128,31 +128,31 @@ class Schedule:
         return code
 
     def late_write(self) -> int:
-        """The driver is killed, and a write of its worker arrives when all is over."""
+        """Kill the driver; a write of its worker arrives when all is over."""
         fault = Fault("held", act=self.trial.kill_drivers)
         self.late.append(fault.release)
         self.stack.proxy.set(Aimed(fault, *self.point(COMMITS)))
         return self.trial.wait(self.trial.start(seconds=0.2))
 
     def zombie(self) -> int:
-        """Driver and workers stand still in the middle of a write, another run finishes, and they go on."""
+        """Freeze driver and workers in the middle of a write, finish by another run, and let them continue."""
         standstill = self.trial.freeze_at(self.random.choice(("pass", "held")), self.point(COMMITS))
         if standstill is None:
             return self.trial.drivers[-1].returncode
         self.tallies["starts"] += self.trial.finish()
-        self.trial.problems += [f"while others stood still: {problem}" for problem in self.trial.judge()]
+        self.trial.problems += [f"while others stood still: {problem}" for problem in self.trial.problems_now()]
         standstill.end()
         return self.trial.wait(standstill.driver)
 
     def embedded_killed(self) -> int:
-        """The embedded model on a Ray of the driver's own, all of which ends with it."""
+        """Kill a driver that has the embedded model and a Ray of its own, which ends with it."""
         kind = self.random.choice(("reset", "lost"))
         self.stack.proxy.set(Aimed(Fault(kind, act=self.trial.kill_drivers), *self.point()))
         return self.trial.wait(self.trial.start(embedded=True, own_ray=True))
 
 
 def run(seed: int, stack: Stack, cases: dict[int, Case]) -> Scheduled:
-    """One schedule; `cases` keeps what was made for others."""
+    """Run one schedule; `cases` keeps the cases of earlier ones."""
     number = seed % NUM_CASES
     if number not in cases:
         cases[number] = Case.make(number, stack)

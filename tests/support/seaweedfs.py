@@ -20,7 +20,7 @@ from obstore.store import S3Store
 KEY, SECRET, BUCKET = "testkey", "testsecret", "pia"
 
 _START_S = 90
-"""Seconds that a server may take until it stores."""
+"""Time in which a server must store its first object, in seconds."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class SeaweedFS:
         return f"http://127.0.0.1:{self.ports[3]}"
 
     def environment(self, url: str | None = None) -> dict[str, str]:
-        """What obstore, s3fs and pyarrow read; `url` instead of the server's own."""
+        """Return the variables that obstore, s3fs and pyarrow read; `url` replaces the server's own."""
         return {
             "AWS_ENDPOINT_URL": url or self.url,
             "AWS_ACCESS_KEY_ID": KEY,
@@ -53,7 +53,7 @@ class SeaweedFS:
         }
 
     def start(self) -> None:
-        """Start it over what its folder holds, on the ports that it always has; wait until it stores."""
+        """Start it over its folder, on the same ports as before, and wait until it stores."""
         master, volume, filer, s3, admin = self.ports
         command = [
             *(str(Path(sys.executable).with_name("weed")), "mini", f"-dir={self.folder}", "-ip=127.0.0.1"),
@@ -80,13 +80,13 @@ class SeaweedFS:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """SIGKILL: what it has acknowledged is in its folder, and nothing else."""
+        """SIGKILL the server: its folder holds all that it has acknowledged, and nothing else."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def freeze(self) -> None:
-        """Stop it where it is: it still takes connections, as the kernel does that, and answers none."""
+        """Stop the server: the kernel still accepts connections, and it answers none."""
         os.killpg(self._process.pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -111,7 +111,7 @@ class SeaweedFS:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports free on loopback, each with its gRPC sibling 10,000 above."""
+    """Return free ports of loopback, each with its gRPC sibling 10,000 above."""
     ports: list[int] = []
     rng = np.random.default_rng()
     while len(ports) < count:

@@ -27,11 +27,11 @@ from pia_batch.planning.plan import Plan, Retry, find_published_run, make_plan
 from pia_batch.schema.columns import Row
 
 LEASE_S, GRACE_S = 60.0, 150.0
-"""In the world's seconds, one of which is one step of one process."""
+"""Seconds of the world; one of them is one step of one process."""
 
 
 class Surroundings(Protocol):
-    """What a run meets: its config, the batches of a task, the store as each process sees it, and who was suspected."""
+    """Environment of a run: its config, the batches of a task, the store as each process sees it, and the suspected."""
 
     @property
     def config(self) -> RunConfig: ...
@@ -49,7 +49,7 @@ class Surroundings(Protocol):
 
 
 class Engine(FakeEngine):
-    """Does what a prompt says, and generates no request twice with the same pixels, as no two batches do on a GPU."""
+    """An engine that follows its prompts, and never generates the same pixels twice, as no two batches do on a GPU."""
 
     def __init__(self, engine_id: str, worker: Worker) -> None:
         super().__init__(engine_id=engine_id)
@@ -71,16 +71,16 @@ class Engine(FakeEngine):
                 self._worker.die()
             if "hangs" in shot.prompt:
                 self._worker.hang([shot.seed for shot in shots])
-        world.tallies["drawn"] += len(shots)
+        world.tallies["generated"] += len(shots)
         clips = super().animate(shots)
         for clip in clips:
             if clip.error is None:
-                clip.generated = clip.generated + (world.tallies["drawn"] % 251)
+                clip.generated = clip.generated + (world.tallies["generated"] % 251)
         return clips
 
 
 class Worker(Process):
-    """Holds an engine, and works on up to two tasks at a time, as Ray has it."""
+    """A process that holds an engine and works on up to two tasks at a time, as with Ray."""
 
     def __init__(self, world: World, name: str, cluster: Cluster) -> None:
         super().__init__(world, name)
@@ -94,12 +94,12 @@ class Worker(Process):
             self.engine.sick = True
 
     def hang(self, seeds: list[int]) -> None:
-        """Do as the watchdog does when the deadline of these requests is over."""
+        """Act as the watchdog does when the deadline of these requests is over."""
         rows = [row for task in self.tasks for row in task.select(["key", "seed"]).to_pylist()]
         self.animator.guard.watchdog.give_up([row["key"] for row in rows if row["seed"] in seeds], "timeout")
 
     def call(self, task: pa.Table) -> None:
-        """Draw and commit a task, batch by batch, as Ray calls an actor."""
+        """Generate and commit a task, batch by batch, as Ray calls an actor."""
         self.pause()
         if self.animator is None:
             self.animator = self.cluster.animator(self)
@@ -111,7 +111,7 @@ class Worker(Process):
 
 
 class Line:
-    """`attempts.AttemptControl` from a worker to the tracker beside its driver."""
+    """`attempts.AttemptControl` from a worker to the tracker next to its driver."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -122,12 +122,12 @@ class Line:
     def begin_alone(self, key: str) -> SoloAttempt | None:
         return self._tracker("begin_alone").begin_alone(key)
 
-    def start(self, worker: str) -> int:  # noqa: ARG002 - as attempts.AttemptControl has it
-        """No worker of this world dies while it starts."""
+    def start(self, worker: str) -> int:  # noqa: ARG002 - the signature of attempts.AttemptControl
+        """Return 1: no worker of this world dies while it starts."""
         return 1
 
     def ready(self, worker: str, seconds: float) -> None:
-        """Nobody here asks how long that took."""
+        """Ignore the time: no test reads it."""
 
     def give_up(self, keys: list[str], cause: ExitCause) -> None:
         self._tracker("give_up").give_up(keys, cause)
@@ -143,7 +143,7 @@ class Line:
 
 
 class Cluster:
-    """What Ray does for a driver: gives every task to one worker after the other until a call returns."""
+    """The part of Ray: gives every task to one worker after the other until a call returns."""
 
     def __init__(self, driver: Driver, plan: Plan, tasks: list[pa.Table]) -> None:
         self.driver, self.plan = driver, plan
@@ -157,7 +157,7 @@ class Cluster:
         self.forget()
 
     def forget(self) -> None:
-        """The tracker's process died; another one takes its place and knows nothing."""
+        """Replace the tracker, whose process died, by one that knows nothing."""
         self.tracker = AttemptTracker(self.plan.config.limits.max_attempts)
 
     def animator(self, worker: Worker) -> Animate:
@@ -175,7 +175,7 @@ class Cluster:
         )
 
     def dispatch(self) -> None:
-        """Give waiting tasks to workers that have time for them."""
+        """Give waiting tasks to free workers."""
         place = self.plan.config.placement
         while self.waiting and not self.error:
             free = [worker for worker in self.workers if len(worker.tasks) < 2]
@@ -201,7 +201,7 @@ class Cluster:
         return worker
 
     def give_up(self, worker: Worker) -> None:
-        """Take a worker for dead. If it is not, it goes on by itself: only the store still listens to it."""
+        """Take a worker for dead. If it is alive, it continues by itself: only the store still accepts its calls."""
         if worker not in self.workers:
             return
         self.workers.remove(worker)
@@ -223,12 +223,12 @@ class Cluster:
         return len(self.done) == self._num_tasks
 
     def again(self) -> None:
-        """Ray lost what a call returned, and makes the call again."""
+        """Make a call again whose result Ray lost."""
         if self.done:
             self.waiting.append(self.done.pop())
 
     def shut_down(self) -> None:
-        """The run has ended, and its workers with it; one whose node has lost touch only hears of it much later."""
+        """End the workers with the run; one whose node has lost its connection ends much later."""
         self.tracker = None
         for worker in list(self.workers):
             self.give_up(worker)
@@ -237,7 +237,7 @@ class Cluster:
 
 
 def tasks_of(plan: Plan, batches: int) -> Iterator[pa.Table]:
-    """What Animate is given, so many batches to a task: the chain of `pipeline.chain` without Ray."""
+    """Yield the tasks of Animate, with that many batches each: the chain of `pipeline.chain` without Ray."""
     config, folder = plan.config, plan.manifest.folder
     validate = stages.Validate(config, plan.engine_ids, keep_rejected=False)
     requests = [stages.DropFinished(plan.skipped)(validate(batch.table)) for batch in plan.manifest.batches()]

@@ -1,7 +1,7 @@
-"""Processes of a run inside one thread: who goes on next, who dies, and what the store answers is somebody's choice.
+"""Processes of a run inside one thread: a chooser decides which continues, which dies, and what the store answers.
 
 Every call to the store, to the attempt tracker, and every look of a driver at its run is a place where its process may
-be left standing, frozen or killed. A dead process does nothing more, least of all write. One seed is one history.
+wait, be frozen or be killed. A dead process does nothing more, least of all write. One seed is one history.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ class Chooser(Protocol):
     """Decides everything that a real cluster leaves open."""
 
     def next(self, world: World, ready: list[Task]) -> Task | None:
-        """Who goes on; None: nobody, as something happened to one of them instead."""
+        """Return the task that continues, or None: something happened to one of them instead."""
 
     def answer(self, verb: str) -> str:
-        """What becomes of a call to the store: `ok`, or one of the faults of FaultyStore."""
+        """Return the fate of a call to the store: `ok`, or one of the faults of FaultyStore."""
 
     def coin(self) -> bool:
-        """Either."""
+        """Return either value."""
 
 
 @dataclass(eq=False)
 class Process:
-    """One operating system process. It is told that it died at the next thing that others could notice of it."""
+    """One operating system process. It notices its own death at the next step that others could see."""
 
     world: World
     name: str
     alive: bool = True
     wakes_at: float = 0.0
     mishaps: list[Callable[[], None]] = field(default_factory=list)
-    """What may happen to it, besides its death."""
+    """Events that may strike it, besides its death."""
     when_dead: Callable[[], None] = lambda: None
     story: tuple[Hashable, ...] = ()
-    """What it has seen of the outside: two processes of one program with one story are in one state."""
+    """Everything it has seen of the outside: two processes of one program with one story are in one state."""
 
     def pause(self, *saw: Hashable) -> None:
-        """Let others go on. May be the end."""
+        """Let others continue. This may be the end."""
         self.story += (saw,)
         self.go_on()
         self.world.hub.switch()
@@ -96,7 +96,7 @@ class Task:
             self.result = self._work()
         except Died:
             pass
-        except Exception as err:  # noqa: BLE001 - told to whoever waits for this task
+        except Exception as err:  # noqa: BLE001 - kept for the one that waits for this task
             self.error = err
             if not isinstance(err, PiaBatchError | ConnectionError):
                 self.process.world.bugs.append("".join(traceback.format_exception(err)))
@@ -122,35 +122,35 @@ class Mutex:
 
 
 class World:
-    """All processes, a clock that they share, and what was ever written."""
+    """All processes, a clock that they share, and every object that was ever written."""
 
     def __init__(self, chooser: Chooser) -> None:
         self.chooser, self.hub = chooser, greenlet.getcurrent()
         self.now = 0.0
         self.tasks: list[Task] = []
         self.first_sha256: dict[str, str] = {}
-        """Of each object when it came to be."""
+        """SHA-256 of each object when it was created."""
         self.tallies: Counter[str] = Counter()
         self.bugs: list[str] = []
         """Tracebacks of exceptions that no run should raise."""
         self.shared_state: Callable[[], Hashable] = lambda: ()
-        """What processes share besides the store."""
+        """State that processes share besides the store."""
         self._stored: dict[str, Hashable] = {}
         self._processes: dict[Process, None] = {}
         self._dying: list[Process] = []
 
     def state(self) -> Hashable:
-        """All that decides what can happen from here on."""
+        """Return everything that decides what can happen from here on."""
         processes = tuple((process.name, process.alive, process.story) for process in self._processes)
         return processes, frozenset(self._stored.items()), self.shared_state()
 
     def wrote(self, process: Process, name: str, sha256: str) -> None:
-        """What an object holds; but for animations, whose bytes differ from time to time, who wrote it."""
+        """Note the content of an animation, and the writer of any other object, whose bytes hold times."""
         self.first_sha256.setdefault(name, sha256)
         self._stored[name] = sha256 if name.startswith("animations/") else process.name
 
     def abandon(self) -> None:
-        """End everybody."""
+        """End all processes."""
         for task in self.tasks:
             self.kill(task.process)
         while self._bury():
@@ -163,13 +163,13 @@ class World:
         return task
 
     def kill(self, process: Process) -> None:
-        """From now on it writes nothing; its tasks unwind when the world comes to it."""
+        """Stop a process: it writes nothing from now on, and its tasks unwind at the next step."""
         if process.alive:
             process.alive = False
             self._dying.append(process)
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Go on until it is so, or until nobody has anything to do."""
+        """Continue until the condition holds, or no process has anything to do."""
         while True:
             while self._bury():
                 pass
@@ -186,7 +186,7 @@ class World:
             self.tasks = [task for task in self.tasks if not task.done]
 
     def _bury(self) -> bool:
-        """Unwind what has died. Whether there was any."""
+        """Unwind the dead processes; return true if there were any."""
         dying, self._dying = self._dying, []
         for process in dying:
             for task in [task for task in self.tasks if task.process is process]:
@@ -270,7 +270,7 @@ class FaultyStore(Store):
             raise ObjectExistsError(msg)
 
     def _put(self, path: Path, data: bytes, *, overwrite: bool) -> bool:
-        """Whether this wrote it."""
+        """Write the file; return true if this call wrote it."""
         if path.exists() and not overwrite:
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -313,11 +313,11 @@ class Luck:
         return self._random.random() < 0.5
 
     def worsen(self) -> None:
-        """A few things more may go wrong."""
+        """Allow a few more mishaps."""
         self._mishaps = self._random.choice((0, 1, 3))
 
     def calm_down(self) -> None:
-        """Nothing goes wrong any more."""
+        """Allow no more mishaps."""
         self._mishaps = 0
 
     def _is_bad_luck(self) -> bool:
@@ -331,13 +331,13 @@ class Pruned(Exception):  # noqa: N818 - no error
 
 
 class Search:
-    """Every history there is, within bounds. Two that come to one state have one future, which is followed once.
+    """All histories within bounds. Two that come to one state have one future, which is followed once.
 
     Args:
-        deaths: how many processes may die in a history.
-        faults: how many calls to the store may fail in a history.
-        switches: how often a process may be left that could go on; None: always.
-        answers: which faults of the store there are.
+        deaths: Number of processes that may die in a history.
+        faults: Number of calls to the store that may fail in a history.
+        switches: Number of times that a process that could continue may be left; None: no limit.
+        answers: Faults that the store may have.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from pia_batch.engine import unet
 
 
 def small() -> tuple[Any, ...]:
-    """What `unet.run` is called with, of a network that compiles in half a minute."""
+    """Return arguments of `unet.run` for a network that compiles in half a minute."""
     torch.manual_seed(0)
     network = UNetMotionModel(
         in_channels=9,

@@ -1,7 +1,7 @@
 """Random histories of whole runs: workers and drivers die, freeze and come back, the store fails, requests are poison.
 
 A history is the real plan, stages, commit, journal, lease and publication over a simulated cluster and store, started
-again until nothing is left to do; then `witness` looks at what lies there. `make torture RUNS=1000 SEED=1` runs this.
+again until nothing is left to do; then `witness` checks the output. `make torture RUNS=1000 SEED=1` runs this.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from histories import history
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 if anything was violated; `--seed` of it with `--runs 1` or `--stack 1` shows it again."""
+    """Return exit code 1 if anything was violated; its `--seed` with `--runs 1` or `--stack 1` shows it again."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--runs", type=int, default=1000, help="histories in this process")
-    parser.add_argument("--stack", type=int, default=0, help="schedules over real processes, Ray and an S3 server")
-    parser.add_argument("--seed", type=int, default=1, help="of the first of each")
+    parser.add_argument("--runs", type=int, default=1000, help="number of histories in this process")
+    parser.add_argument("--stack", type=int, default=0, help="number of schedules over processes, Ray and S3")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the first history and of the first schedule")
     options = parser.parse_args(arguments)
     logging.disable(logging.CRITICAL)
     num_bad = 0
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _histories(first: int, count: int, folder: Path) -> int:
-    """Run and print them; how many had violations."""
+    """Run and print them; return the number of those with violations."""
     pa.set_cpu_count(1)
     started, tallies, num_bad = time.monotonic(), Counter[str](), 0
     for seed in range(first, first + count):
@@ -51,7 +51,7 @@ def _histories(first: int, count: int, folder: Path) -> int:
 
 
 def _schedules(first: int, count: int, folder: Path) -> int:
-    """Run and print them; how many had violations."""
+    """Run and print them; return the number of those with violations."""
     import faults  # noqa: PLC0415 - starts Ray, which histories need not
     import schedules  # noqa: PLC0415
 
@@ -62,9 +62,9 @@ def _schedules(first: int, count: int, folder: Path) -> int:
             report = schedules.run(seed, stack, cases)
             tallies += report.tallies
             num_bad += bool(report.problems)
-            told = ", ".join(f"{count} {name}" for name, count in report.tallies.items())
-            verdict = "violated" if report.problems else "sound"
-            print(f"schedule {seed}: {verdict}: {told}", *report.problems, sep="\n  ", flush=True)  # noqa: T201
+            counts = ", ".join(f"{count} {name}" for name, count in report.tallies.items())
+            state = "violated" if report.problems else "passed"
+            print(f"schedule {seed}: {state}: {counts}", *report.problems, sep="\n  ", flush=True)  # noqa: T201
     counted = ", ".join(f"{number} {name}" for name, number in sorted(tallies.items()))
     seconds = time.monotonic() - started
     print(f"{count} schedules, {num_bad} with violations: {counted}, {seconds:.0f} s", flush=True)  # noqa: T201

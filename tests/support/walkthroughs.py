@@ -1,4 +1,4 @@
-"""The commands that the documentation shows: found in its pages, taken apart, and checked against what is there."""
+"""Commands of the documentation: found in its pages, split into words, and checked against the repository."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class Command:
 
 
 def blocks(page: str, *languages: str) -> list[str]:
-    """The blocks of a page in these languages, in order."""
+    """Return the blocks of a page in these languages, in order."""
     found = re.findall(r"^```(\w+)\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
     return [block for language, block in found if language in languages]
 
 
 def commands(page: str) -> Iterator[Command]:
-    """The commands of a page's shell blocks."""
+    """Yield the commands of a page's shell blocks."""
     variables: dict[str, str] = {}
     for block in blocks(page, "bash", "console", "shell", "sh"):
         for words in _split(block):
@@ -69,14 +69,14 @@ def commands(page: str) -> Iterator[Command]:
 
 
 def mentions(page: str) -> Iterator[Command]:
-    """The commands of ours that its text names between backquotes; capitals stand for what the reader has."""
+    """Yield our commands that its text names between backquotes; capitals are placeholders."""
     text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
     for words in re.findall(r"`(pia-batch [^`]+)`", text):
         yield Command(page, tuple(shlex.split(words)))
 
 
 def _split(block: str) -> Iterator[list[str]]:
-    """The words of each simple command, quotes taken off."""
+    """Yield the words of each simple command, without quotes."""
     block = re.sub(r"<<'(\w+)'(.*?)\n.*?^\1$", r"\2", block, flags=re.DOTALL | re.MULTILINE)
     block = re.sub(r"(^|\s)#\s.*$", "", block, flags=re.MULTILINE).replace("\\\n", " ")
     quoted: list[str] = []
@@ -93,13 +93,13 @@ def _split(block: str) -> Iterator[list[str]]:
 
 
 def _filled(word: str, variables: dict[str, str]) -> list[str]:
-    """As the shell replaces a variable that the page has set; others stay."""
+    """Replace a variable that the page has set, as the shell does; others stay."""
     name = word.removeprefix("$")
     return shlex.split(variables[name]) if name in variables and name != word else [word]
 
 
 def mistake_in(command: Command) -> str | None:
-    """What is wrong with a command, as far as that can be told without running it; None: nothing."""
+    """Return the error of a command that shows without running it, or None."""
     program, *arguments = command.words
     if program == "pia-batch":
         return _mistake_in_ours(command.page, arguments)
@@ -128,7 +128,7 @@ def _mistake_in_ours(page: str, arguments: list[str], *, may_lack: bool = False)
 
 
 def _mistake_in_values(page: str, given: dict[str, object]) -> str | None:
-    """Whether a config that a command names is there, and what is laid over it has a meaning."""
+    """Return the error of a command's config or overrides, or None."""
     config, settings = given.get("config"), given.get("override")
     if config is not None and not re.fullmatch("[A-Z]+", str(config)) and not _is_there(page, str(config)):
         return f"no config {config}"
@@ -143,7 +143,7 @@ def _mistake_in_values(page: str, given: dict[str, object]) -> str | None:
 
 
 def mistake_in_mention(command: Command) -> str | None:
-    """As `mistake_in`, of a command that a text names without all of its arguments."""
+    """Return the error, like `mistake_in`, of a command that a text names without all of its arguments."""
     if "..." in command.words or command.words[1:2] == ("--install-completion",):
         return None
     return _mistake_in_ours(command.page, list(command.words[1:]), may_lack=True)
@@ -166,10 +166,10 @@ def _mistake_in_program(page: str, arguments: list[str]) -> str | None:
 def _is_module(name: str) -> bool:
     if not name.startswith("pia_batch."):
         return importlib.util.find_spec(name) is not None
-    file = ROOT.joinpath(*name.split("."))  # to find it by its name would import what it is in
+    file = ROOT.joinpath(*name.split("."))  # finding it by its name would import its package
     return file.with_suffix(".py").exists() or (file / "__init__.py").exists()
 
 
 def _is_there(page: str, name: str) -> bool:
-    """Whether a file is in the repository, or the page has the reader write it: by `cat`, or as a block of its name."""
+    """Return true if a file is in the repository, or the page shows how to write it: by `cat` or as a named block."""
     return (ROOT / name).exists() or re.search(rf"(> |^# ){re.escape(name)}\b", PAGES[page], re.MULTILINE) is not None

@@ -1,6 +1,6 @@
-"""Reads an output as a stranger would, by pyarrow, Pillow and PyAV alone, and says what is wrong with it.
+"""Independent checks of an output by pyarrow, Pillow and PyAV alone.
 
-Imports nothing of pia_batch: a mistake there cannot hide itself here.
+Nothing of pia_batch is imported: an error there cannot hide itself here.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from PIL import Image, ImageSequence
 Row = dict[str, Any]
 
 IMMUTABLE = ("animations", "_journal", "_lease")
-"""What is created once and never changes."""
+"""Folders whose objects are created once and never change."""
 
 
 def fetch(path: str, folder: Path, filesystem: pyarrow.fs.FileSystem) -> Path:
-    """A copy in `folder` of the output at `path` of a store, for the other functions to read; returns `folder`.
+    """Copy the output at `path` of a store into `folder`, for the other functions to read, and return `folder`.
 
     Args:
-        path: bucket and prefix.
-        folder: where nothing is yet.
-        filesystem: the store's.
+        path: Bucket and prefix.
+        folder: New folder.
+        filesystem: File system of the store.
     """
     folder.mkdir(parents=True)
     pyarrow.fs.copy_files(path, str(folder), source_filesystem=filesystem)
@@ -40,26 +40,30 @@ def fetch(path: str, folder: Path, filesystem: pyarrow.fs.FileSystem) -> Path:
 
 
 def results(output: Path) -> tuple[list[Row], list[str]]:
-    """The rows that `results/LATEST.json` leads to, and what is wrong with the way there."""
+    """Return the rows that `results/LATEST.json` leads to, and the problems on the way there."""
     try:
         run_id = json.loads((output / "results" / "LATEST.json").read_text())["run_id"]
         folder = output / "results" / run_id
-        told = json.loads((folder / "_SUCCESS.json").read_text())
+        success = json.loads((folder / "_SUCCESS.json").read_text())
     except FileNotFoundError as err:
         return [], [f"no published results: {err.filename} is missing"]
-    tables = [pq.read_table(pa.BufferReader((folder / part["name"]).read_bytes())) for part in told["parts"]]
+    tables = [pq.read_table(pa.BufferReader((folder / part["name"]).read_bytes())) for part in success["parts"]]
     rows = [row for table in tables for row in table.to_pylist()]
     counted = Counter(row["status"] for row in rows)
     problems = []
-    if [len(table) for table in tables] != [part["rows"] for part in told["parts"]]:
+    if [len(table) for table in tables] != [part["rows"] for part in success["parts"]]:
         problems.append("_SUCCESS.json counts other rows than its parts have")
-    if (len(rows), counted["succeeded"], counted["failed"]) != (told["requests"], told["succeeded"], told["failed"]):
-        problems.append(f"_SUCCESS.json tells {told['succeeded']} + {told['failed']} and its parts have {counted}")
+    if (len(rows), counted["succeeded"], counted["failed"]) != (
+        success["requests"],
+        success["succeeded"],
+        success["failed"],
+    ):
+        problems.append(f"_SUCCESS.json has {success['succeeded']} + {success['failed']} and its parts have {counted}")
     return rows, problems
 
 
 def missing_or_doubled(rows: list[Row], request_ids: Mapping[str, int]) -> list[str]:
-    """Where results are not one for one with what the manifest asks for: how many results each request id is due."""
+    """List request ids and keys whose number of results is wrong; `request_ids` has the expected numbers."""
     found = Counter(row["request_id"] for row in rows)
     problems = [
         f"request {name} has {found[name]} results instead of {request_ids.get(name, 0)}"
@@ -71,7 +75,7 @@ def missing_or_doubled(rows: list[Row], request_ids: Mapping[str, int]) -> list[
 
 
 def false_successes(rows: list[Row], output: Path) -> list[str]:
-    """Succeeded results whose animation is not there, or is not what the result says."""
+    """List succeeded results whose animation is missing or differs from the result."""
     problems = []
     for row in rows:
         if row["status"] != "succeeded":
@@ -95,7 +99,7 @@ def false_successes(rows: list[Row], output: Path) -> list[str]:
 
 
 def frame_sizes(data: bytes, file_format: str) -> list[tuple[Any, Any]]:
-    """Width and height of every frame, each of them decoded."""
+    """Decode every frame and return its width and height."""
     if file_format == "mp4":
         with av.open(io.BytesIO(data)) as container:
             return [(frame.width, frame.height) for frame in container.decode(video=0)]
@@ -112,18 +116,18 @@ def _sizes(file: bytes) -> list[tuple[Any, Any]]:
 
 
 def outcomes(output: Path) -> set[tuple[str, str, str, str | None]]:
-    """Request id, key, status and error kind of every published result."""
+    """Return request id, key, status and error kind of every published result."""
     return {(row["request_id"], row["key"], row["status"], row["error_kind"]) for row in results(output)[0]}
 
 
 def orphans(output: Path) -> list[str]:
-    """Animations that no succeeded result tells of."""
-    told = {row["key"] for row in results(output)[0] if row["status"] == "succeeded"}
-    return [f"orphan {key}" for key in sorted(animated_keys(output) - told)]
+    """List animations that no succeeded result has."""
+    succeeded = {row["key"] for row in results(output)[0] if row["status"] == "succeeded"}
+    return [f"orphan {key}" for key in sorted(animated_keys(output) - succeeded)]
 
 
 def objects(output: Path) -> dict[str, str]:
-    """The sha256 of every object that must never change, by its name."""
+    """Return the sha256 of every object that must never change, by its name."""
     return {
         str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
         for folder in IMMUTABLE
@@ -133,5 +137,5 @@ def objects(output: Path) -> dict[str, str]:
 
 
 def animated_keys(output: Path) -> set[str]:
-    """The keys that there is an animation of, whether a result tells of it or not."""
+    """Return the keys of all animations, with or without a result."""
     return {path.stem for path in (output / "animations").rglob("*") if path.is_file()}

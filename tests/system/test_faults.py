@@ -45,8 +45,8 @@ def test_answers_that_fail_come_late_or_not_at_all_change_nothing(trial: Trial) 
 
     assert trial.run() in FINISHED
     assert not any(aim.times for aim in aims)  # every one of them has struck
-    assert trial.judge() == []
-    assert trial.judge_again() == []
+    assert trial.problems_now() == []
+    assert trial.problems_of_a_rerun() == []
 
 
 def test_a_store_that_ignores_if_none_match_is_refused_before_anything_is_drawn(trial: Trial) -> None:
@@ -63,7 +63,7 @@ def test_a_store_that_overwrites_behind_our_back_is_found_out(trial: Trial) -> N
     trial.stack.proxy.set(Aimed(Fault("lost"), "PUT", "/animations/"), careless)
 
     assert trial.run() in FINISHED
-    assert [problem.partition(" ")[2] for problem in trial.judge()] == ["was written 2 times"]
+    assert [problem.partition(" ")[2] for problem in trial.problems_now()] == ["was written 2 times"]
 
 
 def test_a_driver_that_is_killed_at_one_step_after_the_other_is_finished_by_the_next(trial: Trial) -> None:
@@ -77,8 +77,8 @@ def test_a_driver_that_is_killed_at_one_step_after_the_other_is_finished_by_the_
         assert trial.wait(trial.start(seconds=0.3)) == -signal.SIGKILL
 
     assert trial.finish() == 1
-    assert trial.judge() == []
-    assert trial.judge_again() == []
+    assert trial.problems_now() == []
+    assert trial.problems_of_a_rerun() == []
 
 
 def test_workers_that_are_killed_while_they_store_are_replaced(trial: Trial) -> None:
@@ -87,7 +87,7 @@ def test_workers_that_are_killed_while_they_store_are_replaced(trial: Trial) -> 
 
     assert trial.run() in FINISHED
     assert trial.num_engines == 3
-    assert trial.judge() == []
+    assert trial.problems_now() == []
 
 
 def test_a_store_that_stands_still_or_is_killed_and_comes_back_has_lost_nothing_and_fails_nothing(trial: Trial) -> None:
@@ -97,7 +97,7 @@ def test_a_store_that_stands_still_or_is_killed_and_comes_back_has_lost_nothing_
 
     assert trial.run() in FINISHED
     assert (still.times, killed.times) == (0, 0)
-    assert trial.judge() == []
+    assert trial.problems_now() == []
 
 
 def test_of_two_drivers_at_once_one_leaves_or_both_finish(trial: Trial) -> None:
@@ -106,20 +106,20 @@ def test_of_two_drivers_at_once_one_leaves_or_both_finish(trial: Trial) -> None:
 
     assert codes[0] in FINISHED
     assert codes[1] in (*FINISHED, 75)
-    assert trial.judge() == []
+    assert trial.problems_now() == []
 
 
 def test_a_worker_that_stood_still_while_others_finished_adds_nothing_when_it_goes_on(trial: Trial) -> None:
     standstill = trial.freeze_at("held", ("PUT", "/animations/", 2))
     assert standstill is not None
     assert trial.finish() == 1
-    assert trial.judge() == []
+    assert trial.problems_now() == []
 
     standstill.end()
 
     assert trial.wait(standstill.driver) in (*FINISHED, 75)
-    assert trial.judge() == []
-    assert trial.judge_again() == []
+    assert trial.problems_now() == []
+    assert trial.problems_of_a_rerun() == []
 
 
 def test_a_driver_that_is_told_to_leave_commits_what_is_drawn_before_it_is_killed(trial: Trial) -> None:
@@ -139,7 +139,7 @@ def test_a_driver_that_is_told_to_leave_commits_what_is_drawn_before_it_is_kille
     assert animations <= committed
     assert 2 <= len(animations) < 8
     assert trial.finish() == 1
-    assert trial.judge() == []
+    assert trial.problems_now() == []
 
 
 # --- a full disk ----------------------------------------------------------------------------------------------------
@@ -186,8 +186,8 @@ def test_a_full_disk_is_waited_for_and_leaves_no_half_files(everything: Stack, c
 
         assert full.is_set()
         assert code in FINISHED
-        assert trial.judge() == []
-        assert trial.judge_again() == []
+        assert trial.problems_now() == []
+        assert trial.problems_of_a_rerun() == []
 
 
 def test_a_file_that_cannot_be_written_whole_is_not_there(tmp_path: Path) -> None:

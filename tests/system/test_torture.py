@@ -111,7 +111,7 @@ def finished(tmp_path: Path) -> Torture:
     torture = Torture(case, tmp_path / "out", World(Calm()), set())
     torture.start()
     torture.keys |= {row["key"] for row in witness.results(torture.output)[0]}
-    assert torture.judge() == []
+    assert torture.problems_now() == []
     return torture
 
 
@@ -180,7 +180,7 @@ TAMPERINGS = [value for name, value in sorted(globals().items()) if name.startsw
 def test_the_witness_sees_what_is_wrong(finished: Torture, tamper: Callable[[Path], None]) -> None:
     tamper(finished.output)
 
-    assert finished.judge() != []
+    assert finished.problems_now() != []
 
 
 def test_the_witness_knows_nothing_of_the_package() -> None:
@@ -281,7 +281,7 @@ class Commits:
             world.chooser = Calm()
             if not any(self.torture.start(leased=False) for _ in range(3)):
                 problems.append("not finished")
-            problems += self.torture.judge()
+            problems += self.torture.problems_now()
         return problems, len(ends)
 
 
@@ -362,7 +362,7 @@ def test_two_runs_that_publish_leave_whole_results_in_every_order(tmp_path: Path
             ends.add(end)
             world.chooser = Calm()
             assert any(publications.torture.start(leased=False) for _ in range(3))
-            assert publications.torture.judge() == []
+            assert publications.torture.problems_now() == []
     assert len(ends) > deaths
 
 
