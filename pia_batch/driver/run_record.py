@@ -18,8 +18,7 @@ from pia_batch.driver.budget import LimitReached, gpu_hours
 from pia_batch.driver.progress import Progress
 from pia_batch.errors import InterruptedRunError, LeaseHeldError, PiaBatchError, StorageError, message_of
 from pia_batch.journal import layout
-from pia_batch.journal import log as journal
-from pia_batch.journal.log import Outcomes
+from pia_batch.journal.log import Outcomes, to_json
 from pia_batch.planning.plan import Plan
 from pia_batch.schema.run_record import EngineSummary, RunRecord, RunSummary, Timings
 from pia_batch.storage.object_store import Store
@@ -213,7 +212,7 @@ class RunRecordWriter:
         if self._progress is not None:
             self.record.progress = self._progress.snapshot()
         config = self._config.model_dump(mode="json", exclude={"on_finish"})  # a webhook's URL is a secret
-        return journal.to_json(self.record.payload() | {"config": redacted_json(config)})
+        return to_json(self.record.payload() | {"config": redacted_json(config)})
 
     def _put(self, data: bytes) -> None:
         if self._store is not None and self.record.run_id is not None:
