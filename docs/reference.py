@@ -95,12 +95,12 @@ def error_kinds() -> list[str]:
 
 
 def exit_codes() -> list[str]:
-    """What a command leaves with."""
+    """Return every exit code with its meaning."""
     return _table(["exit code", "meaning"], ((str(code), meaning) for code, meaning in EXIT_CODES.items()))
 
 
 def metrics() -> list[str]:
-    """What Prometheus is told."""
+    """Return every metric for Prometheus."""
     rows = (
         (f"`{name}`", metric.kind, ", ".join(f"`{tag}`" for tag in metric.tags), metric.meaning)
         for name, metric in METRICS.items()
@@ -109,7 +109,7 @@ def metrics() -> list[str]:
 
 
 def progress_fields() -> list[str]:
-    """What programs are told of a run that goes on."""
+    """Return every field of a progress record."""
     rows = ((f"`{name}`", str(field.description)) for name, field in ProgressSnapshot.model_fields.items())
     return _table(["field", "meaning"], rows)
 

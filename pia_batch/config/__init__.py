@@ -1,7 +1,7 @@
-"""RunConfig and its sections: everything a run can be told, checked before anything starts.
+"""RunConfig and its sections: every option of a run, validated before anything starts.
 
-A config is one YAML file. Three layers make it, the later wins: the defaults here (made for Stable Diffusion 1.5), the
-embedded model's own defaults where `model.base` is `embedded`, and what the operator wrote. An unknown key is an error.
+A config is one YAML file. It has three layers, and later ones win: the defaults here (made for Stable Diffusion 1.5),
+the embedded model's own defaults if `model.base` is `embedded`, and the operator's file. An unknown key is an error.
 """
 
 from pia_batch.config.base import Section

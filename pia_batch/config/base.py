@@ -1,4 +1,4 @@
-"""What every section of a config is: frozen, and strict about its keys."""
+"""Base class of every section of a config: frozen, and strict about its keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run draws, when it stops, what it may spend, and who hears of its end."""
+"""Sections of a config about execution: placement, limits, budget and notifications."""
 
 from __future__ import annotations
 
@@ -15,35 +15,58 @@ from pia_batch.storage import uris
 
 
 class PlacementConfig(Section):
-    """What runs where."""
+    """Number of engines, and the resources of each part of a run."""
 
-    ray_address: str | None = Field(None, description="null: RAY_ADDRESS, else a Ray of our own on this machine")
-    num_gpus: float = Field(0.0, ge=0, le=1, description="GPUs of one engine; a fraction shares one; 0: on the CPU")
-    num_cpus: float = Field(1.0, gt=0, description="CPUs of one engine, its encoder included")
+    ray_address: str | None = Field(
+        None,
+        description="Address of the Ray cluster. null: RAY_ADDRESS, or else a Ray of the run's own on this machine.",
+    )
+    num_gpus: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Number of GPUs of one engine; a fraction shares a GPU between engines; 0: engines run on the CPU.",
+    )
+    num_cpus: float = Field(1.0, gt=0, description="Number of CPUs of one engine, its encoder included.")
     min_engines: int = Field(1, ge=1, description="Number of engines that are started at once.")
     max_engines: int = Field(
         1,
         ge=1,
         description="Largest number of engines; those above min_engines are started while there is work for them.",
     )
-    batch_size: int = Field(2, ge=1, le=64, description="requests animated together; also what a crash can cost")
-    fetch_num_cpus: float = Field(0.25, gt=0, description="CPUs of one fetch task; it mostly waits")
-    max_models: int | None = Field(None, ge=1, description="models that one engine keeps; null: as many as fit")
+    batch_size: int = Field(
+        2,
+        ge=1,
+        le=64,
+        description="Number of requests that are animated together, and that are attempted again if their "
+        "worker crashes.",
+    )
+    fetch_num_cpus: float = Field(
+        0.25, gt=0, description="Number of CPUs of one fetch task, which mostly waits for images."
+    )
+    max_models: int | None = Field(
+        None, ge=1, description="Largest number of models that one engine keeps loaded. null: all that fit into memory."
+    )
     require_auth: bool = Field(
-        default=False, description="refuse a Ray cluster that runs without token authentication; else only warn"
+        default=False,
+        description="true: refuse a Ray cluster that runs without token authentication; false: only warn.",
     )
     memory_mb: int | None = Field(
         None,
         ge=256,
-        description="host memory of one engine's process, MiB: Ray sets it aside, and a request that takes more fails "
-        "as `out_of_memory`; null: no limit",
+        description="Host memory of one engine's process, in MiB. Ray reserves it; a request that exceeds it "
+        "fails as `out_of_memory`. null: no limit.",
     )
-    wait_s: float = Field(7200.0, gt=0, description="seconds that a run waits for a cluster to give it an engine")
-    object_store_mb: int | None = Field(None, ge=80, description="object store of a Ray of our own, MiB")
+    wait_s: float = Field(
+        7200.0, gt=0, description="Longest time to wait for the cluster to place the first engine, in seconds."
+    )
+    object_store_mb: int | None = Field(
+        None, ge=80, description="Size of the object store of a Ray of the run's own, in MiB. null: Ray's default."
+    )
 
     @property
     def address(self) -> str:
-        """The Ray that a run draws on; `local`: one of its own."""
+        """Address of the Ray cluster to run on; `local`: a Ray of the run's own."""
         return self.ray_address or os.environ.get("RAY_ADDRESS") or "local"
 
     @model_validator(mode="after")
@@ -61,51 +84,74 @@ class PlacementConfig(Section):
 
 
 class LimitsConfig(Section):
-    """When a run stops, and what it calls a success."""
+    """Conditions that stop a run or fail a request."""
 
     max_failed: int | None = Field(
         None,
         ge=0,
-        description="failed requests that are tolerated: one more stops the run, with exit code 3; null: none stops "
-        "it, and any ends it with 3",
+        description="Stop after more than this number of failed requests (exit code 3). null: finish; any "
+        "failure exits 3.",
     )
     max_frame_pixels: int = Field(
         32 * 1024 * 1024,
         gt=0,
-        description="width x height x num_frames of one request, against exhausted memory",
+        description="Largest width x height x num_frames of one request; protects the device's memory.",
     )
     min_frame_std: float | None = Field(
-        None, ge=0, le=128, description="a clip whose pixels vary less, 0-255, fails as `degenerate`: flat or black"
+        None,
+        ge=0,
+        le=128,
+        description="Smallest standard deviation of a clip's pixels, 0-255; below it the request fails as "
+        "`degenerate` (flat or black). null: not checked.",
     )
     min_motion: float | None = Field(
-        None, ge=0, le=255, description="a clip whose frames differ less, 0-255, fails as `degenerate`: frozen"
+        None,
+        ge=0,
+        le=255,
+        description="Smallest mean difference of neighbouring frames, 0-255; below it the request fails as "
+        "`degenerate` (frozen). null: not checked.",
     )
     timeout_s: float = Field(
         900.0,
         gt=0,
         allow_inf_nan=False,
-        description="seconds for a batch up to 25 steps x 16 frames x 512 x 512; beyond that in proportion. Then its "
-        "worker is ended, and the request that hangs fails as `timeout`",
+        description="Longest time for a batch of up to 25 steps x 16 frames x 512 x 512, in seconds; larger "
+        "batches get proportionally more. Then the worker is ended, and the request that hangs "
+        "fails as `timeout`.",
     )
     max_attempts: int = Field(
-        3, ge=2, description="how often a request whose worker dies is begun, once in its batch, then alone"
+        3,
+        ge=2,
+        description="Largest number of attempts at a request whose worker dies: the first in its batch, the "
+        "others alone.",
     )
     max_crashes: int = Field(
-        20, ge=1, description="requests in a row that fail for their worker's sake, after which the run stops"
+        20,
+        ge=1,
+        description="Stop the run after this number of requests in a row that failed because their worker died.",
     )
     lease_ttl_s: float = Field(
-        60.0, ge=3, allow_inf_nan=False, description="seconds after which a silent run loses its lease"
+        60.0,
+        ge=3,
+        allow_inf_nan=False,
+        description="Time after which a run that no longer renews its lease loses it, in seconds.",
     )
     lease_wait_s: float = Field(
-        0.0, ge=0, description="seconds that a run queues while another works on the output; `.inf`: until it is free"
+        0.0,
+        ge=0,
+        description="Longest time to wait while another run holds the output's lease, in seconds; `.inf`: "
+        "until it is free.",
     )
     stop_grace_s: float = Field(
-        60.0, ge=0, allow_inf_nan=False, description="seconds that a run which stops leaves to batches in flight"
+        60.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Time that a run which stops gives to batches in flight, in seconds.",
     )
 
 
 def _fraction(value: Any) -> Any:  # whatever was written
-    """`1%` as 0.01; what is no percentage is left to pydantic."""
+    """Return `1%` as 0.01, and any other value unchanged for pydantic."""
     if isinstance(value, str) and value.strip().endswith("%"):
         try:
             return float(value.strip()[:-1]) / 100
@@ -115,21 +161,40 @@ def _fraction(value: Any) -> Any:  # whatever was written
 
 
 class BudgetConfig(Section):
-    """What a run may spend. Reaching a limit stops it with exit code 4; what was finished is committed."""
+    """Budget of a run. Reaching a limit stops it with exit code 4; finished requests stay committed."""
 
     max_gpu_hours: float | None = Field(
-        None, gt=0, description="hours that engines are alive, times their GPUs; on the CPU, hours of engines"
+        None,
+        gt=0,
+        description="Stop after this many GPU-hours (exit code 4): total uptime of the engines times their "
+        "GPUs; on the CPU, engine-hours. null: no limit.",
     )
     deadline: str | None = Field(
-        None, description="`06:00` (the next one, UTC), an ISO time, or a duration such as `5h`"
+        None,
+        description="Stop at this time (exit code 4): `06:00` (the next one, UTC), an ISO time, or a duration "
+        "such as `5h`. null: no limit.",
     )
-    limit: int | None = Field(None, ge=1, description="requests drawn in this run, at most")
+    limit: int | None = Field(
+        None, ge=1, description="Largest number of requests that this run generates. null: no limit."
+    )
     sample: Annotated[float, BeforeValidator(_fraction)] | None = Field(
-        None, gt=0, le=1, description="draw this part of the requests only, such as `1%` or 0.01; always the same ones"
+        None,
+        gt=0,
+        le=1,
+        description="Share of the requests to generate, such as `1%` or 0.01; always the same ones. null: all.",
     )
-    priority: str | None = Field(None, min_length=1, description="a column of numbers: the highest are drawn first")
+    priority: str | None = Field(
+        None,
+        min_length=1,
+        description="Name of a numeric column; requests with the highest values are generated first. null: "
+        "order of the manifest.",
+    )
     price_per_hour: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="of one GPU (or engine on the CPU), in any currency; tells a cost"
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Price of one GPU (or engine on the CPU) per hour, in any currency; adds the cost to the "
+        "summary. null: no cost.",
     )
 
     @field_validator("deadline", mode="before")
@@ -143,21 +208,30 @@ class BudgetConfig(Section):
 
 
 class OnFinishConfig(Section):
-    """Who is told when a run has ended, however it did."""
+    """Notifications at the end of a run, whatever its outcome."""
 
-    command: tuple[str, ...] = Field((), description="a program and its arguments; reads the summary as JSON")
+    command: tuple[str, ...] = Field(
+        (),
+        description="Program and its arguments to start when the run has ended; it reads the summary as JSON "
+        "on standard input.",
+    )
     webhook: str | None = Field(
         None,
-        description="a URL that the summary is posted to, or `$NAME` of an environment variable that has it",
+        description="URL to post the summary to, or `$NAME` of an environment variable that contains it. null: none.",
     )
     headers: dict[str, str] = Field(
-        default_factory=dict, description="of the webhook: header to the environment variable that has its value"
+        default_factory=dict,
+        description="Headers of the webhook's request: name of the header to name of the environment variable "
+        "with its value.",
     )
     on: tuple[Literal["success", "failure", "always"], ...] = Field(
-        ("always",), description="success: exit code 0; failure: any other"
+        ("always",), description="Outcomes that are notified; success: exit code 0; failure: any other."
     )
     timeout_s: float = Field(
-        30.0, gt=0, le=3600, description="seconds for the command, and for each try of the webhook"
+        30.0,
+        gt=0,
+        le=3600,
+        description="Longest time for the command, and for each attempt at the webhook, in seconds.",
     )
 
     @field_validator("webhook")

@@ -1,4 +1,4 @@
-"""What is wrong with a config, in words: which key, which value, and for an unknown key the one that was meant."""
+"""Messages about invalid configs: the key, its value, and for an unknown key the nearest known one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pia_batch.storage import uris
 
 
 def explain(err: ValidationError, root: type[BaseModel], source: str) -> str:
-    """One line for an operator.
+    """Return the errors of a config as one line for an operator.
 
     Args:
-        err: what pydantic found.
-        root: the class of the whole config.
-        source: where the values come from, such as a file's path.
+        err: Errors that pydantic found.
+        root: Class of the whole config.
+        source: Origin of the values, such as a file's path.
     """
     lines = []
     for problem in err.errors():
@@ -32,7 +32,7 @@ def explain(err: ValidationError, root: type[BaseModel], source: str) -> str:
         elif problem["type"] == "missing":
             lines.append(f"{key}: required, and not given")
         else:
-            lines.append(f"{key}: {_said(problem)}" if key else _said(problem))
+            lines.append(f"{key}: {_problem_text(problem)}" if key else _problem_text(problem))
     return f"{source}: " + "; ".join(lines)
 
 
@@ -45,13 +45,13 @@ _TYPES = {
     "string": "a text",
     "tuple": "a list, such as [a, b]",
 }
-"""What a value has to be, by the first word of pydantic's name for the mistake."""
+"""Expected type of a value in words, by the first word of pydantic's error type."""
 
 
-def _said(problem: ErrorDetails) -> str:
-    """What is wrong with a value, and the value, in the words of a config rather than of Python."""
+def _problem_text(problem: ErrorDetails) -> str:
+    """Return an error and the value that caused it, in the terms of a config rather than of Python."""
     kind, text = problem["type"], problem["msg"]
-    if kind == "value_error":  # of our own, which name the value
+    if kind == "value_error":  # raised by validators here, which name the value
         return text.removeprefix("Value error, ")
     expected, _, rest = kind.partition("_")
     if (expected, rest) == ("invalid", "key"):
@@ -62,11 +62,11 @@ def _said(problem: ErrorDetails) -> str:
 
 
 def nearest(location: Sequence[str], root: type[BaseModel]) -> str | None:
-    """The key that was most likely meant: spelt alike in the same section, or known elsewhere, or spelt alike there.
+    """Return the most likely key: of similar spelling in the same section, or known or similar in another; or None.
 
     Args:
-        location: the parts of the unknown key, names and numbers of entries included.
-        root: the class of the whole config.
+        location: Parts of the unknown key, names and numbers of entries included.
+        root: Class of the whole config.
     """
     *section, leaf = location
     siblings, known = _section_at(section, root).model_fields, list(_keys(root))
@@ -83,7 +83,7 @@ def nearest(location: Sequence[str], root: type[BaseModel]) -> str | None:
 
 
 def _section_at(location: Sequence[str], root: type[BaseModel]) -> type[BaseModel]:
-    """The class of a section; parts that number or name the entries of a list or mapping lead nowhere else."""
+    """Return the class of a section; parts that number or name entries of a list or mapping are skipped."""
     section = root
     for part in location:
         if part in section.model_fields:
@@ -92,14 +92,14 @@ def _section_at(location: Sequence[str], root: type[BaseModel]) -> type[BaseMode
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:  # any type
-    """The class that a field holds, by itself, as entries, or as one of several kinds of value."""
+    """Return the section class in a field's type: itself, its entries', or one of a union's; or None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key of a section and of those in it, by dots; not those of the entries of lists and mappings."""
+    """Yield every dotted key of a section and its subsections, but none of entries of lists and mappings."""
     for name, field in section.model_fields.items():
         yield prefix + name
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -107,7 +107,7 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _shown(value: object) -> str:
-    """A value of the config for a message, without the secrets of the URIs in it."""
+    """Return a value for a message, without the credentials of the URIs in it."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, list | tuple):

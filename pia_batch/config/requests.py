@@ -35,7 +35,7 @@ else:
 
 
 class ImagesConfig(Section):
-    """How condition images are fetched and fitted."""
+    """Options of fetching condition images and of fitting them to the clip."""
 
     fit: Annotated[Fit, Decides()] = Field(
         "cover", description="cover: crop the image to fill the clip; contain: pad it; stretch: distort it."
@@ -45,13 +45,17 @@ class ImagesConfig(Section):
     )
     allow: tuple[str, ...] = Field(
         (),
-        description="further places that images may come from, such as `s3://photos/`, `/mnt/photos/` or "
-        "`https://images.example.com/`; the manifest's own folder or bucket always may",
+        description="Further places that images may come from, such as `s3://photos/`, `/mnt/photos/` or "
+        "`https://images.example.com/`; the manifest's own folder or bucket is always allowed.",
     )
-    timeout_s: float = Field(30.0, gt=0, allow_inf_nan=False, description="seconds for one image, retries included")
-    max_bytes: int = Field(32 * 2**20, gt=0, description="bytes of one image as stored")
-    max_pixels: int = Field(40_000_000, gt=0, description="pixels of one image, checked before it is decoded")
-    threads: int = Field(16, ge=1, le=256, description="images fetched at a time, for each fetch task")
+    timeout_s: float = Field(
+        30.0, gt=0, allow_inf_nan=False, description="Longest time to fetch one image, in seconds, retries included."
+    )
+    max_bytes: int = Field(32 * 2**20, gt=0, description="Largest size of one image as stored, in bytes.")
+    max_pixels: int = Field(
+        40_000_000, gt=0, description="Largest number of pixels of one image, checked before it is decoded."
+    )
+    threads: int = Field(16, ge=1, le=256, description="Number of images that each fetch task fetches at a time.")
 
     def identity(self) -> str:
         """Return the options that decide the fitted image, for the content key."""

@@ -1,4 +1,4 @@
-"""RunConfig: one run as a whole, its templates filled in, and its layers laid over each other."""
+"""RunConfig: the config of one run, loaded from its layers, and its templates filled in."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ from pia_batch.storage import schemes, uris
 
 
 def _date_text(value: Any) -> Any:  # whatever was written
-    """What YAML reads as a date, as it was written."""
+    """Return a date that YAML has read as the text that was written."""
     return value.isoformat() if isinstance(value, date) and not isinstance(value, datetime) else value
 
 
 class RunConfig(Section):
-    """One run: a manifest in, animations and results out."""
+    """Config of one run: a manifest in, animations and results out."""
 
     manifest: str = Field(
         min_length=1,
-        description="URI of a Parquet, JSONL or CSV file, a folder, or a partitioned prefix; may have `{date}`",
+        description="URI of a Parquet, JSONL or CSV file, a folder, or a partitioned prefix; may contain `{date}`.",
     )
-    output: str = Field(min_length=1, description="URI of the folder that receives everything; may have `{date}`")
+    output: str = Field(min_length=1, description="URI of the folder that receives all results; may contain `{date}`.")
     run_id: str | None = Field(
-        None, description="names the results; may have `{date}`; null: made from the run date, or from the time"
+        None,
+        description="Name of the run's results; may contain `{date}`. null: made from the run date, or from the time.",
     )
     run_date: Annotated[str, BeforeValidator(_date_text)] | None = Field(
         None,
-        description="what `{date}` and `{hour}` stand for, UTC: `2026-11-22` or `2026-11-22T05`; null: the last day, "
-        "or hour, that is over",
+        description="Value of `{date}` and `{hour}`, UTC: `2026-11-22` or `2026-11-22T05`. null: the last "
+        "day, or hour, that is over.",
     )
     params: dict[str, Annotated[str, Field(coerce_numbers_to_str=True)]] = Field(
-        default_factory=dict, description="further names that `manifest`, `output` and `run_id` may have in braces"
+        default_factory=dict, description="Further placeholders of `manifest`, `output` and `run_id`: name to value."
     )
     model: ModelConfig = ModelConfig()
     models: dict[str, ModelConfig] = Field(
         default_factory=dict,
-        description="further models by name, for the manifest's `model` column; what one leaves out is as in `model`",
+        description="Further models by name, for the manifest's `model` column; keys that one omits are as in `model`.",
     )
     defaults: Defaults = Defaults()
     images: ImagesConfig = ImagesConfig()
@@ -60,21 +61,21 @@ class RunConfig(Section):
 
     @property
     def templates(self) -> schedule.Templates:
-        """What a run date and `params` are filled into.
+        """Templates of manifest, output and run id.
 
         Raises:
-            ConfigError: a placeholder that nothing stands for.
+            ConfigError: a placeholder without a value.
         """
         texts = {"manifest": self.manifest, "output": self.output, "run_id": self.run_id or ""}
         return schedule.Templates(texts, self.params)
 
     def filled(self, now: datetime | None = None) -> Self:
-        """The config of one run: manifest, output and run id without placeholders, and the run date, if there is one.
+        """Return the config with placeholders filled in, and with its run date, if it has one.
 
-        A dated run that has no name gets one of its date and the parameters that were used.
+        A dated run without a run id is named after its date and the parameters that were used.
 
         Raises:
-            ConfigError: a placeholder that nothing stands for, or a run date that does not go with them.
+            ConfigError: a placeholder without a value, or a run date that does not fit them.
         """
         templates = self.templates
         run_date = templates.date(self.run_date, now or datetime.now(UTC))
@@ -113,7 +114,7 @@ class RunConfig(Section):
 
     @property
     def all_models(self) -> dict[str, ModelConfig]:
-        """Every model by the name that the manifest's `model` column calls it, the default one first."""
+        """Every model by its name in the manifest's `model` column, the default one first."""
         return {self.model.name: self.model, **self.models}
 
     @model_validator(mode="before")
@@ -135,14 +136,14 @@ class RunConfig(Section):
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-        """The config of a YAML file with `overrides` laid over it, and the embedded model's defaults under it.
+        """Return the config of a YAML file with `overrides`, on top of the embedded model's own defaults.
 
         Args:
-            path: a YAML file; None for defaults and overrides alone.
-            overrides: dotted keys to values, such as `{"placement.batch_size": 4}`.
+            path: YAML file; None: defaults and overrides only.
+            overrides: Values by dotted key, such as `{"placement.batch_size": 4}`.
 
         Raises:
-            ConfigError: unreadable, unknown key (with the nearest known one), or a value out of range.
+            ConfigError: the file is unreadable, a key is unknown (named with the nearest), or a value is out of range.
         """
         written = read_yaml(Path(path)) if path is not None else {}
         for key, value in (overrides or {}).items():

@@ -1,6 +1,6 @@
-"""When a run is and what it is called: placeholders, run dates, backfills, deadlines. Texts and times only, all UTC.
+"""Templates and times of runs: placeholders, run dates, backfills and deadlines; all UTC.
 
-A *template* is a text with `{date}`, `{hour}`, or the name of a parameter in braces; `{{` and `}}` are braces.
+A *template* is a text with `{date}`, `{hour}`, or the name of a parameter in braces; `{{` and `}}` mean braces.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from string import Formatter
 from pia_batch.errors import ConfigError
 
 _FORMATS = {"date": "%Y-%m-%d", "hour": "%H"}
-"""The names that a run date fills in, and how they look unless a template says."""
+"""Placeholders of a run date, with their default formats."""
 
 _DIRECTIVES = {"Y", "y", "m", "d", "j", "G", "V", "u", "H", "%"}
-"""What a format may have of strftime: numbers of dates and hours, equal on every machine."""
+"""Directives of strftime that are allowed: numbers of dates and hours, which are equal on every machine."""
 
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -25,15 +25,15 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True, order=True)
 class RunDate:
-    """The day, or the hour, that a run is for."""
+    """Day or hour that a run processes."""
 
     begins: datetime
-    """UTC, a whole day or a whole hour."""
+    """Start, UTC: a whole day or a whole hour."""
     hourly: bool
 
     @classmethod
     def parse(cls, text: str) -> RunDate:
-        """A run date as people write it: `2026-11-22` or `2026-11-22T05`.
+        """Return a run date from its text: `2026-11-22` or `2026-11-22T05`.
 
         Raises:
             ValueError: anything else.
@@ -48,13 +48,13 @@ class RunDate:
 
     @classmethod
     def last(cls, now: datetime, *, hourly: bool) -> RunDate:
-        """The last hour, or the last day, that is over at `now`."""
+        """Return the last hour, or the last day, that is over at `now`."""
         this = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
         return cls(this - timedelta(hours=1), hourly) if hourly else cls(_midnight(this.date()) - _DAY, hourly)
 
     @property
     def next(self) -> RunDate:
-        """The hour, or the day, after this one."""
+        """Following hour or day."""
         return RunDate(self.begins + (timedelta(hours=1) if self.hourly else _DAY), self.hourly)
 
     def __str__(self) -> str:
@@ -65,43 +65,43 @@ _DAY = timedelta(days=1)
 
 
 class Templates:
-    """The templates of one config. They are filled in together, for one run date."""
+    """Templates of one config, filled in together for one run date."""
 
     def __init__(self, texts: Mapping[str, str], params: Mapping[str, str]) -> None:
-        """Read them.
+        """Parse the templates.
 
         Args:
-            texts: by config key; texts without placeholders are templates too.
-            params: what their own names stand for.
+            texts: Templates by config key; texts without placeholders are templates too.
+            params: Values of further placeholders, by name.
 
         Raises:
-            ConfigError: a brace without its partner, a name that nothing stands for, or a format that is not known.
+            ConfigError: an unmatched brace, an unknown placeholder, or an unknown format.
         """
         self._params = params
         self._parts = {key: list(_parts(key, text, params)) for key, text in texts.items()}
 
     @property
     def used(self) -> frozenset[str]:
-        """The names that some template has."""
+        """Names of all placeholders in use."""
         return frozenset(name for parts in self._parts.values() for _, name, _ in parts if name)
 
     @property
     def dated(self) -> bool:
-        """Whether a run date changes anything."""
+        """True if a run date changes a template's text."""
         return not self.used.isdisjoint(_FORMATS)
 
     @property
     def hourly(self) -> bool:
-        """Whether the hour of the run date changes anything."""
+        """True if the hour of the run date changes a template's text."""
         formats = [form for parts in self._parts.values() for _, name, form in parts if name in _FORMATS]
         return any("H" in _directives(form) for form in formats)
 
     def has_date(self, key: str) -> bool:
-        """Whether a run date changes what `key` is filled with."""
+        """Return True if a run date changes the text of `key`."""
         return any(name in _FORMATS for _, name, _ in self._parts[key])
 
     def fill(self, run_date: RunDate | None) -> dict[str, str]:
-        """The texts by key, with everything filled in. `run_date` may be None where they are not `dated`."""
+        """Return the filled-in texts by key. `run_date` may be None if the templates are not `dated`."""
         return {key: "".join(self._texts(parts, run_date)) for key, parts in self._parts.items()}
 
     def _texts(self, parts: list[tuple[str, str, str]], run_date: RunDate | None) -> list[str]:
@@ -115,10 +115,10 @@ class Templates:
         return texts
 
     def date(self, text: str | None, now: datetime) -> RunDate | None:
-        """The date of a run: what was asked for, or the last one that is over at `now`; None where it is not `dated`.
+        """Return the date of a run: the given one, or the last that is over at `now`; None if not `dated`.
 
         Raises:
-            ConfigError: an hour that is asked for and not used, or missing; a date in the future, or for nothing.
+            ConfigError: the date lacks an hour or has one that is not used, is in the future, or is not used at all.
         """
         if text is None:
             return RunDate.last(now, hourly=self.hourly) if self.dated else None
@@ -136,10 +136,10 @@ class Templates:
         return chosen
 
     def dates(self, text: str, now: datetime) -> list[RunDate]:
-        """The run dates of a backfill `FROM..TO`, both included. A day at either end means all its hours.
+        """Return the run dates of a backfill `FROM..TO`, both included. A day at either end means all its hours.
 
         Raises:
-            ConfigError: another form, the wrong order, a date in the future, or templates without one.
+            ConfigError: the text has another form or the wrong order, is in the future, or the templates have no date.
         """
         try:
             first, last = (RunDate.parse(part) for part in text.split(".."))
@@ -170,7 +170,7 @@ class Templates:
 
 
 def _parts(key: str, text: str, params: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """The literal text, name and format of each placeholder, in order; the last has a literal text only."""
+    """Return the text before each placeholder, its name and its format, in order; the last has text only."""
     try:
         found = list(Formatter().parse(text))
     except ValueError as err:
@@ -206,7 +206,7 @@ def _check_format(key: str, name: str, form: str) -> None:
 
 
 def _directives(form: str) -> list[str]:
-    """The letters after percent signs; an empty one for a percent sign at the end."""
+    """Return the letters after percent signs; an empty one for a percent sign at the end."""
     return re.findall(r"%(.?)", form, re.DOTALL)
 
 
@@ -215,7 +215,7 @@ def _midnight(day: date) -> datetime:
 
 
 def seconds_of(text: str) -> float:
-    """A duration such as `12h` in seconds.
+    """Return a duration such as `12h` in seconds.
 
     Raises:
         ValueError: anything else.
@@ -228,7 +228,9 @@ def seconds_of(text: str) -> float:
 
 
 def deadline(text: str, now: datetime) -> datetime:
-    """When a run has to stop: `06:00` is the next such time (UTC), `5h` is so much later, an ISO time is itself.
+    """Return the time at which a run must stop.
+
+    `06:00` means the next such time (UTC), `5h` a time after `now`; an ISO time means itself.
 
     An ISO time without a zone is UTC.
 

@@ -18,7 +18,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from pia_batch.config import ModelConfig, SchedulerConfig
-from pia_batch.config.speed_presets import EXACT, PRESETS, Shortcuts
+from pia_batch.config.speed_presets import EXACT, PRESETS, SpeedPreset
 from pia_batch.engine import adapters, compiling, image_prompts, offloading, single_file
 from pia_batch.engine.offloading import DeviceSlot, OnDemand
 from pia_batch.engine.shared_weights import SharedParts
@@ -76,7 +76,7 @@ class Components:
     latent_stride: int
     image_encoder: Any = None
     image_processor: Any = None
-    shortcuts: Shortcuts = EXACT
+    shortcuts: SpeedPreset = EXACT
     call: compiling.Call = compiling.directly
 
     @property

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pia_batch.config.speed_presets import EXACT, OUTERMOST_SHARE, Shortcuts, whole_evaluations
+from pia_batch.config.speed_presets import EXACT, OUTERMOST_SHARE, SpeedPreset, whole_evaluations
 from pia_batch.engine import free_init
 from pia_batch.engine.async_transfers import AsyncTransfers
 from pia_batch.engine.compiling import Call, directly
@@ -74,7 +74,7 @@ class Row:
     image_prompt: ImagePrompt | None
     options: dict[str, Any] = field(default_factory=dict)
     unet_samples: float = 0
-    shortcuts: Shortcuts = EXACT
+    shortcuts: SpeedPreset = EXACT
     whole: list[bool] = field(init=False)
     deep: DeepFeatures = ()
 

@@ -1,4 +1,4 @@
-"""A manifest's columns in their own types, and the rows that are rejected because they hold something else."""
+"""Columns of a manifest in their declared types; rows with values that cannot be converted are rejected."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pia_batch.schema.settings import BY_NAME, MAX_SEED
 
 
 class Rejections:
-    """Which rows are bad so far, and why; the first reason stands.
+    """Rejected rows so far, with the first reason of each.
 
     Attributes:
-        bad: bool, one for each row.
+        bad: True for rejected rows; bool, shape (num_rows,).
     """
 
     def __init__(self, num_rows: int) -> None:
@@ -26,7 +26,7 @@ class Rejections:
         self._found: list[tuple[npt.NDArray[np.int64], str, pa.Array]] = []
 
     def reject(self, mask: pa.Array, kind: str, explain: Callable[[npt.NDArray[np.int64]], pa.Array | str]) -> None:
-        """Mark the rows of `mask` (null counts as false); `explain` is asked only for those that are newly bad."""
+        """Reject the rows of `mask` (null counts as false); `explain` is called only for newly rejected ones."""
         flags = np.asarray(pc.fill_null(mask, False).to_numpy(zero_copy_only=False), dtype=bool)
         rows = np.flatnonzero(flags & ~self.bad)
         if len(rows):
@@ -45,11 +45,11 @@ class Rejections:
 
 
 class Columns:
-    """The known columns in their own types; values that cannot be converted are rejected, and null from then on.
+    """Known columns in their declared types; values that cannot be converted are rejected, and become null.
 
     Attributes:
-        num_rows: of each column.
-        typed: by name, with the types of `records.REQUEST`.
+        num_rows: Number of rows.
+        typed: Columns by name, with the types of REQUEST.
     """
 
     def __init__(self, table: pa.Table, rejections: Rejections) -> None:
@@ -61,7 +61,7 @@ class Columns:
             self.typed[name] = self._convert(name)
 
     def take(self, rows: npt.NDArray[np.int64]) -> None:
-        """Keep `rows` only."""
+        """Keep only `rows`, given by number."""
         self.typed = {name: column.take(pa.array(rows)) for name, column in self.typed.items()}
         self.num_rows = len(rows)
 
@@ -70,7 +70,7 @@ class Columns:
         self._rejections.reject(missing, "missing_value", lambda _: f"column '{name}' is empty; required: {wanted}")
 
     def reject(self, name: str, bad: pa.Array, kind: str, allowed: str) -> None:
-        """Reject the rows of `bad` for their value of column `name`; `allowed` says what may stand there."""
+        """Reject the rows of `bad` for their value of column `name`; `allowed` describes the allowed values."""
 
         def explain(rows: npt.NDArray[np.int64]) -> pa.Array:
             raw = self._raw.get(name)
@@ -102,7 +102,7 @@ class Columns:
         return pa.nulls(self.num_rows, pa.string())
 
     def _to_boolean(self, name: str, raw: pa.Array) -> pa.Array:
-        """Truth out of a column of text, as CSV has it: true and false in any case; empty is null."""
+        """Return booleans from text, which CSV has: true and false in any case; empty text is null."""
         if not (pa.types.is_large_string(raw.type) or pa.types.is_string(raw.type)):
             self.reject(name, pc.is_valid(raw), "invalid_type", f"true, false, or null, and not {raw.type}")
             return pa.nulls(self.num_rows, pa.bool_())
@@ -135,7 +135,7 @@ class Columns:
         return pa.nulls(self.num_rows, wanted)
 
     def _parse(self, name: str, raw: pa.Array, wanted: pa.DataType) -> pa.Array:
-        """Numbers out of text, digit by digit where a float would round large seeds."""
+        """Return numbers from text, digit by digit where a float would round large seeds."""
         text = pc.utf8_trim_whitespace(raw.cast(pa.string()))
         text = pc.if_else(pc.equal(text, ""), None, text)
         numeric = pc.match_substring_regex(text, r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$")

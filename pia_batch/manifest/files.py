@@ -1,8 +1,8 @@
-"""One file of a manifest: Parquet, JSONL or CSV, untrusted, read in tables that fit in memory.
+"""Files of a manifest: Parquet, JSONL or CSV, untrusted, read in tables that fit in memory.
 
-A file that is corrupt, or built to unpack to what no machine holds, is a ManifestError that names it. Text and bytes
-are bounded by the constants below, as long as a Parquet footer tells the truth; one that lies can cost 2 GiB, a page's
-maximum, for each column. A list of equal numbers takes no space in a file, and its own size in memory.
+A file that is corrupt, or that unpacks to more than a machine holds, raises a ManifestError that names it. Text and
+bytes are bounded by the constants below if the Parquet footer is truthful; a false one can cost 2 GiB, a page's
+maximum, for each column. A list of equal numbers takes no space in a file, but its full size in memory.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ FileFormat = Literal["parquet", "jsonl", "csv"]
 
 BATCH_ROWS = 65_536
 BATCH_ROWS_WITH_BYTES = 256
-"""Rows read at a time where the images lie in the manifest: a few hundred images fit in memory, 65,536 do not."""
+"""Number of rows read at a time if the manifest contains the images: a few hundred fit in memory, 65,536 do not."""
 
 
 SLICE_BYTES = 256 * 2**20
-"""Text and bytes in one batch, unpacked: rows that hold more come in several batches, one row each at the least."""
+"""Unpacked text and bytes in one batch; rows with more come in several batches, of at least one row each."""
 
 MAX_ROW_BYTES = 32 * 2**10
 MAX_ROW_BYTES_WITH_BYTES = 64 * 2**20
-"""Text and bytes of one row, as a mean over the rows that are read at a time. A row that passes validation has at most
-22 KiB, and its image besides; more is a dictionary of long values that many rows share."""
+"""Largest text and bytes of one row, as a mean over the rows that are read at a time. A valid row has at most 22 KiB,
+plus its image; more means a dictionary of long values that many rows share."""
 
 MAX_EXPANSION = 1000
 MAX_EXPANDED_BYTES = 2**30
-"""A row group that is larger than this when unpacked may not be more than so many times the size of its file."""
+"""Limits of a row group: above MAX_EXPANDED_BYTES it unpacks to at most MAX_EXPANSION times the file's size."""
 
 MAX_COLUMNS = 1000
 
@@ -52,13 +52,12 @@ _MAX_FOOTER_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Contents:
-    """What is known of a file once it was looked at.
+    """Contents of a file as far as opening it shows.
 
     Attributes:
-        schema: of all columns, as stored.
-        groups: int64, (n, 2): rows and unpacked bytes of each Parquet row group; of JSONL and CSV those of the whole
-            file, as one group.
-        table: JSONL and CSV, which cannot be looked at without being read; None of Parquet.
+        schema: Schema of all columns, as stored.
+        groups: Rows and unpacked bytes of each Parquet row group, int64, shape (n, 2); other files are one group.
+        table: Rows of JSONL and CSV, which opening reads as a whole; None for Parquet.
     """
 
     schema: pa.Schema
@@ -67,22 +66,22 @@ class Contents:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all groups."""
+        """Number of rows of all groups."""
         return int(self.groups[:, 0].sum())
 
 
 Known = Callable[[str, str], Contents | None]
-"""What is in a file, by its path and version; None: nobody knows."""
+"""Lookup of a file's contents by its path and version; None: unknown."""
 
 
 @dataclass(frozen=True)
 class ManifestFile:
-    """A file as it was when the manifest was opened.
+    """One file in the version that was there when the manifest was opened.
 
     Attributes:
-        path: inside the file system.
-        format: what it holds.
-        version: `filesystems.version_of`; another one means that the file was replaced.
+        path: Path inside the file system.
+        format: Format of the file.
+        version: Result of `filesystems.version_of`; another one means that the file was replaced.
     """
 
     path: str
@@ -93,10 +92,10 @@ class ManifestFile:
     def open(
         cls, filesystem: pyarrow.fs.FileSystem, path: str, file_format: FileFormat, known: Known
     ) -> tuple[ManifestFile, Contents]:
-        """Look at a file, unless it is `known`: at the footer of Parquet, at the whole of JSONL and CSV.
+        """Open a file, and read its contents unless they are `known`: the footer of Parquet, all of JSONL and CSV.
 
         Raises:
-            ManifestError: unreadable, corrupt or too large.
+            ManifestError: the file is unreadable, corrupt or too large.
         """
         with reading(path):
             file = cls(path, file_format, filesystems.version_of(filesystem, path))
@@ -119,16 +118,16 @@ class ManifestFile:
         groups: Sequence[int] | None = None,
         table: pa.Table | None = None,
     ) -> Iterator[pa.Table]:
-        """The rows in order, with those of the columns `names` that the file has.
+        """Yield the rows in order, with those of the columns `names` that the file has.
 
         Args:
-            filesystem: that of the manifest.
-            names: of columns.
-            groups: Parquet only: the row groups to read, in rising order; None: all.
-            table: JSONL and CSV only: what `open` gave; None: it is read again.
+            filesystem: File system of the manifest.
+            names: Names of columns.
+            groups: Row groups to read, in rising order; None: all. Parquet only.
+            table: Rows that `open` has read; None: read them again. JSONL and CSV only.
 
         Raises:
-            ManifestError: the file is corrupt, too large, or went away.
+            ManifestError: the file is corrupt, too large, or was removed.
         """
         if self.format == "parquet":
             yield from self._read_parquet(filesystem, names, groups)
@@ -139,11 +138,11 @@ class ManifestFile:
             yield table.slice(start, BATCH_ROWS)
 
     def check_unchanged(self, filesystem: pyarrow.fs.FileSystem) -> None:
-        """See whether the file is still what it was when it was opened.
+        """Check that the file has not changed since it was opened.
 
         Raises:
-            InterruptedRunError: it was replaced, or is gone.
-            ManifestError: the store does not say.
+            InterruptedRunError: the file was replaced or removed.
+            ManifestError: the store does not report its version.
         """
         with reading(self.path):
             try:
@@ -191,15 +190,15 @@ class ManifestFile:
 
 @contextmanager
 def reading(place: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a ManifestError that names `place`."""
+    """Turn every exception into a ManifestError that names `place`."""
     try:
         yield
     except ManifestError:
         raise
     except Exception as err:  # noqa: BLE001 - every file system has its own classes for what goes wrong
-        said = redacted(message_of(err))
-        remedy = next((f"; {remedy}" for words, remedy in _REMEDIES.items() if words in said), "")
-        msg = f"cannot read manifest {place}: {said}{remedy}"
+        problem = redacted(message_of(err))
+        remedy = next((f"; {remedy}" for words, remedy in _REMEDIES.items() if words in problem), "")
+        msg = f"cannot read manifest {place}: {problem}{remedy}"
         raise ManifestError(msg) from None
 
 
@@ -210,13 +209,13 @@ _REMEDIES = {
     "the server answers 5": "it is the server that fails: try again, and look at its log",
     "credentials": "give this machine the store's, by AWS_PROFILE, AWS_ACCESS_KEY_ID and its secret, or a role",
     "file footer": "JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
-    "magic bytes": "write it anew; JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
+    "magic bytes": "write it again; JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
 }
-"""What helps where a library says these words."""
+"""Remedies by words in a library's message."""
 
 
 def plain_type(data_type: pa.DataType) -> pa.DataType:
-    """The type of the values themselves, whatever their encoding; Arrow can do little with the others."""
+    """Return the type of the values without their encoding; few of Arrow's functions take encoded ones."""
     if pa.types.is_dictionary(data_type):
         return plain_type(data_type.value_type)
     views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
@@ -227,7 +226,7 @@ def plain_type(data_type: pa.DataType) -> pa.DataType:
 
 
 def _opened(source: pa.NativeFile, path: str) -> pq.ParquetFile:
-    """The file with its footer read, once that is known to be one that can be."""
+    """Return the file with its footer read, after checking that the footer can be read."""
     num_bytes = source.size()
     _check_footer_bytes(source, num_bytes, path)
     file = pq.ParquetFile(source)
@@ -236,7 +235,7 @@ def _opened(source: pa.NativeFile, path: str) -> pq.ParquetFile:
 
 
 def _check_footer_bytes(source: pa.NativeFile, num_bytes: int, path: str) -> None:
-    """A footer is read whole, and unpacks to about ten times its size."""
+    """Refuse a footer that is too large: it is read whole, and unpacks to about ten times its size."""
     if num_bytes <= _MAX_FOOTER_BYTES:
         return
     footer_bytes = int.from_bytes(source.read_at(8, num_bytes - 8)[:4], "little")
@@ -246,9 +245,9 @@ def _check_footer_bytes(source: pa.NativeFile, num_bytes: int, path: str) -> Non
 
 
 def _check_expansion(metadata: pq.FileMetaData, num_bytes: int, path: str) -> None:
-    """Refuse what says itself that it unpacks to too much.
+    """Refuse files whose footer declares that they unpack to too much.
 
-    Row groups as a whole are asked and not their columns: for some corrupt footers `RowGroupMetaData.column` of
+    Sizes of row groups are read, and not of their columns: for some corrupt footers `RowGroupMetaData.column` of
     pyarrow 26 ends the process by a C++ exception (measured).
     """
     if metadata.num_columns > MAX_COLUMNS:
@@ -265,12 +264,12 @@ def _check_expansion(metadata: pq.FileMetaData, num_bytes: int, path: str) -> No
 
 
 def _is_text(data_type: pa.DataType) -> bool:
-    """Whether Parquet stores it as byte arrays, which it can hand over as dictionaries."""
+    """Return True if Parquet stores the type as byte arrays, which can be read as dictionaries."""
     return plain_type(data_type) in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
 
 
 def _text_bytes(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
-    """The bytes that the dictionary columns of each row will have, once unpacked; shape (rows,)."""
+    """Return the unpacked bytes of the dictionary columns of each row; shape (rows,)."""
     sizes = np.zeros(len(batch), np.int64)
     for column in batch.columns:
         if pa.types.is_dictionary(column.type):
@@ -280,7 +279,7 @@ def _text_bytes(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
 
 
 def _unpacked(batch: pa.RecordBatch, sizes: npt.NDArray[np.int64]) -> Iterator[pa.Table]:
-    """The rows of `batch` without dictionaries, in tables of about SLICE_BYTES."""
+    """Yield the rows of `batch` without dictionaries, in tables of about SLICE_BYTES."""
     ends = np.cumsum(sizes)
     start = 0
     while start < len(batch):
@@ -307,7 +306,7 @@ def _read_bytes(filesystem: pyarrow.fs.FileSystem, path: str) -> bytes:
 
 
 def _read_csv(filesystem: pyarrow.fs.FileSystem, path: str) -> pa.Table:
-    """Every column as strings: guessing types would turn the id "007" into 7. An empty field is null."""
+    """Read every column as strings: guessing types would turn the id "007" into 7. An empty field is null."""
     data = pa.BufferReader(_read_bytes(filesystem, path))
     parse_options = pyarrow.csv.ParseOptions(newlines_in_values=True)
     try:
@@ -363,7 +362,7 @@ _JSON_WORDS = {bool: "truth value", list: "list", str: "text", type(None): "null
 
 
 def _infer(values: list[Any]) -> pa.Array:
-    """One Arrow column; values of several types become their JSON texts, and `check` judges those."""
+    """Return an Arrow column; values of several types become JSON texts, which validation then checks."""
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError, TypeError, ValueError):

@@ -1,6 +1,6 @@
-"""Manifests: finding their files, one schema over all of them, and their rows in batches or in pieces for many workers.
+"""Manifests: their files, one schema for all of them, and their rows in batches, or in pieces for many workers.
 
-`manifest_files` reads each file with care, `validation` judges the rows.
+`files` reads untrusted files safely; `validation` validates the rows.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ EXTENSIONS: dict[str, FileFormat] = {
 }
 
 MAX_TEXT_BYTES = 512 * 2**20
-"""Of all files of a JSONL or CSV manifest: those are read whole."""
+"""Largest size of all files of a JSONL or CSV manifest, which are read whole."""
 
 MAX_ROWS = 200_000_000
-"""Of a manifest: the driver holds about 50 bytes a row."""
+"""Largest number of rows of a manifest; the driver needs about 50 bytes for each."""
 
 OPEN_THREADS = 16
 """Number of manifest files that are opened at a time."""
 
 PIECE_BYTES = 64 * 2**20
-"""Unpacked, in one piece, row groups permitting; and BATCH_ROWS rows."""
+"""Unpacked size of one piece, next to BATCH_ROWS rows; a single larger row group is one piece."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of a manifest, and where they stand in it."""
+    """Some rows of a manifest, with their position in it."""
 
     table: pa.Table
     file: str
@@ -67,15 +67,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some row groups of a Parquet file, or a whole JSONL or CSV file: what a worker reads by itself.
+    """Part of a manifest for one worker: some row groups of a Parquet file, or a whole JSONL or CSV file.
 
     Attributes:
-        uri: of the manifest, with its scheme.
-        file: as it was when the manifest was opened.
-        groups: numbers of row groups, rising; None where there are none.
-        partitions: columns that the file's folders name.
-        num_rows: in all of it.
-        num_bytes: of these rows in memory, about.
+        uri: URI of the manifest, with its scheme.
+        file: File in the version that was there when the manifest was opened.
+        groups: Numbers of row groups, rising; None for JSONL and CSV.
+        partitions: Values of the columns that the file's folders name.
+        num_rows: Number of rows.
+        num_bytes: Approximate size of these rows in memory, in bytes.
     """
 
     uri: str
@@ -86,11 +86,11 @@ class Piece:
     num_bytes: int
 
     def tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
-        """The rows in order, in the columns of `schema`.
+        """Yield the rows in order, in the columns of `schema`.
 
         Raises:
             ManifestError: the file is corrupt, or cannot be read.
-            InterruptedRunError: it was replaced since the manifest was opened. Rows of the new file may have been
+            InterruptedRunError: the file was replaced after the manifest was opened. Rows of the new file may have been
                 yielded before.
         """
         with reading(self.file.path):
@@ -103,7 +103,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of a manifest, in order, with one schema over all of them."""
+    """Files of a manifest, in order, with one schema for all of them."""
 
     uri: str
     format: FileFormat
@@ -115,20 +115,20 @@ class Manifest:
     _root: str
     _opened: tuple[tuple[ManifestFile, Contents], ...] = field(repr=False)
     _tables: dict[str, pa.Table] = field(repr=False)
-    """JSONL and CSV files, which are slow to read. Parquet is streamed."""
+    """Rows of JSONL and CSV files by path: they are slow to read. Parquet is streamed."""
 
     @classmethod
     def open(cls, uri: str, known: Known = lambda _path, _version: None) -> Manifest:
         """Find the files and their schema. Reads Parquet footers, and JSONL and CSV files whole.
 
         Args:
-            uri: of a file, or of a folder of them.
-            known: what is in a version of a file; None: it is opened to see.
+            uri: URI of a file, or of a folder of them.
+            known: Lookup of the contents of a version of a file; where it returns None, the file is opened.
 
         Raises:
-            ManifestError: nothing there, unreadable, empty, too large, mixed formats, files that contradict each
-                other, a required column missing, or a column that bears the name of a result's.
-            ConfigError: `uri` is none.
+            ManifestError: the manifest is absent, unreadable, empty, too large or of mixed formats; files contradict
+                each other; a required column is absent, or a column has the name of a result column.
+            ConfigError: `uri` is not a URI.
         """
         uri = object_store.absolute(uri).rstrip("/")
         shown = redacted_uri(uri)
@@ -156,31 +156,31 @@ class Manifest:
 
     @property
     def opened(self) -> tuple[tuple[ManifestFile, Contents], ...]:
-        """The files in order, as they were when this was made, and what is in them."""
+        """Files in order, in the versions that were opened, with their contents."""
         return self._opened
 
     def shape_of(self, file: ManifestFile, columns: Sequence[str]) -> str:
-        """32 hex digits over how these columns of a file are read, given the other files and its folders."""
+        """Return a hash, 32 hexadecimal digits, of the types and partitions by which columns of a file are read."""
         read = [[item.name, str(item.type)] for item in self.schema if item.name in columns]
-        said = json.dumps([file.format, read, _partitions(file.path, self._root)], sort_keys=True)
-        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        shape = json.dumps([file.format, read, _partitions(file.path, self._root)], sort_keys=True)
+        return hashlib.blake2b(shape.encode(), digest_size=16).hexdigest()
 
     @property
     def folder(self) -> str:
-        """The URI that relative image paths start from."""
+        """URI that relative image paths start from."""
         return self.uri.rsplit("/", 1)[0] if self.files == (self._root,) else self.uri
 
     def batches(
         self, columns: Sequence[str] | None = None, ordinals: npt.NDArray[np.int64] | None = None
     ) -> Iterator[Batch]:
-        """The rows in order, `columns` only (those that exist).
+        """Yield the rows in order, in those of `columns` that exist.
 
         Args:
-            columns: their names; None: all.
-            ordinals: sorted row numbers inside the manifest: row groups without any of them are passed over.
+            columns: Names of columns; None: all.
+            ordinals: Sorted row numbers inside the manifest: row groups without any of them are skipped.
 
         Raises:
-            ManifestError: a file is corrupt, or went away.
+            ManifestError: a file is corrupt, or was removed.
         """
         schema = pa.schema([item for item in self.schema if columns is None or item.name in columns])
         start = 0
@@ -193,7 +193,7 @@ class Manifest:
             start += contents.num_rows
 
     def read(self, piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """The rows of a piece of this manifest, `columns` only; as `Piece.tables`, but nothing is read twice."""
+        """Yield the rows of a piece, in `columns` only, like `Piece.tables`, but from memory where they were read."""
         schema = pa.schema([item for item in self.schema if item.name in columns])
         if piece.file.path in self._tables:
             yield from self._read(piece.file, schema, None)
@@ -206,11 +206,11 @@ class Manifest:
         return _conformed(rows, file.path, schema, _partitions(file.path, self._root))
 
     def release(self) -> None:
-        """Hold no rows any more: workers read the pieces from now on. What `batches` gives stays the same."""
+        """Free the rows in memory: workers read the pieces from now on. `batches` yields the same rows."""
         self._tables.clear()
 
     def pieces(self) -> Iterator[Piece]:
-        """The whole manifest in pieces: of JSONL and CSV a file each, of Parquet neighbouring row groups.
+        """Yield the whole manifest in pieces: a JSONL or CSV file, or neighbouring row groups of Parquet.
 
         A piece has at most BATCH_ROWS rows and PIECE_BYTES bytes, or one row group.
         """
@@ -225,7 +225,7 @@ class Manifest:
 def _runs(
     contents: Contents, start: int, ordinals: npt.NDArray[np.int64] | None
 ) -> Iterator[tuple[int, list[int] | None]]:
-    """The row groups of a file that are read together, and their first row: all of them, or those with `ordinals`."""
+    """Yield the row groups of a file that are read together, with their first row: all, or those with `ordinals`."""
     if ordinals is None:
         yield 0, None
         return
@@ -238,7 +238,7 @@ def _runs(
 
 
 def _neighbours(contents: Contents) -> Iterator[list[int]]:
-    """The numbers of the row groups that have rows, in lists for one piece each."""
+    """Yield the numbers of the row groups that have rows, in one list for each piece."""
     waiting: list[int] = []
     rows = num_bytes = 0
     for group, (group_rows, group_bytes) in enumerate(contents.groups.tolist()):
@@ -256,19 +256,19 @@ def _neighbours(contents: Contents) -> Iterator[list[int]]:
 def _conformed(
     rows: Iterator[pa.Table], path: str, schema: pa.Schema, partitions: Mapping[str, str]
 ) -> Iterator[pa.Table]:
-    """The rows of a file in the columns of `schema`, known to be sound Arrow."""
+    """Yield the rows of a file in the columns of `schema`, after validating them as Arrow data."""
     for read in rows:
         with reading(path):
             table = _conform(read, schema, partitions, path)
-            table.validate(full=True)  # text that is no UTF-8 would stop the checks half-way
+            table.validate(full=True)  # text that is not UTF-8 would raise in the middle of the checks
         yield table
 
 
 def refuse_output_inside(manifest: Manifest, output: str) -> None:
-    """See that a run's output is no part of the folder that its manifest is.
+    """Refuse an output inside the folder of the manifest.
 
     Raises:
-        ConfigError: it is: what the run writes there would be read as requests by the next one.
+        ConfigError: the output is inside it, and the next run would read its results as requests.
     """
     place = object_store.absolute(output).rstrip("/")
     inside = _below(place, manifest.uri) if f"{place}/".startswith(f"{manifest.uri}/") else None
@@ -293,7 +293,9 @@ def _discover(filesystem: pyarrow.fs.FileSystem, root: str, uri: str) -> tuple[t
     info = filesystem.get_file_info(root)
     if info.type == pyarrow.fs.FileType.NotFound:
         with suppress(FileNotFoundError):
-            filesystems.version_of(filesystem, root)  # which tells a server that does not answer from one without it
+            filesystems.version_of(
+                filesystem, root
+            )  # raises for a server that does not answer, not for one without the file
         pattern = ", and name a folder in place of a pattern with '*'" if "*" in unquote(uri) else ""
         msg = f"manifest {uri} does not exist; correct its path or URI{pattern}"
         raise ManifestError(msg)
@@ -325,7 +327,7 @@ def _hidden(path: str, root: str) -> bool:
 
 
 def _partitions(path: str, root: str) -> dict[str, str]:
-    """The hive partitions in the folders of a file: `dt=2026-11-22/part.parquet` gives {"dt": "2026-11-22"}."""
+    """Return the hive partitions in the folders of a file: {"dt": "2026-11-22"} for `dt=2026-11-22/part.parquet`."""
     pairs = [part.split("=", 1) for part in _below(path, root).parts[:-1] if "=" in part]
     return {name: unquote(value) for name, value in pairs}
 

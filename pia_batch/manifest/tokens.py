@@ -1,4 +1,4 @@
-"""How many tokens a prompt has at least, told without the tokenizer of a model."""
+"""Lower bounds of the number of tokens of prompts, computed without a model's tokenizer."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ import pyarrow.compute as pc
 from pia_batch.schema.keys import text_bytes
 
 MAX_TOKENS = 77
-"""What CLIP's text encoder reads, its two markers included; of a longer prompt the end is lost."""
+"""Number of tokens that CLIP's text encoder reads, its two markers included; longer prompts are cut."""
 
 _MARKERS = 2
 
 _WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}\p{M}]+|\p{N}|[^\s\p{L}\p{M}\p{N}\p{Z}\p{C}]+"
-"""What CLIP's tokenizer cuts a text into before it looks into its vocabulary: each becomes one token or more. Marks and
-the letters that they stand on count as one, as it puts them together first.
+"""Words that CLIP's tokenizer splits a text into before it looks them up: each becomes one token or more. A letter and
+its marks count as one, because the tokenizer composes them first.
 
 Source: openai/CLIP `simple_tokenizer.py`."""
 
 _MAX_WORDS = MAX_TOKENS - _MARKERS
 
 _AT_ONCE = 4096
-"""Prompts whose bytes are looked at together: more of them fall out of a processor's cache, at twice the price."""
+"""Number of prompts that are processed together: more of them do not fit a processor's cache, at twice the cost."""
 
 
 def are_truncated(prompts: pa.StringArray) -> pa.Array:
-    """Which prompts have certainly more than MAX_TOKENS tokens; bool, of the same length.
+    """Return for each prompt if it certainly has more than MAX_TOKENS tokens; bool, of the same length.
 
     Args:
-        prompts: no nulls, none of them longer than 16 kB.
+        prompts: Texts without nulls, none longer than 16 kB.
     """
     blocks = [_are_truncated(prompts.slice(start, _AT_ONCE)) for start in range(0, len(prompts), _AT_ONCE)]
     return pa.array(np.concatenate([np.empty(0, bool), *blocks]))
 
 
 def least_tokens(prompts: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """A lower bound of the tokens of each prompt, markers included. int32."""
+    """Return a lower bound of the tokens of each prompt, markers included; int32."""
     return pc.add(pc.count_substring_regex(prompts, _WORDS), pa.scalar(_MARKERS, pa.int32()))
 
 
 def _are_truncated(prompts: pa.StringArray) -> npt.NDArray[np.bool_]:
     found = np.zeros(len(prompts), dtype=bool)
-    # Each word takes a byte at least; and to count exactly is so slow that it is done only where the bounds differ.
+    # Each word takes at least one byte. Exact counting is slow, and is done only where the bounds differ.
     rows = np.flatnonzero(np.asarray(pc.binary_length(prompts)) > _MAX_WORDS)
     long = prompts if len(rows) == len(prompts) else prompts.take(pa.array(rows))
     most = _most_words(long)
@@ -55,10 +55,10 @@ def _are_truncated(prompts: pa.StringArray) -> npt.NDArray[np.bool_]:
 
 
 def _most_words(prompts: pa.StringArray) -> npt.NDArray[np.int16]:
-    """As many words as `least_tokens` counts, or more, at a tenth of its price. None of the prompts is empty."""
+    """Return an upper bound of the words that `least_tokens` counts, at a tenth of its cost. No prompt is empty."""
     kinds = _translated(prompts, _KINDS)
     begun = kinds.copy()
-    begun[1:] ^= kinds[1:] & kinds[:-1] & (_LETTER | _SIGN)  # what goes on begins no word
+    begun[1:] ^= kinds[1:] & kinds[:-1] & (_LETTER | _SIGN)  # a byte that continues a run does not begin a word
     starts = _starts(prompts)
     begun[starts] = kinds[starts]
     counts: npt.NDArray[np.int16] = np.add.reduceat(begun != 0, starts, dtype=np.int16)
@@ -66,7 +66,7 @@ def _most_words(prompts: pa.StringArray) -> npt.NDArray[np.int16]:
 
 
 def _surplus(prompts: pa.StringArray) -> npt.NDArray[np.int16]:
-    """How many of `_most_words` may be none. None of the prompts is empty."""
+    """Return the number of words by which `_most_words` may be too large. No prompt is empty."""
     counts: npt.NDArray[np.int16] = np.add.reduceat(_translated(prompts, _DOUBTS), _starts(prompts), dtype=np.int16)
     return counts
 
@@ -84,11 +84,11 @@ def _starts(prompts: pa.StringArray) -> npt.NDArray[np.int64]:
 _LETTER, _SIGN, _ALONE = 1, 2, 4
 
 _FIRST_OF_SEVERAL = 0xC0
-"""Bytes from here on begin a character that is no ASCII; those below, from 0x80, continue one."""
+"""First byte that begins a character outside ASCII; bytes from 0x80 up to it continue one."""
 
 
 def _kind(byte: int) -> int:
-    """What a byte of UTF-8 may begin: a run of letters or signs; or a digit or foreign character, each for itself."""
+    """Return the kind of word that a byte may begin: letters, signs, or a digit or non-ASCII character alone."""
     text = chr(byte)
     if not text.isascii():
         return _ALONE if byte >= _FIRST_OF_SEVERAL else 0
@@ -98,7 +98,7 @@ def _kind(byte: int) -> int:
 
 
 def _doubt(byte: int) -> int:
-    """How many words fewer there may be: `'s` is one, and so are a letter of any script and those around it."""
+    """Return by how much a byte may lower the count: `'s` is one word, and so are letters of any script in a row."""
     return 2 if byte >= _FIRST_OF_SEVERAL else int(chr(byte) == "'")
 
 

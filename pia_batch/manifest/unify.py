@@ -1,4 +1,4 @@
-"""One schema over all files of a manifest: columns that requests may have, and tables brought into it."""
+"""One schema for all files of a manifest, and tables converted to it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pia_batch.schema.columns import RESERVED, conformed
 
 
 def unify(schemas: list[pa.Schema], files: tuple[str, ...]) -> pa.Schema:
-    """One schema for all files: a column may be missing, of a wider type, of another encoding, or null throughout.
+    """Return one schema for all files; a column may be absent, wider, encoded differently or all null in some.
 
     Raises:
-        ManifestError: a file has a column twice, or contradicts one before it.
+        ManifestError: a file has a column twice, or contradicts an earlier file.
     """
     unified = pa.schema([])
     for number, (schema, path) in enumerate(zip(schemas, files, strict=True)):
@@ -34,7 +34,7 @@ def unify(schemas: list[pa.Schema], files: tuple[str, ...]) -> pa.Schema:
 
 
 def _contradiction(schemas: list[pa.Schema], files: tuple[str, ...]) -> str:
-    """Which column of the last schema does not go with which file before it."""
+    """Return a message about the column in which the last schema contradicts an earlier file."""
     last = schemas[-1]
     for name in last.names:
         for schema, path in zip(schemas[:-1], files, strict=False):
@@ -51,10 +51,10 @@ def _contradiction(schemas: list[pa.Schema], files: tuple[str, ...]) -> str:
 
 
 def check_columns(names: Sequence[str], place: str) -> None:
-    """Refuse columns that cannot be those of requests; `place` is what has them.
+    """Refuse columns that cannot be those of requests; `place` names their file for messages.
 
     Raises:
-        ManifestError: too many, a required one missing, or one that bears the name of a result's.
+        ManifestError: there are too many, a required one is absent, or one has the name of a result column.
     """
     if len(names) > MAX_COLUMNS:
         msg = f"{place} has {len(names)} columns; at most {MAX_COLUMNS} are read"

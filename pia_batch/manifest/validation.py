@@ -75,14 +75,14 @@ class _Columns(Columns):
     """Checks of each column, and of several together."""
 
     def check_identity(self) -> None:
-        """`request_id` and `prompt`: there, printable, not too long."""
+        """Check that `request_id` and `prompt` are present, printable and not too long."""
         ids, prompts = self.typed["request_id"], self.typed["prompt"]
         self.require("request_id", pc.is_null(ids), f"a string of 1 to {MAX_ID_BYTES} bytes")
         length = pc.binary_length(ids)
         bad = pc.or_kleene(pc.less(length, 1), pc.greater(length, MAX_ID_BYTES))
         self.reject("request_id", bad, "invalid_id", f"1 to {MAX_ID_BYTES} bytes of UTF-8")
         text = text_bytes(ids)
-        if ((text < ord(" ")) | (text > ord("~"))).any():  # to ask each value is slow, and most ids are plain
+        if ((text < ord(" ")) | (text > ord("~"))).any():  # a regex per value is slow, and most ids are plain
             control = pc.match_substring_regex(ids, r"\p{Cc}")
             self.reject("request_id", control, "invalid_id", "a string without control characters")
         blank = pc.or_kleene(pc.is_null(prompts), pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(prompts)), 0))
@@ -92,7 +92,7 @@ class _Columns(Columns):
             self.reject(name, long, "out_of_range", f"at most {MAX_PROMPT_BYTES} bytes")
 
     def check_image(self) -> None:
-        """One source of the image, and a sha256 that can be one."""
+        """Check that there is one source of the image, and that a sha256 is well-formed."""
         uris, data, sha256 = (self.typed[name] for name in ("image", "image_bytes", "image_sha256"))
         no_uri = pc.or_kleene(pc.is_null(uris), pc.equal(pc.binary_length(uris), 0))
         no_data = pc.or_kleene(pc.is_null(data), pc.equal(pc.binary_length(data), 0))
@@ -108,7 +108,7 @@ class _Columns(Columns):
         self.reject("ip_adapter_image", bad, "out_of_range", f"a URI of at most {MAX_URI_BYTES} bytes, or null")
 
     def check_settings(self, defaults: Defaults) -> None:
-        """Every number inside its range."""
+        """Check that every number is in its range."""
         for name in SETTINGS.names:
             if pa.types.is_integer(SETTINGS.field(name).type) or pa.types.is_floating(SETTINGS.field(name).type):
                 self._check_range(name)
@@ -122,7 +122,7 @@ class _Columns(Columns):
         frames = pc.fill_null(self.typed["num_frames"], defaults.num_frames)
         bad = pc.or_kleene(pc.less(length, 1), pc.greater(length, frames))
         self.reject("motion_curve", bad, "out_of_range", "1 to num_frames numbers, or null")
-        # NaN compares false, so what is asked is whether a value is inside.
+        # NaN compares false, so test for values inside the range.
         values = pc.list_flatten(curves)
         inside = pc.fill_null(pc.and_kleene(pc.greater_equal(values, 0), pc.less_equal(values, 1)), False)
         rows = np.repeat(np.arange(self.num_rows), pc.fill_null(length, 0))
@@ -131,7 +131,7 @@ class _Columns(Columns):
         self.reject("motion_curve", pa.array(outside), "out_of_range", "numbers from 0 to 1")
 
     def check_choices(self, config: RunConfig) -> None:
-        """Names out of a list."""
+        """Check that texts with a fixed set of values have one of them."""
         choices = {setting.name: setting.choices for setting in BY_NAME.values() if setting.choices}
         choices["model"] = tuple(config.all_models)
         for name, allowed in choices.items():
@@ -146,7 +146,7 @@ class _Columns(Columns):
         self.reject("ip_adapter_image", unsupported, "unsupported", "null; the model has no `ip_adapter` in the config")
 
     def check_motion(self, defaults: Defaults) -> None:
-        """The words for motion: not two for one row, and none that the other forbids."""
+        """Check that the settings of motion do not contradict each other."""
         word, scale = self.typed["motion"], self.typed["motion_scale"]
         twice = pc.and_(pc.is_valid(word), pc.is_valid(scale))
         self.reject("motion", twice, "invalid_value", "either `motion` or `motion_scale`, not both")
@@ -158,15 +158,17 @@ class _Columns(Columns):
         self.reject("loop", looped_style, "invalid_value", "true only with a motion_scale of 0-5")
 
     def check_together(self, config: RunConfig) -> None:
-        """Settings that are fine alone but not with each other."""
+        """Check settings that are valid alone but not together."""
         defaults = config.defaults
         auto = is_auto(self, defaults)
         for name in ("width", "height"):
             both = pc.and_(auto, pc.is_valid(self.typed[name]))
             self.reject(name, both, "invalid_value", "null where `size` is auto")
         get = {name: pc.fill_null(self.typed[name], getattr(defaults, name)) for name in _FILLED}
-        drawn = pc.floor(pc.multiply(get["strength"], pc.cast(get["num_inference_steps"], pa.float64(), safe=False)))
-        self.reject("strength", pc.less(drawn, 1), "out_of_range", "num_inference_steps x strength of at least 1")
+        num_steps = pc.floor(
+            pc.multiply(get["strength"], pc.cast(get["num_inference_steps"], pa.float64(), safe=False))
+        )
+        self.reject("strength", pc.less(num_steps, 1), "out_of_range", "num_inference_steps x strength of at least 1")
         for fmt, max_fps in MAX_FPS.items():
             too_fast = pc.and_(pc.equal(get["format"], fmt), pc.greater(get["fps"], max_fps))
             self.reject("fps", too_fast, "out_of_range", f"at most {max_fps} where `format` is {fmt}")

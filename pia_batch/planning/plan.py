@@ -162,8 +162,8 @@ def make_plan(config: RunConfig, *, retry: Retry | None = None, statistics: Stat
     valid[scan.indices(duplicates.conflicting)] = False
     good = KeySet.of(scan.keys if valid.all() else scan.keys[valid])
     done = _done(outcomes, retry)  # not earlier: it takes as much memory as the manifest's keys
-    finished = done.has(good)
-    unfinished = good.take(~finished)
+    finished = done.contains_members(good)
+    unfinished = good.filter(~finished)
     if statistics is not None:
         _count(statistics, scan, valid, done)
     selected = _select(config, found, scan, unfinished)
@@ -171,7 +171,7 @@ def make_plan(config: RunConfig, *, retry: Retry | None = None, statistics: Stat
     copied = keys_from_hex(repeats["key"])
     repeats = repeats.filter(pa.array((unfinished if selected is None else selected).contains(copied)))
     wanted = good | KeySet.of(keys_from_hex(rejected["key"]))
-    skipped = good.take(finished) | KeySet.of(np.concatenate([duplicates.repeated, scan.keys[~valid]]))
+    skipped = good.filter(finished) | KeySet.of(np.concatenate([duplicates.repeated, scan.keys[~valid]]))
     new_chunks, groups = scan.new_chunks, scan.groups
     del scan  # as large as what follows
     outcomes = outcomes.of(wanted)

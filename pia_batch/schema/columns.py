@@ -1,4 +1,4 @@
-"""The two Arrow schemas at the edges, request and result, and tables in them.
+"""Columns of requests and results, each described once, and tables with them.
 
 A request is *effective* once every null is replaced by the config's default.
 """
@@ -168,9 +168,9 @@ Row = dict[str, Any]
 
 
 def results_table(columns: Mapping[str, pa.Array | pa.Scalar], carried: pa.Table, num_rows: int) -> pa.Table:
-    """A table in RESULT's order and types, nulls where a column is not given, then the carried columns.
+    """Return a table in RESULT's order and types, nulls for columns that are not given, then the carried columns.
 
-    Credentials and signatures are taken out of URIs: results are read by more people than the manifest is.
+    Credentials and signatures are removed from URIs: more people read results than manifests.
     """
     arrays: dict[str, pa.Array | pa.ChunkedArray] = {}
     for field in RESULT:
@@ -206,26 +206,26 @@ def conformed(
 
 
 def redacted(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """`uris.redacted_uri` of a whole string column."""
+    """Return a string column with `uris.redacted_uri` applied to every value."""
     for pattern, kept in REDACTIONS:
         column = pc.replace_substring_regex(column, pattern, kept)
     return column
 
 
 def rejected_keys(request_ids: pa.Array, errors: pa.Array) -> pa.Array:
-    """A `key` column for requests that have no content to make one of: of their ids and of what is wrong with them."""
+    """Return a `key` column for rejected requests, which have no content key: hashes of their ids and errors."""
     return keys_to_hex(digest(canonical_json({"rejected": errors, "request_id": request_ids})))
 
 
 def named_texts(rows: pa.Table, default_model: str) -> dict[str, pa.Array]:
-    """The columns of a rejected request that its result has: those NAMED that are there, and always `model`."""
+    """Return the columns that results of rejected requests have: those NAMED that exist, and always `model`."""
     texts = {name: as_text(rows[name]) for name in NAMED if name in rows.column_names}
     texts["model"] = pc.fill_null(texts.get("model", pa.nulls(len(rows), pa.string())), default_model)
     return texts
 
 
 def as_text(column: pa.ChunkedArray) -> pa.Array:
-    """A column as strings, null where it holds something else."""
+    """Return a column as strings; all null if its type has none."""
     array = column.combine_chunks()
     try:
         return array.cast(pa.string())
@@ -234,5 +234,5 @@ def as_text(column: pa.ChunkedArray) -> pa.Array:
 
 
 def carried_columns(table: pa.Table) -> pa.Table:
-    """The columns that are the manifest's own business."""
+    """Return the columns that a run carries from the manifest into the results."""
     return table.select([name for name in table.column_names if name not in REQUEST.names])

@@ -1,8 +1,7 @@
 """The content key of a request, and sets of millions of them.
 
-A key is a 128-bit BLAKE2b hash of the canonical JSON (sorted names, no spaces, UTF-8) of all that decides an animation,
-so that the same key means the same work: change a setting or a model and the request is due again, change nothing and
-it is not.
+A key is a 128-bit BLAKE2b hash of the canonical JSON (sorted names, no spaces, UTF-8) of everything that decides an
+animation. Equal keys mean equal work: after a change of a setting or a model the request is pending again.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class KeySet:
 
     @classmethod
     def of(cls, keys: Keys) -> KeySet:
-        """The distinct ones of `keys`, shape (n,)."""
+        """Return the set of `keys`, shape (n,), which may repeat."""
         high, low = halves(keys)
         if not _is_rising(high):
             order = sorted_order(high, low)
@@ -49,7 +48,7 @@ class KeySet:
 
     @classmethod
     def _distinct(cls, high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> KeySet:
-        """The set of keys that are sorted already."""
+        """Return the set of keys that are sorted already."""
         first = np.ones(len(high), dtype=bool)
         first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
         return cls(high, low) if first.all() else cls(high[first], low[first])
@@ -58,37 +57,37 @@ class KeySet:
         return len(self.high)
 
     def __or__(self, other: KeySet) -> KeySet:
-        """The members of either."""
+        """Return the union."""
         if not len(other):
             return self
         high, low = np.concatenate([self.high, other.high]), np.concatenate([self.low, other.low])
         order = sorted_order(high, low)
         return KeySet._distinct(high[order], low[order])
 
-    def take(self, chosen: npt.NDArray[np.bool_]) -> KeySet:
-        """The members where `chosen`, bool, shape (n,), is true."""
+    def filter(self, chosen: npt.NDArray[np.bool_]) -> KeySet:
+        """Return the members where `chosen`, bool, shape (n,), is true."""
         return self if chosen.all() else KeySet(self.high[chosen], self.low[chosen])
 
-    def has(self, other: KeySet) -> npt.NDArray[np.bool_]:
-        """Which members of `other` are members here; bool, one for each of them in order."""
-        return self._contains(other.high, other.low)
+    def contains_members(self, other: KeySet) -> npt.NDArray[np.bool_]:
+        """Return for each member of `other`, in order, if it is a member here; bool, shape (len(other),)."""
+        return self._search(other.high, other.low)
 
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Which of `keys` are members; bool, shape (n,)."""
-        return self._contains(*halves(keys))
+        """Return for each key if it is a member; bool, shape (n,)."""
+        return self._search(*halves(keys))
 
-    def _contains(self, high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    def _search(self, high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         found = np.zeros(len(high), dtype=bool)
         if not len(self):
             return found
         if len(high) > _MANY and not (high[1:] >= high[:-1]).all():  # in order, each search is near the last one
             order = np.argsort(high)
-            found[order] = self._contains(high[order], low[order])
+            found[order] = self._search(high[order], low[order])
             return found
         if len(high) > _BLOCK:
             for start in range(0, len(high), _BLOCK):
                 block = slice(start, start + _BLOCK)
-                found[block] = self._contains(high[block], low[block])
+                found[block] = self._search(high[block], low[block])
             return found
         at = np.searchsorted(self.high, high, side="left")
         same = at < len(self)
@@ -107,12 +106,12 @@ class KeySet:
 
 
 def _is_rising(high: npt.NDArray[np.uint64]) -> bool:
-    """Whether keys are sorted and distinct already, as those of a journal's outcomes are."""
+    """Return True if keys are sorted and distinct already, as those of a journal's outcomes are."""
     return bool((high[1:] > high[:-1]).all())
 
 
 def sorted_order(high: npt.NDArray[np.uint64], *others: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """The order that sorts by `high`, then by each of `others`; as `np.lexsort` of them in reverse, but faster.
+    """Return the order that sorts by `high`, then by each of `others`: `np.lexsort` of them in reverse, but faster.
 
     Random halves of keys are almost all different, and then one sort of one column is the whole work.
     """
@@ -128,21 +127,21 @@ def sorted_order(high: npt.NDArray[np.uint64], *others: npt.NDArray[Any]) -> npt
 
 
 _BLOCK = 2**20
-"""Keys that are looked up at a time: a look-up needs five numbers for each."""
+"""Number of keys that are looked up at a time: a look-up needs five numbers for each."""
 
 _MANY = 1000
-"""Keys from which on it pays to sort them before they are looked up (measured)."""
+"""Number of keys from which sorting them before a look-up is faster (measured)."""
 
 
 def keys_from_hex(column: pa.ChunkedArray | pa.Array) -> Keys:
-    """The keys of a `key` column (32 hex digits each, no nulls)."""
+    """Return the keys of a `key` column (32 hexadecimal digits each, no nulls)."""
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     text = b"".join(_buffer(chunk)[0] for chunk in chunks)
     return np.frombuffer(bytes.fromhex(text.decode("ascii")), dtype=f"V{KEY_BYTES}")
 
 
 def keys_to_hex(keys: Keys) -> pa.Array:
-    """A `key` column, 32 hex digits each."""
+    """Return a `key` column, 32 hexadecimal digits each."""
     text = keys.tobytes().hex().encode("ascii")
     offsets = np.arange(0, len(text) + 1, 2 * KEY_BYTES, dtype=np.int32)
     if not len(keys):
@@ -151,15 +150,15 @@ def keys_to_hex(keys: Keys) -> pa.Array:
 
 
 def halves(keys: Keys) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """The keys as two numbers each, which sort as the keys do; both of shape (n,)."""
+    """Return each key as two numbers, which sort like the keys; both of shape (n,)."""
     pairs = np.frombuffer(np.ascontiguousarray(keys), dtype=">u8").reshape(-1, 2)
     return pairs[:, 0].astype(np.uint64), pairs[:, 1].astype(np.uint64)
 
 
 def digest(column: pa.Array, size: int = KEY_BYTES, prefix: str = "") -> Keys:
-    """BLAKE2b of every value of a string or binary column without nulls; shape (n,), `size` bytes each.
+    """Return the BLAKE2b hash of every value of a string or binary column without nulls; shape (n,), `size` bytes each.
 
-    `prefix` stands before each value, and is hashed only once.
+    `prefix` is prepended to each value, and hashed only once.
     """
     data, bounds = _buffer(column)
     begun = hashlib.blake2b(prefix.encode(), digest_size=size).copy  # a copy is cheaper than a new one
@@ -267,7 +266,7 @@ def _json_floats(column: pa.Array) -> pa.Array:
 
 
 def text_bytes(column: pa.Array) -> npt.NDArray[np.uint8]:
-    """UTF-8 of all values of a string column, one after the other, with whatever lies below nulls; no copy."""
+    """Return the UTF-8 of all values of a string column, concatenated, hidden values of nulls included; no copy."""
     if not len(column):
         return np.empty(0, np.uint8)
     wide = pa.types.is_large_string(column.type)
@@ -277,7 +276,7 @@ def text_bytes(column: pa.Array) -> npt.NDArray[np.uint8]:
 
 
 def _buffer(column: pa.Array) -> tuple[bytes, list[int]]:
-    """The bytes of a string or binary column, and where each value starts and the last one ends."""
+    """Return the bytes of a string or binary column, the start of each value and the end of the last one."""
     wide = pa.types.is_large_string(column.type) or pa.types.is_large_binary(column.type)
     offsets = np.frombuffer(column.buffers()[1] or bytes(8), dtype=np.int64 if wide else np.int32)
     offsets = offsets[column.offset : column.offset + len(column) + 1]

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pia_batch.config import ModelConfig, SchedulerConfig, speed_presets
-from pia_batch.config.speed_presets import EXACT, OUTERMOST_SHARE, PRESETS, Shortcuts, work_share
+from pia_batch.config.speed_presets import EXACT, OUTERMOST_SHARE, PRESETS, SpeedPreset, work_share
 from pia_batch.engine import Clip, PiaEngine, Shot, compiling, loading, unet
 from pia_batch.engine.loading import build_scheduler
 from pia_batch.weights import sd15
@@ -45,7 +45,7 @@ def schedules(draw: st.DrawFn) -> list[float]:
 
 @given(schedules(), st.floats(0, 1), st.sampled_from([1, 2]))
 def test_no_feature_is_older_than_its_reach_and_both_ends_are_whole(times, reach, layers):
-    whole = speed_presets.whole_evaluations(Shortcuts(reach, layers), times, 1000)
+    whole = speed_presets.whole_evaluations(SpeedPreset(reach, layers), times, 1000)
 
     assert len(whole) == len(times)
     assert whole[0]

@@ -158,6 +158,6 @@ def test_keys_are_found_the_same_in_blocks_and_in_any_order(block: int, monkeypa
     members = KeySet.of(keys[:25])
 
     assert members.contains(keys).tolist() == [True] * 25 + [False] * 15
-    assert KeySet.of(keys).has(members).all()
-    assert int(members.has(KeySet.of(keys)).sum()) == 25
+    assert KeySet.of(keys).contains_members(members).all()
+    assert int(members.contains_members(KeySet.of(keys)).sum()) == 25
     assert len(members | KeySet.of(keys[20:30])) == 30
