@@ -222,7 +222,7 @@ def test_a_run_from_python_leaves_the_results_that_the_readme_reads(
     assert sorted(names["results"]["shop"].to_pylist()) == ["north", "north", "south"]
 
 
-def test_files_tell_how_they_were_made_by_the_commands_of_the_page(
+def test_files_show_how_they_were_made_by_the_commands_of_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

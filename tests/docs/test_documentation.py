@@ -27,7 +27,7 @@ PAGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "README
 
 @pytest.fixture(scope="module")
 def reference() -> dict[str, Any]:
-    """What docs/reference.py has: `make docs` runs it."""
+    """Return the names of docs/reference.py, which `make docs` runs."""
     return runpy.run_path(str(ROOT / "docs" / "reference.py"))
 
 
@@ -94,7 +94,7 @@ def test_the_example_manifest_is_a_good_one(tmp_path: Path, monkeypatch: pytest.
 _IMPORTS = ast.Import | ast.ImportFrom
 
 
-def test_the_example_of_the_engine_draws_two_clips() -> None:
+def test_the_example_of_the_engine_generates_two_clips() -> None:
     names: dict[str, Any] = {"picture": Image.new("RGB", (64, 64), "red")}
     exec(python_block("engine.animate"), names)  # noqa: S102 - what a reader would do
 

@@ -1,4 +1,4 @@
-"""What must stay cheap at ten million requests, told at a fraction of that: each function is a check for `check_speed`.
+"""Costs at ten million requests, checked at a fraction of that: each function is a check for `check_speed`.
 
 A check gives one number, the more the better. It takes some seconds, compares CPU seconds (those of the processes that
 it starts included) or memory of both sides in one program, and needs no network.
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def first_plan() -> float:
-    """First plan, each row read, judged and hashed: times as cheap as a loop that only writes and hashes its JSON."""
+    """First plan, each row read, validated and hashed: times as cheap as a loop that writes and hashes its JSON."""
     with tempfile.TemporaryDirectory() as name:
         config = _manifest(Path(name), PLANNED_ROWS)
         make_plan(config.model_copy(update={"manifest": f"{config.manifest}/part-1.parquet"}))
@@ -62,7 +62,7 @@ def _looped_key(request: dict[str, Any]) -> str:
 
 
 def known_plan() -> float:
-    """Plan and survey of 200,000 rows that were scanned before, 70 % finished: times as cheap as the first."""
+    """Plan and statistics of 200,000 rows that were scanned before, 70 % finished: times as cheap as the first."""
     with tempfile.TemporaryDirectory() as name:
         config = _manifest(Path(name), PLANNED_ROWS)
         first = _cpu_seconds(lambda: make_plan(config, statistics=Statistics()).save_scan())

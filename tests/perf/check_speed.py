@@ -1,9 +1,9 @@
-"""What must stay fast, as ratios of two sides measured in turns by one program: `make bench-check`.
+"""Speed checks, as ratios of two sides measured in turns by one program: `make bench-check`.
 
     python tests/perf/check_speed.py
 
-CPU seconds are compared, not those on the wall, so that other work on the machine disturbs little. Each line tells what
-was measured and the least it must be; one below it makes the exit code 1.
+CPU seconds are compared, not those on the wall, so that other work on the machine disturbs little. Each line shows a
+measurement and its minimum; one below its minimum makes the exit code 1.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PIPELINE = "from diffusers import PIAPipeline, MotionAdapter; from transformers 
 
 
 def main() -> int:
-    """Measure, print, and tell by the exit code whether all is as fast as it must be."""
+    """Measure and print all ratios; return 1 if one is below its minimum."""
     checks: list[tuple[float, str, Callable[[], float]]] = [
         (1.3, "engine: eight mixed requests, one thread, times as fast as single calls", cpu_gain),
         (
@@ -50,7 +50,7 @@ def main() -> int:
         (1.0, "plan without torch: 1 if so", lambda: float(run(PLAN).returncode == 0)),
         (20.0, "GIF: times as fast as Pillow's own", gif_gain),
         (1.0, "MP4 of 16 x 512 x 512: 100 ms of a core, as a share of it", mp4_gain),
-        (0.9, "chain: share of their time in which two engines draw batches of one second", chain_busy),
+        (0.9, "chain: share of their time in which two engines generate batches of one second", chain_busy),
         (0.25, "chain: 1 ms of the driver, as a share of what a row costs it in batches of 16", chain_driver),
         *((least, str(check.__doc__), check) for least, check in check_scale.CHECKS),
     ]
@@ -102,7 +102,7 @@ def gif_gain() -> float:
 
 
 def mp4_gain() -> float:
-    """How many MP4s fit in 100 ms of a core."""
+    """Return the number of MP4s that fit in 100 ms of a core."""
     from pia_batch.config import EncodingConfig  # noqa: PLC0415
     from pia_batch.media.codecs import encode  # noqa: PLC0415
 

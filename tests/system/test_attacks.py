@@ -1,4 +1,4 @@
-"""What a hostile manifest tries with its URIs, and that none of it connects, reads or tells what it should not.
+"""Hostile URIs of a manifest: none of them connects, reads or reveals what it must not.
 
 Every connection that this process opens is counted where Python's own audit hooks report it, and a listener on the
 loopback addresses plays what an attacker wants to reach.
@@ -39,8 +39,8 @@ from pia_batch.storage import http_client, uris
 from pia_batch.storage.http_client import HttpReader, is_public
 
 NOWHERE = "file:///nowhere"
-SERVER, CANARY = "127.0.0.2", "127.0.0.1"
-"""Two addresses of this machine: the one that tests call public, and the one that nobody may reach."""
+SERVER, SENTINEL = "127.0.0.2", "127.0.0.1"
+"""Two addresses of this machine: the one that tests call public, and the one that no request may reach."""
 
 CONNECTED: list[Any] = []
 
@@ -158,19 +158,19 @@ class Server(ThreadingHTTPServer):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """A web server that is allowed, and a canary at the same port of an address that is not."""
-    with Server(SERVER) as allowed, Server(CANARY, allowed.server_port) as canary:
+    """A web server that is allowed, and a sentinel at the same port of an address that is not."""
+    with Server(SERVER) as allowed, Server(SENTINEL, allowed.server_port) as sentinel:
         threads = [
-            threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.02}) for one in (allowed, canary)
+            threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.02}) for one in (allowed, sentinel)
         ]
         for thread in threads:
             thread.start()
         try:
             yield allowed
-            assert canary.requests == []
+            assert sentinel.requests == []
         finally:
-            allowed.closing = canary.closing = True
-            for one in (allowed, canary):
+            allowed.closing = sentinel.closing = True
+            for one in (allowed, sentinel):
                 one.shutdown()
             for thread in threads:
                 thread.join()
@@ -188,7 +188,7 @@ def names(table: dict[str, Sequence[str]]) -> Callable[[str, int], Any]:
     return resolve
 
 
-HOSTS = {"images.example.com": [SERVER], "cdn.example.com": [SERVER], "inside.example.com": [CANARY]}
+HOSTS = {"images.example.com": [SERVER], "cdn.example.com": [SERVER], "inside.example.com": [SENTINEL]}
 INTERNET = HttpReader(resolve=names(HOSTS), is_public=lambda address: address == SERVER)
 """An internet of one server."""
 
@@ -267,7 +267,7 @@ def test_a_passing_fault_of_a_server_is_tried_again(server: Server) -> None:
         (429, "could not be read in time: the server answered 429", 2),
     ],
 )
-def test_what_a_server_answers_is_told(server: Server, status: int, says: str, requests: int) -> None:
+def test_what_a_server_answers_is_reported(server: Server, status: int, says: str, requests: int) -> None:
     here = f"http://images.example.com:{server.server_port}"
 
     assert f"{here}/status/{status} {says}" in refused(f"{here}/status/{status}?sig=secret", here, timeout_s=0.5)
@@ -299,11 +299,11 @@ def test_a_hostile_answer_is_bounded_in_time_and_size(server: Server, path: str,
 
 
 REDIRECTS = [
-    "http://{canary}:{port}/x.png",
+    "http://{sentinel}:{port}/x.png",
     "http://localhost:{port}/x.png",
     "http://inside.example.com:{port}/x.png",
-    "//{canary}:{port}/x.png",
-    "http://images.example.com:{port}@{canary}:{port}/x.png",
+    "//{sentinel}:{port}/x.png",
+    "http://images.example.com:{port}@{sentinel}:{port}/x.png",
     "http://key:word@images.example.com:{port}/x.png",
     "http://2130706433:{port}/x.png",
     "http://169.254.169.254/latest/meta-data/",
@@ -311,12 +311,12 @@ REDIRECTS = [
     "http://images.example.com/x.png",
     "file:///etc/passwd",
     "s3://photos/x.png",
-    "gopher://{canary}:{port}/_x",
-    "ftp://{canary}/x",
+    "gopher://{sentinel}:{port}/_x",
+    "ftp://{sentinel}/x",
     "data:image/png;base64,AAAA",
     "javascript:alert(1)",
-    "\\\\{canary}\\x",
-    "http:\\\\{canary}:{port}\\x.png",
+    "\\\\{sentinel}\\x",
+    "http:\\\\{sentinel}:{port}\\x.png",
     "http://[::1]:{port}/x.png",
     "http://[invalid/x",
     "http://images.example.com:{port}/%2e%2e/x.png",
@@ -330,7 +330,7 @@ REDIRECTS = [
 def test_a_redirect_leads_nowhere_that_is_not_allowed(server: Server, connections: list[Any], location: str) -> None:
     port = server.server_port
     here = f"http://images.example.com:{port}"
-    location = location.format(canary=CANARY, port=port)
+    location = location.format(sentinel=SENTINEL, port=port)
     # Even where the operator opened object storage, files, and a name that leads inside.
     allow = (here, "s3://photos/", "/", f"http://inside.example.com:{port}")
 
@@ -456,17 +456,17 @@ def test_one_inner_address_among_those_of_a_name_is_enough_to_refuse_it(
 
 
 def test_an_address_stands_for_itself_whatever_a_resolver_says_of_it(server: Server, connections: list[Any]) -> None:
-    here = f"http://{CANARY}:{server.server_port}"
-    through = HttpReader(resolve=names({CANARY: [SERVER]}), is_public=INTERNET.is_public)
+    here = f"http://{SENTINEL}:{server.server_port}"
+    through = HttpReader(resolve=names({SENTINEL: [SERVER]}), is_public=INTERNET.is_public)
 
     assert "is not a host on the public internet" in refused(f"{here}/x.png", here, through=through)
     assert connections == []
 
 
-def test_a_name_is_resolved_once_and_what_was_judged_is_what_is_connected_to(
+def test_a_name_is_resolved_once_and_the_checked_address_is_connected_to(
     server: Server, connections: list[Any]
 ) -> None:
-    answers = [[SERVER]] + [[CANARY]] * 9
+    answers = [[SERVER]] + [[SENTINEL]] * 9
     asked = []
 
     async def flipping(host: str, port: int) -> Sequence[str]:
@@ -483,8 +483,8 @@ def test_a_name_is_resolved_once_and_what_was_judged_is_what_is_connected_to(
     assert len(connections) == 1
 
 
-def test_each_redirect_is_resolved_and_judged_anew(server: Server, connections: list[Any]) -> None:
-    answers = iter([[SERVER], [CANARY]])
+def test_each_redirect_is_resolved_and_checked_again(server: Server, connections: list[Any]) -> None:
+    answers = iter([[SERVER], [SENTINEL]])
 
     async def flipping(host: str, port: int) -> Sequence[str]:
         del host, port
@@ -537,7 +537,7 @@ def test_the_environment_gives_no_proxy_and_no_password(
     server: Server, connections: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.setenv(name, f"http://{CANARY}:{server.server_port}")
+        monkeypatch.setenv(name, f"http://{SENTINEL}:{server.server_port}")
     (tmp_path / "netrc").write_text("machine images.example.com login me password word\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     here = f"http://images.example.com:{server.server_port}"
@@ -814,30 +814,30 @@ def test_a_secret_in_a_uri_reaches_no_result_no_log_and_no_error(
     uri = WITH_SECRETS[number].replace("PORT", str(server.server_port))
     here = f"http://images.example.com:{server.server_port}"
     base = tmp_path.as_uri()
-    told: list[str] = []
+    reported: list[str] = []
 
     for allow in ((), (here, "s3://bucket", "https://images.example.com", "http://images.example.com:1")):
         with pytest.raises(RequestError) as caught:
             fetch(uri, *(allow if not uri.startswith(("s3", "abfs")) else ()), base=base, timeout_s=0.3)
-        told.append(str(caught.value))
+        reported.append(str(caught.value))
     config = RunConfig.load(None, {"manifest": "m", "output": str(tmp_path / "out"), "images.timeout_s": 0.1})
     tables = [requests_table(1, image=[uri]), requests_table(1, image=[uri], image_bytes=[b"x"])]
     for table in tables:
         checked = check(table, config, {"default": "e" * 32})
-        told.append(str(checked.rejected.to_pylist()))
+        reported.append(str(checked.rejected.to_pylist()))
         fetched = FetchImages(config.images, base)(with_row_error(checked.requests))
-        told.append(str(fetched["error"].to_pylist()))
+        reported.append(str(fetched["error"].to_pylist()))
     with contextlib.suppress(ConfigError):
         RunConfig.load(None, {"manifest": "m", "output": "o", "images.allow": [uri]})
-        told.append("an entry of images.allow like any other")
+        reported.append("an entry of images.allow like any other")
     for key, value in (("images.allow", [uri, "*"]), ("images.allow", uri), ("images", {uri: 1})):
         with pytest.raises(ConfigError) as mistake:
             RunConfig.load(None, {"manifest": "m", "output": "o", key: value})
-        told.append(str(mistake.value))
+        reported.append(str(mistake.value))
 
-    told += [caplog.text, *capfd.readouterr()]
-    assert not [text for text in told if SECRET in text]
-    assert any("column 'image'" in text for text in told)
+    reported += [caplog.text, *capfd.readouterr()]
+    assert not [text for text in reported if SECRET in text]
+    assert any("column 'image'" in text for text in reported)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
 
 

@@ -49,7 +49,7 @@ def test_answers_that_fail_come_late_or_not_at_all_change_nothing(trial: Trial) 
     assert trial.problems_of_a_rerun() == []
 
 
-def test_a_store_that_ignores_if_none_match_is_refused_before_anything_is_drawn(trial: Trial) -> None:
+def test_a_store_that_ignores_if_none_match_is_refused_before_anything_is_generated(trial: Trial) -> None:
     trial.stack.proxy.set(Aimed(Fault("careless"), "PUT", "", times=1000))
 
     assert trial.run() == 2
@@ -122,11 +122,11 @@ def test_a_worker_that_stood_still_while_others_finished_adds_nothing_when_it_go
     assert trial.problems_of_a_rerun() == []
 
 
-def test_a_driver_that_is_told_to_leave_commits_what_is_drawn_before_it_is_killed(trial: Trial) -> None:
-    told = threading.Event()
+def test_a_driver_that_is_asked_to_leave_commits_what_is_generated_before_it_is_killed(trial: Trial) -> None:
+    committed_two = threading.Event()
     driver = trial.start(seconds=2.0)
-    trial.stack.proxy.set(Aimed(Fault("pass", act=lambda _: told.set()), "PUT", "/_journal/[0-9a-f]{32}", 2))
-    assert told.wait(120), trial.log()
+    trial.stack.proxy.set(Aimed(Fault("pass", act=lambda _: committed_two.set()), "PUT", "/_journal/[0-9a-f]{32}", 2))
+    assert committed_two.wait(120), trial.log()
     driver.send_signal(signal.SIGTERM)
     killer = threading.Timer(30, trial.kill)
     killer.start()

@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("one_thread")
-def test_the_full_network_draws_what_single_calls_draw() -> None:
+def test_the_full_network_generates_what_single_calls_generate() -> None:
     """Logs what both take: seconds of the CPU and not of the clock, as others may use the machine. Needs 7 GB."""
     pipe = baselines.pipeline("full")
     size = {"width": SIDE, "height": SIDE, "num_frames": FRAMES, "num_inference_steps": STEPS}

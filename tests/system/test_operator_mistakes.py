@@ -1,4 +1,4 @@
-"""What a newcomer types wrong: one line that says what, where and what to do, exit code 2, and nothing is begun."""
+"""Mistakes of a newcomer: one line that says what, where and what to do, exit code 2, and nothing is started."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FILES = {
     "broken.jsonl": '{"request_id": "a", "image": "x.png"\n{oops',
     "notes.txt": "hello",
 }
-"""What lies in the folder, besides `good.parquet`."""
+"""Files of the folder, besides `good.parquet`."""
 
 ENCODED = {
     "latin.yaml": ("manifest: été.parquet\noutput: out\n", "latin-1"),
@@ -46,7 +46,7 @@ ENCODED = {
     "latin.jsonl": ('{"request_id": "a", "prompt": "été"}\n', "latin-1"),
     "utf16.csv": ("request_id,image,prompt\na,x.png,p\n", "utf-16"),
 }
-"""What was saved in another encoding than UTF-8."""
+"""Files in another encoding than UTF-8."""
 
 TABLES = {
     "good.parquet": requests_table(2),
@@ -231,10 +231,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("words", "told"), CASES, ids=[f"{number}: {words}" for number, (words, _) in enumerate(CASES)]
+    ("words", "reported"), CASES, ids=[f"{number}: {words}" for number, (words, _) in enumerate(CASES)]
 )
 def test_a_mistake_is_one_line_with_its_place_and_its_remedy(
-    words: str, told: str, folder: Path, capsys: pytest.CaptureFixture[str]
+    words: str, reported: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     port = str(free_port())
     before = {path.name for path in folder.iterdir()}
@@ -242,7 +242,7 @@ def test_a_mistake_is_one_line_with_its_place_and_its_remedy(
     typed(words.replace("PORT", port))
 
     error = capsys.readouterr().err
-    assert told.replace("PORT", port) in error
+    assert reported.replace("PORT", port) in error
     assert "Traceback" not in error
     assert "secret" not in error
     lines = [line for line in error.splitlines() if not re.match(r"\d{4}-\d\d-\d\d .* INFO ", line)]
@@ -253,7 +253,7 @@ def test_a_mistake_is_one_line_with_its_place_and_its_remedy(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         ("frobnicate", "No such command 'frobnicate'"),
         (f"run {GOOD} --mainfest x", "No such option: --mainfest"),
@@ -261,13 +261,13 @@ def test_a_mistake_is_one_line_with_its_place_and_its_remedy(
         ("verify", "Missing argument"),
     ],
 )
-def test_what_is_no_command_is_told_with_the_help_to_ask_for(
-    words: str, told: str, capsys: pytest.CaptureFixture[str]
+def test_what_is_no_command_is_reported_with_the_help_to_ask_for(
+    words: str, reported: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed(words)
 
     error = " ".join(capsys.readouterr().err.split())
-    assert told in error
+    assert reported in error
     assert "--help" in error
     assert "Traceback" not in error
 
@@ -278,11 +278,11 @@ def test_rows_that_cannot_be_animated_are_counted_by_kind_with_place_and_remedy(
     table = requests_table(5, seed=["lots", "-3", "1", "2", None], model=["defalt", None, "defalt", None, None])
     typed(f"plan --manifest {write_manifest(table)} --output out", code=0)
 
-    told = capsys.readouterr().out
-    assert "rejected    3" in told
-    assert "row 0: column 'seed': 'lots' is not allowed; allowed: a whole number from 0 to 2^63-1" in told
-    assert "row 1: column 'seed': '-3' is not allowed" in told
-    assert "row 2: column 'model': 'defalt' is not allowed; allowed: default, or null for the default" in told
+    reported = capsys.readouterr().out
+    assert "rejected    3" in reported
+    assert "row 0: column 'seed': 'lots' is not allowed; allowed: a whole number from 0 to 2^63-1" in reported
+    assert "row 1: column 'seed': '-3' is not allowed" in reported
+    assert "row 2: column 'model': 'defalt' is not allowed; allowed: default, or null for the default" in reported
     assert not (folder / "out").exists()
 
 

@@ -112,7 +112,7 @@ def test_failed_requests_come_back_only_when_asked_for(make_config: MakeConfig) 
     assert (again.computed, again.failed, again.succeeded) == (1, 1, 2)
 
 
-def test_a_changed_row_is_due_again_and_the_others_are_not(make_config: MakeConfig) -> None:
+def test_a_changed_row_is_pending_again_and_the_others_are_not(make_config: MakeConfig) -> None:
     config = make_config(requests_table(4))
     run(config)
     table = requests_table(4)
@@ -123,7 +123,7 @@ def test_a_changed_row_is_due_again_and_the_others_are_not(make_config: MakeConf
     assert (summary.computed, summary.succeeded) == (1, 4)
 
 
-def test_a_repeated_request_is_drawn_once_and_a_contradicting_one_is_refused(make_config: MakeConfig) -> None:
+def test_a_repeated_request_is_animated_once_and_a_contradicting_one_is_refused(make_config: MakeConfig) -> None:
     table = pa.concat_tables([requests_table(4), requests_table(2), requests_table(1, request_id=["r003"])])
     config = make_config(table, placement__batch_size=1)
 
@@ -173,7 +173,7 @@ def test_an_engine_that_is_not_the_drivers_ends_the_run_with_the_remedy(make_con
 
 @dataclass(frozen=True)
 class LeavesItsPid:
-    """An engine loader that tells the test which process to kill."""
+    """An engine loader that leaves the pid of its process, for the test to kill it."""
 
     engine_id: str
     folder: Path
@@ -313,7 +313,7 @@ def test_an_engine_that_cannot_start_ends_the_run_with_the_cause(
 def test_a_node_with_another_version_of_the_package_ends_the_run(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actor, "__version__", "99.0")  # the driver's; workers import the package anew
+    monkeypatch.setattr(actor, "__version__", "99.0")  # the driver's; workers import the package themselves
 
     with pytest.raises(ConfigError, match=r"and the driver 99\.0; install one version on every node"):
         run(make_config())
@@ -364,7 +364,7 @@ def test_a_worker_that_fails_every_request_stops_the_run_before_all_are_spent(ma
     assert 4 <= len(Journal(Store(config.output)).outcomes().keys) < 200
 
 
-def test_several_models_and_sizes_are_drawn_by_the_embedded_model(make_config: MakeConfig) -> None:
+def test_several_models_and_sizes_are_animated_by_the_embedded_model(make_config: MakeConfig) -> None:
     table = requests_table(
         6,
         prompt=["a red circle moving left"] * 6,
@@ -389,11 +389,11 @@ def test_several_models_and_sizes_are_drawn_by_the_embedded_model(make_config: M
 # --- budgets --------------------------------------------------------------------------------------------------------
 
 
-def told_of(config: RunConfig, run_id: str) -> dict[str, Any]:
+def run_json_of(config: RunConfig, run_id: str) -> dict[str, Any]:
     return dict(json.loads(Path(config.output, "_runs", run_id, "run.json").read_text()))
 
 
-def test_a_limited_run_draws_the_highest_priorities_first_and_the_next_run_the_rest(make_config: MakeConfig) -> None:
+def test_a_limited_run_animates_the_highest_priorities_first_and_the_next_run_the_rest(make_config: MakeConfig) -> None:
     order = random.Random(0).sample(range(96), 96)
     table = requests_table(96, score=[float(score) if score else None for score in order], format=["gif"] * 96)
     best = {f"r{order.index(score):03d}" for score in range(92, 96)}
@@ -405,17 +405,19 @@ def test_a_limited_run_draws_the_highest_priorities_first_and_the_next_run_the_r
     first = run(limited, on_end=ended.append)
 
     log = Journal(Store(limited.output))
-    drawn = pa.concat_tables(log.winning_rows(log.outcomes()))
-    assert set(drawn["request_id"].to_pylist()) == best
+    committed = pa.concat_tables(log.winning_rows(log.outcomes()))
+    assert set(committed["request_id"].to_pylist()) == best
     assert (first.computed, first.left, first.reason, first.exit_code, first.results_uri) == (4, 98, "limit", 4, None)
     assert not Path(limited.output, "results").exists()
     page = Path(limited.output, "_runs", first.run_id, "report.html").read_text()
     assert {name for name in (f"r{k:03d}" for k in range(96)) if f'"{name}"' in page} == best
-    told = told_of(limited, first.run_id)
-    assert [record.payload() for record in ended] == [{name: value for name, value in told.items() if name != "config"}]
-    assert (told["state"], told["engines"]["count"]) == ("stopped", 1)
-    assert told["engine_hours"] > 0
-    assert told["cost"] == pytest.approx(3600 * told["engine_hours"], abs=0.01)
+    written = run_json_of(limited, first.run_id)
+    assert [record.payload() for record in ended] == [
+        {name: value for name, value in written.items() if name != "config"}
+    ]
+    assert (written["state"], written["engines"]["count"]) == ("stopped", 1)
+    assert written["engine_hours"] > 0
+    assert written["cost"] == pytest.approx(3600 * written["engine_hours"], abs=0.01)
 
     rest = run(limited.model_copy(update={"budget": limited.budget.model_copy(update={"limit": None})}))
 

@@ -52,7 +52,7 @@ class Overwriting(FaultyStore):
 
 
 class Forgetful(FaultyStore):
-    """Loses every other animation that it has acknowledged."""
+    """A store that loses every second animation that it has acknowledged."""
 
     def _put(self, path: Path, data: bytes, *, overwrite: bool) -> bool:
         if "animations" in path.parts and int(path.stem, 16) % 2:
@@ -61,7 +61,7 @@ class Forgetful(FaultyStore):
 
 
 class Unadopted(FaultyStore):
-    """Tells a worker that it stored its animation, where there was another one."""
+    """A store that reports success to a worker whose animation was there already, from another worker."""
 
     def create(self, name: str, data: bytes) -> None:
         try:
@@ -99,9 +99,9 @@ def small_case(folder: Path, *prompts: str) -> Case:
     pq.write_table(pa.Table.from_pylist(rows), folder / "requests.parquet")
     settings = {"manifest": str(folder), "output": str(folder / "nowhere"), "images.threads": 1}
     settings |= {"defaults.width": 16, "defaults.height": 16, "defaults.num_frames": 2}
-    due = Counter({(f"r{k}", "succeeded", None): 1 for k in range(len(prompts))})
-    due["bad", "failed", "out_of_range"] = 1
-    return Case(RunConfig.load(None, settings | {"placement.batch_size": len(prompts)}), due)
+    expected = Counter({(f"r{k}", "succeeded", None): 1 for k in range(len(prompts))})
+    expected["bad", "failed", "out_of_range"] = 1
+    return Case(RunConfig.load(None, settings | {"placement.batch_size": len(prompts)}), expected)
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_the_search_finds_the_one_bad_history_of_a_race(tmp_path: Path) -> None:
 
 
 def end_of(output: Path) -> frozenset[object]:
-    """What decides how a run goes on from here: of two outputs that differ in times only, one will do."""
+    """Return everything that decides how a run continues from here; outputs that differ in times only are equal."""
     said = [
         tuple(row.values())
         for path in (output / "_journal").glob("*.parquet")
@@ -241,7 +241,7 @@ def end_of(output: Path) -> frozenset[object]:
 
 
 class Commits:
-    """Workers that hold one and the same batch, as after a false alarm. Each of them draws other pixels."""
+    """Workers that hold one and the same batch, as after a false alarm. Each of them generates other pixels."""
 
     def __init__(
         self,
@@ -271,7 +271,7 @@ class Commits:
         return Cluster(driver, self.plan, self.tasks)
 
     def wrong_after(self, search: Search, folder: Path) -> tuple[list[str], int]:
-        """What is wrong once each history was resumed without faults, and how many different ends there were."""
+        """Resume each history without faults; return the problems and the number of different ends."""
         problems, ends = list[str](), set[frozenset[object]]()
         for world in every_history(search, folder, self.begin):
             end = end_of(folder / "out")
@@ -321,7 +321,7 @@ def test_the_search_finds_a_broken_protocol(tmp_path: Path, broken: Callable[[st
 
 
 class Publications:
-    """Two drivers with one plan: what was drawn is committed, the rejections and the results are not."""
+    """Two drivers with one plan: generated animations are committed, rejections and results are not."""
 
     def __init__(self, folder: Path) -> None:
         (folder / "manifest").mkdir()
