@@ -6,6 +6,7 @@ the keys in jobs/configs. Everything around them is written by hand.
 
 from __future__ import annotations
 
+import ast
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
@@ -142,6 +143,43 @@ def url_schemes() -> list[str]:
     return _table(["scheme", *purposes, "package needed to read manifests and images"], rows)
 
 
+def modules() -> list[str]:
+    """Return the tree of the package, one line for each module: the first line of its docstring."""
+    return ["```text", "pia_batch/", *_tree(HERE.parent / "pia_batch", "  "), "```"]
+
+
+def _tree(folder: Path, indent: str) -> Iterator[str]:
+    """Yield a folder's modules and then its packages, each with what the first line of its docstring says."""
+    for path in sorted(folder.iterdir(), key=_place):
+        if path.suffix == ".py":
+            yield f"{indent}{path.name:<{_TREE_COLUMN - len(indent)}}{_first_line(path)}"
+        elif (path / "__init__.py").is_file():
+            yield f"{indent}{path.name}/"
+            yield from _tree(path, f"{indent}  ")
+
+
+def _place(path: Path) -> tuple[bool, int, str]:
+    """Return where a module or package stands in the tree: packages last, the package's own ones as rows meet them."""
+    known = path.name in _ROOMS and path.parent.name == "pia_batch"
+    return path.is_dir(), _ROOMS.index(path.name) if known else 0, path.name
+
+
+def _first_line(module: Path) -> str:
+    """Return the first line of a module's docstring, without its full stop."""
+    docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+    return docstring.splitlines()[0].rstrip(".")
+
+
+_ROOMS = (
+    *("storage", "schema", "config", "manifest", "planning", "pipeline", "media", "engine", "weights", "journal"),
+    *("driver", "report", "cli", "tiny"),
+)
+"""Packages in the order in which a manifest's row meets them; `docs/architecture.md` walks through them."""
+
+_TREE_COLUMN = 28
+"""Width of the names in the tree, in characters."""
+
+
 def _table(head: list[str], rows: Iterable[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
@@ -153,6 +191,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "error kinds": error_kinds,
     "exit codes": exit_codes,
     "metrics": metrics,
+    "modules": modules,
     "progress fields": progress_fields,
     "run record fields": run_record_fields,
     "url schemes": url_schemes,
