@@ -342,7 +342,7 @@ def test_lcm_has_no_more_steps_than_it_was_distilled_for(exact):
 
     assert_same(four, single_call(own, rows[0]), tolerance=1e-10)
     assert_same(three, single_call(own, rows[2]), tolerance=1e-10)
-    message = "num_inference_steps 5: LCMScheduler has 4 steps at most; .* or raise original_inference_steps"
+    message = "num_inference_steps 5: LCMScheduler supports at most 4 steps; .* or raise original_inference_steps"
     with pytest.raises(UnsupportedSettingError, match=message):
         _ = five.frames
 
