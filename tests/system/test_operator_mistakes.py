@@ -91,7 +91,7 @@ CASES = [
         "cannot read config indent.yaml, line 3, column 12: mapping values are not allowed here; correct",
     ),
     ("run list.yaml", "config list.yaml must be a mapping of keys to values, not list"),
-    ("run twice.yaml", "twice.yaml, line 5, column 1: the key 'placement' stands in line 3 already; correct the YAML"),
+    ("run twice.yaml", "twice.yaml, line 5, column 1: the key 'placement' is in line 3 already; correct the YAML"),
     (
         "run two.yaml",
         "two.yaml, line 2, column 1: expected a single document in the stream, but found",
@@ -108,7 +108,7 @@ CASES = [
     ("run latin.yaml", "cannot read config latin.yaml: 'utf-8' codec can't decode byte 0xe9"),
     (
         "run good.parquet",
-        "good.parquet is the name of a manifest, not of a config in YAML; write --manifest",
+        "good.parquet is a manifest, not a config in YAML; write --manifest",
     ),
     ("run list.yaml", "not list; write lines such as `manifest: requests.parquet`"),
     ("run nowhere.yaml", "cannot read config nowhere.yaml: No such file or directory; give a YAML file"),
