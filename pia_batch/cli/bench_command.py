@@ -1,4 +1,4 @@
-"""`bench`: the engine and its peers side by side on this machine."""
+"""Command `bench`, which compares the engine with its baselines on this machine."""
 
 from __future__ import annotations
 
@@ -16,37 +16,44 @@ from pia_batch.cli.options import AsJson
 
 _COLUMNS = ("turns", "clips/s", "least-most", "UNet ms", "of matmul", "of sheet", "peak GB", "compile s", "PSNR dB")
 _WIDTH = 124
-"""Characters that the table takes, where the output is no terminal and so has no width."""
+"""Width of the table, in characters, if the output is not a terminal and so has no width."""
 
 
 def bench(
     size: Annotated[
-        Literal["full", "tiny"], typer.Option(help="full: SD 1.5 with random weights; tiny: the embedded model")
+        Literal["full", "tiny"],
+        typer.Option(help="Model: full (SD 1.5 with random weights) or tiny (the embedded model)."),
     ] = "full",
-    rounds: Annotated[int, typer.Option(min=1, help="how often each variant takes its turn")] = 3,
-    batches: Annotated[str, typer.Option(help="batch sizes of the engine, separated by commas")] = "1,2,4",
-    only: Annotated[str, typer.Option(help="variants, in the order of their turns, such as d,b,c")] = "a,b,c,d,e",
-    side: Annotated[int | None, typer.Option(min=8, help="width and height, px; by default 512, tiny 64")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, max=32, help="of a clip; by default 16, tiny 8")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="by default 25, tiny 8")] = None,
-    minutes: Annotated[float | None, typer.Option(min=0, help="no turn begins that would end later")] = None,
-    device: Annotated[str, typer.Option(help="such as cuda:0; by default a GPU if there is one")] = "",
+    rounds: Annotated[int, typer.Option(min=1, help="Number of turns of each variant.")] = 3,
+    batches: Annotated[str, typer.Option(help="Batch sizes of the engine, separated by commas.")] = "1,2,4",
+    only: Annotated[
+        str, typer.Option(help="Variants to measure, in the order of their turns, such as d,b,c.")
+    ] = "a,b,c,d,e",
+    side: Annotated[int | None, typer.Option(min=8, help="Width and height in pixels; default: 512, tiny 64.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, max=32, help="Frames per clip; default: 16, tiny 8.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Denoising steps; default: 25, tiny 8.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Start no turn that would end after this many minutes; default: no limit."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Torch device, such as cuda:0; default: a GPU if there is one.")] = "",
     compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="the pipeline compiled, and the engine")
+        bool, typer.Option("--compile/--no-compile", help="Compile the engine, and measure the compiled pipeline too.")
     ] = True,
     compile_mode: Annotated[
-        Literal["default", "max-autotune-no-cudagraphs"], typer.Option(help="of Inductor, for all who compile")
+        Literal["default", "max-autotune-no-cudagraphs"],
+        typer.Option(help="Mode of Inductor, for all compiled variants."),
     ] = "default",
-    profile: Annotated[bool, typer.Option("--profile", help="also the engine's step by kind of kernel")] = False,
-    to: Annotated[
-        Path | None, typer.Option("--to", help="also write the numbers to this JSON file, beside those it holds")
-    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Profile the engine's step by kind of kernel too.")
+    ] = False,
+    to: Annotated[Path | None, typer.Option("--to", help="Add the results to this JSON file too.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Clips a second of the engine, and of what one would use without it, interleaved on one device. No download.
+    """Measure clips per second of the engine and of the alternatives to it, in turns on one device. No download.
 
-    `--to` is written after each turn, and numbers of another run under the same conditions stay there: a long benchmark
-    may be cut into several commands by `--only`. Exit code 1: no variant could be measured.
+    `--to` is written after each turn and keeps earlier results under the same conditions, so that `--only` can split a
+    long benchmark into several commands. Exit code 1 if no variant could be measured.
 
     Examples: `pia-batch bench --to bench.json`, `pia-batch bench --size tiny --no-compile`,
     `pia-batch bench --only d --batches 4 --profile --minutes 8 --to bench.json`
@@ -72,32 +79,32 @@ def bench(
     )
     known = _known(to, runner.conditions(options))
 
-    def tell(told: dict[str, Any], line: str) -> None:
+    def report(record: dict[str, Any], line: str) -> None:
         err.print(f"pia-batch: {line}", markup=False)
         if to is not None:
-            _write(to, runner.merged(known, told))
+            _write(to, runner.merged(known, record))
 
-    measured = runner.run(options, lambda drawn: encode(drawn, "mp4", 8, EncodingConfig()), tell)
-    told = runner.merged(known, measured)
+    measured = runner.run(options, lambda frames: encode(frames, "mp4", 8, EncodingConfig()), report)
+    record = runner.merged(known, measured)
     if as_json:
-        print_json(told)
+        print_json(record)
     else:
-        _show(told)
+        _show(record)
     if not any(one["turns"] for one in measured["variants"].values()):
         raise typer.Exit(1)
 
 
-def _show(told: dict[str, Any]) -> None:
+def _show(record: dict[str, Any]) -> None:
     wide = out if out.is_terminal else Console(highlight=False, emoji=False, width=_WIDTH)
-    wide.print(_table(told))
-    for name, one in told["variants"].items():
-        for what in ("error", "not_compiled"):
-            if what in one:
-                out.print(f"{name}: {what.replace('_', ' ')}: {one[what]}", markup=False, soft_wrap=True)
-    if "error" in told.get("profile", {}):
-        out.print(f"profile: error: {told['profile']['error']}", markup=False, soft_wrap=True)
-    elif "profile" in told:
-        wide.print(_profile_table(told["profile"]))
+    wide.print(_table(record))
+    for name, one in record["variants"].items():
+        for field in ("error", "not_compiled"):
+            if field in one:
+                out.print(f"{name}: {field.replace('_', ' ')}: {one[field]}", markup=False, soft_wrap=True)
+    if "error" in record.get("profile", {}):
+        out.print(f"profile: error: {record['profile']['error']}", markup=False, soft_wrap=True)
+    elif "profile" in record:
+        wide.print(_profile_table(record["profile"]))
 
 
 def _numbers(batches: str) -> tuple[int, ...]:
@@ -106,57 +113,67 @@ def _numbers(batches: str) -> tuple[int, ...]:
     except ValueError:
         sizes = ()
     if not sizes or min(sizes) < 1:
-        raise typer.BadParameter(f"{batches!r} is no list of positive numbers, such as 1,2,4", param_hint="--batches")
+        raise typer.BadParameter(
+            f"got {batches!r}, expected positive integers separated by commas, such as 1,2,4", param_hint="--batches"
+        )
     return sizes
 
 
 def _letters(only: str) -> str:
     letters = only.split(",")
     if not set(letters) <= set("abcde"):
-        raise typer.BadParameter(f"{only!r} is no list of variants, such as a,b,c,d,e", param_hint="--only")
+        raise typer.BadParameter(
+            f"got {only!r}, expected letters from a to e separated by commas, such as d,b,c", param_hint="--only"
+        )
     return "".join(letters)
 
 
 def _multiple_of_eight(side: int | None) -> int | None:
     if side is not None and side % 8:
-        raise typer.BadParameter(f"{side} is no multiple of 8, by which the VAE shrinks a picture", param_hint="--side")
+        raise typer.BadParameter(
+            f"got {side}, expected a multiple of 8: the VAE reduces an image by that factor", param_hint="--side"
+        )
     return side
 
 
 def _known(to: Path | None, conditions: dict[str, Any]) -> dict[str, Any]:
-    """What the file holds, if that was measured under the same conditions."""
+    """Return the results in the file, or an empty dict if there is no file.
+
+    Raises:
+        BadParameter: The file is of another kind, or was measured under other conditions.
+    """
     if to is None or not to.exists():
         return {}
     try:
         known = json.loads(to.read_text(encoding="utf-8"))
         differing = [name for name, value in conditions.items() if known["conditions"][name] != value]
     except (OSError, ValueError, KeyError, TypeError) as err:
-        raise typer.BadParameter(f"{to} is no file of this command; name another one", param_hint="--to") from err
+        raise typer.BadParameter(f"{to} was not written by this command; name another file", param_hint="--to") from err
     if differing:
         name = differing[0]
         raise typer.BadParameter(
-            f"{to} was measured with {name} {known['conditions'][name]}, this would be {conditions[name]}; name "
-            "another file",
+            f"{to} was measured with another {name} (got {conditions[name]}, expected {known['conditions'][name]}); "
+            "name another file",
             param_hint="--to",
         )
     return dict(known)
 
 
-def _write(path: Path, told: dict[str, Any]) -> None:
-    """As a whole, or not at all."""
+def _write(path: Path, record: dict[str, Any]) -> None:
+    """Write the results atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
 
 
-def _table(told: dict[str, Any]) -> Table:
-    shape = "{device}, {dtype}, {side_px} px, {frames} frames, {steps} steps".format_map(told["conditions"])
-    table = Table(title=f"{shape}, {told['tflop_per_clip']:.3g} TFLOP a clip")
+def _table(record: dict[str, Any]) -> Table:
+    shape = "{device}, {dtype}, {side_px} px, {frames} frames, {steps} steps".format_map(record["conditions"])
+    table = Table(title=f"{shape}, {record['tflop_per_clip']:.3g} TFLOP a clip")
     table.add_column("variant", no_wrap=True)
     for head in _COLUMNS:
         table.add_column(head, justify="right", no_wrap=True)
-    for name, one in told["variants"].items():
+    for name, one in record["variants"].items():
         least, most = one.get("clips_per_s_range") or (None, None)
         peak = one.get("peak_bytes")
         table.add_row(
@@ -174,12 +191,12 @@ def _table(told: dict[str, Any]) -> Table:
     return table
 
 
-def _profile_table(told: dict[str, Any]) -> Table:
-    table = Table(title=f"{told['what']}: {told['window_ms']:.1f} ms")
+def _profile_table(record: dict[str, Any]) -> Table:
+    table = Table(title=f"{record['what']}: {record['window_ms']:.1f} ms")
     table.add_column("kind", no_wrap=True)
     for head in ("ms", "share", "floor ms", "above the floor"):
         table.add_column(head, justify="right", no_wrap=True)
-    for kind, one in told["kinds"].items():
+    for kind, one in record["kinds"].items():
         table.add_row(
             kind,
             f"{one['ms']:.1f}",
@@ -187,8 +204,8 @@ def _profile_table(told: dict[str, Any]) -> Table:
             f"{one['floor_ms']:.1f}",
             f"{one['above_floor_ms']:.1f}",
         )
-    gaps = told["gaps_ms"]
-    table.add_row("gaps", f"{gaps:.1f}", f"{gaps / told['window_ms']:.1%}", "0.0", f"{gaps:.1f}")
+    gaps = record["gaps_ms"]
+    table.add_row("gaps", f"{gaps:.1f}", f"{gaps / record['window_ms']:.1%}", "0.0", f"{gaps:.1f}")
     return table
 
 

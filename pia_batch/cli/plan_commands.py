@@ -111,7 +111,7 @@ def _payload(made: Plan, statistics: Statistics, price: float | None) -> dict[st
     journal = Journal(Store(config.output))
     found = measure_finished(journal, made.outcomes.fragments, config, made.engine_ids)
     costs = estimate_costs(statistics, made.num_selected, config, found)
-    actors = config.placement.max_engines
+    engines = config.placement.max_engines
     return {
         "manifest": {
             "uri": made.manifest.uri,
@@ -126,12 +126,12 @@ def _payload(made: Plan, statistics: Statistics, price: float | None) -> dict[st
         "pending": made.num_pending,
         "selected": made.num_selected,
         "engines": made.engine_ids,
-        "together": _together(statistics.work, config.placement.batch_size),
+        "groups": _groups(statistics.work, config.placement.batch_size),
         "devices": [
             {
                 "device": cost.device,
                 "hours": list(cost.hours),
-                "hours_of_run": [hours / actors for hours in cost.hours],
+                "hours_of_run": [hours / engines for hours in cost.hours],
                 "cost": None if price is None else [hours * price for hours in cost.hours],
                 "source": cost.source,
             }
@@ -152,7 +152,7 @@ def _rejections(rejected: pa.Table) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _together(work: pa.Table, batch_size: int) -> list[dict[str, Any]]:
+def _groups(work: pa.Table, batch_size: int) -> list[dict[str, Any]]:
     """Return the groups of requests that share batches, the largest first, with their sizes and batch counts."""
     from pia_batch.schema.columns import GROUPED
 
@@ -175,13 +175,13 @@ def _print(payload: dict[str, Any]) -> None:
         out.print(f"selected    {payload['selected']}  (by the budget)")
     for name, engine_id in payload["engines"].items():
         out.print(f"engine      {engine_id}  {name}", markup=False)
-    for group in payload["together"][:SHOWN_GROUPS]:
+    for group in payload["groups"][:SHOWN_GROUPS]:
         size = f"up to {group['long_side']} px" if group["size"] == "auto" else f"{group['width']} x {group['height']}"
         words = f"{group['num_rows']} rows: {group['model']}, {group['num_frames']} frames, {size}"
         batches = f"{group['batches']} batch{'es' if group['batches'] > 1 else ''}"
-        out.print(f"together    {words}; {batches}", soft_wrap=True, markup=False)
-    if len(payload["together"]) > SHOWN_GROUPS:
-        out.print(f"            and {len(payload['together']) - SHOWN_GROUPS} more kinds of rows")
+        out.print(f"group       {words}; {batches}", soft_wrap=True, markup=False)
+    if len(payload["groups"]) > SHOWN_GROUPS:
+        out.print(f"            and {len(payload['groups']) - SHOWN_GROUPS} more groups")
     if payload["selected"]:
         low, high = (head.size(number) for number in payload["bytes"])
         out.print(f"output      {low if low == high else f'{low} to {high}'}")
@@ -198,9 +198,9 @@ def _print_devices(devices: list[dict[str, Any]]) -> None:
     for each in devices:
         cost = "" if each["cost"] is None else f"  cost {_range(each['cost'], 2)}"
         words = f"{each['device']:10} {_range(each['hours'], 3)} device hours{cost}  ({each['source']})"
-        out.print(f"takes       {words}", soft_wrap=True, markup=False)
+        out.print(f"time        {words}", soft_wrap=True, markup=False)
     if not devices:
-        out.print("takes       unknown: the embedded model was not measured here yet; a first run measures it")
+        out.print("time        unknown: the embedded model was not measured here yet; a first run measures it")
 
 
 def _range(numbers: list[float], digits: int) -> str:

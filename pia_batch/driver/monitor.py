@@ -96,7 +96,7 @@ def consume(
         controls: Progress callback and stop conditions.
 
     Returns:
-        The limit that ended the run, or None if every chosen request is processed.
+        The limit that ended the run, or None if every selected request is processed.
 
     Raises:
         InterruptedRunError: The run was stopped from outside, by a store that went away, or by workers that all fail.

@@ -174,7 +174,7 @@ class Run:
         )
 
     def _generate(self) -> LimitReached | None:
-        """Generate and commit the chosen requests; return the limit that ended the run early, or None."""
+        """Generate and commit the selected requests; return the limit that ended the run early, or None."""
         plan = self._plan
         limit = self._controls.limit_reached() if plan.num_pending else None
         if limit is not None or not plan.num_selected:

@@ -101,9 +101,9 @@ def test_a_plan_of_mixed_rows_lists_the_groups_that_share_batches(
 
     payload = capsys.readouterr().out
     assert code == 0
-    assert "together    2 rows: default, 8 frames, up to 512 px; 1 batch\n" in payload
+    assert "group       2 rows: default, 8 frames, up to 512 px; 1 batch\n" in payload
     assert "1 rows: default, 4 frames, 64 x 64; 1 batch\n" in payload
-    assert "and 3 more kinds of rows" in payload
+    assert "and 3 more groups" in payload
 
 
 def test_help_and_plan_import_neither_torch_nor_ray(write_manifest: WriteManifest, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_a_plan_has_the_same_facts_for_programs_and_people(
     assert (payload["manifest"]["rows"], payload["pending"], payload["rejected"], payload["finished"]) == (7, 3, 4, 0)
     assert payload["rejections"]["out_of_range"]["count"] == 4
     assert len(payload["rejections"]["out_of_range"]["first"]) == 3
-    (group,) = payload["together"]
+    (group,) = payload["groups"]
     assert (group["num_rows"], group["batches"], group["width"]) == (3, 2, 64)
     assert len(payload["warnings"]) == 2
     for words in (
@@ -72,7 +72,7 @@ def test_a_plan_of_a_real_model_estimates_hours_cost_and_bytes(
     assert h100["cost"] == pytest.approx([2 * hours for hours in h100["hours"]])
     assert h100["hours_of_run"] == pytest.approx([hours / 4 for hours in h100["hours"]])
     assert h100["source"].startswith("estimate: ")
-    assert "takes       H100       0.082 to 0.099 device hours  cost 0.16 to 0.20  (estimate: " in printed
+    assert "time        H100       0.082 to 0.099 device hours  cost 0.16 to 0.20  (estimate: " in printed
     assert payload["bytes"][0] == 100 * 16 * 512 * 512 * 3 // 100
     assert "output      12.6 MB to 33.6 MB" in printed
     assert payload["warnings"] == []

@@ -1,4 +1,4 @@
-"""What people see of a run while it goes on: the frame, the line, and what stands around them on a terminal."""
+"""The view of a running run: the frame, the line, and the terminal around them."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_terminal_without_unicode_gets_a_bar_too() -> None:
 ESCAPES = "\x1b]8;;http://evil.example\x1b\\click\x1b]8;;\x1b\\ \x1b[2J \x07 \x9b31m \u202e \r\n\t [red]no[/red] [link=http://x]y[/]"
 HOSTILE = st.text(st.characters(codec="utf-8"), max_size=60) | st.sampled_from([ESCAPES, "[/]", "[bold", "\\[red]"])
 SAFE = re.compile(r"\x1b\[[\d;]*m|\x1b\]8;[^\x1b\x07]*\x1b\\")
-"""What rich itself writes: colours, and links."""
+"""Escape sequences of rich itself: colours and links."""
 
 
 def is_harmless(written: str) -> bool:
@@ -308,7 +308,7 @@ def log() -> Iterator[logging.Handler]:
 
 
 def screen(written: str) -> list[str]:
-    """What a terminal shows in the end of what was written to it, as far as rich's live display moves its cursor."""
+    """Return the lines on a terminal after `written`, as far as rich's live display moves its cursor."""
     lines, row = [""], 0
     for piece in re.findall(r"\x1b\[[\d;?]*[A-Za-z]|\x1b\]8;[^\x1b]*\x1b\\|\r|\n|[^\x1b\r\n]+", written):
         if piece == "\n":

@@ -13,16 +13,16 @@ from pia_batch.driver.job_log import FollowedLog
 
 
 class Client:
-    """Breaks its connection after so many characters, once for each of `breaks`; then tells all."""
+    """Client whose connection breaks after so many characters, once for each of `breaks`, and then no more."""
 
     def __init__(self, log: str, breaks: list[int], piece: int) -> None:
         self._log, self._breaks, self._piece = log, breaks, piece
 
     async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
         end = self._breaks.pop() if self._breaks else None
-        told = self._log[:end]
-        for start in range(0, len(told), self._piece):
-            yield told[start : start + self._piece]
+        sent = self._log[:end]
+        for start in range(0, len(sent), self._piece):
+            yield sent[start : start + self._piece]
         if end is not None:
             msg = "the connection is gone"
             raise ConnectionResetError(msg)
@@ -33,7 +33,7 @@ class Client:
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Broken connections are made again without a wait."""
+    """Let broken connections be opened again without a wait."""
     before, job_log.RECONNECT_S = job_log.RECONNECT_S, 0.0
     try:
         yield
@@ -52,7 +52,7 @@ def test_every_character_is_shown_once_whatever_breaks(log: str, breaks: list[in
     assert "".join(shown) == log
 
 
-def test_a_log_that_nobody_can_tell_any_more_is_no_error() -> None:
+def test_a_log_that_can_no_longer_be_read_is_no_error() -> None:
     class Gone(Client):
         def get_job_logs(self, _: str) -> str:
             msg = "Request failed with status code 500"

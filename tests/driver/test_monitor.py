@@ -147,7 +147,7 @@ def test_what_stops_from_outside_is_an_error_and_what_was_committed_is_counted(s
 
 def test_an_error_of_a_worker_comes_out_of_its_wrappers(store: Store) -> None:
     class TaskError(Exception):
-        """As Ray wraps what a task raised."""
+        """Wrapper of a task's exception, like Ray's."""
 
         cause = StorageError("the bucket is gone")
 

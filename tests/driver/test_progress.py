@@ -1,4 +1,4 @@
-"""How far a run is: counted, over time, and as one snapshot."""
+"""Progress of a run: counts, paces, and the snapshot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pia_batch.schema.run_record import ProgressSnapshot
 
 @dataclass
 class Run:
-    """A run by a clock of its own, over one tracker."""
+    """Run with a clock of its own and one tracker."""
 
     total: int = 1000
     before: int = 0
@@ -34,22 +34,22 @@ class Run:
         self.progress = Progress(RunConfig.load(None, dotted), "night", self.total, self.before, now=lambda: self.time)
         self.keys = map(str, itertools.count())
 
-    def go_on(self, seconds: float, clips_per_second: float = 0.0, busy: float = 1.0) -> ProgressSnapshot:
-        """Let time pass, one sign of one engine after the other."""
-        begun, drawn = self.time, 0.0
+    def advance(self, seconds: float, clips_per_second: float = 0.0, busy: float = 1.0) -> ProgressSnapshot:
+        """Let time pass, one heartbeat of one engine after the other."""
+        begun, generating_s = self.time, 0.0
         clips = self.progress.succeeded
         while self.time < begun + seconds:
             self.time += HEARTBEAT_S
-            lived = self.time - 5000.0
-            drawn = self.tracker.activity().generating_seconds + HEARTBEAT_S * busy
-            self.tracker.heartbeat("one", lived, drawn)
+            uptime = self.time - 5000.0
+            generating_s = self.tracker.activity().generating_seconds + HEARTBEAT_S * busy
+            self.tracker.heartbeat("one", uptime, generating_s)
             now = clips + int((self.time - begun) * clips_per_second)
             self.end(now - self.progress.succeeded)
             self.progress.update(self.tracker.activity())
         return self.progress.snapshot()
 
     def end(self, succeeded: int, failures: Mapping[str, int] | None = None, uri: str | None = None) -> None:
-        """Tell the tracker of requests that have ended."""
+        """Report requests that have ended to the tracker."""
         kinds = [None] * succeeded + list(Counter(failures or {}).elements())
         named = [
             {"key": next(self.keys), "status": "failed" if kind else "succeeded", "error_kind": kind, "error": kind}
@@ -61,75 +61,86 @@ class Run:
 def test_before_the_first_result_nothing_is_known_of_the_pace() -> None:
     run = Run(total=30, before=10)
 
-    seen = run.progress.snapshot()
+    snapshot = run.progress.snapshot()
 
-    assert (seen.done, seen.total, seen.seconds_left, seen.recent_clips_per_second) == (10, 30, None, None)
-    assert (seen.engines, seen.busy, seen.gpu_hours, seen.cost, seen.newest) == (None, None, None, None, None)
+    assert (snapshot.done, snapshot.total, snapshot.seconds_left, snapshot.recent_clips_per_second) == (
+        10,
+        30,
+        None,
+        None,
+    )
+    assert (snapshot.engines, snapshot.busy, snapshot.gpu_hours, snapshot.cost, snapshot.newest) == (
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
-def test_the_time_left_is_that_of_what_was_chosen() -> None:
+def test_the_time_left_is_that_of_the_selected_requests() -> None:
     run = Run(total=30, before=10)
     run.end(9, {"non_finite": 1}, "s3://bucket/x.mp4")
     run.progress.update(run.tracker.activity())
     run.time += 100
 
-    seen = run.progress.snapshot()
+    snapshot = run.progress.snapshot()
 
-    assert (seen.done, seen.succeeded, seen.failed, seen.failures) == (20, 9, 1, {"non_finite": 1})
-    assert (seen.seconds_left, seen.clips_per_second, seen.newest) == (100, 0.09, "s3://bucket/x.mp4")
+    assert (snapshot.done, snapshot.succeeded, snapshot.failed, snapshot.failures) == (20, 9, 1, {"non_finite": 1})
+    assert (snapshot.seconds_left, snapshot.clips_per_second, snapshot.newest) == (100, 0.09, "s3://bucket/x.mp4")
 
 
 def test_a_start_that_took_long_is_in_the_pace_of_all_and_not_in_the_recent_one() -> None:
     run = Run(total=10_000)
-    run.go_on(300, busy=0.0)
-    seen = run.go_on(300, clips_per_second=4.0)
+    run.advance(300, busy=0.0)
+    snapshot = run.advance(300, clips_per_second=4.0)
 
-    assert seen.clips_per_second == pytest.approx(2.0, rel=0.05)
-    assert seen.recent_clips_per_second == pytest.approx(4.0, rel=0.05)
-    assert seen.seconds_left == pytest.approx((10_000 - seen.done) / 4.0, rel=0.1)
-    assert seen.busy == pytest.approx(0.5, rel=0.05)
-    assert seen.recent_busy == pytest.approx(1.0, rel=0.05)
+    assert snapshot.clips_per_second == pytest.approx(2.0, rel=0.05)
+    assert snapshot.recent_clips_per_second == pytest.approx(4.0, rel=0.05)
+    assert snapshot.seconds_left == pytest.approx((10_000 - snapshot.done) / 4.0, rel=0.1)
+    assert snapshot.busy == pytest.approx(0.5, rel=0.05)
+    assert snapshot.recent_busy == pytest.approx(1.0, rel=0.05)
 
 
-def test_a_slow_device_is_looked_at_for_as_long_as_it_takes() -> None:
+def test_the_pace_of_a_slow_device_covers_enough_clips() -> None:
     run = Run()
-    seen = run.go_on(3600, clips_per_second=1 / 90)
+    snapshot = run.advance(3600, clips_per_second=1 / 90)
 
-    assert seen.recent_clips_per_second == pytest.approx(1 / 90, rel=0.15)
+    assert snapshot.recent_clips_per_second == pytest.approx(1 / 90, rel=0.15)
 
 
 def test_a_device_that_got_stuck_is_slower_every_minute() -> None:
     run = Run(total=100_000)
-    before = run.go_on(300, clips_per_second=2.0).recent_clips_per_second or 0.0
-    paces = [run.go_on(RECENT_S).recent_clips_per_second or 0.0 for _ in range(5)]
+    before = run.advance(300, clips_per_second=2.0).recent_clips_per_second or 0.0
+    paces = [run.advance(RECENT_S).recent_clips_per_second or 0.0 for _ in range(5)]
 
     assert paces == sorted(paces, reverse=True)
     assert paces[-1] < before / 4
 
 
-def test_the_clock_stops_when_nothing_is_drawn_any_more() -> None:
+def test_the_clock_stops_when_generation_ends() -> None:
     run = Run()
-    run.go_on(100, clips_per_second=1.0)
+    run.advance(100, clips_per_second=1.0)
     run.progress.enter("publishing")
-    told = run.progress.snapshot()
+    at_end = run.progress.snapshot()
     run.time += 3600
     run.progress.enter("finished")
 
     later = run.progress.snapshot()
-    assert (later.phase, later.seconds, later.clips_per_second) == ("finished", told.seconds, told.clips_per_second)
+    assert (later.phase, later.seconds, later.clips_per_second) == ("finished", at_end.seconds, at_end.clips_per_second)
 
 
 @pytest.mark.parametrize(("gpus", "unit", "hours"), [(0, "engine hours", 2.0), (0.5, "GPU hours", 1.0)])
-def test_what_engines_cost_is_told_in_what_they_are(gpus: float, unit: str, hours: float) -> None:
+def test_the_cost_of_engines_has_their_unit(gpus: float, unit: str, hours: float) -> None:
     run = Run(settings={"placement.num_gpus": gpus, "budget.price_per_hour": 3.0})
     run.progress.update(
         EngineActivity(engines=2, starting=1, engine_seconds=7200.0, reported_seconds=7000.0, generating_seconds=3500.0)
     )
 
-    seen = run.progress.snapshot()
+    snapshot = run.progress.snapshot()
 
-    assert (seen.unit, seen.gpu_hours, seen.cost) == (unit, hours, 3 * hours)
-    assert (seen.engines, seen.engines_starting, seen.busy) == (2, 1, 0.5)
+    assert (snapshot.unit, snapshot.gpu_hours, snapshot.cost) == (unit, hours, 3 * hours)
+    assert (snapshot.engines, snapshot.engines_starting, snapshot.busy) == (2, 1, 0.5)
 
 
 def test_what_a_tracker_counted_stays_when_its_process_dies() -> None:
@@ -148,7 +159,7 @@ def test_what_a_tracker_counted_stays_when_its_process_dies() -> None:
     assert run.progress.newest == "s3://bucket/y.mp4"
 
 
-def test_marks_are_as_far_apart_as_engines_tell_something() -> None:
+def test_marks_are_as_far_apart_as_heartbeats() -> None:
     run = Run()
     for _ in range(100):
         run.progress.update(run.tracker.activity())
@@ -157,7 +168,7 @@ def test_marks_are_as_far_apart_as_engines_tell_something() -> None:
     assert len(run.progress._marks) == 10
 
 
-def test_the_tracker_knows_who_lives_who_loads_and_who_draws() -> None:
+def test_the_tracker_counts_live_loading_and_generating_engines() -> None:
     now = 0.0
     tracker = AttemptTracker(3, now=lambda: now)
     nothing = tracker.activity()
@@ -165,8 +176,8 @@ def test_the_tracker_knows_who_lives_who_loads_and_who_draws() -> None:
     tracker.heartbeat("dies", 100.0, 60.0)
     now += HEARTBEAT_TIMEOUT_S
     tracker.heartbeat("loads", 10.0, None)
-    tracker.heartbeat("draws", 30.0, 20.0)
-    tracker.heartbeat("draws", 29.0, 5.0)  # overtaken on its way
+    tracker.heartbeat("generates", 30.0, 20.0)
+    tracker.heartbeat("generates", 29.0, 5.0)  # overtaken on its way
 
     activity = tracker.activity()
 
@@ -184,7 +195,7 @@ STEPS = st.lists(
         st.floats(0, 500),  # seconds that pass
         st.integers(0, 30),  # requests that succeed
         st.dictionaries(st.sampled_from(["non_finite", "timeout", "image_unavailable"]), st.integers(1, 9)),
-        st.booleans(),  # whether the tracker is heard
+        st.booleans(),  # True if the tracker is polled
     ),
     max_size=60,
 )
@@ -194,32 +205,32 @@ STEPS = st.lists(
 def test_whatever_comes_the_figures_add_up(
     steps: list[tuple[float, int, dict[str, int], bool]], total: int, before: int
 ) -> None:
-    run, told = Run(total=before + total, before=before), 0
-    for seconds, succeeded, failures, heard in steps:
+    run, ended = Run(total=before + total, before=before), 0
+    for seconds, succeeded, failures, polled in steps:
         run.time += seconds
         run.end(succeeded, failures)
-        told += succeeded + sum(failures.values())
-        lived = run.time - 5000.0
-        run.tracker.heartbeat("one", lived, lived / 2)
-        if heard:
+        ended += succeeded + sum(failures.values())
+        uptime = run.time - 5000.0
+        run.tracker.heartbeat("one", uptime, uptime / 2)
+        if polled:
             run.progress.update(run.tracker.activity())
 
-        seen = run.progress.snapshot()
-        assert seen.done == before + seen.succeeded + seen.failed <= before + told
-        assert not heard or seen.done == before + told
-        assert seen.failed == sum(seen.failures.values())
-        for share in (seen.busy, seen.recent_busy):
+        snapshot = run.progress.snapshot()
+        assert snapshot.done == before + snapshot.succeeded + snapshot.failed <= before + ended
+        assert not polled or snapshot.done == before + ended
+        assert snapshot.failed == sum(snapshot.failures.values())
+        for share in (snapshot.busy, snapshot.recent_busy):
             assert share is None or 0 <= share <= 1
-        assert seen.clips_per_second >= 0
-        assert (seen.recent_clips_per_second or 0.0) >= 0
-        assert (seen.seconds_left or 0.0) >= 0
-        assert ProgressSnapshot.model_validate(json.loads(seen.model_dump_json())) == seen
+        assert snapshot.clips_per_second >= 0
+        assert (snapshot.recent_clips_per_second or 0.0) >= 0
+        assert (snapshot.seconds_left or 0.0) >= 0
+        assert ProgressSnapshot.model_validate(json.loads(snapshot.model_dump_json())) == snapshot
     assert len(run.progress._marks) <= len(steps) + 1
 
 
 def test_few_clips_are_not_enough_for_a_recent_pace() -> None:
     run = Run()
-    run.go_on(RECENT_S * 10, clips_per_second=1.0)
+    run.advance(RECENT_S * 10, clips_per_second=1.0)
     first = run.progress._marks[0]
 
     assert run.time - first.at == pytest.approx(RECENT_S, abs=HEARTBEAT_S)

@@ -1,4 +1,4 @@
-"""run.json from the first moment of a run to every kind of end."""
+"""The run record from the first moment of a run to every kind of end."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def test_a_run_that_begins_says_what_it_is_about_to_do(make_config: MakeConfig) 
     config = make_config(table, budget__limit=3, params__shop="north", on_finish__webhook="https://h/secret")
     begun(config)
 
-    told = run_json(config)
+    record = run_json(config)
 
-    assert set(told) == FIELDS
-    assert (told["timings"], told["engines"], told["summary"]) == (None, None, None)
-    assert (told["state"], told["exit_code"], told["finished_at"]) == ("running", None, None)
-    assert (told["rows"], told["pending"], told["selected"], told["rejected"]) == (5, 4, 3, 1)
-    assert told["params"] == {"shop": "north"}
-    assert {"python", "ray", "torch", "diffusers"} <= set(told["versions"])
-    assert "secret" not in json.dumps(told)
+    assert set(record) == FIELDS
+    assert (record["timings"], record["engines"], record["summary"]) == (None, None, None)
+    assert (record["state"], record["exit_code"], record["finished_at"]) == ("running", None, None)
+    assert (record["rows"], record["pending"], record["selected"], record["rejected"]) == (5, 4, 3, 1)
+    assert record["params"] == {"shop": "north"}
+    assert {"python", "ray", "torch", "diffusers"} <= set(record["versions"])
+    assert "secret" not in json.dumps(record)
 
 
 class SlowStore(Store):
@@ -81,7 +81,7 @@ def test_a_run_that_goes_on_says_how_far_it_is_and_nothing_of_that_comes_after_i
     progress.update(
         EngineActivity(outcomes=OutcomeCounts(1, Counter({"non_finite": 1}), "s3://user:hunter2@bucket/clip.mp4"))
     )
-    writer.write_progress(progress)  # it was told a moment ago
+    writer.write_progress(progress)  # it was written a moment ago
     assert run_json(config)["progress"]["done"] == 0
 
     writer._written_s -= PROGRESS_EVERY_S
@@ -90,8 +90,8 @@ def test_a_run_that_goes_on_says_how_far_it_is_and_nothing_of_that_comes_after_i
     progress.enter("finished")
     writer.finish(plan.outcomes, "night")
 
-    told = ProgressSnapshot.model_validate(run_json(config)["progress"])
-    assert (told.phase, told.succeeded, told.failures) == ("finished", 3, {"non_finite": 1})
+    snapshot = ProgressSnapshot.model_validate(run_json(config)["progress"])
+    assert (snapshot.phase, snapshot.succeeded, snapshot.failures) == ("finished", 3, {"non_finite": 1})
     assert run_json(config)["state"] == "finished"
     assert "hunter2" not in json.dumps(run_json(config))
 
@@ -115,12 +115,12 @@ def test_a_run_that_finished_says_what_it_came_to_and_what_it_cost(make_config: 
         progress.update(EngineActivity(outcomes=OutcomeCounts(2)))
     writer.set_engines({"count": 1, "startup_seconds": None}, 1800.0)
 
-    told = writer.finish(plan.outcomes, "night")
+    summary = writer.finish(plan.outcomes, "night")
 
     whole = run_json(config)
     assert set(whole) == FIELDS
     assert (whole["state"], whole["exit_code"], whole["engine_hours"], whole["gpu_hours"]) == ("finished", 0, 0.5, 0.25)
-    assert (told.cost, whole["cost"], whole["summary"]["cost"]) == (0.75, 0.75, 0.75)
+    assert (summary.cost, whole["cost"], whole["summary"]["cost"]) == (0.75, 0.75, 0.75)
     assert whole["requests_per_second"] > 0
     assert set(whole["timings"]) == {"planning_s", "waiting_s", "generating_s", "publishing_s", "total_s"}
     assert whole["finished_at"] >= whole["started_at"]
@@ -131,10 +131,10 @@ def test_a_run_that_a_limit_stopped_says_which_and_what_is_left(make_config: Mak
     writer, plan, progress = begun(config)
     progress.update(EngineActivity(outcomes=OutcomeCounts(1)))
 
-    told = writer.finish(plan.outcomes, "night", LimitReached("deadline", "it is time", 4), left=3)
+    summary = writer.finish(plan.outcomes, "night", LimitReached("deadline", "it is time", 4), left=3)
 
-    assert (told.reason, told.left, told.exit_code, told.results_uri) == ("deadline", 3, 4, None)
-    assert told.message == "it is time. 3 of 4 requests are left"
+    assert (summary.reason, summary.left, summary.exit_code, summary.results_uri) == ("deadline", 3, 4, None)
+    assert summary.message == "it is time. 3 of 4 requests are left"
     assert (run_json(config)["state"], run_json(config)["reason"]) == ("stopped", "deadline")
 
 
@@ -155,10 +155,10 @@ def test_a_run_that_ends_by_an_error_says_so(make_config: MakeConfig, error: Exc
 
     writer.fail(error)
 
-    told = run_json(config)
-    assert (told["state"], told["reason"], told["exit_code"], told["computed"]) == ("stopped", reason, code, 1)
-    assert str(error).split(" ")[-1][-5:] in told["message"]
-    assert "hunter2" not in json.dumps(told)
+    record = run_json(config)
+    assert (record["state"], record["reason"], record["exit_code"], record["computed"]) == ("stopped", reason, code, 1)
+    assert str(error).split(" ")[-1][-5:] in record["message"]
+    assert "hunter2" not in json.dumps(record)
 
 
 def test_an_error_before_the_run_began_writes_nothing(make_config: MakeConfig) -> None:

@@ -182,7 +182,7 @@ def test_a_file_of_something_else_is_not_written_over(content, tmp_path):
     result = small("--to", str(path))
 
     assert result.exit_code == 2
-    assert "name another one" in " ".join(result.output.replace("│", " ").split())
+    assert "name another file" in " ".join(result.output.replace("│", " ").split())
     assert path.read_text() == content
 
 
