@@ -20,7 +20,7 @@ from pia_batch.errors import printable
 
 if TYPE_CHECKING:
     from pia_batch.driver.progress import Progress
-from pia_batch.schema.run_record import ProgressSnapshot
+    from pia_batch.schema.run_record import ProgressSnapshot
 
 LOG_EVERY_S = 10.0
 """Seconds between progress lines if standard error is not a terminal."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pia_batch import errors
-from pia_batch.config import yaml_text
 
 if TYPE_CHECKING:
     from pia_batch.config import RunConfig
@@ -73,6 +72,8 @@ def params_of(params: list[str] | None) -> dict[str, Any]:
 
 def overrides(manifest: str | None, output: str | None, settings: list[str] | None) -> dict[str, Any]:
     """Return the overrides of `--manifest`, `--output` and `--set` by dotted key."""
+    from pia_batch.config import yaml_text
+
     overrides: dict[str, Any] = {}
     for setting in settings or []:
         key, equals, text = setting.partition("=")

@@ -121,6 +121,21 @@ print(sorted({"torch", "ray", "diffusers", "transformers"} & set(sys.modules)))
         assert done.stdout.splitlines()[-1] == "[]", arguments
 
 
+def test_help_imports_none_of_the_large_libraries() -> None:
+    script = """
+import sys
+from pia_batch import cli
+try:
+    cli.main(["run", "--help"])
+except SystemExit:
+    pass
+print(sorted({"numpy", "pyarrow", "ruamel", "torch", "ray"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_every_command_has_help_with_an_example(capsys) -> None:
     for command in cli.app.registered_commands:
         assert pia_batch(command.callback.__name__, "--help") == 0
