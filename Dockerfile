@@ -1,10 +1,10 @@
 # syntax=docker/dockerfile:1
-# One image for the head, the workers and whoever submits, on Kubernetes or any machine with NVIDIA's container toolkit.
+# One image for the head, the workers and submitting machines, on Kubernetes or any machine with NVIDIA's container toolkit.
 #
 #   docker build -t registry.example.com/pia-batch:0.1.0 .
 #   docker run --rm --gpus all --shm-size 4g registry.example.com/pia-batch:0.1.0 pia-batch demo
 #
-# torch's wheels bring CUDA's libraries along, so that the base needs none; the node needs a driver of 580 or newer (CUDA 13).
+# torch's wheels contain CUDA's libraries, so that the base needs none; the node needs a driver of 580 or newer (CUDA 13).
 # When you build for others, pin the base by its digest too: FROM python:3.12.13-slim-bookworm@sha256:...
 FROM python:3.12.13-slim-bookworm
 
@@ -12,21 +12,21 @@ LABEL org.opencontainers.image.title="pia-batch" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 
-# KubeRay asks by wget whether a node is well. Debian has one version of it at a time.
+# KubeRay checks the health of a node by wget. Debian has one version of it at a time.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends wget \
     && rm -rf /var/lib/apt/lists/*
 
-# Into /usr/local, not a virtual environment: KubeRay starts Ray from a login shell, which sets PATH anew.
-# Nothing but what requirements.lock names, with the hashes that it names; no file of the build is left in a layer.
+# Into /usr/local, not a virtual environment: KubeRay starts Ray from a login shell, which resets PATH.
+# Only packages of requirements.lock are installed, with its hashes; no file of the build stays in a layer.
 RUN --mount=type=bind,source=requirements.lock,target=/build/requirements.lock \
     python -m pip install --no-cache-dir --require-hashes -r /build/requirements.lock
 RUN --mount=type=bind,target=/build,rw \
     python -m pip install --no-cache-dir --no-deps --no-build-isolation /build
 COPY jobs /opt/pia_batch/jobs
 
-# By number, so that Kubernetes can tell that it is not root. Weights are kept in /cache: mount a local disk there.
+# A numeric user, so that Kubernetes can see that it is not root. Weights are kept in /cache: mount a local disk there.
 RUN useradd --uid 1000 --create-home pia && install -d -o pia -g pia /cache
 USER 1000:1000
 WORKDIR /home/pia

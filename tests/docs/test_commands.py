@@ -32,7 +32,7 @@ FOLLOWED = {"docs/tutorial.md", "docs/object-storage.md", "docs/schedules.md", "
 
 NOT_RUN = {
     "make demo": "the demo is run by test_cli",
-    "make test": "what continuous integration runs",
+    "make test": "continuous integration runs it",
     "pia-batch plan jobs/configs/single_gpu.yaml": "the published weights",
     "pia-batch run jobs/configs/single_gpu.yaml": "a GPU and the published weights",
     "pia-batch submit": "a cluster; the tutorial and test_jobs submit to one",
