@@ -58,33 +58,30 @@ def _uses_local_ray(item: pytest.Item) -> bool:
 
 # --- order and distribution -------------------------------------------------------------------------------------------
 
-FIRST = ("ray", "system", "jobs", "driver", "cli", "docs", "pipeline", "engine", "report", "journal", "planning")
-"""Folders in the order in which they run: the longest files first, so that two workers end at about the same time."""
+FIRST = ("processes", "system", "engine", "pipeline", "report", "driver", "planning", "journal", "manifest", "cli")
+"""Groups, and folders of them, that run first: the longest, so that two workers end at about the same time."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Send every file to one worker, tests of the shared Ray to the same one, and repeat once what fails by load."""
+    """Distribute tests by file, and repeat once those that other work on the machine can delay.
+
+    All tests that start Ray or other processes are one group: one worker runs them one after another, and those that
+    use the shared Ray first, while the other worker runs tests that only compute.
+    """
     for item in items:
-        shared = "ray" if _uses_local_ray(item) else _folder_and_name(item)
-        item.add_marker(pytest.mark.xdist_group(shared))
-        if _meets_processes(item):
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+        if any(item.get_closest_marker(name) for name in ("slow", "s3", "long")):
             item.add_marker(pytest.mark.flaky(reruns=1))
-    crowded = {_group(item) for item in items if _meets_processes(item)}
-    items.sort(key=lambda item: (_group(item) not in crowded, _rank(item), _group(item)))
+    items.sort(key=lambda item: (_rank(item), not _uses_local_ray(item), _file(item)))
 
 
-def _meets_processes(item: pytest.Item) -> bool:
-    """Return true for tests of real processes, servers and clusters, which others on the machine can delay."""
-    return any(item.get_closest_marker(name) for name in ("slow", "s3", "long"))
-
-
-def _folder_and_name(item: pytest.Item) -> str:
+def _file(item: pytest.Item) -> str:
     return item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix().replace("/", ".")
 
 
 def _group(item: pytest.Item) -> str:
-    return next(str(mark.args[0]) for mark in item.iter_markers("xdist_group"))
+    return "processes" if item.get_closest_marker("slow") else _file(item)
 
 
 def _rank(item: pytest.Item) -> int:
