@@ -105,8 +105,8 @@ def read(data: bytes) -> ImageHeader:
 def lean(data: bytes, file_format: ImageFormat) -> bytes:
     """Return a whole file without parts that endanger a decoder and define neither pixels nor colours.
 
-    A JPEG loses EXIF, comments, previews, and everything after its first picture. Refuses files with more parts than an
-    honest file has.
+    A JPEG loses EXIF, comments, previews, and everything after its first picture. An animated WebP is marked as one
+    with transparency. Refuses files with more parts than an honest file has.
 
     Raises:
         IncompleteError: The file ends before its pixels.
@@ -115,8 +115,10 @@ def lean(data: bytes, file_format: ImageFormat) -> bytes:
     if file_format == "JPEG":
         return _lean_jpeg(data)
     if file_format == "PNG":
-        for _ in _png_chunks(data, MAX_CHUNKS):
+        for _ in png_chunks(data):
             pass
+    if file_format == "WEBP":
+        return _webp_with_canvas(data)
     return data
 
 
@@ -149,7 +151,7 @@ def _png(data: bytes) -> tuple[int, int, bytes]:
         raise _corrupt("a PNG without IHDR")
     width, height = struct.unpack_from(">II", data, 16)
     exif = b""
-    for name, start, end in _png_chunks(data, MAX_PARTS):
+    for name, start, end in png_chunks(data, MAX_PARTS):
         if name in (b"IDAT", b"IEND"):
             return width, height, exif
         _need(data, end + 4)
@@ -158,7 +160,7 @@ def _png(data: bytes) -> tuple[int, int, bytes]:
     raise IncompleteError
 
 
-def _png_chunks(data: bytes, limit: int) -> Iterator[tuple[bytes, int, int]]:
+def png_chunks(data: bytes, limit: int = MAX_CHUNKS) -> Iterator[tuple[bytes, int, int]]:
     """Yield name, start and end of the payload of every chunk whose header is complete."""
     position = 8
     for _ in range(limit):
@@ -269,6 +271,17 @@ def _webp(data: bytes) -> tuple[int, int, bytes]:
         raise _corrupt("a WebP without a picture")
     size = int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
     return *size, _webp_exif(data) if data[20] & 0x08 else b""
+
+
+def _webp_with_canvas(data: bytes) -> bytes:
+    """Set the alpha flag of an animation, whose first frame need not cover the canvas.
+
+    The rest of the canvas is transparent in browsers; RFC 9649 lets a reader ignore the background colour. Without the
+    flag, Pillow shows it black.
+    """
+    if data[12:16] != b"VP8X" or not data[20] & 0x02:
+        return data
+    return data[:20] + bytes((data[20] | 0x10,)) + data[21:]
 
 
 def _webp_exif(data: bytes) -> bytes:

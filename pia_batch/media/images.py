@@ -1,6 +1,7 @@
 """Image decoding: untrusted bytes to the RGB image that conditions an animation, and fitting to a size.
 
-Can be called from many threads: no global state changes after the import.
+Can be called from many threads. The only global state that changes is Pillow's limit on pixels, while a large image is
+decoded.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import contextlib
 import io
 import threading
 import warnings
+from collections.abc import Iterator
 
-import numpy as np
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -24,7 +25,7 @@ from PIL import (
 
 from pia_batch.config import Fit
 from pia_batch.errors import ImageUnreadableError, message_of
-from pia_batch.media import image_headers
+from pia_batch.media import bitmaps, image_headers, png_samples
 from pia_batch.media.image_headers import ImageHeader, IncompleteError
 
 _READERS = (PngImagePlugin, JpegImagePlugin, WebPImagePlugin, GifImagePlugin, BmpImagePlugin)
@@ -36,9 +37,10 @@ The others (TIFF, EPS, PSD, FITS, ...) have a history of memory errors and of ca
 LARGE_PIXELS = 10_000_000
 """Number of pixels above which images are decoded one at a time in each process.
 
-Decoding takes at most 21 bytes a pixel (measured).
+Decoding takes at most 22 bytes a pixel, 5 for an upright JPEG (measured).
 """
 _large = threading.Lock()
+"""Held while a large image is decoded, and Pillow's own limit is lifted."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,11 +53,9 @@ _UPRIGHT = {
 }
 """Transposition that undoes each EXIF orientation; 1 is upright."""
 
-_TO_8_BITS = ((np.arange(65536) + 128) // 257).astype(np.uint8)
+_16_BIT_COLOUR = (png_samples.RGB, png_samples.GREY_ALPHA, png_samples.RGBA)
 
-# `max_pixels` is the limit; Pillow's warning at 89 million pixels would only be noise in the log of a run that allows
-# more. Its error at 179 million stays. Its warnings about broken metadata repeat text from untrusted files.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow's warnings about broken metadata repeat text from untrusted files.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
@@ -72,7 +72,7 @@ def decode(data: bytes, *, max_pixels: int, background: str) -> Image.Image:
 
     Args:
         data: Untrusted file: PNG, JPEG (MPO included), WebP, GIF or BMP.
-        max_pixels: Largest width x height that is decoded, in pixels; above 178,956,970 Pillow refuses by itself.
+        max_pixels: Largest width x height that is decoded, in pixels (`images.max_pixels`).
         background: Colour under transparent pixels, as `#rrggbb`.
 
     Raises:
@@ -85,7 +85,7 @@ def decode(data: bytes, *, max_pixels: int, background: str) -> Image.Image:
     try:
         header = image_headers.read(data)
         _check_pixels(header, max_pixels)
-        with _large if header.width * header.height > LARGE_PIXELS else contextlib.nullcontext():
+        with _alone() if header.width * header.height > LARGE_PIXELS else contextlib.nullcontext():
             return _decode(data, header, background)
     except ImageUnreadableError:
         raise
@@ -160,54 +160,94 @@ def bucket(width: int, height: int, long_side: int) -> tuple[int, int]:
     return wide, high
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Decode one large image, without Pillow's limit: `max_pixels` has been checked, and may be higher."""
+    with _large:
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
 def _check_pixels(header: ImageHeader, max_pixels: int) -> None:
     num_pixels = header.width * header.height
     if num_pixels > max_pixels:
-        msg = f"too many pixels (got {header.width} x {header.height} = {num_pixels}, expected at most {max_pixels})"
+        msg = (
+            f"too many pixels (got {header.width} x {header.height} = {num_pixels}, expected at most {max_pixels}); "
+            "raise images.max_pixels or store a smaller image"
+        )
         raise ImageUnreadableError(msg)
 
 
 def _decode(data: bytes, header: ImageHeader, background: str) -> Image.Image:
-    lean = io.BytesIO(image_headers.lean(data, header.format))
-    with Image.open(lean, formats=(header.format,)) as image:
-        if image.size != (header.width, header.height):
-            msg = (
-                f"corrupt image: one header says {header.width} x {header.height} pixels, another "
-                f"{image.width} x {image.height}"
-            )
-            raise ImageUnreadableError(msg)
-        image.load()
-        colour, alpha = _split_alpha(image)
-        flat = _to_srgb(colour, image.info.get("icc_profile"))
+    colour, alpha, profile = _planes(image_headers.lean(data, header.format), header)
+    flat = _to_srgb(colour, profile)
     if alpha is not None:
         flat = Image.composite(flat, Image.new("RGB", flat.size, background), alpha)
     method = _UPRIGHT.get(header.orientation)
     return flat if method is None else flat.transpose(method)
 
 
+def _planes(data: bytes, header: ImageHeader) -> tuple[Image.Image, Image.Image | None, bytes | None]:
+    """Return colour in mode L, RGB or CMYK, as the ICC profile describes it, alpha in mode L or None, and the profile.
+
+    Pillow's own notion of transparency is used only where it is that of browsers and of the format's specification.
+    """
+    key: tuple[int, ...] | None = None
+    depth, colour_type = 8, png_samples.RGB
+    if header.format == "BMP":
+        planes = bitmaps.decode(data)
+        if planes is not None:
+            return *planes, None
+    if header.format == "PNG":
+        depth, colour_type = png_samples.layout(data)
+        data, key = png_samples.colour_key(data)
+        if depth == 16 and colour_type in _16_BIT_COLOUR:  # noqa: PLR2004
+            colour, alpha, info = png_samples.decode_16_bit(data, key)
+            return colour, alpha, info.get("icc_profile")
+    with Image.open(io.BytesIO(data), formats=(header.format,)) as image:
+        if image.size != (header.width, header.height):
+            msg = (
+                f"corrupt image: one header says {header.width} x {header.height} pixels, another "
+                f"{image.width} x {image.height}"
+            )
+            raise ImageUnreadableError(msg)
+        frame = image.tile[0].extents if header.format == "GIF" and image.tile else None
+        image.load()
+        profile = image.info.get("icc_profile")
+        if image.mode.startswith("I"):
+            return *png_samples.decode_16_bit_grey(image, key), profile
+        if key is not None:
+            alpha = png_samples.alpha_of_key(image, key, depth)
+            return image.convert("L" if colour_type == png_samples.GREY else "RGB"), alpha, profile
+        colour, alpha = _split_alpha(image)
+    if frame is not None and frame != (0, 0, *colour.size):
+        alpha = _within(frame, colour.size, alpha)
+    return colour, alpha, profile
+
+
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Return colour in mode L, RGB or CMYK, as the ICC profile describes it, and alpha in mode L or None."""
-    if image.mode.startswith("I"):
-        return _from_16_bit(image)
     is_grey = image.mode in ("1", "L", "LA")
     if image.has_transparency_data:
         full = image.convert("RGBA")
         return full.getchannel("R") if is_grey else full.convert("RGB"), full.getchannel("A")
-    if image.mode == "CMYK":  # Pillow's JPEG reader has already undone Adobe's inverted inks
-        return image.copy(), None
+    if image.format == "JPEG":
+        # No copy: it would double the memory of a large photograph. Pillow has already undone Adobe's inverted inks.
+        return image, None
     return image.convert("L" if is_grey else "RGB"), None
 
 
-def _from_16_bit(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Scale 16-bit grey in Pillow's modes I;16 and I to 8 bits. Pillow's own conversion clips at 255."""
-    samples = np.asarray(image)
-    if samples.dtype != np.uint16:
-        samples = np.clip(samples, 0, 65535).astype(np.uint16)
-    grey = Image.fromarray(_TO_8_BITS[samples])
-    key = image.info.get("transparency")
-    if not isinstance(key, int):
-        return grey, None
-    return grey, Image.fromarray(np.where(samples == key, 0, 255).astype(np.uint8))
+def _within(frame: tuple[int, int, int, int], size: tuple[int, int], alpha: Image.Image | None) -> Image.Image:
+    """Return alpha that is 0 outside of a GIF's first frame.
+
+    Browsers leave the rest of the canvas transparent, whatever the background colour is (GIF89a would have that shown).
+    """
+    covered = Image.new("L", size, 0)
+    covered.paste(255 if alpha is None else alpha.crop(frame), frame)
+    return covered
 
 
 def _to_srgb(colour: Image.Image, profile: bytes | None) -> Image.Image:
@@ -220,4 +260,4 @@ def _to_srgb(colour: Image.Image, profile: bytes | None) -> Image.Image:
             converted = None
         if converted is not None:
             return converted
-    return colour.convert("RGB")
+    return colour if colour.mode == "RGB" else colour.convert("RGB")

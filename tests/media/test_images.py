@@ -4,6 +4,7 @@ import resource
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageCms
 
 from pia_batch.errors import ImageUnreadableError
-from pia_batch.media import images
+from pia_batch.media import images, png_samples
 
 PHOTOGRAPHS = sorted(
     path for path in (Path(skimage.__file__).parent / "data").iterdir() if path.suffix in (".png", ".jpg", ".gif")
@@ -149,8 +150,62 @@ def test_the_pixel_cap_holds_to_the_pixel():
     data = saved(picture(size=(20, 10)), "PNG")
 
     assert decode(data, max_pixels=200).size == (20, 10)
-    with pytest.raises(ImageUnreadableError, match="got 20 x 10 = 200, expected at most 199"):
+    assert decode(data, max_pixels=201).size == (20, 10)
+    with pytest.raises(ImageUnreadableError, match="got 20 x 10 = 200, expected at most 199") as caught:
         decode(data, max_pixels=199)
+    assert "raise images.max_pixels" in str(caught.value)
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_no_limit_of_pillow_is_kept_instead_of_the_one_that_is_set(fmt, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses twice as many
+    data = saved(Image.new("L", (4000, 2600)), fmt)
+
+    assert decode(data, max_pixels=4000 * 2600).size == (4000, 2600)
+    with pytest.raises(ImageUnreadableError, match=r"images\.max_pixels"):
+        decode(data, max_pixels=4000 * 2600 - 1)
+
+    assert not recwarn.list
+    assert Image.MAX_IMAGE_PIXELS == 1000
+
+
+def test_a_gif_whose_picture_reaches_beyond_its_canvas_keeps_to_the_limit_that_is_set(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    data = bytearray(saved(Image.new("L", (4000, 2600)), "GIF"))
+    data[6:10] = struct.pack("<HH", 10, 10)
+
+    assert decode(bytes(data), max_pixels=4000 * 2600).size == (4000, 2600)
+
+
+def test_pillows_limit_is_back_after_a_large_image_that_is_corrupt():
+    limit = Image.MAX_IMAGE_PIXELS
+    data = saved(Image.new("L", (4000, 2600)), "PNG")
+
+    with pytest.raises(ImageUnreadableError):
+        decode(data[: len(data) // 2])
+
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.slow
+def test_a_photograph_of_200_megapixels_takes_what_decoding_takes():
+    code = """
+import io, resource, sys
+from PIL import Image
+from pia_batch.media import images
+data = open(sys.argv[1], "rb").read()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+image = images.decode(data, max_pixels=250_000_000, background="#000000")
+print(*image.size, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (image.width * image.height))
+"""
+    with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
+        Image.new("RGB", (16320, 12240), "#c86432").save(file, "JPEG")
+        file.flush()
+        done = subprocess.run([sys.executable, "-c", code, file.name], capture_output=True, text=True, check=True)
+
+    width, height, bytes_a_pixel = done.stdout.split()
+    assert (width, height) == ("16320", "12240")
+    assert float(bytes_a_pixel) < 5  # Pillow stores RGB in four bytes
 
 
 def test_a_compressed_text_bomb_is_unreadable():
@@ -239,7 +294,7 @@ def test_an_enormous_profile_is_left_out():
 def test_readers_of_other_formats_are_never_even_imported():
     code = """
 import sys
-from pia_batch.media import images
+from pia_batch.media import images, png_samples
 from pia_batch.errors import ImageUnreadableError
 starts = [b"%!PS-Adobe-3.0 EPSF", b"8BPS\\0\\1", b"SIMPLE  =", b"II*\\0", b"MM\\0*", b"\\0\\0\\1\\0", b"P6 1 1 255 a"]
 for data in starts:
@@ -392,7 +447,7 @@ def test_16_bit_colour_is_scaled_to_the_level(colour_type, channels):
 
 
 def test_32_bit_samples_of_a_16_bit_picture_are_scaled_too():
-    grey, alpha = images._from_16_bit(Image.fromarray(np.int32([[0, 257, 65535, 70000, -5]])))
+    grey, alpha = png_samples.decode_16_bit_grey(Image.fromarray(np.int32([[0, 257, 65535, 70000, -5]])), None)
 
     assert alpha is None
     assert pixels(grey).tolist() == [[0, 1, 255, 255, 0]]
