@@ -36,7 +36,7 @@ lint: setup  ## check style, formatting, types and import contracts
 PYTEST := $(QUIET) $(BIN)/python -m pytest -rR
 
 test: lint browser  ## run every check and every test but the long ones: at most 10 minutes on two cores
-	$(PYTEST) -n 2 --dist loadgroup --no-loadscope-reorder -m 'not gpu and not long'
+	$(PYTEST) -n 2 --no-loadscope-reorder -m 'not gpu and not long'
 
 test-long: browser  ## run the whole-stack tests one by one: the pages' commands, faults, kills and jobs on real processes
 	$(PYTEST) -m 'long and not gpu'

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from inputs import png, requests_table
 from seaweedfs import SeaweedFS
+from xdist.scheduler import LoadScopeScheduling
 
 from pia_batch.config import RunConfig
 from pia_batch.storage.object_store import Store
@@ -58,35 +59,54 @@ def _uses_local_ray(item: pytest.Item) -> bool:
 
 # --- order and distribution -------------------------------------------------------------------------------------------
 
-FIRST = ("processes", "system", "engine", "pipeline", "report", "driver", "planning", "journal", "manifest", "cli")
-"""Groups, and folders of them, that run first: the longest, so that two workers end at about the same time."""
+PROCESSES = (
+    "pipeline/test_dataset",
+    "system/test_pipeline",
+    "pipeline/test_metrics",
+    "driver/test_ray_cluster",
+    "cli/test_cli",
+)
+"""Files that start Ray or whole programs, in the order in which one worker runs them. The first two share one Ray."""
+
+FIRST = ("system", "engine", "pipeline", "report", "driver", "planning", "journal", "manifest", "cli")
+"""Folders that run first, after PROCESSES: the longest, so that two workers end at about the same time."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Distribute tests by file, and repeat once those that other work on the machine can delay.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Give every file to one worker, and all of PROCESSES to the same one: the other runs tests that only compute.
 
-    All tests that start Ray or other processes are one group: one worker runs them one after another, and those that
-    use the shared Ray first, while the other worker runs tests that only compute.
+    A scheduler of our own, as `--dist loadgroup` of pytest-xdist 3.8 has no effect with pytest 9.2: the ids of tests
+    that it changes are computed there.
     """
+    return FileScheduling(config, log)
+
+
+class FileScheduling(LoadScopeScheduling):
+    """A scheduler that keeps tests of a file together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = _file(nodeid)
+        return "processes" if file in PROCESSES else file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order tests by file, and repeat once those that other work on the machine can delay."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
         if any(item.get_closest_marker(name) for name in ("slow", "s3", "long")):
             item.add_marker(pytest.mark.flaky(reruns=1))
-    items.sort(key=lambda item: (_rank(item), not _uses_local_ray(item), _file(item)))
+    items.sort(key=lambda item: (*_rank(_file(item.nodeid)), _file(item.nodeid)))
 
 
-def _file(item: pytest.Item) -> str:
-    return item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix().replace("/", ".")
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0].removeprefix("tests/").removesuffix(".py")
 
 
-def _group(item: pytest.Item) -> str:
-    return "processes" if item.get_closest_marker("slow") else _file(item)
-
-
-def _rank(item: pytest.Item) -> int:
-    folder = _group(item).partition(".")[0]
-    return FIRST.index(folder) if folder in FIRST else len(FIRST)
+def _rank(file: str) -> tuple[int, int]:
+    if file in PROCESSES:
+        return 0, PROCESSES.index(file)
+    folder = file.partition("/")[0]
+    return 1, FIRST.index(folder) if folder in FIRST else len(FIRST)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
