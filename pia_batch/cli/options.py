@@ -71,8 +71,8 @@ def params_of(params: list[str] | None) -> dict[str, Any]:
 
 
 def overrides(manifest: str | None, output: str | None, settings: list[str] | None) -> dict[str, Any]:
-    """Return the overrides of `--manifest`, `--output` and `--set` by dotted key."""
-    from pia_batch.config import yaml_text
+    """Return the overrides of `--manifest`, `--output` and `--set` by dotted key, each read as its key's type."""
+    from pia_batch.config import RunConfig, typed_text
 
     overrides: dict[str, Any] = {}
     for setting in settings or []:
@@ -83,9 +83,12 @@ def overrides(manifest: str | None, output: str | None, settings: list[str] | No
                 "docs/config.md has all keys"
             )
         try:
-            overrides[key] = yaml_text.parse(text)
-        except ValueError:
-            raise errors.ConfigError(f"--set {setting}: invalid YAML value (got {text!r}); put it in quotes") from None
+            overrides[key] = typed_text.read(text, key, RunConfig)
+        except ValueError as err:
+            raise errors.ConfigError(
+                f"--set {setting}: invalid YAML value: {errors.message_of(err)}; write such as [a, b] or "
+                "{name: value}, and put texts with # or : in it in quotes"
+            ) from None
     flags = {"manifest": manifest, "output": output}
     return overrides | {name: value for name, value in flags.items() if value is not None}
 

@@ -58,6 +58,9 @@ def _problem_text(problem: ErrorDetails) -> str:
         return f"a key must be a text; write it in quotes (got {_shown(problem['input'])})"
     if expected in _TYPES and rest in ("type", "parsing", "from_float", "attributes_type"):
         text = f"must be {_TYPES[expected]}"
+    if expected == "string" and rest == "type" and not isinstance(problem["input"], list | dict):
+        hint = "a text that begins with #" if problem["input"] is None else "such a text"
+        return f"{text} (got {_shown(problem['input'])}); in YAML, write {hint} in quotes"
     return f"{re.sub('^(Input|String) should', 'must', text)} (got {_shown(problem['input'])})"
 
 

@@ -35,8 +35,22 @@ def parse(text: str) -> Any:  # any value that YAML can hold
     """
     reader = YAML(typ="safe", pure=True)
     reader.Constructor = _Constructor
+    return _load(reader, text)
+
+
+def parse_texts(text: str) -> Any:  # lists and mappings of texts
+    """Return the value of a YAML document with every scalar as the text that was written, without its quotes.
+
+    Raises:
+        ValueError: not YAML, or a duplicate key. The message has line and column where they are known.
+    """
+    return _load(YAML(typ="base", pure=True), text)
+
+
+def _load(reader: YAML, text: str) -> Any:  # any value that YAML can hold
     try:
-        return reader.load(text)
+        value = reader.load(text)
+        _refuse_cycles(value, set(), set())
     except MarkedYAMLError as err:
         mark = err.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -44,6 +58,28 @@ def parse(text: str) -> Any:  # any value that YAML can hold
         raise ValueError(f"{where}{expected}{err.problem or err.context or ''}") from None
     except YAMLError as err:
         raise ValueError(str(err)) from None
+    except RecursionError:
+        msg = "lists or mappings are nested too deeply"
+        raise ValueError(msg) from None
+    return value
+
+
+def _refuse_cycles(value: Any, above: set[int], checked: set[int]) -> None:  # any value that YAML can hold
+    """Refuse an alias inside of what it stands for.
+
+    Args:
+        value: Value as YAML has read it.
+        above: Identities of the lists and mappings that contain the value.
+        checked: Identities of the lists and mappings that contain no cycle; extended here.
+    """
+    if id(value) in above:
+        msg = "an alias is inside of what it stands for; write the value itself"
+        raise ValueError(msg)
+    if not isinstance(value, list | dict) or id(value) in checked:
+        return
+    for each in value.values() if isinstance(value, dict) else value:
+        _refuse_cycles(each, above | {id(value)}, checked)
+    checked.add(id(value))
 
 
 def dump(tree: Any, *, ascii_only: bool = False) -> str:  # any value that YAML can hold

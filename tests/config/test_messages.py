@@ -61,7 +61,8 @@ def test_every_mistake_of_a_config_is_told_at_once_and_without_secrets() -> None
         ("images.allow", "s3://photos", "must be a list, such as [a, b] (got 's3://photos')"),
         ("model", "SG161222/Realistic", "must be a section, with its keys below it (got 'SG161222/Realistic')"),
         ("model.sha256", "0f", "must be a mapping of names to values (got '0f')"),
-        ("run_id", 7, "must be a text (got 7)"),
+        ("run_id", 7, "must be a text (got 7); in YAML, write such a text in quotes"),
+        ("images.background", None, "must be a text (got null); in YAML, write a text that begins with # in quotes"),
         ("run_date", "tomorrow", "'tomorrow' is no date such as 2026-11-22, and no hour such as 2026-11-22T05"),
     ],
 )
