@@ -20,12 +20,10 @@ from pia_batch.config import FreeUConfig, ModelConfig, TextualInversionConfig
 from pia_batch.engine import loras
 from pia_batch.engine.loras import TEXT_ENCODER, UNET, Lora
 from pia_batch.errors import ConfigError
+from pia_batch.weights import inversion_files
 from pia_batch.weights.components import Component
 
 TOKENIZER = "tokenizer"
-
-_NAMELESS = ("emb_params", "string_to_param", "string_to_param.*", "*")
-"""Tensor names of files converted from the web UI's format, which do not hold the word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +130,18 @@ class Adapters:
             table[tokenizer.convert_tokens_to_ids(inversion.tokens)] = inversion.vectors.to(table)
 
 
-def read(model: ModelConfig, lora_files: Sequence[Component], inversion_files: Sequence[Component]) -> Adapters:
+def read(model: ModelConfig, lora_parts: Sequence[Component], inversion_parts: Sequence[Component]) -> Adapters:
     """Read the adapters that `model` names from their resolved files, in the config's order.
 
     Raises:
         ConfigError: A file cannot be read, or is not a file of the expected kind.
     """
+    found = tuple(loras.read(part, config) for part, config in zip(lora_parts, model.loras, strict=True))
+    bundled = [TextualInversion(lora.part, word, held) for lora in found for word, held in lora.embeddings.items()]
+    own = [_inversion(part, each) for part, each in zip(inversion_parts, model.textual_inversions, strict=True)]
     return Adapters(
-        tuple(loras.read(part, config) for part, config in zip(lora_files, model.loras, strict=True)),
-        tuple(_inversion(part, each) for part, each in zip(inversion_files, model.textual_inversions, strict=True)),
+        found,
+        (*own, *bundled),
         model.freeu,
         model.fuse_loras,
     )
@@ -163,14 +164,12 @@ def _inversion(part: Component, config: TextualInversionConfig) -> TextualInvers
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as err:
         raise ConfigError(f"cannot read {path}: {err}") from err
-    if len(tensors) != 1:
-        raise ConfigError(
-            f"{path} holds {', '.join(sorted(tensors)) or 'no tensors'}; a textual inversion for Stable Diffusion 1.5 "
-            "holds one tensor (one for SDXL holds two)"
-        )
-    name, vectors = next(iter(tensors.items()))
-    if config.token is None and name in _NAMELESS:
+    name = inversion_files.vectors_of({key: tuple(tensor.shape) for key, tensor in tensors.items()}, str(path))
+    if config.token is None and name in inversion_files.NAMELESS:
         raise ConfigError(f"{path} does not name its word; set `token` in model.textual_inversions")
+    vectors = tensors[name]
     if vectors.ndim not in (1, 2) or vectors.numel() == 0:
         raise ConfigError(f"{path}: invalid shape {tuple(vectors.shape)}, expected (tokens, features)")
+    if not bool(torch.isfinite(vectors.float()).all()):
+        raise ConfigError(f"{path}: {name!r} holds NaN or infinity; the file is damaged, or its training failed")
     return TextualInversion(part, config.token or name, vectors.view(-1, vectors.shape[-1]))

@@ -1,7 +1,11 @@
-"""LoRAs: reads files of three layouts and applies them to the layers that they name.
+"""LoRAs: reads files of all supported layouts and applies them to the layers that they name.
 
-diffusers and PEFT apply the LoRAs, so that a clip equals that of the stock pipeline with the same LoRA. This module
-reads the files: diffusers drops tensors that do not fit, with a warning; here a file with such a tensor is refused.
+diffusers and PEFT apply plain LoRAs, so that a clip equals that of the stock pipeline with the same LoRA. LoHa, LoKr,
+Tucker and DoRA layers, full differences and norms have no cheap low-rank form: their deltas are computed by the
+published formulas in float64 and merged into the weights. `weights.lora_files` knows the layouts; a file with a tensor
+that does not fit is refused, where diffusers drops the tensor with a warning.
+
+Sources of the formulas: KohakuBlueleaf/LyCORIS `lycoris/modules`, huggingface/peft `tuners/lora/dora.py`.
 """
 
 from __future__ import annotations
@@ -9,9 +13,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors
@@ -27,40 +30,21 @@ from torch import nn
 
 from pia_batch.config import LoraConfig
 from pia_batch.errors import ConfigError
+from pia_batch.weights import components, lora_files
 from pia_batch.weights.components import Component
+from pia_batch.weights.lora_files import TEXT_ENCODER, UNET, Target
 
-UNET, TEXT_ENCODER = "unet", "text_encoder"
-
-_PREFIXES = {
-    "unet.": UNET,
-    "text_encoder.": TEXT_ENCODER,
-    "lora_unet_": UNET,
-    "lora_te_": TEXT_ENCODER,
-    "lora_te1_": TEXT_ENCODER,
-}
-"""Prefixes of keys: those of diffusers and PEFT, then those of kohya."""
-
-_ROLES = {
-    "lora_A.weight": "down",
-    "lora_B.weight": "up",
-    "lora.down.weight": "down",
-    "lora.up.weight": "up",
-    "lora_down.weight": "down",
-    "lora_up.weight": "up",
-    "alpha": "alpha",
-}
-"""Suffixes of keys: those of PEFT, diffusers and kohya."""
-
-_OLD_NAMES = (
-    (r"\.processor\.to_([qkv])_lora\.", r".to_\1.lora."),
-    (r"\.processor\.to_out_lora\.", ".to_out.0.lora."),
-    (r"\.self_attn\.to_(q|k|v|out)_lora\.", r".self_attn.\1_proj.lora."),
-    (r"\.lora_linear_layer\.", ".lora."),
-)
-"""Patterns of names in diffusers before 0.22, each with the current name."""
+__all__ = ["TEXT_ENCODER", "UNET", "Lora", "apply", "read"]
 
 _CALLED_BY_KEYWORD = re.compile(r"motion_modules\.\d+\.proj_(in|out)")
 """Layers that diffusers 0.42.1 calls as `layer(input=...)`, which PEFT's layer wrapper does not support."""
+
+_PLAIN = {"down", "up", "alpha"}
+"""Roles of the tensors of a layer that PEFT applies."""
+
+_SCALED_BY_NORM = ("dora_scale", "magnitude")
+
+_PREFIX_OF_NETWORK = re.compile(r"^(unet|text_encoder)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +55,49 @@ class Lora:
         part: The file.
         scale: Factor with which it is applied.
         tensors: Tensors by network, then by layer name in the file, then by role: `down` (rank, in, ...), `up` (out,
-            rank, ...) and optionally `alpha` (scalar; the product of the matrices is multiplied by alpha / rank).
+            rank, ...), `alpha` (scalar; the delta is multiplied by alpha / rank), and others in `lora_files`.
+        content: Names of the tensors.
         metadata: Metadata that PEFT stored in the file; None in most files.
+        peft: Content of the `adapter_config.json` that PEFT stored next to the file; None in most cases.
+        embeddings: Vectors of bundled textual inversions, (tokens, features), by their word.
     """
 
     part: Component
     scale: float
     tensors: dict[str, dict[str, dict[str, torch.Tensor]]]
-    metadata: dict[str, Any] | None
+    content: lora_files.Content
+    metadata: dict[str, Any] | None = None
+    peft: dict[str, Any] | None = None
+    embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def touches(self, network: str, layers: str = "") -> bool:
         """Return True if it changes a layer of this network whose name contains `layers`."""
         return any(layers in name for name in self.tensors.get(network, {}))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Layer that a LoRA changes.
+
+    Attributes:
+        lora: The LoRA.
+        target: Name and shapes of the layer in the network.
+        tensors: Tensors by role, as in the file.
+        alpha: Number by which the delta is multiplied, times its rank; None if the file does not have one.
+        factor: Number by which the delta is multiplied, besides the LoRA's scale.
+    """
+
+    lora: Lora
+    target: Target
+    tensors: dict[str, torch.Tensor]
+    alpha: float | None
+    factor: float
+
+    def is_plain(self, network: str, *, fuse: bool) -> bool:
+        """Return True if PEFT can apply it."""
+        if not {"down", "up"} <= set(self.tensors) <= _PLAIN:
+            return False
+        return fuse or network != UNET or _CALLED_BY_KEYWORD.search(self.target.name) is None
 
 
 def read(part: Component, config: LoraConfig) -> Lora:
@@ -99,17 +114,41 @@ def read(part: Component, config: LoraConfig) -> Lora:
         metadata = None if recorded is None else dict(json.loads(recorded))
     except (OSError, TypeError, ValueError, safetensors.SafetensorError) as err:
         raise ConfigError(f"cannot read {path}: {err}") from err
-    tensors: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+    shapes = {key: tuple(tensor.shape) for key, tensor in loaded.items()}
+    kind = lora_files.unsupported(shapes)
+    if kind is not None:
+        raise ConfigError(f"{path} belongs to an unsupported kind of adapter: {kind}")
+    content = lora_files.contents(shapes, str(path))
     for key, tensor in loaded.items():
-        network, layer, role = _parse(key, path)
-        tensors.setdefault(network, {}).setdefault(layer, {})[role] = tensor
-    if not tensors:
-        raise ConfigError(f"{path} holds no LoRA")
-    return Lora(part, config.scale, tensors, metadata)
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise ConfigError(f"{path}: {key!r} holds NaN or infinity; the file is damaged, or its training failed")
+    record = None if part.config is None else components.read_json(part.config.folder / lora_files.PEFT_CONFIG)
+    for network in content.layers:
+        found = record or _record_of(metadata, network)
+        if found is not None:
+            lora_files.check_peft(found, str(path))
+    return Lora(
+        part,
+        config.scale,
+        {
+            network: {layer: {role: loaded[key] for role, key in roles.items()} for layer, roles in layers.items()}
+            for network, layers in content.layers.items()
+        },
+        content,
+        metadata,
+        record,
+        {
+            word: loaded[key].reshape(-1, loaded[key].shape[-1]) if loaded[key].ndim else loaded[key].reshape(1, 1)
+            for word, key in content.embeddings.items()
+        },
+    )
 
 
 def apply(loras: Sequence[Lora], network: str, target: Any, *, fuse: bool) -> None:
     """Apply all LoRAs that change `network`, in place and in the network's dtype.
+
+    Layers that PEFT cannot apply are merged whatever `fuse` says. Each delta is computed from the base's own weight, so
+    the order of LoRAs does not matter.
 
     Args:
         loras: LoRAs, in the order in which they are added.
@@ -123,20 +162,23 @@ def apply(loras: Sequence[Lora], network: str, target: Any, *, fuse: bool) -> No
     chosen = {f"lora{index}": lora for index, lora in enumerate(loras) if lora.touches(network)}
     if not chosen:
         return
-    layers = {name: layer for name, layer in target.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    layers = lora_files.Layers(network, {name: tuple(each.shape) for name, each in target.named_parameters()})
+    modules = dict(target.named_modules())
+    fitted = {name: list(_fit(lora, network, layers, modules)) for name, lora in chosen.items()}
+    _merge([each for held in fitted.values() for each in held if not each.is_plain(network, fuse=fuse)], modules)
+    injected = []
     for name, lora in chosen.items():
-        fitted = dict(_fit(lora, network, layers))
-        if network == UNET and not fuse and any(_CALLED_BY_KEYWORD.search(layer) for layer in fitted):
-            raise ConfigError(
-                f"{lora.part.path} changes proj_in or proj_out of motion modules, which is supported for fused LoRAs "
-                "only; set model.fuse_loras to true"
-            )
-        _inject(lora, name, network, target, fitted)
-    scales = [lora.scale for lora in chosen.values()]
+        plain = [each for each in fitted[name] if each.is_plain(network, fuse=fuse)]
+        if plain:
+            _inject(lora, name, network, target, plain, all_plain=len(plain) == len(fitted[name]))
+            injected.append(name)
+    if not injected:
+        return
+    scales = [chosen[name].scale for name in injected]
     if network == UNET:
-        target.set_adapters(list(chosen), scales)
+        target.set_adapters(injected, scales)
     else:
-        set_adapters_for_text_encoder(list(chosen), target, scales)
+        set_adapters_for_text_encoder(injected, target, scales)
     if fuse:
         if network == UNET:
             target.fuse_lora()
@@ -145,60 +187,68 @@ def apply(loras: Sequence[Lora], network: str, target: Any, *, fuse: bool) -> No
         recurse_remove_peft_layers(target)
 
 
-def _parse(key: str, path: Path) -> tuple[str, str, str]:
-    """Return network, layer and role of a key; kohya's layer names have underscores in the place of dots."""
-    prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), None)
-    if prefix is None:
-        raise ConfigError(
-            f"{path}: {key!r} does not belong to a network of Stable Diffusion 1.5; the file is not a LoRA, or a LoRA "
-            "for another family, such as SDXL"
-        )
-    rest = key.removeprefix(prefix)
-    for old, new in _OLD_NAMES:
-        rest = re.sub(old, new, rest)
-    ending = next((ending for ending in _ROLES if rest.endswith(f".{ending}")), None)
-    if ending is None:
-        raise ConfigError(f"{path}: {key!r} belongs to an unsupported kind of LoRA (DoRA, LoHa, LoKr, CP-LoCon)")
-    return _PREFIXES[prefix], rest.removesuffix(f".{ending}"), _ROLES[ending]
+def _fit(lora: Lora, network: str, layers: lora_files.Layers, modules: Mapping[str, Any]) -> Iterator[_Layer]:
+    """Yield each layer of the network that a LoRA changes, with the LoRA's tensors."""
+    where = str(lora.part.path)
+    shapes = {
+        key: tuple(lora.tensors[network][layer][role].shape)
+        for layer, roles in lora.content.layers[network].items()
+        for role, key in roles.items()
+    }
+    for named, found in lora_files.fit(lora.content, network, shapes, layers, where):
+        tensors = lora.tensors[network][named]
+        name = found.name if found.name in modules else f"text_model.{found.name}"  # transformers before 5.6
+        if not isinstance(modules[name], nn.Linear | nn.Conv2d) and set(tensors) - {
+            "w_norm",
+            "b_norm",
+            "diff",
+            "diff_b",
+        }:
+            raise ConfigError(f"{where}: {named!r} of the {network} is neither a linear layer nor a convolution")
+        rank = _rank(tensors)
+        alpha = None if "alpha" not in tensors or rank is None else tensors["alpha"].item()
+        factor = 1.0 if alpha is None or rank is None else alpha / rank
+        record = lora.peft or _record_of(lora.metadata, network)
+        if "alpha" not in tensors and record is not None:
+            factor = lora_files.scale_of(record, found.name, rank)
+            if lora.peft is not None and rank is not None:
+                alpha = factor * rank
+        yield _Layer(lora, Target(name, found.weight, found.bias), tensors, alpha, factor)
 
 
-def _fit(lora: Lora, network: str, layers: dict[str, Any]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """Yield each layer of the network that a LoRA changes, with the LoRA's matrices in the network's dtype."""
-    known = {name: name for name in layers} | {name.replace(".", "_"): name for name in layers}
-    if network == TEXT_ENCODER:  # transformers 5 has removed a level that files still have
-        known |= {f"text_model.{name}": name for name in layers}
-        known |= {f"text_model_{name.replace('.', '_')}": name for name in layers}
-    for named, tensors in lora.tensors[network].items():
-        where = f"{lora.part.path}: {named!r} of the {network}"
-        if named not in known:
-            raise ConfigError(f"{where} is not a layer of this model; is the LoRA for another family, such as SDXL?")
-        if not {"down", "up"} <= set(tensors):
-            raise ConfigError(f"{where}: one of the two matrices is missing; the file is damaged")
-        weight = layers[known[named]].weight
-        rank = tensors["down"].shape[:1]
-        wanted = {
-            "down": (*rank, *weight.shape[1:]),
-            "up": (weight.shape[0], *rank, *(1 for _ in weight.shape[2:])),
-        }
-        found = {role: tuple(tensors[role].shape) for role in wanted}
-        if found != wanted:
-            raise ConfigError(
-                f"{where}: invalid shapes (got {found['down']} and {found['up']}, expected {wanted['down']} and "
-                f"{wanted['up']}); is the LoRA for another family, such as SDXL?"
-            )
-        # Copy: a tensor would otherwise remain a view of the file, which may change.
-        yield known[named], tensors | {role: tensors[role].to(weight.dtype, copy=True) for role in wanted}
+def _record_of(metadata: dict[str, Any] | None, network: str) -> dict[str, Any] | None:
+    """Return PEFT's record of one network in a file's metadata."""
+    if metadata is None:
+        return None
+    prefix = f"{network}."
+    found = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    return found or (None if any(_PREFIX_OF_NETWORK.match(key) for key in metadata) else metadata)
 
 
-def _inject(lora: Lora, name: str, network: str, target: Any, fitted: dict[str, dict[str, torch.Tensor]]) -> None:
+def _rank(tensors: Mapping[str, torch.Tensor]) -> int | None:
+    """Return the rank by which alpha is divided; None if there is none, as for two full factors of LoKr."""
+    for role in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+        if role in tensors:
+            return len(tensors[role])
+    return None
+
+
+def _inject(lora: Lora, name: str, network: str, target: Any, fitted: list[_Layer], *, all_plain: bool) -> None:
     """Pass a LoRA to diffusers, with full layer names so that diffusers does not have to guess them."""
     state = {}
-    for layer, tensors in fitted.items():
-        state[f"{network}.{layer}.lora_A.weight"] = tensors["down"]
-        state[f"{network}.{layer}.lora_B.weight"] = tensors["up"]
-    options = {"adapter_name": name, "metadata": lora.metadata, "low_cpu_mem_usage": True}
+    for layer in fitted:
+        weight = target.get_submodule(layer.target.name).weight
+        down, up = (layer.tensors[role] for role in ("down", "up"))
+        sides = lora_files.channels({"down": tuple(down.shape), "up": tuple(up.shape)}, layer.target)
+        # Copy: a tensor would otherwise remain a view of the file, which may change.
+        down = down.to(weight.dtype, copy=True).reshape(len(down), *sides[1:])
+        up = up.to(weight.dtype, copy=True).reshape(*up.shape[:2], *(1 for _ in weight.shape[2:]))
+        state[f"{network}.{layer.target.name}.lora_A.weight"] = _padded(down, weight.shape[1])
+        state[f"{network}.{layer.target.name}.lora_B.weight"] = up
+    alphas = _alphas(network, fitted, exact=not all_plain)
+    metadata = lora.metadata if alphas is None else None
+    options = {"adapter_name": name, "metadata": metadata, "low_cpu_mem_usage": True}
     try:
-        alphas = _alphas(network, fitted)
         with warnings.catch_warnings(
             action="ignore"
         ):  # diffusers warns if there is a LoRA already; several are intended
@@ -210,11 +260,125 @@ def _inject(lora: Lora, name: str, network: str, target: Any, fitted: dict[str, 
         raise ConfigError(f"cannot apply {lora.part.path}: {err}") from err
 
 
-def _alphas(network: str, fitted: dict[str, dict[str, torch.Tensor]]) -> dict[str, float] | None:
-    """Return the alpha of every layer, or its rank if it has none; None if no layer has an alpha."""
-    if not any("alpha" in tensors for tensors in fitted.values()):
+def _alphas(network: str, fitted: list[_Layer], *, exact: bool) -> dict[str, float] | None:
+    """Return the alpha of every layer, or its rank if it has none; None if no layer has an alpha.
+
+    Args:
+        network: `unet` or `text_encoder`.
+        fitted: Layers that PEFT applies.
+        exact: True to return alphas in every case, because PEFT's record also describes other layers.
+    """
+    if not exact and all(layer.alpha is None for layer in fitted):
         return None
     return {
-        f"{network}.{layer}.alpha": tensors["alpha"].item() if "alpha" in tensors else float(len(tensors["down"]))
-        for layer, tensors in fitted.items()
+        f"{network}.{layer.target.name}.alpha": float(len(layer.tensors["down"])) * layer.factor
+        if layer.alpha is None
+        else layer.alpha
+        for layer in fitted
     }
+
+
+# --- deltas that are merged ------------------------------------------------------------------------------------------
+
+
+def _merge(layers: Sequence[_Layer], modules: Mapping[str, Any]) -> None:
+    """Add the deltas of all layers to the weights and biases; one rounding per weight."""
+    for name in dict.fromkeys(layer.target.name for layer in layers):
+        module = modules[name]
+        base = module.weight.data.double()
+        total, bias = base.clone(), None if module.bias is None else module.bias.data.double()
+        for layer in (each for each in layers if each.target.name == name):
+            delta = _delta(layer, base)
+            if delta is not None and delta.ndim == 1:  # a norm
+                total += delta
+            elif delta is not None:
+                total[:, : delta.shape[1]] += delta
+            if bias is not None:
+                bias += _bias_delta(layer)
+        module.weight.data = total.to(module.weight.dtype)
+        if bias is not None:
+            module.bias.data = bias.to(module.bias.dtype)
+
+
+def _bias_delta(layer: _Layer) -> torch.Tensor | float:
+    change: torch.Tensor | float = 0.0
+    for role, factor in (("diff_b", 1.0), ("b_norm", 1.0), ("up_bias", layer.factor)):
+        if role in layer.tensors:
+            change = change + layer.tensors[role].double().flatten() * (factor * layer.lora.scale)
+    return change
+
+
+def _delta(layer: _Layer, base: torch.Tensor) -> torch.Tensor | None:
+    """Return the change of a weight, in float64; None if only the bias changes."""
+    tensors = {role: tensor.double() for role, tensor in layer.tensors.items()}
+    sides = lora_files.channels({role: tuple(tensor.shape) for role, tensor in tensors.items()}, layer.target)
+    delta = _unscaled(tensors)
+    if delta is None:
+        return None
+    scale = layer.lora.scale
+    delta = delta.reshape(sides) * (layer.factor * scale)
+    role = next((role for role in _SCALED_BY_NORM if role in tensors), None)
+    if role is None:
+        return delta
+    own = base[:, : sides[1]]
+    magnitude = tensors[role]
+    if role == "magnitude":
+        return _decomposed(own, own + delta, magnitude, by_input=False, scale=1.0) - own
+    by_input = magnitude.ndim > 1 and len(magnitude) == 1 and magnitude.shape[1] == own.shape[1]
+    return _decomposed(own, own + delta, magnitude, by_input=by_input, scale=scale) - own
+
+
+def _unscaled(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Return the delta without alpha and scale; it has the elements of the weight, but may be flattened."""
+    whole = next((tensors[role] for role in ("diff", "w_norm") if role in tensors), None)
+    if whole is not None:
+        return whole
+    if "down" in tensors:
+        down, up = tensors["down"].flatten(1), tensors["up"].flatten(1)
+        return _tucker(tensors["mid"], up.T, down) if "mid" in tensors else up @ down
+    if "hada_w1_a" in tensors:
+        first, second = (_factor(tensors, f"hada_w{each}", f"hada_t{each}") for each in "12")
+        return first * second
+    if any(role.startswith("lokr_") for role in tensors):
+        left, right = _factor(tensors, "lokr_w1", ""), _factor(tensors, "lokr_w2", "lokr_t2")
+        return torch.kron(left.flatten(1), right.flatten(1).contiguous())
+    return None
+
+
+def _factor(tensors: Mapping[str, torch.Tensor], name: str, core: str) -> torch.Tensor:
+    """Return a factor of LoHa or LoKr: stored whole, as a product of two matrices, or with a core between them."""
+    if name in tensors:
+        return tensors[name]
+    left, right = tensors[f"{name}_a"], tensors[f"{name}_b"]
+    return _tucker(tensors[core], left, right) if core in tensors else left.flatten(1) @ right.flatten(1)
+
+
+def _tucker(core: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return the product of a core (i, j, ...) with matrices (i, out) and (j, in): (out, in, ...)."""
+    return torch.einsum("ij...,ip,jr->pr...", core, left, right)
+
+
+def _decomposed(
+    own: torch.Tensor, changed: torch.Tensor, magnitude: torch.Tensor, *, by_input: bool, scale: float
+) -> torch.Tensor:
+    """Return the weight of DoRA: the direction of `changed`, with the trained magnitude.
+
+    The norm is that of each output, or of each input for files of older LyCORIS, whose magnitude has the shape (1, in).
+    With a scale other than 1, LyCORIS interpolates the factor; PEFT does not.
+    """
+    axis = 1 if by_input else 0
+    others = [each for each in range(own.ndim) if each != axis]
+    norm = changed.square().sum(others, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    sides = [1] * own.ndim
+    sides[axis] = own.shape[axis]
+    factor = magnitude.reshape(sides) / norm
+    return changed * (scale * (factor - 1) + 1)
+
+
+def _padded(down: torch.Tensor, channels: int) -> torch.Tensor:
+    """Return the matrix with zeros for the input channels that it does not have."""
+    if down.shape[1] == channels:
+        return down
+    padded = down.new_zeros(down.shape[0], channels, *down.shape[2:])
+    padded[:, : down.shape[1]] = down
+    return padded

@@ -1,17 +1,24 @@
-"""Add-ons of a base: finds the files of LoRAs, textual inversions and the IP-Adapter, and checks that they fit."""
+"""Add-ons of a base: finds the files of LoRAs, textual inversions and the IP-Adapter, and checks that they fit.
+
+The headers decide: a file that no engine loads is refused here, before a run starts.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from pia_batch.config import IpAdapterConfig, LoraConfig, ModelConfig, TextualInversionConfig
 from pia_batch.errors import ConfigError
-from pia_batch.weights import components, safetensors
+from pia_batch.weights import components, inversion_files, lora_files, safetensors
 from pia_batch.weights.components import CONFIG, MODEL, Component
 from pia_batch.weights.fetching import Hub, Location, locate
+
+log = logging.getLogger(__name__)
 
 _READS_TEXT = re.compile(r"^(?!.*motion_modules).*attn2.*to_[kv].*(lora_down|lora\.down|lora_A)\.weight$")
 """Pattern of a LoRA's tensors, in all naming schemes, that read text embeddings; their second side is the text width.
@@ -19,8 +26,10 @@ _READS_TEXT = re.compile(r"^(?!.*motion_modules).*attn2.*to_[kv].*(lora_down|lor
 Motion modules have layers of that name, too; these do not read text.
 """
 
-_OTHER_FAMILIES = ("double_blocks", "single_blocks", "joint_blocks", "lora_te2_", "text_encoder_2.", "transformer.")
-"""Parts of tensor names that occur in LoRAs of Flux, Stable Diffusion 3 and XL, but never in those of 1.5."""
+_OTHER_FAMILIES = re.compile(
+    r"double_blocks|single_blocks|joint_blocks|lora_te2_|text_encoder_2\.|^(base_model\.model\.)?(lora_)?transformer[._]"
+)
+"""Pattern of tensor names that occur in LoRAs of Flux, Stable Diffusion 3 and XL, but never in those of 1.5."""
 
 _MOST_LISTED = 12
 
@@ -42,13 +51,16 @@ class Addons:
     image_encoder: Component | None
 
 
-def find(model: ModelConfig, text_width: int, text_encoder_width: int, hub: Hub) -> Addons:
+def find(
+    model: ModelConfig, text_width: int, text_encoder_width: int, networks: Mapping[str, Component], hub: Hub
+) -> Addons:
     """Find all add-ons of `model`; fetch the files that are not on this machine.
 
     Args:
         model: Config of the model.
         text_width: Width of the text embeddings that the base's UNet takes, its `cross_attention_dim`.
         text_encoder_width: Width of a token in the base's text encoder, its `hidden_size`.
+        networks: Parts of the base; their headers are read if there is a LoRA.
         hub: Hub that resolves hub ids.
 
     Raises:
@@ -56,8 +68,10 @@ def find(model: ModelConfig, text_width: int, text_encoder_width: int, hub: Hub)
         StorageError: An object store refused or did not answer.
     """
     image = None if model.ip_adapter is None else _ip_adapter(model.ip_adapter, text_width, hub)
+    layers = layers_of(networks) if model.loras else {}
+    widths = (text_width, text_encoder_width)
     return Addons(
-        loras=tuple(_lora(entry, f"model.loras[{k}]", text_width, hub) for k, entry in enumerate(model.loras)),
+        loras=tuple(_lora(entry, f"model.loras[{k}]", widths, layers, hub) for k, entry in enumerate(model.loras)),
         textual_inversions=tuple(
             _inversion(entry, f"model.textual_inversions[{k}]", text_encoder_width, hub)
             for k, entry in enumerate(model.textual_inversions)
@@ -83,7 +97,6 @@ def expect_kind(header: safetensors.SafetensorsHeader, key: str, *kinds: safeten
 _BELONGS: dict[safetensors.FileKind, str] = {
     "Stable Diffusion 1.5 checkpoint": "it belongs in model.base",
     "LoRA": "it belongs in model.loras",
-    "LyCORIS adapter (LoHa or LoKr)": "only plain LoRAs can be applied",
     "textual inversion": "it belongs in model.textual_inversions",
     "IP-Adapter": "it belongs in model.ip_adapter",
     "motion adapter": "it belongs in model.motion_adapter",
@@ -94,16 +107,94 @@ _BELONGS: dict[safetensors.FileKind, str] = {
 }
 
 
-def _lora(entry: LoraConfig, key: str, text_width: int, hub: Hub) -> Component:
+def layers_of(networks: Mapping[str, Component]) -> dict[str, lora_files.Layers]:
+    """Return the layers of UNet and text encoder, from the headers of their files.
+
+    A UNet with motion modules has them in its own file; otherwise they are in the motion adapter, which also replaces
+    the UNet's first layer.
+
+    Args:
+        networks: Parts of the base by name.
+    """
+    unet = _names_of_unet(networks["unet"])
+    if "motion_adapter" in networks:
+        adapter = components.header(networks["motion_adapter"]).shapes
+        own = {name.removeprefix("module."): shape for name, shape in adapter.items()}
+        unet |= {name: shape for name, shape in own.items() if "motion_modules" in name or name.startswith("conv_in.")}
+    text = components.header(networks["text_encoder"]).shapes
+    prefix = "cond_stage_model.transformer."
+    if any(name.startswith(prefix) for name in text):
+        text = {name.removeprefix(prefix): shape for name, shape in text.items() if name.startswith(prefix)}
+    return {
+        lora_files.UNET: lora_files.Layers(lora_files.UNET, unet),
+        lora_files.TEXT_ENCODER: lora_files.Layers(lora_files.TEXT_ENCODER, text),
+    }
+
+
+def _names_of_unet(unet: Component) -> dict[str, lora_files.Shape]:
+    """Return the shapes of a UNet's parameters by their names in diffusers, without those of unknown names."""
+    shapes, prefix = components.header(unet).shapes, "model.diffusion_model."
+    if not any(name.startswith(prefix) for name in shapes):
+        return dict(shapes)
+    per_block = unet.settings.get("layers_per_block", 2)
+    found = {}
+    for name, shape in shapes.items():
+        layer, _, parameter = name.removeprefix(prefix).rpartition(".")
+        renamed = lora_files.from_original(layer, per_block) if name.startswith(prefix) else None
+        if renamed is not None:
+            found[f"{renamed}.{parameter}"] = shape
+    return found
+
+
+def _lora(
+    entry: LoraConfig, key: str, widths: tuple[int, int], layers: Mapping[str, lora_files.Layers], hub: Hub
+) -> Component:
     location, name = _choose(entry, key, "pytorch_lora_weights.safetensors", hub)
     found = components.single_file(location.fetch([name]), name)
     header = _header(found, key, location)
+    refused = lora_files.unsupported(header.shapes)
+    if refused is not None:
+        raise ConfigError(
+            f"{key}: {name} is of the kind {refused}, which no engine applies; supported are LoRA, LoCon, LoHa, LoKr, "
+            "DoRA and full differences. Merge it into its base, and set model.base to the result"
+        )
     expect_kind(header, key, "LoRA")
-    widths = {shape[1] for each, shape in header.shapes.items() if _READS_TEXT.search(each) and len(shape) > 1}
-    if widths - {text_width} or any(part in each for each in header.shapes for part in _OTHER_FAMILIES):
-        found_width = f" (text embeddings: got {min(widths)} dimensions, expected {text_width})" if widths else ""
+    text_width, token_width = widths
+    read = {shape[1] for each, shape in header.shapes.items() if _READS_TEXT.search(each) and len(shape) > 1}
+    if read - {text_width} or any(map(_OTHER_FAMILIES.search, header.shapes)):
+        found_width = f" (text embeddings: got {min(read)} dimensions, expected {text_width})" if read else ""
         raise ConfigError(f"{key}: {name} is made for another family of models than the base{found_width}")
-    return found
+    where = f"{key}: {name}"
+    content = lora_files.contents(header.shapes, where)
+    for network, held in layers.items():
+        if held.is_known:
+            for _ in lora_files.fit(content, network, header.shapes, held, where):
+                pass  # checks each layer
+    for word, tensor in content.embeddings.items():
+        if header.shapes[tensor][-1:] != (token_width,):
+            raise ConfigError(
+                f"{where}: its textual inversion {word!r} is made for another family of models than the base "
+                f"(got shape {header.shapes[tensor]}, expected {token_width} dimensions)"
+            )
+    if content.left_out:
+        log.info("tensors_left_out key=%s file=%s num_tensors=%d", key, name, len(content.left_out))
+    has_scale = any("alpha" in roles for each in content.layers.values() for roles in each.values())
+    return _with_record(name, key, location) if content.is_peft and not has_scale else found
+
+
+def _with_record(name: str, key: str, location: Location) -> Component:
+    """Return the component with peft's record of alpha and rank, which is next to the file."""
+    beside = (PurePosixPath(name).parent / lora_files.PEFT_CONFIG).as_posix()
+    source = location.fetch([name, beside])
+    path = source.root / beside
+    if not path.is_file():
+        raise ConfigError(
+            f"{key}: {name} was saved by peft, whose scale is in {lora_files.PEFT_CONFIG}, but there is none next to "
+            "it; copy that file there"
+        )
+    lora_files.check_peft(components.read_json(path), f"{key}: {path}")
+    record = Component(path.parent, None, (path.name,), source.commit)
+    return replace(components.single_file(source, name), config=record)
 
 
 def _inversion(entry: TextualInversionConfig, key: str, width: int, hub: Hub) -> Component:
@@ -111,19 +202,15 @@ def _inversion(entry: TextualInversionConfig, key: str, width: int, hub: Hub) ->
     found = components.single_file(location.fetch([name]), name)
     header = _header(found, key, location)
     expect_kind(header, key, "textual inversion")
-    word, shape = ("emb_params", header.shapes["emb_params"]) if "emb_params" in header.shapes else _only(header)
-    if shape[-1] != width:
+    word = inversion_files.vectors_of(header.shapes, f"{key}: {name}")
+    shape = header.shapes[word]
+    if shape[-1:] != (width,):
         raise ConfigError(
-            f"{key}: {name} is made for another family of models than the base (embeddings: got {shape[-1]} "
-            f"dimensions, expected {width})"
+            f"{key}: {name} is made for another family of models than the base (embeddings: got "
+            f"{shape[-1] if shape else 0} dimensions, expected {width})"
         )
-    if word == "emb_params" and entry.token is None:
+    if word in inversion_files.NAMELESS and entry.token is None:
         raise ConfigError(f"{key}: {name} does not name its word; set {key}.token")
-    return found
-
-
-def _only(header: safetensors.SafetensorsHeader) -> tuple[str, tuple[int, ...]]:
-    (found,) = header.shapes.items()
     return found
 
 

@@ -90,7 +90,8 @@ def resolve(model: ModelConfig, hub: Hub | None = None) -> Weights:
             "it out"
         )
     text_width = parts["unet"].settings["cross_attention_dim"]
-    extras = addons.find(model, text_width, parts["text_encoder"].settings.get("hidden_size", _CLIP_WIDTH), hub)
+    token_width = parts["text_encoder"].settings.get("hidden_size", _CLIP_WIDTH)
+    extras = addons.find(model, text_width, token_width, parts, hub)
     found = Weights(base, parts, extras.loras, extras.textual_inversions, extras.ip_adapter, extras.image_encoder)
     _check_pins(model, found)
     return found

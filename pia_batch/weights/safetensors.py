@@ -24,7 +24,6 @@ FileKind = Literal[
     "checkpoint of another family than Stable Diffusion 1.5",
     "ControlNet",
     "LoRA",
-    "LyCORIS adapter (LoHa or LoKr)",
     "textual inversion",
     "Stable Diffusion XL textual inversion",
     "IP-Adapter",
@@ -130,6 +129,10 @@ def _any(header: SafetensorsHeader, *parts: str) -> bool:
     return any(part in name for name in header.shapes for part in parts)
 
 
+def _ends(header: SafetensorsHeader, *endings: str) -> bool:
+    return any(name.endswith(endings) for name in header.shapes)
+
+
 def _unet_input(header: SafetensorsHeader) -> int | None:
     """Return the number of input channels of the UNet in a checkpoint of the original layout, or None."""
     shape = header.shapes.get("model.diffusion_model.input_blocks.0.0.weight")
@@ -144,9 +147,20 @@ def _is_inversion(header: SafetensorsHeader) -> bool:
 
 # The first match wins: add-ons, which name tensors of networks, come before these networks.
 _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
-    ("IP-Adapter", lambda header: bool(header.starting("ip_adapter.", "image_proj."))),
-    ("LyCORIS adapter (LoHa or LoKr)", lambda header: _any(header, "hada_w", "lokr_w")),
-    ("LoRA", lambda header: _any(header, ".lora_", "_lora.", ".lora.")),
+    (
+        "IP-Adapter",
+        lambda header: bool(
+            header.starting("ip_adapter.", "image_proj.", "image_proj_model.", "adapter_modules.", "module.image_proj")
+        ),
+    ),
+    (
+        "LoRA",  # and its relatives: LoHa, LoKr, full differences, norms, bundled textual inversions
+        lambda header: (
+            _any(header, ".lora_", "_lora.", ".lora.", ".hada_w", ".lokr_w", ".w_norm", ".b_norm")
+            or _ends(header, ".diff", ".diff_b")
+            or bool(header.starting("bundle_emb."))
+        ),
+    ),
     ("Stable Diffusion XL textual inversion", lambda header: set(header.shapes) == {"clip_l", "clip_g"}),
     ("textual inversion", _is_inversion),
     ("Stable Diffusion XL checkpoint", lambda header: bool(header.starting("conditioner.embedders."))),

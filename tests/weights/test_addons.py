@@ -21,9 +21,9 @@ from pia_batch.storage.object_store import Store
 from pia_batch.weights.identity import engine_id
 from pia_batch.weights.resolve import Weights, resolve
 
-KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
-PEFT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.lora_A.weight"
-OLD = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight"
+KOHYA = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
+PEFT = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v.lora_A.weight"
+OLD = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight"
 
 
 def write(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
@@ -34,7 +34,9 @@ def write(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def lora_file(path: Path, width: int = 64, name: str = KOHYA) -> str:
-    return write(path, {name: (4, width), "b": (1,)})
+    """A LoRA of one layer of the embedded model, whose output has 64 numbers."""
+    up = name.replace("lora_down", "lora_up").replace("lora_A", "lora_B").replace(".down.", ".up.")
+    return write(path, {name: (4, width), up: (64, 4)})
 
 
 def lora(source: str, hub: FakeHub | None = None, **more: Any) -> Weights:
@@ -155,9 +157,10 @@ def test_a_lora_for_another_width_of_text_is_refused_in_every_spelling(tmp_path,
 
 
 def test_a_lora_of_motion_modules_has_its_own_widths(tmp_path):
-    name = "unet.down_blocks.0.motion_modules.0.transformer_blocks.0.attn2.to_k.lora_A.weight"
+    name = "unet.down_blocks.2.motion_modules.0.transformer_blocks.0.attn2.to_k.lora_A.weight"
+    up = name.replace("lora_A", "lora_B")
 
-    assert len(lora(lora_file(tmp_path / "a.safetensors", 320, name)).loras) == 1
+    assert len(lora(write(tmp_path / "a.safetensors", {name: (4, 112), up: (112, 4)})).loras) == 1
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,6 @@ def test_a_lora_of_another_family_is_refused_by_its_names(tmp_path, name):
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({"lora_unet_mid.hada_w1_a": (4, 4), "b": (1,)}, r"LyCORIS adapter \(LoHa or LoKr\); only plain LoRAs"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3), "b": (1,)}, r"it belongs in model\.base"),
         ({"cat": (1, 64)}, r"it belongs in model\.textual_inversions"),
         ({"ip_adapter.1.to_k_ip.weight": (8, 64), "b": (1,)}, r"it belongs in model\.ip_adapter"),

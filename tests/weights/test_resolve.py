@@ -601,12 +601,16 @@ def test_pins_hold_for_files_of_the_hub_too(tmp_path):
         resolve(ModelConfig(base="someone/sd15", sha256={name: "0" * 64}), hub)
 
 
+_LORA = {"unet__conv_out__lora_A__weight": (4, 32, 3, 3), "unet__conv_out__lora_B__weight": (4, 4, 1, 1)}
+_OTHER_LORA = {"unet__conv_out__lora_A__weight": (5, 32, 3, 3), "unet__conv_out__lora_B__weight": (4, 5, 1, 1)}
+
+
 # --- what is laid over, in the id -----------------------------------------------------------------------------------
 
 
 def test_what_is_laid_over_a_base_is_part_of_the_id(tmp_path):
-    lora = LoraConfig(source=write(tmp_path / "a.safetensors", unet__x__lora_A__weight=(4, 8), b=(1,)))
-    other = LoraConfig(source=write(tmp_path / "b.safetensors", unet__x__lora_A__weight=(4, 9), b=(1,)))
+    lora = LoraConfig(source=write(tmp_path / "a.safetensors", **_LORA))
+    other = LoraConfig(source=write(tmp_path / "b.safetensors", **_OTHER_LORA))
     word = TextualInversionConfig(source=write(tmp_path / "c.safetensors", cat=(1, 64)))
     models = [
         ModelConfig(),
@@ -627,7 +631,7 @@ def test_what_is_laid_over_a_base_is_part_of_the_id(tmp_path):
 
 def test_what_cannot_change_a_pixel_is_no_part_of_the_id(tmp_path):
     lora = tmp_path / "a.safetensors"
-    write(lora, unet__x__lora_A__weight=(4, 8), b=(1,))
+    write(lora, **_LORA)
     renamed = shutil.copy(lora, tmp_path / "renamed.safetensors")
 
     assert identify(ModelConfig(memory="max_speed", name="x", fuse_loras=True)) == identify(ModelConfig())
