@@ -27,7 +27,9 @@ class PlacementConfig(Section):
         le=1,
         description="Number of GPUs of one engine; a fraction shares a GPU between engines; 0: engines run on the CPU.",
     )
-    num_cpus: float = Field(1.0, gt=0, description="Number of CPUs of one engine, its encoder included.")
+    num_cpus: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Number of CPUs of one engine, its encoder included."
+    )
     min_engines: int = Field(1, ge=1, description="Number of engines that are started at once.")
     max_engines: int = Field(
         1,
@@ -42,7 +44,7 @@ class PlacementConfig(Section):
         "worker crashes.",
     )
     fetch_num_cpus: float = Field(
-        0.25, gt=0, description="Number of CPUs of one fetch task, which mostly waits for images."
+        0.25, gt=0, allow_inf_nan=False, description="Number of CPUs of one fetch task, which mostly waits for images."
     )
     max_models: int | None = Field(
         None, ge=1, description="Largest number of models that one engine keeps loaded. null: all that fit into memory."

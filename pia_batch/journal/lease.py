@@ -102,7 +102,10 @@ class Lease:
         """Sleep for a moment; raise `held` if the time to wait is over."""
         left_s = give_up_s - self._clock()
         if left_s <= 0:
-            raise held
+            if not self._wait_s:
+                raise held
+            msg = f"{held}; it did not end within {self._wait_s:g} s (limits.lease_wait_s, or up to budget.deadline)"
+            raise LeaseHeldError(msg) from None
         self._log_waiting("lease_queued seconds_left=%.0f: %s", left_s, held)
         self._sleep(min(left_s, _POLL_S))
         self._check_stop()

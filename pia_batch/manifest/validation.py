@@ -181,7 +181,8 @@ class _Columns(Columns):
         area = pc.multiply(pc.multiply(width, height), get["num_frames"])
         cap = config.limits.max_frame_pixels
         large = pc.greater(area, cap)
-        self.reject("width", large, "out_of_range", f"width x height x num_frames up to {cap} (limits)")
+        product = f"width x height x num_frames up to {cap} (limits.max_frame_pixels)"
+        self.reject("width", large, "out_of_range", product)
 
     def _check_range(self, name: str) -> None:
         values = self.typed[name]

@@ -55,7 +55,9 @@ def read_image(
         ImageUnavailableError: There are no bytes, for any other reason.
     """
     wanted = f"column {column!r}: {printable(redacted_uri(uri))}"
-    too_large = ImageUnavailableError(f"{wanted} has more than {images.max_bytes} bytes (images.max_bytes)")
+    too_large = ImageUnavailableError(
+        f"{wanted} has more than {images.max_bytes} bytes (images.max_bytes); raise the limit, or store a smaller image"
+    )
     try:
         data = _read(uri, base_uri, images, http, images.max_bytes + 1, whole=True)
     except TooLargeError:

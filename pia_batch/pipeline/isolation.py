@@ -68,7 +68,8 @@ class Isolation:
         if solo.died_of == "timeout":
             deadline = f"{self._guard.deadline_s([row]):.0f} s, its share of limits.timeout_s"
             return RequestTimeoutError(f"took more than {deadline}, {last}")
-        return WorkerCrashError(f"its worker died in each of {solo.attempt - 2} attempts to animate it alone")
+        attempts = f"in each of {solo.attempt - 2} attempts to animate it alone"
+        return WorkerCrashError(f"its worker died {attempts} (limits.max_attempts)")
 
     def _generate(self, row: Row) -> Any:  # a clip, the error of a request, or None where the row has an error already
         try:

@@ -214,7 +214,10 @@ class FetchImages:
         """Fill in the columns FETCHED of a row, and its size."""
         data = row["image_bytes"] or fetch.read_image(row["image"], self._base_uri, self._config)
         if len(data) > self._config.max_bytes:
-            msg = f"column 'image_bytes': {len(data)} bytes, above images.max_bytes {self._config.max_bytes}"
+            msg = (
+                f"column 'image_bytes': {len(data)} bytes, above images.max_bytes {self._config.max_bytes}; raise the "
+                "limit, or store a smaller image"
+            )
             raise ImageUnavailableError(msg)
         row["fetched_sha256"] = hashlib.sha256(data).hexdigest()
         if row["image_sha256"] not in (None, row["fetched_sha256"]):

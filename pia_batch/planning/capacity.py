@@ -77,7 +77,7 @@ def _no_engine_fits(place: PlacementConfig, nodes: Sequence[Node]) -> Shortage:
     return Shortage(
         f"no room for one engine: it needs {place.num_gpus:g} GPUs and {place.num_cpus:g} CPUs{memory}, and no node "
         f"has more than {gpus:g} and {cpus:g}",
-        "lower placement.num_gpus, num_cpus or memory_mb, or add a node that has as much",
+        "lower placement.num_gpus, placement.num_cpus or placement.memory_mb, or add a node that has as much",
     )
 
 
@@ -88,7 +88,8 @@ def _no_reader_fits(place: PlacementConfig, nodes: Sequence[Node], placed: int, 
         remedies.append(f"set placement.num_cpus to {math.floor(100 * left / placed) / 100:g} or less")
     return Shortage(
         f"no CPU is left to read the manifest: {placed} engines of {place.num_cpus:g} CPUs (placement.min_engines, "
-        f"num_cpus) leave less than {READ_CPUS:g} on every node, of {sum(node.cpus for node in nodes):g} CPUs in all",
+        f"placement.num_cpus) leave less than {READ_CPUS:g} on every node, of {sum(node.cpus for node in nodes):g} CPUs "
+        "in all",
         ", ".join([*remedies, "or add a CPU" if remedies else "add a CPU"]),
     )
 
