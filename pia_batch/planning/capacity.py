@@ -88,8 +88,8 @@ def _no_reader_fits(place: PlacementConfig, nodes: Sequence[Node], placed: int, 
         remedies.append(f"set placement.num_cpus to {math.floor(100 * left / placed) / 100:g} or less")
     return Shortage(
         f"no CPU is left to read the manifest: {placed} engines of {place.num_cpus:g} CPUs (placement.min_engines, "
-        f"placement.num_cpus) leave less than {READ_CPUS:g} on every node, of {sum(node.cpus for node in nodes):g} CPUs "
-        "in all",
+        f"placement.num_cpus) leave less than {READ_CPUS:g} on every node, of "
+        f"{sum(node.cpus for node in nodes):g} CPUs in all",
         ", ".join([*remedies, "or add a CPU" if remedies else "add a CPU"]),
     )
 
