@@ -150,15 +150,17 @@ def test_a_job_is_left_alone_guarded_against_doubles_stopped_and_resumed(
             assert submitter.poll() is None, submitter.stderr and submitter.stderr.read()
             time.sleep(0.1)
         submitter.send_signal(signal.SIGINT)
-        told = submitter.communicate(timeout=60)[1]
-    assert submitter.returncode == 4, told
-    job_id = told.partition("submitted ")[2].split()[0]
-    assert f"left job {job_id}, which goes on" in told
+        shown_to_user = submitter.communicate(timeout=60)[1]
+    assert submitter.returncode == 4, shown_to_user
+    job_id = shown_to_user.partition("submitted ")[2].split()[0]
+    assert f"job {job_id} continues" in shown_to_user
 
     for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):  # the same commands in this process: the job must not end meanwhile
         monkeypatch.setenv(name, head.environment[name])
     assert here(*submit) == 75
-    assert f"job {job_id} is RUNNING" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert f"job {job_id} for " in refused
+    assert "is already RUNNING" in refused
     assert here("jobs", "--stop", job_id) == 0
     assert capsys.readouterr().out == f"{job_id} STOPPED\n"
 
@@ -195,8 +197,12 @@ def test_a_stopped_driver_has_the_time_that_the_config_leaves_it(head: Head, mon
     assert "all done" in client.get_job_logs(job_id)
 
 
-@pytest.mark.parametrize(("token", "words"), [("", "asks for a token, and there is none"), ("0" * 64, "not its own")])
-def test_without_the_token_nothing_is_told_but_the_remedy(head: Head, tmp_path: Path, token: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("token", "words"), [("", "asks for a token, and none is set"), ("0" * 64, "another cluster's")]
+)
+def test_without_the_token_a_command_shows_nothing_but_the_remedy(
+    head: Head, tmp_path: Path, token: str, words: str
+) -> None:
     refused = head.pia_batch("jobs", RAY_AUTH_TOKEN=token, HOME=str(tmp_path))
 
     assert refused.returncode == 2
