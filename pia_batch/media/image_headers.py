@@ -114,9 +114,6 @@ def lean(data: bytes, file_format: ImageFormat) -> bytes:
     """
     if file_format == "JPEG":
         return _lean_jpeg(data)
-    if file_format == "PNG":
-        for _ in png_chunks(data):
-            pass
     if file_format == "WEBP":
         return _webp_with_canvas(data)
     return data
@@ -151,7 +148,7 @@ def _png(data: bytes) -> tuple[int, int, bytes]:
         raise _corrupt("a PNG without IHDR")
     width, height = struct.unpack_from(">II", data, 16)
     exif = b""
-    for name, start, end in png_chunks(data, MAX_PARTS):
+    for name, start, end in png_chunks(data, MAX_PARTS + 1):
         if name in (b"IDAT", b"IEND"):
             return width, height, exif
         _need(data, end + 4)
@@ -169,7 +166,8 @@ def png_chunks(data: bytes, limit: int = MAX_CHUNKS) -> Iterator[tuple[bytes, in
         length, name = struct.unpack_from(">I4s", data, position)
         yield name, position + 8, position + 8 + length
         position += 12 + length
-    raise _corrupt(f"a PNG of more than {limit} chunks")
+    if len(data) >= position + 8:
+        raise _corrupt(f"a PNG of more than {limit} chunks")
 
 
 # --- JPEG: segments of marker, length, payload (ITU-T T.81) ----------------------------------------------------------
@@ -193,7 +191,7 @@ def _jpeg(data: bytes) -> tuple[int, int, bytes]:
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield marker, start and end of the payload of every segment up to that of the first scan."""
     position = 2
-    for _ in range(MAX_PARTS):
+    for _ in range(MAX_PARTS + 1):
         position = data.find(b"\xff", position)
         if position < 0 or len(data) < position + 4:
             return
@@ -221,8 +219,8 @@ def _lean_jpeg(data: bytes) -> bytes:
         if marker == _SOS:
             kept.append(data[start - 4 : _end_of_scans(data, end)])
             return b"".join(kept)
-        if marker == 0xE2:  # noqa: PLR2004 - APP2
-            profile_bytes += len(segment)
+        if marker == 0xE2:  # noqa: PLR2004 - APP2: 18 bytes, then a part of the profile
+            profile_bytes += len(segment) - 18
             if profile_bytes > MAX_PROFILE_BYTES:
                 continue
         coloured = marker in _COLOURS and segment.startswith(_COLOURS[marker], 4)
@@ -287,7 +285,7 @@ def _webp_with_canvas(data: bytes) -> bytes:
 def _webp_exif(data: bytes) -> bytes:
     (riff_bytes,) = struct.unpack_from("<I", data, 4)
     position = 12
-    for _ in range(MAX_PARTS):
+    for _ in range(MAX_PARTS + 1):
         if position + 8 > 8 + riff_bytes:
             return b""
         _need(data, position + 8)
@@ -308,7 +306,7 @@ def _gif(data: bytes) -> tuple[int, int, bytes]:
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     parts = 0
-    while parts < MAX_PARTS:
+    while parts <= MAX_PARTS:
         _need(data, position + 9)
         if data[position] == 0x2C:  # noqa: PLR2004 - an image
             x, y, w, h = struct.unpack_from("<HHHH", data, position + 1)
@@ -316,7 +314,7 @@ def _gif(data: bytes) -> tuple[int, int, bytes]:
         parts += 1
         if data[position] == 0x21:  # noqa: PLR2004 - an extension: label, then sub-blocks up to an empty one
             position += 2
-            while parts < MAX_PARTS and data[position]:
+            while parts <= MAX_PARTS and data[position]:
                 position += 1 + data[position]
                 parts += 1
                 _need(data, position + 1)

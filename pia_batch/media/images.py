@@ -37,7 +37,7 @@ The others (TIFF, EPS, PSD, FITS, ...) have a history of memory errors and of ca
 LARGE_PIXELS = 10_000_000
 """Number of pixels above which images are decoded one at a time in each process.
 
-Decoding takes at most 22 bytes a pixel, 5 for an upright JPEG (measured).
+Decoding takes at most 23 bytes a pixel, 5 for an upright JPEG (measured).
 """
 _large = threading.Lock()
 """Held while a large image is decoded, and Pillow's own limit is lifted."""
@@ -196,7 +196,8 @@ def _planes(data: bytes, header: ImageHeader) -> tuple[Image.Image, Image.Image 
 
     Pillow's own notion of transparency is used only where it is that of browsers and of the format's specification.
     """
-    key: tuple[int, ...] | None = None
+    png: png_samples.Png | None = None
+    alpha: Image.Image | None
     depth, colour_type = 8, png_samples.RGB
     if header.format == "BMP":
         planes = bitmaps.decode(data)
@@ -204,10 +205,10 @@ def _planes(data: bytes, header: ImageHeader) -> tuple[Image.Image, Image.Image 
             return *planes, None
     if header.format == "PNG":
         depth, colour_type = png_samples.layout(data)
-        data, key = png_samples.colour_key(data)
+        png = png_samples.parts(data)
+        data = png.data
         if depth == 16 and colour_type in _16_BIT_COLOUR:  # noqa: PLR2004
-            colour, alpha, info = png_samples.decode_16_bit(data, key)
-            return colour, alpha, info.get("icc_profile")
+            return *png_samples.decode_16_bit(data, png.key), png.profile
     with Image.open(io.BytesIO(data), formats=(header.format,)) as image:
         if image.size != (header.width, header.height):
             msg = (
@@ -217,11 +218,11 @@ def _planes(data: bytes, header: ImageHeader) -> tuple[Image.Image, Image.Image 
             raise ImageUnreadableError(msg)
         frame = image.tile[0].extents if header.format == "GIF" and image.tile else None
         image.load()
-        profile = image.info.get("icc_profile")
+        profile = image.info.get("icc_profile") if png is None else png.profile
         if image.mode.startswith("I"):
-            return *png_samples.decode_16_bit_grey(image, key), profile
-        if key is not None:
-            alpha = png_samples.alpha_of_key(image, key, depth)
+            return *png_samples.decode_16_bit_grey(image, None if png is None else png.key), profile
+        if png is not None and png.key is not None:
+            alpha = png_samples.alpha_of_key(image, png.key, depth)
             return image.convert("L" if colour_type == png_samples.GREY else "RGB"), alpha, profile
         colour, alpha = _split_alpha(image)
     if frame is not None and frame != (0, 0, *colour.size):

@@ -1,4 +1,4 @@
-"""PNG samples that Pillow does not read as they are: 16-bit colour, and the colour key of every depth (tRNS).
+"""PNG parts that Pillow does not read as they are: 16-bit colour, colour keys of every depth (tRNS), large profiles.
 
 Pillow compares the key of a 1-, 2- or 4-bit picture with samples that it has scaled already, and keeps only the high
 byte of 16-bit colour.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
 
 _KEY_BYTES = {GREY: 2, RGB: 6}
 
+_PICTURE = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
+"""Chunks that Pillow gets. Without those of an animation it shows the picture that other programs show."""
+
 _TO_8_BITS = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
 
@@ -34,40 +37,76 @@ def layout(data: bytes) -> tuple[int, int]:
     return data[24], data[25]
 
 
-def colour_key(data: bytes) -> tuple[bytes, tuple[int, ...] | None]:
-    """Return the file without a tRNS chunk that Pillow would misread, and the key as stored samples, if it has one.
+@dataclass(frozen=True)
+class Png:
+    """Parts of a PNG that define its picture.
 
-    A palette keeps its valid tRNS chunk, which Pillow reads as it should be read.
+    Attributes:
+        data: File of nothing but header, palette, transparency of the palette, and pixels. Pillow refuses a file for
+            more than 1 MiB of packed text or profile, and misreads colour keys.
+        key: Colour key as stored samples, or None.
+        profile: ICC profile, or None.
+    """
+
+    data: bytes
+    key: tuple[int, ...] | None
+    profile: bytes | None
+
+
+def parts(data: bytes) -> Png:
+    """Return the parts of a whole file that define its picture.
 
     Raises:
-        ImageUnreadableError: A tRNS chunk is damaged.
+        ImageUnreadableError: A tRNS chunk is damaged, or there are too many chunks.
         IncompleteError: The file ends within a tRNS chunk.
     """
     depth, colour_type = layout(data)
     key: tuple[int, ...] | None = None
-    has_palette, seen, kept, end_of_kept = False, False, [], 0
+    profile: bytes | None = None
+    kept = [data[:8]]
+    names: set[bytes] = set()
     for name, start, end in image_headers.png_chunks(data):
-        if name in (b"IDAT", b"IEND"):
+        is_first, has_pixels = name not in names, b"IDAT" in names
+        names.add(name)
+        if name == b"tRNS" and is_first and not has_pixels:
+            payload = _checked(data, name, start, end)
+            if colour_type != PALETTE:
+                key = _key(payload, depth, colour_type)
+            elif payload and b"PLTE" in names:
+                kept.append(data[start - 8 : end + 4])
+        elif name == b"iCCP" and is_first and not has_pixels:
+            profile = _profile(data[start:end])
+        elif name in _PICTURE:
+            kept.append(data[start - 8 : end + 4])
+        if name == b"IEND":
             break
-        if name == b"PLTE":
-            has_palette = True
-        if name != b"tRNS":
-            continue
-        payload = data[start:end]
-        if len(data) < end + 4:
-            raise image_headers.IncompleteError
-        if zlib.crc32(name + payload) != int.from_bytes(data[end : end + 4], "big"):
-            msg = "corrupt or truncated image: the checksum of the PNG's tRNS chunk is wrong"
-            raise ImageUnreadableError(msg)
-        if colour_type == PALETTE and has_palette and not seen and payload:
-            seen = True
-            continue
-        kept.append(data[end_of_kept : start - 8])
-        end_of_kept = end + 4
-        if key is None and len(payload) == _KEY_BYTES.get(colour_type):
-            # The upper bits of a key are ignored where samples have fewer bits.
-            key = tuple(each & (1 << depth) - 1 for each in struct.unpack(f">{len(payload) // 2}H", payload))
-    return b"".join([*kept, data[end_of_kept:]]) if kept else data, key
+    return Png(b"".join(kept), key, profile)
+
+
+def _checked(data: bytes, name: bytes, start: int, end: int) -> bytes:
+    """Return the payload of a chunk whose checksum is right."""
+    if len(data) < end + 4:
+        raise image_headers.IncompleteError
+    if zlib.crc32(data[start:end], zlib.crc32(name)) != int.from_bytes(data[end : end + 4], "big"):
+        msg = f"corrupt or truncated image: the checksum of the PNG's {name.decode()} chunk is wrong"
+        raise ImageUnreadableError(msg)
+    return data[start:end]
+
+
+def _key(payload: bytes, depth: int, colour_type: int) -> tuple[int, ...] | None:
+    if len(payload) != _KEY_BYTES.get(colour_type):
+        return None
+    # The upper bits of a key are ignored where samples have fewer bits.
+    return tuple(each & (1 << depth) - 1 for each in struct.unpack(f">{len(payload) // 2}H", payload))
+
+
+def _profile(payload: bytes) -> bytes | None:
+    """Return the profile of an iCCP chunk, at most one byte more than is used; None if it is broken."""
+    packed = payload.partition(b"\0")[2][1:]
+    try:
+        return zlib.decompressobj().decompress(packed, image_headers.MAX_PROFILE_BYTES + 1) or None
+    except zlib.error:
+        return None
 
 
 def alpha_of_key(image: Image.Image, key: tuple[int, ...], depth: int) -> Image.Image:
@@ -91,13 +130,13 @@ def alpha_of_key(image: Image.Image, key: tuple[int, ...], depth: int) -> Image.
     return alpha
 
 
-def decode_16_bit(data: bytes, key: tuple[int, ...] | None) -> tuple[Image.Image, Image.Image | None, dict[Any, Any]]:
-    """Return colour in mode L or RGB, alpha in mode L or None, and Pillow's `info`.
+def decode_16_bit(data: bytes, key: tuple[int, ...] | None) -> tuple[Image.Image, Image.Image | None]:
+    """Return colour in mode L or RGB, and alpha in mode L or None.
 
     Reads 16-bit RGB, grey with alpha, and RGBA.
 
     Args:
-        data: Whole file, without a tRNS chunk.
+        data: Data of `parts`.
         key: Colour key as stored samples.
     """
     _, colour_type = layout(data)
@@ -107,12 +146,12 @@ def decode_16_bit(data: bytes, key: tuple[int, ...] | None) -> tuple[Image.Image
         crc = zlib.crc32(header).to_bytes(4, "big")
         with _open(data[:12] + header + crc + data[33:]) as image:
             image.load()
-            halves, info = image.split(), image.info
-        return _joined(halves[0], halves[1]), _joined(halves[2], halves[3]), info
+            halves = image.split()
+        return _joined(halves[0], halves[1]), _joined(halves[2], halves[3])
     mode = "RGB" if colour_type == RGB else "RGBA"
     with _open(data) as image:
         image.load()
-        high, info = image.split(), image.info
+        high = image.split()
     with _open(data) as image:
         # Read as if the bytes of each sample were swapped, of which Pillow keeps the low one.
         image.tile = [tile._replace(args=f"{mode};16L") for tile in image.tile]
@@ -120,13 +159,13 @@ def decode_16_bit(data: bytes, key: tuple[int, ...] | None) -> tuple[Image.Image
         low = image.split()
     colour = Image.merge("RGB", [_joined(*halves) for halves in zip(high[:3], low[:3], strict=True)])
     if colour_type == RGBA:
-        return colour, _joined(high[3], low[3]), info
+        return colour, _joined(high[3], low[3])
     if key is None:
-        return colour, None, info
+        return colour, None
     differs = np.zeros((colour.height, colour.width), bool)
     for upper, lower, value in zip(high, low, key, strict=True):
         differs |= (np.asarray(upper) != value >> 8) | (np.asarray(lower) != value & 255)
-    return colour, Image.fromarray(differs.astype(np.uint8) * np.uint8(255)), info
+    return colour, Image.fromarray(differs.astype(np.uint8) * np.uint8(255))
 
 
 def decode_16_bit_grey(image: Image.Image, key: tuple[int, ...] | None) -> tuple[Image.Image, Image.Image | None]:

@@ -22,14 +22,18 @@ import pytest
 from animated import fetched
 from inputs import png, requests_table
 from PIL import Image
+from pyarrow.fs import LocalFileSystem
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pia_batch.config import RunConfig
 from pia_batch.driver.budget import Budget
 from pia_batch.driver.monitor import _EngineHealth
-from pia_batch.errors import ConfigError, DegenerateError, InterruptedRunError, PiaBatchError
+from pia_batch.errors import ConfigError, DegenerateError, InterruptedRunError, ManifestError, PiaBatchError
+from pia_batch.manifest import files, reader
 from pia_batch.manifest.casting import Range
+from pia_batch.manifest.files import MAX_COLUMNS
+from pia_batch.manifest.unify import check_columns
 from pia_batch.manifest.validation import check
 from pia_batch.media import fetch, images, quality
 from pia_batch.pipeline import watchdog
@@ -374,7 +378,7 @@ def test_a_test_that_the_table_names_is_there(test: str) -> None:
     path, _, name = test.partition("::")
     functions = ast.walk(ast.parse((ROOT / path).read_text()))
 
-    assert name in {each.name for each in functions if isinstance(each, ast.FunctionDef)}
+    assert name in {"", *(each.name for each in functions if isinstance(each, ast.FunctionDef))}
 
 
 @pytest.mark.parametrize(
@@ -470,3 +474,93 @@ def test_seeds_are_kept_to_64_bits_with_a_sign() -> None:
     assert _row(load(), seed=MAX_SEED) is None
     for seed in (pa.scalar(-1), pa.scalar(MAX_SEED + 1, pa.uint64())):
         assert refused_by(_row(load(), seed=seed), "column 'seed'")
+
+
+# --- limits that no config changes -----------------------------------------------------------------------------------
+
+IMAGES, READER, HERE = (
+    "tests/media/test_images.py::",
+    "tests/manifest/test_reader.py::",
+    "tests/config/test_limits.py::",
+)
+FIXED = {
+    "schema/settings.MAX_FPS": f"{HERE}test_a_frame_rate_is_kept_to_what_its_format_holds",
+    "schema/settings.MAX_SEED": f"{HERE}test_seeds_are_kept_to_64_bits_with_a_sign",
+    "schema/settings.MAX_PROMPT_BYTES": f"{HERE}test_a_text_of_a_row_is_kept_to_its_bytes",
+    "schema/columns.MAX_ID_BYTES": f"{HERE}test_a_text_of_a_row_is_kept_to_its_bytes",
+    "schema/columns.MAX_URI_BYTES": f"{HERE}test_a_text_of_a_row_is_kept_to_its_bytes",
+    "manifest/files.MAX_COLUMNS": f"{HERE}test_the_number_of_columns_is_kept_to_its_limit",
+    "manifest/reader.MAX_TEXT_BYTES": f"{HERE}test_text_is_kept_to_its_bytes_in_all",
+    "manifest/files._MAX_FOOTER_BYTES": f"{HERE}test_a_footer_is_kept_to_its_bytes",
+    "manifest/files.MAX_ROW_BYTES": f"{READER}test_a_value_that_a_million_rows_share_is_refused_before_it_is_unpacked",
+    "manifest/files.MAX_ROW_BYTES_WITH_BYTES": f"{READER}"
+    "test_a_value_that_a_million_rows_share_is_refused_before_it_is_unpacked",
+    "manifest/files.MAX_EXPANSION": f"{READER}"
+    "test_a_row_group_that_unpacks_to_more_than_a_machine_should_hold_is_refused_by_the_footer",
+    "manifest/files.MAX_EXPANDED_BYTES": f"{READER}"
+    "test_a_row_group_that_unpacks_to_more_than_a_machine_should_hold_is_refused_by_the_footer",
+    "manifest/reader.MAX_ROWS": f"{READER}test_more_rows_than_a_driver_can_plan_are_refused_by_the_footer",
+    "media/image_headers.MAX_SIDE": f"{IMAGES}test_the_longest_side_is_an_image",
+    "media/image_headers.MAX_PARTS": f"{IMAGES}test_the_number_of_parts_is_kept_to_its_limit",
+    "media/image_headers.MAX_CHUNKS": f"{IMAGES}test_the_number_of_parts_is_kept_to_its_limit",
+    "media/image_headers.MAX_SCANS": f"{IMAGES}test_the_number_of_parts_is_kept_to_its_limit",
+    "media/image_headers.MAX_PROFILE_BYTES": f"{IMAGES}test_a_profile_is_used_up_to_its_limit",
+    "media/codecs/png_zip._MAX_COMMENT_BYTES": "the archive is one of ours; bounds what `probe` reads of it",
+    "manifest/tokens.MAX_TOKENS": "tests/manifest/test_tokens.py::",
+    "manifest/tokens._MAX_WORDS": "tests/manifest/test_tokens.py::",
+}
+"""Fixed limits of what is read, with their tests. A path alone: every test of that file."""
+
+
+def test_every_fixed_limit_of_what_is_read_has_a_test() -> None:
+    found = set()
+    package = ROOT / "pia_batch"
+    for room in ("schema", "manifest", "media"):
+        for path in (package / room).rglob("*.py"):
+            for node in ast.parse(path.read_text()).body:
+                targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+                names = [each.id for each in targets if isinstance(each, ast.Name)]
+                module = path.relative_to(package).with_suffix("").as_posix()
+                found |= {f"{module}.{name}" for name in names if name.lstrip("_").startswith("MAX_")}
+
+    assert found == set(FIXED)
+    for test in FIXED.values():
+        if "::" in test:
+            test_a_test_that_the_table_names_is_there(test)
+
+
+def test_the_number_of_columns_is_kept_to_its_limit() -> None:
+    names = ["request_id", "image", "prompt", *(f"c{k}" for k in range(MAX_COLUMNS))]
+
+    for count in (MAX_COLUMNS - 1, MAX_COLUMNS):
+        check_columns(names[:count], "the manifest")
+    with pytest.raises(ManifestError, match=f"{MAX_COLUMNS + 1} columns; at most {MAX_COLUMNS}"):
+        check_columns(names[: MAX_COLUMNS + 1], "the manifest")
+
+
+def test_text_is_kept_to_its_bytes_in_all(tmp_path: Path) -> None:
+    one, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    one.write_bytes(b"x" * 1000)
+    for above in (-1, 0, 1):
+        with other.open("wb") as file:  # sparse
+            file.truncate(reader.MAX_TEXT_BYTES - 1000 + above)
+        error = raised(reader._check_text_bytes, LocalFileSystem(), (str(one), str(other)), str(tmp_path))
+        assert (error is not None) == (above > 0)
+        assert error is None or (str(reader.MAX_TEXT_BYTES) in error and "write it as Parquet" in error)
+
+
+def test_a_footer_is_kept_to_its_bytes() -> None:
+    limit = files._MAX_FOOTER_BYTES
+    for footer_bytes in (limit - 1, limit, limit + 1):
+        end = footer_bytes.to_bytes(4, "little") + b"PAR1"
+
+        class Source:
+            """The end of a file, of which nothing else is read."""
+
+            def read_at(self, num_bytes: int, offset: int, end: bytes = end) -> bytes:
+                assert (num_bytes, offset) == (8, 2**30 - 8)
+                return end
+
+        error = raised(files._check_footer_bytes, Source(), 2**30, "a.parquet")
+        assert (error is not None) == (footer_bytes > limit)
+        assert error is None or "larger row groups" in error
