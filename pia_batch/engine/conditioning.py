@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -72,6 +73,28 @@ class Prompt:
     is_finite: bool
 
 
+class _LiteralWords:
+    """Words of textual inversions that a tokenizer finds only as they are written, although CLIP folds case."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = tokenizer.added_tokens_decoder.values()
+        self._own = {str(token) for token in added if not token.normalized and not token.special}
+        self._by_folded: dict[str, str] = {}
+        for word in self._own:
+            self._by_folded.setdefault(word.lower(), word)
+        longest_first = sorted(self._own, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)), re.IGNORECASE) if self._own else None
+
+    def respelled(self, text: str) -> str:
+        """Return the text with each word spelled as the tokenizer has it."""
+        if self._pattern is None:
+            return text
+        return self._pattern.sub(lambda match: self._spelling(match[0]), text)
+
+    def _spelling(self, found: str) -> str:
+        return found if found in self._own else self._by_folded.get(found.lower(), found)
+
+
 class PromptEncoder:
     """Encoder of prompts to CLIP embeddings, cached by text and `clip_skip`."""
 
@@ -80,6 +103,7 @@ class PromptEncoder:
         self._text_encoder = text_encoder
         added = tokenizer.added_tokens_encoder
         self._has_long_words = any(f"{word}_1" in added for word in added)
+        self._words = _LiteralWords(tokenizer)
         self._recent: LruCache[tuple[str, int | None], Prompt] = LruCache(MAX_PROMPTS)
 
     def encode(self, text: str, clip_skip: int | None = None) -> Prompt:
@@ -89,7 +113,7 @@ class PromptEncoder:
     def _encode(self, text: str, clip_skip: int | None) -> Prompt:
         limit = self._tokenizer.model_max_length
         if self._has_long_words:  # textual inversions of several vectors; the conversion warns about long prompts
-            text = TextualInversionLoaderMixin().maybe_convert_prompt(text, self._tokenizer)
+            text = TextualInversionLoaderMixin().maybe_convert_prompt(self._words.respelled(text), self._tokenizer)
         num_tokens = len(self._tokenizer(text, verbose=False).input_ids)
         padded = self._tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
         embedding = self._embed(padded, clip_skip)

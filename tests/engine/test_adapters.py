@@ -348,6 +348,31 @@ def test_a_word_of_several_vectors_is_found_whatever_its_case(tmp_path):
     assert torch.equal(one.latents, two.latents)
 
 
+@pytest.mark.parametrize("vectors", [1, 3])
+@pytest.mark.parametrize(("word", "written"), [("badcat", "BadCat"), ("BadCat", "badcat"), ("BadCat", "BADCAT")])
+def test_a_word_is_found_in_a_prompt_of_another_case(tmp_path, vectors, word, written):
+    path = write_inversion(tmp_path / "cat.safetensors", vectors=vectors)
+    engine = PiaEngine.from_pipeline(personalised(inversions=[(path, word)]))
+
+    for text in ("a {} jumping", "{}, red", "({})"):
+        same, other = (
+            engine.animate([shot(1, prompt=text.format(each))], keep_latents=True)[0] for each in (word, written)
+        )
+        plain = engine.animate([shot(1, prompt=text.format("bad cats"))], keep_latents=True)[0]
+        assert same.prompt_tokens == other.prompt_tokens
+        assert torch.equal(same.latents, other.latents)
+        assert not torch.equal(same.latents, plain.latents)
+
+
+def test_two_words_that_differ_in_case_alone_keep_their_own_vectors(tmp_path):
+    one, two = (write_inversion(tmp_path / f"{k}.safetensors", vectors=k) for k in (2, 3))
+    engine = PiaEngine.from_pipeline(personalised(inversions=[(one, "BadCat"), (two, "badcat")]))
+
+    counts = [engine.animate([shot(1, prompt=each)])[0].prompt_tokens for each in ("BadCat", "badcat")]
+
+    assert counts == [4, 5]
+
+
 def test_the_word_of_a_file_that_names_none_must_be_set(tmp_path):
     path = write_inversion(tmp_path / "easy.safetensors", "emb_params")
 
