@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from diffusers.models import ImageProjection
 from diffusers.models.attention_processor import (
@@ -21,12 +22,13 @@ from diffusers.models.attention_processor import (
 )
 from diffusers.models.embeddings import IPAdapterFullImageProjection, IPAdapterPlusImageProjection
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import CLIPImageProcessorPil
+from safetensors import SafetensorError, safe_open
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from pia_batch.engine.conditioning import LruCache, pixel_digest
 from pia_batch.errors import ConfigError, NonFiniteError
+from pia_batch.weights import image_prompt_files
+from pia_batch.weights.components import Component
 
 MAX_IMAGE_PROMPTS = 32
 """Number of cached image prompts: 8 kB each in float32 for the plain adapter, 2.6 MB if it reads hidden states."""
@@ -154,16 +156,18 @@ def install(unet: Any, path: Path) -> None:
 
     Args:
         unet: UNet; the adapter gets its dtype and device.
-        path: safetensors file with `image_proj.*` and `ip_adapter.*` tensors, as `weights.resolve` found it.
+        path: safetensors file with `image_proj.*` and `ip_adapter.*` tensors, as `weights.resolve` found it, or with
+            the names that training gives them.
 
     Raises:
         ConfigError: The file is damaged, or made for a UNet with other blocks.
     """
     groups: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     try:
-        for name, tensor in load_file(path).items():
-            group, _, rest = name.partition(".")
-            groups[group][rest] = tensor
+        with safe_open(path, "pt") as file:
+            for name, stored in image_prompt_files.adapter_tensors(file.keys()).items():
+                group, _, rest = name.partition(".")
+                groups[group][rest] = file.get_tensor(stored)
         # `load_ip_adapter` calls this method, too; importing its module causes warnings about torchvision.
         unet._load_ip_adapter_weights([groups])  # noqa: SLF001
     except (KeyError, OSError, RuntimeError, SafetensorError, ValueError) as err:
@@ -174,6 +178,33 @@ def install(unet: Any, path: Path) -> None:
             f"model.ip_adapter: {path} has {unused} tensors more than the attention of the base's UNet; it is made "
             "for another family of models"
         )
+
+
+def read_encoder(part: Component, dtype: torch.dtype) -> Any:
+    """Return the image encoder of a part with the layout `single_file`, on the CPU, in its own memory.
+
+    Args:
+        part: Single file, with the config that `weights.resolve` found.
+        dtype: Dtype of the loaded weights, whatever the dtype in the file.
+
+    Raises:
+        ConfigError: A tensor is missing, unexpected, or of another shape.
+    """
+    folder = part.folder if part.config is None else part.config.folder
+    with accelerate.init_empty_weights():
+        network = CLIPVisionModelWithProjection(CLIPVisionConfig.from_pretrained(folder, local_files_only=True))
+    names = {name.removeprefix("vision_model."): name for name in network.state_dict()}
+    try:
+        with safe_open(part.path, "pt") as file:
+            # Copy: a tensor of the right dtype would otherwise remain a view of the file, which may change.
+            own = {
+                names.get(name, name): file.get_tensor(stored).to(dtype, copy=True)
+                for name, stored in image_prompt_files.encoder_tensors(file.keys()).items()
+            }
+        network.load_state_dict(own, assign=True)
+    except (OSError, RuntimeError, SafetensorError) as err:
+        raise ConfigError(f"model.ip_adapter.image_encoder: {part.path} does not fit its config: {err}") from err
+    return network.to(dtype)
 
 
 def processor_for(encoder: Any) -> Any:

@@ -279,6 +279,9 @@ class _Loader:
         return self._ready(network)
 
     def _image_encoder(self) -> Any:
+        part = dict(self._weights.parts())["image_encoder"]
+        if part.layout == "single_file":
+            return self._ready(image_prompts.read_encoder(part, self._dtype))
         network = _read(transformers.CLIPVisionModelWithProjection, self._weights, "image_encoder", self._dtype)
         return self._ready(network)
 

@@ -14,9 +14,9 @@ from typing import NoReturn
 
 from pia_batch.config import IpAdapterConfig, LoraConfig, ModelConfig, TextualInversionConfig
 from pia_batch.errors import ConfigError
-from pia_batch.weights import components, inversion_files, lora_files, safetensors
+from pia_batch.weights import components, image_prompt_files, inversion_files, lora_files, safetensors, sd15
 from pia_batch.weights.components import CONFIG, MODEL, Component
-from pia_batch.weights.fetching import Hub, Location, locate
+from pia_batch.weights.fetching import FetchedFolder, Hub, Location, locate
 
 log = logging.getLogger(__name__)
 
@@ -223,6 +223,11 @@ def _ip_adapter(entry: IpAdapterConfig, text_width: int, hub: Hub) -> tuple[Comp
     adapter = components.single_file(source, name)
     header = _header(adapter, key, location)
     expect_kind(header, key, "IP-Adapter")
+    named = image_prompt_files.adapter_tensors(header.shapes)
+    if len(named) < len(header.shapes):
+        num_left_out = len(header.shapes) - len(named)
+        log.info("tensors_left_out key=%s file=%s num_tensors=%d", key, name, num_left_out)
+    header = replace(header, shapes={each: header.shapes[stored] for each, stored in named.items()})
     if _is_for_faces(header):
         raise ConfigError(f"{key}: {name} is a FaceID adapter, which needs face embeddings; use one without FaceID")
     takes = header.shape_of(".to_k_ip.weight")
@@ -250,9 +255,19 @@ def _is_for_faces(header: safetensors.SafetensorsHeader) -> bool:
 def _image_encoder(entry: IpAdapterConfig, name: str, hub: Hub) -> Component:
     key = "model.ip_adapter.image_encoder"
     location, file = locate(name, entry.image_encoder_revision, key, hub)
-    if file is not None:
-        raise ConfigError(f"{key}: {name} is a file; set it to the folder with its config.json")
-    return components.weighted(location.fetch(components.patterns("", None)), "", MODEL, None)
+    if file is None:
+        return components.weighted(location.fetch(components.patterns("", None)), "", MODEL, None)
+    beside = (PurePosixPath(file).parent / CONFIG).as_posix()
+    source = location.fetch([file, beside])
+    header = _header(components.single_file(source, file), key, location)
+    config = components.only_config(FetchedFolder(sd15.PATH, None, "CLIP-ViT-H"), "image_encoder")
+    if (source.root / beside).is_file():
+        settings = components.read_json(source.root / beside)
+        if "vision_config" in settings or settings.get("model_type") == "clip_vision_model":
+            config = Component((source.root / beside).parent, None, (CONFIG,), source.commit)
+    found = components.single_file(source, file, config)
+    image_prompt_files.check_encoder(header.shapes, found.settings, f"{key}: {file}")
+    return found
 
 
 def _check_encoder(header: safetensors.SafetensorsHeader, encoder: Component, key: str) -> None:

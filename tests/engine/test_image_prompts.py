@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import ip_adapters
 import pytest
@@ -23,9 +24,9 @@ from pipelines import (
     single_call,
     stock_engine,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from pia_batch.config import LoraConfig
+from pia_batch.config import IpAdapterConfig, LoraConfig
 from pia_batch.engine import PiaEngine, image_prompts, loading
 from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.errors import ConfigError, ImageUnreadableError, UnsupportedSettingError
@@ -340,5 +341,31 @@ def test_a_lora_beside_the_adapter_draws_as_in_the_stock_pipeline(tmp_path, fuse
         update={"loras": (LoraConfig(source=str(tmp_path / "lora.safetensors")),), "fuse_loras": fuse}
     )
     both.pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors", local_files_only=True)
+
+    assert_equals_single_calls(both.pipe, PiaEngine.load(model, device="cpu"), ROWS[:2])
+
+
+def test_an_adapter_of_training_with_an_encoder_in_a_single_file_draws_as_in_the_stock_pipeline(tmp_path):
+    """Their tensors are renamed, and the files also hold what the model does not need."""
+    both = adapted(tmp_path)
+    config = both.model.ip_adapter
+    assert config is not None
+    source = Path(config.source)
+    names = {"image_proj": "module.image_proj_model", "ip_adapter": "module.adapter_modules"}
+    trained = {}
+    for name, tensor in load_file(source).items():
+        group, _, rest = name.partition(".")
+        trained[f"{names[group]}.{rest}"] = tensor
+    save_file(trained | {"module.unet.conv_in.bias": torch.ones(4)}, tmp_path / "trained.safetensors")
+    folder = source.parent / "image_encoder"
+    spare = {"logit_scale": torch.ones(()), "text_model.final_layer_norm.weight": torch.ones(3)}
+    save_file(load_file(folder / "model.safetensors") | spare, folder / "clip.safetensors")
+    model = both.model.model_copy(
+        update={
+            "ip_adapter": IpAdapterConfig(
+                source=str(tmp_path / "trained.safetensors"), image_encoder=str(folder / "clip.safetensors")
+            )
+        }
+    )
 
     assert_equals_single_calls(both.pipe, PiaEngine.load(model, device="cpu"), ROWS[:2])

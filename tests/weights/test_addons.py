@@ -6,6 +6,7 @@ The base is the embedded model, whose text embeddings have 64 numbers.
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -338,8 +339,106 @@ def test_an_ip_adapter_without_image_encoder_asks_for_one(tmp_path):
         ConfigError, match=r"there is no image_encoder/ next to .*; set model\.ip_adapter\.image_encoder"
     ):
         adapter(source)
-    with pytest.raises(ConfigError, match=r"model\.ip_adapter\.image_encoder: .* is a file; set it to the folder"):
+    with pytest.raises(ConfigError, match=r"image_encoder: ip-adapter\.safetensors is not the expected image encoder"):
         adapter(source, image_encoder=source)
+
+
+def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
+    """A safetensors file of real size that takes no space: a header, then a hole."""
+    end, header = 0, {}
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return str(path)
+
+
+def vit_h() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of CLIP-ViT-H as transformers saves it."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "vision_model.embeddings.class_embedding": (1280,),
+        "vision_model.embeddings.patch_embedding.weight": (1280, 3, 14, 14),
+        "vision_model.embeddings.position_embedding.weight": (257, 1280),
+        "visual_projection.weight": (1024, 1280),
+    }
+    for norm in ("pre_layrnorm", "post_layernorm"):
+        shapes |= {f"vision_model.{norm}.{each}": (1280,) for each in ("weight", "bias")}
+    for outer in (f"vision_model.encoder.layers.{k}" for k in range(32)):
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"):
+            shapes |= {f"{outer}.{name}.weight": (1280, 1280), f"{outer}.{name}.bias": (1280,)}
+        shapes |= {f"{outer}.mlp.fc1.weight": (5120, 1280), f"{outer}.mlp.fc1.bias": (5120,)}
+        shapes |= {f"{outer}.mlp.fc2.weight": (1280, 5120), f"{outer}.mlp.fc2.bias": (1280,)}
+        shapes |= {f"{outer}.layer_norm{k}.{each}": (1280,) for k in (1, 2) for each in ("weight", "bias")}
+    return shapes
+
+
+@pytest.mark.parametrize(
+    "spare",
+    [
+        {},
+        {"vision_model.embeddings.position_ids": (1, 257)},
+        {"text_model.final_layer_norm.weight": (1024,), "logit_scale": (), "text_projection.weight": (1024, 1024)},
+    ],
+    ids=str,
+)
+def test_clip_vit_h_in_a_single_file_needs_no_config(tmp_path, spare):
+    source = write(tmp_path / "ip-adapter.safetensors", PLAIN | {"image_proj.proj.weight": (256, 1024)})
+    path = write_hollow(tmp_path / "CLIP-ViT-H-14.safetensors", vit_h() | spare)
+
+    found = adapter(source, image_encoder=path).image_encoder
+
+    assert found is not None
+    assert (found.path, found.layout, found.settings["num_attention_heads"]) == (Path(path), "single_file", 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda shapes: shapes.pop("visual_projection.weight"), "it has no visual_projection.weight"),
+        (lambda shapes: shapes.update({"visual_projection.weight": (768, 1280)}), r"\(768, 1280\) instead of"),
+        (
+            lambda shapes: shapes.update({"visual.conv1.weight": (1280, 3, 14, 14)}),
+            "unknown tensors visual.conv1.weight",
+        ),
+    ],
+    ids=["missing", "shape", "unknown"],
+)
+def test_another_image_encoder_in_a_single_file_is_refused(tmp_path, change, message):
+    source = write(tmp_path / "ip-adapter.safetensors", PLAIN)
+    shapes = vit_h()
+    change(shapes)
+
+    with pytest.raises(ConfigError, match=message):
+        adapter(source, image_encoder=write_hollow(tmp_path / "clip.safetensors", shapes))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_an_ip_adapter_as_its_training_saves_it_is_accepted_without_its_unet(tmp_path, prefix, caplog):
+    names = {"image_proj.": "image_proj_model.", "ip_adapter.": "adapter_modules."}
+    shapes = {}
+    for name, shape in PLAIN.items():
+        for old, new in names.items():
+            if name.startswith(old):
+                shapes[prefix + name.replace(old, new, 1)] = shape
+    frozen = {f"{prefix}unet.conv_in.weight": (8, 4, 3, 3), f"{prefix}unet.conv_in.bias": (8,)}
+    encoder(tmp_path / "image_encoder")
+
+    with caplog.at_level("INFO"):
+        found = adapter(write(tmp_path / "ip-adapter.safetensors", shapes | frozen))
+
+    assert found.ip_adapter is not None
+    assert [each for each in caplog.messages if "left_out" in each] == [
+        "tensors_left_out key=model.ip_adapter file=ip-adapter.safetensors num_tensors=2"
+    ]
+
+
+def test_training_state_beside_the_vectors_is_left_out(tmp_path):
+    shapes = {"emb_params": (8, 64), "step": (1,), "sd_checkpoint": ()}
+
+    assert word(write(tmp_path / "easy.safetensors", shapes), token="easy").textual_inversions  # noqa: S106 - a word
 
 
 def test_a_pickled_image_encoder_is_refused(tmp_path):
