@@ -76,7 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, prog_name="pia-batch")
     except errors.PiaBatchError as problem:
         log.debug("traceback", exc_info=True)
-        err.print(f"pia-batch: {problem}", style="bold red", markup=False, soft_wrap=True)
+        line = " ".join(str(problem).split("\n"))  # some libraries' messages have several lines
+        err.print(f"pia-batch: {line}", style="bold red", markup=False, soft_wrap=True)
         sys.exit(problem.exit_code)
     except Exception as bug:  # noqa: BLE001 - nothing is hidden: the process ends with 1
         err.print(bug_report(bug, on_terminal=err.is_terminal), style="bold red", markup=False, soft_wrap=True)

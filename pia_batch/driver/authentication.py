@@ -78,7 +78,10 @@ def authentication(address: str | None) -> Authentication:
     if address == "local":  # Ray makes a token for itself unless RAY_AUTH_MODE says otherwise
         return "token" if os.environ.get("RAY_AUTH_MODE", "token").lower() == "token" else "none"
     if address == "auto":
-        address = ray._private.services.canonicalize_bootstrap_address("auto") or ""  # noqa: SLF001
+        try:
+            address = ray._private.services.canonicalize_bootstrap_address("auto") or ""  # noqa: SLF001
+        except ConnectionError:  # no Ray runs on this machine
+            return "unknown"
     if address.startswith(("http://", "https://")):
         return _authentication_of_dashboard(address)
     return _authentication_of_ray(address) if address and "://" not in address else "unknown"

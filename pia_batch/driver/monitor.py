@@ -232,9 +232,12 @@ def _unwrapped(err: BaseException) -> BaseException:
     """Return the exception that a worker raised, without the wrappers that Ray puts around it."""
     inner: BaseException | None = err
     while inner is not None:
+        if isinstance(cause := getattr(inner, "cause", None), BaseException):
+            inner = cause  # the wrapper is of the cause's class too, but its text is a traceback
+            continue
         if isinstance(inner, StorageError):
             return InterruptedRunError(f"{inner}; everything finished is committed. Start again to resume")
         if isinstance(inner, PiaBatchError):
             return inner
-        inner = getattr(inner, "cause", None) or inner.__cause__
+        inner = inner.__cause__
     return worker_errors.explain_loss(err)

@@ -12,10 +12,12 @@ from typing import Any
 
 import ray
 import ray.data
+from ray._private import ray_constants
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import AuthenticationError
 
 from pia_batch.config import PlacementConfig
+from pia_batch.driver import own_ray
 from pia_batch.driver.authentication import TOKEN_REMEDY, check_authentication, connect_once, host_and_port
 from pia_batch.errors import ConfigError, message_of
 from pia_batch.planning import capacity
@@ -29,9 +31,9 @@ def connect(place: PlacementConfig) -> Iterator[None]:
     """Connect to Ray: by the existing connection, to the cluster, or to a Ray of our own that ends with the run.
 
     Raises:
-        ConfigError: Nothing answers at the address; the cluster refuses our token; this machine has too few resources
-            for the engines and the manifest's reader; or the cluster is open to everyone and `placement.require_auth`
-            is set.
+        ConfigError: Nothing answers at the address; Ray cannot start here; the cluster refuses our token; this machine
+            has too few resources for the engines and the manifest's reader; or the cluster is open to everyone and
+            `placement.require_auth` is set.
     """
     if ray.is_initialized():
         check_authentication(ray.get_runtime_context().gcs_address, required=place.require_auth)
@@ -39,8 +41,12 @@ def connect(place: PlacementConfig) -> Iterator[None]:
         yield
         return
     address = place.address
+    refuse_dashboard(address)
     options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR}
     if address == "local":
+        own_ray.check_temp_folder()
+        # Under `uv run`, Ray would pack the working folder for its workers. Ours are on this machine, and need no copy.
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about a future default
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # silences a warning about every engine's restarts
@@ -55,9 +61,11 @@ def connect(place: PlacementConfig) -> Iterator[None]:
     except AuthenticationError:
         msg = f"Ray at {redacted_uri(address)} refuses the token, or the lack of one: {TOKEN_REMEDY}"
         raise ConfigError(msg) from None
-    except (ConnectionError, ValueError, RuntimeError) as err:
-        msg = f"cannot reach Ray at {address}: {err}; see placement.ray_address and RAY_ADDRESS"
-        raise ConfigError(msg) from None
+    except Exception as err:  # noqa: BLE001 - Ray has no class of its own for what it cannot start or reach
+        _restore(handlers)
+        if address == "local":
+            raise own_ray.explain_start(err) from None
+        raise _unreachable(address, err) from None
     _restore(handlers)  # Ray's own handlers would end the process with nothing committed
     try:
         gcs = ray.get_runtime_context().gcs_address
@@ -74,6 +82,29 @@ def connect(place: PlacementConfig) -> Iterator[None]:
     finally:
         ray.shutdown()
         _restore(handlers)  # Ray leaves the system's default handlers: SIGTERM would end the rest of the run
+
+
+def _unreachable(address: str, err: Exception) -> ConfigError:
+    """Return the error of a cluster to which Ray could not connect, with what the operator can do about it."""
+    cause, shown = message_of(err), redacted_uri(address)
+    if "uv run" in str(err) or "exceeds the maximum size" in str(err) or "runtime_env" in str(err):
+        remedy = (
+            "under `uv run`, Ray sends the working folder to the cluster: start from a folder with only the project, "
+            "or set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 where the nodes have the packages already"
+        )
+    elif "ersion mismatch" in str(err):
+        remedy = "install the same versions of Ray and Python here and on every node"
+    elif address == "auto":
+        remedy = (
+            "no Ray runs on this machine: unset RAY_ADDRESS or placement.ray_address for a Ray of the run's own, or "
+            "start one by `ray start --head`"
+        )
+    else:
+        remedy = (
+            "start the cluster, run this on one of its nodes, and correct placement.ray_address or RAY_ADDRESS "
+            "(HEAD:6379)"
+        )
+    return ConfigError(f"cannot reach Ray at {shown}: {type(err).__name__}: {cause}; {remedy}")
 
 
 def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
@@ -93,6 +124,20 @@ def _check_capacity(place: PlacementConfig, *, ours: bool) -> None:
         msg = f"Ray on this machine: {shortage}"
         raise ConfigError(msg)
     log.warning("small_cluster_found nodes=%d: %s", len(nodes), shortage)
+
+
+def refuse_dashboard(address: str) -> None:
+    """Refuse the URL of a dashboard, to which a run cannot connect.
+
+    Raises:
+        ConfigError: The address is a URL of a dashboard.
+    """
+    if address.startswith(("http://", "https://")):
+        msg = (
+            f"placement.ray_address or RAY_ADDRESS: {redacted_uri(address)} is the URL of a dashboard, which only "
+            "`submit` and `jobs` use; give Ray's own address (HEAD:6379), or start the run by `pia-batch submit`"
+        )
+        raise ConfigError(msg)
 
 
 def _check_answer(address: str) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from fakes import FakeControl
+from ray.exceptions import RayTaskError
 
 from pia_batch.config import RunConfig
 from pia_batch.driver.budget import Budget
 from pia_batch.driver.monitor import RunControls, consume
 from pia_batch.driver.progress import Progress
-from pia_batch.errors import InterruptedRunError, LeaseHeldError, StorageError
+from pia_batch.errors import ConfigError, InterruptedRunError, LeaseHeldError, StorageError
 from pia_batch.journal.lease import Lease
 from pia_batch.storage.object_store import Store
 
@@ -158,6 +159,21 @@ def test_an_error_of_a_worker_comes_out_of_its_wrappers(store: Store) -> None:
     bug.chain.put(TaskError())
     with pytest.raises(InterruptedRunError, match="the bucket is gone; everything finished is committed"):
         bug()
+
+
+def test_an_error_of_ours_comes_out_of_rays_wrappers_as_its_own_one_line(store: Store) -> None:
+    monitored = Monitored(store)
+    cause = ConfigError("model.loras: no layer fits")
+    cause.__cause__ = StorageError("not this one")
+    inner = RayTaskError("Animate()", "Traceback\n" * 70, cause).as_instanceof_cause()
+    outer = RayTaskError("map_batches()", "Traceback\n" * 70, inner)
+    assert isinstance(inner, ConfigError)  # as Ray makes it
+
+    monitored.chain.put(outer)
+
+    with pytest.raises(ConfigError) as raised:
+        monitored()
+    assert str(raised.value) == "model.loras: no layer fits"
 
 
 def test_crash_after_crash_stops_it_and_a_success_between_does_not(store: Store) -> None:

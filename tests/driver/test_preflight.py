@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
-from pia_batch.config import RunConfig
-from pia_batch.driver.preflight import Finding, devices, examine, machine, storage
+from pia_batch.config import PlacementConfig, RunConfig
+from pia_batch.driver import ray_cluster
+from pia_batch.driver.authentication import authentication
+from pia_batch.driver.preflight import Finding, cluster, devices, examine, machine, storage
+from pia_batch.errors import ConfigError
 from pia_batch.storage.object_store import Store
 
 MakeConfig = Callable[..., RunConfig]
@@ -21,8 +24,13 @@ def torch(*devices: dict[str, Any], cuda: str | None = "12.6") -> Callable[[], d
     return lambda: {"torch": "2.13.0", "cuda": cuda, "devices": [usual | device for device in devices]}
 
 
+def examined(config: RunConfig | None, ask: Callable[[], dict[str, Any]], obstacle: str | None = None) -> list[Finding]:
+    """Every finding, without a start of Ray, which `obstacle` keeps from starting."""
+    return list(examine(config, ask, lambda _: obstacle))
+
+
 def found(config: RunConfig | None, subject: str, ask: Callable[[], dict[str, Any]] | None = None) -> list[Finding]:
-    return [finding for finding in examine(config, ask or torch()) if finding.subject == subject]
+    return [finding for finding in examined(config, ask or torch()) if finding.subject == subject]
 
 
 def only(config: RunConfig | None, subject: str, ask: Callable[[], dict[str, Any]] | None = None) -> Finding:
@@ -46,7 +54,7 @@ def _neither_cluster_nor_driver_of_this_machine(monkeypatch: pytest.MonkeyPatch,
 def test_a_run_that_can_begin_gives_no_failure_and_leaves_one_small_object(make_config: MakeConfig) -> None:
     config = make_config()
 
-    findings = list(examine(config, torch(cuda=None)))
+    findings = examined(config, torch(cuda=None))
 
     assert {finding.subject for finding in findings if finding.state == "ok"} >= {
         *("python", "packages", "codecs", "devices", "weights", "manifest", "store", "clock", "ray", "capacity")
@@ -56,7 +64,7 @@ def test_a_run_that_can_begin_gives_no_failure_and_leaves_one_small_object(make_
 
 
 def test_without_a_config_only_the_machine_is_checked() -> None:
-    subjects = {finding.subject for finding in examine(None, torch())}
+    subjects = {finding.subject for finding in examined(None, torch())}
 
     assert subjects == {"python", "packages", "codecs", "devices", "disk", "weights", "ray", "capacity"}
 
@@ -186,31 +194,106 @@ def dashboard() -> Iterator[Callable[[str], str]]:
 
 
 @pytest.mark.parametrize(
-    ("body", "required", "state", "words"),
+    ("body", "answer"),
     [
-        ('{"authentication_mode": "token"}', False, "ok", "asks for its token"),
-        ('{"authentication_mode": "disabled"}', False, "warn", "asks for no token"),
-        ('{"authentication_mode": "disabled"}', True, "fail", "asks for no token"),
-        ("<html>", False, "warn", "not whether it asks for a token"),
-        ("<html>", True, "fail", "not whether it asks for a token"),
+        ('{"authentication_mode": "token"}', "token"),
+        ('{"authentication_mode": "disabled"}', "none"),
+        ("<html>", "unknown"),
     ],
 )
-def test_a_cluster_is_asked_whether_it_wants_a_token(
-    make_config: MakeConfig, dashboard: Callable[[str], str], body: str, required: bool, state: str, words: str
+def test_a_dashboard_is_asked_whether_it_wants_a_token(dashboard: Callable[[str], str], body: str, answer: str) -> None:
+    assert authentication(dashboard(body)) == answer
+
+
+def test_an_address_that_answers_in_another_protocol_is_reported(
+    make_config: MakeConfig, dashboard: Callable[[str], str]
 ) -> None:
-    config = make_config(placement__ray_address=dashboard(body), placement__require_auth=required)
+    address = dashboard("<html>").removeprefix("http://")
 
-    finding = only(config, "ray")
+    warned, connected = found(make_config(placement__ray_address=address), "ray")
+    refused = only(make_config(placement__ray_address=address, placement__require_auth=True), "ray")
 
-    assert finding.state == state
-    assert words in finding.message
+    assert (warned.state, connected.state, refused.state) == ("warn", "ok", "fail")
+    assert "answers, but not whether it asks for a token" in warned.message
+    assert "HEAD:6379" in refused.remedy
+
+
+def test_what_keeps_a_run_from_ray_is_a_failure_with_its_remedy(make_config: MakeConfig) -> None:
+    findings = examined(make_config(), torch(), "Ray cannot start on this machine: no room; free some; and more")
+
+    (ray,) = [finding for finding in findings if finding.subject == "ray"]
+    assert ray == Finding("fail", "ray", "Ray cannot start on this machine: no room", "free some; and more")
+
+
+@pytest.mark.parametrize(
+    ("address", "environment", "words"),
+    [
+        (
+            None,
+            {"TMPDIR": f"/{'x' * 80}"},
+            "TMPDIR: too long for the sockets of a Ray on this machine (got 81 bytes",
+        ),
+        (None, {"RAY_TMPDIR": "tmp"}, "RAY_TMPDIR: not the absolute path of a folder"),
+        ("http://127.0.0.1:8265", {}, "is the URL of a dashboard, which only `submit` and `jobs` use"),
+        ("ftp://127.0.0.1:1", {}, "no Ray answers at ftp://127.0.0.1:1"),
+    ],
+)
+@pytest.mark.slow
+def test_the_process_that_connects_finds_what_a_run_would_end_with(
+    address: str | None, environment: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    place = PlacementConfig(ray_address=address)
+
+    obstacle = cluster.find_obstacle(place)
+
+    assert obstacle is not None
+    assert words in obstacle
+    assert "; " in obstacle
+    with pytest.raises(ConfigError) as refused, ray_cluster.connect(place):
+        pass
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "raised", "remedy"),
+    [
+        ("auto", ConnectionError("Could not find any running Ray instance."), "unset RAY_ADDRESS"),
+        ("10.0.0.1:6379", RuntimeError("Version mismatch: The cluster was started with:"), "the same versions of Ray"),
+        ("10.0.0.1:6379", ValueError("Package size (643MiB) exceeds the maximum size of 512"), "UV_RUN_RUNTIME_ENV=0"),
+        ("10.0.0.1:6379", ConnectionError("Failed to connect"), "run this on one of its nodes"),
+        ("ftp://10.0.0.1", ValueError("Module: ftp does not have init()"), "correct placement.ray_address"),
+    ],
+)
+def test_a_cluster_that_cannot_be_reached_is_one_line_with_a_remedy(
+    address: str, raised: Exception, remedy: str
+) -> None:
+    explained = str(ray_cluster._unreachable(address, raised))
+
+    assert explained.startswith(f"cannot reach Ray at {address}: {type(raised).__name__}: {raised}")
+    assert remedy in explained
+
+
+def test_auto_without_a_ray_on_this_machine_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def search(_: str) -> str:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", search)
+
+    assert authentication("auto") == "unknown"
+
+
+@pytest.mark.slow
+def test_a_ray_that_starts_is_no_obstacle() -> None:
+    assert cluster.find_obstacle(PlacementConfig(object_store_mb=80)) is None
 
 
 def test_what_is_missing_or_unreadable_is_a_failure_with_a_remedy(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     config = make_config(manifest="/nowhere", output=str(tmp_path / "file" / "out"), model__base="/nowhere/model")
 
-    failed = {finding.subject: finding for finding in examine(config, torch()) if finding.state == "fail"}
+    failed = {finding.subject: finding for finding in examined(config, torch()) if finding.state == "fail"}
 
     assert set(failed) - {"disk"} == {"manifest", "store", "weights"}
     assert "does not exist" in failed["manifest"].message
@@ -261,7 +344,7 @@ def test_a_disk_is_measured_where_the_folder_will_be(tmp_path: Path) -> None:
 def test_a_real_store_is_read_written_and_its_clock_compared(s3: str, make_config: MakeConfig) -> None:
     started = time.monotonic()
 
-    findings = [each for each in examine(make_config(output=s3), torch()) if each.subject in ("store", "clock")]
+    findings = [each for each in examined(make_config(output=s3), torch()) if each.subject in ("store", "clock")]
 
     assert [finding.state for finding in findings] == ["ok", "ok"]
     assert time.monotonic() - started < 60

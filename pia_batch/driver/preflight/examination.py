@@ -13,14 +13,20 @@ from pia_batch.errors import printable
 from pia_batch.storage.object_store import Store
 
 
-def examine(config: RunConfig | None, torch_facts: Callable[[], dict[str, Any]] | None = None) -> Iterator[Finding]:
+def examine(
+    config: RunConfig | None,
+    torch_facts: Callable[[], dict[str, Any]] | None = None,
+    connection: Callable[[PlacementConfig], str | None] | None = None,
+) -> Iterator[Finding]:
     """Check everything that a run needs, and yield one finding after the other.
 
-    Writes two small objects to the output, and removes one of them. Fetches weights that are not on this machine.
+    Writes two small objects to the output, and removes one of them. Fetches weights that are not on this machine. It
+    starts a Ray of its own and ends it, or connects to the cluster, as a run does.
 
     Args:
         config: Config of the run; None: check this machine and the embedded model only.
         torch_facts: Function that returns torch's version and devices; None: `devices.torch_facts`.
+        connection: Function that connects to Ray, and returns what kept it from that; None: `cluster.find_obstacle`.
     """
     place = PlacementConfig() if config is None else config.placement
     models = {"default": ModelConfig()} if config is None else config.all_models
@@ -39,5 +45,5 @@ def examine(config: RunConfig | None, torch_facts: Callable[[], dict[str, Any]] 
     if config is not None:
         yield from storage.check_manifest(config)
         yield from storage.check_store(Store(config.output))
-    yield from cluster.check_ray(place)
+    yield from cluster.check_ray(place, connection or cluster.find_obstacle)
     yield from cluster.check_capacity(place, len(facts["devices"]))
