@@ -67,6 +67,22 @@ MEDIA_TYPES = {
 }
 """Media types by file name extension. Stores give others `application/octet-stream`, which browsers save, not show."""
 
+_LINKS = "choose a folder on a file system with hard links, such as ext4, XFS or NFS, or object storage"
+
+DISK_REMEDIES = {
+    errno.EDQUOT: "raise the quota, or remove files",
+    errno.EISDIR: "a folder has the name of a file there; remove it or choose another path",
+    errno.ELOOP: "a symbolic link there points to itself; choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ENOSPC: "free some space there, or choose another disk",
+    errno.ENOTDIR: "a file has the name of a folder there; remove it or choose another path",
+    errno.ENOSYS: _LINKS,
+    errno.ENOTSUP: _LINKS,
+    errno.EROFS: "the disk is mounted read-only; choose another path, or mount it for writing",
+}
+"""Remedies for errors of a local disk that another attempt does not end, by their number."""
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
 _STAGED = re.compile(r".+#\d+")
 """Name that obstore gives a local file until it is complete."""
@@ -251,17 +267,21 @@ class Store:
         except (PreconditionError, FileNotFoundError):
             raise StorageError(_changed(self.uri_of(found.name))) from None
 
-    def check(self, probe: str) -> None:
+    def check(self, probe: str, link: Callable[[Path, Path], None] = os.link) -> None:
         """Verify that this store can be written, and that it refuses to create an object that exists.
 
         Leaves one small object, and never writes it twice.
 
         Args:
             probe: Name of that object.
+            link: Function that makes a hard link on a local disk.
 
         Raises:
+            ConfigError: The local disk has no hard links.
             StorageError: The store cannot be written, or ignores `If-None-Match` and so could lose finished work.
         """
+        if self._is_local:
+            self._check_links(probe, link)
         for _ in range(2):
             try:
                 self.create(probe, b"this store creates only where nothing is\n")
@@ -272,6 +292,28 @@ class Store:
             "use a store that honours it, such as AWS S3, GCS, Azure, SeaweedFS, MinIO or a local disk"
         )
         raise StorageError(msg)
+
+    def _check_links(self, probe: str, link: Callable[[Path, Path], None]) -> None:
+        """Refuse a local disk without hard links: obstore creates a file only where none is by a link to it."""
+        path = Path(local_path(self.uri), f"{probe}#{os.getpid()}")  # a name that no listing shows, and `gc` removes
+        other = path.with_name(f"{path.name}0")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+        except OSError:
+            return  # `create` reports why
+        try:
+            other.unlink(missing_ok=True)
+            link(path, other)
+        except OSError as err:
+            msg = (
+                f"output: the file system of {self.uri} has no hard links, by which a result is created only once "
+                f"({err.strerror}); {_LINKS}"
+            )
+            raise ConfigError(msg) from None
+        finally:
+            other.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
     def _attributes(self, name: str) -> dict[str, str] | None:
         """Return the attributes with which a web server delivers the object; a local disk cannot store any."""
@@ -309,6 +351,9 @@ class Store:
             if cause == "denied":
                 msg = f"may not {verb} {shown}: {reason}; check the credentials and the policy"
                 raise StorageError(msg) from None
+            if cause in DISK_REMEDIES:
+                msg = f"cannot {verb} {shown}: {os.strerror(cause)}; {DISK_REMEDIES[cause]}"
+                raise StorageError(msg) from None
             msg = f"cannot {verb} {shown} after {ATTEMPTS} attempts: {reason}"
             raise StorageError(msg) from None
 
@@ -317,15 +362,22 @@ def _changed(uri: str) -> str:
     return f"{uri}: the object was replaced or removed while it was read; start again"
 
 
-def _cause(err: Exception) -> str:
-    """Classify a client's exception: `absent`, `exists`, `denied`, or `transient`, which is worth another attempt."""
+def _cause(err: Exception) -> str | int:
+    """Classify a client's exception: `absent`, `exists`, `denied`, or `transient`, which is worth another attempt.
+
+    An error of a local disk that lasts is classified by its number, a key of `DISK_REMEDIES`.
+    """
     # A listing raises GenericError for every HTTP status.
     status = re.search(r"status code: (\d+)", str(err)) if isinstance(err, GenericError) else None
     if isinstance(err, FileNotFoundError) or (status and status[1] == "404"):
         return "absent"
     if isinstance(err, _DENIED) or (status and status[1] in ("401", "403")):
         return "denied"
-    return "exists" if isinstance(err, AlreadyExistsError) else "transient"
+    if isinstance(err, AlreadyExistsError):
+        return "exists"
+    number = _OS_ERROR.search(str(err))  # obstore repeats the text of the operating system
+    found = err.errno if isinstance(err, OSError) else int(number[1]) if number else None
+    return found if found in DISK_REMEDIES else "transient"
 
 
 def _is_transient(err: Exception) -> bool:

@@ -1,7 +1,9 @@
 import contextlib
+import errno
 import os
 import pickle
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from typing import Self
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from obstore.exceptions import GenericError
 from servers import serving
 
 from pia_batch.errors import ConfigError, ObjectExistsError, StorageError
@@ -176,6 +179,73 @@ def test_an_output_below_a_file_is_refused_with_the_reason(tmp_path: Path) -> No
 
     with pytest.raises(StorageError, match="cannot create the folder"):
         Store(str(tmp_path / "file" / "out")).create("name", b"")
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV])
+def test_a_disk_without_hard_links_is_refused_at_once(tmp_path: Path, number: int) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"^output: the file system of .*/out has no hard links.*such as ext4, XFS"):
+        Store(str(tmp_path / "out")).check("_journal/probe", link)
+
+    assert time.monotonic() - started < 0.5
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_check_of_hard_links_leaves_nothing_but_the_probe(tmp_path: Path) -> None:
+    for _ in range(2):
+        Store(str(tmp_path / "out")).check("_journal/probe")
+
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["probe"]
+
+
+@pytest.mark.parametrize("number", sorted(object_store.DISK_REMEDIES))
+def test_an_error_of_the_disk_that_lasts_is_one_line_with_a_remedy_at_once(store: Store, number: int) -> None:
+    reason = os.strerror(number)
+    texts = (
+        GenericError(f"Generic LocalFileSystem error: Unable to open file x#1: {reason} (os error {number})\n\nDebug"),
+        OSError(number, reason),
+    )
+    for raised in texts:
+        started = time.monotonic()
+        with pytest.raises(StorageError) as refused:
+            store._attempt(lambda raised=raised: _raise(raised), "create", "x")
+
+        assert str(refused.value) == f"cannot create {store.uri}/x: {reason}; {object_store.DISK_REMEDIES[number]}"
+        assert time.monotonic() - started < 0.5
+
+
+def _raise(err: Exception) -> None:
+    raise err
+
+
+def test_a_name_that_is_too_long_is_refused_at_once(store: Store) -> None:
+    with pytest.raises(StorageError, match="File name too long; choose a shorter path"):
+        store.create("x" * 300, b"")
+
+
+@pytest.fixture(params=["size=64k", "size=1m,ro"])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """A disk that is full after 64 KB, or read-only, and what is said of it."""
+    done = subprocess.run(
+        ["/bin/mount", "-t", "tmpfs", "-o", request.param, "tmpfs", str(tmp_path)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("only root can mount a disk")
+    yield str(tmp_path), "Read-only file system" if "ro" in request.param else "No space left on device"
+    subprocess.run(["/bin/umount", str(tmp_path)], check=True)
+
+
+def test_a_disk_that_is_full_or_read_only_is_refused_at_once(small_disk: tuple[str, str]) -> None:
+    folder, reason = small_disk
+    started = time.monotonic()
+
+    with pytest.raises(StorageError, match=f"^cannot create .*/_journal/x: {reason}; "):
+        Store(folder).create("_journal/x", b"x" * 2**17)
+
+    assert time.monotonic() - started < 0.5
 
 
 def test_spaces_and_percent_signs_in_the_name_of_the_output_are_kept(tmp_path: Path) -> None:
