@@ -324,7 +324,8 @@ def _delta(layer: _Layer, base: torch.Tensor) -> torch.Tensor | None:
     magnitude = tensors[role]
     if role == "magnitude":
         return _decomposed(own, own + delta, magnitude, by_input=False, scale=1.0) - own
-    by_input = magnitude.ndim > 1 and len(magnitude) == 1 and magnitude.shape[1] == own.shape[1]
+    has_row = magnitude.ndim > 1 and len(magnitude) == 1 and magnitude.shape[1] == own.shape[1]
+    by_input = has_row or magnitude.numel() != len(own)
     return _decomposed(own, own + delta, magnitude, by_input=by_input, scale=scale) - own
 
 

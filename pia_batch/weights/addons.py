@@ -227,6 +227,12 @@ def _ip_adapter(entry: IpAdapterConfig, text_width: int, hub: Hub) -> tuple[Comp
     if len(named) < len(header.shapes):
         num_left_out = len(header.shapes) - len(named)
         log.info("tensors_left_out key=%s file=%s num_tensors=%d", key, name, num_left_out)
+    unknown = [stored for each, stored in named.items() if not each.startswith(("image_proj.", "ip_adapter."))]
+    if unknown:
+        raise ConfigError(
+            f"{key}: {name} holds {unknown[0]!r}, which is no tensor of an IP-Adapter; use a file with image_proj.* "
+            "and ip_adapter.* only"
+        )
     header = replace(header, shapes={each: header.shapes[stored] for each, stored in named.items()})
     if _is_for_faces(header):
         raise ConfigError(f"{key}: {name} is a FaceID adapter, which needs face embeddings; use one without FaceID")

@@ -378,13 +378,14 @@ def with_norm(changed: torch.Tensor, magnitude: torch.Tensor, axis: int) -> torc
 @pytest.mark.parametrize("scale", [1.0, 0.6])
 def test_dora_of_lycoris_takes_the_norm_of_the_changed_base(base, tmp_path, kind, axis, scale):
     tensors, expected = {}, {}
-    for layer in (ATTENTION, RESNET, PROJECTION, TEXT):
+    for layer in (ATTENTION, RESNET, PROJECTION, TEXT, FEED):
         weight = weight_of(layer)
         made, delta = KINDS[kind][0](weight.shape, 3)
         magnitude = 1 + numbers(weight.shape[axis], seed=9).abs()
         sides = [weight.shape[axis] if each == axis else 1 for each in range(weight.ndim)]
         tensors |= {f"{kohya(layer)}.{name}": tensor for name, tensor in made.items()}
-        tensors[f"{kohya(layer)}.dora_scale"] = magnitude.reshape(sides)
+        flat = layer == FEED  # a vector, which only the side of its length can have
+        tensors[f"{kohya(layer)}.dora_scale"] = magnitude if flat else magnitude.reshape(sides)
         changed = weight + scale * delta
         expected[layer] = changed * (1 + scale * (with_norm(changed, magnitude, axis) - 1))
     save_file(tensors, tmp_path / "a.safetensors")
@@ -409,6 +410,20 @@ def test_dora_of_peft_takes_the_norm_of_the_changed_base(base, tmp_path, scale, 
     save_file(tensors, tmp_path / "a.safetensors")
 
     assert_weights(load(base, (tmp_path / "a.safetensors", scale)), expected)
+
+
+def test_a_record_in_the_file_s_metadata_scales_dora(base, tmp_path):
+    down, up = pair(ATTENTION)
+    magnitude = 1 + numbers(len(up), seed=9).abs()
+    tensors = {f"unet.{ATTENTION}.lora_A.weight": down, f"unet.{ATTENTION}.lora_B.weight": up}
+    tensors[f"unet.{ATTENTION}.lora_magnitude_vector"] = magnitude
+    record = {"unet.r": 3, "unet.lora_alpha": 6, "unet.use_dora": True}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(record)})
+    changed = weight_of(ATTENTION) + 2 * product(down, up)
+
+    found = load(base, (tmp_path / "a.safetensors", 1.0))
+
+    assert_weights(found, {ATTENTION: changed * with_norm(changed, magnitude, 0)})
 
 
 def test_biases_and_norms_are_added_with_the_scale(base, tmp_path):

@@ -323,6 +323,7 @@ def test_adapter_and_encoder_of_the_hub_are_fetched_alone(tmp_path):
             "takes image embeddings of 25 dimensions, but the image encoder in",
         ),
         ({KOHYA: (4, 64), "b": (1,)}, r"it belongs in model\.loras"),
+        (PLAIN | {"optimizer.step": (1,)}, "holds 'optimizer.step', which is no tensor of an IP-Adapter"),
     ],
 )
 def test_an_ip_adapter_that_does_not_fit_is_refused(tmp_path, shapes, message):
