@@ -15,6 +15,10 @@ Anything else is a bug: it ends the run with its traceback and exit code 1, and 
 Every class takes one message, so that it survives pickling between processes.
 """
 
+import errno
+import socket
+import ssl
+
 
 class PiaBatchError(Exception):
     """Base class of all exceptions that this package raises on purpose."""
@@ -143,6 +147,54 @@ class DeviceMemoryError(RequestError):
     """Request that needs more memory than the device, or its worker, has, even alone."""
 
     kind = "out_of_memory"
+
+
+_ROOM = "free some space on that disk, or choose another one by the path, TMPDIR or RAY_TMPDIR"
+_FILES = "raise the limit of open files, such as by `ulimit -n 65536`"
+_MEMORY = "raise the limits of memory and processes (`ulimit -a`), or use a larger machine"
+_ACCESS = "give this user access to it, or set HOME, TMPDIR or the path to another place"
+_NETWORK = "check the name, the address, the network and the proxy settings (HTTPS_PROXY, NO_PROXY)"
+
+_ENVIRONMENT = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EROFS: _ACCESS,
+    errno.EACCES: _ACCESS,
+    errno.EPERM: _ACCESS,
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+    errno.ENOMEM: _MEMORY,
+    errno.EAGAIN: _MEMORY,
+    errno.ENAMETOOLONG: "choose a shorter path or name",
+    errno.EIO: "look into the system's log: a disk fails",
+    errno.ESTALE: "mount the network disk again",
+    errno.EADDRINUSE: "end the program that has the port, or choose another port",
+    errno.EADDRNOTAVAIL: _NETWORK,
+    errno.ECONNREFUSED: _NETWORK,
+    errno.ECONNRESET: _NETWORK,
+    errno.EHOSTUNREACH: _NETWORK,
+    errno.ENETUNREACH: _NETWORK,
+    errno.ETIMEDOUT: _NETWORK,
+}
+"""Remedies for errors of the operating system that an operator causes and ends, by their number."""
+
+
+def environment_error(err: BaseException) -> ConfigError | None:
+    """Return an error of the operator's environment as one line with its remedy; None for any other exception.
+
+    A missing file and a closed pipe are none of these: unless its caller expects them, they are bugs.
+    """
+    if isinstance(err, MemoryError):
+        remedy: str | None = _MEMORY
+    elif isinstance(err, ssl.SSLError):
+        remedy = "name the certificates of your network by AWS_CA_BUNDLE, SSL_CERT_FILE or REQUESTS_CA_BUNDLE"
+    elif isinstance(err, socket.gaierror):
+        remedy = _NETWORK
+    elif isinstance(err, OSError) and err.errno is not None:
+        remedy = _ENVIRONMENT.get(err.errno)
+    else:
+        remedy = _NETWORK if isinstance(err, ConnectionRefusedError | ConnectionResetError | TimeoutError) else None
+    return None if remedy is None else ConfigError(f"{type(err).__name__}: {message_of(err)}; {remedy}")
 
 
 MESSAGE_LENGTH = 300

@@ -6,7 +6,7 @@ import logging
 import sys
 import tempfile
 import traceback
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -75,13 +75,26 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments, prog_name="pia-batch")
     except errors.PiaBatchError as problem:
-        log.debug("traceback", exc_info=True)
-        line = " ".join(str(problem).split("\n"))  # some libraries' messages have several lines
-        err.print(f"pia-batch: {line}", style="bold red", markup=False, soft_wrap=True)
-        sys.exit(problem.exit_code)
+        _exit(problem)
+    except (OSError, MemoryError) as problem:
+        if (explained := errors.environment_error(problem)) is None:
+            _exit_by_bug(problem)
+        else:
+            _exit(explained)
     except Exception as bug:  # noqa: BLE001 - nothing is hidden: the process ends with 1
-        err.print(bug_report(bug, on_terminal=err.is_terminal), style="bold red", markup=False, soft_wrap=True)
-        sys.exit(1)
+        _exit_by_bug(bug)
+
+
+def _exit(problem: errors.PiaBatchError) -> NoReturn:
+    log.debug("traceback", exc_info=problem)
+    line = " ".join(str(problem).split("\n"))  # some libraries' messages have several lines
+    err.print(f"pia-batch: {line}", style="bold red", markup=False, soft_wrap=True)
+    sys.exit(problem.exit_code)
+
+
+def _exit_by_bug(bug: Exception) -> NoReturn:
+    err.print(bug_report(bug, on_terminal=err.is_terminal), style="bold red", markup=False, soft_wrap=True)
+    sys.exit(1)
 
 
 def bug_report(bug: Exception, *, on_terminal: bool) -> str:

@@ -235,9 +235,10 @@ def _unwrapped(err: BaseException) -> BaseException:
         if isinstance(cause := getattr(inner, "cause", None), BaseException):
             inner = cause  # the wrapper is of the cause's class too, but its text is a traceback
             continue
-        if isinstance(inner, StorageError):
-            return InterruptedRunError(f"{inner}; everything finished is committed. Start again to resume")
         if isinstance(inner, PiaBatchError):
-            return inner
+            message = worker_errors.own_message(inner)
+            if isinstance(inner, StorageError):
+                return InterruptedRunError(f"{message}; everything finished is committed. Start again to resume")
+            return type(inner)(message)
         inner = inner.__cause__
     return worker_errors.explain_loss(err)

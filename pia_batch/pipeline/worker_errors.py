@@ -8,7 +8,14 @@ import socket
 import sys
 
 from pia_batch import __version__
-from pia_batch.errors import BrokenDeviceError, ConfigError, InterruptedRunError, PiaBatchError, message_of
+from pia_batch.errors import (
+    BrokenDeviceError,
+    ConfigError,
+    InterruptedRunError,
+    PiaBatchError,
+    environment_error,
+    message_of,
+)
 
 MAX_STARTS = 3
 """Maximum number of consecutive starts of one worker's process without a ready engine."""
@@ -95,6 +102,14 @@ def explain(err: Exception) -> Exception:
     return err
 
 
+def own_message(err: PiaBatchError) -> str:
+    """Return the message of an error of ours, without the notes about retries that Ray Data appends to it."""
+    return _NOTES.split(str(err), maxsplit=1)[0].strip()
+
+
+_NOTES = re.compile(r"\nFailed to .* after \d+/\d+ attempts ")
+
+
 def explain_loss(err: BaseException) -> BaseException:
     """Explain an error of Ray about a worker that is lost, or could never begin.
 
@@ -108,6 +123,11 @@ def explain_loss(err: BaseException) -> BaseException:
         return ConfigError(
             f"a node of the cluster lacks code of this run: {missing[0]}; install one version of pia_batch, and the "
             "versions of constraints.txt, on every node"
+        )
+    cause = getattr(err, "cause", None)
+    if isinstance(cause, BaseException) and (explained := environment_error(cause)) is not None:
+        return InterruptedRunError(
+            f"a worker failed: {explained}; what was finished is committed. Start again to resume"
         )
     if type(err).__name__ in _LOST:
         return InterruptedRunError(

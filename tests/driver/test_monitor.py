@@ -163,7 +163,8 @@ def test_an_error_of_a_worker_comes_out_of_its_wrappers(store: Store) -> None:
 
 def test_an_error_of_ours_comes_out_of_rays_wrappers_as_its_own_one_line(store: Store) -> None:
     monitored = Monitored(store)
-    cause = ConfigError("model.loras: no layer fits")
+    notes = "Failed to apply UDF transform after 1/1 attempts (total backoff 0.0s).\nTo change retry attempts, backoff"
+    cause = ConfigError(f"model.loras: no layer fits\n{notes}")  # as Ray Data appends it
     cause.__cause__ = StorageError("not this one")
     inner = RayTaskError("Animate()", "Traceback\n" * 70, cause).as_instanceof_cause()
     outer = RayTaskError("map_batches()", "Traceback\n" * 70, inner)

@@ -1,0 +1,85 @@
+"""Errors of the operating system, as an operator sees them: one line with its remedy, and exit code 2."""
+
+import errno
+import os
+import socket
+import ssl
+from typing import NoReturn
+
+import pytest
+from ray.exceptions import RayTaskError
+
+from pia_batch import cli
+from pia_batch.errors import ConfigError, InterruptedRunError, environment_error
+from pia_batch.pipeline.worker_errors import explain_loss
+
+
+def of(number: int) -> OSError:
+    return OSError(number, os.strerror(number), "/data/x")
+
+
+TABLE = [
+    (of(errno.ENOSPC), "OSError: [Errno 28] No space left on device: '/data/x'; free some space"),
+    (of(errno.EDQUOT), "Disk quota exceeded: '/data/x'; free some space"),
+    (of(errno.EROFS), "Read-only file system: '/data/x'; give this user access"),
+    (of(errno.EACCES), "[Errno 13] Permission denied: '/data/x'; give this user access to it, or set HOME"),
+    (of(errno.EPERM), "PermissionError: [Errno 1] Operation not permitted: '/data/x'; give this user access"),
+    (of(errno.EMFILE), "Too many open files: '/data/x'; raise the limit of open files, such as by `ulimit -n 65536`"),
+    (of(errno.ENFILE), "Too many open files in system: '/data/x'; raise the limit of open files"),
+    (of(errno.ENOMEM), "Cannot allocate memory: '/data/x'; raise the limits of memory and processes (`ulimit -a`)"),
+    (of(errno.EAGAIN), "Resource temporarily unavailable: '/data/x'; raise the limits of memory and processes"),
+    (MemoryError(), "MemoryError: MemoryError; raise the limits of memory"),
+    (of(errno.ENAMETOOLONG), "File name too long: '/data/x'; choose a shorter path or name"),
+    (of(errno.EIO), "Input/output error: '/data/x'; look into the system's log"),
+    (of(errno.ESTALE), "Stale file handle: '/data/x'; mount the network disk again"),
+    (of(errno.EADDRINUSE), "Address already in use: '/data/x'; end the program that has the port"),
+    (of(errno.ECONNREFUSED), "ConnectionRefusedError: [Errno 111] Connection refused: '/data/x'; check the name"),
+    (of(errno.ENETUNREACH), "Network is unreachable: '/data/x'; check the name, the address, the network"),
+    (TimeoutError("timed out"), "TimeoutError: timed out; check the name"),
+    (socket.gaierror(-2, "Name or service not known"), "Name or service not known; check the name"),
+    (ssl.SSLCertVerificationError(1, "verify failed"), "; name the certificates of your network by AWS_CA_BUNDLE"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("raised", "line"), TABLE, ids=[f"{type(err).__name__} {err}" for err, _ in TABLE])
+def test_it_is_one_line_with_a_remedy_and_exit_code_2(
+    raised: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app(*_: object, **__: object) -> NoReturn:
+        raise raised
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert printed.startswith("pia-batch: ")
+    assert line in printed
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(("raised", "line"), TABLE, ids=[f"{type(err).__name__} {err}" for err, _ in TABLE])
+def test_in_a_worker_it_interrupts_the_run_which_can_be_started_again(raised: Exception, line: str) -> None:
+    explained = explain_loss(RayTaskError("fetch()", "Traceback", raised))
+
+    assert isinstance(explained, InterruptedRunError)
+    assert line in str(explained)
+    assert str(explained).endswith("what was finished is committed. Start again to resume")
+
+
+@pytest.mark.parametrize("raised", [FileNotFoundError(2, "x"), BrokenPipeError(32, "x"), OSError("x"), KeyError("x")])
+def test_a_bug_stays_a_bug(raised: Exception) -> None:
+    assert environment_error(raised) is None
+
+
+def test_a_message_of_several_lines_is_printed_as_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app(*_: object, **__: object) -> NoReturn:
+        raise ConfigError("model.base: cannot load:\nmissing keys\nmore")
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit):
+        cli.main([])
+
+    assert capsys.readouterr().err == "pia-batch: model.base: cannot load: missing keys more\n"
