@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from pia_batch.planning.statistics import Statistics
 
 SHOWN_GROUPS = 10
+SHOWN_FILES = 3
+"""Maximum number of names of files that are shown."""
+
 SHOWN_REJECTIONS = 3
 """Maximum number of examples shown for each kind of rejection."""
 
@@ -118,6 +121,11 @@ def _payload(made: Plan, statistics: Statistics, price: float | None) -> dict[st
             "format": made.manifest.format,
             "files": len(made.manifest.files),
             "rows": made.manifest.num_rows,
+            "blank": made.manifest.num_blank,
+            "left_out": {
+                "count": len(made.manifest.left_out),
+                "first": [path.rsplit("/", 1)[-1] for path in made.manifest.left_out[:SHOWN_FILES]],
+            },
         },
         "duplicates": made.num_duplicates,
         "rejected": made.num_rejected,
@@ -165,10 +173,7 @@ def _print(payload: dict[str, Any]) -> None:
     from pia_batch.report import head
 
     manifest = payload["manifest"]
-    out.print(
-        f"manifest    {manifest['uri']}  ({manifest['files']} {manifest['format']} files)", soft_wrap=True, markup=False
-    )
-    out.print(f"rows        {manifest['rows']}")
+    _print_manifest(manifest)
     for name in ("duplicates", "rejected", "finished", "pending"):
         out.print(f"{name:12}{payload[name]}")
     if payload["selected"] != payload["pending"]:
@@ -192,6 +197,20 @@ def _print(payload: dict[str, Any]) -> None:
         out.print(f"\n{kind}  {found['count']}", style="bold")
         for text in found["first"]:
             out.print(f"  {text}", markup=False, soft_wrap=True)
+
+
+def _print_manifest(manifest: dict[str, Any]) -> None:
+    files = f"{manifest['files']} {manifest['format']} files"
+    out.print(f"manifest    {manifest['uri']}  ({files})", soft_wrap=True, markup=False)
+    left_out = manifest["left_out"]
+    if left_out["count"]:
+        names = ", ".join(left_out["first"]) + (", ..." if left_out["count"] > len(left_out["first"]) else "")
+        words = f"{left_out['count']} files (not Parquet, JSONL or CSV by name: {names})"
+        out.print(f"left out    {words}", soft_wrap=True, markup=False, style="yellow")
+    if manifest["blank"]:
+        words = f"{manifest['blank']} (CSV lines without any value; skipped)"
+        out.print(f"blank rows  {words}", markup=False, style="yellow")
+    out.print(f"rows        {manifest['rows']}")
 
 
 def _print_devices(devices: list[dict[str, Any]]) -> None:

@@ -78,7 +78,8 @@ def publish(
     written = _KeyChecksum()
     with tempfile.TemporaryFile() as disk:
         expected = _ExpectedAnimations(disk)
-        for index, part in enumerate(_parts(journal.winning_rows(outcomes), schema)):
+        for index, rows in enumerate(_parts(journal.winning_rows(outcomes), schema)):
+            part = pa.Table.from_arrays(rows.columns, schema=schema)  # with the metadata of extension types
             expected.add(part)
             name = layout.results_part(run_id, index)
             journal.store.replace(name, to_parquet(part))
@@ -144,6 +145,8 @@ def _conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def _cast_or_null(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
+    if column.type == field.type:
+        return column
     try:
         return column.cast(field.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.schema.columns import REQUEST, redacted
+from pia_batch.manifest.arrow_types import plain_column
+from pia_batch.schema.columns import REQUEST, is_mixed, redacted
 from pia_batch.schema.settings import BY_NAME, MAX_SEED
 
 
@@ -84,6 +86,11 @@ class Columns:
         wanted, raw = REQUEST.field(name).type, self._raw.get(name)
         if raw is None or pa.types.is_null(raw.type):
             return pa.nulls(self.num_rows, wanted)
+        if is_mixed(raw.type):
+            values, others = raw.flatten()
+            self._raw[name] = others
+            self.reject(name, pc.is_valid(others), "invalid_type", f"{_NAMES.get(wanted, wanted)}; correct the value")
+            raw = self._raw[name] = values
         if raw.type == wanted:
             return raw
         if pa.types.is_string(wanted):
@@ -98,7 +105,7 @@ class Columns:
         # Integer ids are common in databases; an integer prompt is a mistake.
         if pa.types.is_large_string(raw.type) or (name == "request_id" and pa.types.is_integer(raw.type)):
             return raw.cast(pa.string())
-        self.reject(name, pc.is_valid(raw), "invalid_type", f"a string, and not {raw.type}")
+        self.reject(name, pc.is_valid(raw), "invalid_type", f"a string, and not {raw.type}{_remedy(name, raw.type)}")
         return pa.nulls(self.num_rows, pa.string())
 
     def _to_boolean(self, name: str, raw: pa.Array) -> pa.Array:
@@ -161,8 +168,28 @@ class Columns:
         binary = pa.types.is_binary(raw.type) or pa.types.is_fixed_size_binary(raw.type)
         if pa.types.is_large_binary(wanted) and binary:
             return raw.cast(pa.binary()).cast(wanted)
-        self.reject(name, pc.is_valid(raw), "invalid_type", f"{wanted}, and not {raw.type}")
+        self.reject(name, pc.is_valid(raw), "invalid_type", f"{wanted}, and not {raw.type}{_remedy(name, raw.type)}")
         return pa.nulls(self.num_rows, wanted)
+
+
+_NAMES = {pa.string(): "a string", REQUEST.field("motion_curve").type: "a list of numbers"}
+
+
+def _remedy(name: str, data_type: pa.DataType) -> str:
+    """Return what to do with a column of this type, to follow the description of what is allowed."""
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    if name in ("image", "image_bytes") and pa.types.is_struct(data_type) and "bytes" in [f.name for f in data_type]:
+        return (
+            "; this is how Hugging Face datasets store images: write its field `bytes` as the column image_bytes, or "
+            "its field `path` as the column image"
+        )
+    if name == "image" and any(test(data_type) for test in binary):
+        return "; rename a column of encoded images to image_bytes, or cast a column of URIs to text"
+    if any(test(data_type) for test in binary):
+        return "; cast the column to text (Impala and Hive: write strings with the UTF8 annotation)"
+    if name == "image_bytes":
+        return "; decode text such as base64 to bytes, in Parquet"
+    return "; cast the column to text" if pa.types.is_string(REQUEST.field(name).type) else ""
 
 
 @dataclass(frozen=True)
@@ -192,9 +219,9 @@ class Range:
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:
-    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    array = array.storage if isinstance(array, pa.ExtensionArray) else array
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    with suppress(pa.ArrowException):  # a type that is none of a request's: every value of it is rejected
+        column = plain_column(column)
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
 
 def _shown(values: pa.Array) -> pa.Array:

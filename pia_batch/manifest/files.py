@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.fs
 import pyarrow.parquet as pq
 
 from pia_batch.errors import InterruptedRunError, ManifestError, message_of
+from pia_batch.manifest.arrow_types import is_nested, plain_type
+from pia_batch.manifest.csv_files import read_csv
+from pia_batch.manifest.table_formats import refuse_other_format
+from pia_batch.schema.columns import REQUEST, mixed, mixed_type
 from pia_batch.storage import filesystems
 from pia_batch.storage.uris import redacted
 
@@ -58,11 +62,13 @@ class Contents:
         schema: Schema of all columns, as stored.
         groups: Rows and unpacked bytes of each Parquet row group, int64, shape (n, 2); other files are one group.
         table: Rows of JSONL and CSV, which opening reads as a whole; None for Parquet.
+        num_blank: Number of CSV lines with nothing but commas, which are no rows.
     """
 
     schema: pa.Schema
     groups: npt.NDArray[np.int64]
     table: pa.Table | None
+    num_blank: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -103,8 +109,8 @@ class ManifestFile:
 
     def _contents(self, filesystem: pyarrow.fs.FileSystem) -> Contents:
         if self.format != "parquet":
-            table = self._read_text(filesystem)
-            return Contents(table.schema, np.array([[len(table), table.nbytes]], np.int64), table)
+            table, num_blank = self._read_text(filesystem)
+            return Contents(table.schema, np.array([[len(table), table.nbytes]], np.int64), table, num_blank)
         with reading(self.path), filesystem.open_input_file(self.path) as source:
             file = _opened(source, self.path)
             groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
@@ -132,10 +138,18 @@ class ManifestFile:
         if self.format == "parquet":
             yield from self._read_parquet(filesystem, names, groups)
             return
-        table = self._read_text(filesystem) if table is None else table
+        table = self._read_text(filesystem)[0] if table is None else table
         table = table.select([name for name in names if name in table.column_names])
         for start in range(0, len(table), BATCH_ROWS):
             yield table.slice(start, BATCH_ROWS)
+
+    def first_rows(self, filesystem: pyarrow.fs.FileSystem, names: Sequence[str], num_rows: int) -> pa.Table:
+        """Return at most `num_rows` rows of a Parquet file, in the columns `names`, as stored."""
+        with filesystem.open_input_file(self.path) as source:
+            file = pq.ParquetFile(source, coerce_int96_timestamp_unit=_INT96_UNIT)
+            for batch in file.iter_batches(batch_size=num_rows, columns=list(names)):
+                return pa.Table.from_batches([batch])
+            return file.schema_arrow.empty_table().select(list(names))
 
     def check_unchanged(self, filesystem: pyarrow.fs.FileSystem) -> None:
         """Check that the file has not changed since it was opened.
@@ -156,8 +170,10 @@ class ManifestFile:
             )
             raise InterruptedRunError(msg)
 
-    def _read_text(self, filesystem: pyarrow.fs.FileSystem) -> pa.Table:
-        return (_read_jsonl if self.format == "jsonl" else _read_csv)(filesystem, self.path)
+    def _read_text(self, filesystem: pyarrow.fs.FileSystem) -> tuple[pa.Table, int]:
+        """Return the rows, and the number of blank ones that were skipped."""
+        data = _read_bytes(filesystem, self.path)
+        return (_read_jsonl(data, self.path), 0) if self.format == "jsonl" else read_csv(data, self.path)
 
     def _read_parquet(
         self, filesystem: pyarrow.fs.FileSystem, names: Sequence[str], groups: Sequence[int] | None
@@ -173,7 +189,11 @@ class ManifestFile:
             # As dictionaries, so that a value that a million rows share is unpacked once until its size is known.
             texts = [name for name in present if _is_text(footer.schema_arrow.field(name).type)]
             file = pq.ParquetFile(
-                source, metadata=footer.metadata, read_dictionary=texts, page_checksum_verification=True
+                source,
+                metadata=footer.metadata,
+                read_dictionary=texts,
+                page_checksum_verification=True,
+                coerce_int96_timestamp_unit=_INT96_UNIT,
             )
             for batch in file.iter_batches(batch_size=rows, row_groups=chosen, columns=present):
                 sizes = _text_bytes(batch)
@@ -209,18 +229,14 @@ _REMEDIES = {
     "the server answers 5": "it is the server that fails: try again, and look at its log",
     "credentials": "give this machine the store's, by AWS_PROFILE, AWS_ACCESS_KEY_ID and its secret, or a role",
     "file footer": "JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
+    "more than 64 bits": "cast columns of 128-bit integers (Polars: Int128, UInt128) to 64 bits, or to text",
     "magic bytes": "write it again; JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
 }
 """Remedies by words in a library's message."""
 
 
-def plain_type(data_type: pa.DataType) -> pa.DataType:
-    """Return the type of the values without their encoding; few of Arrow's functions take encoded ones."""
-    if pa.types.is_dictionary(data_type):
-        return plain_type(data_type.value_type)
-    views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
-    return views.get(data_type, data_type)
-
+_INT96_UNIT = "us"
+"""Unit of Spark's and Impala's old timestamps. In nanoseconds, years before 1678 and after 2262 would wrap silently."""
 
 # --- Parquet --------------------------------------------------------------------------------------------------------
 
@@ -228,8 +244,9 @@ def plain_type(data_type: pa.DataType) -> pa.DataType:
 def _opened(source: pa.NativeFile, path: str) -> pq.ParquetFile:
     """Return the file with its footer read, after checking that the footer can be read."""
     num_bytes = source.size()
+    refuse_other_format(bytes(source.read_at(min(16, num_bytes), 0)), path)
     _check_footer_bytes(source, num_bytes, path)
-    file = pq.ParquetFile(source)
+    file = pq.ParquetFile(source, coerce_int96_timestamp_unit=_INT96_UNIT)
     _check_expansion(file.metadata, num_bytes, path)
     return file
 
@@ -299,39 +316,17 @@ def _unpacked(batch: pa.RecordBatch, sizes: npt.NDArray[np.int64]) -> Iterator[p
 def _read_bytes(filesystem: pyarrow.fs.FileSystem, path: str) -> bytes:
     with reading(path), filesystem.open_input_file(path) as source:
         data = bytes(source.read()).removeprefix(codecs.BOM_UTF8)
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        msg = f"manifest file {path} is text in UTF-16; save it as UTF-8"
+    refuse_other_format(data[:16], path)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
+        msg = f"manifest file {path} is text in UTF-16 or UTF-32; save it as UTF-8"
         raise ManifestError(msg)
     return data
 
 
-def _read_csv(filesystem: pyarrow.fs.FileSystem, path: str) -> pa.Table:
-    """Read every column as strings: guessing types would turn the id "007" into 7. An empty field is null."""
-    data = pa.BufferReader(_read_bytes(filesystem, path))
-    parse_options = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    try:
-        names = pyarrow.csv.open_csv(data, parse_options=parse_options).schema.names
-        data.seek(0)
-        return pyarrow.csv.read_csv(
-            data,
-            parse_options=parse_options,
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()),
-                strings_can_be_null=True,
-                null_values=[""],
-                quoted_strings_can_be_null=False,
-            ),
-        )
-    except pa.ArrowInvalid as err:
-        remedy = "; save it as UTF-8" if "invalid UTF8" in str(err) else ""
-        msg = f"manifest file {path} is not CSV with a header line: {message_of(err)}{remedy}"
-        raise ManifestError(msg) from None
-
-
-def _read_jsonl(filesystem: pyarrow.fs.FileSystem, path: str) -> pa.Table:
+def _read_jsonl(data: bytes, path: str) -> pa.Table:
     columns: dict[str, list[Any]] = {}
     num_rows = 0
-    for number, line in enumerate(_read_bytes(filesystem, path).splitlines(), start=1):
+    for number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -355,19 +350,53 @@ def _read_jsonl(filesystem: pyarrow.fs.FileSystem, path: str) -> pa.Table:
             values.append(row.get(name))
         num_rows += 1
     with reading(path):  # JSON can spell half a surrogate pair, which is no text
-        return pa.table({name: _infer(values) for name, values in columns.items()})
+        return pa.table({name: _infer(name, values) for name, values in columns.items()})
 
 
 _JSON_WORDS = {bool: "truth value", list: "list", str: "text", type(None): "null"}
 
 
-def _infer(values: list[Any]) -> pa.Array:
-    """Return an Arrow column; values of several types become JSON texts, which validation then checks."""
+def _infer(name: str, values: list[Any]) -> pa.Array:
+    """Return an Arrow column. Values of several types, and empty objects, become JSON texts.
+
+    A column of requests that takes texts or lists keeps the other values apart, for validation to reject these alone.
+    """
     try:
-        return pa.array(values)
+        array = pa.array(values)
     except (pa.ArrowException, OverflowError, TypeError, ValueError):
-        texts = [
-            value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            for value in values
-        ]
-        return pa.array(texts, pa.string())
+        array = None
+    if array is not None and not _has_empty_struct(array.type):
+        return array
+    wanted = REQUEST.field(name).type if name in REQUEST.names else None
+    if wanted is not None and (pa.types.is_string(wanted) or pa.types.is_list(wanted)):
+        return _apart(name, values, wanted)
+    return pa.array([value if isinstance(value, str) else _json(value) for value in values], pa.string())
+
+
+def _apart(name: str, values: list[Any], wanted: pa.DataType) -> pa.Array:
+    """Return values of the `wanted` type next to the JSON of all others, as `mixed_type`."""
+    if name == "request_id":  # integer ids are common, and their text is exact
+        values = [str(value) if type(value) is int else value for value in values]
+    fits = [_fits(value, wanted) for value in values]
+    good = [value if fit else None for value, fit in zip(values, fits, strict=True)]
+    others = [None if fit else _json(value) for value, fit in zip(values, fits, strict=True)]
+    return mixed(pa.array(good, mixed_type(wanted).field(0).type), pa.array(others, pa.string()))
+
+
+def _fits(value: Any, wanted: pa.DataType) -> bool:
+    if pa.types.is_string(wanted):
+        return isinstance(value, str)
+    numbers = isinstance(value, list) and all(isinstance(one, float) or type(one) is int for one in value)
+    return numbers and all(math.fabs(one) < 2.0**53 for one in value if not math.isnan(one))
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _has_empty_struct(data_type: pa.DataType) -> bool:
+    """Return True if an object without any name is anywhere in the type: Parquet cannot store it."""
+    if not is_nested(data_type):
+        return False
+    children = [data_type.field(number).type for number in range(data_type.num_fields)]
+    return not children or any(map(_has_empty_struct, children))

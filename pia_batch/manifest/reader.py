@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from pia_batch.errors import ConfigError, ManifestError
+from pia_batch.manifest.arrow_types import is_nested, plain_type, refuse_unsupported
 from pia_batch.manifest.files import (
     BATCH_ROWS,
     Contents,
@@ -27,7 +28,9 @@ from pia_batch.manifest.files import (
     ManifestFile,
     reading,
 )
-from pia_batch.manifest.unify import check_columns, conform, unify
+from pia_batch.manifest.table_formats import IMAGES_AND_NOTES, refuse_part_of_table, refuse_table
+from pia_batch.manifest.unify import check_columns, conform, published, unify
+from pia_batch.schema.columns import REQUEST
 from pia_batch.storage import filesystems, object_store
 from pia_batch.storage.concurrency import map_in_threads
 from pia_batch.storage.uris import redacted_uri
@@ -45,6 +48,12 @@ MAX_TEXT_BYTES = 512 * 2**20
 
 MAX_ROWS = 200_000_000
 """Largest number of rows of a manifest; the driver needs about 50 bytes for each."""
+
+NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+"""Value in the name of a hive partition's folder that means null."""
+
+SAMPLE_FILES, SAMPLE_ROWS = 16, 1000
+"""Files, and rows of each, whose nested columns are read when the manifest is opened: some writers' cannot be read."""
 
 OPEN_THREADS = 16
 """Number of manifest files that are opened at a time."""
@@ -81,7 +90,7 @@ class Piece:
     uri: str
     file: ManifestFile
     groups: tuple[int, ...] | None
-    partitions: Mapping[str, str]
+    partitions: Mapping[str, str | None]
     num_rows: int
     num_bytes: int
 
@@ -111,6 +120,10 @@ class Manifest:
     """Paths inside the file system."""
     schema: pa.Schema
     num_rows: int
+    published: pa.Schema
+    """`schema` with the extension types that the files have, as results are published."""
+    left_out: tuple[str, ...]
+    """Paths of files of a folder that are not read, and are neither images nor notes."""
     filesystem: pyarrow.fs.FileSystem = field(repr=False)
     _root: str
     _opened: tuple[tuple[ManifestFile, Contents], ...] = field(repr=False)
@@ -134,7 +147,7 @@ class Manifest:
         shown = redacted_uri(uri)
         with reading(shown):
             filesystem, root = filesystems.arrow_filesystem(uri)
-            files, file_format = _discover(filesystem, root, shown)
+            files, file_format, left_out = _discover(filesystem, root, shown)
         if file_format != "parquet":
             _check_text_bytes(filesystem, files, shown)
         opened = tuple(
@@ -145,14 +158,66 @@ class Manifest:
             remedy = f"split it into manifests of at most {MAX_ROWS}" if num_rows else "give it one for each request"
             msg = f"manifest {shown} has {num_rows or 'no'} rows; {remedy}"
             raise ManifestError(msg)
-        schema = unify([contents.schema for _, contents in opened], files)
+        stored = [contents.schema for _, contents in opened]
+        schema = unify(list(stored), files)
         for name in _partitions(files[0], root):
             if name not in schema.names:
                 schema = schema.append(pa.field(name, pa.string()))
         check_columns(schema.names, f"manifest {shown}")
+        for contents, path in zip(stored, files, strict=True):
+            refuse_unsupported(_carried(contents), f"manifest file {path}")
+        refuse_unsupported(_carried(schema), f"manifest {shown}")
         tables = {file.path: contents.table for file, contents in opened if contents.table is not None}
         opened = tuple((file, replace(contents, table=None)) for file, contents in opened)
-        return cls(uri, file_format, files, schema, num_rows, filesystem, root, opened, tables)
+        found = cls(
+            uri,
+            file_format,
+            files,
+            schema,
+            num_rows,
+            published(schema, stored),
+            left_out,
+            filesystem,
+            root,
+            opened,
+            tables,
+        )
+        found._read_doubtful_columns()
+        return found
+
+    @property
+    def num_blank(self) -> int:
+        """Number of CSV lines with nothing but commas, which are no rows."""
+        return sum(contents.num_blank for _, contents in self._opened)
+
+    def _read_doubtful_columns(self) -> None:
+        """Read what may fail of the carried columns, before anything is generated.
+
+        These are all values whose type another file changes, and the first rows of nested ones.
+
+        Raises:
+            ManifestError: a value does not fit the common type, or a column cannot be read.
+        """
+        sampled = 0
+        for file, contents in self._opened:
+            carried = {item.name: plain_type(item.type) for item in _carried(contents.schema)}
+            changed = [name for name, data_type in carried.items() if self._may_not_fit(data_type, name)]
+            for _ in self._read(file, self._only(changed), None) if changed else ():
+                pass
+            nested = [name for name, data_type in carried.items() if is_nested(data_type) and name not in changed]
+            if nested and file.format == "parquet" and sampled < SAMPLE_FILES:
+                sampled += 1
+                for name in nested:
+                    with reading(f"{file.path}, column {name!r}"):
+                        rows = file.first_rows(self.filesystem, [name], SAMPLE_ROWS)
+                        _conform(rows, self._only([name]), {}, file.path).validate(full=True)
+
+    def _may_not_fit(self, data_type: pa.DataType, name: str) -> bool:
+        wanted = self.schema.field(name).type
+        return not (data_type == wanted or pa.types.is_null(data_type) or wanted in _WIDER.get(data_type, ()))
+
+    def _only(self, names: Sequence[str]) -> pa.Schema:
+        return pa.schema([item for item in self.schema if item.name in names])
 
     @property
     def opened(self) -> tuple[tuple[ManifestFile, Contents], ...]:
@@ -254,7 +319,7 @@ def _neighbours(contents: Contents) -> Iterator[list[int]]:
 
 
 def _conformed(
-    rows: Iterator[pa.Table], path: str, schema: pa.Schema, partitions: Mapping[str, str]
+    rows: Iterator[pa.Table], path: str, schema: pa.Schema, partitions: Mapping[str, str | None]
 ) -> Iterator[pa.Table]:
     """Yield the rows of a file in the columns of `schema`, after validating them as Arrow data."""
     for read in rows:
@@ -281,7 +346,26 @@ def refuse_output_inside(manifest: Manifest, output: str) -> None:
     raise ConfigError(msg)
 
 
-def _conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str], path: str) -> pa.Table:
+_WIDER = {
+    pa.string(): (pa.large_string(),),
+    pa.binary(): (pa.large_binary(),),
+    pa.int8(): (pa.int16(), pa.int32(), pa.int64(), pa.float64()),
+    pa.int16(): (pa.int32(), pa.int64(), pa.float64()),
+    pa.int32(): (pa.int64(), pa.float64()),
+    pa.uint8(): (pa.uint16(), pa.int16(), pa.uint32(), pa.int32(), pa.uint64(), pa.int64(), pa.float64()),
+    pa.uint16(): (pa.uint32(), pa.int32(), pa.uint64(), pa.int64(), pa.float64()),
+    pa.uint32(): (pa.uint64(), pa.int64(), pa.float64()),
+    pa.float16(): (pa.float32(), pa.float64()),
+    pa.float32(): (pa.float64(),),
+}
+"""Types that hold every value of another type."""
+
+
+def _carried(schema: pa.Schema) -> list[pa.Field]:
+    return [item for item in schema if item.name not in REQUEST.names]
+
+
+def _conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str | None], path: str) -> pa.Table:
     try:
         return conform(table, schema, partitions)
     except ManifestError as err:
@@ -289,7 +373,10 @@ def _conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str], 
         raise ManifestError(msg) from None
 
 
-def _discover(filesystem: pyarrow.fs.FileSystem, root: str, uri: str) -> tuple[tuple[str, ...], FileFormat]:
+def _discover(
+    filesystem: pyarrow.fs.FileSystem, root: str, uri: str
+) -> tuple[tuple[str, ...], FileFormat, tuple[str, ...]]:
+    """Return the files of a manifest, their format, and the files next to them that are not read."""
     info = filesystem.get_file_info(root)
     if info.type == pyarrow.fs.FileType.NotFound:
         with suppress(FileNotFoundError):
@@ -299,23 +386,32 @@ def _discover(filesystem: pyarrow.fs.FileSystem, root: str, uri: str) -> tuple[t
         pattern = ", and name a folder in place of a pattern with '*'" if "*" in unquote(uri) else ""
         msg = f"manifest {uri} does not exist; correct its path or URI{pattern}"
         raise ManifestError(msg)
-    if info.type == pyarrow.fs.FileType.File:
-        return (root,), EXTENSIONS.get(PurePosixPath(root).suffix.lower(), "parquet")
+    is_file = info.type == pyarrow.fs.FileType.File
+    if not uri.startswith(("http://", "https://")):
+        refuse_part_of_table(filesystem, root, uri, is_file=is_file)
+    if is_file:
+        return (root,), EXTENSIONS.get(PurePosixPath(root).suffix.lower(), "parquet"), ()
     found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
+    refuse_table([item.path for item in found], root, uri)
     files = sorted(item.path for item in found if item.is_file and not _hidden(item.path, root))
     known = (EXTENSIONS.get(PurePosixPath(path).suffix.lower()) for path in files)
     formats = sorted({file_format for file_format in known if file_format is not None})
+    left_out = tuple(path for path in files if PurePosixPath(path).suffix.lower() not in _NAMED)
     if not formats:
+        others = f", but {', '.join(str(_below(path, root)) for path in left_out[:3])}" if left_out else ""
         msg = (
-            f"manifest {uri} has no file that ends in {', '.join(EXTENSIONS)}; correct the folder, or the names: those "
-            "that begin with '_' or '.' are not read"
+            f"manifest {uri} has no file that ends in {', '.join(EXTENSIONS)}{others}; correct the folder, or the "
+            "names: those that begin with '_' or '.' are not read; decompress files such as .jsonl.gz"
         )
         raise ManifestError(msg)
     if len(formats) > 1:
         msg = f"manifest {uri} has files of several formats, {' and '.join(formats)}; leave those of one"
         raise ManifestError(msg)
     chosen = tuple(path for path in files if EXTENSIONS.get(PurePosixPath(path).suffix.lower()))
-    return chosen, formats[0]
+    return chosen, formats[0], left_out
+
+
+_NAMED = frozenset(EXTENSIONS) | IMAGES_AND_NOTES
 
 
 def _below(path: str, root: str) -> PurePosixPath:
@@ -326,10 +422,10 @@ def _hidden(path: str, root: str) -> bool:
     return any(part.startswith(("_", ".")) for part in _below(path, root).parts)
 
 
-def _partitions(path: str, root: str) -> dict[str, str]:
+def _partitions(path: str, root: str) -> dict[str, str | None]:
     """Return the hive partitions in the folders of a file: {"dt": "2026-11-22"} for `dt=2026-11-22/part.parquet`."""
     pairs = [part.split("=", 1) for part in _below(path, root).parts[:-1] if "=" in part]
-    return {name: unquote(value) for name, value in pairs}
+    return {name: None if value == NULL_PARTITION else unquote(value) for name, value in pairs}
 
 
 def _check_text_bytes(filesystem: pyarrow.fs.FileSystem, files: tuple[str, ...], uri: str) -> None:

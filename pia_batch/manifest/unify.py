@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 
 from pia_batch.errors import ManifestError, message_of
-from pia_batch.manifest.files import MAX_COLUMNS, plain_type
-from pia_batch.schema.columns import RESERVED, conformed
+from pia_batch.manifest.arrow_types import EXTENSION, is_nested, plain_column, plain_type
+from pia_batch.manifest.files import MAX_COLUMNS
+from pia_batch.schema.columns import RESERVED, conformed, is_mixed, mixed
 
 
 def unify(schemas: list[pa.Schema], files: tuple[str, ...]) -> pa.Schema:
@@ -24,13 +25,71 @@ def unify(schemas: list[pa.Schema], files: tuple[str, ...]) -> pa.Schema:
             names = ", ".join(map(repr, repeated))
             msg = f"manifest file {path} has more than one column {names}; rename or drop the others"
             raise ManifestError(msg)
-        plain = pa.schema([pa.field(item.name, plain_type(item.type)) for item in schema])
-        schemas[number] = plain
+        schemas[number] = pa.schema([pa.field(item.name, plain_type(item.type)) for item in schema])
+    _mix(schemas)
+    for number, plain in enumerate(schemas):
         try:
             unified = pa.unify_schemas([unified, plain], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError):
             raise ManifestError(_contradiction(schemas[: number + 1], files)) from None
     return unified
+
+
+def _mix(schemas: list[pa.Schema]) -> None:
+    """Give a column `mixed_type` in all files, in place, where values of one of them stand apart."""
+    found = {item.name: item.type for schema in schemas for item in schema if is_mixed(item.type)}
+    for number, schema in enumerate(schemas):
+        for at, item in enumerate(schema):
+            if item.name in found and _can_mix(item.type, found[item.name]):
+                schema = schema.set(at, pa.field(item.name, found[item.name]))  # noqa: PLW2901 - as it grows
+        schemas[number] = schema
+
+
+def _can_mix(data_type: pa.DataType, mix: pa.DataType) -> bool:
+    return data_type == mix or not is_nested(data_type) or _fits(data_type, mix.field(0).type)
+
+
+def _fits(data_type: pa.DataType, wanted: pa.DataType) -> bool:
+    """Return True if values of a type are those of `wanted`: texts, or lists."""
+    if pa.types.is_list(wanted):
+        return bool(pa.types.is_list(data_type))
+    return data_type in (pa.string(), pa.large_string())
+
+
+def _mixed(column: pa.ChunkedArray, item: pa.Field) -> pa.ChunkedArray:
+    """Return a column of one type as `mixed_type`: all of its values fit, or stand apart."""
+    array, wanted = column.combine_chunks(), item.type.field(0).type
+    is_id = item.name == "request_id" and pa.types.is_integer(array.type)
+    if pa.types.is_null(array.type) or is_id or _fits(array.type, wanted):
+        return pa.chunked_array([mixed(array.cast(wanted), pa.nulls(len(array), pa.string()))])
+    return pa.chunked_array([mixed(pa.nulls(len(array), wanted), array.cast(pa.string()))])
+
+
+def published(schema: pa.Schema, stored: Sequence[pa.Schema]) -> pa.Schema:
+    """Return `schema` with the extension types that all files agree on, as results are published.
+
+    Rows are processed as the values that an extension type stores, because not every process knows every such type.
+    """
+    fields = []
+    for item in schema:
+        of_files = [one.field(item.name) for one in stored if item.name in one.names]
+        first = of_files[0] if of_files else item
+        same = all(one.equals(first, check_metadata=True) for one in of_files)
+        known = isinstance(first.type, pa.BaseExtensionType) and plain_type(first.type) == item.type
+        marks = {key: value for key, value in (first.metadata or {}).items() if key.startswith(EXTENSION)}
+        if same and known and _restores(first.type):
+            fields.append(pa.field(item.name, first.type))
+        else:
+            fields.append(item.with_metadata(marks) if same and marks and first.type == item.type else item)
+    return pa.schema(fields)
+
+
+def _restores(extension: pa.DataType) -> bool:
+    """Return True if Arrow makes values of an extension type from what it stores."""
+    try:
+        return bool(pa.nulls(1, plain_type(extension)).cast(extension).type == extension)
+    except pa.ArrowException:
+        return False
 
 
 def _contradiction(schemas: list[pa.Schema], files: tuple[str, ...]) -> str:
@@ -76,17 +135,20 @@ def check_columns(names: Sequence[str], place: str) -> None:
         raise ManifestError(msg)
 
 
-def conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str] | None = None) -> pa.Table:
+def conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str | None] | None = None) -> pa.Table:
     """Return `table` with the columns and types of `schema`; missing columns come from `partitions`, or are null."""
     for name, value in (partitions or {}).items():
         if name not in table.column_names:
-            table = table.append_column(name, pa.repeat(value, len(table)))
+            table = table.append_column(name, pa.repeat(pa.scalar(value, pa.string()), len(table)))
     return conformed(table, schema, _cast)
 
 
 def _cast(column: pa.ChunkedArray, item: pa.Field) -> pa.ChunkedArray:
     try:
-        return column.cast(item.type)
-    except pa.ArrowInvalid as err:
+        if is_mixed(item.type) and not is_mixed(column.type):
+            return _mixed(column, item)
+        plain = column if plain_type(column.type) == column.type else plain_column(column)
+        return plain if plain.type == item.type else plain.cast(item.type)  # some casts to the same type are invalid
+    except pa.ArrowException as err:
         msg = f"column {item.name!r} is {column.type} here, and {item.type} with the other files: {message_of(err)}"
         raise ManifestError(msg) from None

@@ -99,6 +99,9 @@ class _Columns(Columns):
         self.require("image", pc.and_(no_uri, no_data), "a URI, or `image_bytes` with the encoded image")
         both = pc.and_(pc.invert(no_uri), pc.invert(no_data))
         self.reject("image", both, "invalid_value", "either `image` or `image_bytes`, not both")
+        for name in ("image", "ip_adapter_image"):
+            inline = pc.match_substring_regex(self.typed[name], _INLINE)
+            self.reject(name, inline, "invalid_value", _NOT_INLINE[name])
         long = pc.greater(pc.binary_length(uris), MAX_URI_BYTES)
         self.reject("image", long, "out_of_range", f"a URI of at most {MAX_URI_BYTES} bytes")
         not_hex = pc.invert(pc.match_substring_regex(sha256, "^[0-9a-fA-F]{64}$"))
@@ -199,6 +202,14 @@ class _Columns(Columns):
             bad = pc.or_kleene(bad, pc.not_equal(multiple, values))
         self.reject(name, bad, "out_of_range", str(allowed))
 
+
+_INLINE = r"(?i)^\s*data:|^(?-i)(iVBORw0KGgo|/9j/[24]|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{16,}$"
+"""A `data:` URI, or base64 of a PNG, JPEG, GIF or WebP."""
+
+_NOT_INLINE = {
+    "image": "a URI or a path; decode the image itself from base64 into the column `image_bytes`, in Parquet",
+    "ip_adapter_image": "a URI or a path; decode the image itself from base64, and store it as a file",
+}
 
 _FILLED = (
     "strength", "num_inference_steps", "format", "fps", "width", "height", "long_side", "num_frames", "cond_frame",

@@ -13,7 +13,7 @@ import ray.data
 from pia_batch.config import RunConfig
 from pia_batch.errors import ManifestError, ObjectExistsError
 from pia_batch.journal import layout
-from pia_batch.manifest import reader, unify
+from pia_batch.manifest import arrow_types, reader, unify
 from pia_batch.pipeline import batching, ray_data, stages
 from pia_batch.pipeline.actor import AnimateActor
 from pia_batch.pipeline.attempts_actor import start_attempt_tracker
@@ -21,7 +21,7 @@ from pia_batch.pipeline.chain import fetched_and_animated
 from pia_batch.pipeline.committer import results_of
 from pia_batch.pipeline.engine_loader import EngineLoader, LoadEngines
 from pia_batch.planning.plan import engine_ids_of
-from pia_batch.schema.columns import RESULT
+from pia_batch.schema.columns import REQUEST, RESULT
 from pia_batch.storage import object_store
 from pia_batch.storage.object_store import Store
 
@@ -68,7 +68,8 @@ def animate(
 
     Raises:
         ConfigError: A model cannot be found, or a placeholder of the config has no value.
-        ManifestError: A required column is missing, or one has the name of a result's. Where Ray does not know the
+        ManifestError: A required column is missing, or one has the name of a result's, or a type that Parquet cannot
+            store, such as a union or a struct without fields. Where Ray does not know the
             columns yet, the execution raises it, inside of Ray's own error; so does whatever prevents an engine from
             starting.
         StorageError: `config.output` cannot be written, or its store ignores conditional creation.
@@ -80,6 +81,9 @@ def animate(
     schema = requests.schema(fetch_if_missing=False)
     if schema is not None:
         unify.check_columns(schema.names, stages.DATASET)
+        if isinstance(schema.base_schema, pa.Schema):
+            carried = [field for field in schema.base_schema if field.name not in REQUEST.names]
+            arrow_types.refuse_unsupported(carried, stages.DATASET)
         _check_bytes_column(schema.names, store=store)
     engine_ids = engine_ids_of(config)
     if store:

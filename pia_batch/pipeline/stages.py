@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 from pia_batch.config import ImagesConfig, RunConfig
 from pia_batch.errors import ImageMismatchError, ImageUnavailableError, ImageUnreadableError, RequestError
 from pia_batch.manifest import unify, validation
-from pia_batch.manifest.files import BATCH_ROWS, plain_type
+from pia_batch.manifest.arrow_types import can_be_moved, plain_column, refuse_unsupported
+from pia_batch.manifest.files import BATCH_ROWS
 from pia_batch.media import fetch, images
 from pia_batch.pipeline.request_rows import ROW_ERROR, with_row_error
 from pia_batch.planning import selection
@@ -67,10 +68,11 @@ class Validate:
             rows: Rows as `manifest.reader.Piece.tables` gives them, or of a user's Dataset if rejected ones are kept.
 
         Raises:
-            ManifestError: A required column is missing in a user's Dataset.
+            ManifestError: A required column is missing in a user's Dataset, or one has a type that results cannot hold.
         """
         if self._keep_rejected:
             unify.check_columns(rows.column_names, DATASET)
+            refuse_unsupported(carried_columns(rows.slice(0, 0)).schema, DATASET)
         # In parts: a block may be a whole row group of a million rows, and checking a row takes about 2 KiB.
         starts = range(0, max(1, len(rows)), BATCH_ROWS)
         validate = self._all if self._keep_rejected else self._valid
@@ -99,11 +101,11 @@ class Validate:
 
 
 def _plain(rows: pa.Table) -> pa.Table:
-    """Return `rows` with the columns of a request decoded, such as dictionary-encoded texts."""
+    """Return `rows` with decoded columns: those of a request, and those that Arrow cannot move as they are."""
     for at, field in enumerate(rows.schema):
-        plain = plain_type(field.type)
-        if field.name in REQUEST.names and plain != field.type:
-            rows = rows.set_column(at, field.name, rows[field.name].cast(plain))
+        decoded = field.name in REQUEST.names and not pa.types.is_nested(field.type)
+        if decoded or not can_be_moved(field.type):
+            rows = rows.set_column(at, field.name, plain_column(rows[field.name]))
     return rows
 
 

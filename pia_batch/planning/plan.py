@@ -26,7 +26,7 @@ from pia_batch.planning.scan import Scan, scan_manifest
 from pia_batch.planning.scan_cache import Chunk, ScanCache
 from pia_batch.planning.selection import check_priority, select
 from pia_batch.planning.statistics import Statistics, WorkClasses
-from pia_batch.schema.columns import carried_columns
+from pia_batch.schema.columns import REQUEST
 from pia_batch.schema.keys import Keys, KeySet, keys_from_hex
 from pia_batch.storage.object_store import Store
 from pia_batch.weights.identity import engine_id, resolved_dtype
@@ -115,7 +115,7 @@ class Plan:
     @property
     def carried(self) -> pa.Schema:
         """Columns of the manifest that are carried into its results."""
-        return carried_columns(self.manifest.schema.empty_table()).schema
+        return pa.schema([item for item in self.manifest.published if item.name not in REQUEST.names])
 
     def save_scan(self) -> None:
         """Write the new chunks to the scan cache, so that the next plan reads only files that are new or changed."""

@@ -151,7 +151,8 @@ class _Entry:
     def contents(self) -> Contents:
         stored = json.loads(self._bytes("contents").to_pybytes())
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(stored["schema"])))
-        return Contents(schema, np.array(stored["groups"], np.int64).reshape(-1, 2), table=None)
+        groups = np.array(stored["groups"], np.int64).reshape(-1, 2)
+        return Contents(schema, groups, table=None, num_blank=stored["num_blank"])
 
     def chunk(self, file: ManifestFile, contents: Contents) -> Chunk:
         return Chunk(
@@ -178,14 +179,18 @@ class _Entry:
 
 
 def _entry(chunk: Chunk) -> dict[str, str | int | bytes]:
-    schema = base64.b64encode(chunk.contents.schema.serialize()).decode()
+    contents = {
+        "schema": base64.b64encode(chunk.contents.schema.serialize()).decode(),
+        "groups": chunk.contents.groups.tolist(),
+        "num_blank": chunk.contents.num_blank,
+    }
     return {
         "path": chunk.file.path,
         "version": chunk.file.version,
         "shape": chunk.shape,
         "first_row": chunk.first_row,
         "num_rows": chunk.num_rows,
-        "contents": json.dumps({"schema": schema, "groups": chunk.contents.groups.tolist()}).encode(),
+        "contents": json.dumps(contents).encode(),
         "keys": chunk.keys.tobytes(),
         "id_hashes": chunk.id_hashes.astype("<u8").tobytes(),
         "rejected": _stream(chunk.rejected),

@@ -224,9 +224,26 @@ def named_texts(rows: pa.Table, default_model: str) -> dict[str, pa.Array]:
     return texts
 
 
+def mixed_type(data_type: pa.DataType) -> pa.DataType:
+    """Return the type of a JSONL column whose values are not all of `data_type`: the others stand apart, as JSON."""
+    return pa.struct([("__value__", data_type), ("__other__", pa.string())])
+
+
+def mixed(values: pa.Array, others: pa.Array) -> pa.Array:
+    """Return an array of `mixed_type`."""
+    return pa.StructArray.from_arrays([values, others], fields=list(mixed_type(values.type)))
+
+
+def is_mixed(data_type: pa.DataType) -> bool:
+    """Return True for a `mixed_type`."""
+    return pa.types.is_struct(data_type) and [item.name for item in data_type] == ["__value__", "__other__"]
+
+
 def as_text(column: pa.ChunkedArray) -> pa.Array:
     """Return a column as strings; all null if its type has none."""
     array = column.combine_chunks()
+    if is_mixed(array.type):
+        array = array.field(0)
     try:
         return array.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):

@@ -142,6 +142,18 @@ def test_folders_of_hive_partitions_are_columns(write: Callable[..., str]) -> No
     assert read(folder, ["zone"])["zone"].to_pylist() == ["a b", "c=d"]
 
 
+@pytest.mark.parametrize("name", ["negative_prompt", "format", "seed", "zone"])
+def test_the_default_partition_means_null(write: Callable[..., str], name: str) -> None:
+    folder = write(
+        {
+            f"{name}=__HIVE_DEFAULT_PARTITION__/part.parquet": requests_table(1),
+            f"{name}=__HIVE_DEFAULT_PARTITION__x/part.parquet": requests_table(1),
+        }
+    )
+
+    assert read(folder)[name].to_pylist() == [None, "__HIVE_DEFAULT_PARTITION__x"]
+
+
 def test_a_partition_may_be_a_setting(write: Callable[..., str]) -> None:
     assert read(write({"format=gif/part.parquet": requests_table(1)}))["format"].to_pylist() == ["gif"]
 
@@ -702,7 +714,7 @@ def test_a_line_that_is_no_json_object_is_refused_with_its_number(
 
 
 def test_csv_values_stay_texts_and_an_empty_field_is_null(write: Callable[..., str]) -> None:
-    text = 'request_id,image,prompt,seed,zone\r\n007,a.png,"two\nlines, ""quoted""",,1e3\n8,,NULL,nan,""\n'
+    text = 'request_id,image,prompt,seed,zone\r\n007,a.png,"two\nlines, ""quoted""",,1e3\n8,,a NULL,nan,""\n'
 
     found = Manifest.open(write({"a.csv": codecs.BOM_UTF8 + text.encode()}))
 
@@ -710,7 +722,7 @@ def test_csv_values_stay_texts_and_an_empty_field_is_null(write: Callable[..., s
     assert found.format == "csv"
     assert batch.table.to_pylist() == [
         {"request_id": "007", "image": "a.png", "prompt": 'two\nlines, "quoted"', "seed": None, "zone": "1e3"},
-        {"request_id": "8", "image": None, "prompt": "NULL", "seed": "nan", "zone": ""},
+        {"request_id": "8", "image": None, "prompt": "a NULL", "seed": "nan", "zone": ""},
     ]
 
 
@@ -753,7 +765,7 @@ def test_a_csv_that_is_no_table_is_refused(write: Callable[..., str], content: s
             {"a.parquet": pa.table({f"c{k}": [1] for k in range(1001)})},
             "has 1001 columns; at most 1000 are read",
         ),
-        ({"a.csv": ",".join(f"c{k}" for k in range(1001)) + "\n" + "," * 1000}, "has 1001 columns; at most 1000"),
+        ({"a.csv": ",".join(f"c{k}" for k in range(1001)) + "\n" + "x," * 1000}, "has 1001 columns; at most 1000"),
         (
             {"a.jsonl": "\n".join(f'{{"c{k}": {k}}}' for k in range(2000))},
             "line 1001: more than 1000 different names; are they values?",

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pytest
 import ray
+from columns_of_types import EXTENSIONS, LEAVES, REFUSED, extension_column
 from fakes import ENGINE_ID, FakeEngine, FakeEngineLoader, PoisonedEngine, RestlessEngine, animate_stage
 from inputs import png, requests_table
 from ray.data.expressions import col
@@ -21,6 +23,7 @@ from ray.data.expressions import col
 from pia_batch import animate
 from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError, ManifestError, StorageError
+from pia_batch.manifest.arrow_types import plain_column
 from pia_batch.manifest.validation import check
 from pia_batch.media import codecs
 from pia_batch.pipeline import dataset, stages
@@ -267,3 +270,59 @@ def test_what_the_operator_has_to_fix_is_reported_before_anything_is_generated(
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StorageError, match="file"):
         animate(ray.data.from_arrow(requests_table(1)), make_config(output=str(tmp_path / "file" / "out")))
+
+
+def test_views_and_runs_are_carried_in_a_plain_type(make_config: MakeConfig) -> None:
+    texts = pa.array([["a"], None, ["b", None]])
+    runs = pa.array(["a", None, None])
+    table = requests_table(
+        3,
+        texts=texts.cast(pa.list_(pa.string_view())),
+        views=pa.array([["a"], None, ["b", None]], pa.list_view(pa.string())),
+        runs=pc.run_end_encode(runs),
+    )
+
+    rows = validated(table, make_config())
+
+    assert [rows[name].to_pylist() for name in ("texts", "views", "runs")] == [
+        texts.to_pylist(),
+        texts.to_pylist(),
+        runs.to_pylist(),
+    ]
+    assert rows["views"].type == pa.list_(pa.string())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_columns_of_every_type_pass_through_and_what_is_no_text_is_no_prompt(make_config: MakeConfig) -> None:
+    leaves = [one for one in LEAVES if one not in (pa.string_view(), pa.binary_view())]  # Ray itself refuses these
+    listed = [pa.list_(one) for one in leaves] + [pa.struct([("x", one)]) for one in leaves]
+    own = {f"c{number}": pa.nulls(3, one) for number, one in enumerate([*leaves, *listed])}
+    own |= {f"e{number}": extension_column(one, 3) for number, one in enumerate(EXTENSIONS)}
+    own["far"] = pa.array([-(2**62), None, 2**62], pa.timestamp("s"))
+    table = requests_table(3, num_frames=[2] * 3, **own)
+    config = make_config(run_id="mine")
+    loader = FakeEngineLoader(engine_ids_of(config)["default"])
+
+    results = pa.concat_tables(
+        ray.get(animate(ray.data.from_arrow(table), config, store=False, load_engines=loader).to_arrow_refs())
+    ).sort_by("request_id")
+
+    assert results["status"].to_pylist() == ["succeeded"] * 3
+    for name in own:
+        assert plain_column(results[name]).equals(plain_column(table[name])), table[name].type
+
+    frame = pd.DataFrame(requests_table(3).to_pydict() | {"negative_prompt": ["blurry", float("nan"), None]})
+    rows = Rows.of(animate(ray.data.from_pandas(frame), config, store=False, load_engines=loader))
+    assert rows.column("status") == dict.fromkeys(["r000", "r001", "r002"], "succeeded")
+    assert rows.column("negative_prompt") == {"r000": "blurry", "r001": "", "r002": ""}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("bad", REFUSED, ids=str)
+def test_a_column_that_results_cannot_hold_is_refused_by_name(bad: pa.DataType, make_config: MakeConfig) -> None:
+    table = requests_table(1, mine=pa.nulls(1, bad))
+
+    with pytest.raises(ManifestError, match="this Dataset of requests: column 'mine' has the type"):
+        animate(ray.data.from_arrow(table), make_config())

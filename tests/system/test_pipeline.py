@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from columns_of_types import EXTENSIONS, LEAVES, extension_column
 from fakes import FakeControl, FakeEngine, FakeEngineLoader, FakeShelf, PoisonedEngine
 from inputs import requests_table
 
@@ -26,6 +27,7 @@ from pia_batch.driver import run as driver_run
 from pia_batch.driver.progress import Progress
 from pia_batch.errors import BrokenDeviceError, ConfigError, InterruptedRunError, ManifestError
 from pia_batch.journal.log import Journal
+from pia_batch.manifest.arrow_types import plain_column
 from pia_batch.pipeline import actor, batching, chain
 from pia_batch.planning.plan import Plan, Retry, make_plan
 from pia_batch.schema.run_record import RunRecord, RunSummary
@@ -440,3 +442,35 @@ def test_engine_hours_that_are_spent_stop_a_run_and_what_is_in_flight_is_committ
     assert 0 < stopped.computed == committed < 60
     assert stopped.left == 60 - committed
     assert len(list(Path(config.output, "animations").rglob("*.mp4"))) == committed
+
+
+def test_columns_of_every_type_are_in_the_results_as_they_were(make_config: MakeConfig) -> None:
+    listed = [pa.list_(one) for one in LEAVES] + [pa.struct([("x", one)]) for one in LEAVES]
+    own = {f"c{number}": pa.nulls(3, one) for number, one in enumerate([*LEAVES, *listed])}
+    own |= {f"e{number}": extension_column(one, 3) for number, one in enumerate(EXTENSIONS)}
+    own["views"] = pa.array([["a"], None, ["b", None]]).cast(pa.list_(pa.string_view()))
+    own["lists"] = pa.array([["a"], None, ["b", None]], pa.list_view(pa.string()))
+    table = requests_table(3, num_frames=[2] * 3, **own)
+    config = make_config(table)
+
+    summary = run(config)
+
+    results = pq.read_table(f"{config.output}/results/{summary.run_id}").sort_by("request_id")
+    assert results["status"].to_pylist() == ["succeeded"] * 3
+    for name in own:
+        read, written = plain_column(results[name]), plain_column(table[name])
+        assert (written if written.type == read.type else written.cast(read.type)).equals(read), table[name].type
+    assert [results[f"e{number}"].type for number in range(len(EXTENSIONS))] == list(EXTENSIONS)
+
+
+def test_empty_objects_of_json_lines_are_in_the_results(make_config: MakeConfig) -> None:
+    lines = [{"request_id": "a", "image": "images/0.png", "prompt": "p", "meta": value} for value in ({}, {"a": {}})]
+    config = make_config()
+    Path(config.manifest, "requests.parquet").unlink()
+    for number, line in enumerate(lines):
+        line["request_id"] = str(number)
+    Path(config.manifest, "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    rows = results_of(config, run(config))
+
+    assert {name: row["meta"] for name, row in rows.items()} == {"0": "{}", "1": '{"a": {}}'}

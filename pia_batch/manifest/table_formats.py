@@ -1,0 +1,138 @@
+"""Table formats and containers next to a manifest's own formats, found by content and refused by name.
+
+Files of a Delta, Iceberg or Hudi table are Parquet, but only the table's log says which of their rows are current.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+import pyarrow.fs
+
+from pia_batch.errors import ManifestError
+
+IMAGES_AND_NOTES = frozenset(
+    (
+        *(".png", ".jpg", ".jpeg", ".jpe", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".mp4"),
+        *(".md", ".rst", ".html", ".pdf", ".crc", ".yaml", ".yml", ".py"),
+    )
+)
+"""Extensions of files that are expected next to a manifest and do not look like rows of it."""
+
+_REMEDIES = {
+    "a Delta table": "export its current rows to Parquet with a Delta reader, such as deltalake, Spark or DuckDB",
+    "an Apache Iceberg table": "export its current rows to Parquet with an Iceberg reader, such as pyiceberg or Spark",
+    "an Apache Hudi table": "export its current rows to Parquet with Spark and Hudi's reader",
+    "a Lance dataset": "export it to Parquet with pylance: lance.dataset(path).to_table()",
+}
+
+_MAGIC = (
+    (b"PARE", "Parquet with an encrypted footer", "write it without encryption"),
+    (b"ARROW1", "an Arrow IPC (Feather) file", "write it as Parquet"),
+    (b"FEA1", "a Feather file", "write it as Parquet"),
+    (b"ORC", "an ORC file", "write it as Parquet"),
+    (b"Obj\x01", "an Avro file", "write it as Parquet"),
+    (b"PK\x03\x04", "a zip archive or an Excel workbook", "unpack it, or save it as CSV UTF-8"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel workbook", "save it as CSV UTF-8"),
+    (b"\x1f\x8b", "compressed with gzip", "decompress it, or write it as Parquet"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "decompress it, or write it as Parquet"),
+    (b"BZh", "compressed with bzip2", "decompress it, or write it as Parquet"),
+    (b"\xfd7zXZ", "compressed with xz", "decompress it, or write it as Parquet"),
+    (b"\x04\x22\x4d\x18", "compressed with lz4", "decompress it, or write it as Parquet"),
+    (b"SQLite format 3", "an SQLite database", "export its table to Parquet or CSV"),
+)
+
+_MAX_CLIMB = 8
+"""Largest number of parent folders that are looked at."""
+
+
+def refuse_other_format(head: bytes, path: str) -> None:
+    """Refuse a file whose first bytes are those of another format.
+
+    Raises:
+        ManifestError: The format is known; the message names it and the remedy.
+    """
+    for magic, what, remedy in _MAGIC:
+        if head.startswith(magic):
+            msg = f"manifest file {path} is {what}; {remedy}"
+            raise ManifestError(msg)
+    if head[8:12] == b"DUCK":
+        msg = f"manifest file {path} is a DuckDB database; export its table to Parquet"
+        raise ManifestError(msg)
+
+
+def refuse_table(found: Iterable[str], root: str, uri: str) -> None:
+    """Refuse a folder that is, or contains, a table with a log of its own.
+
+    Args:
+        found: Paths of everything in the folder, hidden names included.
+        root: Path of the folder.
+        uri: URI of the manifest for the message.
+
+    Raises:
+        ManifestError: There is such a table; the message names its format, folder and remedy.
+    """
+    for path in found:
+        parts = PurePosixPath(path.removeprefix(root).lstrip("/")).parts
+        table = _table_at(parts)
+        if table is not None:
+            what, folder = table
+            raise ManifestError(_refusal(what, posixpath.join(root, *folder), uri))
+    if root.endswith(".lance"):
+        raise ManifestError(_refusal("a Lance dataset", root, uri))
+
+
+def refuse_part_of_table(filesystem: pyarrow.fs.FileSystem, root: str, uri: str, *, is_file: bool) -> None:
+    """Refuse a file or folder inside a table: a data file, a partition, or the folder `data`.
+
+    Raises:
+        ManifestError: It is part of a table; the message names the table's format, folder and remedy.
+    """
+    folder = posixpath.dirname(root) if is_file else root
+    for _ in range(_MAX_CLIMB):
+        if is_file or folder != root:
+            for path in _logs_in(filesystem, folder):
+                refuse_table([path], folder, uri)
+        name = posixpath.basename(folder)
+        if "=" not in name and name != "data":
+            return
+        folder = posixpath.dirname(folder)
+
+
+def _logs_in(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[str]:
+    """Return the logs of tables in a folder; empty where the folder may not be read."""
+    logs = [posixpath.join(folder, name) for name in ("_delta_log", ".hoodie", ".hoodie_partition_metadata")]
+    directory = pyarrow.fs.FileType.Directory
+    try:
+        paths = [info.path for info in filesystem.get_file_info(logs) if info.type != pyarrow.fs.FileType.NotFound]
+        metadata = posixpath.join(folder, "metadata")
+        if filesystem.get_file_info(metadata).type == directory:
+            paths += [info.path for info in filesystem.get_file_info(pyarrow.fs.FileSelector(metadata))]
+    except Exception:  # noqa: BLE001 - every file system has its own classes; a parent may be forbidden
+        return []
+    return paths
+
+
+def _table_at(parts: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
+    """Return the format of the table that a path is a log of, and the segments of the table's folder."""
+    for at, part in enumerate(parts):
+        if part == "_delta_log":
+            return "a Delta table", parts[:at]
+        if part in (".hoodie", ".hoodie_partition_metadata"):
+            return "an Apache Hudi table", parts[:at]
+        if part == "_versions" and parts[-1].endswith((".manifest", ".txn")):
+            return "a Lance dataset", parts[:at]
+        if part.endswith(".lance"):
+            return "a Lance dataset", parts[: at + 1]
+        if part == "metadata" and parts[-1].endswith(".metadata.json"):
+            return "an Apache Iceberg table", parts[:at]
+    return None
+
+
+def _refusal(what: str, folder: str, uri: str) -> str:
+    return (
+        f"manifest {uri} is {what} (folder {folder}): its files also have rows that were deleted or replaced, and only "
+        f"its log says which; {_REMEDIES[what]}"
+    )

@@ -1,0 +1,118 @@
+"""Tables and containers that look like a manifest: refused by name, or counted as left out."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.orc
+import pyarrow.parquet as pq
+import pytest
+from inputs import requests_table
+
+from pia_batch.errors import ManifestError
+from pia_batch.manifest.reader import Manifest
+
+TABLES = [
+    ("_delta_log/00000000000000000000.json", "a.parquet", "a Delta table"),
+    ("_delta_log/00000000000000000010.checkpoint.parquet", "day=1/a.parquet", "a Delta table"),
+    ("metadata/v1.metadata.json", "data/a.parquet", "an Apache Iceberg table"),
+    ("metadata/00000-0b1c.gz.metadata.json", "data/day=1/a.parquet", "an Apache Iceberg table"),
+    (".hoodie/hoodie.properties", "a.parquet", "an Apache Hudi table"),
+    (".hoodie/hoodie.properties", "day=1/a.parquet", "an Apache Hudi table"),
+    ("_versions/1.manifest", "data/a.lance", "a Lance dataset"),
+]
+
+
+def table_in(folder: Path, log: str, data: str) -> None:
+    for name in (log, data):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / log).write_text("{}")
+    pq.write_table(requests_table(1), folder / data)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ManifestError) as caught:
+        Manifest.open(str(path))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("log", "data", "name"), TABLES)
+def test_a_table_with_a_log_of_its_own_is_refused_by_name(log: str, data: str, name: str, tmp_path: Path) -> None:
+    table_in(tmp_path / "x" / "t", log, data)
+
+    for place in (tmp_path / "x" / "t", tmp_path / "x", tmp_path):
+        message = refusal(place)
+        assert f"is {name} (folder {tmp_path}/x/t" in message
+        assert "export" in message
+
+
+@pytest.mark.parametrize(("log", "data", "name"), TABLES[:6])
+def test_a_file_or_a_partition_of_a_table_is_refused_too(log: str, data: str, name: str, tmp_path: Path) -> None:
+    table_in(tmp_path / "t", log, data)
+
+    assert f"is {name} (folder {tmp_path}/t" in refusal(tmp_path / "t" / data)
+    if "/" in data:
+        assert f"is {name} (folder {tmp_path}/t" in refusal((tmp_path / "t" / data).parent)
+
+
+@pytest.mark.parametrize("name", ["metadata/notes.json", "delta_log/0.json", "hoodie/x", "versions/1.manifest"])
+def test_a_folder_with_a_similar_name_is_none(name: str, tmp_path: Path) -> None:
+    table_in(tmp_path, name, "a.parquet")
+
+    assert Manifest.open(str(tmp_path)).num_rows == 1
+
+
+def test_files_that_are_not_read_are_counted_except_images_and_notes(tmp_path: Path) -> None:
+    pq.write_table(requests_table(1), tmp_path / "a.parquet")
+    for name in ("part-00001", "b.jsonl.gz", "c.csv.zst", "d.json", "0.png", "README.md", "_SUCCESS", ".a.parquet.crc"):
+        (tmp_path / name).write_bytes(b"x")
+
+    found = Manifest.open(str(tmp_path))
+
+    assert [Path(path).name for path in found.left_out] == ["b.jsonl.gz", "c.csv.zst", "d.json", "part-00001"]
+
+
+def test_a_folder_of_nothing_but_other_files_names_them(tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl.gz").write_bytes(b"x")
+
+    assert ", but b.jsonl.gz; correct the folder" in refusal(tmp_path)
+    assert "decompress files such as .jsonl.gz" in refusal(tmp_path)
+
+
+def _orc(path: Path, table: pa.Table) -> None:
+    pyarrow.orc.write_table(table, path)
+
+
+@pytest.mark.parametrize("name", ["m", "m.parquet", "m.jsonl", "m.csv"])
+@pytest.mark.parametrize(
+    ("head", "what"),
+    [
+        ("arrow", "an Arrow IPC"),
+        ("orc", "an ORC file"),
+        (gzip.compress(b"{}"), "compressed with gzip; decompress it"),
+        (b"\x28\xb5\x2f\xfd000", "compressed with zstd; decompress it"),
+        (b"BZh9000000", "compressed with bzip2"),
+        (b"PK\x03\x04000000", "a zip archive or an Excel workbook; unpack it, or save it as CSV UTF-8"),
+        (b"\xd0\xcf\x11\xe0000", "an old Excel workbook"),
+        (b"Obj\x01000", "an Avro file; write it as Parquet"),
+        (b"SQLite format 3\0", "an SQLite database"),
+        (b"01234567DUCK0000", "a DuckDB database"),
+        (b"PARE00000000PARE", "Parquet with an encrypted footer"),
+    ],
+)
+def test_a_file_of_another_format_is_named_by_its_content(
+    name: str, head: str | bytes, what: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if head == "arrow":
+        pyarrow.feather.write_feather(requests_table(1), path)
+    elif head == "orc":
+        _orc(path, requests_table(1))
+    else:
+        assert isinstance(head, bytes)
+        path.write_bytes(head)
+
+    assert f"{name} is {what}" in refusal(path)
