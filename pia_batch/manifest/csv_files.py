@@ -76,7 +76,7 @@ def _parsed(data: bytes, names: Sequence[str], wanted: Sequence[str], nulls: Seq
 
 
 def _without_separator_line(data: bytes, path: str) -> bytes:
-    """Return `data` without the line `sep=,` by which Excel is told the delimiter."""
+    """Return `data` without the line `sep=,` that names the delimiter for Excel."""
     line, _, rest = data.partition(b"\n")
     if line.strip().lower() == b"sep=,":
         return rest

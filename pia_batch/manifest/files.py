@@ -318,7 +318,8 @@ def _read_bytes(filesystem: pyarrow.fs.FileSystem, path: str) -> bytes:
         data = bytes(source.read()).removeprefix(codecs.BOM_UTF8)
     refuse_other_format(data[:16], path)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
-        msg = f"manifest file {path} is text in UTF-16 or UTF-32; save it as UTF-8"
+        wide = "UTF-32" if b"\0\0" in data[:4] else "UTF-16"
+        msg = f"manifest file {path} is text in {wide}; save it as UTF-8"
         raise ManifestError(msg)
     return data
 

@@ -74,8 +74,8 @@ def test_columns_of_every_type_come_back_from_the_results(data: st.DataObject) -
         (folder / "in").mkdir()
         try:
             pq.write_table(table, folder / "in" / "a.parquet")
-        except pa.ArrowNotImplementedError:
-            reject()  # pyarrow cannot write some views inside of others
+        except pa.ArrowException:
+            reject()  # pyarrow cannot write some views and dictionaries inside of others
         results = carried(folder)
 
     for column in columns:
