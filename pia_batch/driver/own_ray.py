@@ -14,7 +14,7 @@ from pia_batch.errors import ConfigError, message_of, printable
 _SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
 """Longest path of a socket, in bytes; a limit of the operating system."""
 
-_BELOW_BYTES = len("/ray/session_2026-11-28_09-15-56_900227_4194304/sockets/plasma_store.9")
+_BELOW_BYTES = len("/ray/session_2026-11-28_09-15-56_900227_4194304/sockets/plasma_store")
 """Bytes of the path that Ray adds to its temporary folder, with the longest process id, for its longest socket."""
 
 
