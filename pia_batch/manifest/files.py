@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from pia_batch.errors import InterruptedRunError, ManifestError, message_of
+from pia_batch.errors import ConfigError, InterruptedRunError, ManifestError, message_of
 from pia_batch.manifest.arrow_types import is_nested, plain_type
 from pia_batch.manifest.csv_files import read_csv
 from pia_batch.manifest.table_formats import refuse_other_format
@@ -213,11 +213,13 @@ def reading(place: str) -> Iterator[None]:
     """Turn every exception into a ManifestError that names `place`."""
     try:
         yield
-    except ManifestError:
+    except (ManifestError, ConfigError):
         raise
     except Exception as err:  # noqa: BLE001 - every file system has its own classes for what goes wrong
         problem = redacted(message_of(err))
         remedy = next((f"; {remedy}" for words, remedy in _REMEDIES.items() if words in problem), "")
+        if isinstance(err, PermissionError) and err.filename is None:  # of a store; the local disk names its file
+            remedy = "; check the credentials and the policy"
         msg = f"cannot read manifest {place}: {problem}{remedy}"
         raise ManifestError(msg) from None
 
@@ -227,6 +229,7 @@ _REMEDIES = {
     "the server answers 401": "over http nothing but the URL is sent: sign the URL, or put the manifest elsewhere",
     "the server answers 403": "over http nothing but the URL is sent: sign the URL, or put the manifest elsewhere",
     "the server answers 5": "it is the server that fails: try again, and look at its log",
+    "Bad Request": "check the credentials and the policy; temporary credentials may have expired",
     "credentials": "give this machine the store's, by AWS_PROFILE, AWS_ACCESS_KEY_ID and its secret, or a role",
     "file footer": "JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
     "more than 64 bits": "cast columns of 128-bit integers (Polars: Int128, UInt128) to 64 bits, or to text",

@@ -13,7 +13,7 @@ import stat
 import time
 
 from pia_batch.config import ImagesConfig
-from pia_batch.errors import ImageNotAllowedError, ImageUnavailableError, message_of, printable
+from pia_batch.errors import ConfigError, ImageNotAllowedError, ImageUnavailableError, message_of, printable
 from pia_batch.storage import filesystems
 from pia_batch.storage.http_client import HttpReader
 from pia_batch.storage.retries import retry
@@ -32,7 +32,15 @@ HTTP = HttpReader()
 _NO_FILES = ("/proc", "/sys")
 """Folders of the kernel, whose files show the machine's processes, memory and devices."""
 
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, ValueError)
+_FINAL = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ImportError,
+    ValueError,
+    ConfigError,
+)
 _FINAL_NUMBERS = frozenset({errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EPERM})
 """Error numbers after which another attempt cannot succeed."""
 

@@ -28,6 +28,7 @@ from pia_batch.planning.selection import check_priority, select
 from pia_batch.planning.statistics import Statistics, WorkClasses
 from pia_batch.schema.columns import REQUEST
 from pia_batch.schema.keys import Keys, KeySet, keys_from_hex
+from pia_batch.storage import filesystems
 from pia_batch.storage.object_store import Store
 from pia_batch.weights.identity import engine_id, resolved_dtype
 from pia_batch.weights.resolve import resolve
@@ -150,6 +151,7 @@ def make_plan(config: RunConfig, *, retry: Retry | None = None, statistics: Stat
     cache = ScanCache(store, config, engine_ids)
     found = Manifest.open(config.manifest, cache.contents)
     refuse_output_inside(found, config.output)
+    filesystems.check_access(config.images.allow)  # else it would be the same error of every row, on the workers
     if retry is not None:
         retry.check(outcomes)
 

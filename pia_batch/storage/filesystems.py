@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 import fsspec
 import pyarrow.fs
 from fsspec import asyn
 
-from pia_batch.storage import schemes
+from pia_batch.storage import s3_config, schemes
 from pia_batch.storage.object_store import absolute, local_path
+from pia_batch.storage.s3_config import S3Config
 from pia_batch.storage.uris import TooLargeError
 
 T = TypeVar("T")
@@ -93,6 +94,16 @@ def _info(filesystem: Any, path: str) -> dict[str, Any]:  # fsspec is untyped
     return info
 
 
+def check_access(uris: Iterable[str]) -> None:
+    """Verify that this process has what it needs to read from S3, if one of `uris` is there. Sends no request to it.
+
+    Raises:
+        ConfigError: S3 is not configured, or not rightly; the message names the remedy.
+    """
+    if any(schemes.find(uri, "images.allow").store == "s3" for uri in uris):
+        s3_config.resolve()
+
+
 def read_object(uri: str, num_bytes: int, *, timeout_s: float, whole: bool = True) -> bytes:
     """Return the first `num_bytes` bytes of an object, or the whole object if it is shorter. Makes one attempt.
 
@@ -150,6 +161,9 @@ async def _read_s3(filesystem: Any, uri: str, num_bytes: int, whole: bool) -> by
     except OSError as err:
         if not whole and "range" in str(err).lower():  # S3 refuses any range of an empty object
             return b""
+        answered: Mapping[str, Any] = getattr(err.__cause__, "response", {})
+        if answered.get("Error", {}).get("Code") in s3_config.DENIALS:  # s3fs knows some of these codes only
+            raise PermissionError(str(err)) from None
         raise
     body = answer["Body"]
     try:
@@ -170,20 +184,40 @@ def _within(timeout_s: float, filesystem: Any, method: str, path: str, **options
     return wait(functools.partial(getattr(filesystem, f"_{method}"), path, **options), timeout_s=timeout_s)
 
 
-@functools.cache
 def _filesystem(store: str) -> Any:  # fsspec is untyped
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if store == "s3":
-        options["config_kwargs"] = {
-            "connect_timeout": 5,
-            "read_timeout": 15,
-            "retries": {"mode": "standard", "max_attempts": 3},
-            "max_pool_connections": 64,
-        }
+    return _s3_filesystem(s3_config.resolve()) if store == "s3" else _other_filesystem(store)
+
+
+@functools.cache
+def _other_filesystem(store: str) -> Any:  # fsspec is untyped
     try:
-        return fsspec.filesystem(store, **options)
+        return fsspec.filesystem(store, use_listings_cache=False)
     except ImportError as err:
         package = schemes.SCHEMES[store].package
         if package is None:
             raise
         raise ImportError(f"{store}:// needs the package {package}; pip install {package}") from err
+
+
+@functools.lru_cache(maxsize=8)
+def _s3_filesystem(config: S3Config) -> Any:  # fsspec is untyped
+    """Return s3fs with the configuration that obstore has too. Everything that it would look up itself is set."""
+    return fsspec.filesystem(
+        "s3",
+        anon=config.credentials is None,
+        key=None,  # fsspec's own settings, such as FSSPEC_S3_KEY, are for reading only
+        secret=None,
+        token=None,
+        endpoint_url=config.endpoint,
+        session=config.aio_session(),
+        client_kwargs={"region_name": config.region, "verify": config.ca_bundle},
+        config_kwargs={
+            "connect_timeout": 5,
+            "read_timeout": 15,
+            "retries": {"mode": "standard", "max_attempts": 3},
+            "max_pool_connections": 64,
+            "proxies": dict(config.proxies),
+        },
+        use_listings_cache=False,
+        skip_instance_cache=True,
+    )

@@ -28,13 +28,14 @@ from obstore.exceptions import (
     PreconditionError,
     UnauthenticatedError,
 )
-from obstore.store import LocalStore, from_url
+from obstore.store import LocalStore, S3Store, from_url
 
 from pia_batch.errors import ConfigError, ObjectExistsError, StorageError, message_of
+from pia_batch.storage import s3_config
 from pia_batch.storage.concurrency import map_in_threads
 from pia_batch.storage.retries import retry
 from pia_batch.storage.schemes import LOCAL, SCHEMES, UnsupportedSchemeError, canonical, expected, find
-from pia_batch.storage.uris import redacted, redacted_uri
+from pia_batch.storage.uris import access_point_problem, redacted, redacted_uri
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,11 @@ DISK_REMEDIES = {
 """Remedies for errors of a local disk that another attempt does not end, by their number."""
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_RETRIES: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=20)}  # a TypedDict of obstore's stubs
 _DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
+_DENIALS = re.compile(rf"<Code>(?:{'|'.join(sorted(s3_config.DENIALS))})</Code>")
+_OTHER_REGION = "indicates an incorrectly configured region"
+"""Words of obstore where AWS answers with a redirection to another region."""
 _STAGED = re.compile(r".+#\d+")
 """Name that obstore gives a local file until it is complete."""
 _HAS_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
@@ -354,6 +359,9 @@ class Store:
             if cause in DISK_REMEDIES:
                 msg = f"cannot {verb} {shown}: {os.strerror(cause)}; {DISK_REMEDIES[cause]}"
                 raise StorageError(msg) from None
+            if cause == "other region":
+                msg = f"cannot {verb} {shown}: the bucket is in another region; set AWS_DEFAULT_REGION to it"
+                raise StorageError(msg) from None
             msg = f"cannot {verb} {shown} after {ATTEMPTS} attempts: {reason}"
             raise StorageError(msg) from None
 
@@ -363,7 +371,7 @@ def _changed(uri: str) -> str:
 
 
 def _cause(err: Exception) -> str | int:
-    """Classify a client's exception: `absent`, `exists`, `denied`, or `transient`, which is worth another attempt.
+    """Classify a client's exception: `absent`, `exists`, `denied`, `other region`, or `transient`, if worth a retry.
 
     An error of a local disk that lasts is classified by its number, a key of `DISK_REMEDIES`.
     """
@@ -371,8 +379,10 @@ def _cause(err: Exception) -> str | int:
     status = re.search(r"status code: (\d+)", str(err)) if isinstance(err, GenericError) else None
     if isinstance(err, FileNotFoundError) or (status and status[1] == "404"):
         return "absent"
-    if isinstance(err, _DENIED) or (status and status[1] in ("401", "403")):
+    if isinstance(err, _DENIED) or (status and status[1] in ("401", "403")) or _DENIALS.search(str(err)):
         return "denied"
+    if _OTHER_REGION in str(err):
+        return "other region"
     if isinstance(err, AlreadyExistsError):
         return "exists"
     number = _OS_ERROR.search(str(err))  # obstore repeats the text of the operating system
@@ -402,6 +412,8 @@ def absolute(uri: str) -> str:
         raise ConfigError(msg) from None
     scheme = SCHEMES.get(parts.scheme)
     is_bucket = scheme is not None and scheme.committer == "obstore"
+    if problem := access_point_problem(scheme, uri.partition("://")[2]):
+        raise ConfigError(f"{redacted_uri(uri)} {problem}")
     # An S3 secret key may contain a slash, at which urlsplit ends the netloc.
     if ":" in (parts.netloc if scheme and scheme.store == "s3" else parts.netloc.rpartition("@")[0]):
         msg = (
@@ -431,27 +443,48 @@ def _open_store(uri: str) -> Any:  # obstore's stores share no public base class
             msg = f"cannot create the folder {uri}: {err.strerror}; choose another path or fix its permissions"
             raise StorageError(msg) from None
         return LocalStore(path)
-    options: dict[str, Any] = {}
-    if scheme.store == "s3":
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        if endpoint:
-            options |= {"endpoint": endpoint, "virtual_hosted_style_request": False}
-        if not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
-            options["region"] = "us-east-1"
+    client_options: Any = {  # a TypedDict of obstore's stubs
+        "timeout": timedelta(seconds=REQUEST_TIMEOUT_S),
+        "connect_timeout": timedelta(seconds=5),
+    }
     try:
-        return from_url(
-            canonical(uri),
-            client_options={
-                "allow_http": bool(options.get("endpoint", "").startswith("http://")),
-                "timeout": timedelta(seconds=REQUEST_TIMEOUT_S),
-                "connect_timeout": timedelta(seconds=5),
-            },
-            retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=20)},
-            **options,
-        )
+        if scheme.store == "s3":
+            return _open_s3(canonical(uri), client_options)
+        return from_url(canonical(uri), client_options=client_options, retry_config=_RETRIES)
     except (BaseError, ValueError) as err:
         msg = f"cannot open {redacted_uri(uri)}: {redacted(message_of(err))}; use {expected('output')}"
         raise ConfigError(msg) from None
+
+
+def _open_s3(uri: str, client_options: Any) -> S3Store:
+    """Open a bucket with the configuration that s3fs has too. Everything that obstore would look up itself is set."""
+    config = s3_config.resolve()
+    name, _, prefix = uri.removeprefix("s3://").partition("/")
+    bucket = config.bucket(name)
+    client_options["allow_http"] = bucket.url.startswith("http://")
+    if config.proxy:
+        client_options |= {"proxy_url": config.proxy, "proxy_excludes": ""}
+    elif any(name.upper().endswith("_PROXY") for name in os.environ):
+        # obstore's own rules differ from botocore's, and nothing but a proxy without any host switches them off.
+        client_options |= {"proxy_url": "http://proxy.invalid", "proxy_excludes": "*,0.0.0.0/0,::/0"}
+    if config.ca_bundle:
+        client_options["root_certificate"] = Path(config.ca_bundle).read_bytes()
+    options: dict[str, Any] = {
+        "region": config.region,
+        "endpoint": bucket.url,
+        "virtual_hosted_style_request": bucket.virtual,
+        "skip_signature": config.credentials is None,
+    }
+    if "AWS_ENDPOINT_URL_S3" in os.environ:  # obstore would prefer it, even empty, to `endpoint`
+        options["aws_endpoint_url_s3"] = bucket.url
+    return S3Store(
+        name,
+        prefix=unquote(prefix) or None,
+        client_options=client_options,
+        retry_config=_RETRIES,
+        credential_provider=None if config.credentials is None else config.provide,
+        **options,
+    )
 
 
 def local_path(uri: str) -> str:

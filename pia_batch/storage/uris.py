@@ -25,6 +25,7 @@ _URL = re.compile(r"(\[[^\]/?#]*\]|[^:/?#]*)(?::([^/?#]*))?([^?#]*)(\?[^#]*)?(?:
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _BUCKET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _CONTAINER = re.compile(r"[a-z0-9$][a-z0-9-]*(@[a-z0-9-]+(\.[a-z0-9-]+)*)?")
+_ARN = re.compile(r"(?i)arn:aws[a-z-]*:")
 _LEGAL = "%:/?#[]@!$&'()*+,;=-._~"
 """Characters allowed in a URL besides letters and digits (RFC 3986); others are percent-encoded before it is sent."""
 
@@ -179,6 +180,21 @@ def parse_prefix(entry: str) -> Location:
     return place
 
 
+def access_point_problem(scheme: schemes.Scheme | None, rest: str) -> str | None:
+    """Return why an S3 URI with an ARN in place of its bucket is refused, and the remedy; None for any other URI.
+
+    Args:
+        scheme: Scheme of the URI.
+        rest: URI without its scheme.
+    """
+    if scheme is None or scheme.store != "s3" or not _ARN.match(rest):
+        return None
+    return (
+        "names an access point by its ARN, which is not supported; "
+        "write the access point's alias, such as NAME-...-s3alias, in place of the bucket"
+    )
+
+
 def redacted(text: str) -> str:
     """Return `text` without the user names, passwords and signatures of the URIs in it."""
     for pattern, kept in _REDACTIONS_IN_TEXT:
@@ -255,6 +271,8 @@ def _file(rest: str) -> Location:
 
 def _object(scheme: schemes.Scheme, rest: str) -> Location:
     authority, _, key = rest.partition("/")
+    if problem := access_point_problem(scheme, rest):
+        raise RefusedError(problem)
     if ":" in authority or ("@" in authority and not scheme.account_in_authority):
         raise RefusedError("was given with credentials; pass them in the environment of the workers")
     if not (_CONTAINER if scheme.store == "abfs" else _BUCKET).fullmatch(authority):

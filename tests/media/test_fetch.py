@@ -264,7 +264,7 @@ def fresh_clients() -> Iterator[None]:
 
 
 def forget_clients() -> None:
-    filesystems._filesystem.cache_clear()
+    filesystems._other_filesystem.cache_clear()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
@@ -431,13 +431,13 @@ class FakeGcs(fsspec.get_filesystem_class("memory")):  # type: ignore[misc]  # f
 @pytest.fixture
 def fake_gcs() -> Iterator[type[FakeGcs]]:
     fsspec.register_implementation("gs", FakeGcs, clobber=True)
-    filesystems._filesystem.cache_clear()
+    filesystems._other_filesystem.cache_clear()
     filesystem = fsspec.filesystem("gs")
     filesystem.pipe_file("/photos/x.png", b"picture")
     filesystem.pipe_file("/photos/big.png", bytes(1001))
     filesystem.pipe_file("/photos/empty.png", b"")
     yield FakeGcs
-    filesystems._filesystem.cache_clear()
+    filesystems._other_filesystem.cache_clear()
     _registry.pop("gs")
 
 

@@ -23,12 +23,13 @@ from pia_batch.weights.fetching import ObjectFolder, locate
 
 
 @pytest.fixture(autouse=True)
-def fresh_clients() -> Iterator[None]:
+def fresh_clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Clients are kept by scheme: none of these may meet another test."""
-    filesystems._filesystem.cache_clear()
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    filesystems._other_filesystem.cache_clear()
     S3FileSystem.clear_instance_cache()
     yield
-    filesystems._filesystem.cache_clear()
+    filesystems._other_filesystem.cache_clear()
     S3FileSystem.clear_instance_cache()
 
 

@@ -44,6 +44,7 @@ def examine(
     yield from storage.check_weights(models)
     if config is not None:
         yield from storage.check_manifest(config)
+        yield from storage.check_images(config.images)
         yield from storage.check_store(Store(config.output))
     yield from cluster.check_ray(place, connection or cluster.find_obstacle)
     yield from cluster.check_capacity(place, len(facts["devices"]))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from pia_batch.config import ModelConfig, RunConfig
+from pia_batch.config import ImagesConfig, ModelConfig, RunConfig
 from pia_batch.driver.preflight.finding import Finding
 from pia_batch.errors import PiaBatchError, StorageError, message_of
 from pia_batch.journal import layout
 from pia_batch.manifest.reader import Manifest, refuse_output_inside
+from pia_batch.storage import filesystems
 from pia_batch.storage.object_store import Store
 from pia_batch.storage.uris import redacted_uri
 from pia_batch.weights.resolve import resolve
@@ -42,6 +43,14 @@ def check_manifest(config: RunConfig) -> Iterator[Finding]:
     else:
         message = f"{found.num_rows} rows in {redacted_uri(found.uri)}; `plan` checks each"
         yield Finding("ok", "manifest", message)
+
+
+def check_images(images: ImagesConfig) -> Iterator[Finding]:
+    """Check that the places of `images.allow` on S3 can be asked; nothing is read from them."""
+    try:
+        filesystems.check_access(images.allow)
+    except PiaBatchError as err:
+        yield Finding("fail", "images", str(err), "correct `images.allow`, or the configuration of S3 on this machine")
 
 
 def check_store(store: Store) -> Iterator[Finding]:

@@ -1,0 +1,376 @@
+"""S3 configuration: credentials, region, endpoint, CA bundle, addressing style and proxy, the same for both clients.
+
+botocore resolves them by its own rules, as the AWS command line does. s3fs, which reads, and obstore, which commits,
+receive the result and look up nothing themselves, so that what can be read from can also be written to. botocore is
+imported at the first `s3://` URI only: it takes a quarter of a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from pia_batch.errors import ConfigError, message_of
+from pia_batch.storage.uris import redacted
+
+REMEDY = (
+    "set AWS_ACCESS_KEY_ID with AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the machine a role; "
+    "for a public bucket set AWS_SKIP_SIGNATURE=true"
+)
+"""Remedy where no usable credentials were found."""
+
+DENIALS = frozenset({"ExpiredToken", "InvalidToken", "MalformedSecurity", "InvalidSecurity", "TokenRefreshRequired"})
+"""Codes with which S3 refuses credentials by a status other than 401 and 403."""
+
+DEFAULT_REGION = "us-east-1"
+"""Region where none is configured. Servers other than AWS accept any."""
+
+FAILURE_TTL_S = 10.0
+"""Time for which a failure is reported again without another attempt, in seconds: every row of a run asks."""
+
+_RELEVANT = ("AWS_", "BOTO_", "HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "REQUESTS_CA_BUNDLE")
+_TRUE = frozenset({"1", "true", "on", "yes", "y"})
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True)
+class BucketEndpoint:
+    """Address of one bucket."""
+
+    url: str
+    """Endpoint without a final slash; it contains the bucket if `virtual` is set."""
+    virtual: bool
+    """True for virtual-hosted style (`http://bucket.host/key`), False for path style (`http://host/bucket/key`)."""
+
+
+@dataclass(frozen=True, eq=False)
+class S3Config:
+    """Resolved configuration of S3, for every bucket and both clients."""
+
+    region: str
+    endpoint: str | None
+    """Configured endpoint, without a final slash; None: AWS's own."""
+    ca_bundle: str | None
+    """Path of a file of CA certificates in PEM format; None: the usual ones."""
+    proxies: Mapping[str, str]
+    """Proxy URLs by the scheme of the endpoint; empty if the endpoint is reached directly."""
+    credentials: Any = field(repr=False)  # botocore is untyped
+    """botocore's credentials, which refresh themselves; None: requests are not signed."""
+    _session: Any = field(repr=False)  # botocore is untyped
+    _client: Any = field(repr=False)  # botocore is untyped
+    """botocore's client, which only computes URLs: it sends nothing."""
+
+    @property
+    def proxy(self) -> str | None:
+        """URL of the proxy between this machine and the endpoint, or None."""
+        scheme = urlsplit(self._client.meta.endpoint_url).scheme
+        return self.proxies.get(scheme)
+
+    def bucket(self, name: str) -> BucketEndpoint:
+        """Return the address of a bucket, as botocore computes it from the endpoint and the addressing style.
+
+        Raises:
+            ConfigError: The name cannot be that of a bucket.
+        """
+        key = "k"
+        with _explained():
+            url = self._client.head_object(Bucket=name, Key=key)["url"]
+        base = url.removesuffix(f"/{key}")
+        if base.endswith(f"/{name}"):
+            return BucketEndpoint(base.removesuffix(f"/{name}"), virtual=False)
+        return BucketEndpoint(base, virtual=True)
+
+    def provide(self) -> Any:  # a TypedDict of obstore's stubs
+        """Return the current credentials in obstore's form; refreshes those that expire.
+
+        Raises:
+            ConfigError: They have expired, and cannot be refreshed.
+        """
+        frozen = self.freeze()
+        # obstore asks again once these have expired. botocore knows better when, so obstore asks for every request.
+        expires_at = datetime.now(UTC) if hasattr(self.credentials, "refresh_needed") else None
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token or None,  # AWS_SESSION_TOKEN may be empty
+            "expires_at": expires_at,
+        }
+
+    def freeze(self) -> Any:  # botocore is untyped
+        """Return the current credentials in botocore's form; refreshes those that expire.
+
+        Raises:
+            ConfigError: They have expired, and cannot be refreshed.
+        """
+        with _explained():
+            return self.credentials.get_frozen_credentials()
+
+    def aio_session(self) -> Any:  # aiobotocore is untyped
+        """Return a session for s3fs whose credentials are this object's own."""
+        from aiobotocore.session import AioSession  # noqa: PLC0415 - slow, and local runs need none
+
+        session = AioSession(profile=self._session.profile)
+        session.register_component("credential_provider", _Provider(self))
+        return session
+
+
+class _Provider:
+    """Credential provider of an aiobotocore session, which asks `S3Config` instead of searching by itself."""
+
+    def __init__(self, config: S3Config) -> None:
+        self._config = config
+
+    async def load_credentials(self) -> Any:  # aiobotocore is untyped
+        if self._config.credentials is None:
+            return None
+        return _shared_credentials()(self._config)
+
+
+@lru_cache(maxsize=1)
+def _shared_credentials() -> Callable[[S3Config], Any]:
+    from aiobotocore.credentials import AioCredentials  # noqa: PLC0415 - slow, and local runs need none
+
+    class Shared(AioCredentials):  # type: ignore[misc]  # aiobotocore is untyped
+        """Credentials for aiobotocore that are those of an `S3Config`."""
+
+        def __init__(self, config: S3Config) -> None:
+            frozen = config.freeze()
+            super().__init__(frozen.access_key, frozen.secret_key, frozen.token, method=config.credentials.method)
+            self._config = config
+
+        async def get_frozen_credentials(self) -> Any:  # botocore is untyped
+            refresh_needed = getattr(self._config.credentials, "refresh_needed", None)
+            if refresh_needed is not None and refresh_needed():  # may start a program or send a request
+                return await asyncio.to_thread(self._config.freeze)
+            return self._config.freeze()
+
+    return Shared
+
+
+_lock = threading.Lock()
+_failed: dict[tuple[tuple[str, str], ...], tuple[float, str]] = {}
+
+
+def resolve() -> S3Config:
+    """Return the configuration of S3 in this process's environment. Resolved once for each environment.
+
+    Raises:
+        ConfigError: There are no credentials, or something is malformed; the message names the remedy.
+    """
+    environment = tuple(sorted((k, v) for k, v in os.environ.items() if k.upper().startswith(_RELEVANT)))
+    with _lock:
+        until_s, message = _failed.get(environment, (0.0, ""))
+        if time.monotonic() < until_s:
+            raise ConfigError(message)
+        try:
+            return _resolve(environment)
+        except ConfigError as err:
+            _failed.clear()
+            _failed[environment] = (time.monotonic() + FAILURE_TTL_S, str(err))
+            raise
+
+
+def forget() -> None:
+    """Resolve again at the next call of `resolve`, such as after a change of a configuration file."""
+    with _lock:
+        _resolve.cache_clear()
+        _failed.clear()
+
+
+@lru_cache(maxsize=8)
+def _resolve(environment: tuple[tuple[str, str], ...]) -> S3Config:
+    del environment  # the key of the cache
+    with _explained():
+        from botocore import UNSIGNED  # noqa: PLC0415 - slow, and local runs need none
+        from botocore.config import Config  # noqa: PLC0415
+        from botocore.session import Session  # noqa: PLC0415
+
+        session = Session()
+        _check_profile(session)
+        endpoint = _endpoint(session)
+        region = _region(session)
+        ca_bundle = session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE") or None
+        if ca_bundle is not None:
+            _check_ca_bundle(ca_bundle)
+        client = session.create_client(
+            "s3", region_name=region, endpoint_url=endpoint, config=Config(signature_version=UNSIGNED)
+        )
+        client.meta.events.register("before-call.s3.HeadObject", _answer_with_url)
+        proxies = _proxies(client.meta.endpoint_url)
+        credentials = None if _is_anonymous() else session.get_credentials()
+        if credentials is None and not _is_anonymous():
+            raise ConfigError(f"S3: no credentials were found; {REMEDY}")
+        if credentials is not None:
+            credentials.get_frozen_credentials()
+    return S3Config(region, endpoint, ca_bundle, proxies, credentials, session, client)
+
+
+def _answer_with_url(params: Mapping[str, Any], **_: object) -> tuple[Any, dict[str, str]]:
+    """Answer a request of botocore's client with the request's own URL, in place of sending it."""
+    return SimpleNamespace(status_code=200), {"url": params["url"]}
+
+
+def _is_anonymous() -> bool:
+    return os.environ.get("AWS_SKIP_SIGNATURE", "").strip().lower() in _TRUE
+
+
+def _check_profile(session: Any) -> None:  # botocore is untyped
+    """Refuse a profile that does not exist, which botocore ignores where the environment has keys."""
+    wanted = session.profile
+    if wanted and wanted not in session.available_profiles:
+        from botocore.exceptions import ProfileNotFound  # noqa: PLC0415 - see `_resolve`
+
+        raise ProfileNotFound(profile=wanted)
+
+
+def _region(session: Any) -> str:  # botocore is untyped
+    # botocore reads AWS_DEFAULT_REGION only; every other AWS program, and our own deployment files, use AWS_REGION.
+    region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
+    return str(region or session.get_config_variable("region") or DEFAULT_REGION)
+
+
+def _endpoint(session: Any) -> str | None:  # botocore is untyped
+    """Return the configured endpoint in the spelling that both clients accept; None if there is none."""
+    ignored = session.get_config_variable("ignore_configured_endpoint_urls")
+    if ignored is True or str(ignored).lower() == "true":
+        return None
+    scoped = session.get_scoped_config()
+    services = session.full_config.get("services", {})
+    section = scoped.get("services")
+    if section is not None and section not in services:
+        raise ConfigError(
+            f"S3: the profile names the services section {section!r}, which does not exist; "
+            f"add [services {section}] to {_config_file(session)}, or remove the line"
+        )
+    of_service = services.get(section, {}).get("s3", {})
+    profile = f"endpoint_url of the profile {session.profile or 'default'!r}"
+    found = (
+        ("AWS_ENDPOINT_URL_S3", os.environ.get("AWS_ENDPOINT_URL_S3")),
+        ("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT_URL")),
+        (profile, of_service.get("endpoint_url") if isinstance(of_service, dict) else None),
+        (profile, scoped.get("endpoint_url")),
+    )
+    for source, written in found:
+        if written:
+            return _normal_endpoint(source, written)
+    return None
+
+
+def _normal_endpoint(source: str, written: str) -> str:
+    def refusal(problem: str) -> ConfigError:
+        shown = redacted(written)
+        return ConfigError(f"{source}: {problem} (got {shown!r}); write http://HOST:PORT or https://HOST")
+
+    if not written.isprintable() or any(character.isspace() or character in "'\"\\<>^`{|}" for character in written):
+        raise refusal("invalid URL: it contains quotes, spaces or other characters that no URL contains")
+    try:
+        parts = urlsplit(written)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise refusal("invalid URL") from None
+    if parts.scheme not in _DEFAULT_PORTS:
+        raise refusal("the URL does not begin with http:// or https://")
+    if "@" in parts.netloc:
+        raise ConfigError(
+            f"{source}: the URL was given with credentials, which logs would repeat; "
+            "write them to AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if not host or port == 0 or parts.netloc.endswith(":"):
+        raise refusal("invalid URL: no host, or no port after the colon")
+    if parts.query or parts.fragment:
+        raise refusal("invalid URL: an endpoint has no query and no fragment")
+    from botocore.utils import is_valid_endpoint_url, is_valid_ipv6_endpoint_url  # noqa: PLC0415 - see `_resolve`
+
+    if not (is_valid_endpoint_url(written) or is_valid_ipv6_endpoint_url(written)):
+        raise refusal("invalid URL: the host is not a host name or an IP address")
+    return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
+
+
+def _proxies(endpoint: str) -> dict[str, str]:
+    """Return the proxy for the endpoint by the rules of botocore: HTTP_PROXY, HTTPS_PROXY and NO_PROXY."""
+    from botocore.httpsession import ProxyConfiguration  # noqa: PLC0415 - see `_resolve`
+    from botocore.utils import get_environ_proxies  # noqa: PLC0415
+
+    scheme = urlsplit(endpoint).scheme
+    written = get_environ_proxies(endpoint)
+    url = ProxyConfiguration(written).proxy_url_for(endpoint)
+    if not url:
+        return {}
+    name = f"{scheme.upper()}_PROXY"
+    remedy = f"write http://HOST:PORT, or add the endpoint's host to NO_PROXY (got {redacted(written[scheme])!r})"
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise ConfigError(f"{name}: invalid URL; {remedy}") from None
+    known = parts.scheme in _DEFAULT_PORTS and "://" not in url.split("://", 1)[1]
+    if not known or not host or port == 0 or not url.isprintable() or " " in url:
+        raise ConfigError(f"{name}: not the URL of an HTTP proxy; {remedy}")
+    return {scheme: url}
+
+
+def _check_ca_bundle(path: str) -> None:
+    try:
+        text = Path(path).read_bytes()
+    except OSError as err:
+        raise ConfigError(
+            f"AWS_CA_BUNDLE: cannot read {path}: {err.strerror}; name a file of certificates in PEM format"
+        ) from None
+    if b"-----BEGIN CERTIFICATE-----" not in text:
+        raise ConfigError(f"AWS_CA_BUNDLE: {path} has no certificate in PEM format; name a file that has")
+
+
+def _config_file(session: Any) -> str:  # botocore is untyped
+    return str(session.get_config_variable("config_file"))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn the exceptions of botocore and of the programs and servers that it asks into a ConfigError with a remedy."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as err:  # noqa: BLE001 - botocore raises its own, RuntimeError, ValueError, OSError and UnicodeError
+        reason = redacted(message_of(err)).rstrip(".:")
+        if not type(err).__module__.startswith("botocore"):
+            reason = f"the credentials could not be obtained: {reason}"
+        raise ConfigError(f"S3: {reason}; {_remedy(err)}") from None
+
+
+def _remedy(err: Exception) -> str:
+    names = {kind.__name__ for kind in type(err).__mro__}
+    return next((remedy for kinds, remedy in _REMEDIES if names & kinds), REMEDY)
+
+
+_REMEDIES = (
+    (frozenset({"ProfileNotFound"}), "correct or unset AWS_PROFILE, or add the profile to ~/.aws/config"),
+    (
+        frozenset({"ConfigParseError", "ConfigNotFound", "InvalidConfigError"}),
+        "correct the file, which AWS_CONFIG_FILE or AWS_SHARED_CREDENTIALS_FILE may name, or is in ~/.aws",
+    ),
+    (frozenset({"PartialCredentialsError"}), "set both the access key id and the secret access key, or neither"),
+    (frozenset({"SSOError", "TokenRetrievalError"}), "run `aws sso login`"),
+    (frozenset({"InvalidRegionError"}), "correct AWS_DEFAULT_REGION, or the region of the profile"),
+    (frozenset({"ParamValidationError"}), "correct the name of the bucket"),
+    (
+        frozenset({"UnsupportedS3ConfigurationError", "InvalidS3AddressingStyleError"}),
+        "correct the section s3 of the profile",
+    ),
+    (
+        frozenset({"CredentialRetrievalError", "RuntimeError"}),
+        "renew them, or correct what the profile names as their source",
+    ),
+)
+"""Remedies by the names of botocore's exceptions and of their base classes."""

@@ -1,0 +1,739 @@
+"""One configuration of S3 for reading and for committing: where it comes from, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import seaweedfs
+from s3_recorder import Recorder, recording
+from seaweedfs import SeaweedFS
+from servers import free_port
+
+from pia_batch.config import ImagesConfig
+from pia_batch.driver.preflight.storage import check_images
+from pia_batch.errors import ConfigError, ImageUnavailableError, ManifestError, StorageError
+from pia_batch.manifest.files import reading
+from pia_batch.media.fetch import read_image
+from pia_batch.storage import filesystems, object_store, s3_config
+from pia_batch.storage.object_store import Store
+from pia_batch.weights.fetching import ObjectFolder, locate
+
+KEYS = f"aws_access_key_id = {seaweedfs.KEY}\naws_secret_access_key = {seaweedfs.SECRET}\n"
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No key, no profile and no proxy but those of the test, and no request to a metadata address."""
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "BOTO")) or name.upper().endswith("_PROXY") or name == "REQUESTS_CA_BUNDLE":
+            monkeypatch.delenv(name)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3_config.forget()
+    yield
+    s3_config.forget()
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "ATTEMPTS", 1)
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    with recording() as found:
+        yield found
+
+
+Files = Callable[..., None]
+
+
+@pytest.fixture
+def write_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Files:
+    """Writes the two files of AWS programs, and names them in the environment."""
+
+    def write(config: str = "", credentials: str = "") -> None:
+        for variable, name, text in (
+            ("AWS_CONFIG_FILE", "config", config),
+            ("AWS_SHARED_CREDENTIALS_FILE", "credentials", credentials),
+        ):
+            (tmp_path / name).write_text(text)
+            monkeypatch.setenv(variable, str(tmp_path / name))
+
+    return write
+
+
+def program_of_credentials(folder: Path, **answer: Any) -> str:
+    """Return the command of a `credential_process` that counts its calls in `folder`/calls."""
+    program = folder / "credentials.py"
+    program.write_text(
+        "import datetime, json, pathlib\n"
+        f"answer = json.loads({json.dumps(json.dumps(answer))})\n"
+        "seconds = answer.pop('seconds', None)\n"
+        "if seconds is not None:\n"
+        "    end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)\n"
+        "    answer['Expiration'] = end.isoformat()\n"
+        f"with pathlib.Path({str(folder / 'calls')!r}).open('a') as file:\n"
+        "    file.write('x')\n"
+        "print(json.dumps({'Version': 1} | answer))\n"
+    )
+    return f"{sys.executable} {program}"
+
+
+def calls(folder: Path) -> int:
+    path = folder / "calls"
+    return len(path.read_text()) if path.exists() else 0
+
+
+# --- purposes --------------------------------------------------------------------------------------------------------
+
+
+def as_manifest(place: str) -> None:
+    uri = f"{place}/name"
+    with reading(uri):
+        filesystem, path = filesystems.arrow_filesystem(uri)
+        assert filesystem.get_file_info(path).is_file
+        with filesystem.open_input_file(path) as file:
+            assert file.read() == b"data"
+
+
+def as_image(place: str) -> None:
+    assert read_image("name", place, ImagesConfig(timeout_s=20)) == b"data"
+
+
+def as_allowed_image(place: str) -> None:
+    images = ImagesConfig(allow=(place,), timeout_s=20)
+    assert read_image(f"{place}/name", "/nowhere", images) == b"data"
+
+
+def as_weights(place: str) -> None:
+    found, _ = locate(place, None, "model.base", hub=None)  # type: ignore[arg-type]  # never asked
+    assert isinstance(found, ObjectFolder)
+    assert found.store.read("name") == b"data"
+
+
+def as_output(place: str) -> None:
+    store = pickle.loads(pickle.dumps(Store(place)))  # noqa: S301 - our own bytes
+    name = f"made/{time.time_ns()}"
+    store.create(name, b"data")
+    assert store.read(name) == b"data"
+
+
+PURPOSES = {
+    "manifest": as_manifest,
+    "image": as_image,
+    "images.allow": as_allowed_image,
+    "weights": as_weights,
+    "output": as_output,
+}
+purposes = pytest.mark.parametrize("purpose", PURPOSES)
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def environment_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", seaweedfs.KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", seaweedfs.SECRET)
+
+
+def source_environment(url: str, patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del files, folder
+    environment_keys(patch)
+    patch.setenv("AWS_ENDPOINT_URL", url)
+
+
+def source_keys_in_file(url: str, patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del folder
+    files(credentials=f"[default]\n{KEYS}")
+    patch.setenv("AWS_ENDPOINT_URL", url)
+
+
+def source_home_folder(url: str, patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch, files
+    aws = folder / "home" / ".aws"
+    aws.mkdir()
+    (aws / "credentials").write_text(f"[default]\n{KEYS}")
+    (aws / "config").write_text(f"[default]\nregion = eu-central-1\nendpoint_url = {url}\n")
+
+
+def source_profile(url: str, patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del folder
+    wrong = "aws_access_key_id = wrong\naws_secret_access_key = wrong\n"
+    files(
+        f"[default]\nendpoint_url = http://127.0.0.1:1\n[profile mine]\nregion = eu-west-1\nendpoint_url = {url}/\n",
+        f"[default]\n{wrong}[mine]\n{KEYS}",
+    )
+    patch.setenv("AWS_PROFILE", "mine")
+
+
+def source_services_section(url: str, patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del folder
+    files(
+        f"[profile mine]\nservices = local\nendpoint_url = http://127.0.0.1:1\n{KEYS}"
+        f"[services local]\ns3 =\n  endpoint_url = {url}\n"
+    )
+    patch.setenv("AWS_PROFILE", "mine")
+
+
+def source_process(url: str, patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch
+    command = program_of_credentials(folder, AccessKeyId=seaweedfs.KEY, SecretAccessKey=seaweedfs.SECRET, seconds=3600)
+    files(f"[default]\nendpoint_url = {url}\ncredential_process = {command}\n")
+
+
+def source_service_variable(url: str, patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del files, folder
+    environment_keys(patch)
+    patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    patch.setenv("AWS_ENDPOINT_URL_S3", url)
+
+
+def source_spellings(url: str, patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del files, folder
+    environment_keys(patch)
+    patch.setenv("AWS_ENDPOINT_URL_S3", "")
+    patch.setenv("AWS_ENDPOINT_URL", url.replace("http:", "HTTP:") + "//")
+    patch.setenv("AWS_SESSION_TOKEN", "")
+
+
+SOURCES = {
+    "environment": source_environment,
+    "keys in the credentials file": source_keys_in_file,
+    "files in the home folder": source_home_folder,
+    "profile": source_profile,
+    "services section": source_services_section,
+    "credential process": source_process,
+    "endpoint for S3 only": source_service_variable,
+    "other spellings": source_spellings,
+}
+
+
+@pytest.fixture(scope="module")
+def filled(s3_server: SeaweedFS) -> str:
+    """A prefix of the server with the one object that is read."""
+    place = f"s3://{s3_server.bucket}/configured-{time.time_ns()}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.environment().items():
+            patch.setenv(name, value)
+        s3_config.forget()
+        Store(place).create("name", b"data")
+    return place
+
+
+@pytest.mark.s3
+@purposes
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_purpose_works_with_every_source_of_the_configuration(
+    source: str,
+    purpose: str,
+    s3_server: SeaweedFS,
+    filled: str,
+    monkeypatch: pytest.MonkeyPatch,
+    write_files: Files,
+    tmp_path: Path,
+) -> None:
+    SOURCES[source](s3_server.url, monkeypatch, write_files, tmp_path)
+
+    PURPOSES[purpose](filled)
+
+
+# --- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def wrong_nothing(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch, files, folder
+
+
+def wrong_profile(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del folder
+    files(credentials=f"[default]\n{KEYS}")
+    patch.setenv("AWS_PROFILE", "absent")
+
+
+def wrong_profile_beside_keys(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del files, folder
+    environment_keys(patch)
+    patch.setenv("AWS_PROFILE", "absent")
+
+
+def wrong_empty_profile(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del files, folder
+    environment_keys(patch)
+    patch.setenv("AWS_PROFILE", "")
+
+
+def wrong_config_file(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del folder
+    environment_keys(patch)
+    files("region = no section before it\n")
+
+
+def wrong_credentials_file(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch, folder
+    files(credentials="[default\nkeys")
+
+
+def wrong_bytes(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch
+    files()
+    (folder / "credentials").write_bytes(b"\xff\xfe[default]\n")
+
+
+def wrong_pair(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del files, folder
+    patch.setenv("AWS_ACCESS_KEY_ID", seaweedfs.KEY)
+
+
+def wrong_pair_in_file(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch, folder
+    files(credentials="[default]\naws_access_key_id = key\n")
+
+
+def wrong_expired(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch
+    command = program_of_credentials(folder, AccessKeyId="key", SecretAccessKey="secret", seconds=-60)
+    files(f"[default]\ncredential_process = {command}\n")
+
+
+def wrong_process(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch, folder
+    files(f"[default]\ncredential_process = {sys.executable} -c 'raise SystemExit(\"the vault is closed\")'\n")
+
+
+def wrong_process_absent(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch, folder
+    files("[default]\ncredential_process = /no/such/program\n")
+
+
+def wrong_process_output(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch, folder
+    files("[default]\ncredential_process = echo hello\n")
+
+
+def wrong_sso(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch, folder
+    files(
+        "[default]\nsso_session = me\nsso_account_id = 123456789012\nsso_role_name = role\n"
+        "[sso-session me]\nsso_region = us-east-1\nsso_start_url = https://example.invalid/start\n"
+    )
+
+
+def wrong_services(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch, folder
+    files(f"[default]\nservices = absent\n{KEYS}")
+
+
+def wrong_style(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch, folder
+    files(f"[default]\n{KEYS}s3 =\n  addressing_style = sideways\n")
+
+
+def wrong_region(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del files, folder
+    environment_keys(patch)
+    patch.setenv("AWS_DEFAULT_REGION", "us east 1")
+
+
+def wrong_ca_bundle(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del files
+    environment_keys(patch)
+    patch.setenv("AWS_CA_BUNDLE", str(folder / "absent.pem"))
+
+
+def wrong_ca_bundle_content(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del files
+    environment_keys(patch)
+    (folder / "empty.pem").write_text("")
+    patch.setenv("AWS_CA_BUNDLE", str(folder / "empty.pem"))
+
+
+def wrong_proxy(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del files, folder
+    environment_keys(patch)
+    patch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1080")
+
+
+FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch, Files, Path], None], str]] = {
+    "no credentials": (wrong_nothing, "no credentials were found; set AWS_ACCESS_KEY_ID"),
+    "unknown profile": (wrong_profile, r"profile \(absent\) could not be found; correct or unset AWS_PROFILE"),
+    "unknown profile beside keys": (
+        wrong_profile_beside_keys,
+        r"\(absent\) could not be found; correct or unset AWS_PROFILE",
+    ),
+    "empty profile": (wrong_empty_profile, "could not be found; correct or unset AWS_PROFILE"),
+    "malformed config file": (wrong_config_file, "Unable to parse config file: .*/config; correct the file"),
+    "malformed credentials file": (wrong_credentials_file, "Unable to parse config file: .*/credentials; correct"),
+    "binary credentials file": (wrong_bytes, "Unable to parse config file: .*/credentials; correct"),
+    "incomplete key pair": (wrong_pair, "Partial credentials found in env.*AWS_SECRET_ACCESS_KEY; set both"),
+    "incomplete key pair in a file": (
+        wrong_pair_in_file,
+        "Partial credentials found in shared-credentials.*; set both",
+    ),
+    "expired credentials": (wrong_expired, "credentials are still expired; renew them"),
+    "failing process": (wrong_process, "the vault is closed; renew them, or correct"),
+    "absent process": (wrong_process_absent, "credentials could not be obtained: .*/no/such/program"),
+    "process with other output": (wrong_process_output, "credentials could not be obtained: "),
+    "SSO without a login": (wrong_sso, "; run `aws sso login`"),
+    "unknown services section": (wrong_services, "services section 'absent', which does not exist; add"),
+    "unknown addressing style": (wrong_style, "sideways.*; correct the section s3"),
+    "invalid region": (wrong_region, "us east 1.*; correct AWS_DEFAULT_REGION"),
+    "absent CA bundle": (wrong_ca_bundle, "AWS_CA_BUNDLE: cannot read .*absent.pem: No such file"),
+    "CA bundle without a certificate": (wrong_ca_bundle_content, "AWS_CA_BUNDLE: .* has no certificate in PEM format"),
+    "proxy of another kind": (wrong_proxy, "HTTPS_PROXY: not the URL of an HTTP proxy; write http://HOST:PORT"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_wrong_is_one_message_with_a_remedy_whatever_the_uri_is_for(
+    fault: str, monkeypatch: pytest.MonkeyPatch, write_files: Files, tmp_path: Path
+) -> None:
+    prepare, expected = FAULTS[fault]
+    prepare(monkeypatch, write_files, tmp_path)
+    messages = set()
+
+    for purpose in PURPOSES.values():
+        with pytest.raises((ConfigError, ImageUnavailableError)) as caught:
+            purpose("s3://bucket/place")
+        text = str(caught.value)
+        messages.add(text.partition(" cannot be opened: ")[2] or text)
+
+    assert len(messages) == 1
+    assert "\n" not in messages.copy().pop()
+    with pytest.raises(ConfigError, match=expected):
+        s3_config.resolve()
+    findings = list(check_images(ImagesConfig(allow=("s3://bucket/",))))
+    assert [finding.state for finding in findings] == ["fail"]
+    assert findings[0].message in messages
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "127.0.0.1:9000",
+        "localhost:9000",
+        "minio",
+        "//127.0.0.1:9000",
+        '"http://127.0.0.1:9000"',
+        "'http://127.0.0.1:9000'",
+        " http://127.0.0.1:9000",
+        "http://127.0.0.1:9000\n",
+        "http:/127.0.0.1:9000",
+        "http://",
+        "http://:9000",
+        "http://127.0.0.1:",
+        "http://127.0.0.1:0",
+        "http://127.0.0.1:port",
+        "http://127.0.0.1:99999",
+        "http://[::1",
+        "http://[::z]:9000",
+        "http://a b:9000",
+        "http://a..b:9000",
+        "http://${HOST}:9000",
+        "http://user:secret@127.0.0.1:9000",
+        "http://127.0.0.1:9000/?x=1",
+        "http://127.0.0.1:9000/#x",
+        "ftp://127.0.0.1:9000",
+        "s3://bucket",
+        "http://höst:9000",
+        "null",
+    ],
+)
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_an_endpoint_that_is_no_url_is_refused_by_the_name_of_its_variable(
+    variable: str, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment_keys(monkeypatch)
+    monkeypatch.setenv(variable, written)
+
+    for purpose in PURPOSES.values():
+        with pytest.raises((ConfigError, ImageUnavailableError), match=f"{variable}: .*; write ") as caught:
+            purpose("s3://bucket/place")
+        assert "secret@" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_endpoint_in_a_profile_that_is_no_url_is_refused_by_the_name_of_the_profile(
+    write_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(f"[profile mine]\nendpoint_url = localhost:9000\n{KEYS}")
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+
+    with pytest.raises(ConfigError, match=r"endpoint_url of the profile 'mine': .*'localhost:9000'"):
+        s3_config.resolve()
+
+
+@pytest.mark.parametrize(
+    "arn",
+    [
+        "arn:aws:s3:us-west-2:123456789012:accesspoint/mine",
+        "arn:aws:s3:us-west-2:123456789012:accesspoint:mine",
+        "arn:aws-cn:s3:cn-north-1:123456789012:accesspoint/mine",
+        "arn:aws:s3::123456789012:accesspoint/mine.mrap",
+        "arn:aws:s3-outposts:us-west-2:123456789012:outpost/op-1/accesspoint/mine",
+        "arn:aws:s3-object-lambda:us-west-2:123456789012:accesspoint/mine",
+    ],
+)
+@pytest.mark.parametrize("purpose", [purpose for purpose in PURPOSES if purpose != "image"])
+def test_an_access_point_is_refused_by_name(purpose: str, arn: str) -> None:
+    for scheme in ("s3", "s3a", "S3"):
+        with pytest.raises((ConfigError, ImageUnavailableError, ValueError), match="access point's alias") as caught:
+            PURPOSES[purpose](f"{scheme}://{arn}/key")
+        assert "with credentials" not in str(caught.value)
+
+
+# --- refresh ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.s3
+def test_credentials_are_obtained_once_for_both_clients_and_again_when_they_expire(
+    s3_server: SeaweedFS, filled: str, write_files: Files, tmp_path: Path
+) -> None:
+    answer = {"AccessKeyId": seaweedfs.KEY, "SecretAccessKey": seaweedfs.SECRET}
+    command = program_of_credentials(tmp_path, **answer, seconds=3600)
+    write_files(f"[default]\nendpoint_url = {s3_server.url}\ncredential_process = {command}\n")
+
+    for _ in range(2):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda purpose: purpose(filled), PURPOSES.values()))
+    assert calls(tmp_path) == 1
+
+    # Less than ten minutes are left, so that botocore renews them before each request, as it would once in an hour.
+    program_of_credentials(tmp_path, **answer, seconds=300)
+    s3_config.resolve().credentials._expiry_time = s3_config.resolve().credentials._time_fetcher()
+    before = calls(tmp_path)
+    as_output(filled)
+    after_output = calls(tmp_path)
+    as_image(filled)
+    assert before < after_output < calls(tmp_path)
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("quick_retries")
+def test_credentials_that_cannot_be_renewed_end_with_the_reason(
+    s3_server: SeaweedFS, filled: str, write_files: Files, tmp_path: Path
+) -> None:
+    command = program_of_credentials(
+        tmp_path, AccessKeyId=seaweedfs.KEY, SecretAccessKey=seaweedfs.SECRET, seconds=3600
+    )
+    write_files(f"[default]\nendpoint_url = {s3_server.url}\ncredential_process = {command}\n")
+    store = Store(filled)
+    assert store.read("name") == b"data"
+    (tmp_path / "credentials.py").write_text("raise SystemExit('the vault is closed')")
+    credentials = s3_config.resolve().credentials
+    credentials._expiry_time = credentials._time_fetcher()
+
+    with pytest.raises(StorageError, match="the vault is closed"):
+        store.read("name")
+    with pytest.raises(ImageUnavailableError, match="the vault is closed"):
+        as_image(filled)
+
+
+@purposes
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        (400, "ExpiredToken"),
+        (400, "InvalidToken"),
+        (403, "InvalidAccessKeyId"),
+        (403, "AccessDenied"),
+    ],
+)
+def test_credentials_that_the_server_refuses_are_refused_at_once_with_the_remedy(
+    refusal: tuple[int, str], purpose: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment_keys(monkeypatch)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "old")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", recorder.url)
+    recorder.refusal = refusal
+    expected = "may not be read" if purpose.startswith("image") else "check the credentials and the policy"
+    started = time.monotonic()
+
+    with pytest.raises((ManifestError, StorageError, ImageUnavailableError), match=expected):
+        PURPOSES[purpose]("s3://bucket/place")
+
+    assert time.monotonic() - started < 10
+
+
+# --- addresses -------------------------------------------------------------------------------------------------------
+
+
+@purposes
+@pytest.mark.parametrize(("style", "virtual"), [(None, False), ("auto", False), ("path", False), ("virtual", True)])
+@pytest.mark.parametrize("path", ["", "/", "/gateway/s3"])
+def test_both_clients_address_a_bucket_in_the_same_style(
+    path: str,
+    style: str | None,
+    virtual: bool,
+    purpose: str,
+    recorder: Recorder,
+    write_files: Files,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", recorder.url)
+    setting = f"s3 =\n  addressing_style = {style}\n" if style else ""
+    write_files(f"[default]\nregion = eu-west-3\nendpoint_url = http://s3.example:9000{path}\n{KEYS}{setting}")
+    base = path.rstrip("/")
+    host, root = ("bucket.s3.example:9000", base) if virtual else ("s3.example:9000", f"{base}/bucket")
+    recorder.objects[host, f"{root}/a place/name"] = b"data"
+
+    PURPOSES[purpose]("s3://bucket/a place")
+
+    assert {request.host for request in recorder.seen} == {host}
+    assert all(request.path.startswith(f"{root}/a place/") for request in recorder.seen)
+    assert {(request.access_key, request.region) for request in recorder.seen} == {(seaweedfs.KEY, "eu-west-3")}
+
+
+@purposes
+def test_a_public_bucket_is_read_without_a_signature(
+    purpose: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", recorder.url)
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    recorder.objects[urlsplit(recorder.url).netloc, "/bucket/place/name"] = b"data"
+
+    PURPOSES[purpose]("s3://bucket/place")
+
+    assert {request.signature for request in recorder.seen} == {""}
+
+
+@purposes
+@pytest.mark.parametrize("variable", ["AWS_REGION", "AWS_DEFAULT_REGION"])
+def test_both_clients_sign_for_the_region_of_the_environment(
+    variable: str, purpose: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment_keys(monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", recorder.url)
+    monkeypatch.setenv(variable, "ap-south-1")
+    recorder.objects[urlsplit(recorder.url).netloc, "/bucket/place/name"] = b"data"
+
+    PURPOSES[purpose]("s3://bucket/place")
+
+    assert {request.region for request in recorder.seen} == {"ap-south-1"}
+
+
+# --- proxies, and hosts that were not configured ---------------------------------------------------------------------
+
+
+@purposes
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy"])
+@pytest.mark.parametrize("form", ["{host}", "http://{host}", "http://me:word@{host}/"])
+def test_both_clients_use_the_proxy_of_the_environment(
+    form: str, variable: str, purpose: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment_keys(monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://s3.example:9000")
+    monkeypatch.setenv(variable, form.format(host=urlsplit(recorder.url).netloc))
+    recorder.objects["s3.example:9000", "/bucket/place/name"] = b"data"
+
+    PURPOSES[purpose]("s3://bucket/place")
+
+    assert all(request.target.startswith("http://s3.example:9000/bucket/place/") for request in recorder.seen)
+    assert {bool(request.proxy_authorization) for request in recorder.seen} == {"@" in form}
+
+
+@purposes
+@pytest.mark.parametrize(
+    ("variable", "excluded"),
+    [("HTTP_PROXY", "127.0.0.1"), ("http_proxy", "*"), ("HTTPS_PROXY", ""), ("ALL_PROXY", ""), ("all_proxy", "")],
+)
+def test_neither_client_uses_a_proxy_for_a_host_that_is_excluded_or_of_another_scheme(
+    variable: str, excluded: str, purpose: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment_keys(monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", recorder.url)
+    monkeypatch.setenv(variable, f"http://127.0.0.1:{free_port()}")
+    if excluded:
+        monkeypatch.setenv("NO_PROXY", excluded)
+    recorder.objects[urlsplit(recorder.url).netloc, "/bucket/place/name"] = b"data"
+
+    PURPOSES[purpose]("s3://bucket/place")
+
+    assert all(request.target.startswith("/bucket/place/") for request in recorder.seen)
+
+
+@purposes
+@pytest.mark.usefixtures("quick_retries")
+def test_variables_of_one_client_only_lead_nowhere(
+    purpose: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, write_files: Files
+) -> None:
+    """obstore reads AWS_ENDPOINT, s3fs FSSPEC_S3_ENDPOINT_URL, and both read URLs that the profile says to ignore."""
+    with recording() as other:
+        write_files(f"[default]\n{KEYS}endpoint_url = {recorder.url}\n")
+        for name in ("AWS_ENDPOINT", "FSSPEC_S3_ENDPOINT_URL", "AWS_METADATA_ENDPOINT", "AWS_STS_ENDPOINT"):
+            monkeypatch.setenv(name, other.url)
+        recorder.objects[urlsplit(recorder.url).netloc, "/bucket/place/name"] = b"data"
+
+        PURPOSES[purpose]("s3://bucket/place")
+
+        assert recorder.seen
+        assert not other.seen
+
+
+@purposes
+def test_no_metadata_address_is_asked_where_there_are_no_credentials(
+    purpose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with recording() as metadata:
+        monkeypatch.setenv("AWS_METADATA_ENDPOINT", metadata.url)
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", metadata.url)
+
+        with pytest.raises((ConfigError, ImageUnavailableError), match="no credentials were found"):
+            PURPOSES[purpose]("s3://bucket/place")
+
+        assert not metadata.seen
+
+
+def test_configured_endpoints_can_be_ignored_as_botocore_ignores_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment_keys(monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:2")
+    monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+
+    config = s3_config.resolve()
+
+    assert config.endpoint is None
+    assert config.bucket("mine") == s3_config.BucketEndpoint("https://mine.s3.us-west-2.amazonaws.com", virtual=True)
+    assert config.bucket("my.own").url == "https://s3.us-west-2.amazonaws.com"
+    store: Any = Store("s3://mine/x")._store
+    assert {value for name, value in store.config.items() if "endpoint" in name} == {config.bucket("mine").url}
+
+
+def test_regions_of_other_partitions_and_dual_stack_have_the_addresses_of_botocore(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    environment_keys(monkeypatch)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "cn-north-1")
+
+    assert s3_config.resolve().bucket("mine").url == "https://mine.s3.cn-north-1.amazonaws.com.cn"
+    monkeypatch.setenv("AWS_USE_DUALSTACK_ENDPOINT", "true")
+    assert s3_config.resolve().bucket("mine").url == "https://mine.s3.dualstack.cn-north-1.amazonaws.com.cn"
+
+
+def test_a_local_path_imports_neither_botocore_nor_s3fs(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"request_id": "1", "image": "1.png", "prompt": "p"}\n')
+    program = (
+        "import sys\n"
+        "from pia_batch.manifest.reader import Manifest\n"
+        "from pia_batch.storage.object_store import Store\n"
+        f"Manifest.open({str(tmp_path / 'm.jsonl')!r})\n"
+        f"Store({str(tmp_path / 'out')!r}).create('name', b'')\n"
+        "print(sorted({'botocore', 'aiobotocore', 's3fs'} & set(sys.modules)))\n"
+    )
+
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert found.stdout.strip() == "[]"
