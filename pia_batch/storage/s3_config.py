@@ -122,6 +122,7 @@ class S3Config:
 
         session = AioSession(profile=self._session.profile)
         session.register_component("credential_provider", _Provider(self))
+        session.register_component("data_loader", self._session.get_component("data_loader"))  # parsed already
         return session
 
 

@@ -559,25 +559,22 @@ def test_credentials_that_the_server_refuses_are_refused_at_once_with_the_remedy
     monkeypatch.setenv("AWS_ENDPOINT_URL", recorder.url)
     recorder.refusal = refusal
     expected = "may not be read" if purpose.startswith("image") else "check the credentials and the policy"
-    started = time.monotonic()
 
     with pytest.raises((ManifestError, StorageError, ImageUnavailableError), match=expected):
         PURPOSES[purpose]("s3://bucket/place")
 
-    assert time.monotonic() - started < 10
+    assert len(recorder.seen) <= 4
 
 
 # --- addresses -------------------------------------------------------------------------------------------------------
 
 
-@purposes
 @pytest.mark.parametrize(("style", "virtual"), [(None, False), ("auto", False), ("path", False), ("virtual", True)])
 @pytest.mark.parametrize("path", ["", "/", "/gateway/s3"])
 def test_both_clients_address_a_bucket_in_the_same_style(
     path: str,
     style: str | None,
     virtual: bool,
-    purpose: str,
     recorder: Recorder,
     write_files: Files,
     monkeypatch: pytest.MonkeyPatch,
@@ -589,37 +586,36 @@ def test_both_clients_address_a_bucket_in_the_same_style(
     host, root = ("bucket.s3.example:9000", base) if virtual else ("s3.example:9000", f"{base}/bucket")
     recorder.objects[host, f"{root}/a place/name"] = b"data"
 
-    PURPOSES[purpose]("s3://bucket/a place")
+    for purpose in PURPOSES.values():
+        purpose("s3://bucket/a place")
 
     assert {request.host for request in recorder.seen} == {host}
     assert all(request.path.startswith(f"{root}/a place/") for request in recorder.seen)
     assert {(request.access_key, request.region) for request in recorder.seen} == {(seaweedfs.KEY, "eu-west-3")}
 
 
-@purposes
-def test_a_public_bucket_is_read_without_a_signature(
-    purpose: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_public_bucket_is_read_without_a_signature(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", recorder.url)
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
     recorder.objects[urlsplit(recorder.url).netloc, "/bucket/place/name"] = b"data"
 
-    PURPOSES[purpose]("s3://bucket/place")
+    for purpose in PURPOSES.values():
+        purpose("s3://bucket/place")
 
     assert {request.signature for request in recorder.seen} == {""}
 
 
-@purposes
 @pytest.mark.parametrize("variable", ["AWS_REGION", "AWS_DEFAULT_REGION"])
 def test_both_clients_sign_for_the_region_of_the_environment(
-    variable: str, purpose: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    variable: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment_keys(monkeypatch)
     monkeypatch.setenv("AWS_ENDPOINT_URL", recorder.url)
     monkeypatch.setenv(variable, "ap-south-1")
     recorder.objects[urlsplit(recorder.url).netloc, "/bucket/place/name"] = b"data"
 
-    PURPOSES[purpose]("s3://bucket/place")
+    for purpose in PURPOSES.values():
+        purpose("s3://bucket/place")
 
     assert {request.region for request in recorder.seen} == {"ap-south-1"}
 
@@ -627,30 +623,29 @@ def test_both_clients_sign_for_the_region_of_the_environment(
 # --- proxies, and hosts that were not configured ---------------------------------------------------------------------
 
 
-@purposes
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy"])
 @pytest.mark.parametrize("form", ["{host}", "http://{host}", "http://me:word@{host}/"])
 def test_both_clients_use_the_proxy_of_the_environment(
-    form: str, variable: str, purpose: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    form: str, variable: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment_keys(monkeypatch)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://s3.example:9000")
     monkeypatch.setenv(variable, form.format(host=urlsplit(recorder.url).netloc))
     recorder.objects["s3.example:9000", "/bucket/place/name"] = b"data"
 
-    PURPOSES[purpose]("s3://bucket/place")
+    for purpose in PURPOSES.values():
+        purpose("s3://bucket/place")
 
     assert all(request.target.startswith("http://s3.example:9000/bucket/place/") for request in recorder.seen)
     assert {bool(request.proxy_authorization) for request in recorder.seen} == {"@" in form}
 
 
-@purposes
 @pytest.mark.parametrize(
     ("variable", "excluded"),
     [("HTTP_PROXY", "127.0.0.1"), ("http_proxy", "*"), ("HTTPS_PROXY", ""), ("ALL_PROXY", ""), ("all_proxy", "")],
 )
 def test_neither_client_uses_a_proxy_for_a_host_that_is_excluded_or_of_another_scheme(
-    variable: str, excluded: str, purpose: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    variable: str, excluded: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment_keys(monkeypatch)
     monkeypatch.setenv("AWS_ENDPOINT_URL", recorder.url)
@@ -659,15 +654,15 @@ def test_neither_client_uses_a_proxy_for_a_host_that_is_excluded_or_of_another_s
         monkeypatch.setenv("NO_PROXY", excluded)
     recorder.objects[urlsplit(recorder.url).netloc, "/bucket/place/name"] = b"data"
 
-    PURPOSES[purpose]("s3://bucket/place")
+    for purpose in PURPOSES.values():
+        purpose("s3://bucket/place")
 
     assert all(request.target.startswith("/bucket/place/") for request in recorder.seen)
 
 
-@purposes
 @pytest.mark.usefixtures("quick_retries")
 def test_variables_of_one_client_only_lead_nowhere(
-    purpose: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, write_files: Files
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, write_files: Files
 ) -> None:
     """obstore reads AWS_ENDPOINT, s3fs FSSPEC_S3_ENDPOINT_URL, and both read URLs that the profile says to ignore."""
     with recording() as other:
@@ -676,22 +671,21 @@ def test_variables_of_one_client_only_lead_nowhere(
             monkeypatch.setenv(name, other.url)
         recorder.objects[urlsplit(recorder.url).netloc, "/bucket/place/name"] = b"data"
 
-        PURPOSES[purpose]("s3://bucket/place")
+        for purpose in PURPOSES.values():
+            purpose("s3://bucket/place")
 
         assert recorder.seen
         assert not other.seen
 
 
-@purposes
-def test_no_metadata_address_is_asked_where_there_are_no_credentials(
-    purpose: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_metadata_address_is_asked_where_there_are_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     with recording() as metadata:
         monkeypatch.setenv("AWS_METADATA_ENDPOINT", metadata.url)
         monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", metadata.url)
 
-        with pytest.raises((ConfigError, ImageUnavailableError), match="no credentials were found"):
-            PURPOSES[purpose]("s3://bucket/place")
+        for purpose in PURPOSES.values():
+            with pytest.raises((ConfigError, ImageUnavailableError), match="no credentials were found"):
+                purpose("s3://bucket/place")
 
         assert not metadata.seen
 
