@@ -19,11 +19,12 @@ from transformers.utils import logging as transformers_logging
 
 from pia_batch.config import ModelConfig, SchedulerConfig
 from pia_batch.config.speed_presets import EXACT, PRESETS, SpeedPreset
-from pia_batch.engine import adapters, compiling, image_prompts, offloading, single_file
+from pia_batch.engine import adapters, compiling, image_prompts, network_files, offloading
 from pia_batch.engine.offloading import DeviceSlot, OnDemand
 from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.engine.shots import Limits
 from pia_batch.errors import ConfigError
+from pia_batch.weights.components import Component
 from pia_batch.weights.identity import ENGINE_VERSION
 from pia_batch.weights.resolve import Weights
 
@@ -258,17 +259,20 @@ class _Loader:
         return tokenizer
 
     def _text_encoder(self, tokenizer: Any) -> Any:
-        network = _read(transformers.CLIPTextModel, self._weights, "text_encoder", self._dtype)
+        network = self._read("text_encoder")
         self._adapters.apply_to_text_encoder(network, tokenizer)
-        return self._ready(network)
+        return self._ready("text_encoder", network)
 
     def _vae(self) -> Any:
-        network = _read(diffusers.AutoencoderKL, self._weights, "vae", self._dtype)
+        network = self._read("vae")
         self._saving.apply_to_vae(network)
-        return self._ready(network)
+        return self._ready("vae", network)
 
     def _unet(self) -> Any:
-        network = _unet(self._weights, self._dtype)
+        network = self._read("unet")
+        if "motion_adapter" in self._weights.components:
+            # `from_unet2d` changes the adapter and shares its first layer with the result: do not keep the adapter.
+            network = diffusers.UNetMotionModel.from_unet2d(network, self._read("motion_adapter"))
         self._adapters.apply_to_unet(network)
         if self._weights.ip_adapter is not None:
             image_prompts.install(network, self._weights.ip_adapter.path)
@@ -276,19 +280,30 @@ class _Loader:
             named = self._weights.components
             source = named.get("motion_adapter", named["unet"])
             self._shared.share_motion(network, [source, str(self._dtype), str(self._home)])
-        return self._ready(network)
+        return self._ready("unet", network)
 
     def _image_encoder(self) -> Any:
         part = dict(self._weights.parts())["image_encoder"]
         if part.layout == "single_file":
-            return self._ready(image_prompts.read_encoder(part, self._dtype))
-        network = _read(transformers.CLIPVisionModelWithProjection, self._weights, "image_encoder", self._dtype)
-        return self._ready(network)
+            return self._ready("image_encoder", image_prompts.read_encoder(part, self._dtype))
+        return self._ready("image_encoder", _read_image_encoder(part, self._dtype))
 
-    def _ready(self, network: Any) -> Any:
+    def _read(self, name: str) -> Any:
+        return network_files.read(name, self._weights.components[name], self._dtype)
+
+    def _ready(self, name: str, network: Any) -> Any:
         if self._home.type == "cuda":  # convolutions would otherwise convert their weights at every call
             network = network.to(memory_format=torch.channels_last)
-        return network.to(self._home).eval().requires_grad_(requires_grad=False)
+        network = network.to(self._home).eval().requires_grad_(requires_grad=False)
+        network_files.check_finite(network, self._sources(name))
+        return network
+
+    def _sources(self, name: str) -> Iterator[tuple[str, Component]]:
+        """Yield the parts whose files the weights of a network come from."""
+        others = {"text_encoder": ("loras.", "textual_inversions."), "unet": ("loras.", "motion_adapter", "ip_adapter")}
+        for label, part in self._weights.parts():
+            if label == name or label.startswith(others.get(name, ("-",))):
+                yield f"model, part {label}", part
 
 
 def _components(*, device: torch.device, **parts: Any) -> Components:
@@ -296,11 +311,9 @@ def _components(*, device: torch.device, **parts: Any) -> Components:
     return Components(device=device, dtype=parts["unet"].dtype, latent_stride=stride, **parts)
 
 
-def _read(kind: Any, weights: Weights, name: str, dtype: torch.dtype) -> Any:
-    """Return a network with exactly the weights of its files."""
-    part = dict(weights.parts())[name]
-    if part.layout == "single_file":
-        return single_file.read(kind, part, dtype)
+def _read_image_encoder(part: Component, dtype: torch.dtype) -> Any:
+    """Return the encoder of image prompts, with exactly the weights of its files."""
+    kind = transformers.CLIPVisionModelWithProjection
     network, report = kind.from_pretrained(
         part.folder,
         dtype=dtype,
@@ -316,15 +329,6 @@ def _read(kind: Any, weights: Weights, name: str, dtype: torch.dtype) -> Any:
             f"{part.folder}: incomplete {kind.__name__}: missing tensor {missing[0]}{more}; download the folder again"
         )
     return network
-
-
-def _unet(weights: Weights, dtype: torch.dtype) -> Any:
-    if "motion_adapter" not in weights.components:
-        return _read(diffusers.UNetMotionModel, weights, "unet", dtype)
-    plain = _read(diffusers.UNet2DConditionModel, weights, "unet", dtype)
-    # `from_unet2d` changes the adapter and shares its first layer with the result, so do not keep the adapter.
-    adapter = _read(diffusers.MotionAdapter, weights, "motion_adapter", dtype)
-    return diffusers.UNetMotionModel.from_unet2d(plain, adapter)
 
 
 def _shipped_scheduler(weights: Weights) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from fractions import Fraction
 
 from pia_batch.config import EMBEDDED, Defaults, ModelConfig, PlacementConfig, RunConfig
 from pia_batch.config.layers import embedded
+from pia_batch.errors import ConfigError, StorageError
 from pia_batch.manifest.tokens import MAX_TOKENS
 from pia_batch.planning.capacity import Node, find_shortage, local_cpus
 from pia_batch.planning.statistics import Statistics
@@ -37,6 +39,7 @@ def warnings_of(config: RunConfig, statistics: Statistics) -> list[str]:
         *_about_sizes(statistics, models),
         *_about_prompts(statistics),
         *(text for name, model in models.items() for text in _about_scheduler(name, model)),
+        *(text for model in models.values() for text in _about_weights(model)),
         *_about_gifs(statistics),
         *_about_defaults(config, statistics),
         *_about_capacity(config.placement),
@@ -99,6 +102,13 @@ def _about_scheduler(name: str, model: ModelConfig) -> Iterator[str]:
             f"model {name!r} uses beta_schedule {schedule!r}: PIA was trained with 'linear', and others flicker; "
             "remove model.scheduler.settings.beta_schedule, and use a scheduler other than `checkpoint`"
         )
+
+
+def _about_weights(model: ModelConfig) -> Iterator[str]:
+    if model.base == EMBEDDED and model.vae is None and model.motion_adapter is None:
+        return
+    with contextlib.suppress(ConfigError, StorageError):  # the plan itself reports what cannot be found
+        yield from resolve(model).notices
 
 
 def _about_gifs(statistics: Statistics) -> Iterator[str]:

@@ -101,6 +101,7 @@ _BELONGS: dict[safetensors.FileKind, str] = {
     "IP-Adapter": "it belongs in model.ip_adapter",
     "motion adapter": "it belongs in model.motion_adapter",
     "VAE": "it belongs in model.vae",
+    "UNet of Stable Diffusion XL": "PIA animates only Stable Diffusion 1.5",
     "UNet of a diffusers folder": "set the key to the parent folder, with tokenizer, text encoder and VAE",
     "text encoder": "use the complete checkpoint",
     "file of unknown layout": "its tensor names match no supported kind of file",

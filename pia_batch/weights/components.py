@@ -148,7 +148,8 @@ def header(part: Component) -> safetensors.SafetensorsHeader:
     """Return the merged header of all its safetensors files."""
     found = [safetensors.read(part.folder / name) for name in part.files if name.endswith(safetensors.SUFFIX)]
     shapes = {name: shape for each in found for name, shape in each.shapes.items()}
-    return safetensors.SafetensorsHeader(found[0].path, shapes)
+    dtypes = {name: dtype for each in found for name, dtype in each.dtypes.items()}
+    return safetensors.SafetensorsHeader(found[0].path, shapes, dtypes, found[0].metadata)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from pia_batch import tiny
 from pia_batch.config import EMBEDDED, ModelConfig
 from pia_batch.errors import ConfigError
-from pia_batch.weights import addons, components, safetensors, sd15
+from pia_batch.weights import addons, components, networks, safetensors, sd15, tensor_map
 from pia_batch.weights.components import CONFIG, DIFFUSION_MODEL, MODEL, Component
 from pia_batch.weights.fetching import FetchedFolder, Hub, HuggingFaceHub, locate
 
@@ -35,6 +39,7 @@ class Weights:
         textual_inversions: Textual inversions in the config's order, each with exactly one file.
         ip_adapter: IP-Adapter, one file; None if the model has none.
         image_encoder: Folder of the IP-Adapter's CLIPVisionModelWithProjection; None if the model has no IP-Adapter.
+        notices: Sentences about tensors of the files that PIA leaves out, one per file.
     """
 
     base: Path
@@ -43,6 +48,7 @@ class Weights:
     textual_inversions: tuple[Component, ...] = ()
     ip_adapter: Component | None = None
     image_encoder: Component | None = None
+    notices: tuple[str, ...] = ()
 
     def parts(self) -> Iterator[tuple[str, Component]]:
         """Yield every part with its name: `unet`, ..., `loras.0`, `textual_inversions.0`, `ip_adapter`, ..."""
@@ -73,6 +79,10 @@ def resolve(model: ModelConfig, hub: Hub | None = None) -> Weights:
     base, parts = _base(model, configs, hub)
     if model.vae is not None:
         parts["vae"] = _vae(model.vae, model, configs, hub)
+    for name in ("text_encoder", "unet", "vae"):
+        _check_class(name, parts[name])
+    _check_scheduler(parts["scheduler"])
+    _check_vae(parts["vae"])
     holds_motion = _check_unet(parts["unet"], model)
     if model.motion_adapter is not None:
         parts["motion_adapter"] = _motion_adapter(model.motion_adapter, model, configs, hub)
@@ -83,18 +93,76 @@ def resolve(model: ModelConfig, hub: Hub | None = None) -> Weights:
             f"{base} has no motion_adapter/; set model.motion_adapter, for instance to openmmlab/PIA-condition-adapter"
         )
     if "motion_adapter" in parts:
-        _check_motion_adapter(parts["motion_adapter"])
+        _check_motion_adapter(parts["motion_adapter"], parts["unet"])
+    notices = _check_tensors(parts)
     if model.config is not None and all(part.config is None for part in parts.values()):
         raise ConfigError(
             "model.config applies to a base, VAE or motion adapter in a single file, but this model has none; leave "
             "it out"
         )
     text_width = parts["unet"].settings["cross_attention_dim"]
-    token_width = parts["text_encoder"].settings.get("hidden_size", _CLIP_WIDTH)
-    extras = addons.find(model, text_width, token_width, parts, hub)
-    found = Weights(base, parts, extras.loras, extras.textual_inversions, extras.ip_adapter, extras.image_encoder)
+    extras = addons.find(model, text_width, _token_width(parts["text_encoder"]), parts, hub)
+    found = Weights(
+        base, parts, extras.loras, extras.textual_inversions, extras.ip_adapter, extras.image_encoder, notices
+    )
     _check_pins(model, found)
     return found
+
+
+def _token_width(text_encoder: Component) -> int:
+    width: int = networks.text_settings(text_encoder.settings).get("hidden_size", _CLIP_WIDTH)
+    return width
+
+
+def _check_tensors(parts: dict[str, Component]) -> tuple[str, ...]:
+    """Check that every tensor of the networks has its place; return a notice for each file that has others.
+
+    Raises:
+        ConfigError: A tensor is missing, has no place, or has another shape or dtype; or the parts do not fit each
+            other.
+    """
+    counts: dict[Path, Counter[str]] = {}
+    for name in ("text_encoder", "unet", "vae", "motion_adapter"):
+        if name not in parts:
+            continue
+        found = tensor_map.build(name, parts[name])
+        path = next(iter(found.tensors.values())).path
+        counts.setdefault(path, Counter()).update(found.left_out)
+    if parts["unet"].layout == "single_file":
+        counts[parts["unet"].path].update(_check_rest(parts["unet"].path))
+    needed, width = parts["unet"].settings["cross_attention_dim"], _token_width(parts["text_encoder"])
+    if width != needed:
+        raise ConfigError(
+            f"the text encoder in {parts['text_encoder'].folder} has embeddings of {width} dimensions, but the UNet "
+            f"takes {needed}: they belong to different families; use the folders of one checkpoint"
+        )
+    return tuple(
+        f"{path}: left out {found.total()} tensors that PIA does not use: "
+        + ", ".join(f"{number} {reason}" for reason, number in sorted(found.items()))
+        for path, found in counts.items()
+        if found
+    )
+
+
+def _check_rest(path: Path) -> Counter[str]:
+    """Check the tensors of a checkpoint that belong to none of its networks; return their counts by reason."""
+    counts: Counter[str] = Counter()
+    unknown = []
+    for name in tensor_map.unwrapped(safetensors.read(path).shapes, path):
+        if name.startswith((tensor_map.UNET_PREFIX, tensor_map.VAE_PREFIX, f"{tensor_map.TEXT_PREFIX}transformer.")):
+            continue
+        known, reason = tensor_map.left_out(name)
+        if not known:
+            unknown.append(name)
+        elif reason is not None:
+            counts[reason] += 1
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise ConfigError(
+            f"model.base: {path} has tensors that belong to no network of Stable Diffusion 1.5: {unknown[0]}{more}; "
+            "they would have no effect: remove them, or use the ordinary checkpoint"
+        )
+    return counts
 
 
 def _configs(model: ModelConfig, hub: Hub) -> FetchedFolder:
@@ -179,20 +247,86 @@ def _vae(name: str, model: ModelConfig, configs: FetchedFolder, hub: Hub) -> Com
         if missing or (prefix == "" and kind != "VAE"):
             raise ConfigError(f"model.vae: {file} has no {' and no '.join(missing) or 'VAE'}; use a complete VAE")
         found = components.single_file(source, file, _config_of(source, file, configs, "vae", "AutoencoderKL"))
-    _check_vae(found)
     return found
 
 
+def _check_class(name: str, part: Component) -> None:
+    """Check that a network's config is of the class that its place needs.
+
+    Raises:
+        ConfigError: It is of another class.
+    """
+    config = part.folder if part.config is None else part.config.folder
+    wanted, settings = _CLASSES[name], part.settings
+    if name == "text_encoder":
+        named = settings.get("architectures") or [
+            _TEXT_TYPES.get(str(settings.get("model_type")), settings.get("model_type"))
+        ]
+    else:
+        named = [settings.get("_class_name")]
+    wrong = [str(each) for each in named if each is not None and each not in wanted]
+    if wrong:
+        raise ConfigError(
+            f"{config / CONFIG}: this is a {wrong[0]}, but the {name.replace('_', ' ')} must be a "
+            f"{' or '.join(wanted)}; use one of Stable Diffusion 1.5"
+        )
+
+
+_CLASSES = {
+    "unet": ("UNet2DConditionModel", "UNetMotionModel"),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"),
+    "motion_adapter": ("MotionAdapter",),
+}
+_TEXT_TYPES = {"clip": "CLIPModel", "clip_text_model": "CLIPTextModel"}
+
+
+def _check_scheduler(scheduler: Component) -> None:
+    path = scheduler.folder / "scheduler_config.json"
+    name = str(components.read_json(path).get("_class_name"))
+    if not name.endswith("Scheduler") or name.startswith("FlowMatch"):
+        raise ConfigError(f"{path}: {name} is not a scheduler of Stable Diffusion 1.5; use its folder of that family")
+
+
 def _check_vae(vae: Component) -> None:
-    shape = components.header(vae).shape_of("decoder.conv_in.weight")
+    header = components.header(vae)
+    shape = header.shape_of("decoder.conv_in.weight")
     if shape is not None and shape[1] != _LATENT_CHANNELS:
         raise ConfigError(
             f"model.vae: wrong latent channels (got {shape[1]}, expected 4); use a VAE of Stable Diffusion 1.5"
         )
-    if vae.settings.get("scaling_factor") == _SDXL_SCALING:
+    if vae.settings.get("scaling_factor") == _SDXL_SCALING or _says_other_family(header, vae):
         raise ConfigError(
-            "model.vae is the VAE of Stable Diffusion XL, whose latents do not fit; use one of Stable Diffusion 1.5"
+            f"model.vae: {header.path} is the VAE of Stable Diffusion XL or another family, whose latents do not fit; "
+            "use one of Stable Diffusion 1.5"
         )
+
+
+def _says_other_family(header: safetensors.SafetensorsHeader, vae: Component) -> bool:
+    """Return True if the metadata of a VAE's own file name a family with other latents.
+
+    Names and shapes are the same in all families of four latent channels. Stable Diffusion 1 and 2 share their latents.
+    """
+    if vae.layout != "single_file" or header.starting(tensor_map.UNET_PREFIX):
+        return False
+    for key, value in header.metadata.items():
+        if key.endswith("scaling_factor"):
+            try:
+                if abs(float(value) - _SDXL_SCALING) < _SCALING_TOLERANCE:
+                    return True
+            except ValueError:
+                continue
+        if key in _FAMILY_KEYS and _OTHER_LATENTS.search(value.lower()):
+            return True
+    return False
+
+
+_SCALING_TOLERANCE = 1e-4
+_FAMILY_KEYS = ("modelspec.architecture", "ss_base_model_version", "architecture", "base_model", "model_type")
+_OTHER_LATENTS = re.compile(
+    r"xl|stable-?diffusion-?v?3|sd3|flux|stable-?cascade|stable-?video|svd|pixart|playground|wan"
+)
+"""Families in metadata. Source: Stability-AI/ModelSpec, for instance `stable-diffusion-xl-v1-base/vae`."""
 
 
 def _motion_adapter(name: str, model: ModelConfig, configs: FetchedFolder, hub: Hub) -> Component:
@@ -208,15 +342,16 @@ def _motion_adapter(name: str, model: ModelConfig, configs: FetchedFolder, hub: 
     return components.single_file(source, file, config)
 
 
-def _check_motion_adapter(adapter: Component) -> None:
+def _check_motion_adapter(adapter: Component, unet: Component) -> None:
     """Check that the adapter is PIA's: its first layer takes latents, mask and the image's latents."""
+    _check_class("motion_adapter", adapter)
     header, settings = components.header(adapter), adapter.settings
     shape = header.shape_of("conv_in.weight")
     channels = {settings.get("conv_in_channels"), None if shape is None else shape[1]}
     if channels != {_PIA_CHANNELS}:
         found = ", ".join(sorted(str(each) for each in channels - {_PIA_CHANNELS}))
         raise ConfigError(
-            f"{header.path.parent} is not a PIA motion adapter: the conv_in channels of its config and file must both "
+            f"{header.path} is not a PIA motion adapter: the conv_in channels of its config and file must both "
             f"be {_PIA_CHANNELS} (got {found}); an AnimateDiff adapter does not read the image. "
             "Set model.motion_adapter to one of PIA"
         )
@@ -226,6 +361,26 @@ def _check_motion_adapter(adapter: Component) -> None:
             f"{header.path} has {positions[1]} frame positions, but its config says "
             f"{settings.get('motion_max_seq_length')}; correct motion_max_seq_length in a {CONFIG} next to it"
         )
+    sizes = {
+        name: _sizes(part.settings, layers)
+        for name, part, layers in (("adapter", adapter, "motion_layers_per_block"), ("base", unet, "layers_per_block"))
+    }
+    if sizes["adapter"] != sizes["base"]:
+        raise ConfigError(
+            f"{header.path} does not fit the base: its blocks have {sizes['adapter']} channels and layers, those of "
+            f"the UNet {sizes['base']}; set model.motion_adapter to one that was made for this base"
+        )
+
+
+def _sizes(settings: dict[str, Any], layers: str) -> list[tuple[Any, Any]]:
+    """Return channels and layers of each block, as diffusers compares them when it joins adapter and UNet."""
+    channels = settings.get("block_out_channels") or [320, 640, 1280, 1280]
+    if not isinstance(channels, list):
+        raise ConfigError(f"block_out_channels in a {CONFIG}: must be a list (got {channels!r}); correct it")
+    try:
+        return list(zip(channels, networks.per_block(settings.get(layers, 2), len(channels)), strict=True))
+    except ValueError as err:
+        raise ConfigError(f"{layers} in a {CONFIG}: {err}; correct it") from err
 
 
 def _check_unet(unet: Component, model: ModelConfig) -> bool:
@@ -246,16 +401,86 @@ def _check_unet(unet: Component, model: ModelConfig) -> bool:
             f"{named} has 9 input channels: it is an inpainting model, which PIA cannot use; "
             "set model.base to the ordinary checkpoint of the same family"
         )
-    known = channels in (_LATENT_CHANNELS, _PIA_CHANNELS) and isinstance(width, int)
-    if not known or config.get("addition_embed_type") is not None:
+    family = _other_family(config, width)
+    if family is not None:
+        raise ConfigError(f"{named} is {family}; PIA animates only Stable Diffusion 1.5")
+    if channels not in (_LATENT_CHANNELS, _PIA_CHANNELS) or not isinstance(width, int):
         raise ConfigError(f"{named} is not the UNet of Stable Diffusion 1.5, the only family that PIA animates")
+    for key, neutral in _NEUTRAL.items():
+        value = config.get(key)
+        values = value if isinstance(value, list) else [value]
+        if any(each is not None and each not in neutral for each in values):
+            raise ConfigError(
+                f"{named} is not an ordinary UNet of Stable Diffusion 1.5: its config has {key} {value!r}, which PIA "
+                "does not use; set model.base to an ordinary checkpoint"
+            )
+    if "mid_block_type" in config and config["mid_block_type"] is None:
+        raise ConfigError(
+            f"{named} is a distilled UNet without middle block (mid_block_type null), which PIA cannot use; set "
+            "model.base to an ordinary checkpoint"
+        )
     takes = _text_width(components.header(unet))
     if takes not in (None, width):
-        raise ConfigError(
-            f"{named} takes text embeddings of {takes} dimensions, but its config says {width}; "
-            "set model.config to the matching folder, or correct the config"
+        other = _FAMILY_OF_WIDTH.get(takes)
+        remedy = (
+            f"it is {other}; PIA animates only Stable Diffusion 1.5"
+            if other
+            else "set model.config to the matching folder, or correct the config"
         )
+        raise ConfigError(f"{named} takes text embeddings of {takes} dimensions, but its config says {width}; {remedy}")
     return holds_motion
+
+
+_FAMILY_OF_WIDTH = {
+    1024: "the UNet of Stable Diffusion 2",
+    1280: "the UNet of Stable Diffusion XL's refiner",
+    2048: "the UNet of Stable Diffusion XL",
+}
+
+
+def _other_family(config: dict[str, Any], width: Any) -> str | None:
+    """Return the family of a UNet that is not of Stable Diffusion 1.5, or None."""
+    if config.get("time_cond_proj_dim") is not None:
+        return (
+            f"an LCM-distilled UNet (time_cond_proj_dim {config['time_cond_proj_dim']}), whose guidance embedding PIA "
+            f"does not use: {tensor_map.LCM_REMEDY}"
+        )
+    if config.get("addition_embed_type") == "text_time":
+        return "the UNet of Stable Diffusion XL"
+    if isinstance(width, int) and width in _FAMILY_OF_WIDTH:
+        return f"{_FAMILY_OF_WIDTH[width]} (cross_attention_dim {width})"
+    if config.get("use_linear_projection"):
+        return "the UNet of Stable Diffusion 2 (use_linear_projection)"
+    return None
+
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "addition_embed_type": (),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (),
+    "class_embeddings_concat": (False,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (),
+    "encoder_hid_dim_type": (),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_only_cross_attention": (False,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_class_embeds": (),
+    "only_cross_attention": (False,),
+    "resnet_out_scale_factor": (1.0,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "time_embedding_act_fn": (),
+    "time_embedding_dim": (),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (),
+}
+"""Settings that `UNetMotionModel` does not have, with the values that change nothing. Null changes nothing either."""
 
 
 def _text_width(header: safetensors.SafetensorsHeader) -> int | None:
@@ -270,10 +495,13 @@ def _text_width(header: safetensors.SafetensorsHeader) -> int | None:
 
 
 def _header(source: FetchedFolder, file: str, key: str) -> safetensors.SafetensorsHeader:
+    """Return the header of a single file, with the names that are inside of a trainer's."""
     path = source.root / file
     if not path.is_file():
         raise ConfigError(f"{key}: there is no {file} in {source.named}")
-    return safetensors.read(path)
+    found = safetensors.read(path)
+    inner = tensor_map.unwrapped(found.shapes, path)
+    return dataclasses.replace(found, shapes={name: found.shapes[outer] for name, outer in inner.items()})
 
 
 def _beside(file: str) -> str:

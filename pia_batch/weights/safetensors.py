@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -29,6 +30,7 @@ FileKind = Literal[
     "IP-Adapter",
     "motion adapter",
     "VAE",
+    "UNet of Stable Diffusion XL",
     "UNet of a diffusers folder",
     "text encoder",
     "file of unknown layout",
@@ -38,6 +40,15 @@ PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 """Suffixes of files that can run code when opened."""
 
 
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""Dtypes that hold weights as they are. Integers are quantized weights, which need scales from other tensors."""
+
+_BITS = {"BOOL": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_BITS |= {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "C64": 64}
+_BITS |= {f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)}
+"""Bits of an element by the dtype's name. Source: huggingface/safetensors, `Dtype`."""
+
+
 @dataclass(frozen=True)
 class SafetensorsHeader:
     """Names and shapes of all tensors of a safetensors file.
@@ -45,10 +56,14 @@ class SafetensorsHeader:
     Attributes:
         path: Path of the file.
         shapes: Shapes by tensor name, in the file's order.
+        dtypes: Dtypes by tensor name, as safetensors calls them, such as `F16`.
+        metadata: Texts that the program that wrote the file left in it.
     """
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
 
     def starting(self, *prefixes: str) -> list[str]:
         """Return the tensor names that begin with one of `prefixes`."""
@@ -98,9 +113,13 @@ def read(path: Path) -> SafetensorsHeader:
         raise ConfigError(f"cannot read {path}: {err}") from err
     try:
         header = json.loads(text)
-        header.pop("__metadata__", None)
+        metadata = {str(name): str(value) for name, value in (header.pop("__metadata__", None) or {}).items()}
         shapes = {name: tuple(int(side) for side in tensor["shape"]) for name, tensor in header.items()}
-        end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
+        dtypes = {name: str(tensor["dtype"]) for name, tensor in header.items()}
+        spans = {
+            name: (int(tensor["data_offsets"][0]), int(tensor["data_offsets"][1])) for name, tensor in header.items()
+        }
+        end = max((span[1] for span in spans.values()), default=0)
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as err:
         raise ConfigError(f"{path} is not a safetensors file: its header cannot be read ({err})") from err
     if 8 + length + end != num_bytes:
@@ -108,7 +127,28 @@ def read(path: Path) -> SafetensorsHeader:
             f"{path}: wrong size (got {num_bytes} bytes, expected {8 + length + end} by its header): "
             "it was not copied in full, or it is damaged; fetch it again"
         )
-    return SafetensorsHeader(path, shapes)
+    _check_spans(path, shapes, dtypes, spans)
+    return SafetensorsHeader(path, shapes, dtypes, metadata)
+
+
+def _check_spans(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str], spans: dict[str, tuple[int, int]]
+) -> None:
+    """Check that the tensors fill the file one after another, each with the bytes of its dtype and shape.
+
+    The library that reads tensors refuses a file otherwise, but only when a GPU already waits for it.
+    """
+    position = 0
+    for name, (start, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if dtypes[name] not in _BITS:
+            raise ConfigError(f"{path}: tensor {name} has an unknown dtype {dtypes[name]}; convert it to F16 or F32")
+        wanted = math.prod(shapes[name]) * _BITS[dtypes[name]] / 8
+        if start != position or end - start != wanted or min(shapes[name], default=0) < 0:
+            raise ConfigError(
+                f"{path}: damaged header: tensor {name} is {dtypes[name]} of shape {list(shapes[name])} (got bytes "
+                f"{start} to {end}, expected {position} to {position + wanted:.0f}); fetch the file again"
+            )
+        position = end
 
 
 def _why_invalid(path: Path, start: bytes, num_bytes: int) -> str:
@@ -173,8 +213,10 @@ _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
         "checkpoint of another family than Stable Diffusion 1.5",
         lambda header: bool(header.starting("model.diffusion_model.", "double_blocks.", "joint_blocks.")),
     ),
-    ("UNet of a diffusers folder", lambda header: _any(header, "down_blocks.0.resnets.") and _any(header, "time_emb")),
+    # A training of PIA writes UNet and motion modules into one file.
     ("motion adapter", lambda header: _any(header, "motion_modules.")),
+    ("UNet of Stable Diffusion XL", lambda header: _any(header, "add_embedding.", "label_emb.0.0.")),
+    ("UNet of a diffusers folder", lambda header: _any(header, "down_blocks.0.resnets.") and _any(header, "time_emb")),
     ("text encoder", lambda header: _any(header, "token_embedding.weight")),
     (
         "VAE",

@@ -1,4 +1,4 @@
-"""`pia_batch.engine.single_file` and what `loading` does with it: every layout gives the networks it was made from."""
+"""`pia_batch.engine.network_files` and `loading`: every layout gives the networks it was made from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipelines import assert_equals_single_calls, shot
 from safetensors.torch import load_file
 
 from pia_batch.config import ModelConfig, SchedulerConfig
-from pia_batch.engine import PiaEngine, loading, single_file
+from pia_batch.engine import PiaEngine, loading, network_files
 from pia_batch.errors import ConfigError
 from pia_batch.weights import sd15
 from pia_batch.weights.components import Component
@@ -142,7 +142,7 @@ def test_the_layout_of_stable_diffusion_one_five_is_the_one_that_is_read(tmp_pat
     named = {layouts.UNET + name: tensor for name, tensor in layouts.original_unet(unet).items()}
     layouts.write(named, tmp_path / "x.safetensors")
 
-    found = single_file.read(UNet2DConditionModel, _part(tmp_path / "x.safetensors", tmp_path / "unet"), torch.float32)
+    found = network_files.read("unet", _part(tmp_path / "x.safetensors", tmp_path / "unet"), torch.float32)
 
     assert len(named) == 686
     assert {
@@ -165,7 +165,7 @@ def test_the_vae_of_stable_diffusion_one_five_is_the_one_that_is_read(tmp_path):
     named = layouts.original_vae(vae)
     layouts.write(named, tmp_path / "x.safetensors")
 
-    found = single_file.read(AutoencoderKL, _part(tmp_path / "x.safetensors", tmp_path), torch.float32)
+    found = network_files.read("vae", _part(tmp_path / "x.safetensors", tmp_path), torch.float32)
 
     assert len(named) == 248
     assert {
@@ -250,17 +250,13 @@ def test_the_original_names_of_a_motion_adapter_are_animatediffs(folder):
 # --- what must never load -------------------------------------------------------------------------------------------
 
 
-NETWORKS: dict[str, tuple[Any, str]] = {
-    "unet": (UNet2DConditionModel, layouts.UNET),
-    "vae": (AutoencoderKL, layouts.VAE),
-    "text_encoder": (transformers.CLIPTextModel, layouts.TEXT),
-}
+NETWORKS = {"unet": layouts.UNET, "vae": layouts.VAE, "text_encoder": layouts.TEXT}
 
 
 @pytest.mark.parametrize("part", NETWORKS)
 def test_no_tensor_of_a_checkpoint_may_be_missing(single, tensors, tmp_path, part):
     """The first and the last of all that are named alike but for their numbers are left out, one at a time."""
-    kind, prefix = NETWORKS[part]
+    prefix = NETWORKS[part]
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     own.pop("cond_stage_model.transformer.text_model.embeddings.position_ids", None)
     alike: dict[str, list[str]] = {}
@@ -270,7 +266,7 @@ def test_no_tensor_of_a_checkpoint_may_be_missing(single, tensors, tmp_path, par
     for left_out in {name for names in alike.values() for name in (names[0], names[-1])}:
         layouts.write({name: tensor for name, tensor in own.items() if name != left_out}, file)
         with pytest.raises(ConfigError, match=r"base\.safetensors: missing tensor"):
-            single_file.read(kind, _part(file, Path(single["config"]) / part), torch.float32)
+            network_files.read(part, _part(file, Path(single["config"]) / part), torch.float32)
 
 
 def test_a_missing_tensor_is_named(single, tensors, tmp_path):
@@ -286,7 +282,7 @@ def test_a_missing_tensor_is_named(single, tensors, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.fuser.alpha",
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn3.to_q.weight",
         "model.diffusion_model.input_blocks.9.0.in_layers.0.weight",
         "first_stage_model.decoder.up.5.block.0.norm1.weight",
         "cond_stage_model.transformer.text_model.encoder.layers.7.layer_norm1.weight",
@@ -345,7 +341,7 @@ def test_a_folder_that_lacks_a_tensor_is_refused_too(folder, tmp_path, part):
     held.pop(next(name for name in sorted(held, reverse=True) if name.endswith(".bias")))
     layouts.write(held, path)
 
-    with pytest.raises(ConfigError, match=r"missing tensor .*; download the folder again"):
+    with pytest.raises(ConfigError, match=r"missing tensors of the .*; download the folder again"):
         load(base=str(spoiled))
 
 

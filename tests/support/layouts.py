@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+
+from pia_batch.weights.networks import shapes_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -104,16 +109,51 @@ def original_vae(vae: AutoencoderKL) -> Tensors:
     last = len(vae.config.up_block_types) - 1
     found = {}
     for name, tensor in vae.state_dict().items():
-        renamed = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", name)
-        renamed = re.sub(r"down_blocks\.(\d+)", r"down.\1", renamed)
-        renamed = re.sub(r"up_blocks\.(\d+)\.resnets", lambda match: f"up.{last - int(match[1])}.block", renamed)
-        renamed = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{last - int(match[1])}", renamed)
-        renamed = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", renamed)
-        for old, new in _VAE_NAMES:
-            renamed = renamed.replace(old, new)
+        renamed = _vae_name(name, last)
         flat = "attn_1" in renamed and tensor.ndim == 2
         found[renamed] = tensor[:, :, None, None] if flat else tensor
     return found
+
+
+def _vae_name(name: str, last: int) -> str:
+    renamed = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", name)
+    renamed = re.sub(r"down_blocks\.(\d+)", r"down.\1", renamed)
+    renamed = re.sub(r"up_blocks\.(\d+)\.resnets", lambda match: f"up.{last - int(match[1])}.block", renamed)
+    renamed = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{last - int(match[1])}", renamed)
+    renamed = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", renamed)
+    for old, new in _VAE_NAMES:
+        renamed = renamed.replace(old, new)
+    return renamed
+
+
+def hollow_checkpoint(path: Path, configs: Path, without: str = "-") -> Path:
+    """Write a checkpoint of the original layout that has a header only: its weights are a hole in the file."""
+    read = {name: json.loads((configs / name / "config.json").read_text()) for name in ("unet", "vae", "text_encoder")}
+    attends = [block.startswith("CrossAttn") for block in read["unet"]["up_block_types"]]
+    last = len(read["vae"]["up_block_types"]) - 1
+    unet, vae, text = (shapes_of(name, config) for name, config in read.items())
+    shapes = {UNET + _unet_name(name, read["unet"]["layers_per_block"], attends): shape for name, shape in unet.items()}
+    shapes |= {VAE + _vae_name(name, last): shape for name, shape in vae.items()}
+    shapes |= {TEXT + name: shape for name, shape in text.items()}
+    return hollow({name: shape for name, shape in shapes.items() if not name.startswith(without)}, path)
+
+
+def hollow(
+    shapes: Mapping[str, tuple[int, ...]], path: Path, dtype: str = "F8_E4M3", metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write a safetensors file whose weights are a hole, which takes no space on a disk and reads as zeros."""
+    size = {"F8_E4M3": 1, "I8": 1, "F16": 2}[dtype]
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + size * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return path
 
 
 def original_adapter(tensors: Mapping[str, torch.Tensor]) -> Tensors:

@@ -11,16 +11,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import layouts
 import numpy as np
 import pytest
 from hubs import COMMIT, FakeHub
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from pia_batch import tiny
 from pia_batch.config import FreeUConfig, LoraConfig, ModelConfig, SchedulerConfig, TextualInversionConfig
 from pia_batch.errors import ConfigError
 from pia_batch.weights import sd15
 from pia_batch.weights.identity import engine_id, resolved_dtype
+from pia_batch.weights.networks import shapes_of
 from pia_batch.weights.resolve import resolve
 
 
@@ -183,13 +185,15 @@ def test_shards_are_all_needed_and_all_part_of_the_id(base):
     unet = base / "unet"
     (unet / "diffusion_pytorch_model.safetensors").rename(unet / "diffusion_pytorch_model-00001-of-00002.safetensors")
     shards = [f"diffusion_pytorch_model-0000{k}-of-00002.safetensors" for k in (1, 2)]
-    index = {"weight_map": {"a": shards[0], "b": shards[1]}}
+    held = load_file(unet / shards[0])
+    index = {"weight_map": {name: shards[name.startswith("up")] for name in held}}
     (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     model = ModelConfig(base=str(base))
 
     with pytest.raises(ConfigError, match="has no unet/diffusion_pytorch_model-00002-of-00002"):
         resolve(model)
-    save_file({"b": np.zeros(2)}, unet / shards[1])
+    for number, shard in enumerate(shards):
+        save_file({name: held[name] for name in held if name.startswith("up") == number}, unet / shard)
 
     assert set(shards) < set(resolve(model).components["unet"].files)
 
@@ -199,7 +203,7 @@ def test_shards_are_all_needed_and_all_part_of_the_id(base):
     [
         ("unet", {"in_channels": 9}, "inpainting"),
         ("unet", {"in_channels": 8}, "not the UNet of Stable Diffusion 1.5"),
-        ("unet", {"addition_embed_type": "text_time"}, "not the UNet of Stable Diffusion 1.5"),
+        ("unet", {"addition_embed_type": "text_time"}, "the UNet of Stable Diffusion XL"),
         ("unet", {"_class_name": "UNetMotionModel"}, "use a UNet of PIA"),
         ("motion_adapter", {"conv_in_channels": None}, "not a PIA motion adapter"),
     ],
@@ -212,7 +216,15 @@ def test_networks_that_pia_cannot_use_are_refused(base, part, changes, message):
 
 
 def test_a_saved_pia_pipeline_needs_no_adapter_and_takes_no_other(base):
-    edit(base / "unet" / "config.json", _class_name="UNetMotionModel", in_channels=9)
+    settings = json.loads((base / "unet" / "config.json").read_text())
+    settings |= {
+        "_class_name": "UNetMotionModel",
+        "in_channels": 9,
+        "down_block_types": ["DownBlockMotion", "CrossAttnDownBlockMotion", "CrossAttnDownBlockMotion"],
+        "up_block_types": ["CrossAttnUpBlockMotion", "CrossAttnUpBlockMotion", "UpBlockMotion"],
+    }
+    edit(base / "unet" / "config.json", **settings)
+    layouts.hollow(shapes_of("unet", settings), base / "unet" / "diffusion_pytorch_model.safetensors")
 
     assert "motion_adapter" not in resolve(ModelConfig(base=str(base))).components
     with pytest.raises(ConfigError, match=r"leave model\.motion_adapter out"):
@@ -258,6 +270,7 @@ IN_A_FRESH_PROCESS = """
 import sys
 from pia_batch.config import ModelConfig
 from pia_batch.errors import ConfigError
+from pia_batch.weights.networks import shapes_of
 from pia_batch.weights.identity import engine_id
 from pia_batch.weights.resolve import resolve
 model = ModelConfig(base="someone/sd15", revision="main")
@@ -324,13 +337,26 @@ def adapter_file(path: Path, **shapes: tuple[int, ...]) -> str:
     return write(path, **(known | shapes))
 
 
+def whole(path: Path, name: str, **settings: Any) -> str:
+    """A file with all tensors of a network of real size."""
+    config = json.loads((sd15.PATH / name / "config.json").read_text()) | settings
+    return str(layouts.hollow(shapes_of(name, config), path))
+
+
 @pytest.fixture
 def single(tmp_path: Path) -> dict[str, str]:
-    """A base and an adapter in single files."""
+    """A base and an adapter in single files, whole and of real size, but with zeros for weights."""
     return {
-        "base": checkpoint(tmp_path / "models" / "realistic.safetensors"),
-        "motion_adapter": adapter_file(tmp_path / "adapters" / "pia.safetensors"),
+        "base": str(layouts.hollow_checkpoint(tmp_path / "models" / "realistic.safetensors", sd15.PATH)),
+        "motion_adapter": whole(tmp_path / "adapters" / "pia.safetensors", "motion_adapter"),
     }
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> dict[str, str]:
+    """A base in a single file of the embedded model's size."""
+    base = layouts.hollow_checkpoint(tmp_path / "models" / "small.safetensors", tiny.PATH)
+    return {"base": str(base), "config": str(tiny.PATH), "motion_adapter": str(tiny.PATH / "motion_adapter")}
 
 
 def test_a_single_file_gets_the_packages_configs_and_tokenizer(single):
@@ -350,15 +376,15 @@ def test_a_single_file_gets_the_packages_configs_and_tokenizer(single):
     assert adapter.settings["conv_in_channels"] == 9
 
 
-def test_the_id_of_a_single_file_is_that_of_its_content_and_not_of_its_name(single, tmp_path):
-    before = identify(ModelConfig(**single))
-    moved = shutil.copy(single["base"], tmp_path / "other.safetensors")
-    assert identify(ModelConfig(**(single | {"base": str(moved)}))) == before
+def test_the_id_of_a_single_file_is_that_of_its_content_and_not_of_its_name(small, tmp_path):
+    before = identify(ModelConfig(**small))
+    moved = shutil.copy(small["base"], tmp_path / "other.safetensors")
+    assert identify(ModelConfig(**(small | {"base": str(moved)}))) == before
 
     content = bytearray(moved.read_bytes())
     content[-1] ^= 1
     moved.write_bytes(content)
-    assert identify(ModelConfig(**(single | {"base": str(moved)}))) != before
+    assert identify(ModelConfig(**(small | {"base": str(moved)}))) != before
 
 
 def test_other_configs_make_another_model_of_a_single_file(single, tmp_path):
@@ -418,7 +444,7 @@ def test_a_checkpoint_of_another_family_is_refused_by_its_header(tmp_path, chang
 
 
 def test_a_checkpoint_without_vae_takes_another(tmp_path, single):
-    bare = checkpoint(tmp_path / "bare.safetensors", without="first_stage_model.")
+    bare = str(layouts.hollow_checkpoint(tmp_path / "bare.safetensors", sd15.PATH, without="first_stage_model."))
 
     found = resolve(ModelConfig(**(single | {"base": bare}), vae=single["base"]))
 
@@ -483,9 +509,7 @@ def test_a_file_of_a_folder_that_was_cut_short_is_told_before_anything_is_loaded
 
 @pytest.mark.parametrize("name", ["vae", "motion_adapter"])
 def test_a_config_beside_a_single_file_counts_where_it_is_of_that_network(tmp_path, single, name):
-    held = {"encoder.conv_in.weight": (1,), "decoder.conv_in.weight": (8, 4, 3, 3)}
-    file = tmp_path / "own" / "own.safetensors"
-    _ = write(file, **held) if name == "vae" else adapter_file(file)
+    file = Path(whole(tmp_path / "own" / "own.safetensors", name))
     shutil.copy(sd15.PATH / name / "config.json", file.with_name("config.json"))
     model = ModelConfig(**(single | {name: str(file)}))
 
@@ -567,13 +591,13 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_pins_that_hold_change_nothing(base, single):
+def test_pins_that_hold_change_nothing(base, small):
     unet = "unet/diffusion_pytorch_model.safetensors"
     pins = {unet: sha256(base / unet), "tokenizer/tokenizer.json": sha256(base / "tokenizer/tokenizer.json").upper()}
     assert identify(ModelConfig(base=str(base), sha256=pins)) == identify(ModelConfig(base=str(base)))
 
-    pins = {Path(name).name: sha256(Path(name)) for name in single.values()}
-    assert identify(ModelConfig(**single, sha256=pins)) == identify(ModelConfig(**single))
+    pins = {Path(small["base"]).name: sha256(Path(small["base"]))}
+    assert identify(ModelConfig(**small, sha256=pins)) == identify(ModelConfig(**small))
 
 
 def test_a_pin_of_another_file_names_the_file_and_both_hashes(base):

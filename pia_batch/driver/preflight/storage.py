@@ -30,7 +30,8 @@ def check_weights(models: dict[str, ModelConfig]) -> Iterator[Finding]:
             yield Finding("fail", "weights", message, "correct the config, or fetch the weights once on this machine")
         else:
             parts = ", ".join(label for label, _ in found.parts())
-            yield Finding("ok", "weights", f"model {name!r} from {redacted_uri(model.base)}: {parts}")
+            message = "; ".join([f"model {name!r} from {redacted_uri(model.base)}: {parts}", *found.notices])
+            yield Finding("ok", "weights", message)
 
 
 def check_manifest(config: RunConfig) -> Iterator[Finding]:
