@@ -17,6 +17,7 @@ from pia_batch.errors import ConfigError
 from pia_batch.weights import components, image_prompt_files, inversion_files, lora_files, safetensors, sd15
 from pia_batch.weights.components import CONFIG, MODEL, Component
 from pia_batch.weights.fetching import FetchedFolder, Hub, Location, locate
+from pia_batch.weights.networks import shapes_of
 
 log = logging.getLogger(__name__)
 
@@ -109,42 +110,21 @@ _BELONGS: dict[safetensors.FileKind, str] = {
 
 
 def layers_of(networks: Mapping[str, Component]) -> dict[str, lora_files.Layers]:
-    """Return the layers of UNet and text encoder, from the headers of their files.
+    """Return the layers of UNet and text encoder, whose files `resolve` has compared with their configs.
 
-    A UNet with motion modules has them in its own file; otherwise they are in the motion adapter, which also replaces
+    A UNet with motion modules has them in its own config; otherwise they are in the motion adapter, which also replaces
     the UNet's first layer.
 
     Args:
         networks: Parts of the base by name.
     """
-    unet = _names_of_unet(networks["unet"])
+    unet, text = (shapes_of(name, networks[name].settings) for name in ("unet", "text_encoder"))
     if "motion_adapter" in networks:
-        adapter = components.header(networks["motion_adapter"]).shapes
-        own = {name.removeprefix("module."): shape for name, shape in adapter.items()}
-        unet |= {name: shape for name, shape in own.items() if "motion_modules" in name or name.startswith("conv_in.")}
-    text = components.header(networks["text_encoder"]).shapes
-    prefix = "cond_stage_model.transformer."
-    if any(name.startswith(prefix) for name in text):
-        text = {name.removeprefix(prefix): shape for name, shape in text.items() if name.startswith(prefix)}
+        unet |= shapes_of("motion_adapter", networks["motion_adapter"].settings)
     return {
         lora_files.UNET: lora_files.Layers(lora_files.UNET, unet),
         lora_files.TEXT_ENCODER: lora_files.Layers(lora_files.TEXT_ENCODER, text),
     }
-
-
-def _names_of_unet(unet: Component) -> dict[str, lora_files.Shape]:
-    """Return the shapes of a UNet's parameters by their names in diffusers, without those of unknown names."""
-    shapes, prefix = components.header(unet).shapes, "model.diffusion_model."
-    if not any(name.startswith(prefix) for name in shapes):
-        return dict(shapes)
-    per_block = unet.settings.get("layers_per_block", 2)
-    found = {}
-    for name, shape in shapes.items():
-        layer, _, parameter = name.removeprefix(prefix).rpartition(".")
-        renamed = lora_files.from_original(layer, per_block) if name.startswith(prefix) else None
-        if renamed is not None:
-            found[f"{renamed}.{parameter}"] = shape
-    return found
 
 
 def _lora(
