@@ -57,7 +57,8 @@ def check_finite(network: Any, parts: Iterable[tuple[str, Component]]) -> None:
     Raises:
         ConfigError: A weight is NaN or infinite; the message names the file and the tensor.
     """
-    weights = [weight for weight in network.parameters() if weight.numel()]
+    # Tensors on the meta device have a shape, but no values.
+    weights = [weight for weight in network.parameters() if weight.numel() and not weight.is_meta]
     largest = [torch.linalg.vector_norm(weight.detach(), math.inf).float() for weight in weights]
     if not largest or bool(torch.stack(largest).isfinite().all()):
         return

@@ -44,8 +44,8 @@ _MAGIC = (
     (b"SQLite format 3", "an SQLite database", "export its table to Parquet or CSV"),
 )
 
-_MAX_CLIMB = 8
-"""Largest number of parent folders that are looked at."""
+_PARENT_LEVELS = 8
+"""Number of parent folders that are looked at."""
 
 
 def refuse_other_format(head: bytes, path: str) -> None:
@@ -91,7 +91,7 @@ def refuse_part_of_table(filesystem: pyarrow.fs.FileSystem, root: str, uri: str,
         ManifestError: It is part of a table; the message names the table's format, folder and remedy.
     """
     folder = posixpath.dirname(root) if is_file else root
-    for _ in range(_MAX_CLIMB):
+    for _ in range(_PARENT_LEVELS):
         if is_file or folder != root:
             for path in _logs_in(filesystem, folder):
                 refuse_table([path], folder, uri)
