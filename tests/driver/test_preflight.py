@@ -210,10 +210,12 @@ def test_an_address_that_answers_in_another_protocol_is_reported(
 ) -> None:
     address = dashboard("<html>").removeprefix("http://")
 
-    warned, connected = found(make_config(placement__ray_address=address), "ray")
+    findings = examined(make_config(placement__ray_address=address), torch(), "cannot reach Ray; correct its address")
+    warned, unreachable = (finding for finding in findings if finding.subject == "ray")
     refused = only(make_config(placement__ray_address=address, placement__require_auth=True), "ray")
 
-    assert (warned.state, connected.state, refused.state) == ("warn", "ok", "fail")
+    assert (warned.state, unreachable.state, refused.state) == ("warn", "fail", "fail")
+    assert "capacity" not in {finding.subject for finding in findings}
     assert "answers, but not whether it asks for a token" in warned.message
     assert "HEAD:6379" in refused.remedy
 

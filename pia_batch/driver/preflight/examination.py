@@ -46,5 +46,9 @@ def examine(
         yield from storage.check_manifest(config)
         yield from storage.check_images(config.images)
         yield from storage.check_store(Store(config.output))
-    yield from cluster.check_ray(place, connection or cluster.find_obstacle)
-    yield from cluster.check_capacity(place, len(facts["devices"]))
+    is_reached = True
+    for finding in cluster.check_ray(place, connection or cluster.find_obstacle):
+        is_reached = is_reached and finding.state != "fail"
+        yield finding
+    if is_reached or place.address == "local":  # Ray takes a minute to give up on a cluster that does not answer
+        yield from cluster.check_capacity(place, len(facts["devices"]))
