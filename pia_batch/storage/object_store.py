@@ -81,7 +81,10 @@ DISK_REMEDIES = {
     errno.ENOTSUP: _LINKS,
     errno.EROFS: "the disk is mounted read-only; choose another path, or mount it for writing",
 }
-"""Remedies for errors of a local disk that another attempt does not end, by their number."""
+"""Remedies for errors of a local disk, by their number."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a full disk, on which space may become free; no other error of `DISK_REMEDIES` ends by another attempt."""
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _RETRIES: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=20)}  # a TypedDict of obstore's stubs
@@ -304,8 +307,13 @@ class Store:
         other = path.with_name(f"{path.name}0")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"")
-        except OSError:
+            path.write_bytes(bytes(4096))
+        except OSError as err:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            if err.errno in _FULL:  # a run waits for space, but does not begin without any
+                msg = f"cannot write to {self.uri}: {err.strerror}; {DISK_REMEDIES[err.errno]}"
+                raise StorageError(msg) from None
             return  # `create` reports why
         try:
             other.unlink(missing_ok=True)
@@ -391,7 +399,7 @@ def _cause(err: Exception) -> str | int:
 
 
 def _is_transient(err: Exception) -> bool:
-    return isinstance(err, BaseError | OSError) and _cause(err) == "transient"
+    return isinstance(err, BaseError | OSError) and _cause(err) in ("transient", *_FULL)
 
 
 def absolute(uri: str) -> str:
