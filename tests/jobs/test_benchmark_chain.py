@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,13 @@ def test_engines_that_never_had_work_at_the_same_time_have_no_steady_state() -> 
 
 
 def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(JOBS / name), *arguments], capture_output=True, text=True, check=True)
+    """Run a program of jobs/ on a Ray of its own: without an address, Ray would look for the last one that `ray start` left."""
+    environment = os.environ | {"RAY_ADDRESS": "local"}
+    done = subprocess.run(
+        [sys.executable, str(JOBS / name), *arguments], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
 
 
 @pytest.mark.long
