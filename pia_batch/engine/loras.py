@@ -30,9 +30,10 @@ from torch import nn
 
 from pia_batch.config import LoraConfig
 from pia_batch.errors import ConfigError
-from pia_batch.weights import components, lora_files
+from pia_batch.weights import components, lora_files, lora_shapes, peft_config
 from pia_batch.weights.components import Component
-from pia_batch.weights.lora_files import TEXT_ENCODER, UNET, Target
+from pia_batch.weights.lora_files import TEXT_ENCODER, UNET, LoraContent
+from pia_batch.weights.network_layers import NetworkLayer, NetworkLayers
 
 __all__ = ["TEXT_ENCODER", "UNET", "Lora", "apply", "read"]
 
@@ -65,7 +66,7 @@ class Lora:
     part: Component
     scale: float
     tensors: dict[str, dict[str, dict[str, torch.Tensor]]]
-    content: lora_files.Content
+    content: LoraContent
     metadata: dict[str, Any] | None = None
     peft: dict[str, Any] | None = None
     embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -88,7 +89,7 @@ class _Layer:
     """
 
     lora: Lora
-    target: Target
+    target: NetworkLayer
     tensors: dict[str, torch.Tensor]
     alpha: float | None
     factor: float
@@ -122,11 +123,11 @@ def read(part: Component, config: LoraConfig) -> Lora:
     for key, tensor in loaded.items():
         if not bool(torch.isfinite(tensor.float()).all()):
             raise ConfigError(f"{path}: {key!r} holds NaN or infinity; the file is damaged, or its training failed")
-    record = None if part.config is None else components.read_json(part.config.folder / lora_files.PEFT_CONFIG)
+    record = None if part.config is None else components.read_json(part.config.folder / peft_config.PEFT_CONFIG)
     for network in content.layers:
         found = record or _record_of(metadata, network)
         if found is not None:
-            lora_files.check_peft(found, str(path))
+            peft_config.check_peft(found, str(path))
     return Lora(
         part,
         config.scale,
@@ -162,7 +163,7 @@ def apply(loras: Sequence[Lora], network: str, target: Any, *, fuse: bool) -> No
     chosen = {f"lora{index}": lora for index, lora in enumerate(loras) if lora.touches(network)}
     if not chosen:
         return
-    layers = lora_files.Layers(network, {name: tuple(each.shape) for name, each in target.named_parameters()})
+    layers = NetworkLayers(network, {name: tuple(each.shape) for name, each in target.named_parameters()})
     modules = dict(target.named_modules())
     fitted = {name: list(_fit(lora, network, layers, modules)) for name, lora in chosen.items()}
     _merge([each for held in fitted.values() for each in held if not each.is_plain(network, fuse=fuse)], modules)
@@ -187,7 +188,7 @@ def apply(loras: Sequence[Lora], network: str, target: Any, *, fuse: bool) -> No
         recurse_remove_peft_layers(target)
 
 
-def _fit(lora: Lora, network: str, layers: lora_files.Layers, modules: Mapping[str, Any]) -> Iterator[_Layer]:
+def _fit(lora: Lora, network: str, layers: NetworkLayers, modules: Mapping[str, Any]) -> Iterator[_Layer]:
     """Yield each layer of the network that a LoRA changes, with the LoRA's tensors."""
     where = str(lora.part.path)
     shapes = {
@@ -195,7 +196,7 @@ def _fit(lora: Lora, network: str, layers: lora_files.Layers, modules: Mapping[s
         for layer, roles in lora.content.layers[network].items()
         for role, key in roles.items()
     }
-    for named, found in lora_files.fit(lora.content, network, shapes, layers, where):
+    for named, found in lora_shapes.fit(lora.content, network, shapes, layers, where):
         tensors = lora.tensors[network][named]
         name = found.name if found.name in modules else f"text_model.{found.name}"  # transformers before 5.6
         if not isinstance(modules[name], nn.Linear | nn.Conv2d) and set(tensors) - {
@@ -210,10 +211,10 @@ def _fit(lora: Lora, network: str, layers: lora_files.Layers, modules: Mapping[s
         factor = 1.0 if alpha is None or rank is None else alpha / rank
         record = lora.peft or _record_of(lora.metadata, network)
         if "alpha" not in tensors and record is not None:
-            factor = lora_files.scale_of(record, found.name, rank)
+            factor = peft_config.scale_of(record, found.name, rank)
             if lora.peft is not None and rank is not None:
                 alpha = factor * rank
-        yield _Layer(lora, Target(name, found.weight, found.bias), tensors, alpha, factor)
+        yield _Layer(lora, NetworkLayer(name, found.weight, found.bias), tensors, alpha, factor)
 
 
 def _record_of(metadata: dict[str, Any] | None, network: str) -> dict[str, Any] | None:
@@ -239,7 +240,7 @@ def _inject(lora: Lora, name: str, network: str, target: Any, fitted: list[_Laye
     for layer in fitted:
         weight = target.get_submodule(layer.target.name).weight
         down, up = (layer.tensors[role] for role in ("down", "up"))
-        sides = lora_files.channels({"down": tuple(down.shape), "up": tuple(up.shape)}, layer.target)
+        sides = lora_shapes.channels({"down": tuple(down.shape), "up": tuple(up.shape)}, layer.target)
         # Copy: a tensor would otherwise remain a view of the file, which may change.
         down = down.to(weight.dtype, copy=True).reshape(len(down), *sides[1:])
         up = up.to(weight.dtype, copy=True).reshape(*up.shape[:2], *(1 for _ in weight.shape[2:]))
@@ -311,7 +312,7 @@ def _bias_delta(layer: _Layer) -> torch.Tensor | float:
 def _delta(layer: _Layer, base: torch.Tensor) -> torch.Tensor | None:
     """Return the change of a weight, in float64; None if only the bias changes."""
     tensors = {role: tensor.double() for role, tensor in layer.tensors.items()}
-    sides = lora_files.channels({role: tuple(tensor.shape) for role, tensor in tensors.items()}, layer.target)
+    sides = lora_shapes.channels({role: tuple(tensor.shape) for role, tensor in tensors.items()}, layer.target)
     delta = _unscaled(tensors)
     if delta is None:
         return None

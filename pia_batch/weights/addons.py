@@ -14,9 +14,19 @@ from typing import NoReturn
 
 from pia_batch.config import IpAdapterConfig, LoraConfig, ModelConfig, TextualInversionConfig
 from pia_batch.errors import ConfigError
-from pia_batch.weights import components, image_prompt_files, inversion_files, lora_files, safetensors, sd15
+from pia_batch.weights import (
+    components,
+    image_prompt_files,
+    inversion_files,
+    lora_files,
+    lora_shapes,
+    peft_config,
+    safetensors,
+    sd15,
+)
 from pia_batch.weights.components import CONFIG, MODEL, Component
 from pia_batch.weights.fetching import FetchedFolder, Hub, Location, locate
+from pia_batch.weights.network_layers import NetworkLayers
 from pia_batch.weights.networks import shapes_of
 
 log = logging.getLogger(__name__)
@@ -109,7 +119,7 @@ _BELONGS: dict[safetensors.FileKind, str] = {
 }
 
 
-def layers_of(networks: Mapping[str, Component]) -> dict[str, lora_files.Layers]:
+def layers_of(networks: Mapping[str, Component]) -> dict[str, NetworkLayers]:
     """Return the layers of UNet and text encoder, whose files `resolve` has compared with their configs.
 
     A UNet with motion modules has them in its own config; otherwise they are in the motion adapter, which also replaces
@@ -122,13 +132,13 @@ def layers_of(networks: Mapping[str, Component]) -> dict[str, lora_files.Layers]
     if "motion_adapter" in networks:
         unet |= shapes_of("motion_adapter", networks["motion_adapter"].settings)
     return {
-        lora_files.UNET: lora_files.Layers(lora_files.UNET, unet),
-        lora_files.TEXT_ENCODER: lora_files.Layers(lora_files.TEXT_ENCODER, text),
+        lora_files.UNET: NetworkLayers(lora_files.UNET, unet),
+        lora_files.TEXT_ENCODER: NetworkLayers(lora_files.TEXT_ENCODER, text),
     }
 
 
 def _lora(
-    entry: LoraConfig, key: str, widths: tuple[int, int], layers: Mapping[str, lora_files.Layers], hub: Hub
+    entry: LoraConfig, key: str, widths: tuple[int, int], layers: Mapping[str, NetworkLayers], hub: Hub
 ) -> Component:
     location, name = _choose(entry, key, "pytorch_lora_weights.safetensors", hub)
     found = components.single_file(location.fetch([name]), name)
@@ -149,7 +159,7 @@ def _lora(
     content = lora_files.contents(header.shapes, where)
     for network, held in layers.items():
         if held.is_known:
-            for _ in lora_files.fit(content, network, header.shapes, held, where):
+            for _ in lora_shapes.fit(content, network, header.shapes, held, where):
                 pass  # checks each layer
     for word, tensor in content.embeddings.items():
         if header.shapes[tensor][-1:] != (token_width,):
@@ -165,15 +175,15 @@ def _lora(
 
 def _with_record(name: str, key: str, location: Location) -> Component:
     """Return the component with peft's record of alpha and rank, which is next to the file."""
-    beside = (PurePosixPath(name).parent / lora_files.PEFT_CONFIG).as_posix()
+    beside = (PurePosixPath(name).parent / peft_config.PEFT_CONFIG).as_posix()
     source = location.fetch([name, beside])
     path = source.root / beside
     if not path.is_file():
         raise ConfigError(
-            f"{key}: {name} was saved by peft, whose scale is in {lora_files.PEFT_CONFIG}, but there is none next to "
+            f"{key}: {name} was saved by peft, whose scale is in {peft_config.PEFT_CONFIG}, but there is none next to "
             "it; copy that file there"
         )
-    lora_files.check_peft(components.read_json(path), f"{key}: {path}")
+    peft_config.check_peft(components.read_json(path), f"{key}: {path}")
     record = Component(path.parent, None, (path.name,), source.commit)
     return replace(components.single_file(source, name), config=record)
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from pia_batch.config import LoraConfig, ModelConfig
 from pia_batch.engine import adapters
 from pia_batch.errors import ConfigError
-from pia_batch.weights import lora_files
+from pia_batch.weights import network_layers
 from pia_batch.weights.resolve import resolve
 
 Tensors = dict[str, torch.Tensor]
@@ -211,7 +211,7 @@ def test_original_names_of_a_unet_are_the_inverse_of_those_of_diffusers():
     names = [name.removesuffix(".weight") for name in unet.state_dict() if name.endswith(".weight")]
     for name in (name for name in names if "motion_modules" not in name):
         for spelled in (original(name), original(name).replace(".", "_")):
-            found = lora_files.from_original(spelled, unet.config.layers_per_block)
+            found = network_layers.from_original(spelled, unet.config.layers_per_block)
             assert found is not None
             assert found.replace(".", "_") == name.replace(".", "_")
 
