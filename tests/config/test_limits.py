@@ -487,6 +487,7 @@ FIXED = {
     "schema/settings.MAX_FPS": f"{HERE}test_a_frame_rate_is_kept_to_what_its_format_holds",
     "schema/settings.MAX_SEED": f"{HERE}test_seeds_are_kept_to_64_bits_with_a_sign",
     "schema/settings.MAX_PROMPT_BYTES": f"{HERE}test_a_text_of_a_row_is_kept_to_its_bytes",
+    "schema/expressions.MAX_EXPRESSION_BYTES": "tests/schema/test_expressions.py::test_the_length_is_limited",
     "schema/columns.MAX_ID_BYTES": f"{HERE}test_a_text_of_a_row_is_kept_to_its_bytes",
     "schema/columns.MAX_URI_BYTES": f"{HERE}test_a_text_of_a_row_is_kept_to_its_bytes",
     "manifest/files.MAX_COLUMNS": f"{HERE}test_the_number_of_columns_is_kept_to_its_limit",
