@@ -56,6 +56,20 @@ def is_nested(data_type: pa.DataType) -> bool:
     return bool(pa.types.is_nested(data_type))
 
 
+def has_lists(data_type: pa.DataType) -> bool:
+    """Return True if a plain type has lists or maps at any depth, and no bytes."""
+    leaves, lists = [data_type], False
+    for one in leaves:
+        if is_nested(one):
+            lists |= not pa.types.is_struct(one)
+            leaves += [one.field(number).type for number in range(one.num_fields)]
+    return lists and not any(_is_bytes(one) for one in leaves)
+
+
+def _is_bytes(data_type: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(data_type) or pa.types.is_large_binary(data_type))
+
+
 def plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return the same values in `plain_type`.
 

@@ -23,9 +23,10 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from pia_batch.errors import ConfigError, InterruptedRunError, ManifestError, message_of
+from pia_batch.manifest import wide_integers
 from pia_batch.manifest.arrow_types import is_nested, plain_type
 from pia_batch.manifest.csv_files import read_csv
-from pia_batch.manifest.table_formats import refuse_other_format
+from pia_batch.manifest.table_formats import refuse_data_of_table, refuse_other_format
 from pia_batch.schema.columns import REQUEST, mixed, mixed_type
 from pia_batch.storage import filesystems
 from pia_batch.storage.uris import redacted
@@ -232,7 +233,6 @@ _REMEDIES = {
     "Bad Request": "check the credentials and the policy; temporary credentials may have expired",
     "credentials": "give this machine the store's, by AWS_PROFILE, AWS_ACCESS_KEY_ID and its secret, or a role",
     "file footer": "JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
-    "more than 64 bits": "cast columns of 128-bit integers (Polars: Int128, UInt128) to 64 bits, or to text",
     "magic bytes": "write it again; JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
 }
 """Remedies by words in a library's message."""
@@ -249,7 +249,13 @@ def _opened(source: pa.NativeFile, path: str) -> pq.ParquetFile:
     num_bytes = source.size()
     refuse_other_format(bytes(source.read_at(min(16, num_bytes), 0)), path)
     _check_footer_bytes(source, num_bytes, path)
-    file = pq.ParquetFile(source, coerce_int96_timestamp_unit=_INT96_UNIT)
+    try:
+        file = pq.ParquetFile(source, coerce_int96_timestamp_unit=_INT96_UNIT)
+    except pa.ArrowNotImplementedError as err:
+        if wide_integers.REFUSAL in str(err):
+            wide_integers.refuse(source, path)
+        raise
+    refuse_data_of_table(file.metadata.metadata or {}, file.schema_arrow.names, path)
     _check_expansion(file.metadata, num_bytes, path)
     return file
 

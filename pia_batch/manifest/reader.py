@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -18,8 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs
 
-from pia_batch.errors import ConfigError, ManifestError
-from pia_batch.manifest.arrow_types import is_nested, plain_type, refuse_unsupported
+from pia_batch.errors import ConfigError, ManifestError, message_of
+from pia_batch.manifest.arrow_types import has_lists, is_nested, plain_type, refuse_unsupported
 from pia_batch.manifest.files import (
     BATCH_ROWS,
     Contents,
@@ -52,8 +52,12 @@ MAX_ROWS = 200_000_000
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 """Value in the name of a hive partition's folder that means null."""
 
+CHECKED_BYTES = 2**30
+"""Bytes of lists and maps that are read when a manifest is opened, because those of some writers cannot be read.
+
+Beyond it, and for other nested columns, the first SAMPLE_ROWS rows of SAMPLE_FILES files are read."""
+
 SAMPLE_FILES, SAMPLE_ROWS = 16, 1000
-"""Files, and rows of each, whose nested columns are read when the manifest is opened: some writers' cannot be read."""
 
 OPEN_THREADS = 16
 """Number of manifest files that are opened at a time."""
@@ -150,8 +154,18 @@ class Manifest:
             files, file_format, left_out = _discover(filesystem, root, shown)
         if file_format != "parquet":
             _check_text_bytes(filesystem, files, shown)
+        scanned = set[str]()
+
+        def known_contents(path: str, version: str) -> Contents | None:
+            contents = known(path, version)
+            if contents is not None:
+                scanned.add(path)
+            return contents
+
         opened = tuple(
-            map_in_threads(lambda path: ManifestFile.open(filesystem, path, file_format, known), files, OPEN_THREADS)
+            map_in_threads(
+                lambda path: ManifestFile.open(filesystem, path, file_format, known_contents), files, OPEN_THREADS
+            )
         )
         num_rows = sum(contents.num_rows for _, contents in opened)
         if not 0 < num_rows <= MAX_ROWS:
@@ -182,7 +196,7 @@ class Manifest:
             opened,
             tables,
         )
-        found._read_doubtful_columns()
+        found._read_doubtful_columns(scanned)
         return found
 
     @property
@@ -190,27 +204,51 @@ class Manifest:
         """Number of CSV lines with nothing but commas, which are no rows."""
         return sum(contents.num_blank for _, contents in self._opened)
 
-    def _read_doubtful_columns(self) -> None:
+    def _read_doubtful_columns(self, scanned: Container[str]) -> None:
         """Read what may fail of the carried columns, before anything is generated.
 
-        These are all values whose type another file changes, and the first rows of nested ones.
+        These are all values whose type another file changes, and those of lists and maps.
+
+        Args:
+            scanned: Paths of the files whose lists and maps an earlier scan has read.
 
         Raises:
             ManifestError: a value does not fit the common type, or a column cannot be read.
         """
-        sampled = 0
+        sampled, left = 0, CHECKED_BYTES
         for file, contents in self._opened:
             carried = {item.name: plain_type(item.type) for item in _carried(contents.schema)}
             changed = [name for name, data_type in carried.items() if self._may_not_fit(data_type, name)]
             for _ in self._read(file, self._only(changed), None) if changed else ():
                 pass
             nested = [name for name, data_type in carried.items() if is_nested(data_type) and name not in changed]
-            if nested and file.format == "parquet" and sampled < SAMPLE_FILES:
-                sampled += 1
-                for name in nested:
-                    with reading(f"{file.path}, column {name!r}"):
-                        rows = file.first_rows(self.filesystem, [name], SAMPLE_ROWS)
-                        _conform(rows, self._only([name]), {}, file.path).validate(full=True)
+            for name in nested if file.format == "parquet" and file.path not in scanned else ():
+                complete = left > 0 and has_lists(carried[name])
+                if complete or sampled < SAMPLE_FILES:
+                    left -= self._check_readable(file, contents, name, complete=complete)
+            sampled += bool(nested)
+
+    def _check_readable(self, file: ManifestFile, contents: Contents, name: str, *, complete: bool) -> int:
+        """Read a column, or its first rows, in the pieces that workers read; return its size in bytes."""
+        num_bytes = 0
+        try:
+            for table in self._column(file, contents, name, complete=complete):
+                _conform(table, self._only([name]), {}, file.path).validate(full=True)
+                num_bytes += table.nbytes
+        except (ManifestError, pa.ArrowException, OSError) as err:
+            msg = (
+                f"manifest file {file.path}: column {name!r} cannot be read, which would end a run; drop the column, "
+                f"or write it with another program: {message_of(err)}"
+            )
+            raise ManifestError(msg) from None
+        return num_bytes
+
+    def _column(self, file: ManifestFile, contents: Contents, name: str, *, complete: bool) -> Iterator[pa.Table]:
+        if not complete:
+            yield file.first_rows(self.filesystem, [name], SAMPLE_ROWS)
+            return
+        for groups in _neighbours(contents):
+            yield from file.read(self.filesystem, [name], groups)
 
     def _may_not_fit(self, data_type: pa.DataType, name: str) -> bool:
         wanted = self.schema.field(name).type
@@ -387,8 +425,7 @@ def _discover(
         msg = f"manifest {uri} does not exist; correct its path or URI{pattern}"
         raise ManifestError(msg)
     is_file = info.type == pyarrow.fs.FileType.File
-    if not uri.startswith(("http://", "https://")):
-        refuse_part_of_table(filesystem, root, uri, is_file=is_file)
+    refuse_part_of_table(filesystem, root, uri, is_file=is_file)
     if is_file:
         return (root,), EXTENSIONS.get(PurePosixPath(root).suffix.lower(), "parquet"), ()
     found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))

@@ -6,7 +6,8 @@ Files of a Delta, Iceberg or Hudi table are Parquet, but only the table's log sa
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 import pyarrow.fs
@@ -63,6 +64,30 @@ def refuse_other_format(head: bytes, path: str) -> None:
         raise ManifestError(msg)
 
 
+def refuse_data_of_table(metadata: Mapping[bytes, bytes], columns: Iterable[str], path: str) -> None:
+    """Refuse a Parquet file that an Iceberg or Hudi table has written, wherever it is now.
+
+    Args:
+        metadata: Keys and values of the file's footer.
+        columns: Names of its columns.
+        path: Path of the file for the message.
+
+    Raises:
+        ManifestError: It is such a file; the message names the table's format and the remedy.
+    """
+    if any(key in metadata for key in (b"iceberg.schema", b"delete-type")):
+        what = "an Apache Iceberg table"
+    elif any(name.startswith(("_hoodie_commit_", "_hoodie_record_")) for name in columns):
+        what = "an Apache Hudi table"
+    else:
+        return
+    msg = (
+        f"manifest file {path} is a data file of {what}: it may also have rows that were deleted or replaced, and only "
+        f"the table's log says which; {_REMEDIES[what]}"
+    )
+    raise ManifestError(msg)
+
+
 def refuse_table(found: Iterable[str], root: str, uri: str) -> None:
     """Refuse a folder that is, or contains, a table with a log of its own.
 
@@ -90,6 +115,8 @@ def refuse_part_of_table(filesystem: pyarrow.fs.FileSystem, root: str, uri: str,
     Raises:
         ManifestError: It is part of a table; the message names the table's format, folder and remedy.
     """
+    if root.startswith(_WEB) and "?" in root:  # the signature of one file does not open others
+        return
     folder = posixpath.dirname(root) if is_file else root
     for _ in range(_PARENT_LEVELS):
         if is_file or folder != root:
@@ -105,6 +132,10 @@ def _logs_in(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[str]:
     """Return the logs of tables in a folder; empty where the folder may not be read."""
     logs = [posixpath.join(folder, name) for name in ("_delta_log", ".hoodie", ".hoodie_partition_metadata")]
     directory = pyarrow.fs.FileType.Directory
+    if folder.startswith(_WEB):
+        return [
+            f"{folder}/{name}" for name, content in _FIRST_FILES.items() if _holds(filesystem, folder, name, content)
+        ]
     try:
         paths = [info.path for info in filesystem.get_file_info(logs) if info.type != pyarrow.fs.FileType.NotFound]
         metadata = posixpath.join(folder, "metadata")
@@ -113,6 +144,29 @@ def _logs_in(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[str]:
     except Exception:  # noqa: BLE001 - every file system has its own classes; a parent may be forbidden
         return []
     return paths
+
+
+_WEB = ("http://", "https://")
+
+_FIRST_FILES = {
+    "_delta_log/00000000000000000000.json": rb"\s*\{",
+    "_delta_log/_last_checkpoint": rb"\s*\{",
+    ".hoodie/hoodie.properties": rb"(?s).*hoodie\.",
+    "metadata/v1.metadata.json": rb"\s*\{",
+}
+"""Files that a table's log has in most cases, and the beginning of their content: http has no folders to list."""
+
+
+def _holds(filesystem: pyarrow.fs.FileSystem, folder: str, name: str, content: bytes) -> bool:
+    """Return True if a web server has this file with such content; some servers answer to every path."""
+    try:
+        with filesystem.open_input_stream(f"{folder}/{name}") as file:
+            return re.match(content, file.read(_HEAD_BYTES)) is not None
+    except Exception:  # noqa: BLE001 - see above
+        return False
+
+
+_HEAD_BYTES = 512
 
 
 def _table_at(parts: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:

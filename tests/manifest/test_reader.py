@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -29,6 +30,7 @@ from pia_batch.manifest import files as manifest_files
 from pia_batch.manifest.files import BATCH_ROWS_WITH_BYTES
 from pia_batch.manifest.reader import Manifest, refuse_output_inside
 from pia_batch.manifest.unify import conform
+from pia_batch.manifest.validation import check
 from pia_batch.planning.plan import make_plan
 from pia_batch.schema.columns import RESERVED
 from pia_batch.storage import filesystems
@@ -654,6 +656,24 @@ def test_a_file_that_went_away_is_refused_by_name(write: Callable[..., str], tmp
 
     with pytest.raises(ManifestError, match=r"a\.parquet"):
         list(found.batches())
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "quoted.csv"])
+def test_a_text_that_reads_like_a_missing_value_is_a_text_in_every_format(name: str, tmp_path: Path) -> None:
+    words = ["None", "nan", "NULL", "NaT", "<NA>", "\\N", "null", "NaN"]
+    table = requests_table(len(words), prompt=words, negative_prompt=words)
+    if name.endswith("parquet"):
+        pq.write_table(table, tmp_path / name)
+    elif name.endswith("jsonl"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, table.to_pylist())))
+    else:
+        pyarrow.csv.write_csv(table, tmp_path / name)  # quotes all texts
+
+    (rows,) = [batch.table for batch in Manifest.open(str(tmp_path / name)).batches()]
+
+    checked = check(rows, RunConfig.load(None, {"manifest": "m", "output": "o"}), {"default": "e" * 32})
+    assert checked.requests["prompt"].to_pylist() == words
+    assert checked.requests["negative_prompt"].to_pylist() == words
 
 
 # --- JSONL ----------------------------------------------------------------------------------------------------------

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
+import io
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.feather
@@ -11,6 +15,7 @@ import pyarrow.orc
 import pyarrow.parquet as pq
 import pytest
 from inputs import requests_table
+from servers import serving
 
 from pia_batch.errors import ManifestError
 from pia_batch.manifest.reader import Manifest
@@ -56,6 +61,67 @@ def test_a_file_or_a_partition_of_a_table_is_refused_too(log: str, data: str, na
     assert f"is {name} (folder {tmp_path}/t" in refusal(tmp_path / "t" / data)
     if "/" in data:
         assert f"is {name} (folder {tmp_path}/t" in refusal((tmp_path / "t" / data).parent)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "column", "name"),
+    [
+        ({"iceberg.schema": "{}"}, "shop", "an Apache Iceberg table"),
+        ({"delete-type": "position"}, "shop", "an Apache Iceberg table"),
+        ({}, "_hoodie_record_key", "an Apache Hudi table"),
+        ({}, "_hoodie_commit_time", "an Apache Hudi table"),
+    ],
+)
+def test_a_data_file_of_a_table_is_known_by_its_content_wherever_it_is(
+    metadata: dict[str, str], column: str, name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.parquet"
+    table = requests_table(1, **{column: ["x"]})
+    with pq.ParquetWriter(path, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata(metadata)
+
+    assert f"a.parquet is a data file of {name}: it may also have rows that were deleted" in refusal(path)
+
+
+class _Everything(SimpleHTTPRequestHandler):
+    """Serves a folder, and answers to what it does not have with a page, as some servers do."""
+
+    def send_head(self) -> Any:
+        if Path(self.translate_path(self.path)).is_file():
+            return super().send_head()
+        data = b"<html>hoodie and other clothes</html>"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        return io.BytesIO(data)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.mark.parametrize(
+    ("log", "content", "name"),
+    [
+        ("_delta_log/00000000000000000000.json", '{"protocol": {}}', "a Delta table"),
+        ("_delta_log/_last_checkpoint", '{"version": 10}', "a Delta table"),
+        (".hoodie/hoodie.properties", "#Updated\nhoodie.table.name=t", "an Apache Hudi table"),
+        ("metadata/v1.metadata.json", '{"format-version": 2}', "an Apache Iceberg table"),
+        ("notes/README", "", None),
+    ],
+)
+def test_a_file_of_a_table_on_a_web_server_is_refused(log: str, content: str, name: str | None, tmp_path: Path) -> None:
+    table_in(tmp_path / "t", log, "data/day=1/a.parquet")
+    (tmp_path / "t" / log).write_text(content)
+    with serving(functools.partial(_Everything, directory=str(tmp_path))) as address:
+        uri = f"{address}/t/data/day=1/a.parquet"
+        if name is None:
+            assert Manifest.open(uri).num_rows == 1
+            return
+        with pytest.raises(ManifestError) as caught:
+            Manifest.open(uri)
+
+    assert f"is {name} (folder {address}/t)" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["metadata/notes.json", "delta_log/0.json", "hoodie/x", "versions/1.manifest"])

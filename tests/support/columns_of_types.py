@@ -22,6 +22,9 @@ LEAVES: tuple[pa.DataType, ...] = (
 )  # fmt: skip
 """Types without children that Parquet can store, perhaps in another encoding."""
 
+RUNS = tuple(one for one in LEAVES if not (pa.types.is_dictionary(one) or one in (pa.string_view(), pa.binary_view())))
+"""Types that Arrow encodes as runs."""
+
 EXTENSIONS = (pa.uuid(), pa.json_(), pa.bool8(), pa.opaque(pa.binary(), "a", "b"))
 
 REFUSED = (
@@ -76,7 +79,7 @@ def _values(data_type: pa.DataType) -> st.SearchStrategy[Any]:  # noqa: C901, PL
         bits, signed = data_type.bit_width, is_.is_signed_integer(data_type)
         return st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else st.integers(0, 2**bits - 1)
     if is_.is_floating(data_type):
-        return st.floats(allow_nan=False, width=data_type.bit_width)
+        return st.floats(width=data_type.bit_width)
     if is_.is_decimal(data_type):
         return st.integers(-999, 999).map(lambda number: Decimal(number) / 100 if data_type.scale else Decimal(number))
     if is_.is_date32(data_type) or is_.is_time32(data_type):
