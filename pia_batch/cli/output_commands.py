@@ -64,10 +64,12 @@ def verify(
 ) -> None:
     """Read every animation and compare it with its result: existence, bytes, decoding, size and length.
 
+    `metadata.parquet` and `README.md` are compared with the newest results, and written again by `--repair`.
     Exit code 3 if any differs, repaired or not. `--repair` is refused with exit code 75 while a run works there.
     Example: `pia-batch verify s3://bucket/out --repair`
     """
     from pia_batch.journal.log import Journal
+    from pia_batch.journal.results import find_dataset_difference, restore_dataset
     from pia_batch.journal.verify import PROBLEMS, find_problems
     from pia_batch.journal.verify import repair as repair_animations
     from pia_batch.media import quality
@@ -79,8 +81,11 @@ def verify(
         total = int(outcomes.succeeded.sum())
         with counting("animations read", total) as one_more:
             problems = list(find_problems(record, outcomes, quality.check_animation, one_more))
+        difference = find_dataset_difference(store)
         if lease is not None:
             repair_animations(record, outcomes, problems, lease.check)
+            lease.check()
+            restore_dataset(record)
     for kind, meaning in PROBLEMS.items():
         found = [problem for problem in problems if problem.kind == kind]
         if found:
@@ -93,7 +98,10 @@ def verify(
     if problems:
         words = "their requests need regeneration: " if repair else "after `--repair`, "
         out.print(f"{words}`pia-batch run` generates them again and publishes new results", soft_wrap=True)
-    raise typer.Exit(3 if problems else 0)
+    if difference:
+        words = "written again" if repair else "`--repair` writes the dataset again"
+        out.print(f"{difference}: {words}", soft_wrap=True, markup=False)
+    raise typer.Exit(3 if problems or difference else 0)
 
 
 def gc(

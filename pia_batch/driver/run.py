@@ -31,6 +31,7 @@ from pia_batch.pipeline.engine_loader import LoadEngines
 from pia_batch.planning.plan import Plan, Retry, find_published_run, make_plan, run_ids_of
 from pia_batch.schema.run_record import RunRecord, RunSummary
 from pia_batch.storage.object_store import Store
+from pia_batch.storage.uris import redacted_uri
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +218,7 @@ class Run:
             if limit is not None:
                 left = max(plan.num_pending - progress.computed, len(plan.wanted) - len(outcomes.keys))
             if not left:
-                facts = {"manifest": self._writer.record.manifest}
+                facts = {"manifest": self._writer.record.manifest, "models": _weights_of(self._config)}
                 publish(self._journal, outcomes, plan.wanted, plan.carried, self._run_id, facts)
         progress.enter("stopped" if left else "finished")
         self._on_progress(progress)
@@ -232,6 +233,13 @@ class Run:
             write(self._store, summary.run_id)
         except PiaBatchError as err:
             log.warning("report_failed run_id=%s: %s", summary.run_id, err)
+
+
+def _weights_of(config: RunConfig) -> dict[str, dict[str, str]]:
+    """Return the weights of each model by its name, for the dataset card; URIs without credentials."""
+    keys = ("base", "revision", "motion_adapter")
+    models = {name: model.model_dump(include=set(keys), exclude_none=True) for name, model in config.all_models.items()}
+    return {name: {key: redacted_uri(model[key]) for key in keys if key in model} for name, model in models.items()}
 
 
 def _run_id_of(config: RunConfig, store: Store) -> str:

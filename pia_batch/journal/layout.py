@@ -4,6 +4,7 @@
     results/<run_id>/part-<number>.parquet     one row per request of that run's manifest
     results/<run_id>/_SUCCESS.json             written last: the results of the run are complete
     results/LATEST.json                        points at the newest complete results
+    metadata.parquet, README.md                the newest complete results as a Hugging Face dataset
     _journal/<hash>.parquet                    the fragments of the commit log
     _journal/index/                            packs of fragments, see `pack_index`
     _journal/create-only                       probe: the store creates an object only where none exists
@@ -23,6 +24,8 @@ import re
 ANIMATIONS = "animations/"
 RESULTS = "results/"
 LATEST_RESULTS = f"{RESULTS}LATEST.json"
+DATASET_TABLE = "metadata.parquet"
+DATASET_CARD = "README.md"
 FRAGMENTS = "_journal/"
 FRAGMENT_INDEX = f"{FRAGMENTS}index/"
 CREATE_ONLY_PROBE = f"{FRAGMENTS}create-only"
@@ -32,8 +35,8 @@ RUNS = "_runs/"
 DOCTOR_PROBE = f"{RUNS}doctor.json"
 LEASES = "_lease/"
 
-PREFIXES = (ANIMATIONS, RESULTS, FRAGMENTS, TOMBSTONES, LEASES, SCAN_CACHES, RUNS)
-"""Every prefix to which this package writes; together they hold everything that it stores."""
+PREFIXES = (ANIMATIONS, RESULTS, FRAGMENTS, TOMBSTONES, LEASES, SCAN_CACHES, RUNS, DATASET_TABLE, DATASET_CARD)
+"""Every prefix to which this package writes, and its two files outside of them: together all that it stores."""
 
 RUN_PREFIXES = (FRAGMENTS, RUNS, LEASES)
 """The prefixes that hold objects as soon as any run has begun."""

@@ -6,25 +6,24 @@ fragment, and what is compared with the listing of the animations is kept in a f
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.errors import AccountingError
 from pia_batch.journal import layout
 from pia_batch.journal.log import Journal, Outcomes, digest_of, to_json, to_parquet
-from pia_batch.schema.columns import RESULT, SUCCEEDED, conformed
+from pia_batch.journal.publication_checks import ExpectedAnimations, KeyChecksum
+from pia_batch.journal.published_dataset import DatasetWriter, StoredDataset, find_difference
+from pia_batch.schema.columns import RESULT, conformed
 from pia_batch.schema.keys import KeySet, halves, keys_from_hex
 from pia_batch.storage.object_store import Store
 
@@ -33,8 +32,8 @@ log = logging.getLogger(__name__)
 PART_ROWS = 100_000
 """Number of rows of one published Parquet file."""
 
-LIST_THREADS = 8
-"""Folders of animations, of 256, that are listed at a time: ten million objects are 10,000 pages of a listing."""
+SETTLE_ROUNDS = 10
+"""Attempts to have the dataset show the newest results, while other runs publish at the same moment."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ def publish(
 ) -> PublishedResults:
     """Write `results/<run_id>/`: one row for every wanted key, then `_SUCCESS.json`; then point LATEST.json at it.
 
+    Before `_SUCCESS.json`, the same results are written as a Hugging Face dataset: `metadata.parquet` and `README.md`.
     Repeating it with the same run id writes the same files.
 
     Args:
@@ -61,7 +61,8 @@ def publish(
         wanted: Keys of the run's manifest.
         carried: Columns that are carried from the manifest; they follow those of RESULT.
         run_id: Name of the folder.
-        about: Further fields of `_SUCCESS.json`, such as the manifest's URI.
+        about: Further fields of `_SUCCESS.json`: the manifest's URI, and `models`, the weights of each model by its
+            name in the config.
 
     Raises:
         AccountingError: a request has no result, or the animation of a succeeded one is missing or has another size.
@@ -73,14 +74,16 @@ def publish(
         msg = f"{missing} of {len(wanted)} requests have no result yet; start the run again to finish them"
         raise AccountingError(msg)
     schema = pa.schema([*RESULT, *carried])
+    digest = digest_of(outcomes)
     counts = {"succeeded": 0, "failed": 0}
     parts = []
-    written = _KeyChecksum()
-    with tempfile.TemporaryFile() as disk:
-        expected = _ExpectedAnimations(disk)
+    written = KeyChecksum()
+    with tempfile.TemporaryFile() as disk, DatasetWriter(run_id, digest, schema) as dataset:
+        expected = ExpectedAnimations(disk)
         for index, rows in enumerate(_parts(journal.winning_rows(outcomes), schema)):
             part = pa.Table.from_arrays(rows.columns, schema=schema)  # with the metadata of extension types
             expected.add(part)
+            dataset.add(part)
             name = layout.results_part(run_id, index)
             journal.store.replace(name, to_parquet(part))
             parts.append({"name": name.rpartition("/")[2], "rows": len(part)})
@@ -88,18 +91,75 @@ def publish(
             for status in counts:
                 counts[status] += pc.sum(pc.equal(part["status"], status)).as_py() or 0
         expected.check(journal.store)
-    if written != _KeyChecksum.of(wanted):
-        msg = (
-            f"the index {journal.store.uri_of(layout.FRAGMENT_INDEX)} does not match the rows of the fragments in "
-            f"{journal.store.uri_of(layout.FRAGMENTS)}; delete the index and start the run again"
-        )
-        raise AccountingError(msg)
-    state = {"run_id": run_id, "requests": len(wanted), **counts, "parts": parts, "digest": digest_of(outcomes)}
+        if written != KeyChecksum.of(wanted):
+            msg = (
+                f"the index {journal.store.uri_of(layout.FRAGMENT_INDEX)} does not match the rows of the fragments in "
+                f"{journal.store.uri_of(layout.FRAGMENTS)}; delete the index and start the run again"
+            )
+            raise AccountingError(msg)
+        stored = dataset.write(journal.store, counts["failed"], about.get("models", {}))
+    state = {"run_id": run_id, "requests": len(wanted), **counts, "parts": parts, "digest": digest}
     state |= {"published_at": datetime.now(UTC).isoformat(timespec="seconds"), **about}
+    state |= {"dataset": {"media": stored.media, "rows": stored.num_rows}}
     journal.store.replace(layout.success_marker(run_id), to_json(state))
-    journal.store.replace(layout.LATEST_RESULTS, to_json({"run_id": run_id, "digest": state["digest"]}))
+    journal.store.replace(layout.LATEST_RESULTS, to_json({"run_id": run_id, "digest": digest}))
+    _settle_dataset(journal, stored)
     uri = journal.store.uri_of(layout.results_folder(run_id))
     return PublishedResults(run_id, len(wanted), counts["succeeded"], counts["failed"], uri)
+
+
+def restore_dataset(journal: Journal) -> None:
+    """Write the dataset of the newest complete results again; do nothing before the first.
+
+    Raises:
+        StorageError: The store refused the request or did not answer.
+    """
+    _settle_dataset(journal, None)
+
+
+def find_dataset_difference(store: Store) -> str | None:
+    """Return the difference between the dataset and the newest complete results in words, or None.
+
+    Results of releases that wrote no dataset differ from nothing.
+
+    Raises:
+        StorageError: The store refused the request or did not answer.
+    """
+    newest = read_latest(store)
+    state = newest and read_success_marker(store, newest["run_id"])
+    return find_difference(store, state["run_id"]) if state and "dataset" in state else None
+
+
+def _settle_dataset(journal: Journal, stored: StoredDataset | None) -> None:
+    """Make the dataset show the newest complete results.
+
+    Of two runs that publish at the same moment, each may have replaced a part of what the other wrote. Each therefore
+    looks again after its last write, so that whoever writes last leaves results and dataset of one run.
+
+    Args:
+        journal: Journal of the output.
+        stored: Dataset as this process wrote it; None: it wrote none.
+    """
+    for _ in range(SETTLE_ROUNDS):
+        newest = read_latest(journal.store)
+        if newest is None:
+            return
+        if stored is not None and stored.run_id == newest["run_id"] and stored.is_stored(journal.store):
+            return
+        state = read_success_marker(journal.store, newest["run_id"])
+        if state is None:
+            return
+        names = [f"{layout.results_folder(state['run_id'])}/{part['name']}" for part in state["parts"]]
+        parts = itertools.chain.from_iterable(journal.read([name]) for name in names)  # one in memory at a time
+        first = next(parts)
+        with DatasetWriter(state["run_id"], state["digest"], first.schema) as dataset:
+            dataset.add(first)
+            for part in parts:
+                dataset.add(part)
+            stored = dataset.write(journal.store, state["failed"], state.get("models", {}))
+    log.warning(
+        "dataset_unsettled uri=%s: other runs publish too; `pia-batch verify --repair` writes it", journal.store.uri
+    )
 
 
 def read_success_marker(store: Store, run_id: str) -> dict[str, Any] | None:
@@ -157,79 +217,3 @@ def _cast_or_null(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
 def _sorted(table: pa.Table) -> pa.Table:
     table = table.combine_chunks()  # taking rows from a thousand chunks is slow
     return table.sort_by([("request_id", "ascending"), ("key", "ascending")])
-
-
-@dataclass
-class _KeyChecksum:
-    """Number of keys and sums over them: equal for the same keys in any order, and practically never for others."""
-
-    num_keys: int = 0
-    high: int = 0
-    low: int = 0
-
-    @classmethod
-    def of(cls, keys: KeySet) -> _KeyChecksum:
-        """Return the checksum of all members."""
-        checksum = cls()
-        checksum.add(keys.high, keys.low)
-        return checksum
-
-    def add(self, high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> None:
-        """Add these keys, given as `keys.halves` returns them."""
-        self.num_keys += len(high)
-        self.high = (self.high + int(high.sum())) % 2**64
-        self.low = (self.low + int(low.sum())) % 2**64
-
-
-class _ExpectedAnimations:
-    """Animations that results name, in one file on the local disk, in chunks of one folder each."""
-
-    _SCHEMA = pa.schema([("name", pa.string()), ("num_bytes", pa.int64()), ("request_id", pa.string())])
-
-    def __init__(self, disk: BinaryIO) -> None:
-        self._disk = disk
-        self._chunks: dict[str, list[tuple[int, int]]] = {}
-        """Start and end offsets of the chunks in the file, by folder."""
-
-    def add(self, part: pa.Table) -> None:
-        """Add the succeeded rows."""
-        rows = part.filter(pc.equal(part["status"], SUCCEEDED))
-        names = pa.array(map(layout.animation_name_in, rows["animation_uri"].to_pylist()), pa.string())
-        table = pa.table([names, rows["num_bytes"], rows["request_id"]], schema=self._SCHEMA).sort_by("name")
-        folders = pc.replace_substring_regex(table["name"], "[^/]*$", "").combine_chunks().dictionary_encode()
-        bounds = np.searchsorted(folders.indices.to_numpy(), np.arange(len(folders.dictionary) + 1))
-        for folder, (start, end) in zip(folders.dictionary.to_pylist(), pairwise(bounds.tolist()), strict=True):
-            begin = self._disk.tell()
-            with pa.ipc.new_stream(self._disk, self._SCHEMA, options=_COMPRESSED) as stream:
-                stream.write_table(table.slice(start, end - start))
-            self._chunks.setdefault(folder, []).append((begin, self._disk.tell()))
-
-    def check(self, store: Store) -> None:
-        """Compare with the stored objects.
-
-        Raises:
-            AccountingError: an animation is missing or has another size; the first one is reported.
-        """
-        self._disk.flush()
-        for problem in store.each(lambda folder: self._problem(store, folder), sorted(self._chunks), LIST_THREADS):
-            if problem:
-                raise AccountingError(problem)
-
-    def _problem(self, store: Store, folder: str) -> str | None:
-        stored = {item.name: item.num_bytes for item in store.list(folder)}
-        for start, end in self._chunks[folder]:
-            chunk = os.pread(self._disk.fileno(), end - start, start)
-            table = pa.ipc.open_stream(chunk).read_all()
-            for name, num_bytes, request_id in zip(*(column.to_pylist() for column in table.columns), strict=True):
-                size = stored.get(name)
-                if size != num_bytes:
-                    found = "is missing" if size is None else f"has {size} bytes"
-                    return (
-                        f"animation {store.uri_of(name)} of request {request_id!r} {found}, its result states "
-                        f"{num_bytes} bytes; `pia-batch verify --repair` finds all such animations, and the next run "
-                        "generates them again"
-                    )
-        return None
-
-
-_COMPRESSED = pa.ipc.IpcWriteOptions(compression="zstd")

@@ -8,6 +8,7 @@ an exception inside such a stream commits a truncated object.
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import re
@@ -61,6 +62,7 @@ MEDIA_TYPES = {
     "gif": "image/gif",
     "html": "text/html; charset=utf-8",
     "json": "application/json",
+    "md": "text/markdown; charset=utf-8",
     "mp4": "video/mp4",
     "parquet": "application/vnd.apache.parquet",
     "webp": "image/webp",
@@ -155,6 +157,18 @@ class Store:
         attributes = self._attributes(name)
         self._attempt(lambda: obstore.put(self._store, name, data, attributes=attributes), "write", name)
 
+    def replace_file(self, name: str, path: Path) -> ObjectInfo:
+        """Store a local file under `name`, replacing any object, and return what was stored.
+
+        All or nothing, as `replace`; a large file is sent in parts, so that memory does not grow with it.
+
+        Raises:
+            StorageError: The store refused, or did not answer in `ATTEMPTS` attempts.
+        """
+        attributes = self._attributes(name)
+        put = self._attempt(lambda: obstore.put(self._store, name, path, attributes=attributes), "write", name)
+        return ObjectInfo(name, path.stat().st_size, put["e_tag"])
+
     def read(self, name: str) -> bytes:
         """Return the whole object.
 
@@ -203,15 +217,16 @@ class Store:
             last = page[-1]["path"]
 
     def staged(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Yield the incomplete files that killed writers left below `prefix` of a local disk.
+        """Yield the incomplete files that killed writers left below `prefix`, or of that name, on a local disk.
 
         No listing shows them. Other stores have none.
         """
         if not self._is_local:
             return
         root = Path(local_path(self.uri))
-        for folder, _, names in os.walk(root / prefix):
-            for path in (Path(folder, name) for name in names if _STAGED.fullmatch(name)):
+        below = (Path(folder, name) for folder, _, names in os.walk(root / prefix) for name in names)
+        for path in itertools.chain(below, () if prefix.endswith("/") else root.glob(f"{prefix}#*")):
+            if _STAGED.fullmatch(path.name):
                 with suppress(FileNotFoundError):  # its writer is alive, and has just finished
                     stat = path.stat()
                     yield ObjectInfo(path.relative_to(root).as_posix(), stat.st_size, None, stat.st_mtime)

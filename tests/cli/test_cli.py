@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from inputs import png, requests_table
+from outputs import make_output
 
 from pia_batch import cli
 from pia_batch.config import EncodingConfig
@@ -217,6 +218,18 @@ def test_verify_groups_what_is_wrong_and_repairs_it(store: Store, capsys) -> Non
     assert pia_batch("verify", store.uri) == 0
     assert pia_batch("status", store.uri) == 0
     assert "regenerate  4" in capsys.readouterr().out
+
+
+def test_verify_finds_a_dataset_that_is_not_that_of_the_results_and_writes_it_again(store: Store, capsys) -> None:
+    make_output(store, ["gif", "gif"])
+    assert pia_batch("verify", store.uri) == 0
+    store.delete("metadata.parquet")
+
+    assert pia_batch("verify", store.uri) == 3
+    assert "metadata.parquet does not exist: `--repair` writes the dataset again" in capsys.readouterr().out
+    assert pia_batch("verify", store.uri, "--repair") == 3
+    assert "metadata.parquet does not exist: written again" in capsys.readouterr().out
+    assert pia_batch("verify", store.uri) == 0
 
 
 def test_gc_lists_and_deletes_only_on_demand_and_never_during_a_run(store: Store, tmp_path: Path, capsys) -> None:

@@ -64,6 +64,7 @@ def test_success_json_comes_after_all_parts_and_latest_points_at_it(record: Jour
         "parts": [{"name": "part-00000.parquet", "rows": 2}],
         "digest": digest,
         "manifest": "s3://bucket/manifest",
+        "dataset": {"media": "file", "rows": 1},
     }
     assert read_latest(record.store) == {"run_id": "run-1", "digest": digest}
 

@@ -82,6 +82,32 @@ def test_replace_writes_whatever_is_there(any_store: Store) -> None:
     assert any_store.read("pointer") == b"short"
 
 
+@pytest.mark.parametrize("num_bytes", [0, 10, 12_000_000])
+def test_a_file_replaces_whatever_is_there_and_is_what_a_listing_shows(
+    any_store: Store, tmp_path: Path, num_bytes: int
+) -> None:
+    path = tmp_path / "local"
+    path.write_bytes(b"x" * num_bytes)
+    any_store.replace("table", b"before")
+
+    stored = any_store.replace_file("table", path)
+
+    assert stored == any_store.stat("table")
+    assert any_store.read("table") == b"x" * num_bytes
+    path.write_bytes(b"y" * num_bytes)
+    assert any_store.replace_file("table", path) != stored or not num_bytes
+
+
+def test_unfinished_files_are_found_below_a_prefix_or_by_a_name(tmp_path: Path) -> None:
+    for name in ("README.md#1", "README.md", "README.md#x", "READMES#2", "a/b#3", "a/b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    store = Store(str(tmp_path))
+
+    assert [item.name for item in store.staged("README.md")] == ["README.md#1"]
+    assert [item.name for item in store.staged("a/")] == ["a/b#3"]
+
+
 def test_reading_what_is_not_there_is_a_file_not_found_error_with_its_uri(any_store: Store) -> None:
     any_store.create("present", b"1")
 

@@ -15,7 +15,7 @@ from pia_batch.journal.log import Journal, Outcomes
 from pia_batch.journal.results import PublishedResults, publish
 from pia_batch.schema.columns import results_table
 from pia_batch.schema.keys import Keys, KeySet, keys_from_hex, keys_to_hex
-from pia_batch.storage.object_store import Store
+from pia_batch.storage.object_store import ObjectInfo, Store
 
 SHOP = pa.schema([("shop", pa.string())])
 
@@ -80,6 +80,11 @@ class RecordingStore(Store):
     def replace(self, name: str, data: bytes) -> None:
         super().replace(name, data)
         self.written.append(name)
+
+    def replace_file(self, name: str, path: Path) -> ObjectInfo:
+        stored = super().replace_file(name, path)
+        self.written.append(name)
+        return stored
 
 
 def published_by(record: Journal) -> list[str]:

@@ -215,6 +215,11 @@ class FaultyStore(Store):
     def replace(self, name: str, data: bytes) -> None:
         self._write(name, data, "replace")
 
+    def replace_file(self, name: str, path: Path) -> ObjectInfo:
+        data = path.read_bytes()
+        self._write(name, data, "replace")
+        return ObjectInfo(name, len(data), hashlib.sha256(data).hexdigest())
+
     def read(self, name: str) -> bytes:
         self._ask("read", name)
         try:
@@ -242,7 +247,8 @@ class FaultyStore(Store):
         return iter(found)
 
     def stat(self, name: str) -> ObjectInfo:
-        return ObjectInfo(name, len(self.read(name)))
+        data = self.read(name)
+        return ObjectInfo(name, len(data), hashlib.sha256(data).hexdigest())
 
     def _ask(self, verb: str, name: str) -> str:
         self._process.pause(verb, name)

@@ -25,7 +25,10 @@ from simulation import FaultyStore, Luck, Process, Pruned, Search, World
 from pia_batch.config import RunConfig
 from pia_batch.errors import LeaseHeldError, ObjectExistsError, StorageError
 from pia_batch.journal.lease import Lease
+from pia_batch.journal.log import Journal
+from pia_batch.journal.results import find_dataset_difference, restore_dataset
 from pia_batch.planning.plan import find_published_run, make_plan
+from pia_batch.storage.object_store import Store
 
 # --- by chance ------------------------------------------------------------------------------------------------------
 
@@ -357,6 +360,9 @@ def test_two_runs_that_publish_leave_whole_results_in_every_order(tmp_path: Path
         output = tmp_path / "out"
         if (output / "results" / "LATEST.json").exists():
             assert publications.torture.wrong_with_results() == []
+            if deaths:  # a run that dies while it publishes what is published already is repaired by `verify`
+                restore_dataset(Journal(Store(str(output))))
+            assert find_dataset_difference(Store(str(output))) is None
         end = frozenset(str(path.relative_to(output)) for path in output.rglob("*"))
         if end not in ends:
             ends.add(end)
