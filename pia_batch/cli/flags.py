@@ -12,12 +12,14 @@ import typer
 
 from pia_batch.cli.options import (
     AsJson,
+    ColumnSources,
     ConfigPath,
     ManifestUri,
     OutputUri,
     Overrides,
     Params,
     RunDateText,
+    columns_of,
     given,
     load,
     overrides,
@@ -47,6 +49,7 @@ class RunFlags:
         typer.Option(metavar="FROM..TO", help="Run each date (or hour) from FROM to TO, both included, in order."),
     ] = None
     param: Params = None
+    column: ColumnSources = None
     max_failed: Annotated[
         int | None,
         typer.Option(
@@ -92,6 +95,7 @@ class RunFlags:
             "limits.lease_wait_s": wait_s,
             **{f"budget.{name}": getattr(self, name) for name in budget},
             **params_of(self.param),
+            **columns_of(self.column),
         }
         return load(self.config, overrides(self.manifest, self.output, self.override) | given(flag_overrides) | further)
 

@@ -23,6 +23,14 @@ OutputUri = Annotated[str | None, typer.Option("--output", help="URI of the outp
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a config key: section.key=value; repeatable.")
 ]
+ColumnSources = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="NAME=SOURCE",
+        help="Take column NAME from the manifest's SOURCE: a column, or a dotted path into a struct; repeatable.",
+    ),
+]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Also process requests that failed before.")]
 RunDateText = Annotated[
     str | None,
@@ -67,6 +75,19 @@ def params_of(params: list[str] | None) -> dict[str, Any]:
         if not equals or "." in name:
             raise errors.ConfigError(f"--param {param}: expected NAME=VALUE, such as country=de")
         found[f"params.{name}"] = value
+    return found
+
+
+def columns_of(columns: list[str] | None) -> dict[str, Any]:
+    """Return the overrides of `--column NAME=SOURCE` by dotted key. Sources are taken as they are written."""
+    found: dict[str, Any] = {}
+    for column in columns or []:
+        name, equals, source = column.partition("=")
+        if not equals or not name or not source or "." in name:
+            raise errors.ConfigError(f"--column {column}: expected NAME=SOURCE, such as prompt=caption")
+        if f"columns.{name}" in found:
+            raise errors.ConfigError(f"--column {column}: {name} has a source already; give it one")
+        found[f"columns.{name}"] = source
     return found
 
 

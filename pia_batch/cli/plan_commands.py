@@ -10,6 +10,7 @@ import typer
 from pia_batch.cli.console import out, print_json
 from pia_batch.cli.options import (
     AsJson,
+    ColumnSources,
     ConfigPath,
     ManifestUri,
     OutputUri,
@@ -17,6 +18,7 @@ from pia_batch.cli.options import (
     Params,
     RetryFailed,
     RunDateText,
+    columns_of,
     given,
     load,
     overrides,
@@ -44,6 +46,7 @@ def plan(
     override: Overrides = None,
     run_date: RunDateText = None,
     param: Params = None,
+    column: ColumnSources = None,
     retry_failed: RetryFailed = False,
     price_per_hour: Annotated[
         float | None, typer.Option(min=0, help="Price per GPU-hour, in any currency; overrides budget.price_per_hour.")
@@ -57,7 +60,7 @@ def plan(
     from pia_batch.planning.plan import Retry, make_plan
     from pia_batch.planning.statistics import Statistics
 
-    dated = given({"run_date": run_date}) | params_of(param)
+    dated = given({"run_date": run_date}) | params_of(param) | columns_of(column)
     loaded = load(config, overrides(manifest, output, override) | dated).filled()
     statistics = Statistics()
     made = make_plan(loaded, retry=Retry() if retry_failed else None, statistics=statistics)
@@ -76,6 +79,7 @@ def doctor(
     override: Overrides = None,
     run_date: RunDateText = None,
     param: Params = None,
+    column: ColumnSources = None,
     as_json: AsJson = False,
 ) -> None:
     """Check everything that a run needs: packages, codecs, GPU, disk, weights, manifest, store, Ray.
@@ -85,7 +89,9 @@ def doctor(
     """
     from pia_batch.driver import preflight
 
-    given_overrides = overrides(manifest, output, override) | given({"run_date": run_date}) | params_of(param)
+    given_overrides = (
+        overrides(manifest, output, override) | given({"run_date": run_date}) | params_of(param) | columns_of(column)
+    )
     loaded = load(config, given_overrides).filled() if config is not None or given_overrides else None
     findings = []
     for finding in preflight.examine(loaded):

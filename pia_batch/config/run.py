@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
@@ -18,7 +19,11 @@ from pia_batch.config.messages import explain
 from pia_batch.config.models import EMBEDDED, ModelConfig
 from pia_batch.config.requests import Defaults, EncodingConfig, ImagesConfig
 from pia_batch.errors import ConfigError
+from pia_batch.schema.columns import REQUEST, RESERVED
 from pia_batch.storage import schemes, uris
+
+_ALIKE = 0.85
+"""Similarity from which on an unknown name in `columns` is taken for a mistyped one."""
 
 
 def _date_text(value: Any) -> Any:  # whatever was written
@@ -45,6 +50,11 @@ class RunConfig(Section):
     )
     params: dict[str, Annotated[str, Field(coerce_numbers_to_str=True)]] = Field(
         default_factory=dict, description="Further placeholders of `manifest`, `output` and `run_id`: name to value."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Columns of the manifest that have other names there: our name to its source, such as "
+        "`prompt: caption`, or a dotted path into a struct. A name that is none of a request's carries the source.",
     )
     model: ModelConfig = ModelConfig()
     models: dict[str, ModelConfig] = Field(
@@ -111,6 +121,22 @@ class RunConfig(Section):
                 msg = f"{name}: a value is a text without control characters, and not empty"
                 raise ValueError(msg)
         return params
+
+    @field_validator("columns")
+    @classmethod
+    def _map_known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        for name, source in columns.items():
+            if not source.strip() or not name.strip():
+                msg = f"{name}: neither the name nor the source of a column may be empty"
+                raise ValueError(msg)
+            if name in RESERVED:
+                msg = f"{name}: results have a column with this name; choose another, such as source_{name}"
+                raise ValueError(msg)
+            near = difflib.get_close_matches(name, REQUEST.names, n=1, cutoff=_ALIKE)
+            if near and near[0] != name:
+                msg = f"{name}: no column of a request; did you mean {near[0]!r}? A column to carry needs another name"
+                raise ValueError(msg)
+        return columns
 
     @property
     def all_models(self) -> dict[str, ModelConfig]:

@@ -49,13 +49,18 @@ class Rejections:
 class Columns:
     """Known columns in their declared types; values that cannot be converted are rejected, and become null.
 
+    Args:
+        table: Rows, with any columns of any types.
+        rejections: Rejected rows so far, to which more are added.
+        label: Function that returns a column's name for messages.
+
     Attributes:
         num_rows: Number of rows.
         typed: Columns by name, with the types of REQUEST.
     """
 
-    def __init__(self, table: pa.Table, rejections: Rejections) -> None:
-        self._rejections = rejections
+    def __init__(self, table: pa.Table, rejections: Rejections, label: Callable[[str], str] = repr) -> None:
+        self._rejections, self._label = rejections, label
         self.num_rows = len(table)
         self._raw = {name: _flat(table[name]) for name in table.column_names if name in REQUEST.names}
         self.typed: dict[str, pa.Array] = {}
@@ -69,7 +74,9 @@ class Columns:
 
     def require(self, name: str, missing: pa.Array, wanted: str) -> None:
         """Reject the rows of `missing`, which lack a value of column `name`."""
-        self._rejections.reject(missing, "missing_value", lambda _: f"column '{name}' is empty; required: {wanted}")
+        self._rejections.reject(
+            missing, "missing_value", lambda _: f"column {self._label(name)} is empty; required: {wanted}"
+        )
 
     def reject(self, name: str, bad: pa.Array, kind: str, allowed: str) -> None:
         """Reject the rows of `bad` for their value of column `name`; `allowed` describes the allowed values."""
@@ -78,7 +85,9 @@ class Columns:
             raw = self._raw.get(name)
             shown = pa.nulls(len(rows), pa.string()) if raw is None else _shown(raw.take(pa.array(rows)))
             shown = pc.fill_null(shown, "the default")
-            return pc.binary_join_element_wise(f"column '{name}': ", shown, f" is not allowed; allowed: {allowed}", "")
+            return pc.binary_join_element_wise(
+                f"column {self._label(name)}: ", shown, f" is not allowed; allowed: {allowed}", ""
+            )
 
         self._rejections.reject(bad, kind, explain)
 
@@ -180,11 +189,11 @@ def _remedy(name: str, data_type: pa.DataType) -> str:
     binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
     if name in ("image", "image_bytes") and pa.types.is_struct(data_type) and "bytes" in [f.name for f in data_type]:
         return (
-            "; this is how Hugging Face datasets store images: write its field `bytes` as the column image_bytes, or "
-            "its field `path` as the column image"
+            f"; name one of its fields: --column image_bytes={name}.bytes; a struct of nothing but bytes and path, as "
+            "Hugging Face datasets store images, needs no mapping"
         )
     if name == "image" and any(test(data_type) for test in binary):
-        return "; rename a column of encoded images to image_bytes, or cast a column of URIs to text"
+        return "; name a column of encoded images by --column image_bytes=NAME, or cast a column of URIs to text"
     if any(test(data_type) for test in binary):
         return "; cast the column to text (Impala and Hive: write strings with the UTF8 annotation)"
     if name == "image_bytes":

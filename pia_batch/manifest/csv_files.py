@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from pia_batch.errors import ManifestError, message_of
+from pia_batch.manifest.column_map import NO_MAP, ColumnMap
 from pia_batch.schema.columns import REQUEST
 
 NULL_WORDS = ("nan", "NaN", "None", "NULL", "null", "<NA>", "NaT", "\\N")
@@ -23,12 +24,13 @@ _DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _QUOTES = 'write a quote inside of a field as "" (Spark: .option("escape", \'"\'))'
 
 
-def read_csv(data: bytes, path: str) -> tuple[pa.Table, int]:
+def read_csv(data: bytes, path: str, column_map: ColumnMap = NO_MAP) -> tuple[pa.Table, int]:
     """Read every column as strings: guessing types would turn the id "007" into 7. An empty field is null.
 
     Args:
         data: Contents of the file, without a byte order mark.
         path: Path of the file for messages.
+        column_map: Map of the file's names to ours.
 
     Returns:
         The rows, and the number of lines with nothing but commas, which Excel writes; they are no rows.
@@ -38,14 +40,14 @@ def read_csv(data: bytes, path: str) -> tuple[pa.Table, int]:
     """
     data = _without_separator_line(data.lstrip(b"\r\n"), path)
     header = _checked_header(data, path)
+    columns = column_map.positions(header, f"manifest file {path}")
     names = [str(number) for number in range(len(header))]
     try:
         table = _parsed(data, names, names, [""])
-        texts = [name for name, column in zip(names, header, strict=True) if column in _TEXTS]
+        texts = sorted({number for name, number in columns if name in _TEXTS})
+        with_nulls = table
         if texts and any(word.encode() in data for word in NULL_WORDS):
-            words = _parsed(data, names, texts, ["", *NULL_WORDS])
-            for name in texts:
-                table = table.set_column(int(name), name, words[name])
+            with_nulls = _parsed(data, names, [str(number) for number in texts], ["", *NULL_WORDS])
     except pa.ArrowInvalid as err:
         remedy = "; save it as UTF-8" if "invalid UTF8" in str(err) else ""
         if "columns, got" in str(err):
@@ -53,8 +55,11 @@ def read_csv(data: bytes, path: str) -> tuple[pa.Table, int]:
         msg = f"manifest file {path} is not CSV with a header line: {message_of(err)}{remedy}"
         raise ManifestError(msg) from None
     num_rows = len(table)
+    if columns:
+        arrays = [(with_nulls if name in _TEXTS else table)[str(number)] for name, number in columns]
+        table = pa.Table.from_arrays(arrays, [name for name, _ in columns])
     table = _without_blank_rows(table)
-    return _without_unnamed_columns(table.rename_columns(header), path), num_rows - len(table)
+    return _without_unnamed_columns(table, path), num_rows - len(table)
 
 
 _TEXTS = frozenset(item.name for item in REQUEST if pa.types.is_string(item.type)) - {"request_id"}

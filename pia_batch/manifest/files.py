@@ -8,12 +8,11 @@ maximum, for each column. A list of equal numbers takes no space in a file, but 
 from __future__ import annotations
 
 import codecs
-import json
-import math
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +23,11 @@ import pyarrow.parquet as pq
 
 from pia_batch.errors import ConfigError, InterruptedRunError, ManifestError, message_of
 from pia_batch.manifest import wide_integers
-from pia_batch.manifest.arrow_types import is_nested, plain_type
+from pia_batch.manifest.column_layout import MAX_COLUMNS, Layout
+from pia_batch.manifest.column_map import NO_MAP, ColumnMap
 from pia_batch.manifest.csv_files import read_csv
+from pia_batch.manifest.json_lines import read_json_lines
 from pia_batch.manifest.table_formats import refuse_data_of_table, refuse_other_format
-from pia_batch.schema.columns import REQUEST, mixed, mixed_type
 from pia_batch.storage import filesystems
 from pia_batch.storage.uris import redacted
 
@@ -50,8 +50,6 @@ MAX_EXPANSION = 1000
 MAX_EXPANDED_BYTES = 2**30
 """Limits of a row group: above MAX_EXPANDED_BYTES it unpacks to at most MAX_EXPANSION times the file's size."""
 
-MAX_COLUMNS = 1000
-
 _MAX_FOOTER_BYTES = 64 * 2**20
 
 
@@ -60,7 +58,7 @@ class Contents:
     """Contents of a file as far as opening it shows.
 
     Attributes:
-        schema: Schema of all columns, as stored.
+        schema: Schema of all columns, under our names, with the types that are stored.
         groups: Rows and unpacked bytes of each Parquet row group, int64, shape (n, 2); other files are one group.
         table: Rows of JSONL and CSV, which opening reads as a whole; None for Parquet.
         num_blank: Number of CSV lines with nothing but commas, which are no rows.
@@ -89,23 +87,30 @@ class ManifestFile:
         path: Path inside the file system.
         format: Format of the file.
         version: Result of `filesystems.version_of`; another one means that the file was replaced.
+        column_map: Map of the file's column names to ours; everything that is read has our names.
     """
 
     path: str
     format: FileFormat
     version: str
+    column_map: ColumnMap = NO_MAP
 
     @classmethod
     def open(
-        cls, filesystem: pyarrow.fs.FileSystem, path: str, file_format: FileFormat, known: Known
+        cls,
+        filesystem: pyarrow.fs.FileSystem,
+        path: str,
+        file_format: FileFormat,
+        known: Known,
+        column_map: ColumnMap = NO_MAP,
     ) -> tuple[ManifestFile, Contents]:
         """Open a file, and read its contents unless they are `known`: the footer of Parquet, all of JSONL and CSV.
 
         Raises:
-            ManifestError: the file is unreadable, corrupt or too large.
+            ManifestError: the file is unreadable, corrupt or too large, or its columns do not fit the map.
         """
         with reading(path):
-            file = cls(path, file_format, filesystems.version_of(filesystem, path))
+            file = cls(path, file_format, filesystems.version_of(filesystem, path), column_map)
         return file, known(path, file.version) or file._contents(filesystem)
 
     def _contents(self, filesystem: pyarrow.fs.FileSystem) -> Contents:
@@ -116,7 +121,11 @@ class ManifestFile:
             file = _opened(source, self.path)
             groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
             sizes = [(group.num_rows, group.total_byte_size) for group in groups]
-            return Contents(file.schema_arrow.remove_metadata(), np.array(sizes, np.int64).reshape(-1, 2), None)
+            schema = self._layout(file).schema
+            return Contents(schema, np.array(sizes, np.int64).reshape(-1, 2), None)
+
+    def _layout(self, file: pq.ParquetFile) -> Layout:
+        return self.column_map.layout(file.schema_arrow, f"manifest file {self.path}")
 
     def read(
         self,
@@ -129,7 +138,7 @@ class ManifestFile:
 
         Args:
             filesystem: File system of the manifest.
-            names: Names of columns.
+            names: Our names of columns.
             groups: Row groups to read, in rising order; None: all. Parquet only.
             table: Rows that `open` has read; None: read them again. JSONL and CSV only.
 
@@ -145,12 +154,16 @@ class ManifestFile:
             yield table.slice(start, BATCH_ROWS)
 
     def first_rows(self, filesystem: pyarrow.fs.FileSystem, names: Sequence[str], num_rows: int) -> pa.Table:
-        """Return at most `num_rows` rows of a Parquet file, in the columns `names`, as stored."""
+        """Return at most `num_rows` rows of a Parquet file, in the columns `names`."""
         with filesystem.open_input_file(self.path) as source:
             file = pq.ParquetFile(source, coerce_int96_timestamp_unit=_INT96_UNIT)
-            for batch in file.iter_batches(batch_size=num_rows, columns=list(names)):
-                return pa.Table.from_batches([batch])
-            return file.schema_arrow.empty_table().select(list(names))
+            layout = self._layout(file).select(names)
+            groups = range(file.metadata.num_row_groups)
+            filled = [group for group in groups if file.metadata.row_group(group).num_rows]
+            chosen = filled[:1] if layout.is_nested else filled
+            for batch in file.iter_batches(batch_size=num_rows, row_groups=chosen, columns=layout.reads):
+                return layout.table(pa.Table.from_batches([batch]))
+            return layout.table(file.schema_arrow.empty_table())
 
     def check_unchanged(self, filesystem: pyarrow.fs.FileSystem) -> None:
         """Check that the file has not changed since it was opened.
@@ -174,7 +187,11 @@ class ManifestFile:
     def _read_text(self, filesystem: pyarrow.fs.FileSystem) -> tuple[pa.Table, int]:
         """Return the rows, and the number of blank ones that were skipped."""
         data = _read_bytes(filesystem, self.path)
-        return (_read_jsonl(data, self.path), 0) if self.format == "jsonl" else read_csv(data, self.path)
+        if self.format == "csv":
+            return read_csv(data, self.path, self.column_map)
+        with reading(self.path):  # JSON can spell half a surrogate pair, which is no text
+            table = read_json_lines(data, self.path, self.column_map)
+        return NO_MAP.layout(table.schema, f"manifest file {self.path}").table(table), 0  # image structs come apart
 
     def _read_parquet(
         self, filesystem: pyarrow.fs.FileSystem, names: Sequence[str], groups: Sequence[int] | None
@@ -186,17 +203,20 @@ class ManifestFile:
             footer = _opened(source, path)
             chosen = list(range(footer.metadata.num_row_groups) if groups is None else groups)
             first_row = sum(footer.metadata.row_group(group).num_rows for group in range(min(chosen, default=0)))
-            present = [name for name in names if name in footer.schema_arrow.names]
-            # As dictionaries, so that a value that a million rows share is unpacked once until its size is known.
-            texts = [name for name in present if _is_text(footer.schema_arrow.field(name).type)]
+            layout = self._layout(footer).select(names)
             file = pq.ParquetFile(
                 source,
                 metadata=footer.metadata,
-                read_dictionary=texts,
+                # So that a value that a million rows share is unpacked once until its size is known.
+                read_dictionary=layout.texts,
                 page_checksum_verification=True,
                 coerce_int96_timestamp_unit=_INT96_UNIT,
             )
-            for batch in file.iter_batches(batch_size=rows, row_groups=chosen, columns=present):
+            for stored in itertools.chain.from_iterable(
+                file.iter_batches(batch_size=rows, row_groups=groups, columns=layout.reads)
+                for groups in ([[group] for group in chosen] if layout.is_nested else [chosen])
+            ):
+                batch = layout.table(pa.Table.from_batches([stored]))
                 sizes = _text_bytes(batch)
                 if sizes.sum() > rows * row_bytes:
                     last, mib, most = first_row + len(batch) - 1, sizes.sum() // 2**20, rows * row_bytes // 2**20
@@ -289,29 +309,25 @@ def _check_expansion(metadata: pq.FileMetaData, num_bytes: int, path: str) -> No
             raise ManifestError(msg)
 
 
-def _is_text(data_type: pa.DataType) -> bool:
-    """Return True if Parquet stores the type as byte arrays, which can be read as dictionaries."""
-    return plain_type(data_type) in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
-
-
-def _text_bytes(batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
+def _text_bytes(rows: pa.Table) -> npt.NDArray[np.int64]:
     """Return the unpacked bytes of the dictionary columns of each row; shape (rows,)."""
-    sizes = np.zeros(len(batch), np.int64)
-    for column in batch.columns:
+    sizes = np.zeros(len(rows), np.int64)
+    for column in rows.columns:
         if pa.types.is_dictionary(column.type):
-            lengths = pc.fill_null(pc.binary_length(column.dictionary), 0).take(column.indices)
+            array = column.combine_chunks()
+            lengths = pc.fill_null(pc.binary_length(array.dictionary), 0).take(array.indices)
             sizes += np.asarray(pc.fill_null(lengths, 0))
     return sizes
 
 
-def _unpacked(batch: pa.RecordBatch, sizes: npt.NDArray[np.int64]) -> Iterator[pa.Table]:
-    """Yield the rows of `batch` without dictionaries, in tables of about SLICE_BYTES."""
+def _unpacked(rows: pa.Table, sizes: npt.NDArray[np.int64]) -> Iterator[pa.Table]:
+    """Yield `rows` without dictionaries, in tables of about SLICE_BYTES."""
     ends = np.cumsum(sizes)
     start = 0
-    while start < len(batch):
+    while start < len(rows):
         before = ends[start - 1] if start else 0
         stop = max(start + 1, int(np.searchsorted(ends, before + SLICE_BYTES, side="right")))
-        table = pa.Table.from_batches([batch.slice(start, stop - start)])
+        table = rows.slice(start, stop - start)
         for number, column in enumerate(table.columns):
             if pa.types.is_dictionary(column.type):
                 table = table.set_column(number, table.field(number).name, column.cast(column.type.value_type))
@@ -331,82 +347,3 @@ def _read_bytes(filesystem: pyarrow.fs.FileSystem, path: str) -> bytes:
         msg = f"manifest file {path} is text in {wide}; save it as UTF-8"
         raise ManifestError(msg)
     return data
-
-
-def _read_jsonl(data: bytes, path: str) -> pa.Table:
-    columns: dict[str, list[Any]] = {}
-    num_rows = 0
-    for number, line in enumerate(data.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as err:
-            remedy = "; save it as UTF-8" if isinstance(err, UnicodeDecodeError) else ""
-            msg = f"manifest file {path}, line {number}: not JSON: {message_of(err)}{remedy}"
-            raise ManifestError(msg) from None
-        if not isinstance(row, dict):
-            msg = (
-                f"manifest file {path}, line {number}: each line must be one JSON object, such as "
-                f'{{"request_id": ...}}, not a {_JSON_WORDS.get(type(row), "number")}'
-            )
-            raise ManifestError(msg)
-        for name in row:
-            columns.setdefault(name, [None] * num_rows)
-        if len(columns) > MAX_COLUMNS:
-            msg = f"manifest file {path}, line {number}: more than {MAX_COLUMNS} different names; are they values?"
-            raise ManifestError(msg)
-        for name, values in columns.items():
-            values.append(row.get(name))
-        num_rows += 1
-    with reading(path):  # JSON can spell half a surrogate pair, which is no text
-        return pa.table({name: _infer(name, values) for name, values in columns.items()})
-
-
-_JSON_WORDS = {bool: "truth value", list: "list", str: "text", type(None): "null"}
-
-
-def _infer(name: str, values: list[Any]) -> pa.Array:
-    """Return an Arrow column. Values of several types, and empty objects, become JSON texts.
-
-    A column of requests that takes texts or lists keeps the other values apart, for validation to reject these alone.
-    """
-    try:
-        array = pa.array(values)
-    except (pa.ArrowException, OverflowError, TypeError, ValueError):
-        array = None
-    if array is not None and not _has_empty_struct(array.type):
-        return array
-    wanted = REQUEST.field(name).type if name in REQUEST.names else None
-    if wanted is not None and (pa.types.is_string(wanted) or pa.types.is_list(wanted)):
-        return _apart(name, values, wanted)
-    return pa.array([value if isinstance(value, str) else _json(value) for value in values], pa.string())
-
-
-def _apart(name: str, values: list[Any], wanted: pa.DataType) -> pa.Array:
-    """Return values of the `wanted` type next to the JSON of all others, as `mixed_type`."""
-    if name == "request_id":  # integer ids are common, and their text is exact
-        values = [str(value) if type(value) is int else value for value in values]
-    fits = [_fits(value, wanted) for value in values]
-    good = [value if fit else None for value, fit in zip(values, fits, strict=True)]
-    others = [None if fit else _json(value) for value, fit in zip(values, fits, strict=True)]
-    return mixed(pa.array(good, mixed_type(wanted).field(0).type), pa.array(others, pa.string()))
-
-
-def _fits(value: Any, wanted: pa.DataType) -> bool:
-    if pa.types.is_string(wanted):
-        return isinstance(value, str)
-    numbers = isinstance(value, list) and all(isinstance(one, float) or type(one) is int for one in value)
-    return numbers and all(math.fabs(one) < 2.0**53 for one in value if not math.isnan(one))
-
-
-def _json(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _has_empty_struct(data_type: pa.DataType) -> bool:
-    """Return True if an object without any name is anywhere in the type: Parquet cannot store it."""
-    if not is_nested(data_type):
-        return False
-    children = [data_type.field(number).type for number in range(data_type.num_fields)]
-    return not children or any(map(_has_empty_struct, children))

@@ -20,6 +20,7 @@ import pyarrow.fs
 
 from pia_batch.errors import ConfigError, ManifestError, message_of
 from pia_batch.manifest.arrow_types import has_lists, is_nested, plain_type, refuse_unsupported
+from pia_batch.manifest.column_map import NO_MAP, ColumnMap
 from pia_batch.manifest.files import (
     BATCH_ROWS,
     Contents,
@@ -110,7 +111,7 @@ class Piece:
             filesystem, _ = filesystems.arrow_filesystem(self.uri)
         self.file.check_unchanged(filesystem)
         rows = self.file.read(filesystem, schema.names, self.groups)
-        yield from _conformed(rows, self.file.path, schema, self.partitions)
+        yield from _conformed(rows, self.file, schema, self.partitions)
         self.file.check_unchanged(filesystem)
 
 
@@ -135,16 +136,17 @@ class Manifest:
     """Rows of JSONL and CSV files by path: they are slow to read. Parquet is streamed."""
 
     @classmethod
-    def open(cls, uri: str, known: Known = lambda _path, _version: None) -> Manifest:
+    def open(cls, uri: str, known: Known = lambda _path, _version: None, column_map: ColumnMap = NO_MAP) -> Manifest:
         """Find the files and their schema. Reads Parquet footers, and JSONL and CSV files whole.
 
         Args:
             uri: URI of a file, or of a folder of them.
             known: Lookup of the contents of a version of a file; where it returns None, the file is opened.
+            column_map: Map of the files' column names to ours.
 
         Raises:
             ManifestError: the manifest is absent, unreadable, empty, too large or of mixed formats; files contradict
-                each other; a required column is absent, or a column has the name of a result column.
+                each other; a required column or a mapped source is absent, or a column has the name of a result column.
             ConfigError: `uri` is not a URI.
         """
         uri = object_store.absolute(uri).rstrip("/")
@@ -164,7 +166,9 @@ class Manifest:
 
         opened = tuple(
             map_in_threads(
-                lambda path: ManifestFile.open(filesystem, path, file_format, known_contents), files, OPEN_THREADS
+                lambda path: ManifestFile.open(filesystem, path, file_format, known_contents, column_map),
+                files,
+                OPEN_THREADS,
             )
         )
         num_rows = sum(contents.num_rows for _, contents in opened)
@@ -173,10 +177,13 @@ class Manifest:
             msg = f"manifest {shown} has {num_rows or 'no'} rows; {remedy}"
             raise ManifestError(msg)
         stored = [contents.schema for _, contents in opened]
-        schema = unify(list(stored), files)
-        for name in _partitions(files[0], root):
+        schema = unify(list(stored), files, column_map.label)
+        for name in column_map.partitions(_partitions(files[0], root)):
             if name not in schema.names:
                 schema = schema.append(pa.field(name, pa.string()))
+        if not column_map.has_all(schema.names):
+            contents = ManifestFile.open(filesystem, files[0], file_format, lambda _path, _version: None)[1]
+            raise column_map.not_found(schema.names, contents.schema, f"manifest {shown}")
         check_columns(schema.names, f"manifest {shown}")
         for contents, path in zip(stored, files, strict=True):
             refuse_unsupported(_carried(contents), f"manifest file {path}")
@@ -233,7 +240,7 @@ class Manifest:
         num_bytes = 0
         try:
             for table in self._column(file, contents, name, complete=complete):
-                _conform(table, self._only([name]), {}, file.path).validate(full=True)
+                _conform(table, self._only([name]), {}, file).validate(full=True)
                 num_bytes += table.nbytes
         except (ManifestError, pa.ArrowException, OSError) as err:
             msg = (
@@ -265,7 +272,7 @@ class Manifest:
     def shape_of(self, file: ManifestFile, columns: Sequence[str]) -> str:
         """Return a hash, 32 hexadecimal digits, of the types and partitions by which columns of a file are read."""
         read = [[item.name, str(item.type)] for item in self.schema if item.name in columns]
-        shape = json.dumps([file.format, read, _partitions(file.path, self._root)], sort_keys=True)
+        shape = json.dumps([file.format, read, self._partitions(file)], sort_keys=True)
         return hashlib.blake2b(shape.encode(), digest_size=16).hexdigest()
 
     @property
@@ -306,7 +313,10 @@ class Manifest:
     def _read(self, file: ManifestFile, schema: pa.Schema, groups: list[int] | None) -> Iterator[pa.Table]:
         chosen = groups if file.format == "parquet" else None
         rows = file.read(self.filesystem, schema.names, chosen, table=self._tables.get(file.path))
-        return _conformed(rows, file.path, schema, _partitions(file.path, self._root))
+        return _conformed(rows, file, schema, self._partitions(file))
+
+    def _partitions(self, file: ManifestFile) -> dict[str, str | None]:
+        return file.column_map.partitions(_partitions(file.path, self._root))
 
     def release(self) -> None:
         """Free the rows in memory: workers read the pieces from now on. `batches` yields the same rows."""
@@ -318,7 +328,7 @@ class Manifest:
         A piece has at most BATCH_ROWS rows and PIECE_BYTES bytes, or one row group.
         """
         for file, contents in self._opened:
-            partitions = _partitions(file.path, self._root)
+            partitions = self._partitions(file)
             for groups in _neighbours(contents):
                 num_rows, num_bytes = contents.groups[groups].sum(axis=0).tolist()
                 chosen = tuple(groups) if file.format == "parquet" else None
@@ -357,12 +367,12 @@ def _neighbours(contents: Contents) -> Iterator[list[int]]:
 
 
 def _conformed(
-    rows: Iterator[pa.Table], path: str, schema: pa.Schema, partitions: Mapping[str, str | None]
+    rows: Iterator[pa.Table], file: ManifestFile, schema: pa.Schema, partitions: Mapping[str, str | None]
 ) -> Iterator[pa.Table]:
     """Yield the rows of a file in the columns of `schema`, after validating them as Arrow data."""
     for read in rows:
-        with reading(path):
-            table = _conform(read, schema, partitions, path)
+        with reading(file.path):
+            table = _conform(read, schema, partitions, file)
             table.validate(full=True)  # text that is not UTF-8 would raise in the middle of the checks
         yield table
 
@@ -403,11 +413,11 @@ def _carried(schema: pa.Schema) -> list[pa.Field]:
     return [item for item in schema if item.name not in REQUEST.names]
 
 
-def _conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str | None], path: str) -> pa.Table:
+def _conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str | None], file: ManifestFile) -> pa.Table:
     try:
-        return conform(table, schema, partitions)
+        return conform(table, schema, partitions, file.column_map.label)
     except ManifestError as err:
-        msg = f"manifest file {path}: {err}"
+        msg = f"manifest file {file.path}: {err}"
         raise ManifestError(msg) from None
 
 

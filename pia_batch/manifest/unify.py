@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
 
 from pia_batch.errors import ManifestError, message_of
 from pia_batch.manifest.arrow_types import EXTENSION, is_nested, plain_column, plain_type
-from pia_batch.manifest.files import MAX_COLUMNS
+from pia_batch.manifest.column_layout import MAX_COLUMNS
 from pia_batch.schema.columns import RESERVED, conformed, is_mixed, mixed
 
+Label = Callable[[str], str]
+"""Function that returns a column's name for messages."""
 
-def unify(schemas: list[pa.Schema], files: tuple[str, ...]) -> pa.Schema:
+
+def unify(schemas: list[pa.Schema], files: tuple[str, ...], label: Label = repr) -> pa.Schema:
     """Return one schema for all files; a column may be absent, wider, encoded differently or all null in some.
 
     Raises:
@@ -31,7 +34,7 @@ def unify(schemas: list[pa.Schema], files: tuple[str, ...]) -> pa.Schema:
         try:
             unified = pa.unify_schemas([unified, plain], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError):
-            raise ManifestError(_contradiction(schemas[: number + 1], files)) from None
+            raise ManifestError(_contradiction(schemas[: number + 1], files, label)) from None
     return unified
 
 
@@ -92,7 +95,7 @@ def _restores(extension: pa.DataType) -> bool:
         return False
 
 
-def _contradiction(schemas: list[pa.Schema], files: tuple[str, ...]) -> str:
+def _contradiction(schemas: list[pa.Schema], files: tuple[str, ...], label: Label) -> str:
     """Return a message about the column in which the last schema contradicts an earlier file."""
     last = schemas[-1]
     for name in last.names:
@@ -103,7 +106,7 @@ def _contradiction(schemas: list[pa.Schema], files: tuple[str, ...]) -> str:
                 pa.unify_schemas([pa.schema([s.field(name)]) for s in (schema, last)], promote_options="permissive")
             except (pa.ArrowInvalid, pa.ArrowTypeError):
                 return (
-                    f"manifest files disagree on column {name!r}: {schema.field(name).type} in {path}, "
+                    f"manifest files disagree on column {label(name)}: {schema.field(name).type} in {path}, "
                     f"{last.field(name).type} in {files[len(schemas) - 1]}; write it with one type"
                 )
     return f"manifest file {files[len(schemas) - 1]} contradicts the files before it; write all with one schema"
@@ -124,31 +127,54 @@ def check_columns(names: Sequence[str], place: str) -> None:
     if missing:
         columns = ", ".join(names[:30]) + (", ..." if len(names) > 30 else "")  # noqa: PLR2004 - some lines
         lacking = " and no column ".join(map(repr, missing))
-        remedy = "add it, or rename the column that is meant"
+        likely = [f"--column {name}={source}" for name in missing if (source := _likely_source(name, names))]
+        remedy = f"add it, or say which column is meant: {' '.join(likely) or f'--column {missing[0]}=NAME'}"
         if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
             remedy = "write CSV with commas between the columns"
         msg = f"{place} has no column {lacking}; it has: {columns}; {remedy}"
         raise ManifestError(msg)
     taken = sorted(RESERVED.intersection(names))
     if taken:
-        msg = f"{place}: column {', '.join(map(repr, taken))} has the name of a result column; rename it"
+        msg = (
+            f"{place}: column {', '.join(map(repr, taken))} has the name of a result column; rename it, such as by "
+            f"--column source_{taken[0]}={taken[0]}"
+        )
         raise ManifestError(msg)
 
 
-def conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str | None] | None = None) -> pa.Table:
+_SYNONYMS = {
+    "request_id": ("__key__", "key", "id", "uid", "uuid", "image_id", "sample_id", "hash", "file_name", "filename"),
+    "prompt": ("caption", "text", "txt", "description", "title", "captions", "TEXT"),
+    "image": ("file_name", "image_path", "img_path", "path", "url", "image_url", "URL", "uri", "img", "photo"),
+}
+"""Names that other people's datasets have for the required columns, the likeliest first."""
+
+
+def _likely_source(name: str, names: Sequence[str]) -> str | None:
+    return next((each for each in _SYNONYMS[name] if each in names), None)
+
+
+def conform(
+    table: pa.Table,
+    schema: pa.Schema,
+    partitions: Mapping[str, str | None] | None = None,
+    label: Label = repr,
+) -> pa.Table:
     """Return `table` with the columns and types of `schema`; missing columns come from `partitions`, or are null."""
     for name, value in (partitions or {}).items():
         if name not in table.column_names:
             table = table.append_column(name, pa.repeat(pa.scalar(value, pa.string()), len(table)))
-    return conformed(table, schema, _cast)
+    return conformed(table, schema, lambda column, item: _cast(column, item, label))
 
 
-def _cast(column: pa.ChunkedArray, item: pa.Field) -> pa.ChunkedArray:
+def _cast(column: pa.ChunkedArray, item: pa.Field, label: Label) -> pa.ChunkedArray:
     try:
         if is_mixed(item.type) and not is_mixed(column.type):
             return _mixed(column, item)
         plain = column if plain_type(column.type) == column.type else plain_column(column)
         return plain if plain.type == item.type else plain.cast(item.type)  # some casts to the same type are invalid
     except pa.ArrowException as err:
-        msg = f"column {item.name!r} is {column.type} here, and {item.type} with the other files: {message_of(err)}"
+        msg = (
+            f"column {label(item.name)} is {column.type} here, and {item.type} with the other files: {message_of(err)}"
+        )
         raise ManifestError(msg) from None

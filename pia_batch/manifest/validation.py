@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from pia_batch.config import Defaults, RunConfig
 from pia_batch.manifest.casting import Columns, Range, Rejections
+from pia_batch.manifest.column_map import ColumnMap
 from pia_batch.manifest.content_keys import content_keys
 from pia_batch.manifest.effective import fill, hashes_of, is_auto, motion
 from pia_batch.schema.columns import EFFECTIVE, MAX_ID_BYTES, MAX_URI_BYTES, SETTINGS, carried_columns
@@ -43,13 +44,13 @@ def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str]) -> 
     """Split rows into effective requests and rejected ones, without a Python loop per row.
 
     Args:
-        table: Rows of a manifest, of any types that `manifest.Manifest.batches` yields.
+        table: Rows of a manifest under our names, of any types that `manifest.Manifest.batches` yields.
         config: Source of the defaults, and of everything else that decides an animation.
         engine_ids: Identity of the engine of each model, by the name in `config.all_models`.
     """
     table = table.combine_chunks()
     rejections = Rejections(len(table))
-    columns = _Columns(table, rejections)
+    columns = _Columns(table, rejections, ColumnMap.of(config.columns).label)
     columns.check_identity()
     columns.check_image()
     columns.check_settings(config.defaults)

@@ -13,7 +13,8 @@ import ray.data
 from pia_batch.config import RunConfig
 from pia_batch.errors import ManifestError, ObjectExistsError
 from pia_batch.journal import layout
-from pia_batch.manifest import arrow_types, reader, unify
+from pia_batch.manifest import reader, unify
+from pia_batch.manifest.column_map import ColumnMap
 from pia_batch.pipeline import batching, ray_data, stages
 from pia_batch.pipeline.actor import AnimateActor
 from pia_batch.pipeline.attempts_actor import start_attempt_tracker
@@ -21,7 +22,7 @@ from pia_batch.pipeline.chain import fetched_and_animated
 from pia_batch.pipeline.committer import results_of
 from pia_batch.pipeline.engine_loader import EngineLoader, LoadEngines
 from pia_batch.planning.plan import engine_ids_of
-from pia_batch.schema.columns import REQUEST, RESULT
+from pia_batch.schema.columns import RESULT
 from pia_batch.storage import object_store
 from pia_batch.storage.object_store import Store
 
@@ -53,7 +54,8 @@ def animate(
 
     Args:
         requests: Dataset with the columns of a manifest (docs/manifest.md): `request_id`, `image` or `image_bytes`,
-            `prompt`, and any settings. Any other column is passed on, unless it has the name of a result's.
+            `prompt`, and any settings, under these names or those of `config.columns`. Any other column is passed on,
+            unless it has the name of a result's.
         config: Config of a run. `manifest` is not read: its folder is where relative images start from, and where
             images may come from besides `images.allow`. `output` is where animations are stored. The engines are a pool
             of actors according to `placement`, which Ray starts when the rows are consumed.
@@ -79,11 +81,11 @@ def animate(
         update={"output": object_store.absolute(config.output)}
     )  # workers have working directories of their own
     schema = requests.schema(fetch_if_missing=False)
-    if schema is not None:
+    if schema is not None and isinstance(schema.base_schema, pa.Schema):
+        names = stages.checked_layout(schema.base_schema, ColumnMap.of(config.columns)).schema.names
+        _check_bytes_column(names, store=store)
+    elif schema is not None and not config.columns:
         unify.check_columns(schema.names, stages.DATASET)
-        if isinstance(schema.base_schema, pa.Schema):
-            carried = [field for field in schema.base_schema if field.name not in REQUEST.names]
-            arrow_types.refuse_unsupported(carried, stages.DATASET)
         _check_bytes_column(schema.names, store=store)
     engine_ids = engine_ids_of(config)
     if store:

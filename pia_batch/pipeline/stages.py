@@ -20,6 +20,8 @@ from pia_batch.config import ImagesConfig, RunConfig
 from pia_batch.errors import ImageMismatchError, ImageUnavailableError, ImageUnreadableError, RequestError
 from pia_batch.manifest import unify, validation
 from pia_batch.manifest.arrow_types import can_be_moved, plain_column, refuse_unsupported
+from pia_batch.manifest.column_layout import Layout
+from pia_batch.manifest.column_map import ColumnMap
 from pia_batch.manifest.files import BATCH_ROWS
 from pia_batch.media import fetch, images
 from pia_batch.pipeline.request_rows import ROW_ERROR, with_row_error
@@ -43,6 +45,22 @@ DATASET = "this Dataset of requests"
 
 _HEAD_BYTES = 64 * 1024
 """Number of bytes at the start of an image that hold its width and height in nearly every file."""
+
+
+def checked_layout(schema: pa.Schema, column_map: ColumnMap) -> Layout:
+    """Return the columns of a user's Dataset under our names, after checking that they can be those of requests.
+
+    Raises:
+        ManifestError: A required column or a mapped source is missing, or a column has the name of a result's, or a
+            type that results cannot hold.
+    """
+    layout = column_map.layout(schema, DATASET)
+    names = layout.schema.names
+    if not column_map.has_all(names):
+        raise column_map.not_found(names, schema, DATASET)
+    unify.check_columns(names, DATASET)
+    refuse_unsupported([field for field in layout.schema if field.name not in REQUEST.names], DATASET)
+    return layout
 
 
 class Validate:
@@ -71,8 +89,7 @@ class Validate:
             ManifestError: A required column is missing in a user's Dataset, or one has a type that results cannot hold.
         """
         if self._keep_rejected:
-            unify.check_columns(rows.column_names, DATASET)
-            refuse_unsupported(carried_columns(rows.slice(0, 0)).schema, DATASET)
+            rows = checked_layout(rows.schema, ColumnMap.of(self._config.columns)).table(rows)
         # In parts: a block may be a whole row group of a million rows, and checking a row takes about 2 KiB.
         starts = range(0, max(1, len(rows)), BATCH_ROWS)
         validate = self._all if self._keep_rejected else self._valid

@@ -19,6 +19,7 @@ from pia_batch.config import ModelConfig, RunConfig
 from pia_batch.errors import ConfigError, RequestError
 from pia_batch.journal.log import Journal, Outcomes, digest_of
 from pia_batch.journal.results import read_latest, read_success_marker
+from pia_batch.manifest.column_map import ColumnMap
 from pia_batch.manifest.reader import Manifest, refuse_output_inside
 from pia_batch.manifest.validation import check
 from pia_batch.planning.duplicates import find_duplicates, read_rows, rejected_results
@@ -149,7 +150,7 @@ def make_plan(config: RunConfig, *, retry: Retry | None = None, statistics: Stat
     store = Store(config.output)
     outcomes = Journal(store).outcomes()  # before the scans are read, which need as much memory
     cache = ScanCache(store, config, engine_ids)
-    found = Manifest.open(config.manifest, cache.contents)
+    found = Manifest.open(config.manifest, cache.contents, ColumnMap.of(config.columns))
     refuse_output_inside(found, config.output)
     filesystems.check_access(config.images.allow)  # else it would be the same error of every row, on the workers
     if retry is not None:

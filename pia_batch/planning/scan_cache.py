@@ -212,6 +212,7 @@ def _identity(run: RunConfig, engine_ids: Mapping[str, str]) -> str:
         "code": [hashlib.blake2b(source, digest_size=16).hexdigest() for source in code],
         "arrow": pa.__version__,
         "manifest": object_store.absolute(run.manifest).rstrip("/"),
+        "columns": run.columns,
         "defaults": run.defaults.model_dump(mode="json"),
         "encoding": run.encoding.model_dump(mode="json"),
         "images": run.images.identity(),

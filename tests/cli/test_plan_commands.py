@@ -53,6 +53,19 @@ def test_a_plan_has_the_same_facts_for_programs_and_people(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_takes_columns_of_other_names_and_says_which_is_mistyped(
+    write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = requests_table(3).rename_columns(["key", "image", "caption"])
+    where = ("--manifest", write_manifest(table), "--output", str(tmp_path / "out"), "--column", "request_id=key")
+
+    assert pia_batch("plan", *where, "--column", "prompt=caption", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["pending"] == 3
+    assert pia_batch("plan", *where, "--column", "prompt=captoin") == 2
+    assert "columns.prompt: manifest" in (message := " ".join(capsys.readouterr().err.split()))
+    assert "did you mean 'caption'?" in message
+
+
 def test_a_plan_of_a_real_model_estimates_hours_cost_and_bytes(
     write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

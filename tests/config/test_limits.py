@@ -32,7 +32,7 @@ from pia_batch.driver.monitor import _EngineHealth
 from pia_batch.errors import ConfigError, DegenerateError, InterruptedRunError, ManifestError, PiaBatchError
 from pia_batch.manifest import files, reader
 from pia_batch.manifest.casting import Range
-from pia_batch.manifest.files import MAX_COLUMNS
+from pia_batch.manifest.column_layout import MAX_COLUMNS
 from pia_batch.manifest.unify import check_columns
 from pia_batch.manifest.validation import check
 from pia_batch.media import fetch, images, quality
@@ -490,7 +490,7 @@ FIXED = {
     "schema/expressions.MAX_EXPRESSION_BYTES": "tests/schema/test_expressions.py::test_the_length_is_limited",
     "schema/columns.MAX_ID_BYTES": f"{HERE}test_a_text_of_a_row_is_kept_to_its_bytes",
     "schema/columns.MAX_URI_BYTES": f"{HERE}test_a_text_of_a_row_is_kept_to_its_bytes",
-    "manifest/files.MAX_COLUMNS": f"{HERE}test_the_number_of_columns_is_kept_to_its_limit",
+    "manifest/column_layout.MAX_COLUMNS": f"{HERE}test_the_number_of_columns_is_kept_to_its_limit",
     "manifest/reader.MAX_TEXT_BYTES": f"{HERE}test_text_is_kept_to_its_bytes_in_all",
     "manifest/files._MAX_FOOTER_BYTES": f"{HERE}test_a_footer_is_kept_to_its_bytes",
     "manifest/files.MAX_ROW_BYTES": f"{READER}test_a_value_that_a_million_rows_share_is_refused_before_it_is_unpacked",

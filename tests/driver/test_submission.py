@@ -383,6 +383,22 @@ def test_flags_of_run_become_work_with_the_run_date_of_now(monkeypatch: pytest.M
     assert made.config.filled().output == made.output  # as the driver fills it in
 
 
+def test_names_of_columns_go_with_the_job() -> None:
+    flags = RunFlags(manifest="s3://b/m", output="s3://b/out", column=["prompt=caption", "image=a.b=c"])
+
+    made = job_commands._job_spec(flags, None, retry_failed=False)
+
+    assert made.config.columns == {"prompt": "caption", "image": "a.b=c"}
+    sent = yaml_text.parse(yaml_text.dump(made.config.model_dump(mode="json", exclude_unset=True)))
+    assert sent["columns"] == made.config.columns
+
+
+@pytest.mark.parametrize("column", [["prompt"], ["=x"], ["prompt="], ["a.b=c"], ["prompt=a", "prompt=b"]])
+def test_a_flag_that_names_no_column_or_one_twice_is_refused(column: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--column"):
+        RunFlags(manifest="m", output="o", column=column).load({})
+
+
 def test_a_backfill_is_one_job_of_many_dates() -> None:
     flags = RunFlags(manifest="s3://b/{date}", output="s3://b/out/{date}", backfill="2026-11-20..2026-11-22")
 

@@ -109,9 +109,11 @@ def test_values_of_several_types_may_be_in_one_of_several_files(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("column", "remedy"),
     [
-        ({"image": pa.array([{"bytes": b"x", "path": "a.png"}])}, "write its field `bytes` as the column image_bytes"),
-        ({"image": pa.array([{"bytes": None, "path": "a.png"}])}, "its field `path` as the column image"),
-        ({"image": pa.array([b"a.png"])}, "rename a column of encoded images to image_bytes, or cast a column of URIs"),
+        (
+            {"image": pa.array([{"bytes": b"x", "width": 8}])},
+            "name one of its fields: --column image_bytes=image.bytes",
+        ),
+        ({"image": pa.array([b"a.png"])}, "name a column of encoded images by --column image_bytes=NAME, or cast a"),
         ({"prompt": pa.array([b"a red circle"])}, "Impala and Hive: write strings with the UTF8 annotation"),
         ({"request_id": pa.array([b"0" * 16], pa.binary(16))}, "cast the column to text"),
         ({"request_id": pa.array([1.0])}, "a string, and not double; cast the column to text"),

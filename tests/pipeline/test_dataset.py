@@ -56,6 +56,22 @@ def test_every_row_is_validated_in_its_place_and_keeps_its_own_columns(make_conf
     assert valid == check(table, config, ENGINES).requests["key"].to_pylist()
 
 
+def test_columns_of_other_names_are_those_of_a_request(make_config: MakeConfig) -> None:
+    images = pa.array([{"bytes": png(1), "path": "1.png"}, {"bytes": None, "path": "2.png"}])
+    theirs = pa.table({"id": ["a", "b"], "photo": images, "meta": [{"text": "p", "n": 1}, {"text": None, "n": 2}]})
+    ours = pa.table({"request_id": ["a"], "image_bytes": pa.array([png(1)], pa.large_binary()), "prompt": ["p"]})
+    config = make_config(columns={"request_id": "id", "image": "photo", "prompt": "meta.text"})
+
+    rows = validated(theirs, config).to_pylist()
+
+    assert [row["key"] for row in rows][:1] == check(ours, config, ENGINES).requests["key"].to_pylist()
+    assert (rows[0]["image"], rows[0]["image_bytes"]) == (None, png(1))
+    assert rows[1]["error"].startswith("column 'prompt' (source 'meta.text') is empty")
+    assert [row["meta"] for row in rows] == [{"n": 1}, {"n": 2}]
+    with pytest.raises(ManifestError, match=r"columns\.prompt: this Dataset of requests has no column 'meta\.txet'"):
+        validated(theirs, make_config(columns={"request_id": "id", "image": "photo", "prompt": "meta.txet"}))
+
+
 def test_equal_rows_have_equal_keys_and_attempts_of_their_own(make_config: MakeConfig) -> None:
     table = pa.concat_tables([requests_table(1)] * 3)
 

@@ -9,6 +9,7 @@ from pia_batch.config import ImagesConfig, ModelConfig, RunConfig
 from pia_batch.driver.preflight.finding import Finding
 from pia_batch.errors import PiaBatchError, StorageError, message_of
 from pia_batch.journal import layout
+from pia_batch.manifest.column_map import ColumnMap
 from pia_batch.manifest.reader import Manifest, refuse_output_inside
 from pia_batch.storage import filesystems
 from pia_batch.storage.object_store import Store
@@ -37,7 +38,7 @@ def check_weights(models: dict[str, ModelConfig]) -> Iterator[Finding]:
 def check_manifest(config: RunConfig) -> Iterator[Finding]:
     """Open the manifest; its rows are checked by `plan`."""
     try:
-        found = Manifest.open(config.manifest)
+        found = Manifest.open(config.manifest, column_map=ColumnMap.of(config.columns))
         refuse_output_inside(found, config.output)
     except PiaBatchError as err:
         yield Finding("fail", "manifest", str(err), "correct `manifest` or `output`, or the files there")

@@ -1,0 +1,109 @@
+"""JSON lines: one object per line, under our names. Values of several types in one column stay apart, or are text."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pyarrow as pa
+
+from pia_batch.errors import ManifestError, message_of
+from pia_batch.manifest.arrow_types import is_nested
+from pia_batch.manifest.column_layout import MAX_COLUMNS
+from pia_batch.manifest.column_map import ColumnMap
+from pia_batch.schema.columns import REQUEST, mixed, mixed_type
+
+
+def read_json_lines(data: bytes, path: str, column_map: ColumnMap) -> pa.Table:
+    """Read one row of each line that is not blank; a value that a line lacks is null.
+
+    Args:
+        data: Contents of the file, without a byte order mark.
+        path: Path of the file for messages.
+        column_map: Map of the file's names to ours.
+
+    Raises:
+        ManifestError: a line is no JSON object, or does not fit the map; or there are too many names.
+        pa.ArrowException: a text is no Unicode.
+    """
+    columns: dict[str, list[Any]] = {}
+    num_rows = 0
+    for number, line in enumerate(data.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as err:
+            remedy = "; save it as UTF-8" if isinstance(err, UnicodeDecodeError) else ""
+            msg = f"manifest file {path}, line {number}: not JSON: {message_of(err)}{remedy}"
+            raise ManifestError(msg) from None
+        if not isinstance(row, dict):
+            msg = (
+                f"manifest file {path}, line {number}: each line must be one JSON object, such as "
+                f'{{"request_id": ...}}, not a {_JSON_WORDS.get(type(row), "number")}'
+            )
+            raise ManifestError(msg)
+        try:
+            row = column_map.members(row)
+        except ValueError as err:
+            msg = f"manifest file {path}, line {number}: {err}"
+            raise ManifestError(msg) from None
+        for name in row:
+            columns.setdefault(name, [None] * num_rows)
+        if len(columns) > MAX_COLUMNS:
+            msg = f"manifest file {path}, line {number}: more than {MAX_COLUMNS} different names; are they values?"
+            raise ManifestError(msg)
+        for name, values in columns.items():
+            values.append(row.get(name))
+        num_rows += 1
+    return pa.table({name: _infer(name, values) for name, values in columns.items()})
+
+
+_JSON_WORDS = {bool: "truth value", list: "list", str: "text", type(None): "null"}
+
+
+def _infer(name: str, values: list[Any]) -> pa.Array:
+    """Return an Arrow column. Values of several types, and empty objects, become JSON texts.
+
+    A column of requests that takes texts or lists keeps the other values apart, for validation to reject these alone.
+    """
+    try:
+        array = pa.array(values)
+    except (pa.ArrowException, OverflowError, TypeError, ValueError):
+        array = None
+    if array is not None and not _has_empty_struct(array.type):
+        return array
+    wanted = REQUEST.field(name).type if name in REQUEST.names else None
+    if wanted is not None and (pa.types.is_string(wanted) or pa.types.is_list(wanted)):
+        return _apart(name, values, wanted)
+    return pa.array([value if isinstance(value, str) else _json(value) for value in values], pa.string())
+
+
+def _apart(name: str, values: list[Any], wanted: pa.DataType) -> pa.Array:
+    """Return values of the `wanted` type next to the JSON of all others, as `mixed_type`."""
+    if name == "request_id":  # integer ids are common, and their text is exact
+        values = [str(value) if type(value) is int else value for value in values]
+    fits = [_fits(value, wanted) for value in values]
+    good = [value if fit else None for value, fit in zip(values, fits, strict=True)]
+    others = [None if fit else _json(value) for value, fit in zip(values, fits, strict=True)]
+    return mixed(pa.array(good, mixed_type(wanted).field(0).type), pa.array(others, pa.string()))
+
+
+def _fits(value: Any, wanted: pa.DataType) -> bool:
+    if pa.types.is_string(wanted):
+        return isinstance(value, str)
+    numbers = isinstance(value, list) and all(isinstance(one, float) or type(one) is int for one in value)
+    return numbers and all(math.fabs(one) < 2.0**53 for one in value if not math.isnan(one))
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _has_empty_struct(data_type: pa.DataType) -> bool:
+    """Return True if an object without any name is anywhere in the type: Parquet cannot store it."""
+    if not is_nested(data_type):
+        return False
+    children = [data_type.field(number).type for number in range(data_type.num_fields)]
+    return not children or any(map(_has_empty_struct, children))
