@@ -1,7 +1,8 @@
 """RunConfig and its sections: every option of a run, validated before anything starts.
 
-A config is one YAML file. It has three layers, and later ones win: the defaults here (made for Stable Diffusion 1.5),
-the embedded model's own defaults if `model.base` is `embedded`, and the operator's file. An unknown key is an error.
+A config is one YAML file. It has four layers, and later ones win: the defaults here (made for Stable Diffusion 1.5),
+the keys of presets, the embedded model's own defaults if `model.base` is `embedded`, and the operator's file. An
+unknown key is an error.
 """
 
 from pia_batch.config.base import Section

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pia_batch.config.arithmetic import Arithmetic
 from pia_batch.config.base import Section
 from pia_batch.config.speed_presets import Speed
 from pia_batch.schema.identity import Decides
@@ -146,8 +147,24 @@ class ModelConfig(Section):
     freeu: Annotated[FreeUConfig | None, Decides(neutral=None)] = Field(
         None, description="FreeU with `s1`, `s2`, `b1`, `b2`. null: off."
     )
+    arithmetic: Annotated[Arithmetic, Decides(neutral="diffusers")] = Field(
+        "diffusers",
+        description="diffusers: as `PIAPipeline`; original: as the program of PIA's authors (axes of norms, order of "
+        "styles, scheduler, default negative prompt, sizes), see docs/models.md.",
+    )
+    conv_in: Annotated[Literal["auto", "base", "adapter"], Decides(neutral="auto")] = Field(
+        "auto",
+        description="Source of the first layer's latent channels and bias; auto: the base, and with `arithmetic: "
+        "original` a motion adapter in a single file next to a base in a folder.",
+    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Floating-point type of the networks; auto: float16 on a GPU, float32 on a CPU."
+    )
+    vae_dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], Decides(neutral="auto")] = Field(
+        "auto", description="Floating-point type of the VAE; auto: that of the other networks."
+    )
+    vae_decode: Annotated[Literal["chunks", "per_frame"], Decides(neutral="chunks")] = Field(
+        "chunks", description="Number of frames that the VAE decodes in one call; chunks: as many as suit the device."
     )
     speed: Speed = Field(
         "exact",

@@ -8,11 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, create_model, field_validator
 
 from pia_batch.config.base import Section
+from pia_batch.schema.declaration import Setting
 from pia_batch.schema.identity import Decides, decisive
 from pia_batch.schema.settings import DEFAULT_SETTINGS, Format, MotionWords, Settings
 from pia_batch.storage import uris
 
 Fit = Literal["cover", "contain", "stretch"]
+
+_BY_ARITHMETIC = {"negative_prompt": "null: none, or the list of PIA's authors where `arithmetic` is original."}
+"""Settings whose default is that of the model's arithmetic where the config gives none, with what null means."""
+
+
+def _default(setting: Setting) -> tuple[Any, Any]:
+    """Return type and default of a setting in the section `defaults`."""
+    text, limits = setting.description, setting.limits
+    if setting.name in _BY_ARITHMETIC:
+        return setting.annotation | None, Field(None, description=f"{text} {_BY_ARITHMETIC[setting.name]}", **limits)
+    return setting.annotation, Field(setting.default, description=text, **limits)
+
 
 if TYPE_CHECKING:
 
@@ -27,10 +40,7 @@ else:
         __base__=Section,
         __module__=__name__,
         __doc__="Values of settings where a row's column is null or absent. The ranges hold for columns too.",
-        **{
-            each.name: (each.annotation, Field(each.default, description=each.description, **each.limits))
-            for each in DEFAULT_SETTINGS
-        },
+        **{each.name: _default(each) for each in DEFAULT_SETTINGS},
     )
 
 

@@ -17,6 +17,7 @@ from pia_batch.config.execution import BudgetConfig, LimitsConfig, OnFinishConfi
 from pia_batch.config.layers import assign, complete, embedded, merge, read_yaml
 from pia_batch.config.messages import explain
 from pia_batch.config.models import EMBEDDED, ModelConfig
+from pia_batch.config.presets import Preset, as_names, under
 from pia_batch.config.requests import Defaults, EncodingConfig, ImagesConfig
 from pia_batch.errors import ConfigError
 from pia_batch.schema.columns import REQUEST, RESERVED
@@ -55,6 +56,11 @@ class RunConfig(Section):
         default_factory=dict,
         description="Columns of the manifest that have other names there: our name to its source, such as "
         "`prompt: caption`, or a dotted path into a struct. A name that is none of a request's carries the source.",
+    )
+    preset: Annotated[tuple[Preset, ...], BeforeValidator(as_names)] = Field(
+        (),
+        description="A name or several, for keys that this file leaves out; paper: what the script of PIA's authors "
+        "does; per_frame_vae, bf16_vae, paper_negative_prompt: that part of it alone.",
     )
     model: ModelConfig = ModelConfig()
     models: dict[str, ModelConfig] = Field(
@@ -143,10 +149,18 @@ class RunConfig(Section):
         """Every model by its name in the manifest's `model` column, the default one first."""
         return {self.model.name: self.model, **self.models}
 
+    @property
+    def original_models(self) -> frozenset[str]:
+        """Names of the models with the arithmetic of PIA's authors."""
+        return frozenset(name for name, model in self.all_models.items() if model.arithmetic == "original")
+
     @model_validator(mode="before")
     @classmethod
     def _complete_models(cls, data: Any) -> Any:  # whatever was written
-        if not isinstance(data, dict) or not isinstance(data.get("models"), dict):
+        if not isinstance(data, dict):
+            return data
+        data = under(data)
+        if not isinstance(data.get("models"), dict):
             return data
         default = data.get("model") or {}
         if isinstance(default, ModelConfig):

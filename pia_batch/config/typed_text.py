@@ -11,8 +11,11 @@ from pydantic import BaseModel
 
 from pia_batch.config import yaml_text
 
-_ABSENT = ("", "null")
+_ABSENT = {"", "null"}
 """Texts that mean no value for a key of type text that may be null."""
+
+_MAY_BE_EMPTY = ("defaults.negative_prompt",)
+"""Keys of that type at which an empty text is a value, too."""
 
 
 def read(text: str, dotted: str, root: type[BaseModel]) -> Any:  # any value that YAML can hold
@@ -32,7 +35,8 @@ def read(text: str, dotted: str, root: type[BaseModel]) -> Any:  # any value tha
     """
     alternatives = _alternatives_at(dotted.split("."), root)
     if _is_text(alternatives):
-        return None if type(None) in alternatives and text in _ABSENT else text
+        absent = _ABSENT - {""} if dotted in _MAY_BE_EMPTY else _ABSENT
+        return None if type(None) in alternatives and text in absent else text
     try:
         value, texts = yaml_text.parse(text), yaml_text.parse_texts(text)
     except ValueError:

@@ -24,17 +24,19 @@ _CPU_CHUNK_PIXELS = 8 * 64 * 64
 class FrameDecoder:
     """Decoder of a VAE; it keeps a float32 copy of the VAE once half precision has overflowed."""
 
-    def __init__(self, vae: Any, call: Call = directly) -> None:
+    def __init__(self, vae: Any, call: Call = directly, *, per_frame: bool = False) -> None:
         """Create a decoder.
 
         Args:
             vae: `AutoencoderKL`, or an object with its interface.
             call: Function that calls `decode_chunk`, such as a `Compiler`. Not used where the VAE works in slices or
                 tiles.
+            per_frame: True to decode one frame in each call.
         """
         self._vae = vae
         self._full_precision: Any = None
         self._call = call
+        self._per_frame = per_frame
 
     def decode(self, latents: Sequence[torch.Tensor]) -> list[NDArray[np.uint8] | NonFiniteError]:
         """Return the frames of each row, or an error; a failed row does not affect the others.
@@ -61,7 +63,7 @@ class FrameDecoder:
         return results
 
     def _decode_in_float32(self, latents: torch.Tensor) -> NDArray[np.uint8] | NonFiniteError:
-        if latents.dtype != torch.float32:
+        if self._vae.dtype != torch.float32:
             if self._full_precision is None:
                 self._full_precision = copy.deepcopy(self._vae).float()
             frames = self._frames(self._full_precision, latents.float())[0]
@@ -72,13 +74,13 @@ class FrameDecoder:
     def _frames(self, vae: Any, latents: torch.Tensor) -> list[NDArray[np.uint8] | None]:
         """Decode (N, 4, F, h, w); return the frames of each row, or None where a frame is not finite."""
         num_rows, channels, num_frames, *size = latents.shape
-        images = (1 / vae.config.scaling_factor * latents).transpose(1, 2).reshape(-1, channels, *size)
+        images = (1 / vae.config.scaling_factor * latents.to(vae.dtype)).transpose(1, 2).reshape(-1, channels, *size)
         on_cpu = latents.device.type == "cpu"
         if not on_cpu:
             images = images.contiguous(memory_format=torch.channels_last)
         stride = 2 ** (len(vae.config.block_out_channels) - 1)
         budget = _CPU_CHUNK_PIXELS if on_cpu else _CHUNK_PIXELS
-        chunk = max(1, budget // (size[0] * size[1] * stride**2))
+        chunk = 1 if self._per_frame else max(1, budget // (size[0] * size[1] * stride**2))
         call = self._call if isinstance(vae, AutoencoderKL) and not (vae.use_slicing or vae.use_tiling) else directly
         pixels, finite = zip(*(call(decode_chunk, vae, part) for part in images.split(chunk)), strict=True)
         frames = _queued_to_host(torch.cat(pixels))

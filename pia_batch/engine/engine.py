@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from pia_batch.config import ModelConfig
+from pia_batch.config.arithmetic import Arithmetic
 from pia_batch.config.speed_presets import EXACT, PRESETS, Speed
 from pia_batch.engine import compiling, loading, sampling, self_test
 from pia_batch.engine.batch_limit import BatchLimit, is_out_of_memory
@@ -65,7 +66,7 @@ class PiaEngine:
             self._image_prompts = ImagePromptEncoder(
                 components.unet, components.image_encoder, components.image_processor, components.device
             )
-        self._decoder = FrameDecoder(components.vae, components.call)
+        self._decoder = FrameDecoder(components.vae, components.call, per_frame=components.vae_decode == "per_frame")
         self._batch_limit = BatchLimit()
 
     @classmethod
@@ -93,7 +94,11 @@ class PiaEngine:
 
     @classmethod
     def from_pipeline(
-        cls, pipe: PIAPipeline, speed: Speed = "exact", compiler: compiling.Compiler | None = None
+        cls,
+        pipe: PIAPipeline,
+        speed: Speed = "exact",
+        compiler: compiling.Compiler | None = None,
+        arithmetic: Arithmetic = "diffusers",
     ) -> PiaEngine:
         """Return an engine that uses a pipeline's networks, scheduler, device and dtype; leave the pipeline unchanged.
 
@@ -102,13 +107,15 @@ class PiaEngine:
             speed: Speed preset, as in `ModelConfig.speed`.
             compiler: Compiler that calls the UNet and the VAE. None: they are called without compilation. Several
                 engines may share one compiler.
+            arithmetic: Implementation of PIA whose results the clips equal, as in `ModelConfig.arithmetic`; the
+                scheduler stays that of the pipeline.
 
         Raises:
             ConfigError: The pipeline has FreeInit or offloading enabled, several IP-Adapters, or an IP-Adapter that
                 does not read images.
         """
         call = compiler or compiling.directly
-        parts = dataclasses.replace(loading.adopt(pipe), shortcuts=PRESETS[speed], call=call)
+        parts = dataclasses.replace(loading.adopt(pipe, arithmetic), shortcuts=PRESETS[speed], call=call)
         return cls(parts, lambda: loading.adopted_id(parts))
 
     @cached_property

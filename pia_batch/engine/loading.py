@@ -9,7 +9,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -18,12 +18,15 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from pia_batch.config import ModelConfig, SchedulerConfig
+from pia_batch.config.arithmetic import Arithmetic
 from pia_batch.config.speed_presets import EXACT, PRESETS, SpeedPreset
-from pia_batch.engine import adapters, compiling, image_prompts, network_files, offloading
+from pia_batch.engine import adapters, arithmetic, compiling, image_prompts, network_files, offloading
+from pia_batch.engine import unet as layout
 from pia_batch.engine.offloading import DeviceSlot, OnDemand
 from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.engine.shots import Limits
 from pia_batch.errors import ConfigError
+from pia_batch.weights import conv_in
 from pia_batch.weights.components import Component
 from pia_batch.weights.identity import ENGINE_VERSION
 from pia_batch.weights.resolve import Weights
@@ -47,6 +50,12 @@ _TRAINED = {"beta_schedule": "linear", "clip_sample": False}
 Source: open-mmlab/PIA `example/config/base.yaml`.
 """
 
+_ORIGINAL = _TRAINED | {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1, "set_alpha_to_one": True}
+"""Scheduler of the original: these arguments, and diffusers' own defaults for all others.
+
+Source: open-mmlab/PIA `example/config/base.yaml`, and `i2v_pipeline.py` `build_pipeline`.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Components:
@@ -65,6 +74,8 @@ class Components:
         image_processor: Preprocessor of images for `image_encoder`.
         shortcuts: Layers and steps that the speed preset leaves out.
         call: Function that calls the functions of the UNet and the VAE's decoder, such as a `Compiler`.
+        arithmetic: Implementation of PIA whose results the clips equal.
+        vae_decode: `per_frame` if the VAE decodes one frame at a time, else `chunks`.
     """
 
     tokenizer: Any
@@ -79,6 +90,8 @@ class Components:
     image_processor: Any = None
     shortcuts: SpeedPreset = EXACT
     call: compiling.Call = compiling.directly
+    arithmetic: Arithmetic = "diffusers"
+    vae_decode: Literal["chunks", "per_frame"] = "chunks"
 
     @property
     def limits(self) -> Limits:
@@ -114,7 +127,7 @@ def load(
     """
     loader = _Loader(model, weights, device, dtype, shared)
     with quiet():
-        scheduler = build_scheduler(model.scheduler, _shipped_scheduler(weights))
+        scheduler = build_scheduler(model.scheduler, _shipped_scheduler(weights), model.arithmetic)
         try:
             parts = loader.parts()
         except torch.OutOfMemoryError:
@@ -123,11 +136,23 @@ def load(
             raise ConfigError(f"cannot load {weights.base}: {err}") from err
     compiles = model.compile is True or (model.compile == "auto" and device.type == "cuda")
     call = compiling.Compiler() if compiles else compiling.directly
-    return _components(scheduler=scheduler, device=device, shortcuts=PRESETS[model.speed], call=call, **parts)
+    return _components(
+        scheduler=scheduler,
+        device=device,
+        shortcuts=PRESETS[model.speed],
+        call=call,
+        arithmetic=model.arithmetic,
+        vae_decode=model.vae_decode,
+        **parts,
+    )
 
 
-def adopt(pipe: Any) -> Components:
+def adopt(pipe: Any, calculates: Arithmetic = "diffusers") -> Components:
     """Return the components of a `diffusers.PIAPipeline`; leave the pipeline unchanged.
+
+    Args:
+        pipe: The pipeline.
+        calculates: Implementation of PIA whose results the clips equal.
 
     Raises:
         ConfigError: The pipeline has a feature enabled that cannot be set per row.
@@ -143,13 +168,15 @@ def adopt(pipe: Any) -> Components:
         )
     if hasattr(pipe.unet, "_hf_hook"):
         raise ConfigError("the pipeline offloads its networks; move it to one device instead")
+    unet = pipe.unet if calculates == "diffusers" else _original(pipe.unet)
     return _components(
         tokenizer=pipe.tokenizer,
         text_encoder=pipe.text_encoder,
         vae=pipe.vae,
-        unet=pipe.unet,
+        unet=unet,
         scheduler=copy.deepcopy(pipe.scheduler),
         device=pipe.device,
+        arithmetic=calculates,
         **image_prompter,
     )
 
@@ -163,6 +190,8 @@ def adopted_id(parts: Components) -> str:
         "adapters": json.dumps([adapters.adapter_settings(parts.text_encoder), adapters.adapter_settings(parts.unet)])
     }
     settings |= {"tiles": str(parts.vae.use_tiling)}
+    if parts.arithmetic != "diffusers":
+        settings |= {"arithmetic": parts.arithmetic}
     if parts.shortcuts != EXACT:
         settings |= {"shortcuts": repr(parts.shortcuts)}
     networks = [parts.text_encoder, parts.vae, parts.unet]
@@ -178,23 +207,30 @@ def adopted_id(parts: Components) -> str:
     return digest.hexdigest()[:32]
 
 
-def build_scheduler(config: SchedulerConfig, shipped: Any) -> Any:
+def build_scheduler(config: SchedulerConfig, shipped: Any, calculates: Arithmetic = "diffusers") -> Any:
     """Return the scheduler that the config names, with the noise schedule that PIA was trained on.
 
     `checkpoint` is the shipped scheduler itself. Any other starts from the shipped scheduler's config, with a linear
-    beta schedule and without clipping of samples. The config's own settings override both.
+    beta schedule and without clipping of samples. With the arithmetic of the original it starts from the defaults of
+    diffusers and the original's arguments; the shipped config then decides only what the UNet predicts. The config's
+    own settings override all of these.
 
     Args:
         config: Config of the scheduler.
         shipped: Scheduler that the checkpoint ships.
+        calculates: Implementation of PIA whose defaults it has.
 
     Raises:
         ConfigError: The scheduler does not have a setting, or refuses its value.
     """
     if config.name == "checkpoint":
-        chosen, trained = type(shipped), {}
+        chosen, start, trained = type(shipped), dict(shipped.config), dict[str, Any]()
     else:
-        chosen, trained = getattr(diffusers, _SCHEDULERS[config.name]), _TRAINED
+        chosen = getattr(diffusers, _SCHEDULERS[config.name])
+        start, trained = dict(shipped.config), _TRAINED
+        if calculates == "original":
+            start = {key: value for key, value in start.items() if key in ("prediction_type", "num_train_timesteps")}
+            trained = _ORIGINAL
     known = set(inspect.signature(chosen.__init__).parameters) - {"self", "kwargs"}
     unknown = sorted(set(config.settings) - known)
     if unknown:
@@ -204,7 +240,7 @@ def build_scheduler(config: SchedulerConfig, shipped: Any) -> Any:
         )
     overrides = {key: value for key, value in trained.items() if key in known} | config.settings
     try:
-        scheduler = chosen.from_config(shipped.config, **overrides)
+        scheduler = chosen.from_config(start, **overrides)
         # Schedulers check some settings only here. LCM may have been distilled for fewer than ten steps.
         copy.deepcopy(scheduler).set_timesteps(min(10, scheduler.config.get("original_inference_steps", 10)))
     except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as err:
@@ -223,7 +259,9 @@ class _Loader:
         dtype: torch.dtype,
         shared: SharedParts | None,
     ) -> None:
-        self._weights, self._device, self._dtype, self._shared = weights, device, dtype, shared
+        self._model, self._weights, self._device, self._dtype, self._shared = model, weights, device, dtype, shared
+        self._vae_dtype = dtype if model.vae_dtype == "auto" else getattr(torch, model.vae_dtype)
+        self._whole_conv_in = conv_in.is_from_adapter(model, weights.components)
         self._saving = offloading.savings(model.memory, device)
         self._home = torch.device("cpu") if self._saving.offload else device
         self._adapters = adapters.read(model, weights.loras, weights.textual_inversions)
@@ -234,8 +272,9 @@ class _Loader:
         parts = {"tokenizer": self._part("tokenizer", self._tokenizer)}
         tokenizer = parts["tokenizer"]
         parts["text_encoder"] = self._part("text_encoder", lambda: self._text_encoder(tokenizer), named["tokenizer"])
-        parts["vae"] = self._part("vae", self._vae, self._saving.slices, self._saving.tiles)
-        parts["unet"] = self._part("unet", self._unet, named.get("motion_adapter"), self._weights.ip_adapter)
+        parts["vae"] = self._part("vae", self._vae, self._saving.slices, self._saving.tiles, str(self._vae_dtype))
+        kind = [self._model.arithmetic, self._whole_conv_in]
+        parts["unet"] = self._part("unet", self._unet, named.get("motion_adapter"), self._weights.ip_adapter, *kind)
         networks = ["text_encoder", "vae", "unet"]
         if self._weights.image_encoder is not None:
             parts["image_encoder"] = self._part("image_encoder", self._image_encoder)
@@ -272,7 +311,11 @@ class _Loader:
         network = self._read("unet")
         if "motion_adapter" in self._weights.components:
             # `from_unet2d` changes the adapter and shares its first layer with the result: do not keep the adapter.
-            network = diffusers.UNetMotionModel.from_unet2d(network, self._read("motion_adapter"))
+            adapter = self._read("motion_adapter")
+            own = {name: tensor.clone() for name, tensor in adapter.conv_in.state_dict().items()}
+            network = diffusers.UNetMotionModel.from_unet2d(network, adapter)
+            if self._whole_conv_in:
+                network.conv_in.load_state_dict(own)
         self._adapters.apply_to_unet(network)
         if self._weights.ip_adapter is not None:
             image_prompts.install(network, self._weights.ip_adapter.path)
@@ -280,7 +323,7 @@ class _Loader:
             named = self._weights.components
             source = named.get("motion_adapter", named["unet"])
             self._shared.share_motion(network, [source, str(self._dtype), str(self._home)])
-        return self._ready("unet", network)
+        return self._ready("unet", network if self._model.arithmetic == "diffusers" else _original(network.eval()))
 
     def _image_encoder(self) -> Any:
         part = dict(self._weights.parts())["image_encoder"]
@@ -289,7 +332,8 @@ class _Loader:
         return self._ready("image_encoder", _read_image_encoder(part, self._dtype))
 
     def _read(self, name: str) -> Any:
-        return network_files.read(name, self._weights.components[name], self._dtype)
+        dtype = self._vae_dtype if name == "vae" else self._dtype
+        return network_files.read(name, self._weights.components[name], dtype)
 
     def _ready(self, name: str, network: Any) -> Any:
         if self._home.type == "cuda":  # convolutions would otherwise convert their weights at every call
@@ -309,6 +353,21 @@ class _Loader:
 def _components(*, device: torch.device, **parts: Any) -> Components:
     stride = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
     return Components(device=device, dtype=parts["unet"].dtype, latent_stride=stride, **parts)
+
+
+def _original(unet: Any) -> Any:
+    """Return the UNet with the norms of the original.
+
+    Raises:
+        ConfigError: The UNet has a structure that only its own call supports.
+    """
+    network = arithmetic.as_original(unet)
+    if not layout.supports(network):
+        raise ConfigError(
+            "model.arithmetic: original supports only the UNet of Stable Diffusion 1.5 with ordinary attention; set it "
+            "to diffusers"
+        )
+    return network
 
 
 def _read_image_encoder(part: Component, dtype: torch.dtype) -> Any:

@@ -5,6 +5,7 @@ Does not use tensors or networks.
 
 from __future__ import annotations
 
+from pia_batch.config.arithmetic import Arithmetic
 from pia_batch.engine.shots import Shot
 
 _PRESETS: tuple[tuple[float, ...], ...] = (
@@ -24,7 +25,10 @@ Source: open-mmlab/PIA `animatediff/utils/util.py`, in the order of diffusers: t
 """
 
 
-def motion_coefficients(shot: Shot) -> tuple[float, ...]:
+_FIRST_STYLE = 6
+
+
+def motion_coefficients(shot: Shot, arithmetic: Arithmetic = "diffusers") -> tuple[float, ...]:
     """Return one coefficient for each frame: its similarity to the image, 0 to 1 for the presets.
 
     A curve is indexed by the distance to `cond_frame`; beyond its end it keeps its last value. In a loop, the last
@@ -38,8 +42,15 @@ def motion_coefficients(shot: Shot) -> tuple[float, ...]:
         # The last frame repeats the phase of the first, so one turn is a frame shorter than the clip.
         turn = max(1, shot.num_frames - 1)
         return tuple(loop[(frame - shot.cond_frame) % turn] for frame in frames)
-    curve = _PRESETS[shot.motion_scale] if shot.motion_curve is None else shot.motion_curve
+    curve = _preset(shot.motion_scale, arithmetic) if shot.motion_curve is None else shot.motion_curve
     return tuple(curve[min(abs(frame - shot.cond_frame), len(curve) - 1)] for frame in frames)
+
+
+def _preset(motion_scale: int, arithmetic: Arithmetic) -> tuple[float, ...]:
+    """Return the preset of a motion_scale; the original has the styles 6 to 8 in the reverse order."""
+    if arithmetic == "original" and motion_scale >= _FIRST_STYLE:
+        motion_scale = _FIRST_STYLE + len(_PRESETS) - 1 - motion_scale
+    return _PRESETS[motion_scale]
 
 
 def _resampled(curve: tuple[float, ...], count: int) -> tuple[float, ...]:

@@ -137,7 +137,9 @@ def start(
     size = (shot.height // parts.latent_stride, shot.width // parts.latent_stride)
     shape = (1, _LATENT_CHANNELS, shot.num_frames, *size)
 
-    latents = _noise(shape, generator, parts) * scheduler.init_noise_sigma
+    latents = _noise(shape, generator, parts)
+    if parts.arithmetic == "diffusers":  # the original does not scale: DDIM, its only scheduler, needs no scale
+        latents = latents * scheduler.init_noise_sigma
     image = posterior.sample(generator).to(parts.device, parts.dtype)
     image = torch.nn.functional.interpolate(image, size=size) * parts.vae.config.scaling_factor
     still = image[:, :, None].expand(shape)
@@ -146,7 +148,7 @@ def start(
     if shot.free_init_iters:  # the pipeline scales the noise by the whole schedule, and shortens the pass afterwards
         timesteps = _set_schedule(scheduler, shot.pass_steps[0], shot)
 
-    coefficients = torch.tensor(motion_coefficients(shot), dtype=parts.dtype, device=parts.device)
+    coefficients = torch.tensor(motion_coefficients(shot, parts.arithmetic), dtype=parts.dtype, device=parts.device)
     mask = coefficients.view(1, 1, -1, 1, 1).expand(1, 1, *shape[2:])
     return Row(
         shot=shot,

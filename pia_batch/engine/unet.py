@@ -27,19 +27,21 @@ from torch import nn
 from torch.nn import functional
 
 from pia_batch.engine import attention, image_prompts
+from pia_batch.engine.arithmetic import OriginalUNet, norms_over_frames
 
 
 def supports(unet: Any) -> bool:
     """Return True if `run` computes the same as this network's own call.
 
     False for a wrapper around a network, for structures that no PIA checkpoint has, for attention with another
-    processor, and for half precision on a CPU, where `run` is not faster.
+    processor, and for half precision on a CPU, where `run` is not faster. An `OriginalUNet` has no call of its own: its
+    half precision is supported on a CPU, too.
     """
-    if type(unet) is not UNetMotionModel:
+    if type(unet) not in (UNetMotionModel, OriginalUNet):
         return False
     config = unet.config
     return (
-        (unet.device.type != "cpu" or unet.dtype.itemsize > torch.half.itemsize)
+        (unet.device.type != "cpu" or unet.dtype.itemsize > torch.half.itemsize or norms_over_frames(unet))
         and config.act_fn == "silu"
         and config.norm_num_groups is not None
         and config.addition_embed_type is None
@@ -149,6 +151,7 @@ class _Call:
         self._conditions = conditions
         self._rows = conditions.rows
         self._frames = sample.shape[1]
+        self._is_original = norms_over_frames(unet)
         embedded = unet.time_embedding(unet.time_proj(timesteps).to(unet.dtype))
         self._time = functional.silu(embedded)
         """Time embedding, (rows, features); (samples, features) once the samples are separate."""
@@ -169,7 +172,7 @@ class _Call:
             self._down_layers("down_blocks.0", unet.down_blocks[0], image, skipped, range(last - first - 1))
         self._expand_time()
         image = self._up_layers(name, block, deep, skipped, range(first, last))
-        image = unet.conv_out(functional.silu(unet.conv_norm_out(image), inplace=True))
+        image = unet.conv_out(functional.silu(self._norm(unet.conv_norm_out, image), inplace=True))
         return image.unflatten(0, (-1, self._frames)).transpose(1, 2), deep
 
     def _deep(self, image: Any, skipped: list[Any]) -> Any:
@@ -238,10 +241,10 @@ class _Call:
             self._time = self._time[self._rows]
 
     def _resnet(self, block: Any, image: Any) -> Any:
-        hidden = block.conv1(functional.silu(block.norm1(image), inplace=True))
+        hidden = block.conv1(functional.silu(self._norm(block.norm1, image), inplace=True))
         time = block.time_emb_proj(self._time)
         hidden = hidden.unflatten(0, (-1, self._frames)).add_(time[:, None, :, None, None]).flatten(0, 1)
-        hidden = block.conv2(functional.silu(block.norm2(hidden), inplace=True))
+        hidden = block.conv2(functional.silu(self._norm(block.norm2, hidden), inplace=True))
         return hidden.add_(image if block.conv_shortcut is None else block.conv_shortcut(image))
 
     def _attend(self, name: str, block: Any, index: int, image: Any) -> Any:
@@ -276,12 +279,9 @@ class _Call:
         return attention.over_text(layer.attn2, layer.norm2(tokens), read, scales).add_(tokens)
 
     def _attend_over_frames(self, module: Any, image: Any) -> Any:
-        """Apply attention over frames. The norm covers all frames of a sample together."""
+        """Apply attention over frames. The norm covers all frames of a sample together, in the original each alone."""
         count, channels, height, width = image.shape
-        # Put frames within channels: for channels-last input the CPU kernel sums squares, which is less accurate
-        # where so many numbers share a mean.
-        film = image.unflatten(0, (-1, self._frames)).transpose(1, 2).contiguous()
-        normed = module.norm(film).transpose(1, 2).flatten(0, 1)
+        normed = module.norm(image) if self._is_original else self._norm_together(module.norm, image)
         tokens = module.proj_in(self._tokens(normed, count // self._frames))
         for layer in module.transformer_blocks:
             places = layer.pos_embed.pe[0, : self._frames, None]
@@ -290,6 +290,17 @@ class _Call:
             tokens = _feed_forward(layer, tokens)
         attended = module.proj_out(tokens).view(count, height, width, channels).permute(0, 3, 1, 2)
         return attended.add_(image)
+
+    def _norm(self, norm: Any, image: Any) -> Any:
+        """Apply a norm of a ResNet or of the output: frame by frame, in the original over all frames of a sample."""
+        return self._norm_together(norm, image) if self._is_original else norm(image)
+
+    def _norm_together(self, norm: Any, image: Any) -> Any:
+        """Apply a norm over all frames of a sample together."""
+        # Put frames within channels: for channels-last input the CPU kernel sums squares, which is less accurate
+        # where so many numbers share a mean.
+        film = image.unflatten(0, (-1, self._frames)).transpose(1, 2).contiguous()
+        return norm(film).permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
     def _tokens(self, image: Any, count: int) -> Any:
         """Return (count, frames, pixels, channels), without a copy if channels are last in memory."""

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.config import MOTIONS, Defaults, RunConfig
+from pia_batch.config.arithmetic import NEGATIVE_PROMPT
 from pia_batch.manifest.casting import Columns
 from pia_batch.schema.columns import SETTINGS
 from pia_batch.schema.declaration import Setting
@@ -46,6 +47,13 @@ def is_auto(columns: Columns, defaults: Defaults) -> pa.Array:
     return pc.coalesce(pc.equal(columns.typed["size"], "auto"), by_default)
 
 
+def is_original(columns: Columns, config: RunConfig) -> pa.Array:
+    """Return the rows whose model has the arithmetic of PIA's authors."""
+    names = sorted(config.original_models)
+    model = pc.fill_null(columns.typed["model"], config.model.name)
+    return pc.is_in(model, value_set=pa.array(names, pa.string()))
+
+
 def fill(columns: Columns, config: RunConfig, id_hashes: npt.NDArray[np.uint64]) -> dict[str, pa.Scalar]:
     """Make every setting effective, in place.
 
@@ -75,10 +83,16 @@ def fill(columns: Columns, config: RunConfig, id_hashes: npt.NDArray[np.uint64])
         typed["seed"] = pc.coalesce(typed["seed"], pa.array(seeds_of(id_hashes)))
     typed["image_sha256"] = pc.utf8_lower(typed["image_sha256"])
     typed["model"] = pc.fill_null(typed["model"], config.model.name)
+    original = is_original(columns, config)
+    if defaults.negative_prompt is None:
+        by_model = pc.if_else(original, NEGATIVE_PROMPT["original"], NEGATIVE_PROMPT["diffusers"])
+        typed["negative_prompt"] = pc.coalesce(typed["negative_prompt"], by_model)
 
     size = _modulo_3(scale)
     typed["loop"] = pc.and_(loop, pc.is_null(typed["motion_curve"]))
-    restyled = pc.if_else(style, pc.add(size, 6), scale)
+    # The styles 6 to 8 are large to small in the original, small to large in diffusers; a word has one meaning.
+    named = pc.if_else(pc.and_(original, pc.less(scale, 6)), pc.subtract(8, size), pc.add(size, 6))
+    restyled = pc.if_else(style, named, scale)
     typed["motion_scale"] = pc.if_else(typed["loop"], pc.add(size, 3), restyled)
     typed["size"] = pc.if_else(auto, "auto", "fixed")
     _clear(columns, "width", pc.invert(auto))
@@ -118,7 +132,8 @@ def _common(given: set[str]) -> set[str]:
 
 
 _DECIDED_BY: dict[str, frozenset[str]] = {
-    "motion_scale": frozenset({"motion", "style", "loop", "motion_curve"}),
+    "negative_prompt": frozenset({"model"}),
+    "motion_scale": frozenset({"motion", "style", "loop", "motion_curve", "model"}),
     "loop": frozenset({"motion_curve"}),
     "motion_curve": frozenset({"motion", "motion_scale"}),
     "size": frozenset({"width", "height"}),

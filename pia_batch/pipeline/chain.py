@@ -35,7 +35,7 @@ def chain(
     ray_data.configure()
     validate = stages.Validate(config, plan.engine_ids, keep_rejected=False)
     drop_finished = stages.DropFinished(plan.skipped, plan.selected)
-    fetch = stages.FetchImages(config.images, folder)
+    fetch = stages.FetchImages(config.images, folder, config.original_models)
     animate = {
         "load_engines": load_engines or EngineLoader.of(config),
         "engine_ids": {name: plan.engine_ids[name] for name in plan.models},
@@ -76,7 +76,8 @@ def _arranged(requests: ray.data.Dataset, plan: Plan) -> ray.data.Dataset:
     if not plan.is_mixed:
         return requests
     window = batching.SMALL_WINDOW if "image_bytes" in plan.manifest.schema.names else batching.WINDOW
-    arrange = stages.Arrange(plan.config.images, plan.manifest.folder)
+    config = plan.config
+    arrange = stages.Arrange(config.images, plan.manifest.folder, config.original_models)
     windows = requests.repartition(target_num_rows_per_block=window, strict=True)
     return windows.map_batches(arrange, **ray_data.blocks(ray_data.ARRANGE_CPUS))
 

@@ -94,7 +94,9 @@ def animate(
         ray.init()
     folder = _folder(config.manifest)
     validate = stages.Validate(config, engine_ids, keep_rejected=True)
-    arrange, fetch = stages.Arrange(config.images, folder), stages.FetchImages(config.images, folder)
+    original = config.original_models
+    arrange = stages.Arrange(config.images, folder, original)
+    fetch = stages.FetchImages(config.images, folder, original)
     arguments = {
         "load_engines": load_engines or EngineLoader.of(config),
         "engine_ids": engine_ids,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -164,16 +164,17 @@ class Arrange:
     Args:
         config: Section `images` of the config.
         base_uri: Folder that relative image URIs start from.
+        original: Names of the models with the arithmetic of PIA's authors, who choose sizes in their own way.
     """
 
-    def __init__(self, config: ImagesConfig, base_uri: str) -> None:
-        self._config, self._base_uri = config, base_uri
+    def __init__(self, config: ImagesConfig, base_uri: str, original: Collection[str] = ()) -> None:
+        self._config, self._base_uri, self._original = config, base_uri, original
 
     def __call__(self, requests: pa.Table) -> pa.Table:
         """Return all of `requests`, ordered by model, number of frames and size, and otherwise as they came."""
         unsized = pc.and_(pc.is_null(requests["width"]), pc.is_null(requests["error_kind"]))
         if pc.any(unsized).as_py():
-            rows = requests.filter(unsized).select(["image", "image_bytes", "long_side"]).to_pylist()
+            rows = requests.filter(unsized).select(["image", "image_bytes", "long_side", "model"]).to_pylist()
             with ThreadPoolExecutor(self._config.threads) as pool:
                 sizes = list(pool.map(self._size, rows))
             for index, name in enumerate(("width", "height")):
@@ -188,7 +189,7 @@ class Arrange:
             size = images.size_of(head)
         except RequestError:
             return None
-        return None if size is None else images.bucket(*size, row["long_side"])
+        return None if size is None else _own_size(size, row, self._original)
 
 
 class FetchImages:
@@ -201,10 +202,11 @@ class FetchImages:
     Args:
         config: Section `images` of the config.
         base_uri: Folder that relative image URIs start from.
+        original: Names of the models with the arithmetic of PIA's authors, who resample in their own way.
     """
 
-    def __init__(self, config: ImagesConfig, base_uri: str) -> None:
-        self._config, self._base_uri = config, base_uri
+    def __init__(self, config: ImagesConfig, base_uri: str, original: Collection[str] = ()) -> None:
+        self._config, self._base_uri, self._original = config, base_uri, original
 
     def __call__(self, requests: pa.Table) -> pa.Table:
         """Return all of `requests`, with the columns FETCHED."""
@@ -247,8 +249,11 @@ class FetchImages:
             raise ImageMismatchError(msg)
         image = images.decode(data, max_pixels=self._config.max_pixels, background=self._config.background)
         if row["width"] is None:
-            row["width"], row["height"] = images.bucket(*image.size, row["long_side"])
-        fitted = images.fit(image, row["width"], row["height"], self._config.fit, self._config.background)
+            row["width"], row["height"] = _own_size(image.size, row, self._original)
+        if row["size"] == "auto" and row["model"] in self._original:
+            fitted = images.shrink(image, row["long_side"])
+        else:
+            fitted = images.fit(image, row["width"], row["height"], self._config.fit, self._config.background)
         row["ip_adapter_bytes"] = self._image_prompt(row["ip_adapter_image"])
         row["pixels"] = fitted.tobytes()
 
@@ -264,8 +269,14 @@ class FetchImages:
         return data
 
 
+def _own_size(size: tuple[int, int], row: Row, original: Collection[str]) -> tuple[int, int]:
+    """Return the size of a clip that keeps an image's shape, by the rule of the row's model."""
+    own = images.original_size if row["model"] in original else images.bucket
+    return own(*size, row["long_side"])
+
+
 _FETCH_READS = [
-    *("image", "image_bytes", "image_sha256", "width", "height", "long_side", "ip_adapter_image"),
+    *("image", "image_bytes", "image_sha256", "model", "size", "width", "height", "long_side", "ip_adapter_image"),
     *ROW_ERROR.names,
 ]
 """Columns that FetchImages reads."""

@@ -44,7 +44,11 @@ class EngineSettings:
         "", "Text to steer away from; unused without guidance.", neutral="", allowed=f"up to {MAX_PROMPT_BYTES:,} bytes"
     )
     motion_scale: int = setting(
-        0, "Preset of PIA: 0-2 move more and more, 3-5 are loops of 16 frames, 6-8 restyle the image.", ge=0, le=8
+        0,
+        "Preset of PIA: 0-2 move more and more, 3-5 are loops of 16 frames, 6-8 restyle the image more and more, "
+        "or less and less with `arithmetic: original`.",
+        ge=0,
+        le=8,
     )
     loop: bool = setting(
         False,
@@ -125,7 +129,8 @@ class Settings(EngineSettings):
 
     size: Size = setting(
         "fixed",
-        "fixed: `width` x `height`; auto: the image's own shape, in multiples of 64 up to `long_side`.",
+        "fixed: `width` x `height`; auto: the image's own shape up to `long_side`, in multiples of 64, or with "
+        "`arithmetic: original` of 8.",
         neutral="fixed",
     )
     long_side: int = setting(

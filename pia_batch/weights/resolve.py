@@ -14,7 +14,7 @@ from typing import Any
 from pia_batch import tiny
 from pia_batch.config import EMBEDDED, ModelConfig
 from pia_batch.errors import ConfigError
-from pia_batch.weights import addons, components, networks, safetensors, sd15, tensor_map
+from pia_batch.weights import addons, components, conv_in, networks, safetensors, sd15, tensor_map
 from pia_batch.weights.components import CONFIG, DIFFUSION_MODEL, MODEL, Component
 from pia_batch.weights.fetching import FetchedFolder, Hub, HuggingFaceHub, locate
 
@@ -94,6 +94,7 @@ def resolve(model: ModelConfig, hub: Hub | None = None) -> Weights:
         )
     if "motion_adapter" in parts:
         _check_motion_adapter(parts["motion_adapter"], parts["unet"])
+    conv_in.is_from_adapter(model, parts)  # checks the config
     notices = _check_tensors(parts)
     if model.config is not None and all(part.config is None for part in parts.values()):
         raise ConfigError(

@@ -36,7 +36,7 @@ def value_of(key: str, text: str) -> Any:
         ("budget.priority", "yes", "yes"),
         ("defaults.negative_prompt", "blurry: [low], #1 {x}", "blurry: [low], #1 {x}"),
         ("defaults.negative_prompt", "", ""),
-        ("defaults.negative_prompt", "null", "null"),
+        ("defaults.negative_prompt", "null", None),
         ("defaults.negative_prompt", " two  words ", " two  words "),
         ("manifest", "s3://bucket/{date:%Y}/a b#1.parquet", "s3://bucket/{date:%Y}/a b#1.parquet"),
         ("manifest", "[x]", "[x]"),

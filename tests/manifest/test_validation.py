@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from inputs import requests_table
 
 from pia_batch.config import RunConfig
+from pia_batch.config.arithmetic import NEGATIVE_PROMPT
 from pia_batch.errors import ManifestError
 from pia_batch.manifest.reader import Manifest
 from pia_batch.manifest.validation import Checked, check
@@ -595,6 +596,28 @@ def test_nulls_become_the_defaults_and_carried_columns_follow() -> None:
     optional = {"motion_curve", "clip_skip", "ip_adapter_scale"}
     optional |= {setting.name for setting in ROW_SETTINGS if setting.needs or setting.formats}
     assert {name for name in SETTINGS.names if made[name].null_count} <= optional
+
+
+def test_a_model_of_the_originals_arithmetic_has_its_negative_prompt_and_its_order_of_styles() -> None:
+    run = config(models__paper__arithmetic="original")
+    models = ["paper", None]
+    table = requests_table(
+        10,
+        model=models * 5,
+        motion=[word for word in ("small", "medium", "large") for _ in models] + [None] * 4,
+        motion_scale=[None] * 6 + [7, 7, 8, 8],
+        style=[True] * 6 + [None] * 4,
+        negative_prompt=[None, None, "", "blur"] + [None] * 6,
+    )
+
+    made = checked(table, run).requests
+
+    assert made["motion_scale"].to_pylist() == [8, 6, 7, 7, 6, 8, 7, 7, 8, 8]
+    assert made["negative_prompt"].to_pylist()[:4] == [NEGATIVE_PROMPT["original"], "", "", "blur"]
+    written = config(models__paper__arithmetic="original", defaults__negative_prompt="")
+    assert set(checked(table.drop_columns(["negative_prompt"]), written).requests["negative_prompt"].to_pylist()) == {
+        ""
+    }
 
 
 def test_a_seed_that_is_not_given_follows_from_the_id_for_ever() -> None:

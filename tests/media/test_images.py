@@ -758,3 +758,19 @@ def test_any_damage_gives_an_image_or_an_unreadable_image_and_nothing_else():
     assert min(outcomes.values()) > FUZZ / 20
     assert sum(outcomes.values()) == FUZZ
     assert all(text.isprintable() and len(text) < 500 for text in said)
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [((512, 512), (512, 512)), ((1024, 683), (512, 336)), ((300, 451), (296, 448)), ((2000, 30), (512, 8))],
+)
+def test_the_original_shrinks_to_512_and_rounds_down_to_8(size, wanted):
+    """The recipe of `preprocess_img`, step by step."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    scale = min(1, 512 / max(size))
+    first = image.resize((int(size[0] * scale), int(size[1] * scale)))
+    truth = first.resize(wanted)
+
+    assert images.original_size(*size, 512) == wanted
+    assert np.array_equal(np.asarray(images.shrink(image, 512)), np.asarray(truth))

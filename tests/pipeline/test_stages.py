@@ -15,7 +15,7 @@ from PIL import Image
 from pia_batch.config import RunConfig
 from pia_batch.manifest.reader import Manifest
 from pia_batch.media import codecs
-from pia_batch.pipeline.stages import Arrange, DropFinished
+from pia_batch.pipeline.stages import Arrange, DropFinished, FetchImages
 from pia_batch.schema.keys import KeySet, keys_from_hex
 
 MakeConfig = Callable[..., RunConfig]
@@ -170,6 +170,22 @@ def test_a_size_from_the_image_keeps_its_shape_and_is_the_same_however_it_was_fo
     )
     frames = codecs.decode(stored(config)[rows["r001"]["animation_uri"]], "png_zip")
     assert frames.shape == (2, 256, 192, 3)
+
+
+def test_the_originals_sizes_are_the_images_own_in_steps_of_8(make_config: MakeConfig) -> None:
+    config = make_config(
+        requests_table(2, image=["images/wide.png"] * 2, model=["default", "paper"]),
+        defaults__size="auto",
+        defaults__long_side=256,
+        models__paper__arithmetic="original",
+    )
+    write_png(config, "wide.png", 640, 420)
+    wanted = [("default", 256, 192, 256 * 192 * 3), ("paper", 256, 168, 256 * 168 * 3)]
+    folder = Manifest.open(config.manifest).folder
+    early = Arrange(config.images, folder, config.original_models)(validated(config))
+    late = FetchImages(config.images, folder, config.original_models)(early)
+
+    assert [(row["model"], row["width"], row["height"], len(row["pixels"])) for row in late.to_pylist()] == wanted
 
 
 def test_images_in_the_manifest_have_the_same_cap_as_others(make_config: MakeConfig) -> None:
