@@ -95,9 +95,15 @@ class LimitsConfig(Section):
         "failure exits 3.",
     )
     max_frame_pixels: int = Field(
+        1024 * 512 * 512,
+        gt=0,
+        description="Largest width x height x num_frames of one request; protects the host's memory.",
+    )
+    max_call_pixels: int = Field(
         32 * 1024 * 1024,
         gt=0,
-        description="Largest width x height x num_frames of one request; protects the device's memory.",
+        description="Largest width x height x frames of one UNet call: of a window, or of a whole clip without "
+        "windows; protects the device's memory.",
     )
     min_frame_std: float | None = Field(
         None,

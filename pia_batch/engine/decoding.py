@@ -44,7 +44,7 @@ class FrameDecoder:
         The host waits for the device once, after all rows are decoded.
 
         Args:
-            latents: Tensors (1, 4, F, h, w), all of one shape.
+            latents: Tensors (1, 4, F, h, w), which differ in F at most.
 
         Returns:
             For each row uint8 (F, H, W, 3), RGB, 0-255. An error where latents or frames hold NaN or infinity; in half
@@ -56,7 +56,7 @@ class FrameDecoder:
         if not latents:
             return results
         are_finite = torch.stack([torch.isfinite(row).all() for row in latents])
-        decoded = self._frames(self._vae, torch.cat(list(latents)))
+        decoded = self._frames(self._vae, latents)
         for index, (frames, whole) in enumerate(zip(decoded, are_finite.cpu().tolist(), strict=True)):
             if whole:
                 results[index] = self._decode_in_float32(latents[index]) if frames is None else frames
@@ -66,29 +66,41 @@ class FrameDecoder:
         if self._vae.dtype != torch.float32:
             if self._full_precision is None:
                 self._full_precision = copy.deepcopy(self._vae).float()
-            frames = self._frames(self._full_precision, latents.float())[0]
+            frames = self._frames(self._full_precision, [latents.float()])[0]
             if frames is not None:
                 return frames
         return NonFiniteError("the decoded frames hold NaN or infinity, in float32 too")
 
-    def _frames(self, vae: Any, latents: torch.Tensor) -> list[NDArray[np.uint8] | None]:
-        """Decode (N, 4, F, h, w); return the frames of each row, or None where a frame is not finite."""
-        num_rows, channels, num_frames, *size = latents.shape
-        images = (1 / vae.config.scaling_factor * latents.to(vae.dtype)).transpose(1, 2).reshape(-1, channels, *size)
-        on_cpu = latents.device.type == "cpu"
-        if not on_cpu:
-            images = images.contiguous(memory_format=torch.channels_last)
+    def _frames(self, vae: Any, latents: Sequence[torch.Tensor]) -> list[NDArray[np.uint8] | None]:
+        """Decode rows (1, 4, F, h, w); return the frames of each row, or None where a frame is not finite.
+
+        Chunks go to the host one by one, so that the device never holds a whole clip.
+        """
+        size = latents[0].shape[3:]
+        on_cpu = latents[0].device.type == "cpu"
+        images = torch.cat([row[0].transpose(0, 1) for row in latents])
         stride = 2 ** (len(vae.config.block_out_channels) - 1)
         budget = _CPU_CHUNK_PIXELS if on_cpu else _CHUNK_PIXELS
         chunk = 1 if self._per_frame else max(1, budget // (size[0] * size[1] * stride**2))
         call = self._call if isinstance(vae, AutoencoderKL) and not (vae.use_slicing or vae.use_tiling) else directly
-        pixels, finite = zip(*(call(decode_chunk, vae, part) for part in images.split(chunk)), strict=True)
-        frames = _queued_to_host(torch.cat(pixels))
-        complete = (
-            torch.cat(finite).view(num_rows, num_frames).all(dim=1).cpu().tolist()
-        )  # waits; the frames are then there, too
-        clips = frames.numpy().reshape(num_rows, num_frames, *frames.shape[1:])
-        return [row if whole else None for row, whole in zip(clips, complete, strict=True)]
+        frames: torch.Tensor | None = None
+        complete = []
+        for first, part in enumerate(torch.split(images, chunk)):
+            scaled = 1 / vae.config.scaling_factor * part.to(vae.dtype)
+            if not on_cpu:
+                scaled = scaled.contiguous(memory_format=torch.channels_last)
+            pixels, finite = call(decode_chunk, vae, scaled)
+            if frames is None:
+                # Pinned, so that the copies are queued: they are complete once the device has done all earlier work.
+                frames = torch.empty((len(images), *pixels.shape[1:]), dtype=pixels.dtype, pin_memory=not on_cpu)
+            frames[first * chunk : first * chunk + len(pixels)].copy_(pixels, non_blocking=True)
+            complete.append(finite)
+        if frames is None:
+            return []
+        whole = torch.cat(complete).cpu().numpy()  # waits; the frames are then there, too
+        ends = np.cumsum([row.shape[2] for row in latents])[:-1]
+        clips = zip(np.split(frames.numpy(), ends), np.split(whole, ends), strict=True)
+        return [clip if finite.all() else None for clip, finite in clips]
 
 
 def decode_chunk(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,11 +109,3 @@ def decode_chunk(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.T
     finite = torch.isfinite(decoded).flatten(1).all(dim=1)
     unit = (decoded * 0.5 + 0.5).clamp(0, 1).nan_to_num()
     return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1), finite
-
-
-def _queued_to_host(pixels: torch.Tensor) -> torch.Tensor:
-    """Queue a copy to pinned host memory; it is complete once the device has done all earlier work."""
-    if pixels.device.type == "cpu":
-        return pixels
-    host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
-    return host.copy_(pixels, non_blocking=True)

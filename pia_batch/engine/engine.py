@@ -9,24 +9,24 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pia_batch.config import ModelConfig
 from pia_batch.config.arithmetic import Arithmetic
 from pia_batch.config.speed_presets import EXACT, PRESETS, Speed
 from pia_batch.engine import compiling, loading, sampling, self_test
 from pia_batch.engine.batch_limit import BatchLimit, is_out_of_memory
+from pia_batch.engine.chaining import Film
 from pia_batch.engine.conditioning import ImageEncoder, Prompt, PromptEncoder
 from pia_batch.engine.decoding import FrameDecoder
 from pia_batch.engine.image_prompts import ImagePrompt, ImagePromptEncoder
 from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.engine.shots import Clip, Shot
+from pia_batch.engine.windows import sliding_windows_of, windows_of
 from pia_batch.errors import DeviceMemoryError, NonFiniteError, RequestError
 from pia_batch.weights.identity import engine_id, resolved_dtype
 from pia_batch.weights.resolve import resolve
@@ -158,7 +158,8 @@ class PiaEngine:
     def animate(self, shots: Sequence[Shot], *, keep_latents: bool = False) -> list[Clip]:
         """Generate a clip for every shot.
 
-        Shots with the same number of frames and the same size share a batch, whatever else differs. A batch that does
+        Shots with the same size and the same number of frames, or of frames in a window, share a batch, whatever else
+        differs. A batch that does
         not fit into the device's memory is halved until it fits. Later batches start with the size that fitted, and
         grow again after a while.
 
@@ -172,14 +173,14 @@ class PiaEngine:
             does not affect the others.
         """
         clips: dict[int, Clip] = {}
-        groups: dict[tuple[int, int, int], list[int]] = {}
+        groups: dict[Hashable, list[int]] = {}
         for index, shot in enumerate(shots):
             try:
                 self.limits.check(shot)
             except RequestError as err:
                 clips[index] = Clip(error=err)
             else:
-                groups.setdefault((shot.num_frames, shot.width, shot.height), []).append(index)
+                groups.setdefault(self._shape(shot), []).append(index)
         with torch.inference_mode():
             for indices in groups.values():
                 generated = self._generate([shots[index] for index in indices], keep_latents)
@@ -191,7 +192,7 @@ class PiaEngine:
         clips: list[Clip] = []
         tried_alone = False
         while len(clips) < len(shots):
-            loads = [_memory_load(shot) for shot in shots[len(clips) :]]
+            loads = [self._memory_load(shot) for shot in shots[len(clips) :]]
             size = self._batch_limit.batch_size(loads)
             outcome = self._generate_if_it_fits(shots[len(clips) : len(clips) + size], keep_latents)
             if isinstance(outcome, list):
@@ -205,6 +206,18 @@ class PiaEngine:
                     clips.append(Clip(error=outcome))
                 tried_alone = size == 1 and not tried_alone
         return clips
+
+    def _shape(self, shot: Shot) -> Hashable:
+        """Return what the shots of a UNet call have in common."""
+        known = self.limits.max_frames
+        piece = Film(shot, known).next_piece
+        return windows_of(piece, known).length, shot.width, shot.height, sliding_windows_of(piece, known)
+
+    def _memory_load(self, shot: Shot) -> int:
+        """Return the shot's share of a batch's memory, in pixels of all samples that the UNet processes at once."""
+        known = self.limits.max_frames
+        length = windows_of(Film(shot, known).next_piece, known).length
+        return length * shot.width * shot.height * (2 if shot.guided else 1)
 
     def _generate_if_it_fits(self, shots: Sequence[Shot], keep_latents: bool) -> list[Clip] | DeviceMemoryError:
         """Return the clips, or an error if the device's memory is too small; then free what the attempt allocated."""
@@ -226,24 +239,59 @@ class PiaEngine:
     def _generate_together(self, shots: Sequence[Shot], keep_latents: bool) -> list[Clip]:
         began = time.perf_counter()
         prompts = [self._prompts.encode(shot.prompt, shot.clip_skip) for shot in shots]
-        started = [self._start(shot, prompt) for shot, prompt in zip(shots, prompts, strict=True)]
-        rows = [row for row in started if isinstance(row, sampling.Row)]
-        sampling.denoise(self._parts.unet, rows, self._parts.call)
-        frames = iter(self._decoder.decode([row.latents for row in rows]))
-        outcomes = [next(frames) if isinstance(row, sampling.Row) else row for row in started]
-        seconds = _shares(time.perf_counter() - began, started)
+        films = [Film(shot, self.limits.max_frames) for shot in shots]
+        errors: dict[int, RequestError] = {}
+        left = list(range(len(shots)))
+        while left:
+            errors |= self._add_pieces({index: films[index] for index in left}, prompts, keep_latents)
+            left = [index for index in left if index not in errors and not films[index].is_complete]
+        seconds = time.perf_counter() - began
+        total = max(1, sum(film.unet_samples for film in films))
         return [
-            _clip(outcome, prompt, share, row if keep_latents else None)
-            for outcome, prompt, share, row in zip(outcomes, prompts, seconds, started, strict=True)
+            Clip(
+                None if index in errors else film.frames,
+                latents=film.latents if keep_latents and index not in errors else None,
+                prompt_tokens=prompt.num_tokens,
+                prompt_truncated=prompt.truncated,
+                device_seconds=seconds * film.unet_samples / total,
+                error=errors.get(index),
+            )
+            for index, (film, prompt) in enumerate(zip(films, prompts, strict=True))
         ]
 
-    def _start(self, shot: Shot, prompt: Prompt) -> sampling.Row | RequestError:
+    def _add_pieces(
+        self, films: dict[int, Film], prompts: Sequence[Prompt], keep_latents: bool
+    ) -> dict[int, RequestError]:
+        """Generate the next piece of each film; return the errors of those that have none."""
+        errors: dict[int, RequestError] = {}
+        rows: dict[int, sampling.Row] = {}
+        for index, film in films.items():
+            started = self._start(film.next_piece, prompts[index], film.generator)
+            if isinstance(started, RequestError):
+                errors[index] = started
+            else:
+                rows[index] = started
+        sampling.denoise(self._parts.unet, list(rows.values()), self._parts.call)
+        decoded = self._decoder.decode([row.latents for row in rows.values()])
+        for (index, row), frames in zip(rows.items(), decoded, strict=True):
+            films[index].unet_samples += row.unet_samples
+            films[index].generator = row.generator
+            if isinstance(frames, RequestError):
+                errors[index] = frames
+            else:
+                films[index].add(frames, row.latents[0] if keep_latents else None)
+        return errors
+
+    def _start(
+        self, shot: Shot, prompt: Prompt, generator: torch.Generator | None = None
+    ) -> sampling.Row | RequestError:
         negative = self._prompts.encode(shot.negative_prompt) if shot.guided else None
         if not (prompt.is_finite and (negative is None or negative.is_finite)):
             return NonFiniteError("the text encoder's embedding of the prompt holds NaN or infinity")
         try:
             posterior = self._images.encode(shot.image)
-            return sampling.start(shot, self._parts, posterior, prompt, negative, self._image_prompt(shot))
+            image_prompt = self._image_prompt(shot)
+            return sampling.start(shot, self._parts, posterior, prompt, negative, image_prompt, generator)
         except RequestError as err:
             return err
 
@@ -251,32 +299,3 @@ class PiaEngine:
         if self._image_prompts is None:
             return None
         return self._image_prompts.encode(shot.image if shot.ip_adapter_image is None else shot.ip_adapter_image)
-
-
-def _memory_load(shot: Shot) -> int:
-    """Return the shot's share of a batch's memory, in pixels of all samples that the UNet processes at once."""
-    return shot.num_frames * shot.width * shot.height * (2 if shot.guided else 1)
-
-
-def _shares(seconds: float, rows: Sequence[sampling.Row | RequestError]) -> list[float]:
-    """Return each row's share of a batch's time, in seconds, in proportion to its UNet samples."""
-    costs = [row.unet_samples if isinstance(row, sampling.Row) else 0 for row in rows]
-    return [seconds * cost / max(1, sum(costs)) for cost in costs]
-
-
-def _clip(
-    outcome: NDArray[np.uint8] | RequestError,
-    prompt: Prompt,
-    seconds: float,
-    row: sampling.Row | RequestError | None,
-) -> Clip:
-    latents = row.latents[0].cpu() if isinstance(row, sampling.Row) else None
-    frames, error = (None, outcome) if isinstance(outcome, RequestError) else (outcome, None)
-    return Clip(
-        frames,
-        latents=latents,
-        prompt_tokens=prompt.num_tokens,
-        prompt_truncated=prompt.truncated,
-        device_seconds=seconds,
-        error=error,
-    )

@@ -37,7 +37,7 @@ def motion_coefficients(shot: Shot, arithmetic: Arithmetic = "diffusers") -> tup
     Source: `prepare_mask_coef_by_statistics` of open-mmlab/PIA; loops of other lengths than 16 are resampled from it.
     """
     frames = range(shot.num_frames)
-    if shot.loop and shot.motion_curve is None:
+    if shot.is_loop:
         loop = _resampled(_PRESETS[3 + shot.motion_scale % 3], shot.num_frames)
         # The last frame repeats the phase of the first, so one turn is a frame shorter than the clip.
         turn = max(1, shot.num_frames - 1)

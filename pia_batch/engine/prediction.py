@@ -14,6 +14,7 @@ from pia_batch.engine import unet as layout
 from pia_batch.engine.compiling import Call, directly
 from pia_batch.engine.image_prompts import ImagePromptAttention
 from pia_batch.engine.offloading import OnDemand
+from pia_batch.engine.windows import Windows
 
 DeepFeatures = tuple[torch.Tensor, ...]
 """Deep features of each sample, (frames, channels, height, width)."""
@@ -29,6 +30,10 @@ class Predictor(Protocol):
             latents: Latents of each row, (rows, 4, F, h, w).
             timesteps: Timestep of each row, (rows,).
         """
+        ...
+
+    def condition(self, conditions: torch.Tensor) -> None:
+        """Replace the UNet's input besides the latents, (rows, 5, F, h, w), as for another window of the same rows."""
         ...
 
     def reusing(
@@ -54,6 +59,7 @@ def predictor(
     texts: Sequence[torch.Tensor],
     images: ImagePromptAttention,
     call: Call = directly,
+    sliding: Windows | None = None,
 ) -> Predictor:
     """Return a predictor: the optimized one where `unet.supports` the network, else one that uses its own call.
 
@@ -64,11 +70,16 @@ def predictor(
         texts: Text embedding of each sample, (1, tokens, features). One object stands for one text.
         images: Image prompts of the samples.
         call: Function that calls the functions of `unet`, such as a `Compiler`.
+        sliding: Windows of FreeNoise, for networks that `supports_sliding` accepts; None: no FreeNoise.
     """
-    network = unet.network if isinstance(unet, OnDemand) else unet
-    if layout.supports(network):
-        return _OptimizedPredictor(unet, rows, conditions, texts, images, call)
+    if sliding is not None or layout.supports(_network(unet)):
+        return _OptimizedPredictor(unet, rows, conditions, texts, images, call, sliding)
     return _StockPredictor(unet, rows, conditions, texts, images)
+
+
+def supports_sliding(unet: Any) -> bool:
+    """Return True if a predictor of this network can apply FreeNoise."""
+    return layout.is_plain(_network(unet))
 
 
 class _OptimizedPredictor:
@@ -82,14 +93,18 @@ class _OptimizedPredictor:
         texts: Sequence[torch.Tensor],
         images: ImagePromptAttention,
         call: Call,
+        sliding: Windows | None,
     ) -> None:
         self._unet = unet
         self._call = call
         self._latents = unet.config.out_channels
         num_rows, channels, *volume = conditions.shape
         self._input = conditions.new_empty((num_rows, *volume, self._latents + channels))
+        self.condition(conditions)
+        self._conditions = layout.prepare(_on_device(unet), rows, num_rows, texts, images, sliding)
+
+    def condition(self, conditions: torch.Tensor) -> None:
         self._input[..., self._latents :] = conditions.movedim(1, -1)
-        self._conditions = layout.prepare(_on_device(unet), rows, num_rows, texts, images)
 
     def __call__(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         noise: torch.Tensor = self._call(layout.run, *self._arguments(latents, timesteps))
@@ -127,6 +142,9 @@ class _StockPredictor:
         self._texts = torch.cat(list(texts)).repeat_interleave(conditions.shape[2], dim=0)
         self._conditions = conditions
 
+    def condition(self, conditions: torch.Tensor) -> None:
+        self._conditions = conditions
+
     def __call__(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         sample = torch.cat([latents, self._conditions], dim=1)[self._rows]
         with self._images.weighted():
@@ -147,6 +165,11 @@ class _StockPredictor:
         deep: DeepFeatures,  # noqa: ARG002
     ) -> tuple[torch.Tensor, DeepFeatures]:
         return self(latents, timesteps), ()
+
+
+def _network(unet: Any) -> Any:
+    """Return the network itself, wherever it is."""
+    return unet.network if isinstance(unet, OnDemand) else unet
 
 
 def _on_device(unet: Any) -> Any:

@@ -3,7 +3,7 @@
 Every row owns a scheduler, a generator and its latents. Only the UNet processes the rows together, with one timestep
 for each row. So steps, strength, eta, guidance and the solver's history belong to the row, with any scheduler, and a
 row's schedule does not depend on the other rows. A row whose schedule has ended begins its next FreeInit pass, or
-leaves the batch.
+leaves the batch. A long row is predicted window by window; windows of all rows share UNet calls.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pia_batch.config import contexts
 from pia_batch.config.speed_presets import EXACT, OUTERMOST_SHARE, SpeedPreset, whole_evaluations
 from pia_batch.engine import free_init
 from pia_batch.engine.async_transfers import AsyncTransfers
@@ -25,14 +26,16 @@ from pia_batch.engine.conditioning import LruCache, Posterior, Prompt
 from pia_batch.engine.image_prompts import ImagePrompt, ImagePromptAttention
 from pia_batch.engine.loading import Components
 from pia_batch.engine.motion import motion_coefficients
-from pia_batch.engine.prediction import DeepFeatures, predictor
+from pia_batch.engine.prediction import DeepFeatures, Predictor, predictor, supports_sliding
 from pia_batch.engine.shots import Shot
+from pia_batch.engine.windows import Fusion, Windows, shuffled, sliding_windows_of, windows_of
 from pia_batch.errors import UnsupportedSettingError
 
 _LATENT_CHANNELS = 4
 
 _MAX_BATCHES = 8
-"""Number of cached row combinations, for batches whose rows reuse deep features at different steps."""
+"""Number of cached row combinations, for batches whose rows reuse deep features at different steps, and of
+combinations of rows in one call, for rows with windows."""
 
 
 @dataclass(slots=True)
@@ -41,6 +44,8 @@ class Row:
 
     Attributes:
         shot: The shot.
+        windows: Windows over its frames; a single one where one call predicts all frames.
+        sliding: Windows of FreeNoise inside of the UNet; None without FreeNoise.
         generator: CPU generator of the row; the source of all its random numbers.
         scheduler: Scheduler of the row, a copy of its own.
         timesteps: Remaining timesteps of this pass, on the CPU, so that reading one never waits for a GPU.
@@ -54,14 +59,16 @@ class Row:
         image_prompt: Input of the IP-Adapter, weighted by the shot's `ip_adapter_scale`; None without an adapter.
         options: Keyword arguments of the scheduler's `step`, the row's generator among them.
         unet_samples: Number of UNet samples computed so far; a call of the outermost layers counts as their share of
-            the UNet. This is the row's cost relative to the other rows.
+            the UNet, and each window as a sample. This is the row's cost relative to the other rows.
         shortcuts: Layers and steps that the row's speed preset leaves out.
         whole: For each of `timesteps`, True if the whole UNet runs.
-        deep: Latest deep features, with guidance those of the unconditional sample and then of the conditional one;
-            empty if no later step reuses them.
+        deep: Latest deep features by the start of their window, with guidance those of the unconditional sample and
+            then of the conditional one; empty if no later step reuses them.
     """
 
     shot: Shot
+    windows: Windows
+    sliding: Windows | None
     generator: torch.Generator
     scheduler: Any
     timesteps: list[torch.Tensor]
@@ -76,10 +83,15 @@ class Row:
     unet_samples: float = 0
     shortcuts: SpeedPreset = EXACT
     whole: list[bool] = field(init=False)
-    deep: DeepFeatures = ()
+    deep: dict[int, DeepFeatures] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._begin(self.timesteps)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of UNet samples of each window."""
+        return 1 if self.negative is None else 2
 
     def _begin(self, timesteps: list[torch.Tensor]) -> None:
         times = [float(timestep) for timestep in timesteps]
@@ -94,7 +106,7 @@ class Row:
         timestep = self.timesteps.pop(0)
         part = 1 if self.whole.pop(0) else OUTERMOST_SHARE[self.shortcuts.layers]
         self.latents = self.scheduler.step(noise, timestep, self.latents, **self.options).prev_sample
-        self.unet_samples += part * (1 if unconditional is None else 2)
+        self.unet_samples += part * self.num_samples * len(self.windows.starts)
         if self.passes and not self.timesteps:
             self.latents = free_init.renoise(
                 self.shot, self.latents, self.first_latents, self.scheduler, self.generator
@@ -109,12 +121,13 @@ def start(
     positive: Prompt,
     negative: Prompt | None,
     image_prompt: ImagePrompt | None,
+    generator: torch.Generator | None = None,
 ) -> Row:
     """Return the row before its first step.
 
-    The row's generator is used in the pipeline's order: initial noise, then the image's latents, then (strength < 1)
-    the noise that replaces the initial one, then the random numbers of the scheduler's steps and, between them, those
-    of each FreeInit pass after the first.
+    The row's generator is used in the pipeline's order: initial noise, then (long clips) the permutations of its
+    frames, then the image's latents, then (strength < 1) the noise that replaces the initial one, then the random
+    numbers of the scheduler's steps and, between them, those of each FreeInit pass after the first.
 
     Args:
         shot: Shot to denoise.
@@ -123,13 +136,15 @@ def start(
         positive: Encoded prompt.
         negative: Encoded negative prompt; None without guidance.
         image_prompt: Encoded image prompt; None without an IP-Adapter.
+        generator: CPU generator to continue; None: a new one with the shot's seed.
 
     Raises:
-        UnsupportedSettingError: The scheduler has no such schedule, for the clip or for one of its FreeInit passes.
+        UnsupportedSettingError: The scheduler has no such schedule, for the clip or for one of its FreeInit passes; or
+            FreeNoise does not go with the UNet.
 
     Source: the order is that of diffusers 0.42.1 `PIAPipeline.__call__`.
     """
-    generator = torch.Generator("cpu").manual_seed(shot.seed)
+    generator = generator or torch.Generator("cpu").manual_seed(shot.seed)
     scheduler = copy.deepcopy(parts.scheduler)
     if shot.free_init_iters:
         _check_free_init_schedules(scheduler, shot)
@@ -137,14 +152,24 @@ def start(
     size = (shot.height // parts.latent_stride, shot.width // parts.latent_stride)
     shape = (1, _LATENT_CHANNELS, shot.num_frames, *size)
 
-    latents = _noise(shape, generator, parts)
+    windows, sliding = windows_of(shot, parts.limits.max_frames), sliding_windows_of(shot, parts.limits.max_frames)
+    if sliding is not None and not supports_sliding(parts.unet):
+        raise UnsupportedSettingError(
+            "context freenoise does not go with this UNet, which has hooks or layers of its own; set context to windows"
+        )
+    noise = _noise(shape, generator, parts)
+    if sliding is not None:
+        noise = shuffled(noise, sliding.length, shot.context_stride, generator)
+    elif not windows.is_single:
+        noise = shuffled(noise, windows.length, min(contexts.NOISE_STRIDE, windows.length), generator)
+    latents = noise.to(parts.device)
     if parts.arithmetic == "diffusers":  # the original does not scale: DDIM, its only scheduler, needs no scale
         latents = latents * scheduler.init_noise_sigma
     image = posterior.sample(generator).to(parts.device, parts.dtype)
     image = torch.nn.functional.interpolate(image, size=size) * parts.vae.config.scaling_factor
     still = image[:, :, None].expand(shape)
     if shot.strength < 1:
-        latents = scheduler.add_noise(still, _noise(shape, generator, parts), timesteps[0][None])
+        latents = scheduler.add_noise(still, _noise(shape, generator, parts).to(parts.device), timesteps[0][None])
     if shot.free_init_iters:  # the pipeline scales the noise by the whole schedule, and shortens the pass afterwards
         timesteps = _set_schedule(scheduler, shot.pass_steps[0], shot)
 
@@ -152,6 +177,8 @@ def start(
     mask = coefficients.view(1, 1, -1, 1, 1).expand(1, 1, *shape[2:])
     return Row(
         shot=shot,
+        windows=windows,
+        sliding=sliding,
         generator=generator,
         scheduler=scheduler,
         timesteps=timesteps,
@@ -170,20 +197,22 @@ def start(
 def denoise(unet: Any, rows: Sequence[Row], call: Call = directly) -> None:
     """Denoise every row to the end of its last schedule, in place.
 
+    No UNet call has more samples than the first windows of all rows, so that memory does not grow with the number of
+    frames.
+
     Args:
         unet: Network that predicts the noise.
-        rows: Rows with the same number of frames and the same size.
+        rows: Rows with the same number of frames in a window, the same size and the same windows of FreeNoise.
         call: Function that calls `unet.run` and its variants, such as a `Compiler`.
     """
     left = [row for row in rows if row.timesteps]
+    capacity = sum(row.num_samples for row in rows)
     while left:
         batches: LruCache[tuple[int, ...], _Batch] = LruCache(_MAX_BATCHES)
         for _ in range(min(len(row.timesteps) for row in left)):
             for alike in _group_by_network(left):
                 key = tuple(id(row) for row in alike)
-                with AsyncTransfers():
-                    batch = batches.get(key, functools.partial(_Batch, unet, alike, call))
-                batch.step()
+                batches.get(key, functools.partial(_Batch, unet, alike, call, capacity)).step()
         left = [row for row in left if row.timesteps]
 
 
@@ -194,53 +223,125 @@ def _group_by_network(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 class _Batch:
-    """Rows that share UNet calls: first the unconditional samples of the guided rows, then one sample of each row."""
+    """Rows that take their steps together, and the UNet calls that predict the windows of all of them."""
 
-    def __init__(self, unet: Any, rows: Sequence[Row], call: Call) -> None:
+    def __init__(self, unet: Any, rows: Sequence[Row], call: Call, capacity: int) -> None:
+        self._unet = unet
         self._rows = rows
-        self._guided = [index for index, row in enumerate(rows) if row.negative is not None]
-        samples = [*self._guided, *range(len(rows))]
+        self._call = call
+        self._calls = _calls(rows, capacity)
+        self._predictors: LruCache[tuple[int, ...], Predictor] = LruCache(_MAX_BATCHES)
+
+    def step(self) -> None:
+        """Predict the noise of every window, then take one scheduler step in each row."""
+        latents = [row.scheduler.scale_model_input(row.latents, row.timesteps[0]) for row in self._rows]
+        conditional = [Fusion(row.windows) for row in self._rows]
+        unconditional = [Fusion(row.windows) for row in self._rows]
+        for windows in self._calls:
+            predicted = torch.split(self._noise(windows, latents), 1)
+            guided = [each for each in windows if each.row.negative is not None]
+            for window, noise in zip(guided, predicted, strict=False):
+                unconditional[window.index].add(window.start, noise)
+            for window, noise in zip(windows, predicted[len(guided) :], strict=True):
+                conditional[window.index].add(window.start, noise)
+        with AsyncTransfers():  # not around the UNet: its compiler does not support this mode
+            for row, positive, negative in zip(self._rows, conditional, unconditional, strict=True):
+                dtype = row.latents.dtype
+                row.advance(positive.mean(dtype), None if row.negative is None else negative.mean(dtype))
+
+    def _noise(self, windows: Sequence[_Window], latents: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Predict the noise of the samples of a call; reuse deep features where the preset and the step allow it.
+
+        Args:
+            windows: Windows of the call.
+            latents: Input of the UNet for each row of the batch, (1, 4, F, h, w).
+        """
+        predict = self._predictor(windows)
+        part = torch.cat([window.row.windows.part(latents[window.index], window.start) for window in windows])
+        timesteps = torch.stack([window.row.timesteps[0] for window in windows]).to(part.device, non_blocking=True)
+        shortcuts = windows[0].row.shortcuts
+        if shortcuts == EXACT:
+            return predict(part, timesteps)
+        guided = [window for window in windows if window.row.negative is not None]
+        known: DeepFeatures = ()
+        if not windows[0].row.whole[0] and windows[0].deep:
+            known = (*(window.deep[0] for window in guided), *(window.deep[-1] for window in windows))
+        noise, deep = predict.reusing(part, timesteps, shortcuts.layers, known)
+        for window in windows:
+            window.row.deep.pop(window.start, None)
+        for window, own in zip([*guided, *windows], deep, strict=bool(deep)):
+            if window.row.whole[1:2] == [False]:
+                window.row.deep[window.start] = (*window.deep, own)
+        return noise
+
+    def _predictor(self, windows: Sequence[_Window]) -> Predictor:
+        """Return the predictor of a call; calls with windows of the same rows share one, and change its conditions."""
+        with AsyncTransfers():
+            conditions = functools.partial(_conditions, windows)
+            key = tuple(window.index for window in windows)
+            predict = self._predictors.get(key, lambda: self._new_predictor(windows, conditions()))
+            if len(self._calls) > 1:
+                predict.condition(conditions())
+        return predict
+
+    def _new_predictor(self, windows: Sequence[_Window], conditions: torch.Tensor) -> Predictor:
+        rows = [window.row for window in windows]
+        guided = [index for index, row in enumerate(rows) if row.negative is not None]
+        samples = [*guided, *range(len(rows))]
         texts = [row.negative for row in rows if row.negative is not None]
         embeddings = [
             row.image_prompt.negative for row in rows if row.negative is not None and row.image_prompt is not None
         ]
         embeddings += [row.image_prompt.positive for row in rows if row.image_prompt is not None]
         scales = [rows[k].shot.ip_adapter_scale for k in samples]
-        self._predict = predictor(
-            unet,
+        return predictor(
+            self._unet,
             samples,
-            torch.cat([row.condition for row in rows]),
+            conditions,
             [*texts, *(row.positive for row in rows)],
-            ImagePromptAttention(unet, embeddings, scales, rows[0].shot.num_frames),
-            call,
+            ImagePromptAttention(self._unet, embeddings, scales, rows[0].windows.length),
+            self._call,
+            rows[0].sliding,
         )
 
-    def step(self) -> None:
-        """Call the UNet once, then take one scheduler step in each row."""
-        latents = torch.cat([row.scheduler.scale_model_input(row.latents, row.timesteps[0]) for row in self._rows])
-        timesteps = torch.stack([row.timesteps[0] for row in self._rows]).to(latents.device, non_blocking=True)
-        noise = torch.split(self._noise(latents, timesteps), 1)
-        unconditional = dict(zip(self._guided, noise, strict=False))
-        with AsyncTransfers():  # not around the UNet: its compiler does not support this mode
-            for index, (row, conditional) in enumerate(zip(self._rows, noise[len(self._guided) :], strict=True)):
-                row.advance(conditional, unconditional.get(index))
 
-    def _noise(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Predict the noise of each sample; reuse the rows' deep features where the preset and the step allow it."""
-        rows, guided, shortcuts = self._rows, self._guided, self._rows[0].shortcuts
-        if shortcuts == EXACT:
-            return self._predict(latents, timesteps)
-        known: DeepFeatures = ()
-        if not rows[0].whole[0] and rows[0].deep:
-            known = (*(rows[index].deep[0] for index in guided), *(row.deep[-1] for row in rows))
-        noise, deep = self._predict.reusing(latents, timesteps, shortcuts.layers, known)
-        for row in rows:
-            row.deep = ()
-        samples = [*guided, *range(len(rows))]
-        for index, own in zip(samples, deep, strict=bool(deep)):
-            if rows[index].whole[1:2] == [False]:
-                rows[index].deep += (own,)
-        return noise
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """One window of a row.
+
+    Attributes:
+        row: The row.
+        index: Number of the row in its batch.
+        start: First frame of the window.
+    """
+
+    row: Row
+    index: int
+    start: int
+
+    @property
+    def deep(self) -> DeepFeatures:
+        """Deep features of the window; empty if there are none."""
+        return self.row.deep.get(self.start, ())
+
+
+def _calls(rows: Sequence[Row], capacity: int) -> list[list[_Window]]:
+    """Distribute the windows of all rows to UNet calls of at most `capacity` samples, in order."""
+    calls: list[list[_Window]] = [[]]
+    num_samples = 0
+    for index, row in enumerate(rows):
+        for start in row.windows.starts:
+            if num_samples + row.num_samples > capacity:
+                calls.append([])
+                num_samples = 0
+            calls[-1].append(_Window(row, index, start))
+            num_samples += row.num_samples
+    return calls
+
+
+def _conditions(windows: Sequence[_Window]) -> torch.Tensor:
+    """Return the UNet's input besides the latents for each window, (windows, 5, L, h, w)."""
+    return torch.cat([window.row.windows.part(window.row.condition, window.start) for window in windows])
 
 
 def _schedule(scheduler: Any, shot: Shot) -> list[torch.Tensor]:
@@ -302,8 +403,8 @@ def _check_free_init_schedules(scheduler: Any, shot: Shot) -> None:
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator, parts: Components) -> torch.Tensor:
-    """Sample noise on the CPU and move it to the device, so that a seed gives the same noise on every device."""
-    return torch.randn(shape, generator=generator, dtype=parts.text_encoder.dtype).to(parts.device)
+    """Sample noise on the CPU, so that a seed gives the same noise on every device."""
+    return torch.randn(shape, generator=generator, dtype=parts.text_encoder.dtype)
 
 
 def _step_options(scheduler: Any, **offered: Any) -> dict[str, Any]:

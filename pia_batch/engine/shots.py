@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from pia_batch.config import contexts
 from pia_batch.errors import ImageUnreadableError, RequestError, UnsupportedSettingError
-from pia_batch.schema.settings import BY_NAME, FREE_INIT_METHODS, MAX_SEED, EngineSettings
+from pia_batch.schema.settings import BY_NAME, CONTEXTS, FREE_INIT_METHODS, MAX_FRAMES, MAX_SEED, EngineSettings
 
 _FIRST_STYLE = 6
 """Smallest motion_scale that restyles; smaller ones move, and support loops."""
@@ -47,6 +48,11 @@ class Shot(EngineSettings):
     def guided(self) -> bool:
         """True if classifier-free guidance is on, which doubles the work of a step."""
         return self.guidance_scale > 1
+
+    @property
+    def is_loop(self) -> bool:
+        """True if the last frame returns to the image; a motion curve of its own overrides `loop`."""
+        return self.loop and self.motion_curve is None
 
     @property
     def num_steps(self) -> int:
@@ -167,13 +173,32 @@ class Limits:
             _check_pixels(shot.ip_adapter_image, "ip_adapter_image")
 
     def _check_size(self, shot: Shot) -> None:
-        _require(
-            1 <= shot.num_frames <= self.max_frames,
-            f"num_frames {shot.num_frames} is not between 1 and the motion modules' {self.max_frames}",
-        )
+        _require(1 <= shot.num_frames <= MAX_FRAMES, f"num_frames {shot.num_frames} is not between 1 and {MAX_FRAMES}")
+        self._check_context(shot)
         step = math.lcm(8, self.latent_stride)
         for name, value in (("width", shot.width), ("height", shot.height)):
             _require(value > 0 and value % step == 0, f"{name} {value} is not a positive multiple of {step}")
+
+    def _check_context(self, shot: Shot) -> None:
+        _require(shot.context in (None, *CONTEXTS), f"context {shot.context!r} is none of {', '.join(CONTEXTS)}")
+        length = shot.context_length
+        method = contexts.method(shot.context, shot.num_frames, length, self.max_frames)
+        if method is None:
+            return
+        _require(
+            1 <= length <= self.max_frames,
+            f"context_length {length} is not between 1 and the motion modules' {self.max_frames}",
+        )
+        if method == "windows":
+            overlap = shot.context_overlap
+            _require(0 <= overlap < length, f"context_overlap {overlap} is not between 0 and {length - 1}")
+        if method == "chain":
+            _require(length > 1, "context chain needs a context_length of 2 or more")
+            _require(not shot.is_loop, "loop does not go with context chain, which never returns to the image")
+            _require(shot.cond_frame == 0, f"cond_frame {shot.cond_frame} does not go with context chain; set it to 0")
+        if method == "freenoise":
+            stride = shot.context_stride
+            _require(1 <= stride <= length, f"context_stride {stride} is not between 1 and {length}")
 
     def _check_motion(self, shot: Shot) -> None:
         curve = shot.motion_curve

@@ -28,26 +28,36 @@ from torch.nn import functional
 
 from pia_batch.engine import attention, image_prompts
 from pia_batch.engine.arithmetic import OriginalUNet, norms_over_frames
+from pia_batch.engine.windows import Fusion, Windows
 
 
 def supports(unet: Any) -> bool:
+    """Return True if `run` computes the same as this network's own call, and is faster.
+
+    False where `is_plain` is, and for half precision on a CPU, where `run` is not faster. An `OriginalUNet` has no call
+    of its own: its half precision is supported on a CPU, too.
+    """
+    return is_plain(unet) and (
+        unet.device.type != "cpu" or unet.dtype.itemsize > torch.half.itemsize or norms_over_frames(unet)
+    )
+
+
+def is_plain(unet: Any) -> bool:
     """Return True if `run` computes the same as this network's own call.
 
-    False for a wrapper around a network, for structures that no PIA checkpoint has, for attention with another
-    processor, and for half precision on a CPU, where `run` is not faster. An `OriginalUNet` has no call of its own: its
-    half precision is supported on a CPU, too.
+    False for a wrapper around a network, for structures that no PIA checkpoint has, and for attention with another
+    processor.
     """
     if type(unet) not in (UNetMotionModel, OriginalUNet):
         return False
     config = unet.config
     return (
-        (unet.device.type != "cpu" or unet.dtype.itemsize > torch.half.itemsize or norms_over_frames(unet))
-        and config.act_fn == "silu"
+        config.act_fn == "silu"
         and config.norm_num_groups is not None
         and config.addition_embed_type is None
         and config.time_cond_proj_dim is None
         and config.encoder_hid_dim_type in (None, "ip_image_proj")
-        and all(_is_plain(module) for module in unet.modules())
+        and all(_is_plain_part(module) for module in unet.modules())
     )
 
 
@@ -59,11 +69,13 @@ class Conditions:
         rows: Index of the row whose latents each sample uses; None: sample k is row k.
         read: Keys and values of each cross-attention, by its name.
         image_scales: Weight of each sample's image prompt; None without an IP-Adapter.
+        sliding: Windows of FreeNoise, in which frames attend to frames; None: each frame attends to all.
     """
 
     rows: torch.Tensor | None
     read: dict[str, attention.Read] = field(default_factory=dict)
     image_scales: torch.Tensor | None = None
+    sliding: Windows | None = None
 
 
 def prepare(
@@ -72,15 +84,17 @@ def prepare(
     num_rows: int,
     texts: Sequence[torch.Tensor],
     images: image_prompts.ImagePromptAttention | None = None,
+    sliding: Windows | None = None,
 ) -> Conditions:
     """Compute the inputs that stay the same from step to step.
 
     Args:
-        unet: Network that `supports` accepts.
+        unet: Network that `is_plain` accepts.
         rows: Index of the row of each sample.
         num_rows: Number of rows.
         texts: Text embedding of each sample, (1, tokens, features).
         images: Image prompts of the samples; None without an IP-Adapter.
+        sliding: Windows of FreeNoise; None: no FreeNoise.
     """
     shared = list(rows) != list(range(num_rows))
     prompts = scales = None
@@ -94,7 +108,7 @@ def prepare(
         )
         for name, module in _cross_attentions(unet)
     }
-    return Conditions(torch.tensor(rows, device=unet.device) if shared else None, read, scales)
+    return Conditions(torch.tensor(rows, device=unet.device) if shared else None, read, scales, sliding)
 
 
 def run(unet: Any, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions) -> torch.Tensor:
@@ -284,10 +298,7 @@ class _Call:
         normed = module.norm(image) if self._is_original else self._norm_together(module.norm, image)
         tokens = module.proj_in(self._tokens(normed, count // self._frames))
         for layer in module.transformer_blocks:
-            places = layer.pos_embed.pe[0, : self._frames, None]
-            for norm, each in ((layer.norm1, layer.attn1), (layer.norm2, layer.attn2)):
-                tokens = attention.over_frames(each, norm(tokens).add_(places)).add_(tokens)
-            tokens = _feed_forward(layer, tokens)
+            tokens = _feed_forward(layer, self._attended_over_frames(layer, tokens))
         attended = module.proj_out(tokens).view(count, height, width, channels).permute(0, 3, 1, 2)
         return attended.add_(image)
 
@@ -302,9 +313,30 @@ class _Call:
         film = image.unflatten(0, (-1, self._frames)).transpose(1, 2).contiguous()
         return norm(film).permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
+    def _attended_over_frames(self, layer: Any, tokens: Any) -> Any:
+        """Apply the two attentions of a layer, with FreeNoise window by window.
+
+        Source: arXiv 2310.15169, and diffusers 0.42.1 `FreeNoiseTransformerBlock`, whose last window is not normalised.
+        """
+        windows = self._conditions.sliding
+        if windows is None:
+            return _both_attentions(layer, tokens)
+        fusion = Fusion(windows)
+        for start in windows.starts:
+            fusion.add(start, _both_attentions(layer, windows.part(tokens, start)))
+        return fusion.mean(tokens.dtype)
+
     def _tokens(self, image: Any, count: int) -> Any:
         """Return (count, frames, pixels, channels), without a copy if channels are last in memory."""
         return image.permute(0, 2, 3, 1).reshape(count, self._frames, -1, image.shape[1])
+
+
+def _both_attentions(layer: Any, tokens: Any) -> Any:
+    """Apply the two attentions over frames of a layer; positions are counted from the first of these frames."""
+    places = layer.pos_embed.pe[0, : tokens.shape[1], None]
+    for norm, each in ((layer.norm1, layer.attn1), (layer.norm2, layer.attn2)):
+        tokens = attention.over_frames(each, norm(tokens).add_(places)).add_(tokens)
+    return tokens
 
 
 def _feed_forward(layer: Any, tokens: Any) -> Any:
@@ -330,7 +362,7 @@ def _cross_attentions(unet: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain_part(module: nn.Module) -> bool:
     """Return True if this part of the network has the one structure that `run` implements, and no hooks."""
     if module.training or module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 - torch has no public API for it
         return False

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.config import MOTIONS, Defaults, RunConfig
+from pia_batch.config import MOTIONS, Defaults, RunConfig, contexts
 from pia_batch.config.arithmetic import NEGATIVE_PROMPT
 from pia_batch.manifest.casting import Columns
 from pia_batch.schema.columns import SETTINGS
@@ -54,6 +54,18 @@ def is_original(columns: Columns, config: RunConfig) -> pa.Array:
     return pc.is_in(model, value_set=pa.array(names, pa.string()))
 
 
+def context(columns: Columns, defaults: Defaults) -> tuple[pa.Array, pa.Array]:
+    """Return the method that generates each clip, null for a single call, and its `context_length`."""
+    frames, length = (
+        pc.fill_null(columns.typed[name], getattr(defaults, name)) for name in ("num_frames", "context_length")
+    )
+    asked = columns.typed["context"]
+    if defaults.context is not None:
+        asked = pc.fill_null(asked, defaults.context)
+    longest = pc.if_else(pc.is_null(asked), contexts.POSITIONS, length)
+    return pc.if_else(pc.greater(frames, longest), pc.fill_null(asked, "windows"), None), length
+
+
 def fill(columns: Columns, config: RunConfig, id_hashes: npt.NDArray[np.uint64]) -> dict[str, pa.Scalar]:
     """Make every setting effective, in place.
 
@@ -70,6 +82,7 @@ def fill(columns: Columns, config: RunConfig, id_hashes: npt.NDArray[np.uint64])
     given = {name for name, column in typed.items() if column.null_count < columns.num_rows}
     scale, loop, style = motion(columns, defaults)
     auto = is_auto(columns, defaults)
+    method, _ = context(columns, defaults)
     no_motion = pc.and_(pc.is_null(typed["motion"]), pc.is_null(typed["motion_scale"]))
 
     for name in SETTINGS.names:
@@ -97,6 +110,10 @@ def fill(columns: Columns, config: RunConfig, id_hashes: npt.NDArray[np.uint64])
     typed["size"] = pc.if_else(auto, "auto", "fixed")
     _clear(columns, "width", pc.invert(auto))
     _clear(columns, "height", pc.invert(auto))
+    typed["context"] = method
+    _clear(columns, "context_length", pc.is_valid(method))
+    _clear(columns, "context_overlap", pc.fill_null(pc.equal(method, "windows"), False))
+    _clear(columns, "context_stride", pc.fill_null(pc.equal(method, "freenoise"), False))
     adapted = [name for name, model in config.all_models.items() if model.ip_adapter is not None]
     _clear(columns, "ip_adapter_scale", pc.is_in(typed["model"], value_set=pa.array(adapted, pa.string())))
     for setting in ROW_SETTINGS:
@@ -140,6 +157,10 @@ _DECIDED_BY: dict[str, frozenset[str]] = {
     "width": frozenset({"size", "height"}),
     "height": frozenset({"size", "width"}),
     "ip_adapter_scale": frozenset({"model"}),
+    "context": frozenset({"num_frames", "context_length"}),
+    "context_length": frozenset({"num_frames", "context"}),
+    "context_overlap": frozenset({"num_frames", "context", "context_length"}),
+    "context_stride": frozenset({"num_frames", "context", "context_length"}),
 }
 """Other columns that a setting's effective value depends on, beyond what its declaration says."""
 

@@ -18,10 +18,10 @@ from pia_batch.config import Defaults, RunConfig
 from pia_batch.manifest.casting import Columns, Range, Rejections
 from pia_batch.manifest.column_map import ColumnMap
 from pia_batch.manifest.content_keys import content_keys
-from pia_batch.manifest.effective import fill, hashes_of, is_auto, motion
+from pia_batch.manifest.effective import context, fill, hashes_of, is_auto, motion
 from pia_batch.schema.columns import EFFECTIVE, MAX_ID_BYTES, MAX_URI_BYTES, SETTINGS, carried_columns
 from pia_batch.schema.keys import Keys, keys_to_hex, text_bytes
-from pia_batch.schema.settings import BY_NAME, MAX_FPS, MAX_PROMPT_BYTES
+from pia_batch.schema.settings import BY_NAME, CONTEXTS, MAX_FPS, MAX_PROMPT_BYTES
 
 
 @dataclass(frozen=True)
@@ -182,11 +182,32 @@ class _Columns(Columns):
         partial = pc.and_(pc.greater(get["free_init_iters"], 0), pc.less(get["strength"], 1))
         self.reject("free_init_iters", partial, "invalid_value", "0 where strength is below 1")
         width, height = (pc.if_else(auto, get["long_side"], get[name]) for name in ("width", "height"))
-        area = pc.multiply(pc.multiply(width, height), get["num_frames"])
+        area = pc.multiply(width, height)
         cap = config.limits.max_frame_pixels
-        large = pc.greater(area, cap)
         product = f"width x height x num_frames up to {cap} (limits.max_frame_pixels)"
-        self.reject("width", large, "out_of_range", product)
+        self.reject("width", pc.greater(pc.multiply(area, get["num_frames"]), cap), "out_of_range", product)
+        self._check_context(config, get, area)
+
+    def _check_context(self, config: RunConfig, get: Mapping[str, pa.Array], area: pa.Array) -> None:
+        """Check the settings of long clips; `area` is the number of pixels of a frame."""
+        method, length = context(self, config.defaults)
+        windows, freenoise, chain = (pc.fill_null(pc.equal(method, name), False) for name in CONTEXTS)
+        frames = pc.if_else(pc.or_(windows, chain), length, get["num_frames"])
+        cap = config.limits.max_call_pixels
+        product = f"width x height x the frames of one UNet call up to {cap} (limits.max_call_pixels)"
+        self.reject("width", pc.greater(pc.multiply(area, frames), cap), "out_of_range", product)
+        if not pc.any(pc.is_valid(method)).as_py():
+            return
+        for name, bad, allowed in (
+            ("context_overlap", pc.and_(windows, pc.greater_equal(get["context_overlap"], length)), "below"),
+            ("context_stride", pc.and_(freenoise, pc.greater(get["context_stride"], length)), "at most"),
+        ):
+            self.reject(name, bad, "out_of_range", f"{allowed} context_length")
+        _, loop, _ = motion(self, config.defaults)
+        self.reject("loop", pc.and_(chain, loop), "invalid_value", "false where `context` is chain")
+        late = pc.and_(chain, pc.greater(get["cond_frame"], 0))
+        self.reject("cond_frame", late, "invalid_value", "0 where `context` is chain")
+        self.reject("context_length", pc.and_(chain, pc.less(length, 2)), "out_of_range", "2 to 32 in a chain")
 
     def _check_range(self, name: str) -> None:
         values = self.typed[name]
@@ -214,5 +235,5 @@ _NOT_INLINE = {
 
 _FILLED = (
     "strength", "num_inference_steps", "format", "fps", "width", "height", "long_side", "num_frames", "cond_frame",
-    "free_init_iters",
+    "free_init_iters", "context_overlap", "context_stride",
 )  # fmt: skip

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from pia_batch.config.contexts import computed_frames
 from pia_batch.errors import ConfigError
 from pia_batch.pipeline.attempts import ExitCause
 from pia_batch.schema.columns import Row
@@ -60,10 +61,10 @@ def deadline_s(rows: Iterable[Row], timeout_s: float) -> float:
     return timeout_s * max(1.0, sum(shares))
 
 
-def _work(row: Row) -> int:
+def _work(row: Row) -> float:
     """Return the cost of a request, in the unit of REFERENCE_WORK."""
     passes = max(1, row["free_init_iters"])
-    work: int = row["num_inference_steps"] * passes * row["num_frames"] * row["width"] * row["height"]
+    work: float = row["num_inference_steps"] * passes * computed_frames(row) * row["width"] * row["height"]
     return work
 
 

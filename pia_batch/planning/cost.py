@@ -153,12 +153,12 @@ def estimate_bytes(statistics: Statistics, num_requests: int, found: Measurement
 def _tflop(work: Row, model: ModelConfig) -> float:
     """Return the TFLOP of one request, as if its model were Stable Diffusion 1.5."""
     width, height = _sides(work)
-    area, frames = width * height / _REFERENCE_PIXELS, work["num_frames"] / _REFERENCE_FRAMES
+    area = width * height / _REFERENCE_PIXELS
     evaluation = (_UNET_TFLOP - _ATTENTION_TFLOP) * area + _ATTENTION_TFLOP * area**2
     evaluations = work["steps"] * _EVALUATIONS.get(model.scheduler.name, 1) * (1.0 if work["guided"] else 0.5)
     evaluations *= work_share(model.speed, work["num_inference_steps"])
-    tflop: float = frames * (evaluations * evaluation + _VAE_TFLOP * area)
-    return tflop
+    tflop: float = work["computed_frames"] * evaluations * evaluation + work["num_frames"] * _VAE_TFLOP * area
+    return tflop / _REFERENCE_FRAMES
 
 
 def _sides(work: Row) -> tuple[int, int]:

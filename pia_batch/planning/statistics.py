@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pia_batch.config.contexts import computed_frames
 from pia_batch.manifest.effective import seeds_of
 from pia_batch.manifest.tokens import are_truncated
 from pia_batch.schema.columns import GROUPED
@@ -33,10 +34,13 @@ WORK = pa.schema(
         ("num_inference_steps", pa.int64()),
         ("steps", pa.float64()),
         ("guided", pa.bool_()),
+        ("computed_frames", pa.float64()),
     ]
 )
 """Columns that decide the work and the bytes of a request. `steps` is the number of steps that are computed, with the
-passes of FreeInit and `strength` taken into account. `width` and `height` are null if they come from the image."""
+passes of FreeInit and `strength` taken into account. `width` and `height` are null if they come from the image.
+`computed_frames` is the number of frames that the UNet computes at each step, more than `num_frames` where windows
+overlap."""
 
 CLASS = pa.schema([*WORK, ("gif_fps", pa.float64()), ("truncated", pa.bool_())])
 """Columns of a work class. `gif_fps` is the frame rate of a GIF, null for another format. `truncated` is true if the
@@ -191,7 +195,20 @@ def work_of(requests: pa.Table) -> pa.Table:
     auto = pc.equal(requests["size"], "auto")
     for name in ("width", "height"):
         derived[name] = pc.if_else(auto, None, requests[name])
+    derived["computed_frames"] = _computed_frames(requests)
     return pa.table({name: derived[name] if name in derived else requests[name] for name in WORK.names}).cast(WORK)
+
+
+def _computed_frames(requests: pa.Table) -> pa.Array | pa.ChunkedArray:
+    """Return `contexts.computed_frames` of each row; few rows differ in what decides it."""
+    if "context" not in requests.column_names or requests["context"].null_count == len(requests):
+        return requests["num_frames"].cast(pa.float64())
+    classes, class_of = _classified(requests.select(_FRAMES))
+    frames = pa.array([computed_frames(row) for row in classes.to_pylist()], pa.float64())
+    return frames.take(pa.array(class_of))
+
+
+_FRAMES = ("num_frames", "context", "context_length", "context_overlap", "context_stride", "loop")
 
 
 def summed(counts: pa.Table, names: Sequence[str]) -> pa.Table:

@@ -21,9 +21,11 @@ Format = Literal["mp4", "gif", "webp", "png_zip"]
 Motion = Literal["small", "medium", "large"]
 Size = Literal["fixed", "auto"]
 FreeInitMethod = Literal["butterworth", "ideal", "gaussian"]
+Context = Literal["windows", "freenoise", "chain"]
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 MOTIONS: tuple[Motion, ...] = get_args(Motion)
+CONTEXTS: tuple[Context, ...] = get_args(Context)
 FREE_INIT_METHODS: tuple[FreeInitMethod, ...] = get_args(FreeInitMethod)
 
 MAX_FPS: Mapping[Format, int] = MappingProxyType({"mp4": 60, "gif": 50, "webp": 60, "png_zip": 60})
@@ -33,6 +35,7 @@ GIF delays are multiples of 10 ms, and browsers show a frame of 10 ms for 100 ms
 """
 
 MAX_SEED = 2**63 - 1
+MAX_FRAMES = 1024
 MAX_PROMPT_BYTES = 8192
 
 
@@ -63,7 +66,7 @@ class EngineSettings:
         neutral=None,
         allowed="1 to `num_frames` numbers from 0 to 1",
         min_length=1,
-        max_length=32,
+        max_length=MAX_FRAMES,
     )
     cond_frame: int = setting(
         0,
@@ -71,7 +74,7 @@ class EngineSettings:
         neutral=0,
         allowed="0 to `num_frames` - 1",
         ge=0,
-        le=31,
+        le=MAX_FRAMES - 1,
     )
     guidance_scale: float = setting(
         7.5, "Strength of classifier-free guidance; 1 and below: no guidance, half the work.",
@@ -86,7 +89,38 @@ class EngineSettings:
     )
     num_inference_steps: int = setting(25, "Number of denoising steps.", ge=1, le=1000)
     num_frames: int = setting(
-        16, "Number of frames, at most what the model's motion modules support; PIA was trained on 16.", ge=1, le=32
+        16, "Number of frames; PIA was trained on 16. `context` generates longer clips.", ge=1, le=MAX_FRAMES
+    )
+    context: Context | None = setting(
+        None,
+        "Method for clips of more than `context_length` frames. windows: overlapping windows, fused at every step, in "
+        "constant memory; freenoise: one call, windows in the motion modules only; chain: the last frame is the next "
+        "image. null: one call up to what the motion modules know (32 frames), windows beyond.",
+        neutral=None,
+    )
+    context_length: int = setting(
+        16,
+        "Number of frames that the motion modules process together, where a `context` is used.",
+        neutral=16,
+        allowed="1 to 32, at most what the motion modules know",
+        ge=1,
+        le=32,
+    )
+    context_overlap: int = setting(
+        4,
+        "Number of frames that neighbouring windows share, with `context: windows`.",
+        neutral=4,
+        allowed="0 to `context_length` - 1",
+        ge=0,
+        le=31,
+    )
+    context_stride: int = setting(
+        4,
+        "Distance of neighbouring windows in frames, with `context: freenoise`.",
+        neutral=4,
+        allowed="1 to `context_length`",
+        ge=1,
+        le=32,
     )
     width: int = setting(512, "Width of the clip in pixels; `images.fit` fits the image.", ge=8, le=4096, multiple_of=8)
     height: int = setting(512, "Height of the clip in pixels, as `width`.", ge=8, le=4096, multiple_of=8)

@@ -93,7 +93,7 @@ ALONGSIDE: dict[str, Callable[[Any], dict[str, Any]]] = {
     "placement.min_engines": lambda value: {"placement.max_engines": max(1, value)},
     "placement.num_cpus": lambda value: {"placement.fetch_num_cpus": 1e-9 if math.isfinite(value) else 0.25},
     "placement.fetch_num_cpus": lambda value: {"placement.num_cpus": max(1.0, 2 * value)},
-    "defaults.cond_frame": lambda _: {"defaults.num_frames": 32},
+    "defaults.cond_frame": lambda _: {"defaults.num_frames": 1024},
 }
 """Keys that another key restricts, with the other's value that leaves them their whole range."""
 
@@ -286,6 +286,21 @@ CASES: dict[str, list[Case]] = {
     "limits.max_frame_pixels": [
         Case(64 * 64 * 8, (7, 8), (9, 32), lambda run, n: _row(run, width=64, height=64, num_frames=n))
     ],
+    "limits.max_call_pixels": [
+        Case(64 * 64 * 16, (15, 16, 48), (17, 32), lambda run, n: _row(run, width=64, height=64, num_frames=n)),
+        Case(
+            64 * 64 * 8,
+            (7, 8),
+            (9, 32),
+            lambda run, n: _row(run, width=64, height=64, num_frames=100, context="windows", context_length=n),
+        ),
+        Case(
+            64 * 64 * 40,
+            (39, 40),
+            (41, 1024),
+            lambda run, n: _row(run, width=64, height=64, num_frames=n, context="freenoise"),
+        ),
+    ],
     "limits.min_frame_std": [Case(4.0, (4.0, 4.001), (3.999, 0.0), lambda run, v: _clip(run, frame_std=v))],
     "limits.min_motion": [Case(0.5, (0.5, 0.501), (0.499, 0.0), lambda run, v: _clip(run, motion=v))],
     "limits.max_attempts": [
@@ -411,8 +426,8 @@ def test_a_limit_on_requests_holds_at_its_value_below_and_above(make_config: Cal
 
 # --- limits of a row -------------------------------------------------------------------------------------------------
 
-LARGE = {"limits__max_frame_pixels": 2**62}
-ROW_ALONGSIDE = {"cond_frame": {"num_frames": 32}, "fps": {"format": "mp4"}}
+LARGE = {"limits__max_frame_pixels": 2**62, "limits__max_call_pixels": 2**62}
+ROW_ALONGSIDE = {"cond_frame": {"num_frames": 1024}, "fps": {"format": "mp4"}}
 
 
 NUMERIC = {each.name: each for each in ROW_SETTINGS if each.data_type in (pa.int64(), pa.int32(), pa.float64())}
@@ -486,6 +501,7 @@ IMAGES, READER, HERE = (
 FIXED = {
     "schema/settings.MAX_FPS": f"{HERE}test_a_frame_rate_is_kept_to_what_its_format_holds",
     "schema/settings.MAX_SEED": f"{HERE}test_seeds_are_kept_to_64_bits_with_a_sign",
+    "schema/settings.MAX_FRAMES": f"{HERE}test_a_number_of_a_row_is_kept_to_its_range",
     "schema/settings.MAX_PROMPT_BYTES": f"{HERE}test_a_text_of_a_row_is_kept_to_its_bytes",
     "schema/expressions.MAX_EXPRESSION_BYTES": "tests/schema/test_expressions.py::test_the_length_is_limited",
     "schema/columns.MAX_ID_BYTES": f"{HERE}test_a_text_of_a_row_is_kept_to_its_bytes",

@@ -130,6 +130,22 @@ def test_a_rows_own_motion_beats_the_curve_of_the_config() -> None:
     assert checked(table, run).requests["motion_curve"].to_pylist() == [None, None, [1.0, 0.5]]
 
 
+LONG_CLIPS: list[tuple[dict[str, Any], str, str]] = [
+    ({"num_frames": 33, "context_overlap": 16}, "context_overlap", "below context_length"),
+    ({"num_frames": 24, "context": "windows", "context_length": 4}, "context_overlap", "below context_length"),
+    ({"num_frames": 24, "context": "freenoise", "context_stride": 17}, "context_stride", "at most context_length"),
+    ({"num_frames": 24, "context": "chain", "loop": True}, "loop", "false where `context` is chain"),
+    ({"num_frames": 24, "context": "chain", "cond_frame": 1}, "cond_frame", "0 where `context` is chain"),
+    ({"num_frames": 24, "context": "chain", "context_length": 1}, "context_length", "2 to 32 in a chain"),
+    ({"num_frames": 24, "context": "tiles"}, "context", "windows, freenoise, chain"),
+    (
+        {"num_frames": 1024, "context": "freenoise", "width": 512, "height": 512},
+        "width",
+        "the frames of one UNet call up to 33554432",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("row", "column", "allowed"),
     [
@@ -140,7 +156,9 @@ def test_a_rows_own_motion_beats_the_curve_of_the_config() -> None:
         ({"cond_frame": 8}, "cond_frame", "below num_frames"),
         ({"free_init_iters": 2, "strength": 0.5}, "free_init_iters", "0 where strength is below 1"),
         ({"size": "auto", "width": 64}, "width", "null where `size` is auto"),
-        ({"size": "auto", "long_side": 4096, "num_frames": 32}, "width", "up to 33554432"),
+        ({"size": "auto", "long_side": 4096, "num_frames": 32}, "width", "up to 268435456"),
+        ({"size": "auto", "long_side": 2048, "num_frames": 32}, "width", "up to 33554432 (limits.max_call_pixels)"),
+        *LONG_CLIPS,
         ({"motion": "tiny"}, "motion", "small, medium, large"),
         ({"size": "free"}, "size", "fixed, auto"),
         ({"loop": "yes"}, "loop", "true, false, or null"),
@@ -228,8 +246,8 @@ def test_each_model_has_the_key_of_its_own_engine() -> None:
         ("num_inference_steps", 0, "out_of_range", "0", "a whole number from 1 to 1000"),
         ("num_inference_steps", 1001, "out_of_range", "1001", "a whole number from 1 to 1000"),
         ("num_inference_steps", 2**60, "out_of_range", "1152921504606846976", "a whole number from 1 to 1000"),
-        ("num_frames", 0, "out_of_range", "0", "a whole number from 1 to 32"),
-        ("num_frames", 33, "out_of_range", "33", "a whole number from 1 to 32"),
+        ("num_frames", 0, "out_of_range", "0", "a whole number from 1 to 1024"),
+        ("num_frames", 1025, "out_of_range", "1025", "a whole number from 1 to 1024"),
         ("width", 100, "out_of_range", "100", "a whole number that is a multiple of 8 from 8 to 4096"),
         ("width", 0, "out_of_range", "0", "from 8 to 4096"),
         ("width", 2**62, "out_of_range", "4611686018427387904", "from 8 to 4096"),
@@ -271,7 +289,7 @@ def test_a_bad_value_is_rejected_with_its_column_itself_and_what_is_allowed(
             {"width": [8, 4096, 8], "height": [4096] * 3, "num_frames": [32] * 3},
             "width",
             "4096",
-            "width x height x num_frames up to 33554432",
+            "width x height x num_frames up to 268435456",
         ),
         ({"num_frames": [3, 1, 2], "motion_curve": [[0.1] * 2] * 3}, "motion_curve", "[0.1", "1 to num_frames"),
     ],
@@ -593,7 +611,12 @@ def test_nulls_become_the_defaults_and_carried_columns_follow() -> None:
     assert made["clip_skip"].to_pylist() == [1, 1]
     assert made["model"].to_pylist() == ["default"] * 2
     assert made["age"].to_pylist() == [1, None]
-    optional = {"motion_curve", "clip_skip", "ip_adapter_scale"}
+    optional = {
+        "motion_curve",
+        "clip_skip",
+        "ip_adapter_scale",
+        *(n for n in SETTINGS.names if n.startswith("context")),
+    }
     optional |= {setting.name for setting in ROW_SETTINGS if setting.needs or setting.formats}
     assert {name for name in SETTINGS.names if made[name].null_count} <= optional
 
@@ -618,6 +641,38 @@ def test_a_model_of_the_originals_arithmetic_has_its_negative_prompt_and_its_ord
     assert set(checked(table.drop_columns(["negative_prompt"]), written).requests["negative_prompt"].to_pylist()) == {
         ""
     }
+
+
+@pytest.mark.parametrize(
+    ("row", "effective"),
+    [
+        ({"num_frames": 16, "context": "windows"}, [None] * 4),
+        ({"num_frames": 32}, [None] * 4),
+        ({"num_frames": 20, "context_length": 4}, [None] * 4),
+        ({"num_frames": 33}, ["windows", 16, 4, None]),
+        ({"num_frames": 17, "context": "windows", "context_overlap": 0}, ["windows", 16, 0, None]),
+        ({"num_frames": 17, "context": "windows", "context_length": 20}, [None] * 4),
+        ({"num_frames": 17, "context": "freenoise", "context_stride": 8}, ["freenoise", 16, None, 8]),
+        ({"num_frames": 1024, "context": "chain", "context_length": 32}, ["chain", 32, None, None]),
+    ],
+)
+def test_settings_of_long_clips_are_null_where_they_decide_nothing(row: dict[str, Any], effective: list[Any]) -> None:
+    alone = requests_table(1, **{name: [value] for name, value in row.items()})
+    both = requests_table(
+        2, num_frames=[row["num_frames"], 8], **{k: [v, None] for k, v in row.items() if k != "num_frames"}
+    )
+
+    for made in (checked(alone).requests, checked(both).requests):
+        assert [made[name][0].as_py() for name in SETTINGS.names if name.startswith("context")] == effective
+
+
+def test_a_default_context_counts_in_every_long_row() -> None:
+    run = config(defaults__context="chain", defaults__context_length=8)
+
+    made = checked(requests_table(3, num_frames=[8, 9, 40], context=[None, None, "windows"]), run).requests
+
+    assert made["context"].to_pylist() == [None, "chain", "windows"]
+    assert made["context_length"].to_pylist() == [None, 8, 8]
 
 
 def test_a_seed_that_is_not_given_follows_from_the_id_for_ever() -> None:

@@ -104,9 +104,19 @@ def test_a_device_that_breaks_ends_the_worker_and_blames_no_request(make_config:
 
 def test_a_deadline_grows_with_the_work(make_config: MakeConfig) -> None:
     animator = animate_stage(make_config(limits__timeout_s=100))
-    row = {"num_inference_steps": 25, "num_frames": 16, "width": 512, "height": 512, "free_init_iters": 0}
+    row = {
+        "num_inference_steps": 25,
+        "num_frames": 16,
+        "width": 512,
+        "height": 512,
+        "free_init_iters": 0,
+        "loop": False,
+    }
+    row |= {"context": None, "context_length": None, "context_overlap": None, "context_stride": None}
+    windows = {"num_frames": 48, "context": "windows", "context_length": 16, "context_overlap": 4}
 
     assert animator.guard.deadline_s([row | {"width": 64}]) == 100
     assert animator.guard.deadline_s([row] * 4) == 400
     assert animator.guard.deadline_s([row | {"free_init_iters": 3}]) == 300
+    assert animator.guard.deadline_s([row | windows]) == 400, "four windows of 16 frames"
     assert animator.guard.deadline_s([row | {"width": None}]) == 100

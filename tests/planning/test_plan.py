@@ -429,7 +429,7 @@ def test_a_plan_is_what_counting_row_by_row_gives(
 
 
 def test_a_plan_counts_what_can_share_a_batch(make_config: Callable[..., RunConfig]) -> None:
-    table = requests_table(6, num_frames=[8, 8, 4, 8, 8, 99], size=[None, None, None, "auto", None, None])
+    table = requests_table(6, num_frames=[8, 8, 4, 8, 8, 1025], size=[None, None, None, "auto", None, None])
 
     plan = make_plan(make_config(table))
 

@@ -125,6 +125,7 @@ def test_a_file_that_was_known_is_not_opened_at_all(config: RunConfig, tmp_path:
         ("images.fit", "contain", True),
         ("images.background", "#ffffff", True),
         ("limits.max_frame_pixels", 4, True),
+        ("limits.max_call_pixels", 4, True),
         ("model.scheduler.name", "euler", True),
         ("model.name", "other", True),
         ("images.threads", 3, False),
@@ -166,7 +167,7 @@ def test_checking_rows_asks_for_nothing_of_the_config_that_a_scan_is_not_known_b
     check(requests_table(4, **columns), Spy(config, "", asked), {"default": "x"})
 
     whole = ("defaults.", "encoding.")
-    single = {"images.identity", "limits.max_frame_pixels", "all_models", "model.name"}
+    single = {"images.identity", "limits.max_frame_pixels", "limits.max_call_pixels", "all_models", "model.name"}
     assert {name for name in asked if not name.startswith(whole)} <= single
     assert {name.split(".")[0] for name in asked} >= {"defaults", "encoding", "images", "limits", "model", "all_models"}
 
@@ -333,6 +334,7 @@ SETTINGS = st.sampled_from(
         ("encoding.mp4_crf", 30),
         ("images.fit", "contain"),
         ("limits.max_frame_pixels", 1),
+        ("limits.max_call_pixels", 1),
         ("placement.batch_size", 3),
         ("limits.max_failed", 3),
     ]

@@ -121,13 +121,18 @@ class FakeCuda(TorchFunctionMode):
             return func(*args, **kwargs)
 
     def _from_host(self, here: torch.Tensor, *how: Any, non_blocking: bool = False, **named: Any) -> torch.Tensor:
-        queued = non_blocking and (here.nbytes <= _SMALL or any(here is each for each in self._pinned))
+        queued = non_blocking and (here.nbytes <= _SMALL or self._is_pinned(here))
         if not queued:
             self.waits.append("a copy to the device")
         dtypes = [each.dtype if isinstance(each, torch.Tensor) else each for each in (*how, *named.values())]
         dtype = next((each for each in dtypes if isinstance(each, torch.dtype)), here.dtype)
         with self._fake:
             return torch.empty_strided(here.shape, here.stride(), dtype=dtype, device=CUDA)
+
+    def _is_pinned(self, here: torch.Tensor) -> bool:
+        """Return True for a pinned tensor, and for a part of one."""
+        memory = here.untyped_storage().data_ptr()
+        return any(each.untyped_storage().data_ptr() == memory for each in self._pinned)
 
     def _read(self, given: torch.Tensor) -> torch.Tensor:
         self.waits.append("a look at the device")
@@ -151,7 +156,7 @@ class FakeCuda(TorchFunctionMode):
         if isinstance(target, FakeTensor):
             with self._fake:
                 return torch.ops.aten.copy_(target, source)
-        if not (non_blocking and any(target is each for each in self._pinned)):
+        if not (non_blocking and self._is_pinned(target)):
             self.waits.append("a copy from the device")
         return target
 

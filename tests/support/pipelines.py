@@ -92,8 +92,14 @@ class Truth:
 
 
 @torch.no_grad()
-def single_call(pipe: PIAPipeline, shot: Shot) -> Truth:
-    """Call the pipeline once for one shot, working around only what the call cannot do by itself."""
+def single_call(pipe: PIAPipeline, shot: Shot, generator: torch.Generator | None = None) -> Truth:
+    """Call the pipeline once for one shot, working around only what the call cannot do by itself.
+
+    Args:
+        pipe: The pipeline.
+        shot: The shot.
+        generator: Generator of an earlier call, to be continued; None: one with the shot's seed.
+    """
     # The pipeline looks for the final norm where transformers 4 kept it. A plain attribute, or torch would see a loop.
     object.__setattr__(pipe.text_encoder, "text_model", pipe.text_encoder)
     image_prompt: dict[str, Any] = {}
@@ -106,7 +112,7 @@ def single_call(pipe: PIAPipeline, shot: Shot) -> Truth:
             image=shot.image,
             prompt=shot.prompt,
             negative_prompt=shot.negative_prompt,
-            generator=torch.Generator("cpu").manual_seed(shot.seed),
+            generator=generator or torch.Generator("cpu").manual_seed(shot.seed),
             motion_scale=shot.motion_scale,
             guidance_scale=shot.guidance_scale,
             strength=shot.strength,
