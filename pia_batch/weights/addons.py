@@ -54,12 +54,14 @@ class Addons:
         textual_inversions: Textual inversions, each with exactly one file.
         ip_adapter: IP-Adapter, one file; None if the model has none.
         image_encoder: Folder of the IP-Adapter's image encoder; None if the model has no IP-Adapter.
+        notices: Sentences about tensors that are left out, one per file.
     """
 
     loras: tuple[Component, ...]
     textual_inversions: tuple[Component, ...]
     ip_adapter: Component | None
     image_encoder: Component | None
+    notices: tuple[str, ...] = ()
 
 
 def find(
@@ -81,14 +83,16 @@ def find(
     image = None if model.ip_adapter is None else _ip_adapter(model.ip_adapter, text_width, hub)
     layers = layers_of(networks) if model.loras else {}
     widths = (text_width, text_encoder_width)
+    loras = [_lora(entry, f"model.loras[{k}]", widths, layers, hub) for k, entry in enumerate(model.loras)]
     return Addons(
-        loras=tuple(_lora(entry, f"model.loras[{k}]", widths, layers, hub) for k, entry in enumerate(model.loras)),
+        loras=tuple(part for part, _ in loras),
         textual_inversions=tuple(
             _inversion(entry, f"model.textual_inversions[{k}]", text_encoder_width, hub)
             for k, entry in enumerate(model.textual_inversions)
         ),
         ip_adapter=None if image is None else image[0],
         image_encoder=None if image is None else image[1],
+        notices=tuple(notice for _, notice in loras if notice is not None),
     )
 
 
@@ -139,7 +143,8 @@ def layers_of(networks: Mapping[str, Component]) -> dict[str, NetworkLayers]:
 
 def _lora(
     entry: LoraConfig, key: str, widths: tuple[int, int], layers: Mapping[str, NetworkLayers], hub: Hub
-) -> Component:
+) -> tuple[Component, str | None]:
+    """Return the file of a LoRA, and a notice if some of its tensors are left out."""
     location, name = _choose(entry, key, "pytorch_lora_weights.safetensors", hub)
     found = components.single_file(location.fetch([name]), name)
     header = _header(found, key, location)
@@ -170,7 +175,27 @@ def _lora(
     if content.left_out:
         log.info("tensors_left_out key=%s file=%s num_tensors=%d", key, name, len(content.left_out))
     has_scale = any("alpha" in roles for each in content.layers.values() for roles in each.values())
-    return _with_record(name, key, location) if content.is_peft and not has_scale else found
+    part = _with_record(name, key, location) if content.is_peft and not has_scale else found
+    return part, _left_out_of_middle(content, layers, where)
+
+
+def _left_out_of_middle(content: lora_files.LoraContent, layers: Mapping[str, NetworkLayers], where: str) -> str | None:
+    """Return a notice if tensors for a motion module in the middle block are left out.
+
+    Raises:
+        ConfigError: The LoRA changes nothing else.
+    """
+    count = sum(lora_shapes.without_place(content, network, held) for network, held in layers.items())
+    if not count:
+        return None
+    if count == sum(len(roles) for held in content.layers.values() for roles in held.values()):
+        raise ConfigError(
+            f"{where} changes only the motion module of the middle block, which this model does not have; leave it out"
+        )
+    return (
+        f"{where}: left out {count} tensors for a motion module in the middle block, which this model does not have, "
+        "as PIA has none there"
+    )
 
 
 def _with_record(name: str, key: str, location: Location) -> Component:

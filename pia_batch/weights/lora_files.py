@@ -18,8 +18,8 @@ UNET, TEXT_ENCODER = "unet", "text_encoder"
 
 Shape = tuple[int, ...]
 
-_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
-"""Prefixes that data-parallel training, torch.compile and peft put before every name."""
+_WRAPPERS = ("state_dict.", "module.", "_orig_mod.", "base_model.model.")
+"""Prefixes that Lightning, data-parallel training, torch.compile and peft put before every name."""
 
 _PEFT = "base_model.model."
 
@@ -73,6 +73,8 @@ _OLD_NAMES = (
     (r"\.default(?=\.|$)", ""),
     (r"\.(?:processor\.)?to_([qkv])_lora\.", r".to_\1.lora."),
     (r"\.(?:processor\.)?to_out_lora\.", ".to_out.0.lora."),
+    (r"_processor_to_([qkv])_lora\.", r"_to_\1.lora."),
+    (r"_processor_to_out_lora\.", "_to_out_0.lora."),
     (r"\.self_attn\.to_(q|k|v|out)\.(?:0\.)?lora\.", r".self_attn.\1_proj.lora."),
     (r"\.lora_linear_layer\.", ".lora."),
 )

@@ -39,12 +39,26 @@ def fit(
         if target is None:
             if "motion_modules" in named and not layers.has_motion:
                 continue  # the header of the motion adapter has names that only the engine converts
+            if layers.has_no_place_for(named):
+                continue  # `without_place` counts them
             raise ConfigError(f"{here} is not a layer of this model; {_IS_ANOTHER_FAMILY}")
         if target.name in taken:
             raise ConfigError(f"{here} and {taken[target.name]!r} are the same layer; the file holds it twice")
         taken[target.name] = named
         check({role: shapes[name] for role, name in roles.items()}, target, here)
         yield named, target
+
+
+def without_place(content: LoraContent, network: str, layers: NetworkLayers) -> int:
+    """Return the number of tensors of the middle block's motion module that are left out of this network.
+
+    Args:
+        content: Tensors of the file.
+        network: `unet` or `text_encoder`.
+        layers: Layers of the network.
+    """
+    held = content.layers.get(network, {})
+    return sum(len(roles) for named, roles in held.items() if layers.has_no_place_for(named))
 
 
 def channels(roles: Mapping[str, Shape], target: NetworkLayer) -> Shape:

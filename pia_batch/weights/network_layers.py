@@ -56,6 +56,13 @@ class NetworkLayers:
         """True if there are layers of motion modules."""
         return any("motion_modules" in name for name in self._by_name)
 
+    def has_no_place_for(self, named: str) -> bool:
+        """Return True for a layer of the middle block's motion module, if only the other blocks have such modules.
+
+        PIA has none there; the motion LoRAs of AnimateDiff v2 were trained on networks that do.
+        """
+        return self.has_motion and _in_middle(_flat(named)) and not any(map(_in_middle, self._by_name))
+
     def find(self, named: str) -> NetworkLayer | None:
         """Return the layer that a file names: with dots or underscores, by its original or its current name."""
         flat = _flat(named)
@@ -64,6 +71,10 @@ class NetworkLayers:
         if flat not in self._by_name:
             flat = _flat(from_original(named, self._per_block) or flat)
         return self._by_name.get(_current_motion(flat))
+
+
+def _in_middle(flat: str) -> bool:
+    return flat.startswith("mid_block_motion_modules_")
 
 
 def _flat(name: str) -> str:

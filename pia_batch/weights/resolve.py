@@ -104,7 +104,13 @@ def resolve(model: ModelConfig, hub: Hub | None = None) -> Weights:
     text_width = parts["unet"].settings["cross_attention_dim"]
     extras = addons.find(model, text_width, _token_width(parts["text_encoder"]), parts, hub)
     found = Weights(
-        base, parts, extras.loras, extras.textual_inversions, extras.ip_adapter, extras.image_encoder, notices
+        base,
+        parts,
+        extras.loras,
+        extras.textual_inversions,
+        extras.ip_adapter,
+        extras.image_encoder,
+        notices + extras.notices,
     )
     _check_pins(model, found)
     return found
