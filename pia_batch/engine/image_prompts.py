@@ -198,13 +198,19 @@ def read_encoder(part: Component, dtype: torch.dtype) -> Any:
         with safe_open(part.path, "pt") as file:
             # Copy: a tensor of the right dtype would otherwise remain a view of the file, which may change.
             own = {
-                names.get(name, name): file.get_tensor(stored).to(dtype, copy=True)
+                names.get(name, name): _part(file.get_tensor(stored.name), stored).to(dtype, copy=True)
                 for name, stored in image_prompt_files.encoder_tensors(file.keys()).items()
             }
         network.load_state_dict(own, assign=True)
     except (OSError, RuntimeError, SafetensorError) as err:
         raise ConfigError(f"model.ip_adapter.image_encoder: {part.path} does not fit its config: {err}") from err
     return network.to(dtype)
+
+
+def _part(tensor: torch.Tensor, stored: image_prompt_files.EncoderTensor) -> torch.Tensor:
+    if stored.is_transposed:
+        return tensor.T
+    return tensor if stored.third is None else tensor.chunk(3)[stored.third]
 
 
 def processor_for(encoder: Any) -> Any:

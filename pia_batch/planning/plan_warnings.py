@@ -14,6 +14,7 @@ from pia_batch.errors import ConfigError, StorageError
 from pia_batch.manifest.tokens import MAX_TOKENS
 from pia_batch.planning.capacity import Node, find_shortage, local_cpus
 from pia_batch.planning.statistics import Statistics
+from pia_batch.planning.words import key_of
 from pia_batch.weights.resolve import resolve
 
 SIDES_PX = (384, 768)
@@ -39,7 +40,7 @@ def warnings_of(config: RunConfig, statistics: Statistics) -> list[str]:
         *_about_sizes(statistics, models),
         *_about_prompts(statistics),
         *(text for name, model in models.items() for text in _about_scheduler(name, model)),
-        *(text for model in models.values() for text in _about_weights(model)),
+        *(text for name, model in models.items() for text in _about_weights(name, model, statistics)),
         *_about_gifs(statistics),
         *_about_defaults(config, statistics),
         *_about_capacity(config.placement),
@@ -104,11 +105,18 @@ def _about_scheduler(name: str, model: ModelConfig) -> Iterator[str]:
         )
 
 
-def _about_weights(model: ModelConfig) -> Iterator[str]:
-    if model.base == EMBEDDED and model.vae is None and model.motion_adapter is None:
+def _about_weights(name: str, model: ModelConfig, statistics: Statistics) -> Iterator[str]:
+    if model == ModelConfig(name=model.name):
         return
     with contextlib.suppress(ConfigError, StorageError):  # the plan itself reports what cannot be found
-        yield from resolve(model).notices
+        found = resolve(model)
+        yield from found.notices
+        for word in found.words:
+            if not statistics.num_using[key_of(name, word)]:
+                yield (
+                    f"the textual inversion {word!r} of model {name!r} has no effect: no prompt and no negative prompt "
+                    "of the manifest has this word; write it there or in defaults.negative_prompt, or remove it"
+                )
 
 
 def _about_gifs(statistics: Statistics) -> Iterator[str]:

@@ -19,6 +19,7 @@ from pia_batch.planning import scan_pool
 from pia_batch.planning.scan_cache import Chunk, ScanCache
 from pia_batch.planning.scan_validate import ScanTask, ValidatedPiece, ValidatedRows, validate_in_threads
 from pia_batch.planning.statistics import WorkClasses, summed
+from pia_batch.planning.words import words_of
 from pia_batch.schema.columns import GROUPED, REQUEST
 from pia_batch.schema.keys import KEY_BYTES, Keys
 
@@ -76,13 +77,14 @@ def scan_manifest(
     Raises:
         ManifestError: a file is corrupt, or went away.
         InterruptedRunError: a file was replaced meanwhile.
+        ConfigError: a model cannot be found.
     """
     known = {} if cache is None else _cached_chunks(found, cache)
     if cache is not None:
         cache.release()
     pieces = [piece for piece in found.pieces() if piece.file not in known]
     schema = pa.schema([item for item in found.schema if item.name in REQUEST.names])
-    validated = _validate(found, ScanTask(schema, run, engine_ids), pieces)
+    validated = _validate(found, ScanTask(schema, run, engine_ids, words_of(run)), pieces)
     num_pieces = Counter(piece.file for piece in pieces)
     builder = _ScanBuilder(found.num_rows)
     for file, contents in found.opened:

@@ -42,7 +42,14 @@ SETTLED_WHOLE_SECONDS_NS = 2_000_000_000
 """Minimum age of a local file's last change, in nanoseconds, at which every later change must get another time: one
 tick of the kernel's clock, or of a clock that counts whole seconds."""
 
-_CODE = ("config/*.py", "manifest/*.py", "schema/*.py", "planning/scan*.py", "planning/statistics.py")
+_CODE = (
+    "config/*.py",
+    "manifest/*.py",
+    "schema/*.py",
+    "planning/scan*.py",
+    "planning/statistics.py",
+    "planning/words.py",
+)
 """Modules that turn rows into keys and work classes, this one included, as patterns under the package."""
 
 _SCANNED = pa.schema(

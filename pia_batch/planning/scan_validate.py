@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from pia_batch.config import RunConfig
 from pia_batch.manifest.reader import Piece
 from pia_batch.manifest.validation import Checked, check
 from pia_batch.planning.statistics import WorkClasses
+from pia_batch.planning.words import NO_WORDS, Words
 from pia_batch.schema.columns import EFFECTIVE
 from pia_batch.schema.keys import KEY_BYTES, Keys
 
@@ -41,11 +42,13 @@ class ScanTask:
         schema: Columns to read, with the types that they have over all files of the manifest.
         run: Config with the defaults, and with everything else that decides a key.
         engine_ids: Identity of each model's engine, by the model's name.
+        words: Words of the textual inversions of each model.
     """
 
     schema: pa.Schema
     run: RunConfig
     engine_ids: Mapping[str, str]
+    words: Words = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,10 @@ class ValidatedRows:
     work_classes: WorkClasses
 
     @classmethod
-    def of(cls, rows: pa.Table, checked: Checked) -> ValidatedRows:
+    def of(cls, rows: pa.Table, checked: Checked, words: Words = NO_WORDS) -> ValidatedRows:
         """Keep a part of the result of checking `rows`, which are as they are in the manifest."""
-        return cls(checked.keys, checked.id_hashes, checked.rejected, WorkClasses.of(rows, checked.requests))
+        work_classes = WorkClasses.of(rows, checked.requests, words)
+        return cls(checked.keys, checked.id_hashes, checked.rejected, work_classes)
 
     @classmethod
     def empty(cls) -> ValidatedRows:
@@ -115,7 +119,8 @@ class PieceValidator:
             for start in range(0, len(table), CHECKED_ROWS):
                 rows = table.slice(start, CHECKED_ROWS)
                 with self._checkers:
-                    validated = ValidatedRows.of(rows, check(rows, self._task.run, self._task.engine_ids))
+                    checked = check(rows, self._task.run, self._task.engine_ids)
+                    validated = ValidatedRows.of(rows, checked, self._task.words)
                 yield validated
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from pia_batch.config.contexts import computed_frames
 from pia_batch.manifest.effective import seeds_of
 from pia_batch.manifest.tokens import are_truncated
+from pia_batch.planning.words import NO_WORDS, Words, count_words
 from pia_batch.schema.columns import GROUPED
 
 WORK = pa.schema(
@@ -61,6 +62,7 @@ class WorkClasses:
         class_of: Index into `classes` for each valid row; unsigned, shape (n,).
         seeds: Seeds of the valid rows, int64, shape (n,); None if no row has a seed of its own, so that all seeds are
             `seeds_of` the hashes of the request ids.
+        num_using: Number of valid rows that use a word of a textual inversion, by `words.key_of` model and word.
     """
 
     num_rows: int
@@ -68,21 +70,23 @@ class WorkClasses:
     classes: pa.Table
     class_of: npt.NDArray[np.unsignedinteger]
     seeds: npt.NDArray[np.int64] | None
+    num_using: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def of(cls, rows: pa.Table, requests: pa.Table) -> WorkClasses:
+    def of(cls, rows: pa.Table, requests: pa.Table, words: Words = NO_WORDS) -> WorkClasses:
         """Classify some rows.
 
         Args:
             rows: All of them, as they are in the manifest.
             requests: The valid ones, as `validation.check` returns them.
+            words: Words of the textual inversions of each model.
         """
         num_given = Counter({name: len(rows) - rows[name].null_count for name in rows.column_names})
         seeds = np.asarray(requests["seed"], np.int64) if num_given["seed"] else None
         gif_fps = pc.if_else(pc.equal(requests["format"], "gif"), requests["fps"], None)
         truncated = are_truncated(requests["prompt"].combine_chunks())
         classified = pa.table([*work_of(requests).columns, gif_fps, truncated], schema=CLASS)
-        return cls(len(rows), num_given, *_classified(classified), seeds)
+        return cls(len(rows), num_given, *_classified(classified), seeds, count_words(requests, words))
 
     @classmethod
     def joined(cls, parts: Sequence[WorkClasses], id_hashes: Sequence[npt.NDArray[np.uint64]]) -> WorkClasses:
@@ -95,7 +99,9 @@ class WorkClasses:
             pairs = zip(parts, id_hashes, strict=True)
             seeds = np.concatenate([seeds_of(ids) if part.seeds is None else part.seeds for part, ids in pairs])
         num_given = sum((part.num_given for part in parts), Counter[str]())
-        return cls(sum(part.num_rows for part in parts), num_given, classes, np.concatenate(class_of), seeds)
+        num_using = sum((part.num_using for part in parts), Counter[str]())
+        num_rows = sum(part.num_rows for part in parts)
+        return cls(num_rows, num_given, classes, np.concatenate(class_of), seeds, num_using)
 
     @property
     def groups(self) -> pa.Table:
@@ -109,7 +115,7 @@ class WorkClasses:
         Both were measured. Seeds of the rows' own add up to 8 MB per million rows; classes add 20 MB if every row has
         a class of its own.
         """
-        counts = json.dumps({"num_rows": self.num_rows, "num_given": self.num_given})
+        counts = json.dumps({"num_rows": self.num_rows, "num_given": self.num_given, "num_using": self.num_using})
         rows = {"class": pa.array(self.class_of)} | ({} if self.seeds is None else {"seed": pa.array(self.seeds)})
         sink = pa.BufferOutputStream()
         for table in (self.classes.replace_schema_metadata({"counts": counts}), pa.table(rows)):
@@ -125,7 +131,8 @@ class WorkClasses:
         counts = json.loads(classes.schema.metadata[b"counts"])
         seeds = np.asarray(rows["seed"]) if "seed" in rows.column_names else None
         classes = classes.replace_schema_metadata()
-        return cls(counts["num_rows"], Counter(counts["num_given"]), classes, np.asarray(rows["class"]), seeds)
+        num_given, num_using = Counter[str](counts["num_given"]), Counter[str](counts["num_using"])
+        return cls(counts["num_rows"], num_given, classes, np.asarray(rows["class"]), seeds, num_using)
 
 
 class Statistics:
@@ -137,6 +144,8 @@ class Statistics:
         """Number of rows of the manifest."""
         self.num_given: Counter[str] = Counter()
         """Number of rows with a value of their own, by column."""
+        self.num_using: Counter[str] = Counter()
+        """Number of valid rows that use a word of a textual inversion, by `words.key_of` model and word."""
         self.num_pending = 0
         """Number of pending rows; identical copies of a request are counted separately."""
         self.num_truncated = 0
@@ -155,6 +164,7 @@ class Statistics:
         """
         self.num_rows += rows.num_rows
         self.num_given += rows.num_given
+        self.num_using += rows.num_using
         counts = np.bincount(rows.class_of[pending], minlength=len(rows.classes))
         if not counts.any():
             return

@@ -52,6 +52,7 @@ class Addons:
     Attributes:
         loras: LoRAs, each with exactly one file.
         textual_inversions: Textual inversions, each with exactly one file.
+        words: Words that stand for textual inversions in prompts, those bundled with LoRAs included.
         ip_adapter: IP-Adapter, one file; None if the model has none.
         image_encoder: Folder of the IP-Adapter's image encoder; None if the model has no IP-Adapter.
         notices: Sentences about tensors that are left out, one per file.
@@ -59,6 +60,7 @@ class Addons:
 
     loras: tuple[Component, ...]
     textual_inversions: tuple[Component, ...]
+    words: tuple[str, ...]
     ip_adapter: Component | None
     image_encoder: Component | None
     notices: tuple[str, ...] = ()
@@ -80,16 +82,22 @@ def find(
         ConfigError: A file is missing, not safetensors, of another kind or family, or one of several to choose from.
         StorageError: An object store refused or did not answer.
     """
-    image = None if model.ip_adapter is None else _ip_adapter(model.ip_adapter, text_width, hub)
+    image = None
+    if model.ip_adapter is not None:
+        unet = shapes_of("unet", networks["unet"].settings)
+        image = _ip_adapter(model.ip_adapter, text_width, unet, hub)
     layers = layers_of(networks) if model.loras else {}
     widths = (text_width, text_encoder_width)
-    loras = [_lora(entry, f"model.loras[{k}]", widths, layers, hub) for k, entry in enumerate(model.loras)]
+    words = inversion_files.Words(networks["tokenizer"])
+    inversions = tuple(
+        _inversion(entry, f"model.textual_inversions[{k}]", text_encoder_width, words, hub)
+        for k, entry in enumerate(model.textual_inversions)
+    )
+    loras = [_lora(entry, f"model.loras[{k}]", widths, layers, words, hub) for k, entry in enumerate(model.loras)]
     return Addons(
         loras=tuple(part for part, _ in loras),
-        textual_inversions=tuple(
-            _inversion(entry, f"model.textual_inversions[{k}]", text_encoder_width, hub)
-            for k, entry in enumerate(model.textual_inversions)
-        ),
+        textual_inversions=inversions,
+        words=tuple(words.added),
         ip_adapter=None if image is None else image[0],
         image_encoder=None if image is None else image[1],
         notices=tuple(notice for _, notice in loras if notice is not None),
@@ -142,7 +150,12 @@ def layers_of(networks: Mapping[str, Component]) -> dict[str, NetworkLayers]:
 
 
 def _lora(
-    entry: LoraConfig, key: str, widths: tuple[int, int], layers: Mapping[str, NetworkLayers], hub: Hub
+    entry: LoraConfig,
+    key: str,
+    widths: tuple[int, int],
+    layers: Mapping[str, NetworkLayers],
+    words: inversion_files.Words,
+    hub: Hub,
 ) -> tuple[Component, str | None]:
     """Return the file of a LoRA, and a notice if some of its tensors are left out."""
     location, name = _choose(entry, key, "pytorch_lora_weights.safetensors", hub)
@@ -172,6 +185,7 @@ def _lora(
                 f"{where}: its textual inversion {word!r} is made for another family of models than the base "
                 f"(got shape {header.shapes[tensor]}, expected {token_width} dimensions)"
             )
+        words.add(word, header.shapes[tensor], f"{where}: its textual inversion", "rename its tensor in the file")
     if content.left_out:
         log.info("tensors_left_out key=%s file=%s num_tensors=%d", key, name, len(content.left_out))
     has_scale = any("alpha" in roles for each in content.layers.values() for roles in each.values())
@@ -213,7 +227,9 @@ def _with_record(name: str, key: str, location: Location) -> Component:
     return replace(components.single_file(source, name), config=record)
 
 
-def _inversion(entry: TextualInversionConfig, key: str, width: int, hub: Hub) -> Component:
+def _inversion(
+    entry: TextualInversionConfig, key: str, width: int, words: inversion_files.Words, hub: Hub
+) -> Component:
     location, name = _choose(entry, key, "learned_embeds.safetensors", hub)
     found = components.single_file(location.fetch([name]), name)
     header = _header(found, key, location)
@@ -227,10 +243,13 @@ def _inversion(entry: TextualInversionConfig, key: str, width: int, hub: Hub) ->
         )
     if word in inversion_files.NAMELESS and entry.token is None:
         raise ConfigError(f"{key}: {name} does not name its word; set {key}.token")
+    words.add(entry.token or word, shape, f"{key}: {name}", f"set another word as {key}.token")
     return found
 
 
-def _ip_adapter(entry: IpAdapterConfig, text_width: int, hub: Hub) -> tuple[Component, Component]:
+def _ip_adapter(
+    entry: IpAdapterConfig, text_width: int, unet: Mapping[str, image_prompt_files.Shape], hub: Hub
+) -> tuple[Component, Component]:
     key = "model.ip_adapter"
     location, name = _choose(entry, key, "ip-adapter_sd15.safetensors", hub)
     beside = (PurePosixPath(name).parent / "image_encoder").as_posix()
@@ -255,6 +274,7 @@ def _ip_adapter(entry: IpAdapterConfig, text_width: int, hub: Hub) -> tuple[Comp
     takes = header.shape_of(".to_k_ip.weight")
     if takes is None or takes[-1] != text_width:
         raise ConfigError(f"{key}: {name} is made for another family of models than the base; use one for `sd15`")
+    image_prompt_files.check_adapter(header.shapes, unet, f"{key}: {name}")
     if entry.image_encoder is not None:
         encoder = _image_encoder(entry, entry.image_encoder, hub)
     elif (source.root / beside / CONFIG).is_file():

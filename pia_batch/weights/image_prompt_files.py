@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pia_batch.errors import ConfigError
@@ -41,14 +43,120 @@ def adapter_tensors(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def encoder_tensors(names: Iterable[str]) -> dict[str, str]:
-    """Return the names of an image encoder's tensors in the file, by their names without `vision_model.`."""
-    found = {}
-    for name in names:
-        own = name.removeprefix("module.").removeprefix("image_encoder.")
-        if not own.startswith(_SPARE) and not own.endswith("position_ids"):
-            found[own.removeprefix(_TOWER)] = name
+def check_adapter(shapes: Mapping[str, Shape], unet: Mapping[str, Shape], where: str) -> None:
+    """Check the tensors of an adapter against the cross-attention of a UNet, whose odd numbers they have.
+
+    Args:
+        shapes: Shapes by the names of published adapters, as in `adapter_tensors`.
+        unet: Shapes of the UNet's tensors.
+        where: Name of the file, for messages.
+
+    Raises:
+        ConfigError: A tensor is missing, of another shape, or of an attention that the UNet does not have.
+    """
+    reads = [name for name in unet if name.endswith(".attn2.to_k.weight") and "motion_modules" not in name]
+    reads.sort(key=lambda name: name.startswith("up_blocks") + 2 * name.startswith("mid_block"))
+    expected = {
+        f"ip_adapter.{2 * number + 1}.{each}.weight": unet[name]
+        for number, name in enumerate(reads)
+        for each in ("to_k_ip", "to_v_ip")
+    }
+    found = {name: shape for name, shape in shapes.items() if name.startswith("ip_adapter.")}
+    problem = _difference(found, expected)
+    if problem is not None:
+        raise ConfigError(
+            f"{where} does not fit the cross-attention of the base's UNet, which has {len(reads)} layers: it {problem}"
+            "; use an adapter for `sd15`"
+        )
+    width = next(iter(expected.values()))[1] if expected else 0
+    for name, sides in (("norm", 1), ("proj.3", 1), ("norm_out", 1), ("proj.2", 2), ("proj_out", 2)):
+        shape = shapes.get(f"image_proj.{name}.weight")
+        if shape is not None and (len(shape) != sides or shape[0] != width):
+            raise ConfigError(
+                f"{where}: image_proj.{name}.weight has the shape {shape}, but the base's UNet reads text embeddings "
+                f"of {width} dimensions; use an adapter for `sd15`"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderTensor:
+    """Tensor of an image encoder in its file.
+
+    Attributes:
+        name: Name in the file.
+        third: Number of the third of the stored tensor, along its first side, that this is; None: all of it.
+        is_transposed: True if the file has the matrix with its sides exchanged.
+    """
+
+    name: str
+    third: int | None = None
+    is_transposed: bool = False
+
+    def shape(self, stored: Shape) -> Shape:
+        """Return the shape of this tensor, from that of the stored one."""
+        if self.is_transposed:
+            return stored[::-1]
+        return stored if self.third is None or not stored else (stored[0] // 3, *stored[1:])
+
+
+_OPEN_CLIP = "visual."
+_OPEN_CLIP_SPARE = (
+    "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection", "logit_scale",
+    "logit_bias", "attn_mask", "text.",
+)  # fmt: skip
+"""Beginnings of names of the text tower and the loss of open_clip."""
+
+_OPEN_CLIP_NAMES = (
+    (r"class_embedding", "embeddings.class_embedding"),
+    (r"positional_embedding", "embeddings.position_embedding.weight"),
+    (r"conv1\.", "embeddings.patch_embedding."),
+    (r"ln_pre\.", "pre_layrnorm."),
+    (r"ln_post\.", "post_layernorm."),
+    (r"transformer\.resblocks\.(\d+)\.ln_(\d)\.", r"encoder.layers.\1.layer_norm\2."),
+    (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"encoder.layers.\1.self_attn.out_proj."),
+    (r"transformer\.resblocks\.(\d+)\.attn\.in_proj_", r"encoder.layers.\1.self_attn.*."),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"encoder.layers.\1.mlp.fc1."),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"encoder.layers.\1.mlp.fc2."),
+    (r"proj$", "visual_projection.weight"),
+)
+"""Names in open_clip's and OpenAI's vision towers, and in transformers.
+
+Source: huggingface/transformers `models/clip/convert_clip_original_pytorch_to_hf.py`; mlfoundations/open_clip
+`transformer.py` for the rest.
+"""
+
+
+def encoder_tensors(names: Iterable[str]) -> dict[str, EncoderTensor]:
+    """Return the tensors of an image encoder in a file, by their names without `vision_model.`.
+
+    Names may be those of transformers, or those of open_clip and OpenAI, which keep query, key and value as one.
+    """
+    stored = list(names)
+    is_open_clip = any(_bare(name).startswith(f"{_OPEN_CLIP}transformer.") for name in stored)
+    found: dict[str, EncoderTensor] = {}
+    for name in stored:
+        own = _bare(name)
+        if is_open_clip:
+            if not own.startswith(_OPEN_CLIP_SPARE):
+                found |= _of_open_clip(name, own.removeprefix(_OPEN_CLIP))
+        elif not own.startswith(_SPARE) and not own.endswith("position_ids"):
+            found[own.removeprefix(_TOWER)] = EncoderTensor(name)
     return found
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("module.").removeprefix("image_encoder.")
+
+
+def _of_open_clip(stored: str, own: str) -> dict[str, EncoderTensor]:
+    for pattern, current in _OPEN_CLIP_NAMES:
+        renamed, count = re.subn(f"^{pattern}", current, own)
+        if count and ".*." in renamed:
+            outer, _, ending = renamed.partition(".*.")
+            return {f"{outer}.{each}_proj.{ending}": EncoderTensor(stored, k) for k, each in enumerate("qkv")}
+        if count:
+            return {renamed: EncoderTensor(stored, is_transposed=own == "proj")}
+    return {own: EncoderTensor(stored)}
 
 
 def check_encoder(shapes: Mapping[str, Shape], settings: Mapping[str, Any], where: str) -> None:
@@ -62,8 +170,17 @@ def check_encoder(shapes: Mapping[str, Shape], settings: Mapping[str, Any], wher
     Raises:
         ConfigError: A tensor is missing, of another shape, or none of this encoder's.
     """
-    found = {name: shapes[stored] for name, stored in encoder_tensors(shapes).items()}
-    expected = _expected(settings)
+    found = {name: one.shape(shapes[one.name]) for name, one in encoder_tensors(shapes).items()}
+    problem = _difference(found, _expected(settings))
+    if problem is not None:
+        raise ConfigError(
+            f"{where} is not the expected image encoder: it {problem}; use CLIP-ViT-H in the names of transformers or "
+            "open_clip, or put the encoder's config.json next to the file"
+        )
+
+
+def _difference(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str | None:
+    """Return how the tensors differ from the expected ones, or None."""
     missing = sorted(expected.keys() - found.keys())
     others = sorted(found.keys() - expected.keys())
     wrong = [
@@ -74,10 +191,8 @@ def check_encoder(shapes: Mapping[str, Shape], settings: Mapping[str, Any], wher
     for problem, listed in (("has no", missing), ("has unknown tensors", others), ("has other shapes:", wrong)):
         if listed:
             more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
-            raise ConfigError(
-                f"{where} is not the expected image encoder: it {problem} {', '.join(listed[:_MOST_LISTED])}{more}; "
-                "use CLIP-ViT-H in the names of transformers, or put the encoder's config.json next to the file"
-            )
+            return f"{problem} {', '.join(listed[:_MOST_LISTED])}{more}"
+    return None
 
 
 def _expected(settings: Mapping[str, Any]) -> dict[str, Shape]:

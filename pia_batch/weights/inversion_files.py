@@ -1,10 +1,13 @@
-"""Textual inversion files: finds the tensor with the vectors, by names and shapes. No torch."""
+"""Textual inversion files: finds the tensor with the vectors, by names and shapes, and its word. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from pia_batch.errors import ConfigError
+from pia_batch.weights import components
+from pia_batch.weights.components import Component
 
 NAMELESS = ("emb_params", "string_to_param", "string_to_param.*", "*")
 """Tensor names of files converted from the web UI's format, which do not hold the word."""
@@ -30,3 +33,55 @@ def vectors_of(shapes: Mapping[str, tuple[int, ...]], where: str) -> str:
             "holds one tensor (one for SDXL holds two)"
         )
     return held[0]
+
+
+class Words:
+    """Words of a model's textual inversions, none of which may be in the vocabulary of its tokenizer."""
+
+    def __init__(self, tokenizer: Component) -> None:
+        self._tokenizer = tokenizer
+        self._taken: set[str] = set()
+        self.added: list[str] = []
+        """Words in the order in which they were added."""
+
+    def add(self, word: str, shape: tuple[int, ...], where: str, remedy: str) -> None:
+        """Add a word, and one token more for each further vector, named as diffusers names them.
+
+        Args:
+            word: Word that stands for the vectors in a prompt.
+            shape: Shape of the vectors, (tokens, features) or (features,).
+            where: Name of the file, for messages.
+            remedy: Remedy for a word that is taken, for messages.
+
+        Raises:
+            ConfigError: A token is already in the vocabulary, or another textual inversion has it.
+        """
+        self._taken = self._taken or _vocabulary(self._tokenizer)
+        tokens = [word, *(f"{word}_{k}" for k in range(1, shape[0] if len(shape) > 1 else 1))]
+        taken = next((token for token in tokens if token in self._taken), None)
+        if taken is not None:
+            raise ConfigError(
+                f"{where} has the word {word!r}, but {taken!r} is already in the vocabulary of the tokenizer, or "
+                f"stands for another textual inversion; {remedy}"
+            )
+        self._taken.update(tokens)
+        self.added.append(word)
+
+
+def _vocabulary(tokenizer: Component) -> set[str]:
+    """Return all tokens of a tokenizer, from its files."""
+    found: set[str] = set()
+    for name in tokenizer.files:
+        content = components.read_json(tokenizer.folder / name) if name.endswith(".json") else {}
+        if name == "vocab.json":
+            found |= content.keys()
+        if name == "tokenizer.json":
+            found |= _object(_object(content.get("model")).get("vocab")).keys()
+            found |= {str(_object(one).get("content")) for one in content.get("added_tokens") or ()}
+        if name == "tokenizer_config.json":
+            found |= {str(_object(one).get("content")) for one in _object(content.get("added_tokens_decoder")).values()}
+    return found
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -39,6 +39,7 @@ class Weights:
         textual_inversions: Textual inversions in the config's order, each with exactly one file.
         ip_adapter: IP-Adapter, one file; None if the model has none.
         image_encoder: Folder of the IP-Adapter's CLIPVisionModelWithProjection; None if the model has no IP-Adapter.
+        words: Words that stand for textual inversions in prompts, those bundled with LoRAs included.
         notices: Sentences about tensors of the files that PIA leaves out, one per file.
     """
 
@@ -48,6 +49,7 @@ class Weights:
     textual_inversions: tuple[Component, ...] = ()
     ip_adapter: Component | None = None
     image_encoder: Component | None = None
+    words: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
 
     def parts(self) -> Iterator[tuple[str, Component]]:
@@ -110,6 +112,7 @@ def resolve(model: ModelConfig, hub: Hub | None = None) -> Weights:
         extras.textual_inversions,
         extras.ip_adapter,
         extras.image_encoder,
+        extras.words,
         notices + extras.notices,
     )
     _check_pins(model, found)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+from collections import OrderedDict
 from pathlib import Path
 
 import ip_adapters
@@ -30,6 +32,7 @@ from pia_batch.config import IpAdapterConfig, LoraConfig
 from pia_batch.engine import PiaEngine, image_prompts, loading
 from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.errors import ConfigError, ImageUnreadableError, UnsupportedSettingError
+from pia_batch.weights.resolve import resolve
 
 ROWS = [
     shot(1, ip_adapter_scale=0.5),
@@ -369,3 +372,74 @@ def test_an_adapter_of_training_with_an_encoder_in_a_single_file_draws_as_in_the
     )
 
     assert_equals_single_calls(both.pipe, PiaEngine.load(model, device="cpu"), ROWS[:2])
+
+
+class _OpenClipTower(torch.nn.Module):
+    """Vision tower as open_clip writes it, of torch's own layers. Source: mlfoundations/open_clip `transformer.py`."""
+
+    def __init__(self, width: int, layers: int, heads: int, patch: int, grid: int, projected: int) -> None:
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, width, patch, patch, bias=False)
+        self.class_embedding = torch.nn.Parameter(torch.randn(width))
+        self.positional_embedding = torch.nn.Parameter(torch.randn(grid * grid + 1, width))
+        self.ln_pre, self.ln_post = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.transformer = torch.nn.Module()
+        self.transformer.resblocks = torch.nn.ModuleList(_OpenClipBlock(width, heads) for _ in range(layers))
+        self.proj = torch.nn.Parameter(torch.randn(width, projected) / 4)
+        for norm in (self.ln_pre, self.ln_post):
+            torch.nn.init.normal_(norm.weight)
+            torch.nn.init.normal_(norm.bias)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        patches = self.conv1(pixels).flatten(2).transpose(1, 2)
+        first = self.class_embedding.expand(len(pixels), 1, -1)
+        states = self.ln_pre(torch.cat([first, patches], dim=1) + self.positional_embedding)
+        for block in self.transformer.resblocks:
+            states = block(states)
+        return self.ln_post(states[:, 0]) @ self.proj
+
+
+class _OpenClipBlock(torch.nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.attn = torch.nn.MultiheadAttention(width, heads, batch_first=True)
+        torch.nn.init.normal_(self.attn.in_proj_bias)
+        self.mlp = torch.nn.Sequential(
+            OrderedDict(
+                c_fc=torch.nn.Linear(width, 2 * width), gelu=torch.nn.GELU(), c_proj=torch.nn.Linear(2 * width, width)
+            )
+        )
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        normed = self.ln_1(states)
+        states = states + self.attn(normed, normed, normed, need_weights=False)[0]
+        return states + self.mlp(self.ln_2(states))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_an_encoder_with_the_names_of_open_clip_computes_what_open_clip_computes(tmp_path, prefix):
+    torch.manual_seed(5)
+    tower = _OpenClipTower(width=24, layers=3, heads=2, patch=8, grid=4, projected=12).eval()
+    named = {f"{prefix}visual.{name}": tensor.contiguous() for name, tensor in tower.state_dict().items()}
+    spare = {
+        f"{prefix}{name}": torch.ones(shape)
+        for name, shape in {"logit_scale": (), "positional_embedding": (77, 9), "text_projection": (9, 9)}.items()
+    }
+    save_file(named | spare, tmp_path / "open_clip_model.safetensors")
+    settings = {
+        "model_type": "clip_vision_model", "hidden_act": "gelu", "hidden_size": 24, "intermediate_size": 48,
+        "image_size": 32, "patch_size": 8, "num_attention_heads": 2, "num_hidden_layers": 3, "projection_dim": 12,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    path = ip_adapters.write(tmp_path / "a")
+    model = adapted(tmp_path / "b").model
+    entry = IpAdapterConfig(source=str(path), image_encoder=str(tmp_path / "open_clip_model.safetensors"))
+    part = resolve(model.model_copy(update={"ip_adapter": entry})).image_encoder
+    assert part is not None
+
+    encoder = image_prompts.read_encoder(part, torch.float32)
+
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(encoder(pixels).image_embeds, tower(pixels), atol=1e-5)

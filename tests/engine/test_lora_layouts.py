@@ -586,6 +586,18 @@ REFUSED = {
     "BOFT": ({f"{_NAME}.oft_blocks": (2, 4, 4, 4), f"{_NAME}.alpha": ()}, "kind BOFT"),
     "BOFT of peft": ({f"base_model.model.{ATTENTION}.boft_R": (2, 4, 4, 4)}, "kind BOFT"),
     "GLoRA": ({f"{_NAME}.{part}.weight": (4, 4) for part in ("a1", "a2", "b1", "b2")}, "kind GLoRA"),
+    "OFT of kohya": ({f"{_NAME}.oft_diag": (16,)}, "kind OFT"),
+    "GLoKr": ({f"{_NAME}.glokr_w1": (4, 4), f"{_NAME}.glokr_w2": (4, 4)}, "kind GLoKr"),
+    "GLoRA of LyCORIS": ({f"{_NAME}.glora_a1": (4, 4)}, "kind GLoRA"),
+    "VeRA": ({f"base_model.model.{ATTENTION}.vera_lambda_{each}": (4,) for each in "bd"}, "kind VeRA"),
+    "AdaLoRA": (
+        {f"base_model.model.{ATTENTION}.lora_{each}": (4, 16) for each in "ABE"},
+        "kind AdaLoRA",
+    ),
+    "HRA": ({f"base_model.model.{ATTENTION}.hra_u": (16, 4)}, "kind HRA"),
+    "FourierFT": ({f"base_model.model.{ATTENTION}.fourierft_spectrum": (100,)}, "kind FourierFT"),
+    "VB-LoRA": ({f"base_model.model.{ATTENTION}.vblora_logits_A": (4, 2, 9)}, "kind VB-LoRA"),
+    "embeddings of peft": ({"base_model.model.text_model.embeddings.lora_embedding_A": (4, 9)}, "kind embedding LoRA"),
     "bundled for SDXL": ({f"{_NAME}.diff": (16, 16), "bundle_emb.cat.clip_g": (2, 1280)}, "bundle_emb.cat.clip_g"),
     "bundled, other width": ({"bundle_emb.cat.emb_params": (2, 768)}, "its textual inversion 'cat' is made for"),
     "another layer": ({"lora_unet_mid_block_attentions_9_proj_in.diff": (16, 16)}, "is not a layer of this model"),
@@ -619,6 +631,18 @@ def test_what_no_engine_applies_is_refused_before_a_run(base, tmp_path, case):
         resolve(ModelConfig(base=str(base), loras=(LoraConfig(source=str(tmp_path / "a.safetensors")),)))
     assert re.search(r"model\.loras\[0\]: .*a\.safetensors", str(raised.value))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("case", ["loha", "lokr, whole"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_number_of_any_kind_that_is_not_finite_is_refused_with_its_tensor(base, tmp_path, case, dtype):
+    made, _ = KINDS[case][0](weight_of(ATTENTION).shape, 4)
+    for bad in sorted(made):
+        held = {f"{_NAME}.{name}": tensor.to(dtype, copy=True) for name, tensor in made.items()}
+        held[f"{_NAME}.{bad}"].view(-1)[-1] = math.inf
+        save_file(held, tmp_path / "a.safetensors")
+        with pytest.raises(ConfigError, match=rf"'{_NAME}\.{bad}' holds NaN or infinity"):
+            load(base, (tmp_path / "a.safetensors", 1.0))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

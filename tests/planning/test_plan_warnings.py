@@ -5,14 +5,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from inputs import requests_table
 from manifest_statistics import statistics_of
+from safetensors.numpy import save_file
 
 from pia_batch import tiny
 from pia_batch.config import RunConfig
+from pia_batch.manifest.validation import check
 from pia_batch.planning.plan_warnings import warnings_of
+from pia_batch.planning.statistics import WorkClasses
+from pia_batch.planning.words import key_of, words_of
 
 SD15 = {"manifest": "m", "output": "o", "model.base": "somebody/sd15"}
 
@@ -99,3 +104,57 @@ def test_engines_that_leave_no_cpu_to_read_with_are_a_warning_where_the_machine_
     assert "set placement.min_engines to" in text
     assert warnings(requests_table(5), placement__ray_address="head:6379", **crowd) == []
     assert warnings(requests_table(5), placement__num_gpus=1, **crowd) == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "defaults", "used"),
+    [
+        ({}, {}, False),
+        ({"prompt": ["a cat", "in EasyNegative style"]}, {}, True),
+        ({"negative_prompt": [None, "easynegative, blurry"]}, {}, True),
+        ({}, {"defaults__negative_prompt": "EASYNEGATIVE"}, True),
+        ({"prompt": ["an easy negative", "a cat"]}, {}, False),
+    ],
+)
+def test_a_textual_inversion_that_no_prompt_uses_is_a_warning(
+    columns: dict[str, Any], defaults: dict[str, str], used: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"EasyNegative": np.zeros((2, 64), np.float16)}, path)
+    entry = {"source": str(path)}
+
+    found = warnings(
+        requests_table(2, **columns),
+        **{"model__base": "embedded", "model__textual_inversions": [entry], **defaults},
+    )
+
+    expected = (
+        "the textual inversion 'EasyNegative' of model 'default' has no effect: no prompt and no negative prompt of "
+        "the manifest has this word; write it there or in defaults.negative_prompt, or remove it"
+    )
+    assert found == ([] if used else [expected])
+
+
+def test_words_are_counted_for_each_model_and_kept_with_a_scan(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"<cat>": np.zeros((1, 64), np.float16)}, path)
+    config = RunConfig.load(
+        None,
+        {
+            "manifest": "m",
+            "output": "o",
+            "model.textual_inversions": [{"source": str(path)}],
+            "models": {"other": {"textual_inversions": [{"source": str(path)}]}},
+        },
+    )
+    table = requests_table(3, prompt=["a <CAT>", "<cat>", "a <cat>"], model=[None, "other", None])
+    parts = [table.slice(0, 1), table.slice(1)]
+
+    counted = statistics_of(*parts, config=config)
+
+    assert counted.num_using == {key_of("default", "<cat>"): 2, key_of("other", "<cat>"): 1}
+    checked = check(table, config, dict.fromkeys(config.all_models, "e" * 32))
+    classes = WorkClasses.of(table, checked.requests, words_of(config))
+    assert WorkClasses.unpacked(classes.packed()).num_using == counted.num_using
+    joined = WorkClasses.joined([classes, classes], [checked.id_hashes] * 2)
+    assert joined.num_using == counted.num_using + counted.num_using

@@ -13,6 +13,7 @@ from inputs import requests_table
 from pia_batch.config import RunConfig
 from pia_batch.manifest.validation import check
 from pia_batch.planning.statistics import Statistics, WorkClasses
+from pia_batch.planning.words import words_of
 
 CELLS = {
     "seed": st.sampled_from([None, 1, 2, -1]),
@@ -45,7 +46,7 @@ def statistics_of(*batches: pa.Table, config: RunConfig = CONFIG) -> Statistics:
     for rows in batches:
         checked = check(rows, config, dict.fromkeys(config.all_models, "e" * 32))
         pending = np.ones(len(checked.keys), dtype=bool)
-        statistics.add(WorkClasses.of(rows, checked.requests), checked.id_hashes, pending)
+        statistics.add(WorkClasses.of(rows, checked.requests, words_of(config)), checked.id_hashes, pending)
     return statistics
 
 

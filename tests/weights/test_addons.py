@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ import pytest
 from hubs import COMMIT, FakeHub
 from safetensors.numpy import save_file
 
+from pia_batch import tiny
 from pia_batch.config import IpAdapterConfig, LoraConfig, ModelConfig, TextualInversionConfig
 from pia_batch.errors import ConfigError
 from pia_batch.storage.object_store import Store
+from pia_batch.weights import sd15
 from pia_batch.weights.identity import engine_id
 from pia_batch.weights.resolve import Weights, resolve
 
@@ -227,6 +231,44 @@ def test_a_textual_inversion_may_name_its_word_or_be_given_one(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("files", "token", "message"),
+    [
+        ([{"a": (1, 64)}], None, "'a' is already in the vocabulary"),
+        ([{"<cat>": (2, 64)}], "red</w>", "the word 'red</w>', but 'red</w>' is already in the vocabulary"),
+        (
+            [{"<cat>": (2, 64)}, {"<cat>": (1, 64)}],
+            None,
+            "'<cat>' is already .* or stands for another textual inversion",
+        ),
+        ([{"<cat>": (2, 64)}, {"<cat>_1": (1, 64)}], None, "'<cat>_1' is already"),
+        ([{"<cat>": (1, 64)}], "<|endoftext|>", r"already in the vocabulary .*; set another word as .*\[0\]\.token"),
+    ],
+)
+def test_a_word_that_is_taken_is_refused_before_a_run(tmp_path, files, token, message):
+    entries = tuple(
+        TextualInversionConfig(source=write(tmp_path / f"{number}.safetensors", shapes), token=token)
+        for number, shapes in enumerate(files)
+    )
+
+    with pytest.raises(ConfigError, match=rf"model\.textual_inversions\[{len(files) - 1}\].*{message}"):
+        resolve(ModelConfig(textual_inversions=entries))
+
+
+def test_a_word_of_a_vocabulary_in_several_files_is_known(tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(tiny.PATH, folder)
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(sd15.PATH / "tokenizer" / name, folder / "tokenizer")
+    source = write(tmp_path / "cat.safetensors", {"easynegative": (1, 64)})
+
+    for token, refused in (("dog</w>", True), ("dogx7", False)):
+        model = ModelConfig(base=str(folder), textual_inversions=(TextualInversionConfig(source=source, token=token),))
+        with pytest.raises(ConfigError, match="already in the vocabulary") if refused else nullcontext():
+            assert resolve(model).words == (token,)
+
+
+@pytest.mark.parametrize(
     ("shapes", "message"),
     [
         ({"<cat>": (1, 768)}, r"\(embeddings: got 768 dimensions, expected 64\)"),
@@ -241,13 +283,18 @@ def test_a_textual_inversion_that_does_not_fit_is_refused(tmp_path, shapes, mess
 
 # --- IP-Adapters ----------------------------------------------------------------------------------------------------
 
-PLAIN = {"image_proj.proj.weight": (256, 12), "ip_adapter.1.to_k_ip.weight": (8, 64)}
-PLUS = {"image_proj.proj_in.weight": (16, 24), "ip_adapter.1.to_k_ip.weight": (8, 64)}
-FULL_FACE = {
-    "image_proj.proj.0.weight": (24, 24),
-    "image_proj.proj.3.weight": (64,),
-    "ip_adapter.1.to_k_ip.weight": (8, 64),
+ATTENTION = {
+    f"ip_adapter.{2 * number + 1}.{name}.weight": (width, 64)
+    for number, width in enumerate((64, 112, 112, 112, 64, 64, 112))  # down, up, and the middle of the embedded model
+    for name in ("to_k_ip", "to_v_ip")
 }
+PLAIN = {"image_proj.proj.weight": (256, 12), "image_proj.norm.weight": (64,)} | ATTENTION
+PLUS = {"image_proj.proj_in.weight": (16, 24), "image_proj.proj_out.weight": (64, 16)} | ATTENTION
+FULL_FACE = {"image_proj.proj.0.weight": (24, 24), "image_proj.proj.3.weight": (64,)} | ATTENTION
+
+
+def without(shapes: dict[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:
+    return {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
 
 
 def encoder(folder: Path, nested: bool = False, **settings: Any) -> str:
@@ -311,6 +358,17 @@ def test_adapter_and_encoder_of_the_hub_are_fetched_alone(tmp_path):
     ("shapes", "message"),
     [
         (PLAIN | {"ip_adapter.1.to_k_ip.weight": (8, 2048)}, "made for another family of models than the base"),
+        (
+            PLAIN | {"ip_adapter.3.to_v_ip.weight": (64, 64)},
+            r"which has 7 layers: it has other shapes: ip_adapter.3.to_v_ip.weight \(64, 64\) instead of \(112, 64\)",
+        ),
+        (
+            PLAIN | {"ip_adapter.15.to_k_ip.weight": (64, 64)},
+            "has unknown tensors ip_adapter.15.to_k_ip.weight; use an",
+        ),
+        (without(PLAIN, "ip_adapter.13."), "it has no ip_adapter.13.to_k_ip.weight, ip_adapter.13.to_v_ip.weight; use"),
+        (PLAIN | {"image_proj.norm.weight": (2048,)}, "image_proj.norm.weight has the shape .* of 64 dimensions"),
+        (PLUS | {"image_proj.proj_out.weight": (768, 16)}, "image_proj.proj_out.weight has the shape"),
         (PLAIN | {"ip_adapter.0.to_k_lora.down.weight": (8, 8)}, "is a FaceID adapter"),
         ({**PLAIN, "image_proj.proj.0.weight": (64, 512)}, "is a FaceID adapter"),
         (PLAIN | {"image_proj.perceiver_resampler.proj_in.weight": (8, 8)}, "is a FaceID adapter"),
@@ -395,14 +453,42 @@ def test_clip_vit_h_in_a_single_file_needs_no_config(tmp_path, spare):
     assert (found.path, found.layout, found.settings["num_attention_heads"]) == (Path(path), "single_file", 16)
 
 
+def test_clip_vit_h_in_the_names_of_open_clip_needs_no_config(tmp_path):
+    source = write(tmp_path / "ip-adapter.safetensors", PLAIN | {"image_proj.proj.weight": (256, 1024)})
+    shapes: dict[str, tuple[int, ...]] = {
+        "visual.class_embedding": (1280,),
+        "visual.positional_embedding": (257, 1280),
+        "visual.proj": (1280, 1024),
+        "visual.conv1.weight": (1280, 3, 14, 14),
+    }
+    for norm in ("ln_pre", "ln_post"):
+        shapes |= {f"visual.{norm}.{each}": (1280,) for each in ("weight", "bias")}
+    for outer in (f"visual.transformer.resblocks.{k}" for k in range(32)):
+        shapes |= {f"{outer}.ln_{k}.{each}": (1280,) for k in (1, 2) for each in ("weight", "bias")}
+        shapes |= {f"{outer}.attn.in_proj_weight": (3840, 1280), f"{outer}.attn.in_proj_bias": (3840,)}
+        shapes |= {f"{outer}.attn.out_proj.weight": (1280, 1280), f"{outer}.attn.out_proj.bias": (1280,)}
+        shapes |= {f"{outer}.mlp.c_fc.weight": (5120, 1280), f"{outer}.mlp.c_fc.bias": (5120,)}
+        shapes |= {f"{outer}.mlp.c_proj.weight": (1280, 5120), f"{outer}.mlp.c_proj.bias": (1280,)}
+    text = {"text_projection": (1024, 1024), "transformer.resblocks.0.ln_1.weight": (1024,), "logit_scale": ()}
+    path = write_hollow(tmp_path / "open_clip_model.safetensors", shapes | text)
+
+    found = adapter(source, image_encoder=path).image_encoder
+
+    assert found is not None
+    assert found.path == Path(path)
+    shapes["visual.transformer.resblocks.3.attn.in_proj_bias"] = (2560,)
+    with pytest.raises(ConfigError, match=r"encoder.layers.3.self_attn.q_proj.bias \(853,\) instead of \(1280,\)"):
+        adapter(source, image_encoder=write_hollow(tmp_path / "damaged.safetensors", shapes))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda shapes: shapes.pop("visual_projection.weight"), "it has no visual_projection.weight"),
         (lambda shapes: shapes.update({"visual_projection.weight": (768, 1280)}), r"\(768, 1280\) instead of"),
         (
-            lambda shapes: shapes.update({"visual.conv1.weight": (1280, 3, 14, 14)}),
-            "unknown tensors visual.conv1.weight",
+            lambda shapes: shapes.update({"trunk.conv1.weight": (1280, 3, 14, 14)}),
+            "unknown tensors trunk.conv1.weight",
         ),
     ],
     ids=["missing", "shape", "unknown"],
@@ -459,7 +545,7 @@ def test_adapter_and_encoder_are_part_of_the_id(tmp_path):
 
     encoder(tmp_path / "image_encoder", attention_dropout=0.1)
     seen.add(engine_id(model, resolve(model), "float32"))
-    write(tmp_path / "ip-adapter.safetensors", PLAIN | {"image_proj.norm.weight": (64,)})
+    write(tmp_path / "ip-adapter.safetensors", PLAIN | {"image_proj.norm.bias": (64,)})
     seen.add(engine_id(model, resolve(model), "float32"))
 
     assert len(seen) == 4
