@@ -137,6 +137,12 @@ class DegenerateError(RequestError):
     kind = "degenerate"
 
 
+class UnsafeError(RequestError):
+    """Image or clip that `safety.checker` flags, where `safety.policy` is `fail`. Nothing of it is stored."""
+
+    kind = "unsafe"
+
+
 class EncodingError(RequestError):
     """Animation that could not be encoded, or whose file does not decode to its frames."""
 

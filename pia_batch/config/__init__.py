@@ -20,6 +20,7 @@ from pia_batch.config.models import (
 )
 from pia_batch.config.requests import Defaults, EncodingConfig, Fit, ImagesConfig
 from pia_batch.config.run import RunConfig
+from pia_batch.config.safety import SafetyConfig
 from pia_batch.schema.settings import FORMATS, FREE_INIT_METHODS, MAX_FPS, MOTIONS, Format, FreeInitMethod, Motion, Size
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "OnFinishConfig",
     "PlacementConfig",
     "RunConfig",
+    "SafetyConfig",
     "SchedulerConfig",
     "SchedulerName",
     "Section",

@@ -19,6 +19,7 @@ from pia_batch.config.messages import explain
 from pia_batch.config.models import EMBEDDED, ModelConfig
 from pia_batch.config.presets import Preset, as_names, under
 from pia_batch.config.requests import Defaults, EncodingConfig, ImagesConfig
+from pia_batch.config.safety import SafetyConfig
 from pia_batch.errors import ConfigError
 from pia_batch.schema.columns import REQUEST, RESERVED
 from pia_batch.storage import schemes, uris
@@ -70,6 +71,7 @@ class RunConfig(Section):
     defaults: Defaults = Defaults()
     images: ImagesConfig = ImagesConfig()
     encoding: EncodingConfig = EncodingConfig()
+    safety: SafetyConfig = SafetyConfig()
     placement: PlacementConfig = PlacementConfig()
     limits: LimitsConfig = LimitsConfig()
     budget: BudgetConfig = BudgetConfig()

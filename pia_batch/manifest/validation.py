@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.config import Defaults, RunConfig
+from pia_batch.manifest.blocklist import blocked
 from pia_batch.manifest.casting import Columns, Range, Rejections
 from pia_batch.manifest.column_map import ColumnMap
 from pia_batch.manifest.content_keys import content_keys
@@ -57,6 +58,7 @@ def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str]) -> 
     columns.check_choices(config)
     columns.check_motion(config.defaults)
     columns.check_together(config)
+    columns.check_words(config.safety.blocked_words)
     valid = np.flatnonzero(~rejections.bad)
     carried = carried_columns(table)
     if len(valid) < len(table):
@@ -208,6 +210,16 @@ class _Columns(Columns):
         late = pc.and_(chain, pc.greater(get["cond_frame"], 0))
         self.reject("cond_frame", late, "invalid_value", "0 where `context` is chain")
         self.reject("context_length", pc.and_(chain, pc.less(length, 2)), "out_of_range", "2 to 32 in a chain")
+
+    def check_words(self, blocked_words: tuple[str, ...]) -> None:
+        """Check that no prompt holds a word of the blocklist. A negative prompt may: it names what is unwanted."""
+        words = blocked(self.typed["prompt"], blocked_words)
+        text = "column 'prompt': the config's safety section refuses the word '"
+        self._rejections.reject(
+            pc.is_valid(words),
+            "blocked_prompt",
+            lambda rows: pc.binary_join_element_wise(text, words.take(pa.array(rows)), "'; change the prompt", ""),
+        )
 
     def _check_range(self, name: str) -> None:
         values = self.typed[name]

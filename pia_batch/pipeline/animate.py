@@ -92,7 +92,14 @@ class Animate:
         check_starts(control.start(process.worker))
         self.guard = EngineGuard(load_engines, engine_ids, config, control.give_up, process.exit, process.count)
         self._committer = Committer(
-            objects, commits, config, engine_ids, device=self.guard.device, run_id=run_id, count=process.count
+            objects,
+            commits,
+            config,
+            engine_ids,
+            self.guard.safety,
+            device=self.guard.device,
+            run_id=run_id,
+            count=process.count,
         )
         self._isolation = Isolation(control, self.guard, config, self._finish)
         self._device, self._encoder = process.new_lock(), process.new_lock()

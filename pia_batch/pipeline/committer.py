@@ -25,7 +25,8 @@ from pia_batch.errors import (
 )
 from pia_batch.journal.layout import animation_name
 from pia_batch.media import codecs, provenance, quality
-from pia_batch.pipeline.request_rows import INTERNAL, condition_image, is_rejected
+from pia_batch.pipeline.request_rows import INTERNAL, NSFW_INPUT, condition_image, is_rejected
+from pia_batch.pipeline.safety_guard import SafetyGuard
 from pia_batch.schema.columns import FAILED, REQUEST, SUCCEEDED, Row, results_table
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Committer:
         commits: Commit log for the results.
         config: Config of the run.
         engine_ids: Identity of each model's engine.
+        safety: Safety checks of clips.
         device: Name of the worker's device, recorded in every result.
         run_id: Run id recorded in every result, or None.
         count: Function that adds to a counter of `metrics.METRICS`.
@@ -70,13 +72,14 @@ class Committer:
         commits: Commits,
         config: RunConfig,
         engine_ids: Mapping[str, str],
+        safety: SafetyGuard,
         *,
         device: str,
         run_id: str | None,
         count: Callable[..., None],
     ) -> None:
         self._objects, self._commits = objects, commits
-        self._config, self._engine_ids = config, engine_ids
+        self._config, self._engine_ids, self._safety = config, engine_ids, safety
         self._device, self._run_id, self._count = device, run_id, count
 
     def commit(self, requests: pa.Table, rows: list[Row], clips: list[Any], attempts: list[int]) -> list[Row]:
@@ -106,6 +109,7 @@ class Committer:
                 "fetch_seconds": row["fetch_seconds"],
                 "device": self._device,
                 "engine_id": self._engine_ids[row["model"]],
+                NSFW_INPUT: row.get(NSFW_INPUT),
             }
         if row["error_kind"] is not None:
             result |= {"error_kind": row["error_kind"], "error": row["error"]}
@@ -125,7 +129,9 @@ class Committer:
                 "gpu_seconds": clip.device_seconds,
             }
             result |= quality.measures(clip.frames, np.asarray(condition_image(row)), row["cond_frame"])
+            result |= self._safety.measures(clip.frames)
             quality.refuse_degenerate(result, row, self._config.limits)
+            self._safety.refuse_unsafe(result)
             result |= self._save(row, clip.frames) | {"status": SUCCEEDED}
         except RequestError as err:
             result |= _failure(err, row)

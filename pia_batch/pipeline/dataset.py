@@ -14,6 +14,7 @@ from pia_batch.config import RunConfig
 from pia_batch.errors import ManifestError, ObjectExistsError
 from pia_batch.journal import layout
 from pia_batch.manifest import reader, unify
+from pia_batch.manifest.blocklist import with_blocklist
 from pia_batch.manifest.column_map import ColumnMap
 from pia_batch.pipeline import batching, ray_data, stages
 from pia_batch.pipeline.actor import AnimateActor
@@ -76,7 +77,7 @@ def animate(
             starting.
         StorageError: `config.output` cannot be written, or its store ignores conditional creation.
     """
-    config = config.filled()
+    config = with_blocklist(config.filled())
     config = config.model_copy(
         update={"output": object_store.absolute(config.output)}
     )  # workers have working directories of their own

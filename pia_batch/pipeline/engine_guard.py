@@ -19,6 +19,7 @@ from pia_batch.pipeline.attempts import ExitCause
 from pia_batch.pipeline.device_timer import DeviceTimer
 from pia_batch.pipeline.engine_loader import Engine, LoadEngines
 from pia_batch.pipeline.request_rows import attempt_key, condition_image
+from pia_batch.pipeline.safety_guard import LoadChecker, SafetyGuard, load_checker
 from pia_batch.pipeline.watchdog import Watchdog, deadline_s, memory_limit_bytes
 from pia_batch.schema.columns import Row
 from pia_batch.schema.declaration import declared
@@ -37,9 +38,15 @@ class EngineGuard:
         report_exit: Function that receives the keys in work, and the cause, before the process is ended.
         exit_process: Function that ends this process.
         count: Function that adds to a counter of `metrics.METRICS`.
+        load_checker: Function that gives the safety checker; called here too.
+
+    Attributes:
+        device: Name of the engines' device.
+        safety: Safety checks of images and clips.
 
     Raises:
-        ConfigError: An engine is not the expected one, or takes all of `placement.memory_mb` without any request.
+        ConfigError: An engine is not the expected one, takes all of `placement.memory_mb` without any request, or the
+            safety checker cannot be loaded.
         BrokenDeviceError: The self-test of the engine failed.
     """
 
@@ -51,16 +58,20 @@ class EngineGuard:
         report_exit: Callable[[list[str], ExitCause], None],
         exit_process: Callable[[], None],
         count: Callable[..., None],
+        load_checker: LoadChecker = load_checker,
     ) -> None:
         self._config, self._exit_process = config, exit_process
         self._engines, self._engine_ids = load_engines(), engine_ids
         self._checked: dict[str, weakref.ref[Engine]] = {}
         self.device = self._engine(next(iter(engine_ids))).device
+        self.safety = SafetyGuard(config.safety, load_checker(config.safety, self.device))
         self.watchdog = Watchdog(report_exit, exit_process, memory_limit_bytes(config.placement.memory_mb))
         self.timer = DeviceTimer(self.device, count)
 
     def generate(self, rows: list[Row]) -> list[Any]:
-        """Return a clip for each row, or None where the row has an error already."""
+        """Return a clip for each row, or None where the row has an error, which the check of its image may set."""
+        with self.watch(rows):
+            self.safety.check_inputs(rows)
         clips: list[Any] = [None] * len(rows)
         runnable = [index for index, row in enumerate(rows) if row["error_kind"] is None]
         for model in dict.fromkeys(rows[index]["model"] for index in runnable):

@@ -14,6 +14,9 @@ from pia_batch.schema.columns import ATTEMPT_KEY, EFFECTIVE, FETCHED, Row
 ROW_ERROR = pa.schema([("error_kind", pa.string()), ("error", pa.string())])
 """Error of a row, null in rows that can be animated."""
 
+NSFW_INPUT = "nsfw_input"
+"""Member of a row, and column of its result: the safety checker's flag of the condition image."""
+
 INTERNAL = frozenset({"key", ATTEMPT_KEY, *FETCHED.names, *ROW_ERROR.names})
 """Columns that are neither settings nor carried into the result."""
 

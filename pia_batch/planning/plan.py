@@ -19,6 +19,7 @@ from pia_batch.config import ModelConfig, RunConfig
 from pia_batch.errors import ConfigError, RequestError
 from pia_batch.journal.log import Journal, Outcomes, digest_of
 from pia_batch.journal.results import read_latest, read_success_marker
+from pia_batch.manifest.blocklist import with_blocklist
 from pia_batch.manifest.column_map import ColumnMap
 from pia_batch.manifest.reader import Manifest, refuse_output_inside
 from pia_batch.manifest.validation import check
@@ -31,6 +32,7 @@ from pia_batch.schema.columns import REQUEST
 from pia_batch.schema.keys import Keys, KeySet, keys_from_hex
 from pia_batch.storage import filesystems
 from pia_batch.storage.object_store import Store
+from pia_batch.weights import safety_checker_files
 from pia_batch.weights.identity import engine_id, resolved_dtype
 from pia_batch.weights.resolve import resolve
 
@@ -142,11 +144,13 @@ def make_plan(config: RunConfig, *, retry: Retry | None = None, statistics: Stat
 
     Raises:
         ManifestError: the manifest cannot be read, is empty, or lacks a column.
-        ConfigError: a model cannot be found, the output is inside the manifest's folder, or `retry` names a kind that
-            does not exist.
+        ConfigError: a model cannot be found, the output is inside the manifest's folder, `retry` names a kind that
+            does not exist, or the blocklist cannot be read.
         StorageError: the output cannot be read.
     """
+    config = with_blocklist(config)
     engine_ids = engine_ids_of(config)
+    safety_checker_files.resolve(config.safety)  # else each worker would find that it is missing
     store = Store(config.output)
     outcomes = Journal(store).outcomes()  # before the scans are read, which need as much memory
     cache = ScanCache(store, config, engine_ids)

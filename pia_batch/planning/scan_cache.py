@@ -224,6 +224,7 @@ def _identity(run: RunConfig, engine_ids: Mapping[str, str]) -> str:
         "encoding": run.encoding.model_dump(mode="json"),
         "images": run.images.identity(),
         "limits": [run.limits.max_frame_pixels, run.limits.max_call_pixels],
+        "blocked_words": run.safety.blocked_words,
         "models": {name: model.ip_adapter is not None for name, model in run.all_models.items()},
         "default_model": run.model.name,
         "engine_ids": dict(engine_ids),

@@ -22,6 +22,7 @@ REMEDIES = {
     "invalid_id": "1 to 512 bytes without control characters",
     "duplicate_id": "give different requests different ids",
     "unsupported": "clear the column, or configure the feature that the message names",
+    "blocked_prompt": "the prompt holds a word of `safety.blocklist` or `safety.blocked_words`; change one of them",
     "image_not_allowed": "the image is outside of the manifest's own store; allow its place with `images.allow`",
     "image_unavailable": "the image is missing, may not be read, is too large or did not arrive in time; fix the "
     "cause, then use `--retry-failed`",
@@ -30,6 +31,7 @@ REMEDIES = {
     "unsupported_setting": "the model does not support the setting, such as more frames than its motion modules allow",
     "non_finite": "the network overflowed; try `model.dtype: float32` or another seed",
     "degenerate": "the clip is flat or frozen: below `limits.min_frame_std` or `limits.min_motion`",
+    "unsafe": "`safety.checker` flags the image or the clip; change them, or set `safety.policy: flag`",
     "engine_error": "the engine raised an exception for this request, and generates others; see the worker's log",
     "worker_crash": "the worker died at every attempt; check the image, the settings and the worker's log",
     "timeout": "the request took more than its share of `limits.timeout_s`; raise the limit, or request less work",

@@ -110,6 +110,13 @@ MEASURED = (
         pa.float64(),
         "PSNR of the first frame (or `cond_frame`) against the fitted image, in dB; null: identical.",
     ),
+    Column("nsfw_input", pa.bool_(), "true: `safety.checker` flags the image; null: it was not checked."),
+    Column("nsfw_frames", pa.int64(), "Number of checked frames that `safety.checker` flags; null: none was checked."),
+    Column(
+        "nsfw_score",
+        pa.float64(),
+        "Highest score of the checked frames; a frame is flagged above 0. null: none was checked.",
+    ),
     Column("image_sha256", pa.string(), "SHA-256 of the image as it was fetched."),
     Column("gpu_seconds", pa.float64(), "This request's share of the device time, in seconds."),
     Column("fetch_seconds", pa.float64(), "Time to read, check and fit the image, in seconds."),

@@ -354,6 +354,7 @@ CASES: dict[str, list[Case]] = {
 }
 
 ELSEWHERE = {
+    "safety.frames": "tests/pipeline/test_safety_guard.py::test_frames_are_chosen_evenly",
     "images.timeout_s": "tests/media/test_fetch.py::test_a_server_that_never_answers_costs_no_more_than_the_timeout",
     "limits.timeout_s": "tests/pipeline/test_engine_guard.py::test_a_deadline_grows_with_the_work",
     "limits.lease_ttl_s": "tests/journal/test_lease.py::"
@@ -523,6 +524,8 @@ FIXED = {
     "media/image_headers.MAX_SCANS": f"{IMAGES}test_the_number_of_parts_is_kept_to_its_limit",
     "media/image_headers.MAX_PROFILE_BYTES": f"{IMAGES}test_a_profile_is_used_up_to_its_limit",
     "media/codecs/png_zip._MAX_COMMENT_BYTES": "the archive is one of ours; bounds what `probe` reads of it",
+    "manifest/blocklist.MAX_BLOCKLIST_BYTES": "tests/manifest/test_blocklist.py::"
+    "test_a_blocklist_is_read_up_to_its_limit",
     "manifest/tokens.MAX_TOKENS": "tests/manifest/test_tokens.py::",
     "manifest/tokens._MAX_WORDS": "tests/manifest/test_tokens.py::",
 }

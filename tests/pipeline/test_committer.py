@@ -20,6 +20,7 @@ from pia_batch.media import codecs
 from pia_batch.pipeline.committer import Committer
 from pia_batch.pipeline.dataset import CollectedResults
 from pia_batch.pipeline.request_rows import condition_image
+from pia_batch.pipeline.safety_guard import SafetyGuard
 from pia_batch.schema.columns import FETCHED, Row
 from pia_batch.storage.object_store import Store
 
@@ -253,7 +254,10 @@ def test_a_committer_needs_a_store_and_a_commit_log_only(make_config: MakeConfig
     def count(name: str, value: float, **tags: str) -> None:
         counted.append((name, value, *tags.values()))
 
-    committer = Committer(objects, commits, config, {"default": ENGINE_ID}, device="cuda:7", run_id="mine", count=count)
+    safety = SafetyGuard(config.safety, None)
+    committer = Committer(
+        objects, commits, config, {"default": ENGINE_ID}, safety, device="cuda:7", run_id="mine", count=count
+    )
     requests = fetched(config)
     rows = requests.to_pylist()
     clips = [*FakeEngine().animate([FakeEngine.shot(**shot) for shot in shots_of(rows[:2])]), EngineError("broke")]
