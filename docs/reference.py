@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from pia_batch.cli import EXIT_CODES
 from pia_batch.config import RunConfig
+from pia_batch.datasets.export_table import FORMATS
 from pia_batch.pipeline.metrics import METRICS
 from pia_batch.report.head import REMEDIES
 from pia_batch.schema.columns import MEASURED, MODEL, OUTCOME, REQUEST, SETTINGS, SOURCE
@@ -100,6 +101,11 @@ def exit_codes() -> list[str]:
     return _table(["exit code", "meaning"], ((str(code), meaning) for code, meaning in EXIT_CODES.items()))
 
 
+def export_formats() -> list[str]:
+    """Return every format of `export`, with what its destination has."""
+    return _table(["format", "destination"], ((f"`{each.name}`", each.description) for each in FORMATS.values()))
+
+
 def metrics() -> list[str]:
     """Return every metric for Prometheus."""
     rows = (
@@ -172,7 +178,7 @@ def _first_line(module: Path) -> str:
 
 _ROOMS = (
     *("storage", "schema", "config", "manifest", "planning", "pipeline", "media", "engine", "weights", "journal"),
-    *("driver", "report", "cli", "tiny"),
+    *("driver", "report", "datasets", "cli", "tiny"),
 )
 """Packages in the order in which a manifest's row meets them; `docs/architecture.md` walks through them."""
 
@@ -190,6 +196,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "columns of a result": result_columns,
     "error kinds": error_kinds,
     "exit codes": exit_codes,
+    "export formats": export_formats,
     "metrics": metrics,
     "modules": modules,
     "progress fields": progress_fields,

@@ -62,11 +62,12 @@ def _uses_local_ray(item: pytest.Item) -> bool:
 PROCESSES = (
     "pipeline/test_dataset",
     "system/test_pipeline",
+    "datasets/test_export",
     "pipeline/test_metrics",
     "driver/test_ray_cluster",
     "cli/test_cli",
 )
-"""Files that start Ray or whole programs, in the order in which one worker runs them. The first two share one Ray."""
+"""Files that start Ray or whole programs, in the order in which one worker runs them. The first three share one Ray."""
 
 FIRST = ("system", "engine", "pipeline", "report", "driver", "planning", "journal", "manifest", "cli")
 """Folders that run first, after PROCESSES: the longest, so that two workers end at about the same time."""

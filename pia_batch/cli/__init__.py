@@ -11,7 +11,15 @@ from typing import Annotated, NoReturn
 import typer
 
 from pia_batch import errors
-from pia_batch.cli import bench_command, inspect_command, job_commands, output_commands, plan_commands, run_commands
+from pia_batch.cli import (
+    bench_command,
+    export_command,
+    inspect_command,
+    job_commands,
+    output_commands,
+    plan_commands,
+    run_commands,
+)
 from pia_batch.cli.console import err
 
 log = logging.getLogger("pia_batch")
@@ -40,6 +48,7 @@ for command in (
         output_commands.gc,
         output_commands.report,
         inspect_command.inspect,
+        export_command.export,
     ),
     *(job_commands.submit, job_commands.jobs, bench_command.bench),
 ):

@@ -203,7 +203,7 @@ class _Consumer:
         self._polled_at = time.monotonic()
         self._moved.clear()
         if self._error is not None:
-            raise _unwrapped(self._error)
+            raise unwrapped(self._error)
         return self._ended
 
     def _consume(self, chain: Iterable[object]) -> None:
@@ -228,7 +228,7 @@ def _drain(tracker: RunAttempts, grace_s: float) -> EngineActivity:
     return activity
 
 
-def _unwrapped(err: BaseException) -> BaseException:
+def unwrapped(err: BaseException) -> BaseException:
     """Return the exception that a worker raised, without the wrappers that Ray puts around it."""
     inner: BaseException | None = err
     while inner is not None:

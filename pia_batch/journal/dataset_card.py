@@ -51,6 +51,7 @@ class CardFacts:
         data_files: Paths and patterns of its files, for `datasets`.
         num_failed: Number of requests without an animation.
         table_sha256: SHA-256 of the table, if there is one file of it.
+        chosen: Names of the columns of the dataset; None: all of `columns`.
     """
 
     run_id: str
@@ -63,6 +64,7 @@ class CardFacts:
     data_files: Sequence[str]
     num_failed: int = 0
     table_sha256: str = ""
+    chosen: Sequence[str] | None = None
 
 
 def make_card(facts: CardFacts, existing: str | None = None) -> str:
@@ -141,7 +143,7 @@ def _generated(facts: CardFacts) -> str:
         "",
         "| column | meaning |",
         "| --- | --- |",
-        *(f"| `{name}` | {meaning} |" for name, meaning in _meanings(facts.columns).items()),
+        *(f"| `{name}` | {meaning} |" for name, meaning in _meanings(facts).items()),
         "",
     ]
     if facts.table_sha256:
@@ -180,12 +182,13 @@ def _decoding(facts: CardFacts) -> str:
     )
 
 
-def _meanings(columns: DatasetColumns) -> dict[str, str]:
+def _meanings(facts: CardFacts) -> dict[str, str]:
+    columns = facts.columns
     original = {new: old for old, new in columns.renamed.items()}
     known = {column.name: column.description for column in (*OUTCOME, *MEASURED)}
     known |= {setting.name: setting.description for setting in ROW_SETTINGS}
     meanings = {}
-    for name in columns.schema.names:
+    for name in facts.chosen or columns.schema.names:
         if name == CONDITION_IMAGE:
             meanings[name] = "Image that was animated, from the manifest; credentials and signatures are removed."
         elif name in original:

@@ -27,7 +27,13 @@ from pia_batch.config import RunConfig
 from pia_batch.media import codecs, provenance
 from pia_batch.schema.columns import EFFECTIVE
 
-FOLLOWED = {"docs/tutorial.md", "docs/object-storage.md", "docs/schedules.md", "docs/provenance.md"}
+FOLLOWED = {
+    "docs/tutorial.md",
+    "docs/object-storage.md",
+    "docs/schedules.md",
+    "docs/provenance.md",
+    "docs/exporting.md",
+}
 """Pages whose every command is run by a test below."""
 
 NOT_RUN = {
@@ -175,6 +181,19 @@ def test_photographs_are_animated_on_a_real_server(tmp_path: Path) -> None:
     told = follow("docs/object-storage.md", tmp_path, lambda script: script.replace("8333", str(free_port())))
 
     assert "24 requests: 24 succeeded, 0 failed" in told
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_every_recipe_of_an_export_is_read_by_the_library_that_it_is_for(tmp_path: Path) -> None:
+    printed = follow("docs/exporting.md", tmp_path).splitlines()
+
+    assert [line for line in printed if line.startswith("a ") and line.endswith(" 8")]  # as it is: a prompt, and frames
+    assert sum(re.fullmatch(r"a [a-z ]+ \d+ \d+", line) is not None for line in printed) == 12  # WebDataset
+    assert "True" in printed  # Parquet has a Video
+    assert len(list((tmp_path / "files").glob("*.gif"))) == 12
+    for folder in ("shards", "parquet", "hub", "lance", "delta", "files"):
+        assert (tmp_path / folder / "_SUCCESS.json").is_file()
 
 
 def requests(path: Path, request_id: str) -> None:

@@ -1,0 +1,64 @@
+"""WebDataset: tar files in which each animation is next to its columns (`.json`) and its prompt (`.txt`)."""
+
+from __future__ import annotations
+
+import datetime as dt
+import decimal
+import io
+import json
+import math
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pia_batch.datasets.export_formats import ExportFormat, ShardTarget
+from pia_batch.datasets.export_rows import Batch
+
+
+def write(batches: Iterator[Batch], target: ShardTarget) -> int:
+    """Write one tar file. Members carry no time and no user, so that the same rows give the same bytes."""
+    path = target.folder / "shard.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for batch in batches:
+            for row, prompt, clip in zip(batch.rows.to_pylist(), batch.prompts, batch.clips, strict=True):
+                _add(tar, clip.name, clip.data)
+                _add(tar, f"{clip.key}.json", to_json(row))
+                _add(tar, f"{clip.key}.txt", prompt.encode())
+    return target.put(path)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # mtime 0, uid 0
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def to_json(row: dict[str, Any]) -> bytes:
+    """Return a row as one line of JSON; times in ISO 8601, NaN and infinity as null, bytes in hexadecimal."""
+    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _plain(value: Any) -> Any:  # any value that Arrow holds
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return next((convert(value) for kind, convert in _CONVERSIONS if isinstance(value, kind)), value)
+
+
+_CONVERSIONS: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
+    (float, lambda value: value if math.isfinite(value) else None),
+    (bytes, bytes.hex),
+    ((dt.date, dt.time), lambda value: value.isoformat()),
+    (dt.timedelta, dt.timedelta.total_seconds),
+    (decimal.Decimal, str),
+)
+
+
+WEBDATASET: ExportFormat = ExportFormat(
+    "webdataset",
+    "tar files `part-00000.tar` with the members KEY.mp4, KEY.json and KEY.txt of each animation",
+    write,
+    "part-{:05d}.tar".format,
+    one_media=False,
+)
