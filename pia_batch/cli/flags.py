@@ -18,6 +18,7 @@ from pia_batch.cli.options import (
     OutputUri,
     Overrides,
     Params,
+    RequestIdFrom,
     RunDateText,
     columns_of,
     given,
@@ -50,6 +51,7 @@ class RunFlags:
     ] = None
     param: Params = None
     column: ColumnSources = None
+    request_id_from: RequestIdFrom = None
     max_failed: Annotated[
         int | None,
         typer.Option(
@@ -96,6 +98,7 @@ class RunFlags:
             **{f"budget.{name}": getattr(self, name) for name in budget},
             **params_of(self.param),
             **columns_of(self.column),
+            "request_id_from": self.request_id_from,
         }
         return load(self.config, overrides(self.manifest, self.output, self.override) | given(flag_overrides) | further)
 

@@ -31,6 +31,13 @@ ColumnSources = Annotated[
         help="Take column NAME from the manifest's SOURCE: a column, or a dotted path into a struct; repeatable.",
     ),
 ]
+RequestIdFrom = Annotated[
+    str | None,
+    typer.Option(
+        metavar="column|content|location",
+        help="Make request ids of a row's content, or of its file and number; default: the column request_id.",
+    ),
+]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Also process requests that failed before.")]
 RunDateText = Annotated[
     str | None,

@@ -16,6 +16,7 @@ from pia_batch.cli.options import (
     OutputUri,
     Overrides,
     Params,
+    RequestIdFrom,
     RetryFailed,
     RunDateText,
     columns_of,
@@ -47,6 +48,7 @@ def plan(
     run_date: RunDateText = None,
     param: Params = None,
     column: ColumnSources = None,
+    request_id_from: RequestIdFrom = None,
     retry_failed: RetryFailed = False,
     price_per_hour: Annotated[
         float | None, typer.Option(min=0, help="Price per GPU-hour, in any currency; overrides budget.price_per_hour.")
@@ -60,7 +62,7 @@ def plan(
     from pia_batch.planning.plan import Retry, make_plan
     from pia_batch.planning.statistics import Statistics
 
-    dated = given({"run_date": run_date}) | params_of(param) | columns_of(column)
+    dated = given({"run_date": run_date, "request_id_from": request_id_from}) | params_of(param) | columns_of(column)
     loaded = load(config, overrides(manifest, output, override) | dated).filled()
     statistics = Statistics()
     made = make_plan(loaded, retry=Retry() if retry_failed else None, statistics=statistics)
@@ -80,6 +82,7 @@ def doctor(
     run_date: RunDateText = None,
     param: Params = None,
     column: ColumnSources = None,
+    request_id_from: RequestIdFrom = None,
     as_json: AsJson = False,
 ) -> None:
     """Check everything that a run needs: packages, codecs, GPU, disk, weights, manifest, store, Ray.
@@ -89,9 +92,8 @@ def doctor(
     """
     from pia_batch.driver import preflight
 
-    given_overrides = (
-        overrides(manifest, output, override) | given({"run_date": run_date}) | params_of(param) | columns_of(column)
-    )
+    dated = given({"run_date": run_date, "request_id_from": request_id_from}) | params_of(param) | columns_of(column)
+    given_overrides = overrides(manifest, output, override) | dated
     loaded = load(config, given_overrides).filled() if config is not None or given_overrides else None
     findings = []
     for finding in preflight.examine(loaded):

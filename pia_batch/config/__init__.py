@@ -19,7 +19,7 @@ from pia_batch.config.models import (
     TextualInversionConfig,
 )
 from pia_batch.config.requests import Defaults, EncodingConfig, Fit, ImagesConfig
-from pia_batch.config.run import RunConfig
+from pia_batch.config.run import RequestIdFrom, RunConfig
 from pia_batch.config.safety import SafetyConfig
 from pia_batch.schema.settings import FORMATS, FREE_INIT_METHODS, MAX_FPS, MOTIONS, Format, FreeInitMethod, Motion, Size
 
@@ -45,6 +45,7 @@ __all__ = [
     "Motion",
     "OnFinishConfig",
     "PlacementConfig",
+    "RequestIdFrom",
     "RunConfig",
     "SafetyConfig",
     "SchedulerConfig",

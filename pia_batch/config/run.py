@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
@@ -23,6 +23,8 @@ from pia_batch.config.safety import SafetyConfig
 from pia_batch.errors import ConfigError
 from pia_batch.schema.columns import REQUEST, RESERVED
 from pia_batch.storage import schemes, uris
+
+RequestIdFrom = Literal["column", "content", "location"]
 
 _ALIKE = 0.85
 """Similarity from which on an unknown name in `columns` is taken for a mistyped one."""
@@ -57,6 +59,11 @@ class RunConfig(Section):
         default_factory=dict,
         description="Columns of the manifest that have other names there: our name to its source, such as "
         "`prompt: caption`, or a dotted path into a struct. A name that is none of a request's carries the source.",
+    )
+    request_id_from: RequestIdFrom = Field(
+        "column",
+        description="Origin of request ids. column: the manifest's `request_id`; content: a hash of image, prompt and "
+        "settings, so that equal rows are one request; location: file and row, where no file may change.",
     )
     preset: Annotated[tuple[Preset, ...], BeforeValidator(as_names)] = Field(
         (),
@@ -168,6 +175,13 @@ class RunConfig(Section):
         if isinstance(default, ModelConfig):
             default = default.model_dump(exclude_unset=True)
         return data | {"models": {name: complete(name, entry, default) for name, entry in data["models"].items()}}
+
+    @model_validator(mode="after")
+    def _has_one_origin_of_ids(self) -> RunConfig:
+        if "request_id" in self.columns and self.request_id_from != "column":
+            msg = f"columns.request_id: request_id_from is {self.request_id_from}, which makes the ids; leave one out"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> RunConfig:

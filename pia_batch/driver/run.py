@@ -161,6 +161,7 @@ class Run:
         self._compactor = Compactor(Journal(self._store), self._config.placement.batch_size)
         self._writer.set_plan(plan, self._run_id)
         self._writer.begin(self._store, self._progress)
+        plan.record_locations()
         plan.save_scan()
 
     def _commit_rejections(self) -> None:

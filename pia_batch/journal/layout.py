@@ -10,6 +10,7 @@
     _journal/create-only                       probe: the store creates an object only where none exists
     _withdrawn/<hash>.parquet                  tombstones: rows of fragments that no longer count
     _scans/<identity>/                         packs of scanned manifest files, see `planning.scan_cache`
+    _locations/<hash>.json                     versions of manifest files, where ids are locations: see `row_locations`
     _runs/<run_id>/run.json, report.html       the record and the page of a run
     _runs/doctor.json                          probe of `pia-batch doctor`, deleted again
     _lease/<generation>.json                   the lease of the output
@@ -31,11 +32,23 @@ FRAGMENT_INDEX = f"{FRAGMENTS}index/"
 CREATE_ONLY_PROBE = f"{FRAGMENTS}create-only"
 TOMBSTONES = "_withdrawn/"
 SCAN_CACHES = "_scans/"
+ROW_LOCATIONS = "_locations/"
 RUNS = "_runs/"
 DOCTOR_PROBE = f"{RUNS}doctor.json"
 LEASES = "_lease/"
 
-PREFIXES = (ANIMATIONS, RESULTS, FRAGMENTS, TOMBSTONES, LEASES, SCAN_CACHES, RUNS, DATASET_TABLE, DATASET_CARD)
+PREFIXES = (
+    ANIMATIONS,
+    RESULTS,
+    FRAGMENTS,
+    TOMBSTONES,
+    LEASES,
+    SCAN_CACHES,
+    ROW_LOCATIONS,
+    RUNS,
+    DATASET_TABLE,
+    DATASET_CARD,
+)
 """Every prefix to which this package writes, and its two files outside of them: together all that it stores."""
 
 RUN_PREFIXES = (FRAGMENTS, RUNS, LEASES)
@@ -113,6 +126,11 @@ def scan_cache_identity(name: str) -> str | None:
     """Return the identity of the scan cache that an object belongs to, or None for any other object."""
     match = _SCAN_CACHE.fullmatch(name)
     return match[1] if match else None
+
+
+def row_locations_name(digest: str) -> str:
+    """Return the name of the record of manifest files with this content hash, in hexadecimal."""
+    return f"{ROW_LOCATIONS}{digest}.json"
 
 
 def run_record_name(run_id: str) -> str:

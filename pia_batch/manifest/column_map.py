@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pia_batch.config import RequestIdFrom, RunConfig
 from pia_batch.errors import ManifestError
 from pia_batch.manifest.arrow_types import plain_type
 from pia_batch.manifest.column_layout import Layout, Path, Rest, Value, image_columns, is_image, leaves_of, type_at
@@ -33,14 +34,16 @@ class ColumnMap:
 
     Attributes:
         sources: Pairs of name and source.
+        ids: Origin of request ids; only with `column` may there be a column of them.
     """
 
     sources: tuple[tuple[str, str], ...] = ()
+    ids: RequestIdFrom = "column"
 
     @classmethod
-    def of(cls, columns: Mapping[str, str]) -> ColumnMap:
-        """Return the map of the config's `columns`."""
-        return cls(tuple(columns.items()))
+    def of(cls, config: RunConfig) -> ColumnMap:
+        """Return the map of the config's `columns` and `request_id_from`."""
+        return cls(tuple(config.columns.items()), config.request_id_from)
 
     @cached_property
     def _source_of(self) -> dict[str, str]:
@@ -69,7 +72,7 @@ class ColumnMap:
                 columns += self._columns(name, path, item, schema.names)
             if any(len(path) == 1 for path in here.values()):
                 continue
-            if item.name in self._source_of and not here:
+            if not here and self._is_taken(item.name):
                 raise ManifestError(f"{place}: {self._collision(item.name)}")
             if not here or self._is_image(item.name, (item.name,), item, schema.names):
                 columns += self._columns(item.name, (item.name,), item, schema.names)
@@ -108,16 +111,31 @@ class ColumnMap:
         """Return True if what is left of a struct can keep its name."""
         return name not in self._source_of and name not in REQUEST.names
 
+    def _is_taken(self, name: str) -> bool:
+        """Return True if our column of this name comes from elsewhere."""
+        return name in self._source_of or (name == "request_id" and self.ids != "column")
+
     def _collision(self, name: str) -> str:
+        if name not in self._source_of:
+            return (
+                f"column 'request_id' is there, and request_id_from is {self.ids}; leave request_id_from out, or "
+                "rename the column, such as by --column source_id=request_id"
+            )
         return (
             f"column {name!r} is there, and columns.{name} takes it from {self._source_of[name]!r}; leave "
             f"columns.{name} out, or rename the other column, such as by --column source_{name}={name}"
         )
 
     def partitions(self, values: Mapping[str, str | None]) -> dict[str, str | None]:
-        """Return the values of hive partitions under our names."""
+        """Return the values of hive partitions under our names.
+
+        Raises:
+            ManifestError: a partition has the name of a column that comes from elsewhere.
+        """
         taken = {source for _, source in self.sources}
         kept = {name: value for name, value in values.items() if name not in taken}
+        for name in filter(self._is_taken, kept):
+            raise ManifestError(f"partitions of the manifest: {self._collision(name)}")
         return kept | {name: values[source] for name, source in self.sources if source in values}
 
     def positions(self, header: Sequence[str], place: str) -> list[tuple[str, int]]:
@@ -131,7 +149,7 @@ class ColumnMap:
         for number, column in enumerate(header):
             if column in taken:
                 found += [(name, number) for name, source in self.sources if source == column]
-            elif column in self._source_of:
+            elif self._is_taken(column):
                 raise ManifestError(f"{place}: {self._collision(column)}")
             else:
                 found.append((column, number))
@@ -143,14 +161,14 @@ class ColumnMap:
         Raises:
             ValueError: two values would have one name, or a path leads through a value that is no object.
         """
-        if not self.sources:
+        if not self.sources and self.ids == "column":
             return row
         paths = {name: path for name, source in self.sources if (path := _path_in(row, source, name))}
         found: dict[str, Any] = {}
         for key, value in row.items():
             here = [path for path in paths.values() if path[0] == key]
             if not here:
-                if key in self._source_of:
+                if self._is_taken(key):
                     raise ValueError(self._collision(key))
                 found[key] = value
             elif any(len(path) == 1 for path in here):

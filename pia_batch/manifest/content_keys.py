@@ -14,7 +14,7 @@ from pia_batch.schema.settings import ROW_SETTINGS
 
 
 def content_keys(
-    effective: Mapping[str, pa.Array | pa.Scalar], config: RunConfig, engine_ids: Mapping[str, str]
+    effective: Mapping[str, pa.Array | pa.Scalar], images: pa.Array, config: RunConfig, engine_ids: Mapping[str, str]
 ) -> Keys:
     """Return the content key of each request.
 
@@ -22,18 +22,14 @@ def content_keys(
 
     Args:
         effective: Columns of EFFECTIVE by name; scalars stand for every row.
+        images: `image_identity` of the rows.
         config: Source of the options that decide how an image is fitted and a file encoded.
         engine_ids: Identity of the engine of each model, by the name in `config.all_models`.
     """
-    uris, data, sha256 = effective["image"], effective["image_bytes"], effective["image_sha256"]
-    if data.null_count < len(data):
-        sha256 = pc.coalesce(sha256, _sha256_hex(data))
-    by_hash = pc.binary_join_element_wise("sha256:", sha256, "")
-    by_uri = pc.binary_join_element_wise("uri:", uris, "")
     members = {setting.name: effective[setting.name] for setting in ROW_SETTINGS} | {
         "request_id": effective["request_id"],
         "prompt": effective["prompt"],
-        "image": pc.coalesce(by_hash, by_uri),
+        "image": images,
         "fit": pa.scalar(config.images.identity()),
         "encoder": _encoders(effective["format"], config),
         "ip_adapter_image": effective["ip_adapter_image"],
@@ -41,6 +37,15 @@ def content_keys(
     }
     neutral = {setting.name: setting.neutral for setting in ROW_SETTINGS}
     return json_digest(members, neutral | {"ip_adapter_image": None})
+
+
+def image_identity(typed: Mapping[str, pa.Array]) -> pa.Array:
+    """Return what identifies each row's image: its hash where that is given or follows from the bytes, else its URI."""
+    uris, data, sha256 = typed["image"], typed["image_bytes"], pc.utf8_lower(typed["image_sha256"])
+    if data.null_count < len(data):
+        sha256 = pc.coalesce(sha256, _sha256_hex(data))
+    by_hash = pc.binary_join_element_wise("sha256:", sha256, "")
+    return pc.coalesce(by_hash, pc.binary_join_element_wise("uri:", uris, ""))
 
 
 def _encoders(formats: pa.Array | pa.Scalar, config: RunConfig) -> pa.Array | pa.Scalar:

@@ -27,6 +27,7 @@ from pia_batch.manifest.column_layout import MAX_COLUMNS, Layout
 from pia_batch.manifest.column_map import NO_MAP, ColumnMap
 from pia_batch.manifest.csv_files import read_csv
 from pia_batch.manifest.json_lines import read_json_lines
+from pia_batch.manifest.request_ids import location_ids
 from pia_batch.manifest.table_formats import refuse_data_of_table, refuse_other_format
 from pia_batch.storage import filesystems
 from pia_batch.storage.uris import redacted
@@ -88,12 +89,14 @@ class ManifestFile:
         format: Format of the file.
         version: Result of `filesystems.version_of`; another one means that the file was replaced.
         column_map: Map of the file's column names to ours; everything that is read has our names.
+        location: Path below the manifest's folder, of which ids are made where the map says so.
     """
 
     path: str
     format: FileFormat
     version: str
     column_map: ColumnMap = NO_MAP
+    location: str = ""
 
     @classmethod
     def open(
@@ -103,6 +106,7 @@ class ManifestFile:
         file_format: FileFormat,
         known: Known,
         column_map: ColumnMap = NO_MAP,
+        location: str = "",
     ) -> tuple[ManifestFile, Contents]:
         """Open a file, and read its contents unless they are `known`: the footer of Parquet, all of JSONL and CSV.
 
@@ -110,19 +114,34 @@ class ManifestFile:
             ManifestError: the file is unreadable, corrupt or too large, or its columns do not fit the map.
         """
         with reading(path):
-            file = cls(path, file_format, filesystems.version_of(filesystem, path), column_map)
+            file = cls(path, file_format, filesystems.version_of(filesystem, path), column_map, location)
         return file, known(path, file.version) or file._contents(filesystem)
 
     def _contents(self, filesystem: pyarrow.fs.FileSystem) -> Contents:
         if self.format != "parquet":
             table, num_blank = self._read_text(filesystem)
-            return Contents(table.schema, np.array([[len(table), table.nbytes]], np.int64), table, num_blank)
+            return Contents(
+                self._with_ids(table.schema), np.array([[len(table), table.nbytes]], np.int64), table, num_blank
+            )
         with reading(self.path), filesystem.open_input_file(self.path) as source:
             file = _opened(source, self.path)
             groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
             sizes = [(group.num_rows, group.total_byte_size) for group in groups]
-            schema = self._layout(file).schema
+            schema = self._with_ids(self._layout(file).schema)
             return Contents(schema, np.array(sizes, np.int64).reshape(-1, 2), None)
+
+    def _with_ids(self, schema: pa.Schema) -> pa.Schema:
+        return schema.append(pa.field("request_id", pa.string())) if self._has_location_ids else schema
+
+    @property
+    def _has_location_ids(self) -> bool:
+        return self.column_map.ids == "location"
+
+    def _located(self, rows: pa.Table, names: Sequence[str], first_row: int) -> pa.Table:
+        """Return neighbouring rows with the ids of their location, if these are among `names`."""
+        if not self._has_location_ids or "request_id" not in names:
+            return rows
+        return rows.append_column("request_id", location_ids(self.location, first_row, len(rows)))
 
     def _layout(self, file: pq.ParquetFile) -> Layout:
         return self.column_map.layout(file.schema_arrow, f"manifest file {self.path}")
@@ -151,7 +170,7 @@ class ManifestFile:
         table = self._read_text(filesystem)[0] if table is None else table
         table = table.select([name for name in names if name in table.column_names])
         for start in range(0, len(table), BATCH_ROWS):
-            yield table.slice(start, BATCH_ROWS)
+            yield self._located(table.slice(start, BATCH_ROWS), names, start)
 
     def first_rows(self, filesystem: pyarrow.fs.FileSystem, names: Sequence[str], num_rows: int) -> pa.Table:
         """Return at most `num_rows` rows of a Parquet file, in the columns `names`."""
@@ -225,8 +244,9 @@ class ManifestFile:
                         f"at most {most} MiB are read"
                     )
                     raise ManifestError(msg)
-                yield from _unpacked(batch, sizes)
-                first_row += len(batch)
+                for table in _unpacked(batch, sizes):
+                    yield self._located(table, names, first_row)
+                    first_row += len(table)
 
 
 @contextmanager

@@ -166,7 +166,9 @@ class Manifest:
 
         opened = tuple(
             map_in_threads(
-                lambda path: ManifestFile.open(filesystem, path, file_format, known_contents, column_map),
+                lambda path: ManifestFile.open(
+                    filesystem, path, file_format, known_contents, column_map, _location(path, root)
+                ),
                 files,
                 OPEN_THREADS,
             )
@@ -184,7 +186,7 @@ class Manifest:
         if not column_map.has_all(schema.names):
             contents = ManifestFile.open(filesystem, files[0], file_format, lambda _path, _version: None)[1]
             raise column_map.not_found(schema.names, contents.schema, f"manifest {shown}")
-        check_columns(schema.names, f"manifest {shown}")
+        check_columns(schema.names, f"manifest {shown}", column_map.ids)
         for contents, path in zip(stored, files, strict=True):
             refuse_unsupported(_carried(contents), f"manifest file {path}")
         refuse_unsupported(_carried(schema), f"manifest {shown}")
@@ -268,6 +270,11 @@ class Manifest:
     def opened(self) -> tuple[tuple[ManifestFile, Contents], ...]:
         """Files in order, in the versions that were opened, with their contents."""
         return self._opened
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Version of each file by its path below the manifest's folder."""
+        return {file.location: file.version for file, _ in self._opened}
 
     def shape_of(self, file: ManifestFile, columns: Sequence[str]) -> str:
         """Return a hash, 32 hexadecimal digits, of the types and partitions by which columns of a file are read."""
@@ -463,6 +470,11 @@ _NAMED = frozenset(EXTENSIONS) | IMAGES_AND_NOTES
 
 def _below(path: str, root: str) -> PurePosixPath:
     return PurePosixPath(path.removeprefix(root).lstrip("/"))
+
+
+def _location(path: str, root: str) -> str:
+    """Return the path of a file below the manifest's folder; its name if the manifest is one file."""
+    return str(_below(path, root)) if path != root else PurePosixPath(path).name
 
 
 def _hidden(path: str, root: str) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
 
+from pia_batch.config import RequestIdFrom
 from pia_batch.errors import ManifestError, message_of
 from pia_batch.manifest.arrow_types import EXTENSION, is_nested, plain_column, plain_type
 from pia_batch.manifest.column_layout import MAX_COLUMNS
@@ -112,8 +113,13 @@ def _contradiction(schemas: list[pa.Schema], files: tuple[str, ...], label: Labe
     return f"manifest file {files[len(schemas) - 1]} contradicts the files before it; write all with one schema"
 
 
-def check_columns(names: Sequence[str], place: str) -> None:
-    """Refuse columns that cannot be those of requests; `place` names their file for messages.
+def check_columns(names: Sequence[str], place: str, ids: RequestIdFrom = "column") -> None:
+    """Refuse columns that cannot be those of requests.
+
+    Args:
+        names: Names of the columns, ours.
+        place: Name of their file for messages.
+        ids: Origin of request ids; with `content`, they are no column.
 
     Raises:
         ManifestError: there are too many, a required one is absent, or one has the name of a result column.
@@ -121,7 +127,8 @@ def check_columns(names: Sequence[str], place: str) -> None:
     if len(names) > MAX_COLUMNS:
         msg = f"{place} has {len(names)} columns; at most {MAX_COLUMNS} are read"
         raise ManifestError(msg)
-    missing = [name for name in ("request_id", "prompt") if name not in names]
+    required = ("prompt",) if ids == "content" else ("request_id", "prompt")
+    missing = [name for name in required if name not in names]
     if "image" not in names and "image_bytes" not in names:
         missing.append("image")
     if missing:
@@ -129,6 +136,11 @@ def check_columns(names: Sequence[str], place: str) -> None:
         lacking = " and no column ".join(map(repr, missing))
         likely = [f"--column {name}={source}" for name in missing if (source := _likely_source(name, names))]
         remedy = f"add it, or say which column is meant: {' '.join(likely) or f'--column {missing[0]}=NAME'}"
+        if missing[0] == "request_id":
+            remedy += (
+                ". Without ids of your own, set request_id_from (--request-id-from): content makes them of image, "
+                "prompt and settings, location of file and row"
+            )
         if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
             remedy = "write CSV with commas between the columns"
         msg = f"{place} has no column {lacking}; it has: {columns}; {remedy}"

@@ -14,12 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.config import Defaults, RunConfig
+from pia_batch.config import Defaults, RequestIdFrom, RunConfig
 from pia_batch.manifest.blocklist import blocked
 from pia_batch.manifest.casting import Columns, Range, Rejections
 from pia_batch.manifest.column_map import ColumnMap
-from pia_batch.manifest.content_keys import content_keys
+from pia_batch.manifest.content_keys import content_keys, image_identity
 from pia_batch.manifest.effective import context, fill, hashes_of, is_auto, motion
+from pia_batch.manifest.request_ids import content_ids
 from pia_batch.schema.columns import EFFECTIVE, MAX_ID_BYTES, MAX_URI_BYTES, SETTINGS, carried_columns
 from pia_batch.schema.keys import Keys, keys_to_hex, text_bytes
 from pia_batch.schema.settings import BY_NAME, CONTEXTS, MAX_FPS, MAX_PROMPT_BYTES
@@ -51,8 +52,8 @@ def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str]) -> 
     """
     table = table.combine_chunks()
     rejections = Rejections(len(table))
-    columns = _Columns(table, rejections, ColumnMap.of(config.columns).label)
-    columns.check_identity()
+    columns = _Columns(table, rejections, ColumnMap.of(config).label)
+    columns.check_identity(config.request_id_from)
     columns.check_image()
     columns.check_settings(config.defaults)
     columns.check_choices(config)
@@ -64,10 +65,13 @@ def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str]) -> 
     if len(valid) < len(table):
         carried = carried.take(valid)
         columns.take(valid)
+    images = image_identity(columns.typed)
+    if config.request_id_from == "content":
+        columns.typed["request_id"] = content_ids(columns.typed, images)
     id_hashes = hashes_of(columns.typed["request_id"])
     constants = fill(columns, config, id_hashes)
     effective = {name: columns.typed[name] for name in EFFECTIVE.names}
-    keys = content_keys(effective | constants, config, engine_ids)
+    keys = content_keys(effective | constants, images, config, engine_ids)
     requests = pa.table(effective | {"key": keys_to_hex(keys)})
     for name in carried.column_names:
         requests = requests.append_column(carried.schema.field(name), carried[name])
@@ -77,9 +81,19 @@ def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str]) -> 
 class _Columns(Columns):
     """Checks of each column, and of several together."""
 
-    def check_identity(self) -> None:
-        """Check that `request_id` and `prompt` are present, printable and not too long."""
-        ids, prompts = self.typed["request_id"], self.typed["prompt"]
+    def check_identity(self, request_id_from: RequestIdFrom) -> None:
+        """Check that `request_id`, unless made of the content, and `prompt` are present, printable and not too long."""
+        if request_id_from != "content":
+            self._check_ids()
+        prompts = self.typed["prompt"]
+        blank = pc.or_kleene(pc.is_null(prompts), pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(prompts)), 0))
+        self.require("prompt", blank, "a text that is not empty")
+        for name in ("prompt", "negative_prompt"):
+            long = pc.greater(pc.binary_length(self.typed[name]), MAX_PROMPT_BYTES)
+            self.reject(name, long, "out_of_range", f"at most {MAX_PROMPT_BYTES} bytes")
+
+    def _check_ids(self) -> None:
+        ids = self.typed["request_id"]
         self.require("request_id", pc.is_null(ids), f"a string of 1 to {MAX_ID_BYTES} bytes")
         length = pc.binary_length(ids)
         bad = pc.or_kleene(pc.less(length, 1), pc.greater(length, MAX_ID_BYTES))
@@ -88,11 +102,6 @@ class _Columns(Columns):
         if ((text < ord(" ")) | (text > ord("~"))).any():  # a regex per value is slow, and most ids are plain
             control = pc.match_substring_regex(ids, r"\p{Cc}")
             self.reject("request_id", control, "invalid_id", "a string without control characters")
-        blank = pc.or_kleene(pc.is_null(prompts), pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(prompts)), 0))
-        self.require("prompt", blank, "a text that is not empty")
-        for name in ("prompt", "negative_prompt"):
-            long = pc.greater(pc.binary_length(self.typed[name]), MAX_PROMPT_BYTES)
-            self.reject(name, long, "out_of_range", f"at most {MAX_PROMPT_BYTES} bytes")
 
     def check_image(self) -> None:
         """Check that there is one source of the image, and that a sha256 is well-formed."""

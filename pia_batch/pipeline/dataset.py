@@ -11,7 +11,7 @@ import ray
 import ray.data
 
 from pia_batch.config import RunConfig
-from pia_batch.errors import ManifestError, ObjectExistsError
+from pia_batch.errors import ConfigError, ManifestError, ObjectExistsError
 from pia_batch.journal import layout
 from pia_batch.manifest import reader, unify
 from pia_batch.manifest.blocklist import with_blocklist
@@ -78,15 +78,18 @@ def animate(
         StorageError: `config.output` cannot be written, or its store ignores conditional creation.
     """
     config = with_blocklist(config.filled())
+    if config.request_id_from == "location":
+        msg = "request_id_from: location: rows of a Dataset are in no file; set content, or name a column"
+        raise ConfigError(msg)
     config = config.model_copy(
         update={"output": object_store.absolute(config.output)}
     )  # workers have working directories of their own
     schema = requests.schema(fetch_if_missing=False)
     if schema is not None and isinstance(schema.base_schema, pa.Schema):
-        names = stages.checked_layout(schema.base_schema, ColumnMap.of(config.columns)).schema.names
+        names = stages.checked_layout(schema.base_schema, ColumnMap.of(config)).schema.names
         _check_bytes_column(names, store=store)
     elif schema is not None and not config.columns:
-        unify.check_columns(schema.names, stages.DATASET)
+        unify.check_columns(schema.names, stages.DATASET, config.request_id_from)
         _check_bytes_column(schema.names, store=store)
     engine_ids = engine_ids_of(config)
     if store:

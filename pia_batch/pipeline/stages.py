@@ -58,7 +58,7 @@ def checked_layout(schema: pa.Schema, column_map: ColumnMap) -> Layout:
     names = layout.schema.names
     if not column_map.has_all(names):
         raise column_map.not_found(names, schema, DATASET)
-    unify.check_columns(names, DATASET)
+    unify.check_columns(names, DATASET, column_map.ids)
     refuse_unsupported([field for field in layout.schema if field.name not in REQUEST.names], DATASET)
     return layout
 
@@ -89,7 +89,7 @@ class Validate:
             ManifestError: A required column is missing in a user's Dataset, or one has a type that results cannot hold.
         """
         if self._keep_rejected:
-            rows = checked_layout(rows.schema, ColumnMap.of(self._config.columns)).table(rows)
+            rows = checked_layout(rows.schema, ColumnMap.of(self._config)).table(rows)
         # In parts: a block may be a whole row group of a million rows, and checking a row takes about 2 KiB.
         starts = range(0, max(1, len(rows)), BATCH_ROWS)
         validate = self._all if self._keep_rejected else self._valid

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.config import RunConfig
+from pia_batch.config import RequestIdFrom, RunConfig
 from pia_batch.manifest.effective import hashes_of
 from pia_batch.manifest.reader import Batch, Manifest
 from pia_batch.planning.scan import Scan
@@ -31,19 +31,29 @@ class Duplicates:
     """Row number of the first copy of each repeated request, ascending."""
 
 
-def find_duplicates(manifest: Manifest, scan: Scan) -> Duplicates:
-    """Find the rows with an id that occurs more than once; reads the ids of those rows only."""
+def find_duplicates(manifest: Manifest, scan: Scan, ids: RequestIdFrom) -> Duplicates:
+    """Find the rows with an id that occurs more than once; reads the ids of those rows only.
+
+    Args:
+        manifest: The manifest.
+        scan: Its scan.
+        ids: Origin of request ids. Those made of the content need no reading: equal keys are equal ids.
+    """
     hashes = np.sort(scan.id_hashes)
-    bad_ids = _request_ids(manifest, scan.rejected["row"].to_numpy()).drop_null()
+    by_content = ids == "content"
+    bad_ids = pa.array([], pa.string())
+    if not by_content:
+        bad_ids = _request_ids(manifest, scan.rejected["row"].to_numpy()).drop_null()
     repeated_hashes = np.concatenate([hashes[1:][hashes[1:] == hashes[:-1]], hashes_of(bad_ids)])
     suspects = np.flatnonzero(_is_in(scan.id_hashes, repeated_hashes))
     if not len(suspects):
         return Duplicates(np.empty(0, np.int64), np.empty(0, f"V{KEY_BYTES}"), np.empty(0, np.int64))
     ordinals = scan.ordinals(suspects)
+    keys = keys_to_hex(scan.keys[suspects])
     rows = pa.table(
         {
-            "request_id": _request_ids(manifest, ordinals),
-            "key": keys_to_hex(scan.keys[suspects]),
+            "request_id": keys if by_content else _request_ids(manifest, ordinals),
+            "key": keys,
             "ordinal": ordinals,
         }
     )

@@ -19,6 +19,7 @@ from pia_batch.config import ModelConfig, RunConfig
 from pia_batch.errors import ConfigError, RequestError
 from pia_batch.journal.log import Journal, Outcomes, digest_of
 from pia_batch.journal.results import read_latest, read_success_marker
+from pia_batch.journal.row_locations import RowLocations
 from pia_batch.manifest.blocklist import with_blocklist
 from pia_batch.manifest.column_map import ColumnMap
 from pia_batch.manifest.reader import Manifest, refuse_output_inside
@@ -121,6 +122,11 @@ class Plan:
         """Columns of the manifest that are carried into its results."""
         return pa.schema([item for item in self.manifest.published if item.name not in REQUEST.names])
 
+    def record_locations(self) -> None:
+        """Record the manifest's files, if ids are locations in them, before anything about their rows is committed."""
+        if self.config.request_id_from == "location":
+            RowLocations(Store(self.config.output), self.manifest.uri).record(self.manifest.versions)
+
     def save_scan(self) -> None:
         """Write the new chunks to the scan cache, so that the next plan reads only files that are new or changed."""
         self.scan_cache.save(self.manifest, self.new_chunks)
@@ -154,15 +160,17 @@ def make_plan(config: RunConfig, *, retry: Retry | None = None, statistics: Stat
     store = Store(config.output)
     outcomes = Journal(store).outcomes()  # before the scans are read, which need as much memory
     cache = ScanCache(store, config, engine_ids)
-    found = Manifest.open(config.manifest, cache.contents, ColumnMap.of(config.columns))
+    found = Manifest.open(config.manifest, cache.contents, ColumnMap.of(config))
     refuse_output_inside(found, config.output)
+    if config.request_id_from == "location":
+        RowLocations(store, found.uri).check(found.versions)
     filesystems.check_access(config.images.allow)  # else it would be the same error of every row, on the workers
     if retry is not None:
         retry.check(outcomes)
 
     scan = scan_manifest(found, config, engine_ids, cache)
     pa.default_memory_pool().release_unused()
-    duplicates = find_duplicates(found, scan)
+    duplicates = find_duplicates(found, scan, config.request_id_from)
     rejected = rejected_results(found, scan, duplicates.conflicting, config)
 
     valid = np.ones(len(scan.keys), dtype=bool)

@@ -220,6 +220,7 @@ def _identity(run: RunConfig, engine_ids: Mapping[str, str]) -> str:
         "arrow": pa.__version__,
         "manifest": object_store.absolute(run.manifest).rstrip("/"),
         "columns": run.columns,
+        "request_id_from": run.request_id_from,
         "defaults": run.defaults.model_dump(mode="json"),
         "encoding": run.encoding.model_dump(mode="json"),
         "images": run.images.identity(),

@@ -225,8 +225,9 @@ def rejected_keys(request_ids: pa.Array, errors: pa.Array) -> pa.Array:
 
 
 def named_texts(rows: pa.Table, default_model: str) -> dict[str, pa.Array]:
-    """Return the columns that results of rejected requests have: those NAMED that exist, and always `model`."""
-    texts = {name: as_text(rows[name]) for name in NAMED if name in rows.column_names}
+    """Return the columns that results of rejected requests have: those NAMED that exist, always an id, and `model`."""
+    texts = {"request_id": pa.nulls(len(rows), pa.string())}
+    texts |= {name: as_text(rows[name]) for name in NAMED if name in rows.column_names}
     texts["model"] = pc.fill_null(texts.get("model", pa.nulls(len(rows), pa.string())), default_model)
     return texts
 

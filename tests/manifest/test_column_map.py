@@ -27,8 +27,12 @@ ENGINES = {"default": "0123456789abcdef"}
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
+def column_map(columns: Mapping[str, str] | None) -> ColumnMap:
+    return ColumnMap(tuple((columns or {}).items()))
+
+
 def opened(path: Path, columns: Mapping[str, str] | None = None) -> Manifest:
-    return Manifest.open(str(path), column_map=ColumnMap.of(columns or {}))
+    return Manifest.open(str(path), column_map=column_map(columns))
 
 
 def rows_of(path: Path, columns: Mapping[str, str] | None = None) -> pa.Table:
@@ -333,8 +337,8 @@ def test_a_source_that_cannot_be_taken_is_refused_with_the_nearest(
 
 def test_a_nearest_column_is_found_where_every_file_is_known_already(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", requests_table(1).rename_columns(["request_id", "image", "caption"]))
-    columns = ColumnMap.of({"prompt": "captoin"})
-    contents = Manifest.open(str(path), column_map=ColumnMap.of({"prompt": "caption"})).opened[0][1]
+    columns = column_map({"prompt": "captoin"})
+    contents = Manifest.open(str(path), column_map=column_map({"prompt": "caption"})).opened[0][1]
     known = manifest_files.Contents(contents.schema.remove(2), contents.groups, None)
 
     with pytest.raises(ManifestError, match="no column 'captoin'; did you mean 'caption'"):

@@ -38,7 +38,7 @@ def check_weights(models: dict[str, ModelConfig]) -> Iterator[Finding]:
 def check_manifest(config: RunConfig) -> Iterator[Finding]:
     """Open the manifest; its rows are checked by `plan`."""
     try:
-        found = Manifest.open(config.manifest, column_map=ColumnMap.of(config.columns))
+        found = Manifest.open(config.manifest, column_map=ColumnMap.of(config))
         refuse_output_inside(found, config.output)
     except PiaBatchError as err:
         yield Finding("fail", "manifest", str(err), "correct `manifest` or `output`, or the files there")
