@@ -20,6 +20,8 @@ from pydantic.fields import FieldInfo
 from pia_batch.cli import EXIT_CODES
 from pia_batch.config import RunConfig
 from pia_batch.datasets.export_table import FORMATS
+from pia_batch.evaluation.clips import KINDS
+from pia_batch.evaluation.measures import MEASURES
 from pia_batch.pipeline.metrics import METRICS
 from pia_batch.report.head import REMEDIES
 from pia_batch.schema.columns import MEASURED, MODEL, OUTCOME, REQUEST, SETTINGS, SOURCE
@@ -149,6 +151,22 @@ def url_schemes() -> list[str]:
     return _table(["scheme", *purposes, "package needed to read manifests and images"], rows)
 
 
+def measures() -> list[str]:
+    """Return every measure of an evaluation."""
+    needs = {"pixels": "", "flow": "OpenCV", "clip": "`--clip`", "dino": "`--dino`"}
+    rows = (
+        (f"`{each.name}`", needs[each.needs], each.span, each.unit, each.better, each.formula, each.source)
+        for each in MEASURES
+    )
+    return _table(["measure", "needs", "range", "unit", "wanted", "formula", "source"], rows)
+
+
+def evaluation_errors() -> list[str]:
+    """Return every error kind of an evaluation."""
+    rows = ((", ".join(f"`{kind}`" for kind in kinds.split(", ")), text) for kinds, text in KINDS.items())
+    return _table(["error kind", "meaning"], rows)
+
+
 def modules() -> list[str]:
     """Return the tree of the package, one line for each module: the first line of its docstring."""
     return ["```text", "pia_batch/", *_tree(HERE.parent / "pia_batch", "  "), "```"]
@@ -178,7 +196,7 @@ def _first_line(module: Path) -> str:
 
 _ROOMS = (
     *("storage", "schema", "config", "manifest", "planning", "pipeline", "media", "engine", "weights", "journal"),
-    *("driver", "report", "datasets", "cli", "tiny"),
+    *("driver", "report", "datasets", "evaluation", "cli", "tiny"),
 )
 """Packages in the order in which a manifest's row meets them; `docs/architecture.md` walks through them."""
 
@@ -195,8 +213,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "columns of a request": request_columns,
     "columns of a result": result_columns,
     "error kinds": error_kinds,
+    "evaluation errors": evaluation_errors,
     "exit codes": exit_codes,
     "export formats": export_formats,
+    "measures": measures,
     "metrics": metrics,
     "modules": modules,
     "progress fields": progress_fields,

@@ -21,6 +21,7 @@ _PUBLIC = {
     "RunConfig": ("config", "RunConfig"),
     "Shot": ("engine", "Shot"),
     "animate": ("pipeline.dataset", "animate"),
+    "evaluate": ("evaluation.job", "evaluate"),
     "export": ("datasets.export", "export"),
     "plan": ("planning.plan", "make_plan"),
     "run": ("driver.run", "run"),

@@ -63,6 +63,7 @@ PROCESSES = (
     "pipeline/test_dataset",
     "system/test_pipeline",
     "datasets/test_export",
+    "evaluation/test_evaluate",
     "pipeline/test_metrics",
     "driver/test_ray_cluster",
     "cli/test_cli",

@@ -13,6 +13,7 @@ import typer
 from pia_batch import errors
 from pia_batch.cli import (
     bench_command,
+    evaluation_commands,
     export_command,
     inspect_command,
     job_commands,
@@ -50,6 +51,7 @@ for command in (
         inspect_command.inspect,
         export_command.export,
     ),
+    evaluation_commands.evaluate,
     *(job_commands.submit, job_commands.jobs, bench_command.bench),
 ):
     app.command()(command)

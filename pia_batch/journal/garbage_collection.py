@@ -1,10 +1,11 @@
 """Garbage collection: finds objects under an output that are no longer used. They are deleted on demand only.
 
-There are six kinds: animations that no result names (a worker died between storing and committing one, or outlived its
-run), unfinished files of killed writers on a local disk, old generations of the lease, results that were never
-completed, and replaced parts of the journal's index and of the scan caches. Three things are never garbage: objects
-that the journal or the newest published results name, objects whose name is not one of this package's, and objects
-younger than the age that the operator gives, because they may belong to active work. Nothing is deleted during a run.
+There are seven kinds: animations that no result names (a worker died between storing and committing one, or outlived
+its run), unfinished files of killed writers on a local disk, old generations of the lease, results that were never
+completed, evaluations that were never completed and the pieces of complete ones, and replaced parts of the journal's
+index and of the scan caches. Three things are never garbage: objects that the journal or the newest published results
+name, objects whose name is not one of this package's, and objects younger than the age that the operator gives, because
+they may belong to active work. Nothing is deleted during a run.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from pia_batch.journal.results import read_latest
 from pia_batch.schema.keys import KEY_BYTES, Keys, KeySet, keys_from_hex
 from pia_batch.storage.object_store import ObjectInfo, Store
 
-GarbageKind = Literal["animations", "staged", "leases", "results", "index", "scans"]
+GarbageKind = Literal["animations", "staged", "leases", "results", "evaluations", "index", "scans"]
 
 GARBAGE_KINDS: dict[GarbageKind, str] = {
     "animations": "animations that no result names",
     "staged": "unfinished files of killed writers",
     "leases": "old generations of the lease",
     "results": "results that were never completed",
+    "evaluations": "evaluations that were never completed, and pieces of complete ones",
     "index": "replaced parts of the journal's index",
     "scans": "scans of manifests that have changed",
 }
@@ -77,6 +79,7 @@ def find_garbage(journal: Journal, before_s: float) -> Iterator[Garbage]:
         yield from (Garbage("staged", item) for item in filter(old, store.staged(prefix)))
     yield from (Garbage("leases", item) for item in filter(old, _old_leases(store)))
     yield from (Garbage("results", item) for item in _incomplete_results(store, old))
+    yield from (Garbage("evaluations", item) for item in _unused_of_evaluations(store, old))
     yield from (Garbage("index", item) for item in filter(old, pack_index.superseded(store, layout.FRAGMENT_INDEX)))
     yield from (Garbage("scans", item) for item in filter(old, _unused_scans(store)))
 
@@ -158,6 +161,23 @@ def _incomplete_results(store: Store, old: Callable[[ObjectInfo], bool]) -> Iter
         complete = any(item.name == layout.success_marker(run_id) for item in items)
         if not complete and all(map(old, items)) and (newest is None or newest["run_id"] != run_id):
             yield from items
+
+
+def _unused_of_evaluations(store: Store, old: Callable[[ObjectInfo], bool]) -> Iterator[ObjectInfo]:
+    """Yield the old pieces of complete evaluations, and all objects of one without `_SUCCESS.json` if all are old."""
+    complete: set[str] = set()
+    active: set[str] = set()
+    for item in store.list(layout.EVALUATIONS):  # twice, as there may be many pieces
+        if evaluation := layout.evaluation_id(item.name):
+            if item.name == layout.evaluation_success(evaluation):
+                complete.add(evaluation)
+            if not old(item):
+                active.add(evaluation)
+    for item in store.list(layout.EVALUATIONS):
+        evaluation = layout.evaluation_id(item.name)
+        is_piece = layout.evaluation_piece_number(item.name) is not None
+        if evaluation and old(item) and (is_piece if evaluation in complete else evaluation not in active):
+            yield item
 
 
 def _unused_scans(store: Store) -> Iterator[ObjectInfo]:

@@ -5,6 +5,10 @@
     results/<run_id>/_SUCCESS.json             written last: the results of the run are complete
     results/LATEST.json                        points at the newest complete results
     metadata.parquet, README.md                the newest complete results as a Hugging Face dataset
+    evaluations/<id>/part-<number>.parquet     one row per request of the evaluated results
+    evaluations/<id>/_SUCCESS.json             written last: the evaluation is complete; summary.json is next to it
+    evaluations/<id>/_evaluation.json          what is measured, and of which results
+    evaluations/<id>/_pieces/<number>.parquet  rows that are measured so far; the parts repeat them
     _journal/<hash>.parquet                    the fragments of the commit log
     _journal/index/                            packs of fragments, see `pack_index`
     _journal/create-only                       probe: the store creates an object only where none exists
@@ -27,6 +31,7 @@ RESULTS = "results/"
 LATEST_RESULTS = f"{RESULTS}LATEST.json"
 DATASET_TABLE = "metadata.parquet"
 DATASET_CARD = "README.md"
+EVALUATIONS = "evaluations/"
 FRAGMENTS = "_journal/"
 FRAGMENT_INDEX = f"{FRAGMENTS}index/"
 CREATE_ONLY_PROBE = f"{FRAGMENTS}create-only"
@@ -40,6 +45,7 @@ LEASES = "_lease/"
 PREFIXES = (
     ANIMATIONS,
     RESULTS,
+    EVALUATIONS,
     FRAGMENTS,
     TOMBSTONES,
     LEASES,
@@ -58,6 +64,8 @@ RUN_ID = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 """Pattern of a run id: the name of a folder on every store."""
 
 _ANIMATION = re.compile(rf"{ANIMATIONS}([0-9a-f]{{2}})/(\1[0-9a-f]{{30}})\.[a-z0-9]+")
+_EVALUATION = re.compile(rf"{EVALUATIONS}({RUN_ID})/(?:_pieces/)?[^/]+")
+_EVALUATION_PIECE = re.compile(rf"{EVALUATIONS}{RUN_ID}/_pieces/([0-9]+)\.parquet")
 _FRAGMENT = re.compile(rf"{FRAGMENTS}[^/]+\.parquet")
 _LEASE = re.compile(rf"{LEASES}([0-9]{{12}})\.json")
 _RESULT = re.compile(rf"{RESULTS}({RUN_ID})/[^/]+")
@@ -99,6 +107,53 @@ def success_marker(run_id: str) -> str:
 def results_run_id(name: str) -> str | None:
     """Return the run id in the name of an object of a results folder, or None for any other object."""
     match = _RESULT.fullmatch(name)
+    return match[1] if match else None
+
+
+def evaluation_folder(evaluation_id: str) -> str:
+    """Return the name of the folder of an evaluation, without a final slash."""
+    return f"{EVALUATIONS}{evaluation_id}"
+
+
+def evaluation_part(evaluation_id: str, number: int) -> str:
+    """Return the name of one Parquet file of an evaluation."""
+    return f"{evaluation_folder(evaluation_id)}/part-{number:05d}.parquet"
+
+
+def evaluation_success(evaluation_id: str) -> str:
+    """Return the name of the object that marks an evaluation as complete."""
+    return f"{evaluation_folder(evaluation_id)}/_SUCCESS.json"
+
+
+def evaluation_summary(evaluation_id: str) -> str:
+    """Return the name of the summary of an evaluation."""
+    return f"{evaluation_folder(evaluation_id)}/summary.json"
+
+
+def evaluation_record(evaluation_id: str) -> str:
+    """Return the name of the object that says what an evaluation measures."""
+    return f"{evaluation_folder(evaluation_id)}/_evaluation.json"
+
+
+def evaluation_pieces(evaluation_id: str) -> str:
+    """Return the prefix of the pieces of an evaluation, with its final slash."""
+    return f"{evaluation_folder(evaluation_id)}/_pieces/"
+
+
+def evaluation_piece(evaluation_id: str, number: int) -> str:
+    """Return the name of one piece of an evaluation."""
+    return f"{evaluation_pieces(evaluation_id)}{number:08d}.parquet"
+
+
+def evaluation_piece_number(name: str) -> int | None:
+    """Return the number in the name of a piece of an evaluation, or None for any other object."""
+    match = _EVALUATION_PIECE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def evaluation_id(name: str) -> str | None:
+    """Return the id of the evaluation that an object belongs to, or None for any other object."""
+    match = _EVALUATION.fullmatch(name)
     return match[1] if match else None
 
 

@@ -43,6 +43,7 @@ NOT_RUN = {
     "pia-batch run jobs/configs/single_gpu.yaml": "a GPU and the published weights",
     "pia-batch submit": "a cluster; the tutorial and test_jobs submit to one",
     "pia-batch jobs": "a cluster; the tutorial and test_jobs ask one",
+    "pia-batch evaluate": "test_evaluate evaluates outputs; most of these need published weights",
     "pia-batch bench": "minutes; test_benchmark runs it small",
     "python jobs/benchmark": "minutes; the tests of these programs run them small",
     "python jobs/tiny/train.py": "hours; test_tiny trains for seconds",

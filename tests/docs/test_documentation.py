@@ -129,6 +129,7 @@ def test_the_public_names_are_those_of_their_modules() -> None:
         "Shot",
         "__version__",
         "animate",
+        "evaluate",
         "export",
         "plan",
         "run",

@@ -11,6 +11,8 @@ NAMES = {
     layout.animation_name(KEY, "gif"): (layout.animation_key, KEY),
     layout.results_part("run-1", 0): (layout.results_run_id, "run-1"),
     layout.success_marker("run-1"): (layout.results_run_id, "run-1"),
+    layout.evaluation_part("e-1", 0): (layout.evaluation_id, "e-1"),
+    layout.evaluation_success("e-1"): (layout.evaluation_id, "e-1"),
     layout.fragment_name(KEY): (layout.is_fragment, True),
     layout.scan_cache_folder(KEY) + f"{KEY}.parquet": (layout.scan_cache_identity, KEY),
     layout.run_record_name("run-1"): (layout.is_run_record, True),
@@ -19,6 +21,7 @@ NAMES = {
 READERS = [
     layout.animation_key,
     layout.results_run_id,
+    layout.evaluation_id,
     layout.is_fragment,
     layout.scan_cache_identity,
     layout.is_run_record,
@@ -60,6 +63,8 @@ def test_the_paths_of_stored_outputs_stay_as_they_are() -> None:
         f"animations/ab/{KEY}.gif",
         "results/run-1/part-00000.parquet",
         "results/run-1/_SUCCESS.json",
+        "evaluations/e-1/part-00000.parquet",
+        "evaluations/e-1/_SUCCESS.json",
         f"_journal/{KEY}.parquet",
         f"_scans/{KEY}/{KEY}.parquet",
         "_runs/run-1/run.json",
@@ -68,3 +73,11 @@ def test_the_paths_of_stored_outputs_stay_as_they_are() -> None:
         "results/LATEST.json",
         "_runs/run-1/report.html",
     ]
+
+
+def test_a_piece_of_an_evaluation_is_recognized_by_its_number() -> None:
+    piece = layout.evaluation_piece("e-1", 12)
+
+    assert piece == "evaluations/e-1/_pieces/00000012.parquet"
+    assert (layout.evaluation_piece_number(piece), layout.evaluation_id(piece)) == (12, "e-1")
+    assert layout.evaluation_piece_number(layout.evaluation_part("e-1", 12)) is None

@@ -1,0 +1,144 @@
+"""Commands `evaluate`, `select` and `compare`, about animations that exist."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.status import Status
+from rich.table import Table
+
+from pia_batch import errors
+from pia_batch.cli.console import LOG_EVERY_S, err, out, print_json
+from pia_batch.cli.options import AsJson, OutputOrConfig, Overrides, load, overrides
+from pia_batch.cli.signals import first_signal
+
+if TYPE_CHECKING:
+    from pia_batch.config import PlacementConfig
+    from pia_batch.evaluation.job import EvaluationProgress
+    from pia_batch.evaluation.publication import Evaluation
+
+_PLACEMENT = "placement."
+
+
+def evaluate(
+    output: OutputOrConfig,
+    run_id: Annotated[str | None, typer.Option(help="Run with complete results; default: the newest.")] = None,
+    evaluation_id: Annotated[
+        str | None, typer.Option("--id", help="Name of the evaluation; default: made from what it measures.")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="CLIPModel: a folder, owner/name on the hub, or a URI. Adds clip_i, clip_t, ….")
+    ] = None,
+    clip_revision: Annotated[str | None, typer.Option(help="Hub commit, tag or branch of --clip.")] = None,
+    dino: Annotated[
+        str | None, typer.Option(help="ViT of DINO, as --clip. Adds dino_subject_consistency and dino_i2v.")
+    ] = None,
+    dino_revision: Annotated[str | None, typer.Option(help="Hub commit, tag or branch of --dino.")] = None,
+    flow: Annotated[
+        bool, typer.Option("--flow/--no-flow", help="Measure what needs optical flow, most of the work.")
+    ] = True,
+    override: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure every animation of a run, and publish one row for each request. Continues where it was stopped.
+
+    Workers are placed by the section `placement` of a config, or `--set placement.KEY=VALUE`, as engines of a run are.
+    Example: `pia-batch evaluate s3://bucket/out --clip openai/clip-vit-large-patch14 --set placement.num_gpus=1`
+    """
+    from pia_batch.evaluation.job import evaluate as evaluate_output
+
+    uri, placement = _placed(output, override)
+    with _shown(as_json=as_json) as show, _interruptible():
+        found = evaluate_output(
+            uri,
+            run_id=run_id,
+            evaluation_id=evaluation_id,
+            clip=clip,
+            clip_revision=clip_revision,
+            dino=dino,
+            dino_revision=dino_revision,
+            flow=flow,
+            placement=placement,
+            on_progress=show,
+        )
+    if as_json:
+        print_json(found.summary | {"uri": found.uri})
+    else:
+        _print_evaluation(found)
+
+
+def _placed(output: str, settings: list[str] | None) -> tuple[str, PlacementConfig]:
+    """Return the URI of the output, and the placement of the workers."""
+    given = overrides(None, None, settings)
+    if other := next((key for key in given if not key.startswith(_PLACEMENT)), None):
+        raise errors.ConfigError(f"--set {other}: only keys of {_PLACEMENT}* place the workers of an evaluation")
+    if output.endswith((".yaml", ".yml")):
+        config = load(Path(output), given).filled()
+        return config.output, config.placement
+    return output, load(None, {"manifest": "-", "output": output} | given).placement
+
+
+@contextmanager
+def _shown(*, as_json: bool) -> Iterator[Callable[[EvaluationProgress], None]]:
+    """Yield a progress callback: live on a terminal, elsewhere a line every LOG_EVERY_S seconds."""
+    log, last = logging.getLogger("pia_batch.driver.progress"), 0.0
+    status = Status("", console=err) if err.is_terminal else None
+
+    def show(progress: EvaluationProgress) -> None:
+        nonlocal last
+        text = (
+            f"{progress.done} of {progress.requests} requests measured, {progress.frames_per_second:.1f} frames/s, "
+            f"{progress.errors} with an error"
+        )
+        if status is not None:
+            status.update(text)
+        elif not as_json and time.monotonic() - last >= LOG_EVERY_S:
+            last = time.monotonic()
+            log.info("progress %s", text)
+
+    if status is None:
+        yield show
+    else:
+        with status:
+            yield show
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """End the block by InterruptedRunError at the first SIGINT or SIGTERM: what is measured is committed already."""
+
+    def stop(_: int) -> None:
+        raise errors.InterruptedRunError("stopped; what was measured is committed. Start again to continue")
+
+    with first_signal(stop):
+        yield
+
+
+def _print_evaluation(found: Evaluation) -> None:
+    summary = found.summary
+    table = Table(box=None, pad_edge=False)
+    for head in ("measure", "mean", "std", "p05", "median", "p95", "clips"):
+        table.add_column(head, justify="left" if head == "measure" else "right", no_wrap=True)
+    for name, figures in summary["measures"].items():
+        numbers = (figures.get(each) for each in ("mean", "std", "p05", "median", "p95"))
+        table.add_row(name, *(_number(number) for number in numbers), str(figures["count"]))
+    out.print(table)
+    out.print(
+        f"{summary['requests']} requests, {summary['animations']} animations; {_errors(summary['errors'])}",
+        soft_wrap=True,
+    )
+    out.print(f"evaluation: {found.evaluation_id}\nrows: {found.uri}", soft_wrap=True, markup=False)
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _errors(kinds: dict[str, int]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in kinds.items()) or "no errors"

@@ -1,0 +1,1 @@
+"""Evaluation of committed animations: measures of each, selection by them, and comparison of two outputs."""
