@@ -30,7 +30,8 @@ class Film:
         method = contexts.method(shot.context, shot.num_frames, shot.context_length, positions)
         self._shot = shot
         self._chained = method == "chain"
-        self._frames: list[NDArray[np.uint8]] = []
+        self._frames: NDArray[np.uint8] | None = None
+        self._count = 0
         self._latents: list[torch.Tensor] = []
         self.generator: torch.Generator | None = None
         """Generator of the last piece, which the next one continues; None before the first."""
@@ -40,7 +41,7 @@ class Film:
     @property
     def is_complete(self) -> bool:
         """True if all frames are there."""
-        return sum(map(len, self._frames)) == self._shot.num_frames
+        return self._count == self._shot.num_frames
 
     @property
     def next_piece(self) -> Shot:
@@ -49,15 +50,16 @@ class Film:
         if not self._chained:
             return shot
         piece = dataclasses.replace(shot, num_frames=shot.context_length, context=None)
-        if not self._frames:
+        if self._frames is None:
             return piece
         prompt = shot.image if shot.ip_adapter_image is None else shot.ip_adapter_image
-        return dataclasses.replace(piece, image=Image.fromarray(self._frames[-1][-1]), ip_adapter_image=prompt)
+        last = Image.fromarray(self._frames[self._count - 1])
+        return dataclasses.replace(piece, image=last, ip_adapter_image=prompt)
 
     @property
-    def frames(self) -> NDArray[np.uint8]:
-        """All frames: uint8, (F, H, W, 3)."""
-        return self._frames[0] if len(self._frames) == 1 else np.concatenate(self._frames)
+    def frames(self) -> NDArray[np.uint8] | None:
+        """All frames: uint8, (F, H, W, 3); None before the first piece."""
+        return self._frames
 
     @property
     def latents(self) -> torch.Tensor:
@@ -71,8 +73,15 @@ class Film:
             frames: Frames of the piece, first to last.
             latents: Their latents, (4, F, h, w); None: they are not kept.
         """
-        first = 1 if self._frames else 0
-        last = first + self._shot.num_frames - sum(map(len, self._frames))
-        self._frames.append(frames[first:last])
+        first = 1 if self._count else 0
+        last = first + self._shot.num_frames - self._count
+        frames = frames[first:last]
+        if not self._chained:
+            self._frames = frames
+        else:
+            if self._frames is None:
+                self._frames = np.empty((self._shot.num_frames, *frames.shape[1:]), np.uint8)
+            self._frames[self._count : self._count + len(frames)] = frames
+        self._count += len(frames)
         if latents is not None:
             self._latents.append(latents[:, first:last].cpu())

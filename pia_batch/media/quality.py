@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -40,13 +42,20 @@ def measures(
         all three in 0-255; `first_frame_psnr_db`, the PSNR of the condition frame against the condition image in dB,
         None if they are identical.
     """
-    pixels = frames.astype(np.float32)
-    motion = float(np.abs(np.diff(pixels, axis=0)).mean()) if len(frames) > 1 else 0.0
-    error = float(np.square(pixels[cond_frame] - condition).mean())
+    total = squares = moved = 0
+    before: npt.NDArray[np.int32] | None = None
+    for frame in frames:  # one at a time, and in whole numbers, so that a long clip needs little memory and is exact
+        pixels = frame.astype(np.int32)
+        total += int(pixels.sum(dtype=np.int64))
+        squares += int(np.square(pixels).sum(dtype=np.int64))
+        moved += 0 if before is None else int(np.abs(pixels - before).sum(dtype=np.int64))
+        before = pixels
+    error = float(np.square(frames[cond_frame].astype(np.int32) - condition).mean())
+    mean, count = total / frames.size, frames.size
     return {
-        "frame_mean": float(pixels.mean()),
-        "frame_std": float(pixels.std()),
-        "motion": motion,
+        "frame_mean": mean,
+        "frame_std": math.sqrt((count * squares - total * total) / count**2),
+        "motion": moved / (count - frames[0].size) if len(frames) > 1 else 0.0,
         "first_frame_psnr_db": None if error == 0 else 10 * float(np.log10(255**2 / error)),
     }
 

@@ -1,7 +1,10 @@
 """Measures of clips, and the check of a stored animation."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,3 +50,14 @@ def test_measures_of_a_still_a_single_and_a_perfect_clip() -> None:
     assert (single["motion"], single["first_frame_psnr_db"]) == (0, None)
     black, white = np.zeros((1, 4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
     assert measures(black, white)["first_frame_psnr_db"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("fmt", ["mp4", "gif"])
+def test_a_long_clip_is_decoded_measured_encoded_and_checked_frame_by_frame(fmt: str) -> None:
+    """Beyond the frames themselves, less than twice what one copy of them in float32 would take."""
+    program = Path(__file__).parents[1] / "support" / "long_encoding.py"
+
+    done = subprocess.run([sys.executable, program, fmt, "192", "256"], check=True, capture_output=True, text=True)
+
+    frames, _, peak = map(int, done.stdout.split())
+    assert peak <= frames + 2 * 4 * frames

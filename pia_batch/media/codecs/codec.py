@@ -57,8 +57,9 @@ class Codec:
     """Byte offset and bytes by which a file of this format is recognised."""
     encode: Callable[[Frames, Playback, EncodingConfig, Metadata | None], bytes]
     """Encoder of C-contiguous frames, with metadata or None for none."""
-    decode: Callable[[bytes], tuple[list[Frames], Fraction]]
-    """Decoder of a complete file; returns frames of shape (H, W, 3) and the duration in seconds."""
+    decode: Callable[[bytes, Callable[[Frames], None]], Fraction]
+    """Decoder of a complete file; gives one frame of shape (H, W, 3) after the other to a function, and returns the
+    duration in seconds. It keeps no frame, so that long animations need little memory."""
     comments: Callable[[bytes], list[str]]
     """Reader of the comments in a file."""
     player: Literal["video", "image"] | None
@@ -105,11 +106,11 @@ def require(condition: bool, problem: str) -> None:
         raise ValueError(problem)
 
 
-def decode_with_pillow(data: bytes, pillow_format: str) -> tuple[list[Frames], Fraction]:
-    """Return the frames of an animated image, each of shape (H, W, 3), and its duration in seconds."""
-    frames, milliseconds = [], 0
+def decode_with_pillow(data: bytes, pillow_format: str, take: Callable[[Frames], None]) -> Fraction:
+    """Give each frame of an animated image, of shape (H, W, 3), to `take`; return the duration in seconds."""
+    milliseconds = 0
     with Image.open(io.BytesIO(data), formats=(pillow_format,)) as file:
         for image in ImageSequence.Iterator(file):
-            frames.append(np.asarray(image.convert("RGB")))
+            take(np.asarray(image.convert("RGB")))
             milliseconds += image.info["duration"]
-    return frames, Fraction(milliseconds, 1000)
+    return Fraction(milliseconds, 1000)

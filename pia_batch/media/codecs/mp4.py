@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
 from fractions import Fraction
 
 import av
@@ -56,7 +57,7 @@ def _encode(frames: Frames, playback: Playback, config: EncodingConfig, metadata
     return file.getvalue() + (mp4_box(metadata) if metadata else b"")
 
 
-def _decode(data: bytes) -> tuple[list[Frames], Fraction]:
+def _decode(data: bytes, take: Callable[[Frames], None]) -> Fraction:
     position, boxes = 0, b""
     while position < len(data):
         size, name = struct.unpack_from(">I4s", data, position)
@@ -68,9 +69,13 @@ def _decode(data: bytes) -> tuple[list[Frames], Fraction]:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         stream.codec_context.options = {"err_detect": "explode"}  # the default conceals errors
-        frames = [frame.to_ndarray(**_TO_RGB) for frame in container.decode(stream)]
-        require(len(frames) == stream.frames, f"{len(frames)} of {stream.frames} frames decode")
-        return frames, stream.duration * stream.time_base
+        count = 0
+        for frame in container.decode(stream):
+            take(frame.to_ndarray(**_TO_RGB))
+            count += 1
+        require(count == stream.frames, f"{count} of {stream.frames} frames decode")
+        duration: Fraction = stream.duration * stream.time_base
+        return duration
 
 
 def _comments(data: bytes) -> list[str]:

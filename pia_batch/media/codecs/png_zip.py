@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -20,34 +21,36 @@ _MAX_COMMENT_BYTES = 2**20
 
 
 def _encode(frames: Frames, playback: Playback, config: EncodingConfig, metadata: Metadata | None) -> bytes:  # noqa: ARG001
-    members = {_INDEX: json.dumps({"fps": float(playback.fps), "num_frames": len(frames)}).encode()}
-    members |= {_PROVENANCE: metadata.comment.encode()} if metadata else {}
-    for number, frame in enumerate(frames):
-        png = io.BytesIO()
-        Image.fromarray(frame).save(png, "PNG", compress_level=1)  # level 6 takes 3 times as long and saves a tenth
-        # Each frame becomes a file of its own once the zip is unpacked.
-        members[f"{number:04d}.png"] = in_png(png.getvalue(), metadata) if metadata else png.getvalue()
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in members.items():
-            member = zipfile.ZipInfo(name)  # dated 1980-01-01
-            member.create_system, member.external_attr = 3, 0o644 << 16  # Unix, also where Python runs on another
-            archive.writestr(member, content)
+        _add(archive, _INDEX, json.dumps({"fps": float(playback.fps), "num_frames": len(frames)}).encode())
+        if metadata:
+            _add(archive, _PROVENANCE, metadata.comment.encode())
+        for number, frame in enumerate(frames):
+            png = io.BytesIO()
+            Image.fromarray(frame).save(png, "PNG", compress_level=1)  # level 6 takes 3 times as long and saves a tenth
+            # Each frame becomes a file of its own once the zip is unpacked.
+            _add(archive, f"{number:04d}.png", in_png(png.getvalue(), metadata) if metadata else png.getvalue())
     return file.getvalue()
 
 
-def _decode(data: bytes) -> tuple[list[Frames], Fraction]:
+def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    member = zipfile.ZipInfo(name)  # dated 1980-01-01
+    member.create_system, member.external_attr = 3, 0o644 << 16  # Unix, also where Python runs on another
+    archive.writestr(member, content)
+
+
+def _decode(data: bytes, take: Callable[[Frames], None]) -> Fraction:
     require(data[-22:].startswith(b"PK\5\6"), "bytes after the archive")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         index = json.loads(archive.read(_INDEX))
         require(archive.infolist()[0].header_offset == 0, "bytes before the archive")
         names = sorted(set(archive.namelist()) - {_INDEX, _PROVENANCE})
         require(len(names) == index["num_frames"], f"{len(names)} of {index['num_frames']} frames")
-        frames = []
         for name in names:
             with Image.open(io.BytesIO(archive.read(name)), formats=("PNG",)) as image:
-                frames.append(np.asarray(image.convert("RGB")))
-    return frames, len(frames) / exact_rate(index["fps"])
+                take(np.asarray(image.convert("RGB")))
+    return len(names) / exact_rate(index["fps"])
 
 
 def _comments(data: bytes) -> list[str]:

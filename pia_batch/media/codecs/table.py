@@ -15,7 +15,7 @@ import numpy as np
 
 from pia_batch.config import EncodingConfig, Format
 from pia_batch.errors import EncodingError
-from pia_batch.media.codecs.codec import Codec, Frames, MediaInfo, Playback, exact_rate
+from pia_batch.media.codecs.codec import Codec, Frames, MediaInfo, Playback, exact_rate, require
 from pia_batch.media.codecs.gif import GIF
 from pia_batch.media.codecs.mp4 import MP4
 from pia_batch.media.codecs.png_zip import PNG_ZIP
@@ -80,18 +80,21 @@ def decode(data: bytes, fmt: Format) -> Frames:
     Raises:
         EncodingError: The file is truncated, followed by other bytes, corrupt, or of another format.
     """
-    return _decode(data, fmt)[0]
+    frames: list[Frames] = []
+    _decode(data, fmt, frames.append)
+    return np.stack(frames)
 
 
 def probe(data: bytes, fmt: Format) -> MediaInfo:
-    """Return size, number of frames and duration of a file, after decoding every frame of it.
+    """Return size, number of frames and duration of a file, after decoding every frame of it, one at a time.
 
     Raises:
         EncodingError: See `decode`.
     """
-    frames, duration = _decode(data, fmt)
-    num_frames, height, width, _ = frames.shape
-    return MediaInfo(width=width, height=height, num_frames=num_frames, duration_s=float(duration))
+    shapes: list[tuple[int, ...]] = []
+    duration = _decode(data, fmt, lambda frame: shapes.append(frame.shape))
+    height, width, _ = shapes[0]
+    return MediaInfo(width=width, height=height, num_frames=len(shapes), duration_s=float(duration))
 
 
 def comments(data: bytes) -> list[str]:
@@ -115,13 +118,22 @@ def comments(data: bytes) -> list[str]:
         raise EncodingError(msg) from err
 
 
-def _decode(data: bytes, fmt: Format) -> tuple[Frames, Fraction]:
+def _decode(data: bytes, fmt: Format, take: Callable[[Frames], None]) -> Fraction:
+    """Give each frame of a file to `take`, all of one shape and at least one; return the duration in seconds."""
+    shapes: set[tuple[int, ...]] = set()
+
+    def take_one(frame: Frames) -> None:
+        shapes.add(frame.shape)
+        require(len(shapes) == 1, f"frames of different sizes: {sorted(shapes)}")
+        take(frame)
+
     try:
-        frames, duration = CODECS[fmt].decode(data)
-        return np.stack(frames), duration
+        duration = CODECS[fmt].decode(data, take_one)
+        require(bool(shapes), "no frame")
     except Exception as err:  # the readers raise almost any exception on corrupt bytes
         msg = f"not a complete {fmt} file of this program: {type(err).__name__}: {err}"
         raise EncodingError(msg) from err
+    return duration
 
 
 _COMMENTS: list[tuple[tuple[int, bytes], Callable[[bytes], list[str]]]] = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import struct
+from collections.abc import Callable
 from fractions import Fraction
 
 from PIL import Image
@@ -48,9 +49,9 @@ def _uint24(value: int) -> bytes:
     return value.to_bytes(3, "little")
 
 
-def _decode(data: bytes) -> tuple[list[Frames], Fraction]:
+def _decode(data: bytes, take: Callable[[Frames], None]) -> Fraction:
     require(int.from_bytes(data[4:8], "little") + 8 == len(data), f"{len(data)} bytes do not match the header")
-    return decode_with_pillow(data, "WEBP")
+    return decode_with_pillow(data, "WEBP", take)
 
 
 WEBP = Codec(
