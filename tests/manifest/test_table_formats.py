@@ -158,7 +158,7 @@ def _orc(path: Path, table: pa.Table) -> None:
     [
         ("arrow", "an Arrow IPC"),
         ("orc", "an ORC file"),
-        (gzip.compress(b"{}"), "compressed with gzip; decompress it"),
+        (gzip.compress(b"{}", mtime=0), "compressed with gzip; decompress it"),
         (b"\x28\xb5\x2f\xfd000", "compressed with zstd; decompress it"),
         (b"BZh9000000", "compressed with bzip2"),
         (b"PK\x03\x04000000", "a zip archive or an Excel workbook; unpack it, or save it as CSV UTF-8"),
