@@ -52,6 +52,7 @@ for command in (
         export_command.export,
     ),
     evaluation_commands.evaluate,
+    evaluation_commands.select,
     *(job_commands.submit, job_commands.jobs, bench_command.bench),
 ):
     app.command()(command)

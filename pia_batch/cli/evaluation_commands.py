@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pia_batch import errors
 from pia_batch.cli.console import LOG_EVERY_S, err, out, print_json
-from pia_batch.cli.options import AsJson, OutputOrConfig, Overrides, load, overrides
+from pia_batch.cli.options import AsJson, Output, OutputOrConfig, Overrides, load, overrides
 from pia_batch.cli.signals import first_signal
 
 if TYPE_CHECKING:
@@ -71,6 +71,64 @@ def evaluate(
         print_json(found.summary | {"uri": found.uri})
     else:
         _print_evaluation(found)
+
+
+def select(
+    output: Output,
+    evaluation: Annotated[str | None, typer.Option(help="Complete evaluation; default: the newest.")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="Score, such as 'clip_t + 0.5 * clip_i'; the highest are selected.")
+    ] = None,
+    where: Annotated[str | None, typer.Option(help="Condition, such as 'flicker > 0.97 and motion > 1'.")] = None,
+    group_by: Annotated[
+        str | None, typer.Option(metavar="COLUMNS", help="Select from each group of equal values; separate by commas.")
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Number selected of each group; default: 1 with --group-by, else all.")
+    ] = None,
+    out_uri: Annotated[
+        str, typer.Option("--out", help="File or URI of the table, .parquet or .csv.")
+    ] = "selected.parquet",
+    as_json: AsJson = False,
+) -> None:
+    """Select requests by their measures, and write a table of their ids for --only of export, report and retry.
+
+    Conditions name measures of the evaluation and columns of the results, those carried from the manifest included.
+    Example: `pia-batch select s3://bucket/out --group-by base_id --by "clip_t + 0.5 * clip_i" --where "flicker > 0.97"`
+    """
+    from pia_batch.evaluation import selection
+    from pia_batch.schema.expressions import RowFilter, RowNumber
+
+    choice = selection.Choice(
+        None if by is None else RowNumber(by),
+        None if where is None else RowFilter(where),
+        tuple(name.strip() for name in group_by.split(",")) if group_by else (),
+        top,
+    )
+    found = selection.select(output, choice, evaluation)
+    uri = selection.write(found, out_uri)
+    if as_json:
+        print_json(
+            {
+                "evaluation_id": found.evaluation.evaluation_id,
+                "run_id": found.evaluation.run_id,
+                "requests": found.num_requests,
+                "accepted": found.num_accepted,
+                "unscored": found.num_unscored,
+                "groups": found.num_groups,
+                "selected": len(found.table),
+                "table": uri,
+            }
+        )
+        return
+    unscored = f", {found.num_unscored} of them without a score" if found.num_unscored else ""
+    groups = f" from {found.num_groups} groups" if group_by else ""
+    out.print(
+        f"{found.num_requests} requests, {found.num_accepted} accepted{unscored}; {len(found.table)} selected{groups}\n"
+        f"table: {uri}",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def _placed(output: str, settings: list[str] | None) -> tuple[str, PlacementConfig]:

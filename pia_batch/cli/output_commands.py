@@ -172,6 +172,10 @@ def report(
     max_results: Annotated[
         int | None, typer.Option(min=2, help="For larger runs, show failures and a fair sample.")
     ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="TABLE", help="Only requests whose ids a Parquet, CSV or JSONL table has."),
+    ] = None,
     price_per_hour: Annotated[
         float | None, typer.Option(min=0, help="Price per device-hour; adds the cost to the page.")
     ] = None,
@@ -185,10 +189,17 @@ def report(
     Examples: `pia-batch report s3://bucket/out --price-per-hour 2.49`, `pia-batch report s3://bucket/out --live`
     """
     from pia_batch import report
+    from pia_batch.manifest import id_tables
     from pia_batch.storage.object_store import Store
 
+    if live and only is not None:
+        raise errors.ConfigError("--live, --only: mutually exclusive; give one of them")
     options = report.ReportOptions(
-        max_results=max_results or report.MAX_RESULTS, embed=embed, media_url=media_url, price_per_hour=price_per_hour
+        max_results=max_results or report.MAX_RESULTS,
+        embed=embed,
+        media_url=media_url,
+        only=None if only is None else id_tables.read(only),
+        price_per_hour=price_per_hour,
     )
     store = Store(output)
     if live:

@@ -42,6 +42,9 @@ def retry(
     kinds: Annotated[
         list[str] | None, typer.Option("--kind", help="Only requests that failed with this error kind; repeatable.")
     ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="TABLE", help="Only requests whose ids a Parquet, CSV or JSONL table has.")
+    ] = None,
     max_attempts: Annotated[
         int | None, typer.Option(help="Attempts for a request that kills its worker; overrides limits.max_attempts.")
     ] = None,
@@ -50,10 +53,12 @@ def retry(
 
     The exit codes are those of `run`. Example: `pia-batch retry nightly.yaml --kind image_unavailable --kind timeout`
     """
+    from pia_batch.manifest import id_tables
     from pia_batch.planning.plan import Retry
 
     loaded = flags.load(given({"limits.max_attempts": max_attempts}))
-    _start(flags, loaded, Retry(frozenset(kinds) if kinds else None))
+    ids = None if only is None else id_tables.read(only)
+    _start(flags, loaded, Retry(frozenset(kinds) if kinds else None, ids))
 
 
 def demo(

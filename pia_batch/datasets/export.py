@@ -22,7 +22,6 @@ import pyarrow as pa
 import ray.data
 
 from pia_batch.config import Format, PlacementConfig
-from pia_batch.datasets import export_ids
 from pia_batch.datasets.export_formats import PROGRESS, ExportFormat, Finish, ShardTarget, Written
 from pia_batch.datasets.export_plan import (
     DEFAULT_SHARD_SIZE,
@@ -38,6 +37,7 @@ from pia_batch.datasets.export_table import FORMATS
 from pia_batch.driver import monitor, ray_cluster
 from pia_batch.errors import AccountingError, ConfigError, InterruptedRunError, ObjectExistsError
 from pia_batch.journal.log import to_json
+from pia_batch.manifest import id_tables
 from pia_batch.pipeline.ray_data import configure
 from pia_batch.schema.dataset_columns import DatasetColumns, Media
 from pia_batch.schema.expressions import RowFilter
@@ -138,13 +138,13 @@ def export(  # noqa: PLR0913 - one for each option of the command
     options = {"where": where, "columns": list(columns) if columns else None, "shard_size": shard_size}
     source, target = Store(output), Store(to)
     _refuse_overlap(source, target)
-    ids = export_ids.read(only) if only is not None else None
+    ids = id_tables.read(only) if only is not None else None
     condition = RowFilter(where) if where is not None else None
     published = Published.find(source, run_id)
     options |= {
         "format": format,
         "transcode": transcode,
-        "only": export_ids.digest_of(ids) if ids is not None else None,
+        "only": id_tables.digest_of(ids) if ids is not None else None,
     }
     identity = {"run_id": published.run_id, "digest": published.digest, **options}
     done = _read_json(target, SUCCESS)

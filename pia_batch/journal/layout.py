@@ -198,9 +198,9 @@ def is_run_record(name: str) -> bool:
     return _RUN_RECORD.fullmatch(name) is not None
 
 
-def report_name(run_id: str) -> str:
-    """Return the name of a run's page."""
-    return f"{RUNS}{run_id}/report.html"
+def report_name(run_id: str, selection: str = "") -> str:
+    """Return the name of a run's page, or of the page of a selection of its requests, named by a hash."""
+    return f"{RUNS}{run_id}/report{selection and '-'}{selection}.html"
 
 
 def lease_name(generation: int) -> str:

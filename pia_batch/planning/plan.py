@@ -22,6 +22,7 @@ from pia_batch.journal.results import read_latest, read_success_marker
 from pia_batch.journal.row_locations import RowLocations
 from pia_batch.manifest.blocklist import with_blocklist
 from pia_batch.manifest.column_map import ColumnMap
+from pia_batch.manifest.effective import hashes_of
 from pia_batch.manifest.reader import Manifest, refuse_output_inside
 from pia_batch.manifest.validation import check
 from pia_batch.planning.duplicates import find_duplicates, read_rows, rejected_results
@@ -46,6 +47,8 @@ class Retry:
 
     kinds: frozenset[str] | None = None
     """Error kinds of the requests to animate again; None: all kinds."""
+    only: pa.Array | None = None
+    """Ids of the requests to animate again, strings; None: all requests."""
 
     def check(self, outcomes: Outcomes) -> None:
         """Refuse a kind that this package does not know and the journal does not have.
@@ -176,7 +179,7 @@ def make_plan(config: RunConfig, *, retry: Retry | None = None, statistics: Stat
     valid = np.ones(len(scan.keys), dtype=bool)
     valid[scan.indices(duplicates.conflicting)] = False
     good = KeySet.of(scan.keys if valid.all() else scan.keys[valid])
-    done = _done(outcomes, retry)  # not earlier: it takes as much memory as the manifest's keys
+    done = _done(outcomes, retry, scan)  # not earlier: it takes as much memory as the manifest's keys
     finished = done.contains_members(good)
     unfinished = good.filter(~finished)
     if statistics is not None:
@@ -260,9 +263,22 @@ def _engine_id(config: RunConfig, name: str, model: ModelConfig) -> str:
     return engine_id(model, found, resolved_dtype(model, on_gpu=config.placement.num_gpus > 0))
 
 
-def _done(outcomes: Outcomes, retry: Retry | None) -> KeySet:
-    """Return the keys that are not animated again."""
-    return KeySet.of(outcomes.keys if retry is None else outcomes.keys[~outcomes.failed(retry.kinds)])
+def _done(outcomes: Outcomes, retry: Retry | None, scan: Scan) -> KeySet:
+    """Return the keys that are not animated again.
+
+    Raises:
+        ConfigError: `retry` names requests, and the manifest has none of them.
+    """
+    if retry is None:
+        return KeySet.of(outcomes.keys)
+    again = outcomes.failed(retry.kinds)
+    if retry.only is not None:
+        named = np.isin(scan.id_hashes, hashes_of(retry.only))
+        if not named.any():
+            msg = f"--only: the manifest has none of the {len(retry.only)} requests of that table; check its ids"
+            raise ConfigError(msg)
+        again &= KeySet.of(scan.keys[named]).contains(outcomes.keys)
+    return KeySet.of(outcomes.keys[~again])
 
 
 def _count(statistics: Statistics, scan: Scan, valid: npt.NDArray[np.bool_], done: KeySet) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pia_batch.errors import ConfigError, StorageError
 from pia_batch.journal import layout
 from pia_batch.journal.log import Journal
 from pia_batch.journal.results import is_published, read_latest
+from pia_batch.manifest import id_tables
 from pia_batch.media.codecs import CODECS
 from pia_batch.report import page, results
 from pia_batch.report.embedded import with_embedded
@@ -66,6 +68,8 @@ class ReportOptions:
     """
     media_url: str | None = None
     """HTTP(S) address of the output folder; None: animations are named relative to the page."""
+    only: pa.Array | None = None
+    """Ids of the requests on the page and in its counts, strings; None: all requests."""
     price_per_hour: float | None = None
     """Price of one device-hour, in any currency; None: the price in the run's config, or no cost."""
 
@@ -86,6 +90,8 @@ def write(
 ) -> Report:
     """Render the page of a run and store it as `_runs/<run_id>/report.html`, or as the local file `path`.
 
+    A page of chosen requests is stored next to it, as `report-<hash of their ids>.html`.
+
     Args:
         store: Store of the output.
         run_id: Id of a published run; None: the newest.
@@ -101,8 +107,13 @@ def write(
     counts, sample = results.ResultCounts(run_id), results.ResultSample(options.max_results)
     for part in _json_object(store, layout.success_marker(run_id))["parts"]:
         rows = results.read_part(store, f"{layout.results_folder(run_id)}/{part['name']}")
+        if options.only is not None:
+            rows = rows.filter(pc.is_in(rows["request_id"], options.only))
         counts.add(rows)
         sample.add(rows)
+    if not counts.requests and options.only is not None:
+        msg = f"--only: run {run_id} has none of the {len(options.only)} requests of that table; check its ids"
+        raise ConfigError(msg)
     return _write(store, counts, sample, options, path)
 
 
@@ -158,7 +169,8 @@ def _write(
     reload_s: float | None = None,
 ) -> Report:
     """Render a page and store it."""
-    name = layout.report_name(counts.run_id)
+    selection = "" if options.only is None else id_tables.digest_of(options.only)[:8]
+    name = layout.report_name(counts.run_id, selection)
     uri = path.absolute().as_uri() if path else store.uri_of(name)
     shown = sample.rows()
     data = _render(store, counts, shown, uri, options, reload_s).encode()

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 
 from pia_batch.errors import ConfigError, message_of
 
@@ -103,6 +104,49 @@ class RowFilter:
 
 
 @dataclass(frozen=True)
+class RowNumber:
+    """A parsed number of each row, such as `clip_t + 0.5 * clip_i`. It can be pickled.
+
+    Attributes:
+        text: Expression as it was written.
+        option: Option or parameter that gave it, for messages.
+    """
+
+    text: str
+    option: str = "--by"
+
+    def __post_init__(self) -> None:
+        """Parse the text.
+
+        Raises:
+            ConfigError: It is not an expression of the grammar; the message has the position and the remedy.
+        """
+        if not self.columns:
+            raise ConfigError(f"{self.option}: {self.text!r} names no column; write such as clip_t + 0.5 * clip_i")
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Names of the columns that the expression reads."""
+        named: set[str] = set()
+        reader = _Binder(self, None, named)
+        reader.number(reader.parsed())
+        return frozenset(named)
+
+    def of(self, table: pa.Table) -> pa.ChunkedArray:
+        """Return the number of each row of `table`, float64; null where a column is null.
+
+        Raises:
+            ConfigError: A column is unknown or is not a number, or a value cannot be computed.
+        """
+        reader = _Binder(self, table.schema, set())
+        number = reader.number(reader.parsed())
+        try:
+            return ds.dataset(table).to_table(columns={"number": number})["number"]
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
+            raise ConfigError(f"{self.option}: {self.text!r} cannot be computed: {message_of(err)}") from None
+
+
+@dataclass(frozen=True)
 class _Value:
     """One operand: its Arrow expression, its kind in words, its Arrow type, and its text in the condition."""
 
@@ -117,8 +161,9 @@ class _Value:
 class _Binder:
     """Translator of one condition's tree for one schema."""
 
-    def __init__(self, condition: RowFilter, schema: pa.Schema | None, named: set[str]) -> None:
+    def __init__(self, condition: RowFilter | RowNumber, schema: pa.Schema | None, named: set[str]) -> None:
         self._option, self._schema, self._named = condition.option, schema, named
+        self._is_number = isinstance(condition, RowNumber)
         self._text = condition.text.replace("\n", " ").replace("\t", " ")
         self._indent = len(self._text) - len(self._text.lstrip())
         self._source = self._text.strip()
@@ -144,6 +189,13 @@ class _Binder:
         except RecursionError:
             raise ConfigError(f"{self._option}: too deeply nested; write a simpler condition") from None
 
+    def number(self, node: ast.expr) -> pc.Expression:
+        try:
+            value = self._number(node)
+        except RecursionError:
+            raise ConfigError(f"{self._option}: too deeply nested; write a simpler expression") from None
+        return value.expression.cast(pa.float64(), safe=False)
+
     def _syntax_problem(self) -> str:
         outside = re.sub(r"'[^']*'|\"[^\"]*\"", "''", self._source)
         if word := re.search(r"\b(AND|OR|NOT|IN|IS|NULL)\b", outside):
@@ -154,6 +206,8 @@ class _Binder:
             return "write != in place of <>"
         if "&&" in outside or "||" in outside or "!" in outside.replace("!=", ""):
             return "write and, or, not"
+        if self._is_number:
+            return "not a number; write such as clip_t + 0.5 * clip_i"
         return 'not a condition; write such as width >= 512 and style in ("ink", "oil")'
 
     def _fail(self, node: ast.AST, problem: str) -> NoReturn:

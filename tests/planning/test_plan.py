@@ -491,6 +491,26 @@ def test_retrying_brings_back_the_kinds_that_were_asked_for(
     assert plan.num_pending == len(pending)
 
 
+@pytest.mark.parametrize(
+    ("ids", "kinds", "pending"),
+    [([2, 4], None, [2, 4, 5]), ([2, 4], {"timeout"}, [4, 5]), ([0, 5], None, [5]), ([1, 3, 99], None, [3, 5])],
+)
+def test_retrying_brings_back_only_the_requests_of_a_table(
+    failures: tuple[RunConfig, list[str]], ids: list[int], kinds: set[str] | None, pending: list[int]
+) -> None:
+    config, made = failures
+    named = pa.array([f"r{index:03d}" for index in ids])
+
+    plan = make_plan(config, retry=Retry(None if kinds is None else frozenset(kinds), named))
+
+    assert left_for_ray(plan) == sorted(made[index] for index in pending)
+
+
+def test_a_table_of_other_requests_is_refused(failures: tuple[RunConfig, list[str]]) -> None:
+    with pytest.raises(ConfigError, match="--only: the manifest has none of the 2 requests of that table"):
+        make_plan(failures[0], retry=Retry(only=pa.array(["x", "y"])))
+
+
 def test_a_kind_that_does_not_exist_is_refused_with_those_that_do(failures: tuple[RunConfig, list[str]]) -> None:
     message = r"the kind non-finite; did you mean non_finite\?; .* has: non_finite \(2\), timeout \(1\)$"
     with pytest.raises(ConfigError, match=message):

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pia_batch.errors import ConfigError
-from pia_batch.schema.expressions import MAX_EXPRESSION_BYTES, RowFilter
+from pia_batch.schema.expressions import MAX_EXPRESSION_BYTES, RowFilter, RowNumber
 
 ROWS = pa.table(
     {
@@ -246,3 +246,21 @@ def test_any_text_is_a_condition_or_a_config_error(text: str) -> None:
 def test_not_a_number_equals_nothing() -> None:
     table = pa.table({"a": [math.nan, 1.0]})
     assert RowFilter("a == a").keep(table)["a"].to_pylist() == [1.0]
+
+
+def test_a_number_of_each_row_is_computed_in_order() -> None:
+    table = pa.table({"a": pa.array([1, None, 3], pa.int32()), "b": [0.5, 1.0, 0.0]})
+
+    assert RowNumber("a + 0.5 * b").of(table).to_pylist() == [1.25, None, 3.0]
+    assert RowNumber("-a").of(table).to_pylist() == [-1.0, None, -3.0]
+    assert RowNumber("a / b").of(table).to_pylist() == [2.0, None, float("inf")]
+    assert RowNumber("b").columns == {"b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("c", "no column 'c'"), ("a > 1", "a > 1 is a boolean; only numbers"), ("a ** 2", "only . - . / are known")],
+)
+def test_what_is_no_number_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        RowNumber(text).of(pa.table({"a": [1], "b": ["x"]}))

@@ -15,8 +15,12 @@ import pyarrow as pa
 from PIL import Image
 
 from pia_batch.config import EncodingConfig
+from pia_batch.evaluation.measures import EvaluationRequest, row_schema
+from pia_batch.evaluation.publication import publish as publish_pieces
+from pia_batch.evaluation.work import RunResults
+from pia_batch.journal import layout
 from pia_batch.journal.layout import animation_name, run_record_name
-from pia_batch.journal.log import Journal
+from pia_batch.journal.log import Journal, to_parquet
 from pia_batch.journal.results import publish
 from pia_batch.media import codecs
 from pia_batch.schema.columns import results_table
@@ -92,6 +96,26 @@ def publish_output(
         config={"images": {}},
     )
     store.replace(run_record_name(run_id), record.model_dump_json().encode())
+
+
+def publish_evaluation(
+    store: Store, measures: Mapping[str, list[float | None]], evaluation_id: str = "e-1", run_id: str | None = None
+) -> None:
+    """Publish an evaluation with these values, in the order of the results."""
+    results = RunResults.open(store, run_id)
+    request = EvaluationRequest(results.run_id, results.digest, flow=True, networks={"clip": {}, "dino": {}})
+    schema = row_schema(request.names)
+    pieces = list(results.pieces(results.num_rows))
+    for piece in pieces:
+        rows = results.read(piece.part, ["request_id", "key"])
+        given = {name: pa.array(values, pa.float64()) for name, values in measures.items()}
+        columns = [
+            rows[f.name] if f.name in rows.column_names else given.get(f.name, pa.nulls(len(rows), f.type))
+            for f in schema
+        ]
+        table = pa.table(columns, schema=schema)
+        store.create(layout.evaluation_piece(evaluation_id, piece.number), to_parquet(table))
+    publish_pieces(results, evaluation_id, request, pieces, {})
 
 
 VISION = {

@@ -1,0 +1,208 @@
+"""Selection of requests by their measures, such as the best of several seeds, as a table of request ids."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from pia_batch.errors import ConfigError, message_of
+from pia_batch.evaluation import publication
+from pia_batch.evaluation.publication import Evaluation
+from pia_batch.evaluation.work import RunResults, read_table
+from pia_batch.schema.columns import SUCCEEDED
+from pia_batch.schema.expressions import RowFilter, RowNumber
+from pia_batch.storage.object_store import Store, absolute
+
+SCORE, RANK = "score", "rank"
+
+_IDENTITY = ("request_id", "key", "status")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Conditions by which requests are chosen.
+
+    Attributes:
+        by: Score; the highest are chosen. None: all that `where` accepts.
+        where: Condition; None: every animation.
+        group_by: Columns whose equal values make a group.
+        top: Number of requests chosen of each group; None: 1 with `group_by`, else all.
+    """
+
+    by: RowNumber | None = None
+    where: RowFilter | None = None
+    group_by: tuple[str, ...] = ()
+    top: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the conditions fit together.
+
+        Raises:
+            ConfigError: They do not.
+        """
+        if self.by is None and self.where is None:
+            msg = "--by, --where: nothing to select by; give a score, a condition, or both"
+            raise ConfigError(msg)
+        if self.by is None and (self.group_by or self.top is not None):
+            msg = "--group-by, --top: they choose the highest scores; give the score with --by"
+            raise ConfigError(msg)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns that are read."""
+        read = set(self.group_by)
+        read |= self.by.columns if self.by else set()
+        read |= self.where.columns if self.where else set()
+        return sorted(read - set(_IDENTITY))
+
+    @property
+    def limit(self) -> int | None:
+        """Number of requests chosen of each group, or None for all."""
+        return 1 if self.top is None and self.group_by else self.top
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Requests that were chosen.
+
+    Attributes:
+        table: `request_id`, `key`, the columns that were read, `score` and `rank` (from 1, in its group).
+        evaluation: Evaluation that was read.
+        num_requests: Number of requests of its run.
+        num_accepted: Number of animations that `where` accepts.
+        num_unscored: Number of those without a score, which are not chosen.
+        num_groups: Number of groups with a chosen request.
+    """
+
+    table: pa.Table
+    evaluation: Evaluation
+    num_requests: int
+    num_accepted: int
+    num_unscored: int
+    num_groups: int
+
+
+def select(output: str, choice: Choice, evaluation_id: str | None = None) -> Selection:
+    """Choose requests of the run that an evaluation measures.
+
+    Conditions may name measures of the evaluation, and columns of the results, carried ones included; of two columns
+    with one name, the measure counts.
+
+    Args:
+        output: URI of the output.
+        choice: Conditions.
+        evaluation_id: Complete evaluation; None: the newest.
+
+    Raises:
+        ConfigError: There is no such evaluation or column, or a condition does not fit a column.
+        StorageError: The store refused or did not answer, or results are damaged.
+    """
+    store = Store(output)
+    evaluation = publication.find(store, evaluation_id)
+    results = RunResults.open(store, evaluation.run_id)
+    accepted = []
+    for part, measured in publication.pairs_of_parts(results, evaluation):
+        rows = joined(store, part, measured, choice.columns)
+        rows = rows.filter(pc.equal(rows["status"], SUCCEEDED)).drop_columns(["status"])
+        rows = rows if choice.where is None else choice.where.keep(rows)
+        accepted.append(rows if choice.by is None else rows.append_column(SCORE, choice.by.of(rows)))
+    table = pa.concat_tables(accepted).combine_chunks()
+    num_accepted, num_groups = len(table), len(table)
+    if choice.by is not None:
+        table = table.filter(pc.is_finite(table[SCORE]))  # a null score is no score either
+        num_scored = len(table)
+        table, num_groups = _best(table, choice)
+    else:
+        num_scored = num_accepted
+    return Selection(table, evaluation, results.num_rows, num_accepted, num_accepted - num_scored, num_groups)
+
+
+def joined(store: Store, part: str, measured: str | None, columns: Sequence[str]) -> pa.Table:
+    """Return the rows of a part of results, and of the part of its evaluation, side by side.
+
+    Args:
+        store: Output.
+        part: Name of the part of the results.
+        measured: Name of the part of the evaluation, which has the same requests in the same order; None: results only.
+        columns: Columns of either one.
+
+    Raises:
+        ConfigError: Neither has one of the columns.
+    """
+    theirs = pa.table({}) if measured is None else read_table(store, measured, columns)
+    table = read_table(store, part, [*_IDENTITY, *(name for name in columns if name not in theirs.column_names)])
+    for name in theirs.column_names:
+        table = table.append_column(theirs.schema.field(name), theirs[name])
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        measures = [] if measured is None else read_table(store, measured).column_names
+        known = [*measures, *read_table(store, part).column_names]
+        shown = ", ".join(dict.fromkeys(name for name in known if name not in _IDENTITY))
+        msg = f"no column {missing[0]!r} in the evaluation and its results; there are {shown}"
+        raise ConfigError(msg)
+    return table
+
+
+def write(selection: Selection, uri: str) -> str:
+    """Write the table of a selection as Parquet, or as CSV if the name ends in `.csv`; return its URI.
+
+    Raises:
+        ConfigError: The name has another ending, or a column cannot be written as CSV.
+        StorageError: The store refused or did not answer.
+    """
+    parent, _, name = absolute(uri).rpartition("/")
+    sink = io.BytesIO()
+    ending = PurePosixPath(name).suffix.lower()
+    if ending not in (".parquet", ".csv"):
+        msg = f"--out: unknown ending of {name!r} (expected .parquet or .csv)"
+        raise ConfigError(msg)
+    try:
+        if ending == ".csv":
+            pyarrow.csv.write_csv(selection.table, sink)
+        else:
+            pq.write_table(selection.table, sink)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
+        msg = f"--out: cannot write {name} as CSV: {message_of(err)}; name a .parquet file"
+        raise ConfigError(msg) from None
+    store = Store(parent)
+    store.replace(name, sink.getvalue())
+    return store.uri_of(name)
+
+
+def _best(table: pa.Table, choice: Choice) -> tuple[pa.Table, int]:
+    """Return the highest scores of each group, in its order, with their ranks; and the number of groups."""
+    order = [*((name, "ascending") for name in choice.group_by), (SCORE, "descending"), ("request_id", "ascending")]
+    try:
+        table = table.sort_by(order).combine_chunks()
+    except (pa.ArrowNotImplementedError, pa.ArrowTypeError) as err:
+        msg = f"--group-by: cannot sort by {', '.join(choice.group_by)}: {message_of(err)}; name texts or numbers"
+        raise ConfigError(msg) from None
+    starts = _starts(table, choice.group_by)
+    places = np.arange(len(table))
+    ranks = places - places[starts][np.cumsum(starts) - 1] + 1
+    table = table.append_column(RANK, pa.array(ranks, pa.int64()))
+    if choice.limit is not None:
+        table = table.filter(pa.array(ranks <= choice.limit, pa.bool_()))
+    return table, int(starts.sum())
+
+
+def _starts(table: pa.Table, columns: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Return True for each row of a sorted table with which a new group begins; bool, shape (n,)."""
+    starts = np.zeros(len(table), dtype=bool)
+    starts[:1] = True
+    for name in columns:
+        column = table[name].combine_chunks()
+        here, before = column.slice(1), column.slice(0, max(0, len(column) - 1))
+        both_null = pc.and_(pc.is_null(here), pc.is_null(before))
+        same = pc.or_(pc.fill_null(pc.equal(here, before), fill_value=False), both_null)
+        starts[1:] |= ~same.to_numpy(zero_copy_only=False)
+    return starts
