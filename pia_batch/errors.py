@@ -155,6 +155,7 @@ class DeviceMemoryError(RequestError):
     kind = "out_of_memory"
 
 
+CERTIFICATE_REMEDY = "name the certificates of your network by AWS_CA_BUNDLE, SSL_CERT_FILE or REQUESTS_CA_BUNDLE"
 _ROOM = "free some space on that disk, or choose another one by the path, TMPDIR or RAY_TMPDIR"
 _FILES = "raise the limit of open files, such as by `ulimit -n 65536`"
 _MEMORY = "raise the limits of memory and processes (`ulimit -a`), or use a larger machine"
@@ -193,7 +194,7 @@ def environment_error(err: BaseException) -> ConfigError | None:
     if isinstance(err, MemoryError):
         remedy: str | None = _MEMORY
     elif isinstance(err, ssl.SSLError):
-        remedy = "name the certificates of your network by AWS_CA_BUNDLE, SSL_CERT_FILE or REQUESTS_CA_BUNDLE"
+        remedy = CERTIFICATE_REMEDY
     elif isinstance(err, socket.gaierror):
         remedy = _NETWORK
     elif isinstance(err, OSError) and err.errno is not None:

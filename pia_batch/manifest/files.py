@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from pia_batch.errors import ConfigError, InterruptedRunError, ManifestError, message_of
+from pia_batch.errors import CERTIFICATE_REMEDY, ConfigError, InterruptedRunError, ManifestError, message_of
 from pia_batch.manifest import wide_integers
 from pia_batch.manifest.column_layout import MAX_COLUMNS, Layout
 from pia_batch.manifest.column_map import NO_MAP, ColumnMap
@@ -259,13 +259,16 @@ def reading(place: str) -> Iterator[None]:
     except Exception as err:  # noqa: BLE001 - every file system has its own classes for what goes wrong
         problem = redacted(message_of(err))
         remedy = next((f"; {remedy}" for words, remedy in _REMEDIES.items() if words in problem), "")
-        if isinstance(err, PermissionError) and err.filename is None:  # of a store; the local disk names its file
+        if (
+            isinstance(err, PermissionError) and err.filename is None and "AWS_" not in problem
+        ):  # of a store; the local disk names its file
             remedy = "; check the credentials and the policy"
         msg = f"cannot read manifest {place}: {problem}{remedy}"
         raise ManifestError(msg) from None
 
 
 _REMEDIES = {
+    "CERTIFICATE_VERIFY_FAILED": CERTIFICATE_REMEDY,
     "Cannot connect to host": "correct the host and the port, or start the server",
     "the server answers 401": "over http nothing but the URL is sent: sign the URL, or put the manifest elsewhere",
     "the server answers 403": "over http nothing but the URL is sent: sign the URL, or put the manifest elsewhere",

@@ -31,7 +31,7 @@ from obstore.exceptions import (
 )
 from obstore.store import LocalStore, S3Store, from_url
 
-from pia_batch.errors import ConfigError, ObjectExistsError, StorageError, message_of
+from pia_batch.errors import CERTIFICATE_REMEDY, ConfigError, ObjectExistsError, StorageError, message_of
 from pia_batch.storage import s3_config
 from pia_batch.storage.concurrency import map_in_threads
 from pia_batch.storage.retries import retry
@@ -92,8 +92,8 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _RETRIES: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=20)}  # a TypedDict of obstore's stubs
 _DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
 _DENIALS = re.compile(rf"<Code>(?:{'|'.join(sorted(s3_config.DENIALS))})</Code>")
-_OTHER_REGION = "indicates an incorrectly configured region"
-"""Words of obstore where AWS answers with a redirection to another region."""
+_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
+"""Part of obstore's error by which it does not trust a server."""
 _STAGED = re.compile(r".+#\d+")
 """Name that obstore gives a local file until it is complete."""
 _HAS_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
@@ -383,7 +383,11 @@ class Store:
                 msg = f"cannot {verb} {shown}: {os.strerror(cause)}; {DISK_REMEDIES[cause]}"
                 raise StorageError(msg) from None
             if cause == "other region":
-                msg = f"cannot {verb} {shown}: the bucket is in another region; set AWS_DEFAULT_REGION to it"
+                msg = f"cannot {verb} {shown}: {s3_config.OTHER_REGION_REMEDY}"
+                raise StorageError(msg) from None
+            if cause == "certificate":
+                found = _CERTIFICATE.search(str(err))
+                msg = f"cannot {verb} {shown}: invalid certificate ({found and found[1]}); {CERTIFICATE_REMEDY}"
                 raise StorageError(msg) from None
             msg = f"cannot {verb} {shown} after {ATTEMPTS} attempts: {reason}"
             raise StorageError(msg) from None
@@ -394,7 +398,9 @@ def _changed(uri: str) -> str:
 
 
 def _cause(err: Exception) -> str | int:
-    """Classify a client's exception: `absent`, `exists`, `denied`, `other region`, or `transient`, if worth a retry.
+    """Classify a client's exception: `absent`, `exists`, `denied`, `certificate`, `other region`, or `transient`.
+
+    Another attempt is worthwhile after `transient` only.
 
     An error of a local disk that lasts is classified by its number, a key of `DISK_REMEDIES`.
     """
@@ -404,7 +410,9 @@ def _cause(err: Exception) -> str | int:
         return "absent"
     if isinstance(err, _DENIED) or (status and status[1] in ("401", "403")) or _DENIALS.search(str(err)):
         return "denied"
-    if _OTHER_REGION in str(err):
+    if _CERTIFICATE.search(str(err)):
+        return "certificate"
+    if s3_config.OTHER_REGION.search(str(err)):
         return "other region"
     if isinstance(err, AlreadyExistsError):
         return "exists"

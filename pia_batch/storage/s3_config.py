@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
+from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,7 +125,32 @@ class S3Config:
         session = AioSession(profile=self._session.profile)
         session.register_component("credential_provider", _Provider(self))
         session.register_component("data_loader", self._session.get_component("data_loader"))  # parsed already
+        # botocore would follow a bucket to its region, and obstore does not: what reads would not write.
+        session.register("needs-retry.s3", _refuse_other_region)
         return session
+
+
+OTHER_REGION = re.compile(
+    r"PermanentRedirect|IllegalLocationConstraint|AuthorizationHeaderMalformed.*region '"
+    r"|indicates an incorrectly configured region",  # obstore's words for a redirection
+    re.DOTALL,
+)
+"""Pattern of S3's answers, and of obstore's errors, for a bucket that is in another region."""
+
+OTHER_REGION_REMEDY = "the bucket is in another region; set AWS_DEFAULT_REGION to it"
+
+
+def _refuse_other_region(response: Any = None, request_dict: Any = None, **_: object) -> None:  # botocore is untyped
+    """Raise PermissionError if S3 answers that a bucket is in another region than the configured one."""
+    parsed: Mapping[str, Any] = response[1] if response else {}
+    error, answer = parsed.get("Error", {}), parsed.get("ResponseMetadata", {})
+    if not error:
+        return
+    asked = (request_dict or {}).get("context", {}).get("client_region")
+    has = answer.get("HTTPHeaders", {}).get("x-amz-bucket-region", asked)  # in place of a body where HEAD has none
+    moved = answer.get("HTTPStatusCode") == HTTPStatus.MOVED_PERMANENTLY or has != asked
+    if moved or OTHER_REGION.search(f"{error.get('Code')} {error.get('Message')}"):
+        raise PermissionError(OTHER_REGION_REMEDY)
 
 
 class _Provider:

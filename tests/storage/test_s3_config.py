@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import subprocess
 import sys
 import time
@@ -15,19 +13,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import s3_purposes
 import seaweedfs
+from s3_purposes import PURPOSES, as_image, as_output
 from s3_recorder import Recorder, recording
 from seaweedfs import SeaweedFS
 from servers import free_port
 
 from pia_batch.config import ImagesConfig
 from pia_batch.driver.preflight.storage import check_images
-from pia_batch.errors import ConfigError, ImageUnavailableError, ManifestError, StorageError
-from pia_batch.manifest.files import reading
-from pia_batch.media.fetch import read_image
-from pia_batch.storage import filesystems, object_store, s3_config
+from pia_batch.errors import ConfigError, ImageUnavailableError, ManifestError, PiaBatchError, StorageError
+from pia_batch.storage import object_store, s3_config
 from pia_batch.storage.object_store import Store
-from pia_batch.weights.fetching import ObjectFolder, locate
 
 KEYS = f"aws_access_key_id = {seaweedfs.KEY}\naws_secret_access_key = {seaweedfs.SECRET}\n"
 
@@ -35,12 +32,7 @@ KEYS = f"aws_access_key_id = {seaweedfs.KEY}\naws_secret_access_key = {seaweedfs
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No key, no profile and no proxy but those of the test, and no request to a metadata address."""
-    for name in list(os.environ):
-        if name.startswith(("AWS_", "BOTO")) or name.upper().endswith("_PROXY") or name == "REQUESTS_CA_BUNDLE":
-            monkeypatch.delenv(name)
-    (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3_purposes.bare_environment(monkeypatch, tmp_path / "home")
     s3_config.forget()
     yield
     s3_config.forget()
@@ -97,47 +89,6 @@ def calls(folder: Path) -> int:
     return len(path.read_text()) if path.exists() else 0
 
 
-# --- purposes --------------------------------------------------------------------------------------------------------
-
-
-def as_manifest(place: str) -> None:
-    uri = f"{place}/name"
-    with reading(uri):
-        filesystem, path = filesystems.arrow_filesystem(uri)
-        assert filesystem.get_file_info(path).is_file
-        with filesystem.open_input_file(path) as file:
-            assert file.read() == b"data"
-
-
-def as_image(place: str) -> None:
-    assert read_image("name", place, ImagesConfig(timeout_s=20)) == b"data"
-
-
-def as_allowed_image(place: str) -> None:
-    images = ImagesConfig(allow=(place,), timeout_s=20)
-    assert read_image(f"{place}/name", "/nowhere", images) == b"data"
-
-
-def as_weights(place: str) -> None:
-    found, _ = locate(place, None, "model.base", hub=None)  # type: ignore[arg-type]  # never asked
-    assert isinstance(found, ObjectFolder)
-    assert found.store.read("name") == b"data"
-
-
-def as_output(place: str) -> None:
-    store = pickle.loads(pickle.dumps(Store(place)))  # noqa: S301 - our own bytes
-    name = f"made/{time.time_ns()}"
-    store.create(name, b"data")
-    assert store.read(name) == b"data"
-
-
-PURPOSES = {
-    "manifest": as_manifest,
-    "image": as_image,
-    "images.allow": as_allowed_image,
-    "weights": as_weights,
-    "output": as_output,
-}
 purposes = pytest.mark.parametrize("purpose", PURPOSES)
 
 
@@ -618,6 +569,26 @@ def test_both_clients_sign_for_the_region_of_the_environment(
         purpose("s3://bucket/place")
 
     assert {request.region for request in recorder.seen} == {"ap-south-1"}
+
+
+@purposes
+@pytest.mark.usefixtures("quick_retries")
+@pytest.mark.parametrize("refusal", [None, (301, "PermanentRedirect"), (400, "IllegalLocationConstraintException")])
+def test_a_bucket_in_another_region_is_refused_by_both_clients_and_followed_by_none(
+    purpose: str, refusal: tuple[int, str] | None, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment_keys(monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", recorder.url)
+    recorder.refusal, recorder.region = refusal, "eu-west-1"
+    recorder.objects[urlsplit(recorder.url).netloc, "/bucket/place/name"] = b"data"
+
+    with pytest.raises(PiaBatchError, match=r"the bucket is in another region; set AWS_DEFAULT_REGION to it$"):
+        PURPOSES[purpose]("s3://bucket/place")
+    assert {request.region for request in recorder.seen} == {"us-east-1"}
+
+    if refusal is None:
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+        PURPOSES[purpose]("s3://bucket/place")
 
 
 # --- proxies, and hosts that were not configured ---------------------------------------------------------------------

@@ -47,6 +47,8 @@ class Recorder:
     seen: list[Recorded] = field(default_factory=list)
     refusal: tuple[int, str] | None = None
     """Status and code with which every request is refused."""
+    region: str | None = None
+    """Region in which the buckets are: requests for another one are refused, as AWS does."""
 
 
 @contextmanager
@@ -104,7 +106,14 @@ class _Handler(BaseHTTPRequestHandler):
         return request.host, request.path
 
     def refused(self) -> bool:
-        refusal = self.server_recorder.refusal
+        refusal, region = self.server_recorder.refusal, self.server_recorder.region
+        signed = self.server_recorder.seen[-1].region
+        if region is not None and signed != region and refusal is None:
+            status, text = 400, f"the region '{signed}' is wrong; expecting '{region}'"
+            code = "AuthorizationHeaderMalformed"
+            body = f"<Error><Code>{code}</Code><Message>The authorization header is malformed; {text}</Message></Error>"
+            self.answer(status, body.encode())
+            return True
         if refusal is not None:
             status, code = refusal
             self.answer(status, f"<Error><Code>{code}</Code><Message>refused as {code}</Message></Error>".encode())
@@ -114,6 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()[:16]}"')
+        if self.server_recorder.region is not None:
+            self.send_header("x-amz-bucket-region", self.server_recorder.region)
         self.send_header("Last-Modified", formatdate(usegmt=True))
         self.end_headers()
         if self.command != "HEAD":
