@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from pia_batch.cli import EXIT_CODES
 from pia_batch.config import RunConfig
 from pia_batch.datasets.export_table import FORMATS
+from pia_batch.datasets.kinds import KINDS as SOURCE_KINDS
 from pia_batch.evaluation.clips import KINDS
 from pia_batch.evaluation.measures import MEASURES
 from pia_batch.pipeline.metrics import METRICS
@@ -167,6 +168,16 @@ def evaluation_errors() -> list[str]:
     return _table(["error kind", "meaning"], rows)
 
 
+def kinds_of_sources() -> list[str]:
+    """Return every kind of source that `prepare` reads."""
+    ids = {"content": "image, prompt and settings", "location": "the place in the source"}
+    rows = [
+        (f"`{kind.name}`", kind.meaning, f"`{{{kind.prompt}}}`" if kind.prompt else "", ids[kind.ids])
+        for kind in SOURCE_KINDS.values()
+    ]
+    return _table(["kind", "reads", "prompt without `--prompt`", "ids without a column"], rows)
+
+
 def modules() -> list[str]:
     """Return the tree of the package, one line for each module: the first line of its docstring."""
     return ["```text", "pia_batch/", *_tree(HERE.parent / "pia_batch", "  "), "```"]
@@ -218,6 +229,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "export formats": export_formats,
     "measures": measures,
     "metrics": metrics,
+    "kinds of sources": kinds_of_sources,
     "modules": modules,
     "progress fields": progress_fields,
     "run record fields": run_record_fields,

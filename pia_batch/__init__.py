@@ -5,7 +5,8 @@ Ray Data reads the manifest and distributes its requests over actors that each h
 Every *animation* is stored as one object and every request gets one *result* row, committed to a *journal* at once.
 A *run* can be killed at any moment. The same command finishes it, and no result is lost, duplicated or computed twice.
 
-`run(RunConfig(...))` executes the whole job and `plan` returns what it would do. `animate` applies its stages to your
+`run(RunConfig(...))` executes the whole job and `plan` returns what it would do. `prepare` makes a manifest
+of a dataset. `animate` applies its stages to your
 own Ray Dataset, and `PiaEngine` is the model alone. An import loads only what it needs: `plan` loads neither Ray nor
 torch.
 """
@@ -24,6 +25,7 @@ _PUBLIC = {
     "evaluate": ("evaluation.job", "evaluate"),
     "export": ("datasets.export", "export"),
     "plan": ("planning.plan", "make_plan"),
+    "prepare": ("datasets.prepare", "prepare"),
     "run": ("driver.run", "run"),
 }
 """Module and attribute by public name. `__init__.pyi` declares the same names for type checkers."""

@@ -1,6 +1,7 @@
 from pia_batch.config import ModelConfig as ModelConfig
 from pia_batch.config import RunConfig as RunConfig
 from pia_batch.datasets.export import export as export
+from pia_batch.datasets.prepare import prepare as prepare
 from pia_batch.driver.run import run as run
 from pia_batch.engine import PiaEngine as PiaEngine
 from pia_batch.engine import Shot as Shot
@@ -18,6 +19,7 @@ __all__ = [
     "evaluate",
     "export",
     "plan",
+    "prepare",
     "run",
 ]
 __version__: str

@@ -19,6 +19,7 @@ from pia_batch.cli import (
     job_commands,
     output_commands,
     plan_commands,
+    prepare_command,
     run_commands,
 )
 from pia_batch.cli.console import err
@@ -42,7 +43,14 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 for command in (
-    *(run_commands.demo, plan_commands.plan, plan_commands.doctor, run_commands.run, run_commands.retry),
+    *(
+        run_commands.demo,
+        prepare_command.prepare,
+        plan_commands.plan,
+        plan_commands.doctor,
+        run_commands.run,
+        run_commands.retry,
+    ),
     *(
         output_commands.status,
         output_commands.verify,

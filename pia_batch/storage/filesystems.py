@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import fsspec
@@ -50,13 +51,75 @@ def version_of(filesystem: pyarrow.fs.FileSystem, path: str) -> str:
         Exception: The client's own exception.
     """
     if isinstance(filesystem, pyarrow.fs.PyFileSystem):
-        info = _info(filesystem.handler.fs, path)
-        tags = (str(info[name]).strip('"') for name in _TAGS if info.get(name))
-        return f"{info['size']} {next(tags, '')}"
+        return _version(_info(filesystem.handler.fs, path))
     found = filesystem.get_file_info(path)
     if not found.is_file:
         raise FileNotFoundError(path)
     return f"{found.size} {found.mtime_ns}"
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A file in a listing.
+
+    Attributes:
+        path: Path inside its file system.
+        num_bytes: Size, in bytes.
+        version: Size with the tag, or with the time of the last change; another version means other content.
+    """
+
+    path: str
+    num_bytes: int
+    version: str
+
+
+def list_files(filesystem: pyarrow.fs.FileSystem, root: str) -> list[FoundFile]:
+    """Return the file at `root`, or every file below the folder `root`, sorted by path; empty if there is nothing.
+
+    Raises:
+        Exception: The client's own exception.
+    """
+    if isinstance(filesystem, pyarrow.fs.PyFileSystem):
+        client = filesystem.handler.fs
+        found = client.find(root, detail=True, refresh=True) if _can_refresh(client) else client.find(root, detail=True)
+        files = [FoundFile(path, info["size"] or 0, _version(info)) for path, info in found.items()]
+        return sorted(files, key=lambda file: file.path)
+    info = filesystem.get_file_info(root)
+    listed = [info] if info.is_file else []
+    if info.type == pyarrow.fs.FileType.Directory:
+        listed = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
+    files = [FoundFile(item.path, item.size, f"{item.size} {item.mtime_ns}") for item in listed if item.is_file]
+    return sorted(files, key=lambda file: file.path)
+
+
+def _can_refresh(client: Any) -> bool:  # fsspec is untyped
+    """Return True for clients that keep listings whatever they are asked, unless each call says otherwise."""
+    return "hf" in client.protocol
+
+
+def pinned(uri: str, commit: str | None = None) -> tuple[str, str]:
+    """Return a URI of the Hugging Face hub with its revision as a commit, and the commit; other URIs as they are.
+
+    Args:
+        uri: URI with its scheme.
+        commit: Commit to use; None: the one that the revision in `uri`, or the main branch, has now.
+
+    Raises:
+        FileNotFoundError: There is no such repository or revision.
+        Exception: The client's own exception.
+    """
+    if not uri.startswith("hf://"):
+        return uri, ""
+    client = _filesystem("hf")
+    place = client.resolve_path(uri)
+    if commit is None:
+        info = client._api.repo_info(  # noqa: SLF001 - the client that has the file system's endpoint and token
+            place.repo_id, repo_type=place.repo_type, revision=place.revision
+        )
+        commit = str(info.sha)
+    folder = "" if place.repo_type == "model" else f"{place.repo_type}s/"
+    path = f"/{place.path_in_repo}" if place.path_in_repo else ""
+    return f"hf://{folder}{place.repo_id}@{commit}{path}", commit
 
 
 def changed_ns(filesystem: pyarrow.fs.FileSystem, path: str) -> int | None:
@@ -69,6 +132,12 @@ def changed_ns(filesystem: pyarrow.fs.FileSystem, path: str) -> int | None:
         return int(filesystem.get_file_info(path).mtime_ns)
     info = _info(filesystem.handler.fs, path)
     return None if any(info.get(name) for name in _TAGS[:3]) else time.time_ns()
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    """Return the version of a file from the description of fsspec's file system."""
+    tags = (str(info[name]).strip('"') for name in _TAGS if info.get(name))
+    return f"{info['size']} {next(tags, '')}"
 
 
 _ABSENT = (404, 410)

@@ -13,6 +13,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import foreign_datasets as foreign
+import hub_server
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -33,6 +35,7 @@ FOLLOWED = {
     "docs/schedules.md",
     "docs/provenance.md",
     "docs/exporting.md",
+    "docs/prepare.md",
 }
 """Pages whose every command is run by a test below."""
 
@@ -199,6 +202,48 @@ def test_every_recipe_of_an_export_is_read_by_the_library_that_it_is_for(tmp_pat
     assert len(list((tmp_path / "files").glob("*.gif"))) == 12
     for folder in ("shards", "parquet", "hub", "lance", "delta", "files"):
         assert (tmp_path / folder / "_SUCCESS.json").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_every_source_is_prepared_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign.write_photographs(tmp_path / "photos")
+    foreign.write_webdataset(tmp_path / "shards")
+    foreign.write_img2dataset(tmp_path / "laion")
+    foreign.write_hugging_face(tmp_path / "boats" / "data")
+    pq.write_table(foreign.image_table(), tmp_path / "table.parquet")
+    rows = [
+        {"id": f"r{k}", "photo": f"s3://photos/{k}.png", "text": "a cat", "zip": zip_} for k, zip_ in ((0, 1), (1, "x"))
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    foreign.write_lance(tmp_path / "photos.lance")
+    foreign.write_delta(tmp_path / "photos_delta")
+    foreign.write_iceberg(tmp_path / "iceberg")
+    (tmp_path / "shop").symlink_to(tmp_path / "iceberg" / "shop")
+
+    with hub_server.served("boats/boats", tmp_path / "boats", "b" * 40) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        shown = follow("docs/prepare.md", tmp_path)
+
+    assert "source      folder: 4 rows, 1 dropped missing" in shown
+    assert "3 requests: 3 succeeded, 0 failed" in shown
+    found = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("manifests/*/_SUCCESS.json")}
+    requests = {name: success["requests"] for name, success in found.items()}
+    assert requests == {
+        "photos": 3,
+        "uris": 3,
+        "shards": 4,
+        "laion": 2,
+        "boats": 18,
+        "table": 6,
+        "rows": 2,
+        "lance": 3,
+        "delta": 4,
+        "iceberg": 3,
+        "dataset": 18,
+    }
+    assert found["boats"]["pinned"] == {"commit": "b" * 40}
 
 
 def requests(path: Path, request_id: str) -> None:

@@ -132,6 +132,7 @@ def test_the_public_names_are_those_of_their_modules() -> None:
         "evaluate",
         "export",
         "plan",
+        "prepare",
         "run",
     ]
     assert pia_batch.plan is make_plan

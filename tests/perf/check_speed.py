@@ -9,6 +9,7 @@ measurement and its minimum; one below its minimum makes the exit code 1.
 from __future__ import annotations
 
 import io
+import json
 import os
 import resource
 import statistics
@@ -52,6 +53,7 @@ def main() -> int:
         (1.0, "MP4 of 16 x 512 x 512: 100 ms of a core, as a share of it", mp4_gain),
         (0.9, "chain: share of their time in which two engines generate batches of one second", chain_busy),
         (0.25, "chain: 1 ms of the driver, as a share of what a row costs it in batches of 16", chain_driver),
+        (0.8, "prepare: 30,000 images of 20 kB, times as fast as Ray Data's bare read and write", prepare_gain),
         *((least, str(check.__doc__), check) for least, check in check_scale.CHECKS),
     ]
     missed = 0
@@ -145,6 +147,13 @@ def seconds(call: Callable[[], Any]) -> float:
     began = time.process_time()
     call()
     return time.process_time() - began
+
+
+def prepare_gain() -> float:
+    """Return how many times as fast `prepare` is as a bare Ray Data read and write of the same bytes, by the clock."""
+    program = [sys.executable, str(ROOT / "jobs" / "benchmark_prepare.py"), "--rows", "30000", "--rounds", "3"]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout.splitlines()[-1])["times_as_fast_as_bare"])
 
 
 def started(less: str, more: str) -> float:

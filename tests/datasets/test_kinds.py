@@ -1,0 +1,288 @@
+"""Sources of every kind, written by other programs' own libraries: what is detected, read, skipped and refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pickle
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import foreign_datasets as foreign
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from inputs import png
+
+from pia_batch.datasets import table_files
+from pia_batch.datasets.kinds import KINDS, kind_of
+from pia_batch.datasets.sources import Place, ReadOptions, Source
+from pia_batch.errors import ConfigError, ManifestError
+
+
+def opened(path: Path, kind: str | None = None, **options: Any) -> tuple[str, Source]:
+    place = Place.of(str(path))
+    found = kind_of(place, kind)
+    source = found.open(place, ReadOptions(**options))
+    return found.name, pickle.loads(pickle.dumps(source))  # noqa: S301 - its own; workers get it like this
+
+
+def rows_of(source: Source) -> list[dict[str, Any]]:
+    tables = [rows for piece in source.pieces for rows in source.read(piece)]
+    places = [place for rows in tables for place in rows.places.to_pylist()]
+    assert len(set(places)) == len(places)
+    found = [row for rows in tables for row in rows.table.to_pylist()]
+    return [{"place": place} | row for place, row in zip(places, found, strict=True)]
+
+
+def test_a_folder_of_images_has_captions_from_text_files(tmp_path: Path) -> None:
+    kind, source = opened(foreign.write_photographs(tmp_path / "my photos"))
+    rows = rows_of(source)
+    assert kind == "folder"
+    assert [row["place"] for row in rows] == [
+        "trip 0/day one/IMG 000.png",
+        "trip 0/day one/IMG 002.png",
+        "trip 1/day one/IMG 001.png",
+        "trip 1/day one/IMG 003.png",
+    ]
+    assert rows[1] == {
+        "place": "trip 0/day one/IMG 002.png",
+        "path": "trip 0/day one/IMG 002.png",
+        "folder": "trip 0/day one",
+        "name": "IMG 002",
+        "caption": "a photograph, number 2",
+        "image_bytes": png(2),
+    }
+    assert rows[3]["caption"] is None
+
+
+def test_a_folder_can_be_read_as_uris(tmp_path: Path) -> None:
+    _, source = opened(foreign.write_photographs(tmp_path / "my photos"), images="uris")
+    assert rows_of(source)[0]["image"] == (tmp_path / "my photos/trip 0/day one/IMG 000.png").as_uri()
+
+
+def test_values_next_to_an_image_come_from_json(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(png())
+    (tmp_path / "a.json").write_text(json.dumps({"caption": "from json", "score": 2}))
+    (tmp_path / "a.txt").write_text("from text")
+    (row,) = rows_of(opened(tmp_path)[1])
+    assert (row["caption"], row["txt"], row["score"]) == ("from json", "from text", 2)
+
+
+def test_webdataset_keeps_the_encoded_image(tmp_path: Path) -> None:
+    kind, source = opened(foreign.write_webdataset(tmp_path))
+    rows = rows_of(source)
+    assert kind == "webdataset"
+    assert rows[3] == {
+        "place": "shard-00001.tar/0000",
+        "key": "0000",
+        "image_bytes": png(10),
+        "caption": "cat 1-0",
+        "aesthetic": 5,
+        "width": 640,
+        "tags": ["a", "b"],
+    }
+    assert len(rows) == 6
+
+
+def test_keys_of_webdataset_end_at_the_first_dot(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        foreign.add_members(archive, {"x/1.seg.jpg": b"other", "x/1.jpg": png(), "x/1.TXT": b"cat", "README": b"no"})
+    (row,) = rows_of(opened(tmp_path)[1])
+    assert (row["key"], row["image_bytes"], row["caption"]) == ("x/1", png(), "cat")
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({"1.jpg": png(), "2.jpg": png(), "1.txt": b"x"}, ["'1'", "not next to each other", "tar --sort=name"]),
+        ({"1.jpg": png(), "1.png": png()}, ["'1.png'", "a second image"]),
+        ({"1.jpg": png(), "1.json": b"{"}, ["'1.json'", "not JSON"]),
+    ],
+)
+def test_shards_that_break_the_rules_are_refused_by_member(
+    tmp_path: Path, members: dict[str, bytes], words: list[str]
+) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        foreign.add_members(archive, members)
+    with pytest.raises(ManifestError) as raised:
+        rows_of(opened(tmp_path)[1])
+    assert all(word in str(raised.value) for word in ["a.tar", *words]), str(raised.value)
+
+
+def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
+    whole = foreign.write_webdataset(tmp_path / "whole", shards=1) / "shard-00000.tar"
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/a.tar").write_bytes(whole.read_bytes()[:1500])
+    with pytest.raises(ManifestError, match=r"a\.tar cannot be read"):
+        rows_of(opened(tmp_path / "cut")[1])
+
+
+@pytest.mark.parametrize("output_format", ["webdataset", "files", "parquet"])
+def test_img2dataset_has_only_what_was_downloaded(tmp_path: Path, output_format: str) -> None:
+    kind, source = opened(foreign.write_img2dataset(tmp_path, output_format))
+    rows = rows_of(source)
+    assert kind == "img2dataset"
+    assert [row["caption"] for row in rows] == ["a lighthouse 0", "a lighthouse 2"]
+    assert [row.get("image_bytes") or row["jpg"] for row in rows] == [png(0), png(2)]
+    skipped = sum(found.skipped for piece in source.pieces for found in source.read(piece))
+    assert skipped == (2 if output_format == "parquet" else 0)
+
+
+def test_an_image_feature_of_hugging_face_is_a_struct(tmp_path: Path) -> None:
+    kind, source = opened(foreign.write_hugging_face(tmp_path))
+    rows = rows_of(source)
+    assert kind == "parquet"
+    assert rows[3]["place"] == "train-00001-of-00002.parquet:0"
+    assert rows[3]["image"] == {"bytes": png(3), "path": "3.png"}
+    assert len(rows) == 6
+
+
+def test_parquet_is_read_in_pieces_of_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = foreign.image_table(20)
+    (tmp_path / "style=ink").mkdir()
+    pq.write_table(table, tmp_path / "style=ink" / "a.parquet", row_group_size=3)
+    pq.write_table(table, tmp_path / "b.parquet", row_group_size=20)
+    monkeypatch.setattr(table_files, "PART_BYTES", 4 * table.nbytes // 20)
+    _, source = opened(tmp_path)
+    rows = rows_of(source)
+    assert [row["id"] for row in rows] == table["id"].to_pylist() * 2
+    assert rows[20]["place"] == "style=ink/a.parquet:0"
+    assert rows[20]["style"] == "ink"
+    assert len(source.pieces) == 8
+    parts = [len(found.table) for found in source.read(source.pieces[0])]
+    assert max(parts) <= 5
+    assert sum(parts) == 20
+
+
+def test_parquet_files_may_differ_in_their_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": ["a"], "n": pa.array([1], pa.int32())}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": ["b"], "n": [2.5], "text": ["x"]}), tmp_path / "b.parquet")
+    _, source = opened(tmp_path)
+    assert source.schema is not None
+    assert source.schema.names == ["image", "n", "text"]
+
+
+@pytest.mark.parametrize("end", ["", ".gz", ".zst"])
+def test_jsonl_and_csv_are_read_compressed_or_not(tmp_path: Path, end: str) -> None:
+    table = pa.table({"image": ["a.png", "b.png"], "caption": ["one, two", 'a "b"\nc'], "n": [1, 2]})
+    for name in ("jsonl", "csv"):
+        folder = tmp_path / name
+        folder.mkdir()
+        compression = {".gz": "gzip", ".zst": "zstd"}.get(end)
+        with pa.output_stream(str(folder / f"a.{name}{end}"), compression=compression) as stream:
+            if name == "csv":
+                pyarrow.csv.write_csv(table, stream)
+            else:
+                stream.write("".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode())
+        kind, source = opened(folder)
+        assert kind == name
+        assert rows_of(source) == [{"place": f"a.{name}{end}:{k}"} | row for k, row in enumerate(table.to_pylist())]
+
+
+def test_errors_in_text_files_name_the_line_and_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": \n')
+    with pytest.raises(ManifestError, match=r"a\.jsonl, line 2: not JSON"):
+        rows_of(opened(tmp_path)[1])
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n[1]\n')
+    with pytest.raises(ManifestError, match="line 2: each line must be one JSON object"):
+        rows_of(opened(tmp_path)[1])
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
+        file.write(b"{}")
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "a.jsonl.gz").write_bytes((tmp_path / "a.jsonl.gz").read_bytes()[:-5])
+    with pytest.raises(ManifestError, match=r"a\.jsonl\.gz cannot be read"):
+        rows_of(opened(tmp_path)[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "write", "pinned"),
+    [
+        ("lance", foreign.write_lance, "lance_version"),
+        ("delta", foreign.write_delta, "delta_version"),
+        ("iceberg", foreign.write_iceberg, "iceberg_snapshot"),
+    ],
+)
+def test_tables_with_a_log_are_read_without_their_deleted_rows(
+    tmp_path: Path, kind: str, write: Callable[[Path], Path], pinned: str
+) -> None:
+    folder = write(tmp_path / "table")
+    found, source = opened(folder)
+    rows = rows_of(source)
+    assert found == kind
+    assert sorted(row["id"] for row in rows) == ["row-0", "row-2", "row-3"]
+    assert {row["id"]: row["image_bytes"] for row in rows}["row-2"] == png(2)
+    assert list(source.pinned) == [pinned]
+    if kind == "delta":
+        assert {row["id"]: row["style"] for row in rows}["row-2"] == "ink"
+
+
+def test_an_older_version_can_be_read(tmp_path: Path) -> None:
+    lance = foreign.write_lance(tmp_path / "lance")
+    assert len(rows_of(opened(lance, version="1")[1])) == 4
+    delta = foreign.write_delta(tmp_path / "delta")
+    assert len(rows_of(opened(delta, version="0")[1])) == 4
+    iceberg = foreign.write_iceberg(tmp_path / "iceberg")
+    metadata = json.loads(max((iceberg / "metadata").glob("*.metadata.json")).read_text())
+    first = str(metadata["snapshots"][0]["snapshot-id"])
+    assert len(rows_of(opened(iceberg, version=first)[1])) == 4
+    with pytest.raises(ConfigError, match="--version x"):
+        opened(lance, version="x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "write", "module"),
+    [
+        ("lance", foreign.write_lance, "lance"),
+        ("delta", foreign.write_delta, "deltalake"),
+        ("iceberg", foreign.write_iceberg, "pyiceberg.table"),
+    ],
+)
+def test_a_missing_library_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, write: Callable[[Path], Path], module: str
+) -> None:
+    folder = write(tmp_path / "table")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=rf"pip install 'pia-batch\[{kind}\]'"):
+        opened(folder)
+
+
+def test_a_kind_can_be_chosen_and_an_unclear_place_is_refused(tmp_path: Path) -> None:
+    pq.write_table(foreign.image_table(1), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text('{"image": "a.png"}\n')
+    with pytest.raises(ManifestError, match="parquet and jsonl files; choose one by --kind"):
+        opened(tmp_path)
+    assert opened(tmp_path, "jsonl")[0] == "jsonl"
+    with pytest.raises(ConfigError, match=f"--kind tar: unknown; write one of {', '.join(KINDS)}"):
+        opened(tmp_path, "tar")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.doc").write_text("x")
+    with pytest.raises(ManifestError, match=r"holds none of .* \(files: a\.doc\)"):
+        opened(tmp_path / "other")
+    with pytest.raises(ManifestError, match="there is no file"):
+        opened(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset", "parquet", "jsonl"])
+def test_a_file_that_was_replaced_is_refused(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    if kind == "webdataset":
+        foreign.write_webdataset(folder)
+    elif kind == "folder":
+        foreign.write_photographs(folder)
+    elif kind == "parquet":
+        pq.write_table(foreign.image_table(2), folder / "a.parquet")
+    else:
+        (folder / "a.jsonl").write_text('{"image": "a.png"}\n')
+    _, source = opened(folder)
+    for path in folder.rglob("*.*"):
+        if path.is_file():
+            os.utime(path, (1, 1))
+    with pytest.raises(ManifestError, match="was replaced, added or removed"):
+        rows_of(source)
