@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ from pia_batch.config import yaml_text
 from pia_batch.config.models import EMBEDDED, ModelConfig
 from pia_batch.errors import ConfigError, message_of
 
-_MANIFESTS = (".parquet", ".pq", ".jsonl", ".ndjson", ".csv")
+_MANIFEST = re.compile(
+    r".+\.(parquet|pq|parq|jsonl|ndjson|csv|(jsonl|ndjson|json|csv)\.(gz|gzip|zst|zstd|bz2))", re.IGNORECASE
+)
+"""Names of manifests, which are no configs."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -18,7 +22,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, is not YAML in UTF-8, has a key twice, or is not a mapping.
     """
-    if path.suffix.lower() in _MANIFESTS:
+    if _MANIFEST.fullmatch(path.name):
         msg = f"{path} is a manifest, not a config in YAML; write --manifest {path}"
         raise ConfigError(msg)
     try:

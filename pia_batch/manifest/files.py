@@ -7,12 +7,10 @@ maximum, for each column. A list of equal numbers takes no space in a file, but 
 
 from __future__ import annotations
 
-import codecs
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +24,14 @@ from pia_batch.manifest import wide_integers
 from pia_batch.manifest.column_layout import MAX_COLUMNS, Layout
 from pia_batch.manifest.column_map import NO_MAP, ColumnMap
 from pia_batch.manifest.csv_files import read_csv
+from pia_batch.manifest.formats import FileFormat
+from pia_batch.manifest.inline_images import NOT_INLINE, has_inline_images
 from pia_batch.manifest.json_lines import read_json_lines
 from pia_batch.manifest.request_ids import location_ids
 from pia_batch.manifest.table_formats import refuse_data_of_table, refuse_other_format
+from pia_batch.manifest.text_files import TextBudget, read_text
 from pia_batch.storage import filesystems
 from pia_batch.storage.uris import redacted
-
-FileFormat = Literal["parquet", "jsonl", "csv"]
 
 BATCH_ROWS = 65_536
 BATCH_ROWS_WITH_BYTES = 256
@@ -107,6 +106,7 @@ class ManifestFile:
         known: Known,
         column_map: ColumnMap = NO_MAP,
         location: str = "",
+        budget: TextBudget | None = None,
     ) -> tuple[ManifestFile, Contents]:
         """Open a file, and read its contents unless they are `known`: the footer of Parquet, all of JSONL and CSV.
 
@@ -115,11 +115,11 @@ class ManifestFile:
         """
         with reading(path):
             file = cls(path, file_format, filesystems.version_of(filesystem, path), column_map, location)
-        return file, known(path, file.version) or file._contents(filesystem)
+        return file, known(path, file.version) or file._contents(filesystem, budget)
 
-    def _contents(self, filesystem: pyarrow.fs.FileSystem) -> Contents:
+    def _contents(self, filesystem: pyarrow.fs.FileSystem, budget: TextBudget | None) -> Contents:
         if self.format != "parquet":
-            table, num_blank = self._read_text(filesystem)
+            table, num_blank = self._read_text(filesystem, budget)
             return Contents(
                 self._with_ids(table.schema), np.array([[len(table), table.nbytes]], np.int64), table, num_blank
             )
@@ -203,9 +203,10 @@ class ManifestFile:
             )
             raise InterruptedRunError(msg)
 
-    def _read_text(self, filesystem: pyarrow.fs.FileSystem) -> tuple[pa.Table, int]:
+    def _read_text(self, filesystem: pyarrow.fs.FileSystem, budget: TextBudget | None = None) -> tuple[pa.Table, int]:
         """Return the rows, and the number of blank ones that were skipped."""
-        data = _read_bytes(filesystem, self.path)
+        with reading(self.path), filesystem.open_input_file(self.path) as source:
+            data = read_text(source, self.path, budget or TextBudget(f"manifest file {self.path}"))
         if self.format == "csv":
             return read_csv(data, self.path, self.column_map)
         with reading(self.path):  # JSON can spell half a surrogate pair, which is no text
@@ -243,6 +244,9 @@ class ManifestFile:
                         f"manifest file {path}: {mib} MiB of text and bytes in the rows {first_row} to {last}; "
                         f"at most {most} MiB are read"
                     )
+                    if "image" in batch.column_names and has_inline_images(batch["image"]):
+                        label = self.column_map.label("image")
+                        msg += f". Column {label} has images as text; required: {NOT_INLINE['image']}"
                     raise ManifestError(msg)
                 for table in _unpacked(batch, sizes):
                     yield self._located(table, names, first_row)
@@ -275,6 +279,8 @@ _REMEDIES = {
     "the server answers 5": "it is the server that fails: try again, and look at its log",
     "Bad Request": "check the credentials and the policy; temporary credentials may have expired",
     "credentials": "give this machine the store's, by AWS_PROFILE, AWS_ACCESS_KEY_ID and its secret, or a role",
+    "Truncated compressed stream": "the file ends early; write or copy it again",
+    "inflate failed": "the file is damaged; write or copy it again",
     "file footer": "JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
     "magic bytes": "write it again; JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
 }
@@ -356,17 +362,3 @@ def _unpacked(rows: pa.Table, sizes: npt.NDArray[np.int64]) -> Iterator[pa.Table
                 table = table.set_column(number, table.field(number).name, column.cast(column.type.value_type))
         yield table
         start = stop
-
-
-# --- JSONL and CSV --------------------------------------------------------------------------------------------------
-
-
-def _read_bytes(filesystem: pyarrow.fs.FileSystem, path: str) -> bytes:
-    with reading(path), filesystem.open_input_file(path) as source:
-        data = bytes(source.read()).removeprefix(codecs.BOM_UTF8)
-    refuse_other_format(data[:16], path)
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
-        wide = "UTF-32" if b"\0\0" in data[:4] else "UTF-16"
-        msg = f"manifest file {path} is text in {wide}; save it as UTF-8"
-        raise ManifestError(msg)
-    return data

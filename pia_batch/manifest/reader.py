@@ -24,28 +24,18 @@ from pia_batch.manifest.column_map import NO_MAP, ColumnMap
 from pia_batch.manifest.files import (
     BATCH_ROWS,
     Contents,
-    FileFormat,
     Known,
     ManifestFile,
     reading,
 )
-from pia_batch.manifest.table_formats import IMAGES_AND_NOTES, refuse_part_of_table, refuse_table
+from pia_batch.manifest.formats import EXTENSIONS, FileFormat, format_of_file, formats_in, is_expected
+from pia_batch.manifest.table_formats import refuse_part_of_table, refuse_table
+from pia_batch.manifest.text_files import MAX_TEXT_BYTES, TextBudget
 from pia_batch.manifest.unify import check_columns, conform, published, unify
 from pia_batch.schema.columns import REQUEST
 from pia_batch.storage import filesystems, object_store
 from pia_batch.storage.concurrency import map_in_threads
 from pia_batch.storage.uris import redacted_uri
-
-EXTENSIONS: dict[str, FileFormat] = {
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-}
-
-MAX_TEXT_BYTES = 512 * 2**20
-"""Largest size of all files of a JSONL or CSV manifest, which are read whole."""
 
 MAX_ROWS = 200_000_000
 """Largest number of rows of a manifest; the driver needs about 50 bytes for each."""
@@ -154,8 +144,9 @@ class Manifest:
         with reading(shown):
             filesystem, root = filesystems.arrow_filesystem(uri)
             files, file_format, left_out = _discover(filesystem, root, shown)
+        budget = TextBudget(f"manifest {shown}")
         if file_format != "parquet":
-            _check_text_bytes(filesystem, files, shown)
+            _check_stored_bytes(filesystem, files, shown)
         scanned = set[str]()
 
         def known_contents(path: str, version: str) -> Contents | None:
@@ -167,7 +158,7 @@ class Manifest:
         opened = tuple(
             map_in_threads(
                 lambda path: ManifestFile.open(
-                    filesystem, path, file_format, known_contents, column_map, _location(path, root)
+                    filesystem, path, file_format, known_contents, column_map, _location(path, root), budget
                 ),
                 files,
                 OPEN_THREADS,
@@ -444,28 +435,24 @@ def _discover(
     is_file = info.type == pyarrow.fs.FileType.File
     refuse_part_of_table(filesystem, root, uri, is_file=is_file)
     if is_file:
-        return (root,), EXTENSIONS.get(PurePosixPath(root).suffix.lower(), "parquet"), ()
+        return (root,), format_of_file(filesystem, root), ()
     found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
     refuse_table([item.path for item in found], root, uri)
     files = sorted(item.path for item in found if item.is_file and not _hidden(item.path, root))
-    known = (EXTENSIONS.get(PurePosixPath(path).suffix.lower()) for path in files)
-    formats = sorted({file_format for file_format in known if file_format is not None})
-    left_out = tuple(path for path in files if PurePosixPath(path).suffix.lower() not in _NAMED)
+    format_by_path = formats_in(filesystem, files)
+    formats = sorted(set(format_by_path.values()))
+    left_out = tuple(path for path in files if path not in format_by_path and not is_expected(path))
     if not formats:
         others = f", but {', '.join(str(_below(path, root)) for path in left_out[:3])}" if left_out else ""
         msg = (
             f"manifest {uri} has no file that ends in {', '.join(EXTENSIONS)}{others}; correct the folder, or the "
-            "names: those that begin with '_' or '.' are not read; decompress files such as .jsonl.gz"
+            "names: those that begin with '_' or '.' are not read; text may be compressed (.jsonl.gz, .csv.zst)"
         )
         raise ManifestError(msg)
     if len(formats) > 1:
         msg = f"manifest {uri} has files of several formats, {' and '.join(formats)}; leave those of one"
         raise ManifestError(msg)
-    chosen = tuple(path for path in files if EXTENSIONS.get(PurePosixPath(path).suffix.lower()))
-    return chosen, formats[0], left_out
-
-
-_NAMED = frozenset(EXTENSIONS) | IMAGES_AND_NOTES
+    return tuple(path for path in files if path in format_by_path), formats[0], left_out
 
 
 def _below(path: str, root: str) -> PurePosixPath:
@@ -487,7 +474,8 @@ def _partitions(path: str, root: str) -> dict[str, str | None]:
     return {name: None if value == NULL_PARTITION else unquote(value) for name, value in pairs}
 
 
-def _check_text_bytes(filesystem: pyarrow.fs.FileSystem, files: tuple[str, ...], uri: str) -> None:
+def _check_stored_bytes(filesystem: pyarrow.fs.FileSystem, files: tuple[str, ...], uri: str) -> None:
+    """Refuse text files that are too large as they are stored, before any of them is read."""
     with reading(uri):
         num_bytes = sum(info.size or 0 for info in filesystem.get_file_info(list(files)))
     if num_bytes > MAX_TEXT_BYTES:

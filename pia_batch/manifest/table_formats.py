@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
@@ -23,11 +24,14 @@ IMAGES_AND_NOTES = frozenset(
 """Extensions of files that are expected next to a manifest and do not look like rows of it."""
 
 _REMEDIES = {
-    "a Delta table": "export its current rows to Parquet with a Delta reader, such as deltalake, Spark or DuckDB",
-    "an Apache Iceberg table": "export its current rows to Parquet with an Iceberg reader, such as pyiceberg or Spark",
-    "an Apache Hudi table": "export its current rows to Parquet with Spark and Hudi's reader",
-    "a Lance dataset": "export it to Parquet with pylance: lance.dataset(path).to_table()",
+    "a Delta table": "make a manifest of its current rows: pia-batch prepare {table} --to DEST",
+    "an Apache Iceberg table": "make a manifest of its current rows: pia-batch prepare {table} --to DEST",
+    "an Apache Hudi table": "export its current rows to Parquet with Spark and Hudi's reader, and make a manifest of "
+    "them: pia-batch prepare EXPORT --to DEST",
+    "a Lance dataset": "make a manifest of it: pia-batch prepare {table} --to DEST",
 }
+
+_COMPRESSED = "name JSONL and CSV as such (.jsonl.gz, .csv.zst); decompress Parquet, which is compressed inside"
 
 _MAGIC = (
     (b"PARE", "Parquet with an encrypted footer", "write it without encryption"),
@@ -37,9 +41,9 @@ _MAGIC = (
     (b"Obj\x01", "an Avro file", "write it as Parquet"),
     (b"PK\x03\x04", "a zip archive or an Excel workbook", "unpack it, or save it as CSV UTF-8"),
     (b"\xd0\xcf\x11\xe0", "an old Excel workbook", "save it as CSV UTF-8"),
-    (b"\x1f\x8b", "compressed with gzip", "decompress it, or write it as Parquet"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "decompress it, or write it as Parquet"),
-    (b"BZh", "compressed with bzip2", "decompress it, or write it as Parquet"),
+    (b"\x1f\x8b", "compressed with gzip", _COMPRESSED),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", _COMPRESSED),
+    (b"BZh", "compressed with bzip2", _COMPRESSED),
     (b"\xfd7zXZ", "compressed with xz", "decompress it, or write it as Parquet"),
     (b"\x04\x22\x4d\x18", "compressed with lz4", "decompress it, or write it as Parquet"),
     (b"SQLite format 3", "an SQLite database", "export its table to Parquet or CSV"),
@@ -83,7 +87,7 @@ def refuse_data_of_table(metadata: Mapping[bytes, bytes], columns: Iterable[str]
         return
     msg = (
         f"manifest file {path} is a data file of {what}: it may also have rows that were deleted or replaced, and only "
-        f"the table's log says which; {_REMEDIES[what]}"
+        f"the table's log says which; {_REMEDIES[what].format(table='TABLE')}"
     )
     raise ManifestError(msg)
 
@@ -99,12 +103,11 @@ def refuse_table(found: Iterable[str], root: str, uri: str) -> None:
     Raises:
         ManifestError: There is such a table; the message names its format, folder and remedy.
     """
-    for path in found:
-        parts = PurePosixPath(path.removeprefix(root).lstrip("/")).parts
-        table = _table_at(parts)
-        if table is not None:
-            what, folder = table
-            raise ManifestError(_refusal(what, posixpath.join(root, *folder), uri))
+    relative = (PurePosixPath(path.removeprefix(root).lstrip("/")).parts for path in found)
+    tables = [table for parts in relative if (table := _table_at(parts)) is not None]
+    if tables:
+        what, folder = min(tables, key=lambda table: len(table[1]))  # data files of Lance are named like datasets
+        raise ManifestError(_refusal(what, posixpath.join(root, *folder), uri))
     if root.endswith(".lance"):
         raise ManifestError(_refusal("a Lance dataset", root, uri))
 
@@ -185,8 +188,15 @@ def _table_at(parts: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
     return None
 
 
+def _place(folder: str, uri: str) -> str:
+    """Return the folder of a table as a command takes it: a local path, or a URI with the scheme of the manifest's."""
+    scheme, separator, _ = uri.partition("://")
+    is_remote = bool(separator) and scheme != "file" and "://" not in folder
+    return shlex.quote(f"{scheme}://{folder}" if is_remote else folder)
+
+
 def _refusal(what: str, folder: str, uri: str) -> str:
     return (
         f"manifest {uri} is {what} (folder {folder}): its files also have rows that were deleted or replaced, and only "
-        f"its log says which; {_REMEDIES[what]}"
+        f"its log says which; {_REMEDIES[what].format(table=_place(folder, uri))}"
     )

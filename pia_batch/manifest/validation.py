@@ -20,6 +20,7 @@ from pia_batch.manifest.casting import Columns, Range, Rejections
 from pia_batch.manifest.column_map import ColumnMap
 from pia_batch.manifest.content_keys import content_keys, image_identity
 from pia_batch.manifest.effective import context, fill, hashes_of, is_auto, motion
+from pia_batch.manifest.inline_images import NOT_INLINE, PATTERN
 from pia_batch.manifest.request_ids import content_ids
 from pia_batch.schema.columns import EFFECTIVE, MAX_ID_BYTES, MAX_URI_BYTES, SETTINGS, carried_columns
 from pia_batch.schema.keys import Keys, keys_to_hex, text_bytes
@@ -112,8 +113,8 @@ class _Columns(Columns):
         both = pc.and_(pc.invert(no_uri), pc.invert(no_data))
         self.reject("image", both, "invalid_value", "either `image` or `image_bytes`, not both")
         for name in ("image", "ip_adapter_image"):
-            inline = pc.match_substring_regex(self.typed[name], _INLINE)
-            self.reject(name, inline, "invalid_value", _NOT_INLINE[name])
+            inline = pc.match_substring_regex(self.typed[name], PATTERN)
+            self.reject(name, inline, "invalid_value", NOT_INLINE[name])
         long = pc.greater(pc.binary_length(uris), MAX_URI_BYTES)
         self.reject("image", long, "out_of_range", f"a URI of at most {MAX_URI_BYTES} bytes")
         not_hex = pc.invert(pc.match_substring_regex(sha256, "^[0-9a-fA-F]{64}$"))
@@ -245,14 +246,6 @@ class _Columns(Columns):
             bad = pc.or_kleene(bad, pc.not_equal(multiple, values))
         self.reject(name, bad, "out_of_range", str(allowed))
 
-
-_INLINE = r"(?i)^\s*data:|^(?-i)(iVBORw0KGgo|/9j/[24]|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{16,}$"
-"""A `data:` URI, or base64 of a PNG, JPEG, GIF or WebP."""
-
-_NOT_INLINE = {
-    "image": "a URI or a path; decode the image itself from base64 into the column `image_bytes`, in Parquet",
-    "ip_adapter_image": "a URI or a path; decode the image itself from base64, and store it as a file",
-}
 
 _FILLED = (
     "strength", "num_inference_steps", "format", "fps", "width", "height", "long_side", "num_frames", "cond_frame",

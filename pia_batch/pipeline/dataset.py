@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +12,7 @@ import ray.data
 from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError, ManifestError, ObjectExistsError
 from pia_batch.journal import layout
-from pia_batch.manifest import reader, unify
+from pia_batch.manifest import formats, unify
 from pia_batch.manifest.blocklist import with_blocklist
 from pia_batch.manifest.column_map import ColumnMap
 from pia_batch.pipeline import batching, ray_data, stages
@@ -124,7 +123,7 @@ def _check_bytes_column(names: list[str], *, store: bool) -> None:
 def _folder(uri: str) -> str:
     """Return the folder that a manifest names, or that its file is in, without reading it."""
     uri = object_store.absolute(uri).rstrip("/")
-    return uri.rsplit("/", 1)[0] if PurePosixPath(uri).suffix.lower() in reader.EXTENSIONS else uri
+    return uri.rsplit("/", 1)[0] if formats.names_file(uri) else uri
 
 
 class ResultsActor:

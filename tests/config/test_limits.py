@@ -30,7 +30,7 @@ from pia_batch.config import RunConfig
 from pia_batch.driver.budget import Budget
 from pia_batch.driver.monitor import _EngineHealth
 from pia_batch.errors import ConfigError, DegenerateError, InterruptedRunError, ManifestError, PiaBatchError
-from pia_batch.manifest import files, reader
+from pia_batch.manifest import files, reader, text_files
 from pia_batch.manifest.casting import Range
 from pia_batch.manifest.column_layout import MAX_COLUMNS
 from pia_batch.manifest.unify import check_columns
@@ -508,7 +508,7 @@ FIXED = {
     "schema/columns.MAX_ID_BYTES": f"{HERE}test_a_text_of_a_row_is_kept_to_its_bytes",
     "schema/columns.MAX_URI_BYTES": f"{HERE}test_a_text_of_a_row_is_kept_to_its_bytes",
     "manifest/column_layout.MAX_COLUMNS": f"{HERE}test_the_number_of_columns_is_kept_to_its_limit",
-    "manifest/reader.MAX_TEXT_BYTES": f"{HERE}test_text_is_kept_to_its_bytes_in_all",
+    "manifest/text_files.MAX_TEXT_BYTES": f"{HERE}test_text_is_kept_to_its_bytes_in_all",
     "manifest/files._MAX_FOOTER_BYTES": f"{HERE}test_a_footer_is_kept_to_its_bytes",
     "manifest/files.MAX_ROW_BYTES": f"{READER}test_a_value_that_a_million_rows_share_is_refused_before_it_is_unpacked",
     "manifest/files.MAX_ROW_BYTES_WITH_BYTES": f"{READER}"
@@ -563,10 +563,10 @@ def test_text_is_kept_to_its_bytes_in_all(tmp_path: Path) -> None:
     one.write_bytes(b"x" * 1000)
     for above in (-1, 0, 1):
         with other.open("wb") as file:  # sparse
-            file.truncate(reader.MAX_TEXT_BYTES - 1000 + above)
-        error = raised(reader._check_text_bytes, LocalFileSystem(), (str(one), str(other)), str(tmp_path))
+            file.truncate(text_files.MAX_TEXT_BYTES - 1000 + above)
+        error = raised(reader._check_stored_bytes, LocalFileSystem(), (str(one), str(other)), str(tmp_path))
         assert (error is not None) == (above > 0)
-        assert error is None or (str(reader.MAX_TEXT_BYTES) in error and "write it as Parquet" in error)
+        assert error is None or (str(text_files.MAX_TEXT_BYTES) in error and "write it as Parquet" in error)
 
 
 def test_a_footer_is_kept_to_its_bytes() -> None:

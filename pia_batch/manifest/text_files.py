@@ -1,0 +1,89 @@
+"""Bytes of JSONL and CSV files: decompressed within a limit, without a byte order mark."""
+
+from __future__ import annotations
+
+import codecs
+import threading
+
+import pyarrow as pa
+
+from pia_batch.errors import ManifestError
+from pia_batch.manifest.table_formats import refuse_other_format
+
+MAX_TEXT_BYTES = 512 * 2**20
+"""Largest size of all files of a JSONL or CSV manifest, decompressed; they are read whole."""
+
+COMPRESSIONS = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2"}
+"""Compressions of text files by the extension that they add."""
+
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
+
+_CHUNK_BYTES = 4 * 2**20
+
+
+class TextBudget:
+    """Bytes of text that the files of one manifest may still have; shared by threads.
+
+    Args:
+        place: Name of the manifest for messages.
+    """
+
+    def __init__(self, place: str) -> None:
+        self._place, self._left, self._lock = place, MAX_TEXT_BYTES, threading.Lock()
+
+    def take(self, num_bytes: int) -> None:
+        """Count bytes.
+
+        Raises:
+            ManifestError: there are more than MAX_TEXT_BYTES in all.
+        """
+        with self._lock:
+            self._left -= num_bytes
+            if self._left < 0:
+                msg = (
+                    f"{self._place} has more than {MAX_TEXT_BYTES} bytes of JSONL or CSV, decompressed; write it as "
+                    "Parquet"
+                )
+                raise ManifestError(msg)
+
+
+def compression_of(head: bytes) -> str | None:
+    """Return the compression of a file that begins with these bytes, as Arrow names it, or None."""
+    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
+
+
+def read_text(source: pa.NativeFile, path: str, budget: TextBudget) -> bytes:
+    """Return the text of a file, decompressed if its content is compressed, whatever its name.
+
+    Args:
+        source: The file.
+        path: Its path for messages.
+        budget: Budget that the text is counted in.
+
+    Raises:
+        ManifestError: it is of another format, in UTF-16 or UTF-32, or too large.
+        Exception: the file cannot be read, or ends within its compression.
+    """
+    compression = compression_of(bytes(source.read_at(min(8, source.size()), 0)))
+    if compression is None:
+        budget.take(source.size())
+        data = bytes(source.read_at(source.size(), 0))
+    else:
+        source.seek(0)
+        data = _decompressed(source, compression, budget)
+    data = data.removeprefix(codecs.BOM_UTF8)
+    refuse_other_format(data[:16], path)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
+        wide = "UTF-32" if b"\0\0" in data[:4] else "UTF-16"
+        msg = f"manifest file {path} is text in {wide}; save it as UTF-8"
+        raise ManifestError(msg)
+    return data
+
+
+def _decompressed(source: pa.NativeFile, compression: str, budget: TextBudget) -> bytes:
+    chunks = []
+    with pa.CompressedInputStream(source, compression) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            budget.take(len(chunk))
+            chunks.append(bytes(chunk))
+    return b"".join(chunks)
