@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inputs import png, requests_table
 
-from pia_batch.config import RunConfig
+from pia_batch.config import RequestIdFrom, RunConfig
 from pia_batch.errors import ConfigError, ManifestError
 from pia_batch.manifest import files as manifest_files
 from pia_batch.manifest.column_map import ColumnMap
@@ -27,22 +28,22 @@ ENGINES = {"default": "0123456789abcdef"}
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def column_map(columns: Mapping[str, str] | None) -> ColumnMap:
-    return ColumnMap(tuple((columns or {}).items()))
+def column_map(columns: Mapping[str, str] | None, ids: RequestIdFrom = "column") -> ColumnMap:
+    return ColumnMap(tuple((columns or {}).items()), ids)
 
 
-def opened(path: Path, columns: Mapping[str, str] | None = None) -> Manifest:
-    return Manifest.open(str(path), column_map=column_map(columns))
+def opened(path: Path, columns: Mapping[str, str] | None = None, ids: RequestIdFrom = "column") -> Manifest:
+    return Manifest.open(str(path), column_map=column_map(columns, ids))
 
 
-def rows_of(path: Path, columns: Mapping[str, str] | None = None) -> pa.Table:
-    found = opened(path, columns)
+def rows_of(path: Path, columns: Mapping[str, str] | None = None, ids: RequestIdFrom = "column") -> pa.Table:
+    found = opened(path, columns, ids)
     return pa.concat_tables([found.schema.empty_table(), *(batch.table for batch in found.batches())])
 
 
-def keys_of(path: Path, columns: Mapping[str, str] | None = None) -> list[str]:
-    config = RunConfig(manifest=str(path), output="out", columns=dict(columns or {}))
-    checked = check(rows_of(path, columns), config, ENGINES)
+def keys_of(path: Path, columns: Mapping[str, str] | None = None, ids: RequestIdFrom = "column") -> list[str]:
+    config = RunConfig(manifest=str(path), output="out", columns=dict(columns or {}), request_id_from=ids)
+    checked = check(rows_of(path, columns, ids), config, ENGINES)
     assert not len(checked.rejected), checked.rejected.to_pylist()
     return list(checked.requests["key"].to_pylist())
 
@@ -234,6 +235,28 @@ def test_an_image_struct_is_understood_whatever_its_name(data: pa.DataType, name
     found = rows_of(path, columns)
     assert sorted(found.column_names) == ["image", "image_bytes", "prompt", "request_id"]
     assert found["image"].to_pylist() == [None, "2.png", None]
+
+
+def test_files_of_the_datasets_library_are_read_as_they_are(tmp_path: Path) -> None:
+    photo = {"bytes": png(1), "path": "1.png"}
+    features = datasets.Features(
+        {
+            "photo": datasets.Image(),
+            "pair": {"left": datasets.Image(), "text": datasets.Value("large_string")},
+            "label": datasets.ClassLabel(names=["cat", "dog"]),
+        }
+    )
+    rows = [{"photo": photo, "pair": {"left": photo, "text": "p"}, "label": "dog"}] * 2
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "a.parquet"))
+    ours = requests_table(2, prompt=["p"] * 2, image=pa.nulls(2), image_bytes=pa.array([png(1)] * 2, pa.binary()))
+    parquet(tmp_path / "ours.parquet", ours.drop_columns(["request_id"]))
+
+    for image in ("photo", "pair.left"):
+        columns = {"image": image, "prompt": "pair.text"}
+        found = keys_of(tmp_path / "a.parquet", columns, "content")
+        assert found == keys_of(tmp_path / "ours.parquet", {}, "content")
+        rest = {"photo": "pair", "pair.left": "photo"}[image]
+        assert rest in rows_of(tmp_path / "a.parquet", columns, "content").column_names
 
 
 def test_the_bytes_and_the_path_of_an_image_struct_may_be_named(tmp_path: Path) -> None:

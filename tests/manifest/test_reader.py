@@ -776,7 +776,7 @@ def test_a_csv_that_is_no_table_is_refused(write: Callable[..., str], content: s
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({}, "has no file that ends in .parquet, .pq, .jsonl, .ndjson, .csv"),
+        ({}, "has no file that ends in .parquet, .pq, .parq, .jsonl, .ndjson, .csv"),
         ({"a.txt": "x", "_a.csv": "y"}, "has no file that ends in"),
         ({"a.csv": "x", "b.jsonl": LINE}, "has files of several formats, csv and jsonl"),
         ({"a.parquet": requests_table(0)}, "has no rows"),
