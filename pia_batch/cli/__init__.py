@@ -61,6 +61,7 @@ for command in (
     ),
     evaluation_commands.evaluate,
     evaluation_commands.select,
+    evaluation_commands.compare,
     *(job_commands.submit, job_commands.jobs, bench_command.bench),
 ):
     app.command()(command)

@@ -102,7 +102,7 @@ def select(
     choice = selection.Choice(
         None if by is None else RowNumber(by),
         None if where is None else RowFilter(where),
-        tuple(name.strip() for name in group_by.split(",")) if group_by else (),
+        _names(group_by),
         top,
     )
     found = selection.select(output, choice, evaluation)
@@ -129,6 +129,62 @@ def select(
         soft_wrap=True,
         markup=False,
     )
+
+
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="URI of the first output.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="URI of the second output, or of the same one.")],
+    run_a: Annotated[str | None, typer.Option(help="Run of A; default: the newest.")] = None,
+    run_b: Annotated[str | None, typer.Option(help="Run of B; default: the newest.")] = None,
+    evaluation_a: Annotated[str | None, typer.Option(help="Evaluation of A; default: the newest of its run.")] = None,
+    evaluation_b: Annotated[str | None, typer.Option(help="Evaluation of B; default: the newest of its run.")] = None,
+    pair_by: Annotated[
+        str, typer.Option(metavar="COLUMNS", help="Columns that the requests of a pair have in common.")
+    ] = "request_id",
+    by: Annotated[
+        str | None, typer.Option(metavar="COLUMNS", help="Also compare in each group of equal values, such as model.")
+    ] = None,
+    name_a: Annotated[str | None, typer.Option(help="Name of A on the page; default: its run.")] = None,
+    name_b: Annotated[str | None, typer.Option(help="Name of B on the page; default: its run.")] = None,
+    max_pairs: Annotated[int, typer.Option(min=1, help="Pairs on the page: those with the largest change.")] = 60,
+    out_file: Annotated[Path, typer.Option("--out", help="Local file of the page.")] = Path("compare.html"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two outputs, or two runs: differences of their measures with intervals, and a page with the pairs.
+
+    Compares what both evaluations measure, and columns of the results such as motion and gpu_seconds.
+    Example: `pia-batch compare outputs/exact outputs/fast --by model --out fast.html`
+    """
+    from pia_batch.evaluation import comparison, comparison_page
+
+    keys, groups = _names(pair_by), _names(by)
+    side_a = comparison.open_side(a, run_a, evaluation_a, keys, groups)
+    side_b = comparison.open_side(b, run_b, evaluation_b, keys, groups)
+    found = comparison.compare(side_a, side_b, keys, groups, seed)
+    title = (name_a or side_a.results.run_id, name_b or side_b.results.run_id)
+    page = comparison_page.render(found, title, max_pairs).encode()
+    try:
+        out_file.parent.mkdir(parents=True, exist_ok=True)
+        out_file.write_bytes(page)
+    except OSError as problem:
+        raise errors.ConfigError(f"--out: cannot write {out_file}: {problem.strerror or problem}") from None
+    if as_json:
+        print_json(found.record() | {"page": out_file.absolute().as_uri()})
+        return
+    for group, intervals in found.groups.items():
+        table = Table(title=group, title_justify="left", box=None, pad_edge=False)
+        for head in ("measure", "A", "B", "B - A", "95 % interval", "pairs"):
+            table.add_column(head, justify="left" if head == "measure" else "right", no_wrap=True)
+        for name, each in intervals.items():
+            numbers = (_number(each.mean_a), _number(each.mean_b), _number(each.difference))
+            table.add_row(name, *numbers, f"{_number(each.low)} to {_number(each.high)}", str(each.count))
+        out.print(table)
+    out.print(f"page: {out_file.absolute().as_uri()} ({len(page) / 1e6:.1f} MB)", soft_wrap=True, markup=False)
+
+
+def _names(columns: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in columns.split(",")) if columns else ()
 
 
 def _placed(output: str, settings: list[str] | None) -> tuple[str, PlacementConfig]:

@@ -51,7 +51,7 @@ class Evaluation:
     @property
     def measures(self) -> list[str]:
         """Names of its measures."""
-        return list(self.summary["measures"])
+        return [name for name in BY_NAME if name in self.summary["measures"]]
 
 
 def publish(

@@ -38,8 +38,8 @@ def assemble(head: PageHead, data: dict[str, Any], sources: dict[str, str]) -> s
     script = "\n".join(_source(name) for name in _SCRIPTS)
     policy = {
         "default-src": "'none'",
-        "script-src": _hash_of(script),
-        "style-src": _hash_of(style),
+        "script-src": hash_of(script),
+        "style-src": hash_of(style),
         **sources,
         "base-uri": "'none'",
         "form-action": "'none'",
@@ -96,5 +96,6 @@ def _source(name: str) -> str:
     return _LOADER.get_source(_ENVIRONMENT, name)[0].strip()
 
 
-def _hash_of(text: str) -> str:
+def hash_of(text: str) -> str:
+    """Return the source of a content security policy that permits exactly this inline style or script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

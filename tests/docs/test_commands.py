@@ -52,6 +52,7 @@ NOT_RUN = {
     "pia-batch export outputs/demo --only": "test_export exports what a table names",
     "pia-batch report outputs/demo --only": "test_selection writes the page of a selection",
     "pia-batch run --manifest seeds.parquet": "a recipe: a manifest of one's own",
+    "pia-batch compare": "test_comparison compares two outputs",
     "pia-batch bench": "minutes; test_benchmark runs it small",
     "python jobs/benchmark": "minutes; the tests of these programs run them small",
     "python jobs/tiny/train.py": "hours; test_tiny trains for seconds",
