@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -51,9 +52,19 @@ class AddOn(Section):
 class LoraConfig(AddOn):
     """One LoRA for a model's UNet and text encoder."""
 
+    name: str | None = Field(
+        None, min_length=1, description="Name in the column `lora_scales`. null: that of its file or folder."
+    )
+
     scale: Annotated[float, Decides()] = Field(
         1.0, ge=-10, le=10, allow_inf_nan=False, description="Strength of the LoRA; 1: as trained."
     )
+
+    @property
+    def label(self) -> str:
+        """Name in the column `lora_scales`."""
+        place = self.weight_name or self.source
+        return self.name or PurePosixPath(place.rstrip("/")).name.removesuffix(".safetensors")
 
 
 class TextualInversionConfig(AddOn):
@@ -131,7 +142,7 @@ class ModelConfig(Section):
     vae: str | None = Field(None, description="Another VAE, in the forms of `base`. null: the one inside `base`.")
     vae_revision: str | None = Field(None, description="Hub commit, tag or branch of `vae`. null: `main`.")
     loras: tuple[LoraConfig, ...] = Field(
-        (), description="LoRAs, each with `source`, `weight_name`, `revision`, `scale`."
+        (), description="LoRAs, each with `source`, `weight_name`, `revision`, `name`, `scale`."
     )
     fuse_loras: bool = Field(
         default=False, description="true: merge the LoRAs into the weights, so that they cost nothing per step."

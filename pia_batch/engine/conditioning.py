@@ -19,6 +19,8 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image
 
+from pia_batch.engine import lora_scales
+from pia_batch.engine.lora_scales import Scales
 from pia_batch.errors import NonFiniteError
 
 MAX_PROMPTS = 256
@@ -104,11 +106,22 @@ class PromptEncoder:
         added = tokenizer.added_tokens_encoder
         self._has_long_words = any(f"{word}_1" in added for word in added)
         self._words = _LiteralWords(tokenizer)
-        self._recent: LruCache[tuple[str, int | None], Prompt] = LruCache(MAX_PROMPTS)
+        self._recent: LruCache[tuple[str, int | None, Scales | None], Prompt] = LruCache(MAX_PROMPTS)
 
-    def encode(self, text: str, clip_skip: int | None = None) -> Prompt:
-        """Return the prompt's embedding, from the layer that `clip_skip` leaves as the last one."""
-        return self._recent.get((text, clip_skip), lambda: self._encode(text, clip_skip))
+    def encode(self, text: str, clip_skip: int | None = None, scales: Scales | None = None) -> Prompt:
+        """Return the prompt's embedding, from the layer that `clip_skip` leaves as the last one.
+
+        Args:
+            text: The prompt.
+            clip_skip: Number of last layers that are skipped; None: none.
+            scales: Scales of the model's LoRAs; None: those of the config.
+        """
+
+        def compute() -> Prompt:
+            with lora_scales.applied(getattr(self._text_encoder, "network", self._text_encoder), scales):
+                return self._encode(text, clip_skip)
+
+        return self._recent.get((text, clip_skip, scales), compute)
 
     def _encode(self, text: str, clip_skip: int | None) -> Prompt:
         limit = self._tokenizer.model_max_length

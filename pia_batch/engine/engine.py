@@ -238,7 +238,7 @@ class PiaEngine:
 
     def _generate_together(self, shots: Sequence[Shot], keep_latents: bool) -> list[Clip]:
         began = time.perf_counter()
-        prompts = [self._prompts.encode(shot.prompt, shot.clip_skip) for shot in shots]
+        prompts = [self._prompts.encode(shot.prompt, shot.clip_skip, self._parts.scales_of(shot)) for shot in shots]
         films = [Film(shot, self.limits.max_frames) for shot in shots]
         errors: dict[int, RequestError] = {}
         left = list(range(len(shots)))
@@ -285,7 +285,9 @@ class PiaEngine:
     def _start(
         self, shot: Shot, prompt: Prompt, generator: torch.Generator | None = None
     ) -> sampling.Row | RequestError:
-        negative = self._prompts.encode(shot.negative_prompt) if shot.guided else None
+        negative = (
+            self._prompts.encode(shot.negative_prompt, scales=self._parts.scales_of(shot)) if shot.guided else None
+        )
         if not (prompt.is_finite and (negative is None or negative.is_finite)):
             return NonFiniteError("the text encoder's embedding of the prompt holds NaN or infinity")
         try:

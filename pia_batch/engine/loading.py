@@ -22,10 +22,12 @@ from pia_batch.config.arithmetic import Arithmetic
 from pia_batch.config.speed_presets import EXACT, PRESETS, SpeedPreset
 from pia_batch.engine import adapters, arithmetic, compiling, image_prompts, network_files, offloading
 from pia_batch.engine import unet as layout
+from pia_batch.engine.lora_scales import Scales
 from pia_batch.engine.offloading import DeviceSlot, OnDemand
 from pia_batch.engine.shared_weights import SharedParts
-from pia_batch.engine.shots import Limits
+from pia_batch.engine.shots import Limits, Shot
 from pia_batch.errors import ConfigError
+from pia_batch.schema.lora_scales import lora_scales
 from pia_batch.weights import conv_in
 from pia_batch.weights.components import Component
 from pia_batch.weights.identity import ENGINE_VERSION
@@ -76,6 +78,8 @@ class Components:
         call: Function that calls the functions of the UNet and the VAE's decoder, such as a `Compiler`.
         arithmetic: Implementation of PIA whose results the clips equal.
         vae_decode: `per_frame` if the VAE decodes one frame at a time, else `chunks`.
+        loras: Name and configured scale of each LoRA, in the order of the config.
+        fixed_loras: Names of those that are merged into the weights, so that rows cannot change their scales.
     """
 
     tokenizer: Any
@@ -92,6 +96,15 @@ class Components:
     call: compiling.Call = compiling.directly
     arithmetic: Arithmetic = "diffusers"
     vae_decode: Literal["chunks", "per_frame"] = "chunks"
+    loras: tuple[tuple[str, float], ...] = ()
+    fixed_loras: frozenset[str] = frozenset()
+
+    def scales_of(self, shot: Shot) -> Scales | None:
+        """Return the scale of each LoRA for a shot that has scales of its own; None: those of the config."""
+        own: dict[str, float] = dict(lora_scales(shot.lora_scales)) if shot.lora_scales else {}
+        if all(own.get(name, scale) == scale for name, scale in self.loras):
+            return None
+        return tuple(own.get(name, scale) for name, scale in self.loras)
 
     @property
     def limits(self) -> Limits:
@@ -102,6 +115,8 @@ class Components:
             max_steps=self.scheduler.config.num_train_timesteps,
             latent_stride=self.latent_stride,
             takes_image_prompts=self.image_encoder is not None,
+            loras=tuple(name for name, _ in self.loras),
+            fixed_loras=self.fixed_loras,
         )
 
 
@@ -143,6 +158,8 @@ def load(
         call=call,
         arithmetic=model.arithmetic,
         vae_decode=model.vae_decode,
+        loras=tuple((each.label, each.scale) for each in model.loras),
+        fixed_loras=loader.fixed_loras,
         **parts,
     )
 
@@ -265,6 +282,12 @@ class _Loader:
         self._saving = offloading.savings(model.memory, device)
         self._home = torch.device("cpu") if self._saving.offload else device
         self._adapters = adapters.read(model, weights.loras, weights.textual_inversions)
+
+    @property
+    def fixed_loras(self) -> frozenset[str]:
+        """Names of the LoRAs that are merged into the weights."""
+        pairs = zip(self._model.loras, self._adapters.loras, strict=True)
+        return frozenset(each.label for each, lora in pairs if self._adapters.fuse or not lora.is_adjustable)
 
     def parts(self) -> dict[str, Any]:
         """Return tokenizer and networks, by their names in `Components`."""

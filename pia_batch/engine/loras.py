@@ -29,6 +29,7 @@ from diffusers.utils import recurse_remove_peft_layers
 from torch import nn
 
 from pia_batch.config import LoraConfig
+from pia_batch.engine.lora_scales import PREFIX
 from pia_batch.errors import ConfigError
 from pia_batch.weights import components, lora_files, lora_shapes, peft_config
 from pia_batch.weights.components import Component
@@ -70,6 +71,15 @@ class Lora:
     metadata: dict[str, Any] | None = None
     peft: dict[str, Any] | None = None
     embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def is_adjustable(self) -> bool:
+        """True if PEFT applies every layer, so that the scale may differ between rows."""
+        return all(
+            {"down", "up"} <= set(tensors) <= _PLAIN and not (network == UNET and _CALLED_BY_KEYWORD.search(name))
+            for network, layers in self.tensors.items()
+            for name, tensors in layers.items()
+        )
 
     def touches(self, network: str, layers: str = "") -> bool:
         """Return True if it changes a layer of this network whose name contains `layers`."""
@@ -160,7 +170,7 @@ def apply(loras: Sequence[Lora], network: str, target: Any, *, fuse: bool) -> No
     Raises:
         ConfigError: A LoRA has layers or shapes that the network does not have.
     """
-    chosen = {f"lora{index}": lora for index, lora in enumerate(loras) if lora.touches(network)}
+    chosen = {f"{PREFIX}{index}": lora for index, lora in enumerate(loras) if lora.touches(network)}
     if not chosen:
         return
     layers = NetworkLayers(network, {name: tuple(each.shape) for name, each in target.named_parameters()})

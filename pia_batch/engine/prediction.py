@@ -5,6 +5,9 @@ The samples of a batch are first the unconditional samples of the guided rows, t
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -13,6 +16,7 @@ import torch
 from pia_batch.engine import unet as layout
 from pia_batch.engine.compiling import Call, directly
 from pia_batch.engine.image_prompts import ImagePromptAttention
+from pia_batch.engine.lora_scales import SampleScales, Scales
 from pia_batch.engine.offloading import OnDemand
 from pia_batch.engine.windows import Windows
 
@@ -60,6 +64,7 @@ def predictor(
     images: ImagePromptAttention,
     call: Call = directly,
     sliding: Windows | None = None,
+    lora_scales: Sequence[Scales] | None = None,
 ) -> Predictor:
     """Return a predictor: the optimized one where `unet.supports` the network, else one that uses its own call.
 
@@ -71,9 +76,10 @@ def predictor(
         images: Image prompts of the samples.
         call: Function that calls the functions of `unet`, such as a `Compiler`.
         sliding: Windows of FreeNoise, for networks that `supports_sliding` accepts; None: no FreeNoise.
+        lora_scales: Scales of each sample's LoRAs, for such networks, too; None: those of the config.
     """
-    if sliding is not None or layout.supports(_network(unet)):
-        return _OptimizedPredictor(unet, rows, conditions, texts, images, call, sliding)
+    if sliding is not None or lora_scales is not None or layout.supports(_network(unet)):
+        return _OptimizedPredictor(unet, rows, conditions, texts, images, call, sliding, lora_scales)
     return _StockPredictor(unet, rows, conditions, texts, images)
 
 
@@ -94,35 +100,55 @@ class _OptimizedPredictor:
         images: ImagePromptAttention,
         call: Call,
         sliding: Windows | None,
+        lora_scales: Sequence[Scales] | None,
     ) -> None:
+        self._scales: SampleScales | None = None
+        self._samples: torch.Tensor | None = None
+        if lora_scales is not None:  # every sample is a row: a LoRA changes the halves of guidance from the first layer
+            self._samples = torch.tensor(rows, device=conditions.device)
+            self._scales = SampleScales(_network(unet), lora_scales, conditions.shape[2], conditions.device)
+            rows = range(len(rows))
+            texts = [copy.copy(text) for text in texts]  # one object stands for one text with one set of scales
         self._unet = unet
         self._call = call
         self._latents = unet.config.out_channels
-        num_rows, channels, *volume = conditions.shape
+        num_rows, channels, *volume = self._of_samples(conditions).shape
         self._input = conditions.new_empty((num_rows, *volume, self._latents + channels))
         self.condition(conditions)
-        self._conditions = layout.prepare(_on_device(unet), rows, num_rows, texts, images, sliding)
+        with self._scaled():
+            made = layout.prepare(_on_device(unet), rows, num_rows, texts, images, sliding)
+        self._conditions = dataclasses.replace(made, scaled=self._scales is not None)
 
     def condition(self, conditions: torch.Tensor) -> None:
-        self._input[..., self._latents :] = conditions.movedim(1, -1)
+        self._input[..., self._latents :] = self._of_samples(conditions).movedim(1, -1)
 
     def __call__(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        noise: torch.Tensor = self._call(layout.run, *self._arguments(latents, timesteps))
+        with self._scaled():
+            noise: torch.Tensor = self._call(layout.run, *self._arguments(latents, timesteps))
         return noise
+
+    def _scaled(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which the LoRA layers have the scales of the samples."""
+        return contextlib.nullcontext() if self._scales is None else self._scales.applied()
+
+    def _of_samples(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return values of rows as those of samples, where every sample is a row."""
+        return rows if self._samples is None else rows[self._samples]
 
     def reusing(
         self, latents: torch.Tensor, timesteps: torch.Tensor, layers: int, deep: DeepFeatures
     ) -> tuple[torch.Tensor, DeepFeatures]:
         given = self._arguments(latents, timesteps)
-        if deep:
-            return self._call(layout.run_outermost, *given, layers, torch.cat(deep)), deep
-        noise, made = self._call(layout.run_and_keep, *given, layers)
+        with self._scaled():
+            if deep:
+                return self._call(layout.run_outermost, *given, layers, torch.cat(deep)), deep
+            noise, made = self._call(layout.run_and_keep, *given, layers)
         return noise, torch.split(made, self._input.shape[1])
 
     def _arguments(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[Any, ...]:
         """Return the arguments of `unet.run`, with the latents in the buffer."""
-        self._input[..., : self._latents] = latents.movedim(1, -1)
-        return _on_device(self._unet), self._input, timesteps, self._conditions
+        self._input[..., : self._latents] = self._of_samples(latents).movedim(1, -1)
+        return _on_device(self._unet), self._input, self._of_samples(timesteps), self._conditions
 
 
 class _StockPredictor:

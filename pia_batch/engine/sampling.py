@@ -25,6 +25,7 @@ from pia_batch.engine.compiling import Call, directly
 from pia_batch.engine.conditioning import LruCache, Posterior, Prompt
 from pia_batch.engine.image_prompts import ImagePrompt, ImagePromptAttention
 from pia_batch.engine.loading import Components
+from pia_batch.engine.lora_scales import Scales
 from pia_batch.engine.motion import motion_coefficients
 from pia_batch.engine.prediction import DeepFeatures, Predictor, predictor, supports_sliding
 from pia_batch.engine.shots import Shot
@@ -57,6 +58,8 @@ class Row:
         positive: Prompt embedding, (1, tokens, features).
         negative: Embedding of the negative prompt, in the shape of `positive`; None without guidance.
         image_prompt: Input of the IP-Adapter, weighted by the shot's `ip_adapter_scale`; None without an adapter.
+        lora_scales: Scale of each LoRA, if the shot has scales of its own; None: those of the config.
+        config_scales: Scale of each LoRA in the config.
         options: Keyword arguments of the scheduler's `step`, the row's generator among them.
         unet_samples: Number of UNet samples computed so far; a call of the outermost layers counts as their share of
             the UNet, and each window as a sample. This is the row's cost relative to the other rows.
@@ -79,6 +82,8 @@ class Row:
     positive: torch.Tensor
     negative: torch.Tensor | None
     image_prompt: ImagePrompt | None
+    lora_scales: Scales | None = None
+    config_scales: Scales = ()
     options: dict[str, Any] = field(default_factory=dict)
     unet_samples: float = 0
     shortcuts: SpeedPreset = EXACT
@@ -157,6 +162,10 @@ def start(
         raise UnsupportedSettingError(
             "context freenoise does not go with this UNet, which has hooks or layers of its own; set context to windows"
         )
+    if parts.scales_of(shot) is not None and not supports_sliding(parts.unet):
+        raise UnsupportedSettingError(
+            "lora_scales does not go with this UNet, which has hooks or layers of its own; set scales in model.loras"
+        )
     noise = _noise(shape, generator, parts)
     if sliding is not None:
         noise = shuffled(noise, sliding.length, shot.context_stride, generator)
@@ -189,6 +198,8 @@ def start(
         positive=positive.embedding,
         negative=None if negative is None else negative.embedding,
         image_prompt=image_prompt,
+        lora_scales=parts.scales_of(shot),
+        config_scales=tuple(scale for _, scale in parts.loras),
         options=_step_options(scheduler, eta=shot.eta, generator=generator),
         shortcuts=parts.shortcuts,
     )
@@ -302,7 +313,15 @@ class _Batch:
             ImagePromptAttention(self._unet, embeddings, scales, rows[0].windows.length),
             self._call,
             rows[0].sliding,
+            _scales_of_samples([rows[k] for k in samples]),
         )
+
+
+def _scales_of_samples(samples: Sequence[Row]) -> list[Scales] | None:
+    """Return the LoRA scales of each sample by its row; None if all have those of the config."""
+    if all(row.lora_scales is None for row in samples):
+        return None
+    return [row.config_scales if row.lora_scales is None else row.lora_scales for row in samples]
 
 
 @dataclass(frozen=True, slots=True)

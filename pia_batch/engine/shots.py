@@ -12,6 +12,7 @@ from PIL import Image
 
 from pia_batch.config import contexts
 from pia_batch.errors import ImageUnreadableError, RequestError, UnsupportedSettingError
+from pia_batch.schema.lora_scales import lora_scales, problem_of
 from pia_batch.schema.settings import BY_NAME, CONTEXTS, FREE_INIT_METHODS, MAX_FRAMES, MAX_SEED, EngineSettings
 
 _FIRST_STYLE = 6
@@ -123,6 +124,8 @@ class Limits:
         max_steps: Number of timesteps on which the scheduler was trained.
         latent_stride: Pixels per latent on each side, 8 in Stable Diffusion.
         takes_image_prompts: True if the model has an IP-Adapter.
+        loras: Names of the model's LoRAs.
+        fixed_loras: Names of those whose scales rows cannot change.
     """
 
     max_frames: int
@@ -130,6 +133,8 @@ class Limits:
     max_steps: int
     latent_stride: int
     takes_image_prompts: bool
+    loras: tuple[str, ...] = ()
+    fixed_loras: frozenset[str] = frozenset()
 
     def check(self, shot: Shot) -> None:
         """Return if this model supports the shot.
@@ -148,6 +153,7 @@ class Limits:
             f"clip_skip {skip} is not between 0 and the text encoder's {self.max_clip_skip} layers",
         )
         self._check_motion(shot)
+        self._check_loras(shot)
         _require(
             math.isfinite(shot.guidance_scale) and math.isfinite(shot.eta),
             f"guidance_scale {shot.guidance_scale} and eta {shot.eta} must be finite",
@@ -216,6 +222,24 @@ class Limits:
             f"cond_frame {shot.cond_frame} is not between 0 and {shot.num_frames - 1}, the last of num_frames "
             f"{shot.num_frames}",
         )
+
+    def _check_loras(self, shot: Shot) -> None:
+        if not shot.lora_scales:
+            return
+        scales = lora_scales(shot.lora_scales)
+        problem = problem_of(scales)
+        _require(problem is None, f"lora_scales {shot.lora_scales} is not allowed; allowed: {problem}")
+        for name, _ in scales:
+            _require(
+                self.loras.count(name) == 1,
+                f"lora_scales: {name!r} is not the name of one LoRA of this model, which has "
+                f"{', '.join(self.loras) or 'none'}; set `name` in model.loras",
+            )
+            _require(
+                name not in self.fixed_loras,
+                f"lora_scales: {name!r} is merged into the weights (fuse_loras, or a kind other than plain LoRA), so "
+                "that rows cannot change its scale; set it in model.loras",
+            )
 
     def _check_steps(self, shot: Shot) -> None:
         _require(0 < shot.strength <= 1, f"strength {shot.strength} is not in (0, 1]")

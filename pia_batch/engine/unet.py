@@ -70,12 +70,14 @@ class Conditions:
         read: Keys and values of each cross-attention, by its name.
         image_scales: Weight of each sample's image prompt; None without an IP-Adapter.
         sliding: Windows of FreeNoise, in which frames attend to frames; None: each frame attends to all.
+        scaled: True if the LoRA layers have a scale for each sample, which makes another graph.
     """
 
     rows: torch.Tensor | None
     read: dict[str, attention.Read] = field(default_factory=dict)
     image_scales: torch.Tensor | None = None
     sliding: Windows | None = None
+    scaled: bool = False
 
 
 def prepare(

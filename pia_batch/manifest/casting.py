@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pia_batch.manifest import lora_scales
 from pia_batch.manifest.arrow_types import plain_column
 from pia_batch.schema.columns import REQUEST, is_mixed, redacted
 from pia_batch.schema.settings import BY_NAME, MAX_SEED
@@ -100,7 +101,7 @@ class Columns:
             self._raw[name] = others
             self.reject(name, pc.is_valid(others), "invalid_type", f"{_NAMES.get(wanted, wanted)}; correct the value")
             raw = self._raw[name] = values
-        if raw.type == wanted:
+        if raw.type == wanted and name != lora_scales.NAME:
             return raw
         if pa.types.is_string(wanted):
             return self._to_string(name, raw)
@@ -108,7 +109,13 @@ class Columns:
             return self._to_boolean(name, raw)
         if pa.types.is_integer(wanted) or pa.types.is_floating(wanted):
             return self._to_number(name, raw, wanted)
-        return self._to_container(name, raw, wanted)
+        return self._to_scales(name, raw) if name == lora_scales.NAME else self._to_container(name, raw, wanted)
+
+    def _to_scales(self, name: str, raw: pa.Array) -> pa.Array:
+        values, unread, wrong = lora_scales.read(raw)
+        self.reject(name, unread, "invalid_type", f"{BY_NAME[name].allowed}, and not {raw.type}")
+        self.reject(name, wrong, "invalid_value", BY_NAME[name].allowed)
+        return values
 
     def _to_string(self, name: str, raw: pa.Array) -> pa.Array:
         # Integer ids are common in databases; an integer prompt is a mistake.

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from pia_batch.config import MOTIONS, Defaults, RunConfig, contexts
 from pia_batch.config.arithmetic import NEGATIVE_PROMPT
+from pia_batch.manifest import lora_scales
 from pia_batch.manifest.casting import Columns
 from pia_batch.schema.columns import SETTINGS
 from pia_batch.schema.declaration import Setting
@@ -87,7 +88,7 @@ def fill(columns: Columns, config: RunConfig, id_hashes: npt.NDArray[np.uint64])
 
     for name in SETTINGS.names:
         default = getattr(defaults, name, None)
-        if default is not None and name != "motion_curve":
+        if default is not None and name not in ("motion_curve", lora_scales.NAME):
             typed[name] = pc.fill_null(typed[name], default)
     if defaults.motion_curve is not None:  # a row's own motion, in whatever form, overrides the curve of the config
         curve = pa.array([list(defaults.motion_curve)] * columns.num_rows, SETTINGS.field("motion_curve").type)
@@ -96,6 +97,7 @@ def fill(columns: Columns, config: RunConfig, id_hashes: npt.NDArray[np.uint64])
         typed["seed"] = pc.coalesce(typed["seed"], pa.array(seeds_of(id_hashes)))
     typed["image_sha256"] = pc.utf8_lower(typed["image_sha256"])
     typed["model"] = pc.fill_null(typed["model"], config.model.name)
+    typed[lora_scales.NAME] = lora_scales.fill(typed[lora_scales.NAME], typed["model"], config)
     original = is_original(columns, config)
     if defaults.negative_prompt is None:
         by_model = pc.if_else(original, NEGATIVE_PROMPT["original"], NEGATIVE_PROMPT["diffusers"])
@@ -150,6 +152,7 @@ def _common(given: set[str]) -> set[str]:
 
 _DECIDED_BY: dict[str, frozenset[str]] = {
     "negative_prompt": frozenset({"model"}),
+    "lora_scales": frozenset({"model"}),
     "motion_scale": frozenset({"motion", "style", "loop", "motion_curve", "model"}),
     "loop": frozenset({"motion_curve"}),
     "motion_curve": frozenset({"motion", "motion_scale"}),

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.config import Defaults, RequestIdFrom, RunConfig
+from pia_batch.manifest import lora_scales
 from pia_batch.manifest.blocklist import blocked
 from pia_batch.manifest.casting import Columns, Range, Rejections
 from pia_batch.manifest.column_map import ColumnMap
@@ -156,6 +157,10 @@ class _Columns(Columns):
             unknown = pc.invert(pc.is_in(self.typed[name], value_set=pa.array(allowed), skip_nulls=False))
             wrong = pc.and_(unknown, pc.is_valid(self.typed[name]))
             self.reject(name, wrong, "invalid_value", ", ".join(allowed) + ", or null for the default")
+        if self.typed[lora_scales.NAME].null_count < self.num_rows:
+            models = pc.fill_null(self.typed["model"], config.model.name)
+            for known, rows in lora_scales.rejected(self.typed[lora_scales.NAME], models, config).items():
+                self.reject(lora_scales.NAME, rows, "invalid_value", known)
         adapted = pa.array([name for name, model in config.all_models.items() if model.ip_adapter], pa.string())
         without = pc.invert(pc.is_in(pc.fill_null(self.typed["model"], config.model.name), value_set=adapted))
         unsupported = pc.and_(without, pc.is_valid(self.typed["ip_adapter_image"]))

@@ -23,6 +23,7 @@ from pia_batch.pipeline.safety_guard import LoadChecker, SafetyGuard, load_check
 from pia_batch.pipeline.watchdog import Watchdog, deadline_s, memory_limit_bytes
 from pia_batch.schema.columns import Row
 from pia_batch.schema.declaration import declared
+from pia_batch.schema.lora_scales import lora_scales
 from pia_batch.schema.settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,8 @@ class EngineGuard:
         settings = {name: row[name] for name in _SHOT_SETTINGS if row[name] is not None}
         if "motion_curve" in settings:
             settings["motion_curve"] = tuple(settings["motion_curve"])
+        if "lora_scales" in settings:
+            settings["lora_scales"] = lora_scales(settings["lora_scales"])
         if row["ip_adapter_bytes"] is not None:
             limits = self._config.images
             settings["ip_adapter_image"] = images.decode(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import types
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 
 from pia_batch.schema.identity import ALWAYS
+from pia_batch.schema.lora_scales import LORA_SCALES_TYPE, LoraScale
 
 
 def setting(
@@ -88,8 +89,10 @@ def _types(annotation: Any) -> tuple[pa.DataType, tuple[str, ...]]:  # any type 
     """Return the Arrow type and the choices of an annotation; `| None` makes no difference."""
     if get_origin(annotation) in (Union, types.UnionType):
         (annotation,) = (each for each in get_args(annotation) if each is not types.NoneType)
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
     if get_origin(annotation) is Literal:
         return pa.string(), get_args(annotation)
     if get_origin(annotation) is tuple:
-        return pa.list_(pa.float64()), ()
+        return LORA_SCALES_TYPE if get_args(annotation)[0] is LoraScale else pa.list_(pa.float64()), ()
     return {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}[annotation], ()

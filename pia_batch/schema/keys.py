@@ -174,8 +174,8 @@ def canonical_json(columns: JsonColumns, neutral: Mapping[str, Any] | None = Non
     """Return one JSON object a row, as `json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False)`.
 
     Args:
-        columns: Strings, booleans, integers, float64, or lists of float64, all of one length; scalars stand for every
-            row. At least one is a column, and none that is missing in `neutral`.
+        columns: Strings, booleans, integers, float64, or lists of float64 or of structs of these, all of one length;
+            scalars stand for every row. At least one is a column, and none that is missing in `neutral`.
         neutral: By name, the value at which a member is left out of a row's object; None or `ALWAYS`: only null is.
             The other names are always there, and at least one is; their nulls are written.
     """
@@ -234,9 +234,11 @@ def _left_out(column: pa.Array | pa.Scalar, neutral: Any) -> pa.Array | bool:
 def _json_values(column: pa.Array) -> pa.Array:
     if pa.types.is_list(column.type):
         column = column.take(pa.array(np.arange(len(column))))  # a slice cannot be put together again from its parts
-        inner = _json_floats(column.values)
+        inner = _json_values(column.values)
         texts = pc.binary_join(pa.ListArray.from_arrays(column.offsets, inner, mask=column.is_null()), ",")
         encoded = pc.binary_join_element_wise("[", texts, "]", "")
+    elif pa.types.is_struct(column.type):
+        encoded = _json_objects(column)
     elif pa.types.is_floating(column.type):
         encoded = _json_floats(column)
     elif pa.types.is_string(column.type):
@@ -244,6 +246,14 @@ def _json_values(column: pa.Array) -> pa.Array:
     else:
         encoded = column.cast(pa.string())
     return pc.fill_null(encoded, "null")
+
+
+def _json_objects(column: pa.Array) -> pa.Array:
+    parts: list[pa.Array | str] = []
+    names = [item.name for item in column.type]
+    for name, values in sorted(zip(names, column.flatten(), strict=True), key=lambda pair: pair[0]):
+        parts += [("," if parts else "{") + json.dumps(name) + ":", _json_values(values)]
+    return pc.binary_join_element_wise(*parts, "}", "")
 
 
 def _json_strings(column: pa.Array) -> pa.Array:

@@ -16,6 +16,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from pia_batch.schema.declaration import Setting, declared, setting
+from pia_batch.schema.lora_scales import MAX_SCALE, LoraScales
 
 Format = Literal["mp4", "gif", "webp", "png_zip"]
 Motion = Literal["small", "medium", "large"]
@@ -134,6 +135,13 @@ class EngineSettings:
         1.0, "Weight of the image prompt; 0: not used. Only for models with an `ip_adapter`.",
         ge=0, le=2, allow_inf_nan=False,
     )  # fmt: skip
+    lora_scales: LoraScales | None = setting(
+        None,
+        "Scales of the model's LoRAs by name, in place of the config's: `[{name: zoom, scale: 0.5}]`, a map, or either "
+        "as JSON text. null: those of the config.",
+        neutral=None,
+        allowed=f"names of the model's `loras`, each once, numbers from -{MAX_SCALE:g} to {MAX_SCALE:g}",
+    )
     free_init_iters: int = setting(
         0,
         "Number of FreeInit passes, each a whole denoising; 0: off. Not allowed with `strength` below 1.",

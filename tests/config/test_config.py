@@ -109,7 +109,7 @@ def test_every_mistake_of_a_config_is_told_at_once() -> None:
         ("defaults.guidance_scale", -1, "greater than or equal to 0"),
         ("defaults.strength", 0, "greater than 0"),
         ("defaults.num_inference_steps", 1001, "less than or equal to 1000"),
-        ("defaults.num_frames", 33, "less than or equal to 32"),
+        ("defaults.num_frames", 1025, "less than or equal to 1024"),
         ("defaults.width", 100, "multiple of 8"),
         ("defaults.height", 0, "greater than or equal to 8"),
         ("defaults.clip_skip", 12, "less than or equal to 11"),
@@ -239,7 +239,7 @@ def test_every_number_that_a_row_may_set_has_a_range() -> None:
     unbounded = {name for name, item in Defaults.model_fields.items() if not item.metadata}
 
     choices = {"motion", "loop", "style", "size", "free_init_method", "free_init_fast", "format"}
-    assert unbounded == {"negative_prompt", *choices}
+    assert unbounded == {"negative_prompt", "lora_scales", "context", *choices}
 
 
 def test_an_entry_of_models_takes_from_model_what_it_leaves_out() -> None:

@@ -502,6 +502,8 @@ IMAGES, READER, HERE = (
 FIXED = {
     "schema/settings.MAX_FPS": f"{HERE}test_a_frame_rate_is_kept_to_what_its_format_holds",
     "schema/settings.MAX_SEED": f"{HERE}test_seeds_are_kept_to_64_bits_with_a_sign",
+    "schema/lora_scales.MAX_SCALE": "tests/manifest/test_lora_scales.py::"
+    "test_what_cannot_be_scaled_is_rejected_with_what_is_allowed",
     "schema/settings.MAX_FRAMES": f"{HERE}test_a_number_of_a_row_is_kept_to_its_range",
     "schema/settings.MAX_PROMPT_BYTES": f"{HERE}test_a_text_of_a_row_is_kept_to_its_bytes",
     "schema/expressions.MAX_EXPRESSION_BYTES": "tests/schema/test_expressions.py::test_the_length_is_limited",

@@ -382,6 +382,7 @@ WRONG_TYPES = [
         for field in REQUEST
         for array in WRONG_TYPES
         if field.name not in ("image_bytes", "motion_curve") and field.type != array.type
+        if field.name != "lora_scales" or array[1].as_py() not in ({"a": 1}, [("a", 1)])  # names with numbers
     ],
 )
 def test_a_column_of_a_wrong_type_rejects_the_rows_that_have_a_value(column: str, array: pa.Array) -> None:
@@ -612,6 +613,7 @@ def test_nulls_become_the_defaults_and_carried_columns_follow() -> None:
     assert made["model"].to_pylist() == ["default"] * 2
     assert made["age"].to_pylist() == [1, None]
     optional = {
+        "lora_scales",
         "motion_curve",
         "clip_skip",
         "ip_adapter_scale",
@@ -753,8 +755,8 @@ def test_a_change_of_any_setting_is_another_key() -> None:
 @pytest.mark.parametrize("column", WITH_OTHERS)
 def test_a_setting_that_counts_only_beside_another_changes_the_key_there_and_nowhere_else(column: str) -> None:
     others, value = WITH_OTHERS[column]
-    run = config(model__ip_adapter={"source": "adapter.safetensors"})
-    plain = CONFIG if column != "ip_adapter_image" else run
+    run = config(model__ip_adapter={"source": "adapter.safetensors"}, model__loras=[{"source": "x"}])
+    plain = run if column in ("ip_adapter_image", "lora_scales") else CONFIG
     alone, beside = requests_table(1, seed=[7]), requests_table(1, seed=[7], **others)
 
     assert key_of(with_value(beside, column, value), run) != key_of(beside, run)
