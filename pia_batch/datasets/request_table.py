@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,10 +18,12 @@ from pia_batch.datasets.source_images import image_columns, image_source
 from pia_batch.datasets.sources import Kind, Rows
 from pia_batch.datasets.templates import Template, as_texts, find, values_of
 from pia_batch.errors import ConfigError, ImageUnreadableError, ManifestError
+from pia_batch.manifest.content_keys import image_identity
+from pia_batch.manifest.request_ids import content_ids
 from pia_batch.media import image_headers
 from pia_batch.schema.columns import MAX_ID_BYTES, REQUEST, RESERVED
 from pia_batch.schema.expressions import RowFilter
-from pia_batch.schema.keys import canonical_json, digest, halves, keys_to_hex
+from pia_batch.schema.keys import digest, halves
 
 OnMissing = Literal["fail", "drop", "empty"]
 IdsFrom = Literal["column", "content", "location"]
@@ -329,27 +331,14 @@ def _mark(reasons: list[str | None], rows: pa.Array | None, reason: str) -> None
 
 
 def _content_ids(columns: Mapping[str, pa.Array]) -> pa.Array:
-    """Return 32 hexadecimal digits over each row's image, prompt and settings."""
+    """Return the ids that a run gives these rows by `request_id_from: content`."""
     num_rows = len(columns["request_id"])
-    hashes: Iterable[str | None] = [None] * num_rows
-    if "image_bytes" in columns:
-        data = columns["image_bytes"]
-        hashes = [hashlib.sha256(image.as_buffer()).hexdigest() if image.is_valid else None for image in data]
-    members: dict[str, pa.Array] = {"image_sha256": pa.array(hashes, pa.string())}
-    if "image" in columns:
-        members["image"] = columns["image"]
+    typed = {item.name: pa.nulls(num_rows, item.type) for item in REQUEST}
     for item in REQUEST:
-        if item.name in columns and item.name not in (*_TAKEN, "image_sha256") and not pa.types.is_list(item.type):
-            members[item.name] = _text_of(columns[item.name])
-    members["prompt"] = columns["prompt"]
-    return keys_to_hex(digest(canonical_json(members)))
-
-
-def _text_of(column: pa.Array) -> pa.Array:
-    try:
-        return column.cast(pa.string())
-    except pa.ArrowException:
-        return pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
+        if item.name in columns:
+            with suppress(pa.ArrowException):  # a run rejects values that have another type
+                typed[item.name] = columns[item.name].cast(item.type)
+    return content_ids(typed, image_identity(typed))
 
 
 def _numbers(places: pa.Array, prefix: str) -> npt.NDArray[np.uint64]:

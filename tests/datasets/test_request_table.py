@@ -9,11 +9,13 @@ import pyarrow as pa
 import pytest
 from inputs import png
 
+from pia_batch.config import RunConfig
 from pia_batch.datasets.kinds import KINDS
 from pia_batch.datasets.request_table import RequestOptions, Requests, RequestTable
 from pia_batch.datasets.sources import Rows
 from pia_batch.datasets.templates import Template
 from pia_batch.errors import ConfigError, ManifestError
+from pia_batch.manifest.validation import check
 from pia_batch.schema.expressions import RowFilter
 
 
@@ -53,6 +55,14 @@ def test_ids_from_content_survive_another_order_and_name_true_duplicates() -> No
     again = made(table.take([2, 0]), places=["other:1", "other:2"]).table["request_id"].to_pylist()
     assert again == [ids[2], ids[0]]
     assert made(table, prompt=Template("{caption}!", "--prompt")).table["request_id"].to_pylist() != ids
+
+
+def test_ids_from_content_are_those_of_a_run_over_the_same_rows() -> None:
+    table = made(hugging_face(motion=[0, 1, 2]), columns={"motion_scale": "motion"}).table
+    rows = table.drop_columns(["request_id"])
+    config = RunConfig.load(None, {"manifest": "m", "output": "o", "request_id_from": "content"})
+    checked = check(rows, config, {"default": "0" * 32})
+    assert checked.requests["request_id"].to_pylist() == table["request_id"].to_pylist()
 
 
 def test_ids_come_from_a_column_or_from_the_place() -> None:
