@@ -104,7 +104,7 @@ def test_a_call_that_was_stopped_is_continued(tmp_path: Path) -> None:
     assert files_of(tmp_path / "dest") == files_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("shuffle", [None, 7])
+@pytest.mark.parametrize("shuffle", [None, pytest.param(7, marks=pytest.mark.long)])
 def test_files_that_are_missing_are_written_again(tmp_path: Path, shuffle: int | None) -> None:
     source = write_parts(tmp_path / "source", files=4, rows=20)
     prepare(source, tmp_path / "dest", shuffle=shuffle, **OPTIONS)
@@ -116,6 +116,7 @@ def test_files_that_are_missing_are_written_again(tmp_path: Path, shuffle: int |
     assert files_of(tmp_path / "dest") == before
 
 
+@pytest.mark.long
 def test_a_shuffle_is_a_permutation_by_its_seed(tmp_path: Path) -> None:
     source = write_parts(tmp_path / "source", files=3)
     plain = [row["request_id"] for row in rows_of_prepared(source, tmp_path / "a")]
