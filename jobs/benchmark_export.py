@@ -70,7 +70,7 @@ def measure(folder: Path, rows: int, num_bytes: int, rounds: int, file_format: s
     """
     output = folder / "out"
     make_output(Store(str(output)), rows, num_bytes)
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", object_store_memory=500 * 2**20)
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", object_store_memory=500 * 2**20)
     ray.data.DataContext.get_current().enable_progress_bars = False
     sides: dict[str, Callable[[Path], Any]] = {
         "bare": lambda to: bare(output, to),

@@ -221,6 +221,8 @@ class _Export:
             raise AccountingError(msg)
         with tempfile.TemporaryDirectory(prefix="pia-batch-export-") as folder:
             self.format.finish(Finish(self.target, self.plan, reader, written, self.media, Path(folder)))
+        for unfinished in list(self.target.staged("")):  # left by workers that were killed
+            self.target.delete(unfinished.name)
         rows, num_bytes = self.plan.num_rows, sum(shard.num_bytes for shard in written)
         files = [
             {"name": shard.name, "rows": shard.rows, "num_bytes": shard.num_bytes} for shard in written if shard.name

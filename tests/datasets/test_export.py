@@ -407,13 +407,15 @@ def test_a_death_after_any_object_is_continued_to_the_same_files(output: str, tm
     export(output, str(whole), name, shard_size="4")
     wanted = files(whole)
     data = [key for key in wanted if key != "_SUCCESS.json"]
-    for missing in ({"_SUCCESS.json"}, {"_SUCCESS.json", *data[:1]}, {"_SUCCESS.json", *data[1:]}):
-        place = tmp_path / f"without-{len(missing)}"
+    for case, missing in enumerate(({"_SUCCESS.json"}, {"_SUCCESS.json", *data[:1]}, {"_SUCCESS.json", *data[1:]})):
+        place = tmp_path / f"case-{case}"
         for key, content in wanted.items():
             if key not in missing:
                 (place / key).parent.mkdir(parents=True, exist_ok=True)
                 (place / key).write_bytes(content)
         (place / "_export").mkdir(parents=True, exist_ok=True)
+        (place / f"{data[0]}#1").parent.mkdir(exist_ok=True)
+        (place / f"{data[0]}#1").write_bytes(b"half of a file")
         identity = json.loads(wanted["_SUCCESS.json"])["export"]
         (place / "_export" / "options.json").write_text(json.dumps(identity))
 
