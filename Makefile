@@ -22,7 +22,7 @@ browser: setup  ## install Chromium for the tests of the report, unless there is
 		$(BIN)/playwright install chromium; \
 	fi
 
-demo: setup  ## animate twelve sample requests on the CPU, without a download
+demo: setup  ## animate the sample requests on the CPU, without a download
 	$(QUIET) $(BIN)/pia-batch demo
 
 lint: setup  ## check style, formatting, types and import contracts

@@ -209,6 +209,8 @@ def write_sample(folder: Path) -> None:
         "seed": (pa.int64(), 7),
         "motion_scale": (pa.int64(), 1),
         "num_frames": (pa.int64(), 8),
+        "context": (pa.string(), None),
+        "loop": (pa.bool_(), None),
     }
     table = {
         name: pa.array([row.get(name, default) for row in SAMPLE_ROWS], kind)
@@ -417,6 +419,29 @@ SAMPLE_ROWS: tuple[Mapping[str, object], ...] = (
         "request_id": "two-still",
         "image": "images/purple-square-orange-circle.png",
         "prompt": "a purple square standing still",
+    },
+    {
+        "request_id": "two-bouncing-48-frames",
+        "image": "images/purple-square-orange-circle.png",
+        "prompt": "an orange circle bouncing",
+        "num_frames": 48,
+        "context": "windows",
+    },
+    {
+        "request_id": "up-in-a-chain-48-frames",
+        "image": "images/red-circle.png",
+        "prompt": "a red circle moving up",
+        "motion_scale": 0,
+        "num_frames": 48,
+        "context": "chain",
+    },
+    {
+        "request_id": "triangle-loop-32-frames",
+        "image": "images/green-triangle.png",
+        "prompt": "a green triangle growing",
+        "num_frames": 32,
+        "context": "windows",
+        "loop": True,
     },
 )
 """Rows of the sample manifest; missing columns have the defaults of `write_sample`."""

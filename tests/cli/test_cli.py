@@ -23,7 +23,7 @@ import pytest
 from inputs import png, requests_table
 from outputs import make_output
 
-from pia_batch import cli
+from pia_batch import cli, tiny
 from pia_batch.config import EncodingConfig
 from pia_batch.journal.layout import CREATE_ONLY_PROBE, animation_name
 from pia_batch.journal.lease import Lease
@@ -408,15 +408,16 @@ def test_a_signal_commits_what_is_finished_and_exits_with_4(
 
 
 @pytest.mark.slow
-def test_the_demo_makes_twelve_animations_and_says_where(tmp_path: Path) -> None:
+def test_the_demo_makes_every_sample_animation_and_says_where(tmp_path: Path) -> None:
+    count = pq.read_table(tiny.SAMPLE / "requests.parquet").num_rows
     printed = finish(start("demo", "--output", str(tmp_path / "demo")), 0)
 
     files = list((tmp_path / "demo" / "animations").rglob("*.gif"))
-    assert len(files) == 12
+    assert len(files) == count
     assert all(str(path) in printed for path in files)
-    assert "12 requests: 12 succeeded, 0 failed; 12 computed" in printed
+    assert f"{count} requests: {count} succeeded, 0 failed; {count} computed" in printed
     assert "0 computed in this run" in finish(start("demo", "--output", str(tmp_path / "demo")), 0)
-    assert "12 animations verified, 0 with a problem" in finish(start("verify", str(tmp_path / "demo")), 0)
+    assert f"{count} animations verified, 0 with a problem" in finish(start("verify", str(tmp_path / "demo")), 0)
 
 
 @pytest.mark.long

@@ -37,6 +37,7 @@ FOLLOWED = {
     "docs/exporting.md",
     "docs/prepare.md",
     "docs/columns.md",
+    "docs/long-clips.md",
 }
 """Pages whose every command is run by a test below."""
 
@@ -57,6 +58,7 @@ NOT_RUN = {
     "python jobs/benchmark": "minutes; the tests of these programs run them small",
     "python jobs/tiny/train.py": "hours; test_tiny trains for seconds",
     "python jobs/tiny/evaluate.py": "minutes",
+    "python jobs/tiny/seams.py": "minutes; test_seams measures two of its clips",
     "python jobs/tiny/self_test.py": "rewrites a file of the package",
     "python -m pip": "the package index",
     "python -m pytest": "`make test` runs all of these, with fewer",
@@ -195,13 +197,28 @@ def test_photographs_are_animated_on_a_real_server(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
+def test_the_page_on_long_clips_generates_them(tmp_path: Path) -> None:
+    shutil.copytree(tiny.SAMPLE / "images", tmp_path / "images")
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+
+    printed = follow("docs/long-clips.md", tmp_path, lambda script: script.replace("python jobs/tiny/seams.py", "true"))
+
+    assert "3 requests: 3 succeeded, 0 failed" in printed
+    (results,) = (tmp_path / "out" / "results").glob("2*")
+    contexts = {row["request_id"]: row["context"] for row in ds.dataset(results).to_table().to_pylist()}
+    assert contexts == {"windows": "windows", "chain": "chain", "loop": "windows"}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_every_recipe_of_an_export_is_read_by_the_library_that_it_is_for(tmp_path: Path) -> None:
+    count = pq.read_table(tiny.SAMPLE / "requests.parquet").num_rows
     printed = follow("docs/exporting.md", tmp_path).splitlines()
 
     assert [line for line in printed if line.startswith("a ") and line.endswith(" 8")]  # as it is: a prompt, and frames
-    assert sum(re.fullmatch(r"a [a-z ]+ \d+ \d+", line) is not None for line in printed) == 12  # WebDataset
+    assert sum(re.fullmatch(r"a [a-z ]+ \d+ \d+", line) is not None for line in printed) == count  # WebDataset
     assert "True" in printed  # Parquet has a Video
-    assert len(list((tmp_path / "files").glob("*.gif"))) == 12
+    assert len(list((tmp_path / "files").glob("*.gif"))) == count
     for folder in ("shards", "parquet", "hub", "lance", "delta", "files"):
         assert (tmp_path / folder / "_SUCCESS.json").is_file()
 
