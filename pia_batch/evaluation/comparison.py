@@ -161,7 +161,7 @@ def _places(side: Side, pair_by: tuple[str, ...], name: str) -> dict[tuple[Any, 
     for at, key in enumerate(zip(*(side.table[each].to_pylist() for each in pair_by), strict=True)):
         if key in places:
             shown = ", ".join(f"{column} {value!r}" for column, value in zip(pair_by, key, strict=True))
-            msg = f"--pair-by: several animations of {name} have {shown}; add a column that tells them apart"
+            msg = f"--pair-by: several animations of {name} have {shown}; add a column in which they differ"
             raise ConfigError(msg)
         places[key] = at
     return places
