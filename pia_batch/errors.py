@@ -165,6 +165,8 @@ _NETWORK = "check the name, the address, the network and the proxy settings (HTT
 _ENVIRONMENT = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
+    errno.EFBIG: "raise the limit of a file's size (`ulimit -f unlimited`), or choose a disk with larger files",
+    errno.ENOTDIR: "a file has the name of a folder there: remove it, or set HOME, TMPDIR or the path to another place",
     errno.EROFS: _ACCESS,
     errno.EACCES: _ACCESS,
     errno.EPERM: _ACCESS,

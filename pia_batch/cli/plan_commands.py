@@ -29,6 +29,7 @@ from pia_batch.cli.options import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from pia_batch.config import RunConfig
     from pia_batch.planning.plan import Plan
     from pia_batch.planning.statistics import Statistics
 
@@ -154,7 +155,7 @@ def _payload(made: Plan, statistics: Statistics, price: float | None) -> dict[st
             for cost in costs
         ],
         "bytes": list(estimate_bytes(statistics, made.num_selected, found)),
-        "warnings": warnings_of(config, statistics),
+        "warnings": [*warnings_of(config, statistics), *_about_this_machine(config)],
     }
 
 
@@ -175,6 +176,20 @@ def _groups(work: pa.Table, batch_size: int) -> list[dict[str, Any]]:
     groups = work.group_by(list(GROUPED)).aggregate([("num_rows", "sum")])
     groups = groups.rename_columns([*GROUPED, "num_rows"]).sort_by([("num_rows", "descending")])
     return [group | {"batches": -(-group["num_rows"] // batch_size)} for group in groups.to_pylist()]
+
+
+def _about_this_machine(config: RunConfig) -> list[str]:
+    """Return what would keep a Ray of the run's own from starting here, as far as it is known without starting one."""
+    from pia_batch.driver.own_ray import check_temp_path
+    from pia_batch.errors import ConfigError
+
+    if config.placement.address != "local":
+        return []
+    try:
+        check_temp_path()
+    except ConfigError as err:
+        return [f"a run on this machine would not start: {err}"]
+    return []
 
 
 def _print(payload: dict[str, Any]) -> None:

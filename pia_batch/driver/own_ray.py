@@ -33,27 +33,41 @@ def check_temp_folder(environment: Mapping[str, str] = os.environ) -> None:
     Raises:
         ConfigError: It cannot. The message names the variable that sets the folder.
     """
+    check_temp_path(environment)
     folder, variable = temp_folder(environment)
-    shown = printable(folder)
-    remedy = "set RAY_TMPDIR to a short path on a local disk, such as /tmp"
-    if not Path(folder).is_absolute():
-        msg = f"{variable}: not the absolute path of a folder for Ray's session (got {shown!r}); {remedy}"
-        raise ConfigError(msg)
-    longest = _SOCKET_BYTES - _BELOW_BYTES
-    if (num_bytes := len(os.fsencode(folder))) > longest:
-        msg = (
-            f"{variable}: too long for the sockets of a Ray on this machine (got {num_bytes} bytes, {shown}, expected "
-            f"at most {longest}); {remedy}"
-        )
-        raise ConfigError(msg)
     try:
         path = Path(folder, "ray")
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as file:
             file.write(b"\0" * 4096)
     except OSError as err:
-        msg = f"{variable}: cannot write to {shown}, where Ray keeps its session: {message_of(err)}; {remedy}"
+        msg = (
+            f"{variable}: cannot write to {printable(folder)}, where Ray keeps its session: {message_of(err)}; {_MOVE}"
+        )
         raise ConfigError(msg) from None
+
+
+def check_temp_path(environment: Mapping[str, str] = os.environ) -> None:
+    """Check the path alone, without touching the disk: it is absolute, and short enough for sockets.
+
+    Raises:
+        ConfigError: It is not. The message names the variable that sets the folder.
+    """
+    folder, variable = temp_folder(environment)
+    shown = printable(folder)
+    if not Path(folder).is_absolute():
+        msg = f"{variable}: not the absolute path of a folder for Ray's session (got {shown!r}); {_MOVE}"
+        raise ConfigError(msg)
+    longest = _SOCKET_BYTES - _BELOW_BYTES
+    if (num_bytes := len(os.fsencode(folder))) > longest:
+        msg = (
+            f"{variable}: too long for the sockets of a Ray on this machine (got {num_bytes} bytes, {shown}, expected "
+            f"at most {longest}); {_MOVE}"
+        )
+        raise ConfigError(msg)
+
+
+_MOVE = "set RAY_TMPDIR to a short path on a local disk, such as /tmp"
 
 
 def explain_start(err: Exception) -> ConfigError:

@@ -74,6 +74,7 @@ _LINKS = "choose a folder on a file system with hard links, such as ext4, XFS or
 
 DISK_REMEDIES = {
     errno.EDQUOT: "raise the quota, or remove files",
+    errno.EFBIG: "raise the limit of a file's size (`ulimit -f unlimited`), or choose a disk with larger files",
     errno.EISDIR: "a folder has the name of a file there; remove it or choose another path",
     errno.ELOOP: "a symbolic link there points to itself; choose another path",
     errno.ENAMETOOLONG: "choose a shorter path",

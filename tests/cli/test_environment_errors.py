@@ -21,6 +21,8 @@ def of(number: int) -> OSError:
 TABLE = [
     (of(errno.ENOSPC), "OSError: [Errno 28] No space left on device: '/data/x'; free some space"),
     (of(errno.EDQUOT), "Disk quota exceeded: '/data/x'; free some space"),
+    (of(errno.EFBIG), "File too large: '/data/x'; raise the limit of a file's size (`ulimit -f unlimited`)"),
+    (of(errno.ENOTDIR), "Not a directory: '/data/x'; a file has the name of a folder there"),
     (of(errno.EROFS), "Read-only file system: '/data/x'; give this user access"),
     (of(errno.EACCES), "[Errno 13] Permission denied: '/data/x'; give this user access to it, or set HOME"),
     (of(errno.EPERM), "PermissionError: [Errno 1] Operation not permitted: '/data/x'; give this user access"),

@@ -53,6 +53,20 @@ def test_a_plan_has_the_same_facts_for_programs_and_people(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_warns_of_a_folder_in_which_no_ray_can_start(
+    write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    where = ("--manifest", write_manifest(requests_table(2)), "--output", str(tmp_path / "out"), "--json")
+    for folder, at in (("/tmp", "local"), (f"/{'x' * 80}", "head:6379"), (f"/{'x' * 80}", "local")):  # noqa: S108
+        monkeypatch.setenv("TMPDIR", folder)
+        assert pia_batch("plan", *where, "--set", f"placement.ray_address={at}") == 0
+        warnings = json.loads(capsys.readouterr().out)["warnings"]
+
+        assert len(warnings) == (len(folder) > 80 and at == "local")
+    assert warnings[0].startswith("a run on this machine would not start: TMPDIR: too long for the sockets of a Ray")
+
+
 def test_a_plan_takes_columns_of_other_names_and_says_which_is_mistyped(
     write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

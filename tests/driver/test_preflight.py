@@ -220,6 +220,21 @@ def test_an_address_that_answers_in_another_protocol_is_reported(
     assert "HEAD:6379" in refused.remedy
 
 
+def test_a_ray_on_this_machine_starts_next_to_the_other_checks(make_config: MakeConfig) -> None:
+    begun = threading.Event()
+
+    def connection(_: PlacementConfig) -> None:
+        begun.set()
+
+    def facts() -> dict[str, Any]:
+        assert begun.wait(20)
+        return torch()()
+
+    findings = list(examine(make_config(), facts, connection))
+
+    assert [finding.state for finding in findings if finding.subject == "ray"] == ["ok"]
+
+
 def test_what_keeps_a_run_from_ray_is_a_failure_with_its_remedy(make_config: MakeConfig) -> None:
     findings = examined(make_config(), torch(), "Ray cannot start on this machine: no room; free some; and more")
 

@@ -4,6 +4,7 @@ import os
 import pickle
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -245,6 +246,23 @@ def test_an_error_of_the_disk_that_lasts_is_one_line_with_a_remedy_at_once(store
 
 def _raise(err: Exception) -> None:
     raise err
+
+
+def test_a_file_above_the_limit_of_this_process_is_refused_at_once(tmp_path: Path) -> None:
+    program = (
+        "import resource, time\n"
+        "from pia_batch.storage.object_store import Store\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "started = time.monotonic()\n"
+        f"try: Store({str(tmp_path)!r}).create('x', bytes(100_000))\n"
+        "except Exception as err: print(type(err).__name__, err, time.monotonic() - started < 3)\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    remedy = object_store.DISK_REMEDIES[errno.EFBIG]
+    assert done.stdout == f"StorageError cannot create {tmp_path.as_uri()}/x: File too large; {remedy} True\n"
+    assert list(tmp_path.glob("x")) == []
 
 
 def test_a_name_that_is_too_long_is_refused_at_once(store: Store) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from pia_batch.config import ModelConfig, PlacementConfig, RunConfig
@@ -29,12 +31,38 @@ def examine(
         connection: Function that connects to Ray, and returns what kept it from that; None: `cluster.find_obstacle`.
     """
     place = PlacementConfig() if config is None else config.placement
+    with _early(place, connection or cluster.find_obstacle) as connect:
+        yield from _examine(config, place, torch_facts or devices.torch_facts, connect)
+
+
+@contextmanager
+def _early(
+    place: PlacementConfig, connection: Callable[[PlacementConfig], str | None]
+) -> Iterator[Callable[[PlacementConfig], str | None]]:
+    """Start a Ray on this machine next to the other checks, as it takes the longest; connect to a cluster when asked.
+
+    A cluster is asked for its token before anything connects to it.
+    """
+    if place.address != "local":
+        yield connection
+        return
+    with ThreadPoolExecutor(1) as background:
+        found = background.submit(connection, place)
+        yield lambda _: found.result()
+
+
+def _examine(
+    config: RunConfig | None,
+    place: PlacementConfig,
+    torch_facts: Callable[[], dict[str, Any]],
+    connection: Callable[[PlacementConfig], str | None],
+) -> Iterator[Finding]:
     models = {"default": ModelConfig()} if config is None else config.all_models
     yield from machine.check_packages()
     yield from machine.check_codecs()
     facts: dict[str, Any] = {"devices": []}
     try:
-        facts = (torch_facts or devices.torch_facts)()
+        facts = torch_facts()
     except (OSError, ValueError, subprocess.SubprocessError) as err:
         message = f"torch cannot be used: {printable(str(err))}"
         yield Finding("fail", "devices", message, "install the torch that fits this machine: https://pytorch.org")
@@ -47,7 +75,7 @@ def examine(
         yield from storage.check_images(config.images)
         yield from storage.check_store(Store(config.output))
     is_reached = True
-    for finding in cluster.check_ray(place, connection or cluster.find_obstacle):
+    for finding in cluster.check_ray(place, connection):
         is_reached = is_reached and finding.state != "fail"
         yield finding
     if is_reached or place.address == "local":  # Ray takes a minute to give up on a cluster that does not answer
