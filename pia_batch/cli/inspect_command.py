@@ -95,6 +95,8 @@ def _provenance(data: bytes, file: str) -> Provenance:
 
 
 def _print(made: Provenance, file: str) -> None:
+    from pia_batch.schema.key_prompts import described
+
     fields = {
         "file": file,
         "made by": f"{made.software}; {made.digital_source_type.rpartition('/')[2]}",
@@ -109,6 +111,9 @@ def _print(made: Provenance, file: str) -> None:
         "fit": made.fit,
         "encoder": made.encoder,
     } | made.settings
+    for name in ("prompts", "negative_prompts"):
+        if fields.get(name):
+            fields[name] = described(fields[name])
     for name, value in fields.items():
         if value is not None:
             out.print(f"{name:20} {errors.printable(str(value))}", soft_wrap=True, markup=False)

@@ -72,6 +72,7 @@ def demo(
 
     from pia_batch import tiny
     from pia_batch.journal.layout import ANIMATIONS, report_name, results_folder
+    from pia_batch.schema.key_prompts import described
     from pia_batch.storage.object_store import Store
 
     settings = {"defaults.format": "gif"}
@@ -79,11 +80,12 @@ def demo(
     with _running() as run_one:
         summary = run_one(loaded)
     results = ds.dataset(output / results_folder(summary.run_id)).to_table(
-        ["request_id", "prompt", "animation_uri", "error"]
+        ["request_id", "prompt", "prompts", "animation_uri", "error"]
     )
     for row in results.sort_by("request_id").to_pylist():
         place = str(row["animation_uri"] or row["error"]).replace(Store(loaded.output).uri, str(output))
-        out.print(f"{row['request_id']:24}  {row['prompt']:28}  {place}", soft_wrap=True, markup=False)
+        prompt = row["prompt"] or described(row["prompts"] or ())
+        out.print(f"{row['request_id']:24}  {prompt:28}  {place}", soft_wrap=True, markup=False)
     out.print(
         f"\nanimations: {output}/{ANIMATIONS}\nresults:    {output}/{results_folder(summary.run_id)}/", soft_wrap=True
     )

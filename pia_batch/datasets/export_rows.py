@@ -17,6 +17,7 @@ from pia_batch.journal import layout
 from pia_batch.media import codecs
 from pia_batch.media.provenance import Provenance
 from pia_batch.schema.dataset_columns import DatasetColumns
+from pia_batch.schema.key_prompts import described
 from pia_batch.storage.object_store import Store
 
 FETCH_THREADS = 16
@@ -103,7 +104,7 @@ class RowReader:
             StorageError: The store refused or did not answer.
         """
         results = self.results(shard)
-        rows, prompts = self.chosen(results), results["prompt"].to_pylist()
+        rows, prompts = self.chosen(results), _prompts(results)
         wanted = results.select([*NEEDED, "fps", "loop_count", "num_frames", "duration_s"]).to_pylist()
         threads = TRANSCODE_THREADS if self.transcode else FETCH_THREADS
         store, start, clips = self.published.store, 0, list[Clip]()
@@ -191,3 +192,10 @@ def _broken(store: Store, row: dict[str, Any], problem: str) -> str:
         f"animation {uri} of request {printable(row['request_id'])!r} {problem}; `pia-batch verify --repair` finds all "
         "such animations, and the next run generates them again"
     )
+
+
+def _prompts(results: pa.Table) -> list[str]:
+    """Return the prompt of each result; of several, all of them with their frames."""
+    keys = results["prompts"].to_pylist() if "prompts" in results.column_names else [None] * len(results)
+    prompts = zip(results["prompt"].to_pylist(), keys, strict=True)
+    return [described(own or ()) if prompt is None else prompt for prompt, own in prompts]

@@ -57,6 +57,12 @@ class Film:
         return dataclasses.replace(piece, image=last, ip_adapter_image=prompt)
 
     @property
+    def next_frames(self) -> range:
+        """Frames of the clip that the next piece has; the last ones may be beyond the end."""
+        first = max(0, self._count - 1)
+        return range(first, first + self.next_piece.num_frames)
+
+    @property
     def frames(self) -> NDArray[np.uint8] | None:
         """All frames: uint8, (F, H, W, 3); None before the first piece."""
         return self._frames

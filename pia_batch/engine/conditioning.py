@@ -7,10 +7,11 @@ depend on the batch in which it was first used.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -21,7 +22,10 @@ from PIL import Image
 
 from pia_batch.engine import lora_scales
 from pia_batch.engine.lora_scales import Scales
+from pia_batch.engine.prompt_travel import Text, Travel, cosine_of, mixes, part_of
 from pia_batch.errors import NonFiniteError
+from pia_batch.schema.key_prompts import KeyPrompt
+from pia_batch.schema.settings import Interpolation
 
 MAX_PROMPTS = 256
 """Number of cached prompt embeddings, 0.24 MB each in float32 for Stable Diffusion 1.5."""
@@ -60,19 +64,24 @@ def pixel_digest(image: Image.Image) -> tuple[tuple[int, int], bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Embedding of a text, as the UNet reads it.
+    """Embedding of a text, or of several that a clip has one after the other, as the UNet reads it.
 
     Attributes:
-        embedding: Tensor (1, tokens, features), in the text encoder's dtype, on its device.
-        num_tokens: Number of tokens before truncation, start and end markers included.
+        embedding: Tensor (1, tokens, features), in the text encoder's dtype, on its device; or a mixture of such
+            tensors for each frame.
+        num_tokens: Number of tokens before truncation, start and end markers included; of several texts the largest.
         truncated: True if `num_tokens` exceeds the number that the text encoder reads.
         is_finite: True if the embedding holds neither NaN nor infinity.
     """
 
-    embedding: torch.Tensor
+    embedding: Text
     num_tokens: int
     truncated: bool
     is_finite: bool
+
+    def of_frames(self, frames: Sequence[int]) -> Prompt:
+        """Return the prompt of these frames of the clip, for a part of it."""
+        return dataclasses.replace(self, embedding=part_of(self.embedding, frames))
 
 
 class _LiteralWords:
@@ -122,6 +131,48 @@ class PromptEncoder:
                 return self._encode(text, clip_skip)
 
         return self._recent.get((text, clip_skip, scales), compute)
+
+    def encode_keys(
+        self,
+        keys: Sequence[KeyPrompt],
+        num_frames: int,
+        clip_skip: int | None = None,
+        *,
+        interpolation: Interpolation = "linear",
+        hold: float = 0.0,
+        wraps: bool = False,
+        scales: Scales | None = None,
+    ) -> Prompt:
+        """Return the embedding of each frame; with a single key prompt, that of its text.
+
+        Args:
+            keys: Texts by frame; the first one is at frame 0.
+            num_frames: Number of frames of the clip.
+            clip_skip: Number of last layers of the text encoder that are skipped.
+            interpolation: Mixture between two texts.
+            hold: Share of the frames after a text, 0 to 1, that keep it.
+            wraps: True if the last text is followed by the first one, as in loops.
+            scales: Scales of the model's LoRAs; None: those of the config.
+        """
+        each = [self.encode(text, clip_skip, scales) for _, text in keys]
+        if len(each) == 1:
+            return each[0]
+        texts = tuple(prompt.embedding for prompt in each if isinstance(prompt.embedding, torch.Tensor))
+        is_finite = all(prompt.is_finite for prompt in each)
+        places = mixes(
+            [frame for frame, _ in keys],
+            num_frames,
+            interpolation=interpolation if is_finite else "linear",
+            hold=hold,
+            wraps=wraps,
+            cosine=cosine_of(texts),
+        )
+        return Prompt(
+            Travel(texts, places),
+            max(prompt.num_tokens for prompt in each),
+            truncated=any(prompt.truncated for prompt in each),
+            is_finite=is_finite,
+        )
 
     def _encode(self, text: str, clip_skip: int | None) -> Prompt:
         limit = self._tokenizer.model_max_length

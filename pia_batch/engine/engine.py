@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.engine.shots import Clip, Shot
 from pia_batch.engine.windows import sliding_windows_of, windows_of
 from pia_batch.errors import DeviceMemoryError, NonFiniteError, RequestError
+from pia_batch.schema.key_prompts import KeyPrompt
 from pia_batch.weights.identity import engine_id, resolved_dtype
 from pia_batch.weights.resolve import resolve
 
@@ -174,13 +175,15 @@ class PiaEngine:
         """
         clips: dict[int, Clip] = {}
         groups: dict[Hashable, list[int]] = {}
+        any_travels = any(shot.prompts or shot.negative_prompts for shot in shots)
         for index, shot in enumerate(shots):
             try:
                 self.limits.check(shot)
             except RequestError as err:
                 clips[index] = Clip(error=err)
             else:
-                groups.setdefault(self._shape(shot), []).append(index)
+                own_scales = any_travels and shot.lora_scales is not None
+                groups.setdefault((self._shape(shot), own_scales), []).append(index)
         with torch.inference_mode():
             for indices in groups.values():
                 generated = self._generate([shots[index] for index in indices], keep_latents)
@@ -238,12 +241,14 @@ class PiaEngine:
 
     def _generate_together(self, shots: Sequence[Shot], keep_latents: bool) -> list[Clip]:
         began = time.perf_counter()
-        prompts = [self._prompts.encode(shot.prompt, shot.clip_skip, self._parts.scales_of(shot)) for shot in shots]
+        prompts = [self._prompt(shot, shot.prompt_keys, shot.clip_skip) for shot in shots]
+        negatives = [self._prompt(shot, shot.negative_keys) if shot.guided else None for shot in shots]
         films = [Film(shot, self.limits.max_frames) for shot in shots]
         errors: dict[int, RequestError] = {}
         left = list(range(len(shots)))
         while left:
-            errors |= self._add_pieces({index: films[index] for index in left}, prompts, keep_latents)
+            texts = {index: (prompts[index], negatives[index]) for index in left}
+            errors |= self._add_pieces({index: films[index] for index in left}, texts, keep_latents)
             left = [index for index in left if index not in errors and not films[index].is_complete]
         seconds = time.perf_counter() - began
         total = max(1, sum(film.unet_samples for film in films))
@@ -260,13 +265,15 @@ class PiaEngine:
         ]
 
     def _add_pieces(
-        self, films: dict[int, Film], prompts: Sequence[Prompt], keep_latents: bool
+        self, films: dict[int, Film], texts: Mapping[int, tuple[Prompt, Prompt | None]], keep_latents: bool
     ) -> dict[int, RequestError]:
         """Generate the next piece of each film; return the errors of those that have none."""
         errors: dict[int, RequestError] = {}
         rows: dict[int, sampling.Row] = {}
         for index, film in films.items():
-            started = self._start(film.next_piece, prompts[index], film.generator)
+            prompt, negative = texts[index]
+            prompt, negative = prompt.of_frames(film.next_frames), negative and negative.of_frames(film.next_frames)
+            started = self._start(film.next_piece, prompt, negative, film.generator)
             if isinstance(started, RequestError):
                 errors[index] = started
             else:
@@ -283,11 +290,8 @@ class PiaEngine:
         return errors
 
     def _start(
-        self, shot: Shot, prompt: Prompt, generator: torch.Generator | None = None
+        self, shot: Shot, prompt: Prompt, negative: Prompt | None, generator: torch.Generator | None = None
     ) -> sampling.Row | RequestError:
-        negative = (
-            self._prompts.encode(shot.negative_prompt, scales=self._parts.scales_of(shot)) if shot.guided else None
-        )
         if not (prompt.is_finite and (negative is None or negative.is_finite)):
             return NonFiniteError("the text encoder's embedding of the prompt holds NaN or infinity")
         try:
@@ -296,6 +300,17 @@ class PiaEngine:
             return sampling.start(shot, self._parts, posterior, prompt, negative, image_prompt, generator)
         except RequestError as err:
             return err
+
+    def _prompt(self, shot: Shot, keys: Sequence[KeyPrompt], clip_skip: int | None = None) -> Prompt:
+        return self._prompts.encode_keys(
+            keys,
+            shot.num_frames,
+            clip_skip,
+            interpolation=shot.prompt_interpolation,
+            hold=shot.prompt_hold,
+            wraps=shot.returns,
+            scales=self._parts.scales_of(shot),
+        )
 
     def _image_prompt(self, shot: Shot) -> ImagePrompt | None:
         if self._image_prompts is None:

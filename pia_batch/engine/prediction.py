@@ -14,10 +14,12 @@ from typing import Any, Protocol
 import torch
 
 from pia_batch.engine import unet as layout
+from pia_batch.engine.attention import travelling
 from pia_batch.engine.compiling import Call, directly
 from pia_batch.engine.image_prompts import ImagePromptAttention
 from pia_batch.engine.lora_scales import SampleScales, Scales
 from pia_batch.engine.offloading import OnDemand
+from pia_batch.engine.prompt_travel import Text, Travel
 from pia_batch.engine.windows import Windows
 
 DeepFeatures = tuple[torch.Tensor, ...]
@@ -36,8 +38,13 @@ class Predictor(Protocol):
         """
         ...
 
-    def condition(self, conditions: torch.Tensor) -> None:
-        """Replace the UNet's input besides the latents, (rows, 5, F, h, w), as for another window of the same rows."""
+    def condition(self, conditions: torch.Tensor, texts: Sequence[Text]) -> None:
+        """Replace what differs between windows of the same rows.
+
+        Args:
+            conditions: UNet input besides the latents, (rows, 5, F, h, w).
+            texts: Texts of the samples, of the same embeddings as before; only their mixtures may differ.
+        """
         ...
 
     def reusing(
@@ -60,7 +67,7 @@ def predictor(
     unet: Any,
     rows: Sequence[int],
     conditions: torch.Tensor,
-    texts: Sequence[torch.Tensor],
+    texts: Sequence[Text],
     images: ImagePromptAttention,
     call: Call = directly,
     sliding: Windows | None = None,
@@ -72,7 +79,7 @@ def predictor(
         unet: `UNetMotionModel`, or an object with its interface.
         rows: Index of the row of each sample.
         conditions: UNet input besides the latents, for each row, (rows, 5, F, h, w).
-        texts: Text embedding of each sample, (1, tokens, features). One object stands for one text.
+        texts: Text of each sample. One embedding object stands for one text.
         images: Image prompts of the samples.
         call: Function that calls the functions of `unet`, such as a `Compiler`.
         sliding: Windows of FreeNoise, for networks that `supports_sliding` accepts; None: no FreeNoise.
@@ -96,7 +103,7 @@ class _OptimizedPredictor:
         unet: Any,
         rows: Sequence[int],
         conditions: torch.Tensor,
-        texts: Sequence[torch.Tensor],
+        texts: Sequence[Text],
         images: ImagePromptAttention,
         call: Call,
         sliding: Windows | None,
@@ -114,13 +121,15 @@ class _OptimizedPredictor:
         self._latents = unet.config.out_channels
         num_rows, channels, *volume = self._of_samples(conditions).shape
         self._input = conditions.new_empty((num_rows, *volume, self._latents + channels))
-        self.condition(conditions)
+        self._input[..., self._latents :] = self._of_samples(conditions).movedim(1, -1)
         with self._scaled():
             made = layout.prepare(_on_device(unet), rows, num_rows, texts, images, sliding)
         self._conditions = dataclasses.replace(made, scaled=self._scales is not None)
 
-    def condition(self, conditions: torch.Tensor) -> None:
+    def condition(self, conditions: torch.Tensor, texts: Sequence[Text]) -> None:
         self._input[..., self._latents :] = self._of_samples(conditions).movedim(1, -1)
+        if self._conditions.travel is not None:
+            self._conditions = dataclasses.replace(self._conditions, travel=travelling(texts))
 
     def __call__(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         with self._scaled():
@@ -152,24 +161,26 @@ class _OptimizedPredictor:
 
 
 class _StockPredictor:
-    """Predictor by the network's own call, with one text embedding for every frame."""
+    """Predictor by the network's own call, with a text embedding for every frame."""
 
     def __init__(
         self,
         unet: Any,
         rows: Sequence[int],
         conditions: torch.Tensor,
-        texts: Sequence[torch.Tensor],
+        texts: Sequence[Text],
         images: ImagePromptAttention,
     ) -> None:
         self._unet = unet
         self._rows = torch.tensor(rows, device=conditions.device)
         self._images = images
-        self._texts = torch.cat(list(texts)).repeat_interleave(conditions.shape[2], dim=0)
+        self._texts = _of_each_frame(texts, conditions.shape[2])
         self._conditions = conditions
 
-    def condition(self, conditions: torch.Tensor) -> None:
+    def condition(self, conditions: torch.Tensor, texts: Sequence[Text]) -> None:
         self._conditions = conditions
+        if any(isinstance(text, Travel) for text in texts):
+            self._texts = _of_each_frame(texts, conditions.shape[2])
 
     def __call__(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         sample = torch.cat([latents, self._conditions], dim=1)[self._rows]
@@ -196,6 +207,17 @@ class _StockPredictor:
 def _network(unet: Any) -> Any:
     """Return the network itself, wherever it is."""
     return unet.network if isinstance(unet, OnDemand) else unet
+
+
+def _of_each_frame(texts: Sequence[Text], num_frames: int) -> torch.Tensor:
+    """Return the embedding of each frame of each sample, (samples x frames, tokens, features)."""
+    if not any(isinstance(text, Travel) for text in texts):
+        return torch.cat([text for text in texts if isinstance(text, torch.Tensor)]).repeat_interleave(
+            num_frames, dim=0
+        )
+    return torch.cat(
+        [text.embeddings() if isinstance(text, Travel) else text.expand(num_frames, -1, -1) for text in texts]
+    )
 
 
 def _on_device(unet: Any) -> Any:

@@ -28,6 +28,7 @@ from pia_batch.engine.loading import Components
 from pia_batch.engine.lora_scales import Scales
 from pia_batch.engine.motion import motion_coefficients
 from pia_batch.engine.prediction import DeepFeatures, Predictor, predictor, supports_sliding
+from pia_batch.engine.prompt_travel import Text, part_of
 from pia_batch.engine.shots import Shot
 from pia_batch.engine.windows import Fusion, Windows, shuffled, sliding_windows_of, windows_of
 from pia_batch.errors import UnsupportedSettingError
@@ -55,8 +56,8 @@ class Row:
         latents: Current latents, (1, 4, F, h, w).
         condition: UNet input besides the latents, (1, 5, F, h, w): the motion coefficients as a mask, then the image's
             latents; constant over all steps.
-        positive: Prompt embedding, (1, tokens, features).
-        negative: Embedding of the negative prompt, in the shape of `positive`; None without guidance.
+        positive: Text of the prompt.
+        negative: Text of the negative prompt; None without guidance.
         image_prompt: Input of the IP-Adapter, weighted by the shot's `ip_adapter_scale`; None without an adapter.
         lora_scales: Scale of each LoRA, if the shot has scales of its own; None: those of the config.
         config_scales: Scale of each LoRA in the config.
@@ -79,8 +80,8 @@ class Row:
     first_latents: torch.Tensor
     latents: torch.Tensor
     condition: torch.Tensor
-    positive: torch.Tensor
-    negative: torch.Tensor | None
+    positive: Text
+    negative: Text | None
     image_prompt: ImagePrompt | None
     lora_scales: Scales | None = None
     config_scales: Scales = ()
@@ -292,14 +293,13 @@ class _Batch:
             key = tuple(window.index for window in windows)
             predict = self._predictors.get(key, lambda: self._new_predictor(windows, conditions()))
             if len(self._calls) > 1:
-                predict.condition(conditions())
+                predict.condition(conditions(), _texts(windows))
         return predict
 
     def _new_predictor(self, windows: Sequence[_Window], conditions: torch.Tensor) -> Predictor:
         rows = [window.row for window in windows]
         guided = [index for index, row in enumerate(rows) if row.negative is not None]
         samples = [*guided, *range(len(rows))]
-        texts = [row.negative for row in rows if row.negative is not None]
         embeddings = [
             row.image_prompt.negative for row in rows if row.negative is not None and row.image_prompt is not None
         ]
@@ -309,7 +309,7 @@ class _Batch:
             self._unet,
             samples,
             conditions,
-            [*texts, *(row.positive for row in rows)],
+            _texts(windows),
             ImagePromptAttention(self._unet, embeddings, scales, rows[0].windows.length),
             self._call,
             rows[0].sliding,
@@ -356,6 +356,14 @@ def _calls(rows: Sequence[Row], capacity: int) -> list[list[_Window]]:
             calls[-1].append(_Window(row, index, start))
             num_samples += row.num_samples
     return calls
+
+
+def _texts(windows: Sequence[_Window]) -> list[Text]:
+    """Return the text of each sample of a call: first the negative ones of guided rows, then one of each window."""
+    frames = [window.row.windows.frames(window.start) for window in windows]
+    negatives = [(window.row.negative, own) for window, own in zip(windows, frames, strict=True)]
+    positives = [(window.row.positive, own) for window, own in zip(windows, frames, strict=True)]
+    return [part_of(text, own) for text, own in [*negatives, *positives] if text is not None]
 
 
 def _conditions(windows: Sequence[_Window]) -> torch.Tensor:

@@ -12,11 +12,29 @@ from PIL import Image
 
 from pia_batch.config import contexts
 from pia_batch.errors import ImageUnreadableError, RequestError, UnsupportedSettingError
+from pia_batch.schema import key_prompts as prompts_by_frame
+from pia_batch.schema.key_prompts import KeyPrompt, key_prompts
 from pia_batch.schema.lora_scales import lora_scales, problem_of
-from pia_batch.schema.settings import BY_NAME, CONTEXTS, FREE_INIT_METHODS, MAX_FRAMES, MAX_SEED, EngineSettings
+from pia_batch.schema.settings import (
+    BY_NAME,
+    CONTEXTS,
+    FREE_INIT_METHODS,
+    INTERPOLATIONS,
+    MAX_FRAMES,
+    MAX_SEED,
+    EngineSettings,
+)
 
 _FIRST_STYLE = 6
 """Smallest motion_scale that restyles; smaller ones move, and support loops."""
+
+_LOOPS = range(3, 6)
+"""Values of motion_scale whose clips return to the image after 16 frames."""
+
+_LOOP_FRAMES = 16
+
+_PLAIN_KEYS = 2
+"""Number of texts of a shot whose prompt and negative prompt are the same for all frames."""
 
 _MAX_FREE_INIT_ITERS = BY_NAME["free_init_iters"].limits["le"]
 _MAX_FREE_INIT_ORDER = BY_NAME["free_init_order"].limits["le"]
@@ -35,15 +53,40 @@ class Shot(EngineSettings):
     Attributes:
         image: Input image, RGB, of any size: it is encoded at its own size, and its latents are resampled (nearest) to
             the clip's size.
-        prompt: Description of the clip; text beyond the tokenizer's limit (77 tokens in CLIP) is not read.
+        prompt: Description of the clip; text beyond the tokenizer's limit (77 tokens in CLIP) is not read. None if
+            `prompts` is given.
+        prompts: Descriptions by frame, between which the clip changes; a mapping such as `{0: "spring", 8: "winter"}`,
+            or a sequence of pairs, becomes a tuple of `KeyPrompt`. So does `negative_prompts`. None if `prompt` is
+            given.
         seed: Seed of the row's own CPU generator, 0 to 2**63 - 1.
         ip_adapter_image: Image prompt, RGB; None: `image` itself. Unused without an IP-Adapter.
     """
 
     image: Image.Image
-    prompt: str
+    prompt: str | None = None
     seed: int = 0
     ip_adapter_image: Image.Image | None = None
+    prompts: tuple[KeyPrompt, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "negative_prompts"):
+            object.__setattr__(self, name, key_prompts(getattr(self, name)))
+
+    @property
+    def prompt_keys(self) -> tuple[KeyPrompt, ...]:
+        """Texts by frame; a single one, of frame 0, unless `prompts` is given."""
+        return self.prompts or (KeyPrompt(0, self.prompt or ""),)
+
+    @property
+    def negative_keys(self) -> tuple[KeyPrompt, ...]:
+        """Texts to steer away from by frame; a single one unless `negative_prompts` is given."""
+        return self.negative_prompts or (KeyPrompt(0, self.negative_prompt),)
+
+    @property
+    def returns(self) -> bool:
+        """True if the last frame returns to the image, so that the last text is followed by the first one."""
+        preset = self.motion_curve is None and self.motion_scale in _LOOPS and self.num_frames == _LOOP_FRAMES
+        return self.is_loop or preset
 
     @property
     def guided(self) -> bool:
@@ -160,7 +203,32 @@ class Limits:
         )
         self._check_steps(shot)
         self._check_free_init(shot)
-        for text in (shot.prompt, shot.negative_prompt):
+        self._check_prompts(shot)
+
+    def _check_prompts(self, shot: Shot) -> None:
+        one = (shot.prompt is None) != (shot.prompts is None)
+        _require(one, "give either prompt or prompts, which are texts by frame")
+        for name, keys in (("prompts", shot.prompts), ("negative_prompts", shot.negative_prompts)):
+            if keys is None:
+                continue
+            form = 'frames with their texts, such as {0: "spring", 8: "winter"}'
+            _require(isinstance(keys, tuple) and all(map(_is_key_prompt, keys)), f"{name} needs {form}")
+            problem = prompts_by_frame.problem_of(keys)
+            _require(problem is None, f"{name}: {problem}")
+            _require(
+                keys[-1].frame < shot.num_frames,
+                f"{name}: frame {keys[-1].frame} is not below num_frames {shot.num_frames}; leave it out",
+            )
+        _require(
+            shot.lora_scales is None or len(shot.prompt_keys) + len(shot.negative_keys) == _PLAIN_KEYS,
+            "lora_scales does not go with prompts that change over the clip; set the scales in model.loras",
+        )
+        _require(0 <= shot.prompt_hold <= 1, f"prompt_hold {shot.prompt_hold} is not between 0 and 1")
+        _require(
+            shot.prompt_interpolation in INTERPOLATIONS,
+            f"prompt_interpolation {shot.prompt_interpolation!r} is none of {', '.join(INTERPOLATIONS)}",
+        )
+        for _, text in (*shot.prompt_keys, *shot.negative_keys):
             _require(_is_unicode(text), "the prompt holds a lone surrogate, which is no text")
 
     def _check_image(self, image: Image.Image) -> None:
@@ -292,6 +360,10 @@ def _check_pixels(image: Image.Image, name: str) -> None:
 def _require(condition: bool, otherwise: str) -> None:
     if not condition:
         raise UnsupportedSettingError(otherwise)
+
+
+def _is_key_prompt(key: object) -> bool:
+    return isinstance(key, KeyPrompt) and type(key.frame) is int and isinstance(key.prompt, str)
 
 
 def _is_unicode(text: str) -> bool:

@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from pia_batch.engine import attention, image_prompts
 from pia_batch.engine.arithmetic import OriginalUNet, norms_over_frames
+from pia_batch.engine.prompt_travel import Text
 from pia_batch.engine.windows import Fusion, Windows
 
 
@@ -71,6 +72,7 @@ class Conditions:
         image_scales: Weight of each sample's image prompt; None without an IP-Adapter.
         sliding: Windows of FreeNoise, in which frames attend to frames; None: each frame attends to all.
         scaled: True if the LoRA layers have a scale for each sample, which makes another graph.
+        travel: Samples whose text changes from frame to frame; None if there are none.
     """
 
     rows: torch.Tensor | None
@@ -78,13 +80,14 @@ class Conditions:
     image_scales: torch.Tensor | None = None
     sliding: Windows | None = None
     scaled: bool = False
+    travel: attention.Travelling | None = None
 
 
 def prepare(
     unet: Any,
     rows: Sequence[int],
     num_rows: int,
-    texts: Sequence[torch.Tensor],
+    texts: Sequence[Text],
     images: image_prompts.ImagePromptAttention | None = None,
     sliding: Windows | None = None,
 ) -> Conditions:
@@ -94,7 +97,7 @@ def prepare(
         unet: Network that `is_plain` accepts.
         rows: Index of the row of each sample.
         num_rows: Number of rows.
-        texts: Text embedding of each sample, (1, tokens, features).
+        texts: Text of each sample.
         images: Image prompts of the samples; None without an IP-Adapter.
         sliding: Windows of FreeNoise; None: no FreeNoise.
     """
@@ -103,14 +106,15 @@ def prepare(
     if images is not None and images.added_conditions is not None:
         prompts = unet.encoder_hid_proj(images.added_conditions["image_embeds"])[0].flatten(1, 2)
         scales = images.scales
-    read = {
-        name: attention.Read(
-            attention.text_states(module, texts),
-            attention.image_states(module, prompts) if prompts is not None and attention.reads_images(module) else None,
-        )
-        for name, module in _cross_attentions(unet)
-    }
-    return Conditions(torch.tensor(rows, device=unet.device) if shared else None, read, scales, sliding)
+    read = {}
+    for name, module in _cross_attentions(unet):
+        text, key_prompts = attention.text_states(module, texts)
+        image = None
+        if prompts is not None and attention.reads_images(module):
+            image = attention.image_states(module, prompts)
+        read[name] = attention.Read(text, image, key_prompts)
+    row_of_sample = torch.tensor(rows, device=unet.device) if shared else None
+    return Conditions(row_of_sample, read, scales, sliding, travel=attention.travelling(texts))
 
 
 def run(unet: Any, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions) -> torch.Tensor:
@@ -291,8 +295,11 @@ class _Call:
         if self._rows is not None and len(tokens) < len(self._rows):
             tokens = tokens[self._rows]
             self._expand_time()
-        read, scales = self._conditions.read[name], self._conditions.image_scales
-        return attention.over_text(layer.attn2, layer.norm2(tokens), read, scales).add_(tokens)
+        known = self._conditions
+        attended = attention.over_text(
+            layer.attn2, layer.norm2(tokens), known.read[name], known.image_scales, known.travel
+        )
+        return attended.add_(tokens)
 
     def _attend_over_frames(self, module: Any, image: Any) -> Any:
         """Apply attention over frames. The norm covers all frames of a sample together, in the original each alone."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.manifest import lora_scales
+from pia_batch.manifest import key_prompts, lora_scales
 from pia_batch.manifest.arrow_types import plain_column
 from pia_batch.schema.columns import REQUEST, is_mixed, redacted
 from pia_batch.schema.settings import BY_NAME, MAX_SEED
@@ -101,20 +101,29 @@ class Columns:
             self._raw[name] = others
             self.reject(name, pc.is_valid(others), "invalid_type", f"{_NAMES.get(wanted, wanted)}; correct the value")
             raw = self._raw[name] = values
-        if raw.type == wanted and name != lora_scales.NAME:
+        if name in key_prompts.NAMES or name == lora_scales.NAME:
+            return self._to_scales(name, raw) if name == lora_scales.NAME else self._to_key_prompts(name, raw)
+        if raw.type == wanted:
             return raw
         if pa.types.is_string(wanted):
             return self._to_string(name, raw)
-        if pa.types.is_boolean(wanted):
-            return self._to_boolean(name, raw)
         if pa.types.is_integer(wanted) or pa.types.is_floating(wanted):
             return self._to_number(name, raw, wanted)
-        return self._to_scales(name, raw) if name == lora_scales.NAME else self._to_container(name, raw, wanted)
+        return self._to_boolean(name, raw) if pa.types.is_boolean(wanted) else self._to_container(name, raw, wanted)
 
     def _to_scales(self, name: str, raw: pa.Array) -> pa.Array:
         values, unread, wrong = lora_scales.read(raw)
         self.reject(name, unread, "invalid_type", f"{BY_NAME[name].allowed}, and not {raw.type}")
         self.reject(name, wrong, "invalid_value", BY_NAME[name].allowed)
+        return values
+
+    def _to_key_prompts(self, name: str, raw: pa.Array) -> pa.Array:
+        found = key_prompts.read(raw)
+        if found is None:
+            self.reject(name, pc.is_valid(raw), "invalid_type", f"{key_prompts.FORM}, and not {raw.type}")
+            return pa.nulls(self.num_rows, REQUEST.field(name).type)
+        values, unread = found
+        self.reject(name, unread, "invalid_type", key_prompts.FORM)
         return values
 
     def _to_string(self, name: str, raw: pa.Array) -> pa.Array:
@@ -244,7 +253,7 @@ def _shown(values: pa.Array) -> pa.Array:
     try:
         text = values.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        text = pa.array([str(value)[:80] for value in values.to_pylist()], pa.string())
+        text = pa.array([None if value is None else str(value)[:80] for value in values.to_pylist()], pa.string())
     textual = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
     quoted = pc.binary_join_element_wise("'", redacted(text), "'", "") if textual else text
     return pc.utf8_slice_codeunits(quoted, 0, 80)

@@ -13,6 +13,7 @@ import pyarrow.csv
 
 from pia_batch.errors import ManifestError, message_of
 from pia_batch.manifest.column_map import NO_MAP, ColumnMap
+from pia_batch.manifest.key_prompts import NAMES
 from pia_batch.schema.columns import REQUEST
 
 NULL_WORDS = ("nan", "NaN", "None", "NULL", "null", "<NA>", "NaT", "\\N")
@@ -62,7 +63,7 @@ def read_csv(data: bytes, path: str, column_map: ColumnMap = NO_MAP) -> tuple[pa
     return _without_unnamed_columns(table, path), num_rows - len(table)
 
 
-_TEXTS = frozenset(item.name for item in REQUEST if pa.types.is_string(item.type)) - {"request_id"}
+_TEXTS = frozenset(item.name for item in REQUEST if pa.types.is_string(item.type)) - {"request_id"} | set(NAMES)
 
 
 def _parsed(data: bytes, names: Sequence[str], wanted: Sequence[str], nulls: Sequence[str]) -> pa.Table:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from pia_batch.config import MOTIONS, Defaults, RunConfig, contexts
 from pia_batch.config.arithmetic import NEGATIVE_PROMPT
-from pia_batch.manifest import lora_scales
+from pia_batch.manifest import key_prompts, lora_scales
 from pia_batch.manifest.casting import Columns
 from pia_batch.schema.columns import SETTINGS
 from pia_batch.schema.declaration import Setting
@@ -39,6 +39,15 @@ def motion(columns: Columns, defaults: Defaults) -> tuple[pa.Array, pa.Array, pa
         pc.fill_null(columns.typed["loop"], defaults.loop),
         pc.fill_null(columns.typed["style"], defaults.style),
     )
+
+
+def negative_prompts(columns: Columns, defaults: Defaults) -> pa.Array:
+    """Return `negative_prompts` with their default, which holds in rows without any negative prompt of their own."""
+    own = columns.typed["negative_prompts"]
+    if defaults.negative_prompts is None:
+        return own
+    by_default = pa.scalar([key._asdict() for key in defaults.negative_prompts], own.type)
+    return pc.coalesce(own, pc.if_else(pc.is_null(columns.typed["negative_prompt"]), by_default, None))
 
 
 def is_auto(columns: Columns, defaults: Defaults) -> pa.Array:
@@ -86,9 +95,10 @@ def fill(columns: Columns, config: RunConfig, id_hashes: npt.NDArray[np.uint64])
     method, _ = context(columns, defaults)
     no_motion = pc.and_(pc.is_null(typed["motion"]), pc.is_null(typed["motion_scale"]))
 
+    typed["negative_prompts"] = negative_prompts(columns, defaults)
     for name in SETTINGS.names:
         default = getattr(defaults, name, None)
-        if default is not None and name not in ("motion_curve", lora_scales.NAME):
+        if default is not None and name not in ("motion_curve", "negative_prompts", lora_scales.NAME):
             typed[name] = pc.fill_null(typed[name], default)
     if defaults.motion_curve is not None:  # a row's own motion, in whatever form, overrides the curve of the config
         curve = pa.array([list(defaults.motion_curve)] * columns.num_rows, SETTINGS.field("motion_curve").type)
@@ -103,6 +113,7 @@ def fill(columns: Columns, config: RunConfig, id_hashes: npt.NDArray[np.uint64])
         by_model = pc.if_else(original, NEGATIVE_PROMPT["original"], NEGATIVE_PROMPT["diffusers"])
         typed["negative_prompt"] = pc.coalesce(typed["negative_prompt"], by_model)
 
+    _split_prompts(columns)
     size = _modulo_3(scale)
     typed["loop"] = pc.and_(loop, pc.is_null(typed["motion_curve"]))
     # The styles 6 to 8 are large to small in the original, small to large in diffusers; a word has one meaning.
@@ -124,6 +135,21 @@ def fill(columns: Columns, config: RunConfig, id_hashes: npt.NDArray[np.uint64])
         if setting.formats:
             _clear(columns, setting.name, pc.is_in(typed["format"], value_set=pa.array(setting.formats)))
     return {name: typed[name][0] for name in _common(given)} if columns.num_rows else {}
+
+
+def _split_prompts(columns: Columns) -> None:
+    """Leave in each row either one text or key prompts; a single key prompt is that text, and has its content key."""
+    typed = columns.typed
+    for text, keys in (("prompt", "prompts"), ("negative_prompt", "negative_prompts")):
+        if typed[keys].null_count < columns.num_rows:
+            single, travelling = key_prompts.split_single(typed[keys])
+            typed[text] = pc.if_else(pc.is_null(typed[keys]), typed[text], single)
+            typed[keys] = travelling
+    travels = pc.or_(pc.is_valid(typed["prompts"]), pc.is_valid(typed["negative_prompts"]))
+    _clear(columns, "prompt_interpolation", travels)
+    _clear(
+        columns, "prompt_hold", pc.and_(travels, pc.not_equal(pc.fill_null(typed["prompt_interpolation"], ""), "hold"))
+    )
 
 
 def _clear(columns: Columns, name: str, used: pa.Array) -> None:
@@ -151,8 +177,11 @@ def _common(given: set[str]) -> set[str]:
 
 
 _DECIDED_BY: dict[str, frozenset[str]] = {
-    "negative_prompt": frozenset({"model"}),
     "lora_scales": frozenset({"model"}),
+    "negative_prompt": frozenset({"negative_prompts", "model"}),
+    "negative_prompts": frozenset({"negative_prompt"}),
+    "prompt_interpolation": frozenset({"prompts", "negative_prompt", "negative_prompts"}),
+    "prompt_hold": frozenset({"prompts", "negative_prompt", "negative_prompts", "prompt_interpolation"}),
     "motion_scale": frozenset({"motion", "style", "loop", "motion_curve", "model"}),
     "loop": frozenset({"motion_curve"}),
     "motion_curve": frozenset({"motion", "motion_scale"}),

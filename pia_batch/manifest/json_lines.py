@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pia_batch.errors import ManifestError, message_of
+from pia_batch.manifest import key_prompts
 from pia_batch.manifest.arrow_types import is_nested
 from pia_batch.manifest.column_layout import MAX_COLUMNS
 from pia_batch.manifest.column_map import ColumnMap
@@ -45,7 +46,7 @@ def read_json_lines(data: bytes, path: str, column_map: ColumnMap) -> pa.Table:
             )
             raise ManifestError(msg)
         try:
-            row = column_map.members(row)
+            row = _members(row, line, column_map)
         except ValueError as err:
             msg = f"manifest file {path}, line {number}: {err}"
             raise ManifestError(msg) from None
@@ -58,6 +59,14 @@ def read_json_lines(data: bytes, path: str, column_map: ColumnMap) -> pa.Table:
             values.append(row.get(name))
         num_rows += 1
     return pa.table({name: _infer(name, values) for name, values in columns.items()})
+
+
+def _members(row: dict[str, Any], line: bytes, column_map: ColumnMap) -> dict[str, Any]:
+    """Return the members of an object under our names; key prompts are text, or every row would have all frames."""
+    members = column_map.members(row)
+    if any(isinstance(members.get(name), dict) for name in key_prompts.NAMES):
+        members = column_map.members(key_prompts.with_repetitions(line))
+    return members | {name: key_prompts.json_text(members[name]) for name in key_prompts.NAMES if name in members}
 
 
 _JSON_WORDS = {bool: "truth value", list: "list", str: "text", type(None): "null"}

@@ -127,8 +127,9 @@ def check_columns(names: Sequence[str], place: str, ids: RequestIdFrom = "column
     if len(names) > MAX_COLUMNS:
         msg = f"{place} has {len(names)} columns; at most {MAX_COLUMNS} are read"
         raise ManifestError(msg)
-    required = ("prompt",) if ids == "content" else ("request_id", "prompt")
-    missing = [name for name in required if name not in names]
+    missing = [name for name in ("request_id",) if name not in names and ids != "content"]
+    if "prompt" not in names and "prompts" not in names:
+        missing.append("prompt")
     if "image" not in names and "image_bytes" not in names:
         missing.append("image")
     if missing:

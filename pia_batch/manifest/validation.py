@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.config import Defaults, RequestIdFrom, RunConfig
-from pia_batch.manifest import lora_scales
+from pia_batch.config import Defaults, RunConfig
+from pia_batch.manifest import key_prompts, lora_scales
 from pia_batch.manifest.blocklist import blocked
 from pia_batch.manifest.casting import Columns, Range, Rejections
 from pia_batch.manifest.column_map import ColumnMap
 from pia_batch.manifest.content_keys import content_keys, image_identity
-from pia_batch.manifest.effective import context, fill, hashes_of, is_auto, motion
+from pia_batch.manifest.effective import context, fill, hashes_of, is_auto, motion, negative_prompts
 from pia_batch.manifest.inline_images import NOT_INLINE, PATTERN
 from pia_batch.manifest.request_ids import content_ids
 from pia_batch.schema.columns import EFFECTIVE, MAX_ID_BYTES, MAX_URI_BYTES, SETTINGS, carried_columns
@@ -55,7 +56,9 @@ def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str]) -> 
     table = table.combine_chunks()
     rejections = Rejections(len(table))
     columns = _Columns(table, rejections, ColumnMap.of(config).label)
-    columns.check_identity(config.request_id_from)
+    if config.request_id_from != "content":
+        columns.check_ids()
+    columns.check_prompts(config.defaults)
     columns.check_image()
     columns.check_settings(config.defaults)
     columns.check_choices(config)
@@ -83,18 +86,8 @@ def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str]) -> 
 class _Columns(Columns):
     """Checks of each column, and of several together."""
 
-    def check_identity(self, request_id_from: RequestIdFrom) -> None:
-        """Check that `request_id`, unless made of the content, and `prompt` are present, printable and not too long."""
-        if request_id_from != "content":
-            self._check_ids()
-        prompts = self.typed["prompt"]
-        blank = pc.or_kleene(pc.is_null(prompts), pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(prompts)), 0))
-        self.require("prompt", blank, "a text that is not empty")
-        for name in ("prompt", "negative_prompt"):
-            long = pc.greater(pc.binary_length(self.typed[name]), MAX_PROMPT_BYTES)
-            self.reject(name, long, "out_of_range", f"at most {MAX_PROMPT_BYTES} bytes")
-
-    def _check_ids(self) -> None:
+    def check_ids(self) -> None:
+        """Check that `request_id` is present, printable and not too long."""
         ids = self.typed["request_id"]
         self.require("request_id", pc.is_null(ids), f"a string of 1 to {MAX_ID_BYTES} bytes")
         length = pc.binary_length(ids)
@@ -104,6 +97,30 @@ class _Columns(Columns):
         if ((text < ord(" ")) | (text > ord("~"))).any():  # a regex per value is slow, and most ids are plain
             control = pc.match_substring_regex(ids, r"\p{Cc}")
             self.reject("request_id", control, "invalid_id", "a string without control characters")
+
+    def check_prompts(self, defaults: Defaults) -> None:
+        """Check that each row has one source of prompts, that they are texts, and that their frames are in order."""
+        text, keys = self.typed["prompt"], self.typed["prompts"]
+        blank = pc.or_kleene(pc.is_null(text), pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(text)), 0))
+        without = pc.is_null(keys)
+        self.require("prompt", pc.and_(blank, without), "a text that is not empty, or `prompts`")
+        both = pc.invert(pc.or_(blank, without))
+        self.reject("prompts", both, "invalid_value", "either `prompt` or `prompts`, not both")
+        text, keys = self.typed["negative_prompt"], self.typed["negative_prompts"]
+        both = pc.and_(pc.greater(pc.binary_length(text), 0), pc.is_valid(keys))
+        wanted = "either `negative_prompt` or `negative_prompts`, not both"
+        self.reject("negative_prompts", both, "invalid_value", wanted)
+        travels = pc.or_(*(pc.is_valid(self.typed[name]) for name in key_prompts.NAMES))
+        scaled = pc.or_(pc.is_valid(self.typed["lora_scales"]), defaults.lora_scales is not None)
+        remedy = "null where `prompts` or `negative_prompts` is given; set the scales in model.loras"
+        self.reject("lora_scales", pc.and_(travels, scaled), "unsupported", remedy)
+        num_frames = pc.fill_null(self.typed["num_frames"], defaults.num_frames)
+        for name in key_prompts.NAMES:
+            column = self.typed[name] if name == "prompts" else negative_prompts(self, defaults)
+            key_prompts.check(name, column, num_frames, partial(self.reject, name))
+        for name in ("prompt", "negative_prompt"):
+            long = pc.greater(pc.binary_length(self.typed[name]), MAX_PROMPT_BYTES)
+            self.reject(name, long, "out_of_range", f"at most {MAX_PROMPT_BYTES} bytes")
 
     def check_image(self) -> None:
         """Check that there is one source of the image, and that a sha256 is well-formed."""
@@ -228,8 +245,13 @@ class _Columns(Columns):
 
     def check_words(self, blocked_words: tuple[str, ...]) -> None:
         """Check that no prompt holds a word of the blocklist. A negative prompt may: it names what is unwanted."""
-        words = blocked(self.typed["prompt"], blocked_words)
-        text = "column 'prompt': the config's safety section refuses the word '"
+        self._refuse_words("prompt", blocked(self.typed["prompt"], blocked_words))
+        keys = self.typed["prompts"]
+        if keys.null_count < len(keys):
+            self._refuse_words("prompts", key_prompts.first_of_each(keys, lambda texts: blocked(texts, blocked_words)))
+
+    def _refuse_words(self, name: str, words: pa.Array) -> None:
+        text = f"column '{name}': the config's safety section refuses the word '"
         self._rejections.reject(
             pc.is_valid(words),
             "blocked_prompt",

@@ -10,15 +10,16 @@ import html
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from pia_batch import __version__
 from pia_batch.config import RunConfig
 from pia_batch.errors import printable
 from pia_batch.media.metadata import Metadata
 from pia_batch.schema.columns import SETTINGS, Row
+from pia_batch.schema.key_prompts import described
 from pia_batch.storage.uris import redacted_uri
 
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -43,7 +44,8 @@ class Provenance(BaseModel):
     key: str
     """Content key, 32 hexadecimal digits, as in the result."""
     request_id: str
-    prompt: str
+    prompt: str | None
+    """Prompt as in the manifest; None: the request has several, in `settings.prompts`, by frame."""
     image: str | None
     """URI of the condition image as in the manifest, without secrets; None: the manifest contained the image."""
     image_sha256: str | None
@@ -66,6 +68,16 @@ class Provenance(BaseModel):
     """Format, and the settings of `encoding` that decide its bytes."""
     settings: dict[str, Any]
     """Effective values of `columns.SETTINGS`, without those that had no effect."""
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> Self:
+        for name in ("prompts", "negative_prompts"):
+            keys = self.settings.get(name)
+            if keys is not None and not (isinstance(keys, list) and all(map(_is_key_prompt, keys))):
+                raise ValueError(f"settings.{name}: must be a list of frames and prompts")
+        if self.prompt is None and not self.settings.get("prompts"):
+            raise ValueError("prompt: required, or settings.prompts")
+        return self
 
     @classmethod
     def of(cls, row: Row, config: RunConfig, engine_id: str) -> Provenance:
@@ -123,9 +135,14 @@ class Provenance(BaseModel):
         return json.dumps({_NAME: self.model_dump(mode="json")}, sort_keys=True, separators=(",", ":"))
 
     @property
+    def text(self) -> str:
+        """Prompt, or all of several with their frames, as one line."""
+        return described(self.settings["prompts"]) if self.prompt is None else self.prompt
+
+    @property
     def metadata(self) -> Metadata:
         """Record as it is embedded in files."""
-        prompt = printable(self.prompt)
+        prompt = printable(self.text)
         return Metadata(comment=self.comment, description=prompt, software=self.software, xmp=self._xmp(prompt))
 
     def manifest_row(self) -> Row:
@@ -168,6 +185,12 @@ class Provenance(BaseModel):
 def metadata_of(row: Row, config: RunConfig, engine_id: str) -> Metadata | None:
     """Return the metadata to embed, from the arguments of `Provenance.of`; None if `encoding.provenance` is off."""
     return Provenance.of(row, config, engine_id).metadata if config.encoding.provenance else None
+
+
+def _is_key_prompt(key: object) -> bool:
+    if not isinstance(key, dict) or key.keys() != {"frame", "prompt"}:
+        return False
+    return type(key["frame"]) is int and isinstance(key["prompt"], str)
 
 
 def _without_folders(base: str) -> str:

@@ -132,5 +132,5 @@ class EngineGuard:
         return engine.shot(image=condition_image(row), prompt=row["prompt"], **settings)
 
 
-_SHOT_SETTINGS = ("seed", *(setting.name for setting in declared(EngineSettings)))
+_SHOT_SETTINGS = ("seed", "prompts", *(setting.name for setting in declared(EngineSettings)))
 """Settings of a row that the engine takes."""

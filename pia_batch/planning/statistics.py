@@ -45,7 +45,7 @@ overlap."""
 
 CLASS = pa.schema([*WORK, ("gif_fps", pa.float64()), ("truncated", pa.bool_())])
 """Columns of a work class. `gif_fps` is the frame rate of a GIF, null for another format. `truncated` is true if the
-prompt certainly has more than `tokens.MAX_TOKENS` tokens."""
+prompt, or one of its prompts, certainly has more than `tokens.MAX_TOKENS` tokens."""
 
 _HELD_TABLES = 64
 _MAX_SEED = np.iinfo(np.int64).max
@@ -84,7 +84,7 @@ class WorkClasses:
         num_given = Counter({name: len(rows) - rows[name].null_count for name in rows.column_names})
         seeds = np.asarray(requests["seed"], np.int64) if num_given["seed"] else None
         gif_fps = pc.if_else(pc.equal(requests["format"], "gif"), requests["fps"], None)
-        truncated = are_truncated(requests["prompt"].combine_chunks())
+        truncated = _truncated(requests)
         classified = pa.table([*work_of(requests).columns, gif_fps, truncated], schema=CLASS)
         return cls(len(rows), num_given, *_classified(classified), seeds, count_words(requests, words))
 
@@ -192,6 +192,19 @@ class Statistics:
     def only_seed(self) -> int | None:
         """Seed that all pending requests share; None if they have several, or if none is pending."""
         return self._seeds[0] if self._seeds and self._seeds[0] == self._seeds[1] else None
+
+
+def _truncated(requests: pa.Table) -> pa.Array:
+    """Return for each row if one of its prompts certainly has more than `tokens.MAX_TOKENS` tokens; bool."""
+    prompts, keys = (requests[name].combine_chunks() for name in ("prompt", "prompts"))
+    if not prompts.null_count:
+        return are_truncated(prompts)
+    texts = pc.struct_field(pc.list_flatten(keys), "prompt")
+    rows = np.concatenate([np.flatnonzero(prompts.is_valid()), pc.list_parent_indices(keys)])
+    found = np.asarray(are_truncated(pa.concat_arrays([prompts.drop_null(), texts])))
+    truncated = np.zeros(len(requests), bool)
+    truncated[rows[found]] = True
+    return pa.array(truncated)
 
 
 def work_of(requests: pa.Table) -> pa.Table:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.config import RunConfig
+from pia_batch.manifest.key_prompts import joined_texts
 from pia_batch.weights.resolve import resolve
 
 Words = Mapping[str, Sequence[str]]
@@ -45,12 +47,16 @@ def count_words(requests: pa.Table, words: Words) -> Counter[str]:
     counts: Counter[str] = Counter()
     for model, own in words.items():
         rows = requests.filter(pc.equal(requests["model"], model))
+        texts = [*(rows[name] for name in ("prompt", "negative_prompt")), *_joined_keys(rows)]
         for word in own:
-            used = pc.or_(
-                *(
-                    pc.fill_null(pc.match_substring(rows[name], word, ignore_case=True), False)
-                    for name in ("prompt", "negative_prompt")
-                )
-            )
-            counts[key_of(model, word)] += pc.sum(used).as_py() or 0
+            used = [pc.fill_null(pc.match_substring(text, word, ignore_case=True), False) for text in texts]
+            counts[key_of(model, word)] += pc.sum(functools.reduce(pc.or_, used)).as_py() or 0
     return +counts
+
+
+def _joined_keys(rows: pa.Table) -> Iterator[pa.Array]:
+    """Yield the texts of each row's key prompts as one text a row, positive and then negative ones."""
+    for name in ("prompts", "negative_prompts"):
+        keys = rows[name].combine_chunks()
+        if keys.null_count < len(keys):
+            yield joined_texts(keys)

@@ -68,7 +68,7 @@ def column(name: str, values: pa.ChunkedArray) -> dict[str, Any]:
     elif pa.types.is_int64(kind):
         items = [str(item) if item is not None and abs(item) > 2**53 else item for item in items]
     elif pa.types.is_list(kind):
-        items = [None if item is None else tuple(item) for item in items]
+        items = [None if item is None else tuple(map(_hashable, item)) for item in items]
     elif pa.types.is_floating(kind):
         exact = name in SETTINGS.names
         items = [
@@ -82,6 +82,11 @@ def column(name: str, values: pa.ChunkedArray) -> dict[str, Any]:
     if len(places) <= len(items) // 2:
         return {"words": list(places), "at": at}
     return {"values": items}
+
+
+def _hashable(value: Any) -> Any:
+    """Return the fields of an entry of a list, such as the frame and the text of a key prompt; others unchanged."""
+    return tuple(value.values()) if isinstance(value, dict) else value
 
 
 def for_script(value: object) -> str:

@@ -61,7 +61,12 @@ SOURCE = (
         "Checked against what was fetched; makes the key independent of the URI. null: not checked.",
         "64 hexadecimal digits",
     ),
-    Column("prompt", pa.string(), "Required. Text to animate the image by.", f"1 to {MAX_PROMPT_BYTES:,} bytes"),
+    Column(
+        "prompt",
+        pa.string(),
+        "Required, unless `prompts` is given. Text to animate the image by.",
+        f"1 to {MAX_PROMPT_BYTES:,} bytes",
+    ),
 )
 """Columns that say which request this is, and what it animates."""
 
@@ -90,7 +95,7 @@ OUTCOME = (
     Column("attempts", pa.int64(), "Number of attempts in the run that finished the request; 0 for rejected rows."),
     Column("animation_uri", pa.string(), "URI of the animation's object."),
     Column("image", pa.string(), "Image from the manifest; credentials and signatures are removed from URIs."),
-    Column("prompt", pa.string(), "Prompt from the manifest."),
+    Column("prompt", pa.string(), "Prompt from the manifest; null if the request has several, in `prompts`."),
 )
 """Columns of a result before the settings."""
 
@@ -100,8 +105,12 @@ MEASURED = (
     Column("duration_s", pa.float64(), "Duration of the animation, in seconds."),
     Column("num_bytes", pa.int64(), "Size of the stored object, in bytes."),
     Column("sha256", pa.string(), "SHA-256 of the stored object."),
-    Column("prompt_tokens", pa.int64(), "Number of tokens of the prompt, start and end markers included."),
-    Column("prompt_truncated", pa.bool_(), "true: the prompt has more tokens than the text encoder reads."),
+    Column(
+        "prompt_tokens",
+        pa.int64(),
+        "Number of tokens of the prompt, or of the longest of `prompts`; start and end markers included.",
+    ),
+    Column("prompt_truncated", pa.bool_(), "true: a prompt has more tokens than the text encoder reads."),
     Column("frame_mean", pa.float64(), "Mean of all pixels, 0-255."),
     Column("frame_std", pa.float64(), "Standard deviation of all pixels, 0-255."),
     Column("motion", pa.float64(), "Mean absolute difference of neighbouring frames, 0-255."),

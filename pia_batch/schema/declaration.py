@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import pyarrow as pa
 
 from pia_batch.schema.identity import ALWAYS
+from pia_batch.schema.key_prompts import KEY_PROMPTS_TYPE, KeyPrompt
 from pia_batch.schema.lora_scales import LORA_SCALES_TYPE, LoraScale
 
 
@@ -94,5 +95,7 @@ def _types(annotation: Any) -> tuple[pa.DataType, tuple[str, ...]]:  # any type 
     if get_origin(annotation) is Literal:
         return pa.string(), get_args(annotation)
     if get_origin(annotation) is tuple:
-        return LORA_SCALES_TYPE if get_args(annotation)[0] is LoraScale else pa.list_(pa.float64()), ()
+        item = get_args(annotation)[0]
+        named = {KeyPrompt: KEY_PROMPTS_TYPE, LoraScale: LORA_SCALES_TYPE}
+        return named[item] if item in named else pa.list_(pa.float64()), ()
     return {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}[annotation], ()

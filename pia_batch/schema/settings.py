@@ -16,6 +16,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from pia_batch.schema.declaration import Setting, declared, setting
+from pia_batch.schema.key_prompts import KeyPrompts
 from pia_batch.schema.lora_scales import MAX_SCALE, LoraScales
 
 Format = Literal["mp4", "gif", "webp", "png_zip"]
@@ -23,11 +24,13 @@ Motion = Literal["small", "medium", "large"]
 Size = Literal["fixed", "auto"]
 FreeInitMethod = Literal["butterworth", "ideal", "gaussian"]
 Context = Literal["windows", "freenoise", "chain"]
+Interpolation = Literal["linear", "slerp", "hold"]
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 MOTIONS: tuple[Motion, ...] = get_args(Motion)
 CONTEXTS: tuple[Context, ...] = get_args(Context)
 FREE_INIT_METHODS: tuple[FreeInitMethod, ...] = get_args(FreeInitMethod)
+INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 
 MAX_FPS: Mapping[Format, int] = MappingProxyType({"mp4": 60, "gif": 50, "webp": 60, "png_zip": 60})
 """Highest rate of each format, in frames per second.
@@ -46,6 +49,25 @@ class EngineSettings:
 
     negative_prompt: str = setting(
         "", "Text to steer away from; unused without guidance.", neutral="", allowed=f"up to {MAX_PROMPT_BYTES:,} bytes"
+    )
+    negative_prompts: KeyPrompts | None = setting(
+        None,
+        "Instead of `negative_prompt`: texts by frame, in the form of `prompts`. null: not used.",
+        neutral=None,
+        allowed=f"frames from 0 up to below `num_frames`, texts of up to {MAX_PROMPT_BYTES:,} bytes together",
+        min_length=1,
+    )
+    prompt_interpolation: Interpolation = setting(
+        "linear",
+        "Text embedding between two key prompts; linear or slerp: a mixture of both, hold: the earlier one.",
+        neutral="linear",
+    )
+    prompt_hold: float = setting(
+        0.0,
+        "Share of the frames between two key prompts that keep the earlier one; the mixture begins after them.",
+        neutral=0.0,
+        ge=0,
+        le=1,
     )
     motion_scale: int = setting(
         0,
@@ -196,6 +218,14 @@ class RowSettings(Settings):
         allowed="0 to 2^63-1",
         ge=0,
         le=MAX_SEED,
+    )
+    prompts: KeyPrompts | None = setting(
+        None,
+        "Instead of `prompt`: texts by frame, `[{frame: 0, prompt: ...}, {frame: 8, prompt: ...}]`, between which the "
+        "clip changes; a map from frames to texts, or either as JSON text, is read too. null: not used.",
+        neutral=None,
+        allowed=f"frames from 0 up to below `num_frames`, texts of up to {MAX_PROMPT_BYTES:,} bytes together",
+        min_length=1,
     )
 
 

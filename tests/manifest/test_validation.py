@@ -619,6 +619,7 @@ def test_nulls_become_the_defaults_and_carried_columns_follow() -> None:
         "ip_adapter_scale",
         *(n for n in SETTINGS.names if n.startswith("context")),
     }
+    optional |= {"prompts", "negative_prompts", "prompt_interpolation", "prompt_hold"}
     optional |= {setting.name for setting in ROW_SETTINGS if setting.needs or setting.formats}
     assert {name for name in SETTINGS.names if made[name].null_count} <= optional
 
@@ -737,7 +738,8 @@ DEPENDENT = {name: value for name, (_, value) in WITH_OTHERS.items() if name != 
 
 
 def with_value(table: pa.Table, column: str, value: Any) -> pa.Table:
-    table = table.drop_columns([column]) if column in table.column_names else table
+    replaced = {column, "prompt"} if column == "prompts" else {column}
+    table = table.drop_columns([name for name in table.column_names if name in replaced])
     return table.append_column(column, pa.array([value]))
 
 
@@ -771,7 +773,9 @@ def test_a_row_has_the_same_key_in_every_batch(names: list[str], data: st.DataOb
     table = requests_table(3, **{name: pa.array(each, REQUEST.field(name).type) for name, each in columns.items()})
     if "request_id" in names:
         table = table.set_column(table.column_names.index("request_id"), "request_id", pa.array(["a", "b", "other"]))
-    table = table.set_column(table.column_names.index("prompt"), "prompt", pa.array(["x", "y", "z"]))
+    travels = columns.get("prompts", [None] * 3)
+    texts = [None if keys else text for keys, text in zip(travels, "xyz", strict=True)]
+    table = table.set_column(table.column_names.index("prompt"), "prompt", pa.array(texts, pa.string()))
     if "image" in names:
         table = table.set_column(table.column_names.index("image"), "image", pa.array(["x.png", "y.png", "z.png"]))
 
@@ -795,7 +799,9 @@ def test_another_engine_or_another_way_to_fit_images_is_another_key() -> None:
 
 
 def test_a_default_written_out_is_the_same_key() -> None:
-    given_columns = {name: [getattr(CONFIG.defaults, name)] for name in SETTINGS.names if name != "seed"}
+    given_columns = {
+        name: [getattr(CONFIG.defaults, name)] for name in SETTINGS.names if name not in ("seed", "prompts")
+    }
     written = {name: value for name, value in given_columns.items() if value != [None]}
 
     assert key_of(requests_table(1, **written, model=["default"])) == key_of(requests_table(1))

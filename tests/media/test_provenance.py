@@ -303,3 +303,21 @@ def test_what_the_stages_store_tells_the_key_that_they_committed(
     assert told.image_sha256 == hashlib.sha256(png(1)).hexdigest()
     row = {"image": "images/1.png"} | told.manifest_row()
     assert check(pa.Table.from_pylist([row]), config, engines).requests["key"].to_pylist() == [told.key]
+
+
+def test_prompts_by_frame_are_in_the_file_in_words_and_give_the_same_key() -> None:
+    keys = [{"frame": 0, "prompt": "a red circle"}, {"frame": 3, "prompt": "a blue square"}]
+    made = effective(request() | {"prompt": None, "prompts": keys, "prompt_hold": 0.5})
+    told = Provenance.found_in([Provenance.of(made, CONFIG, "e" * 32).comment])
+
+    assert told is not None
+    assert told.prompt is None
+    assert told.settings["prompts"] == keys
+    assert told.metadata.description == "0: a red circle / 3: a blue square"
+    row = told.manifest_row()
+    assert "prompt" not in row
+    assert row["prompts"] == keys
+    damaged = json.loads(told.comment)
+    damaged["pia_batch"]["settings"]["prompts"] = [5]
+    with pytest.raises(ValueError, match=re.escape("settings.prompts")):
+        Provenance.found_in([json.dumps(damaged)])

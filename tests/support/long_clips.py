@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import inspect
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -88,25 +90,46 @@ def by_whole_free_noise(pipe: PIAPipeline, shot: Shot) -> Truth:
         return by_stock_free_noise(pipe, shot)
 
 
-def by_chain(pipe: PIAPipeline, shot: Shot) -> Truth:
-    """Call the stock pipeline for one piece after the other, with one generator."""
+def by_chain(
+    pipe: PIAPipeline,
+    shot: Shot,
+    piece_texts: Callable[[range], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> Truth:
+    """Call the stock pipeline for one piece after the other, with one generator.
+
+    Args:
+        pipe: The pipeline.
+        shot: The shot.
+        piece_texts: Context in which the UNet reads the texts of these frames, for a prompt that travels.
+    """
     generator = torch.Generator("cpu").manual_seed(shot.seed)
     piece = dataclasses.replace(
         shot, num_frames=shot.context_length, ip_adapter_image=shot.ip_adapter_image or shot.image
     )
-    truth = single_call(pipe, piece, generator)
+    with piece_texts(range(shot.context_length)):
+        truth = single_call(pipe, piece, generator)
     latents, frames = [truth.latents], [truth.frames]
     while sum(map(len, frames)) < shot.num_frames:
         piece = dataclasses.replace(piece, image=Image.fromarray(truth.frames[-1]))
-        truth = single_call(pipe, piece, generator)
+        first = sum(map(len, frames)) - 1
+        with piece_texts(range(first, first + shot.context_length)):
+            truth = single_call(pipe, piece, generator)
         latents.append(truth.latents[:, 1:])
         frames.append(truth.frames[1:])
     return Truth(torch.cat(latents, dim=1)[:, : shot.num_frames], np.concatenate(frames)[: shot.num_frames])
 
 
 @torch.no_grad()
-def by_brute_force(pipe: PIAPipeline, shot: Shot) -> Truth:
-    """Generate a clip of more frames than a window; FreeInit and image prompts are left out."""
+def by_brute_force(
+    pipe: PIAPipeline, shot: Shot, frame_texts: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> Truth:
+    """Generate a clip of more frames than a window; FreeInit and image prompts are left out.
+
+    Args:
+        pipe: The pipeline.
+        shot: The shot.
+        frame_texts: Positive and negative text of every frame, (F, tokens, features) each; None: those of the shot.
+    """
     generator = torch.Generator().manual_seed(shot.seed)
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(shot.num_inference_steps)
@@ -131,6 +154,9 @@ def by_brute_force(pipe: PIAPipeline, shot: Shot) -> Truth:
     texts, nothing = pipe.encode_prompt(
         shot.prompt, "cpu", 1, guided, negative_prompt=shot.negative_prompt, clip_skip=shot.clip_skip
     )
+    texts = texts.expand(shot.num_frames, -1, -1) if frame_texts is None else frame_texts[0]
+    if guided:
+        nothing = nothing.expand(shot.num_frames, -1, -1) if frame_texts is None else frame_texts[1]
 
     def predict(sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         total, weight = torch.zeros_like(latents), torch.zeros(shot.num_frames, dtype=dtype)
@@ -139,7 +165,7 @@ def by_brute_force(pipe: PIAPipeline, shot: Shot) -> Truth:
             mask = likeness[frames].view(1, 1, -1, 1, 1).expand(1, 1, -1, *size)
             still = image[:, :, None].expand(1, 4, length, *size)
             seen = torch.cat([sample[:, :, frames], mask, still], dim=1)
-            noise = pipe.unet(seen, timestep, text.repeat_interleave(length, dim=0)).sample
+            noise = pipe.unet(seen, timestep, text[frames]).sample
             for k, frame in enumerate(frames):
                 total[:, :, frame] += min(k + 1, length - k) * noise[:, :, k]
                 weight[frame] += min(k + 1, length - k)

@@ -49,6 +49,12 @@ function motion(row) {
   return `scale ${scale}${kind}`;
 }
 
+/** Describe texts by frame, as in `prompts`: "0: a red circle / 8: a blue square"; null if there are none. */
+const described = (keys) => keys?.map(([frame, text]) => `${frame}: ${text}`).join(" / ") ?? null;
+
+/** Return the prompt of a result, or all of several. */
+const promptOf = (row) => value("prompt", row) ?? described(value("prompts", row)) ?? "no prompt";
+
 /** Create an element with properties, attributes (names with a dash, or role) and children. Never parses markup. */
 function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);

@@ -1,5 +1,6 @@
 // Detail view: one result, large, frame by frame, with every setting and the commands that make it again.
 
+const KEYED = ["prompts", "negative_prompts"]; // settings that are texts by frame
 const dialog = document.getElementById("detail");
 let opened = null; // { position, media, closing }
 
@@ -60,7 +61,7 @@ function detailBody(row, media, signal) {
   return make(
     "div",
     { className: "detail-body" },
-    make("p", { className: "prompt" }, foreign(value("prompt", row) ?? "no prompt")),
+    make("p", { className: "prompt" }, foreign(promptOf(row))),
     pictures,
     media ? frameStrip(row, media, signal) : failure(row),
     make(
@@ -68,7 +69,7 @@ function detailBody(row, media, signal) {
       { className: "lists" },
       list(
         "Settings",
-        page.settings.map((name) => [name, value(name, row)]),
+        page.settings.map((name) => [name, KEYED.includes(name) ? described(value(name, row)) : value(name, row)]),
       ),
       list(
         "Measures",
@@ -139,19 +140,51 @@ function frameStrip(row, media, signal) {
     return make("li", {}, content, make("span", { textContent: index + 1 }));
   });
   strip(row, canvases, signal);
+  const keys = KEYED.flatMap((name, line) => keyPrompts(name, row, length, line));
   const every =
     length < value("num_frames", row) ? `${length} of ${value("num_frames", row)} frames` : `${length} frames`;
   return make(
     "div",
     { className: "frames" },
-    make("ol", { className: "strip", "aria-label": every, tabIndex: 0 }, ...frames),
+    make(
+      "ol",
+      { className: keys.length ? "strip travels" : "strip", "aria-label": every, tabIndex: 0 },
+      ...frames,
+      ...keys,
+    ),
     make(
       "p",
       { className: "note" },
-      `${every} at ${value("fps", row)} a second · `,
+      `${every} at ${value("fps", row)} a second · ${keys.length ? interpolation(row) : ""}`,
       make("a", { href: value("media", row), download: "", textContent: "download" }),
     ),
   );
+}
+
+/**
+ * Build the texts of a setting under the frames of a strip: each below the frame that it begins with, up to the next.
+ * `line` is the line under the frames, from 0.
+ */
+function keyPrompts(name, row, length, line) {
+  const keys = value(name, row) ?? [];
+  const last = value("num_frames", row) - 1;
+  const column = (frame) => Math.min(length, Math.ceil((frame * (length - 1)) / Math.max(last, 1)) + 1);
+  return keys.map(([frame, text], index) => {
+    const start = column(frame);
+    const end = index + 1 < keys.length ? column(keys[index + 1][0]) : length + 1;
+    const words = name === "negative_prompts" ? `not: ${text || "–"}` : text;
+    const key = make("li", { className: "key", title: `from frame ${frame + 1}: ${words}` }, foreign(words));
+    key.style.gridRow = line + 2;
+    key.style.gridColumn = `${start} / ${Math.max(start + 1, end)}`;
+    return key;
+  });
+}
+
+function interpolation(row) {
+  const kind = value("prompt_interpolation", row);
+  const held = value("prompt_hold", row);
+  if (kind === "hold") return "each text is held until the next · ";
+  return `${kind} between texts${held ? `, each held for ${held} of the way` : ""} · `;
 }
 
 // --- commands that make it again ------------------------------------------------------------------------------------
@@ -212,6 +245,8 @@ function written(name, row) {
   if (name === "image") return quoted(setting === null ? "IMAGE" : found(setting));
   if (name === "ip_adapter_image" && setting !== null) return quoted(found(setting));
   if (value("size", row) === "auto" && (name === "width" || name === "height")) return "null"; // derived from the image
+  if (KEYED.includes(name) && setting !== null)
+    return `[${setting.map(([frame, text]) => `{"frame": ${frame}, "prompt": ${quoted(text)}}`).join(", ")}]`;
   if (name === "seed") return String(setting); // above 2^53 it is text on this page, and a number in the request
   return typeof setting === "string" ? quoted(setting) : JSON.stringify(setting);
 }

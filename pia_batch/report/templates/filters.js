@@ -6,7 +6,7 @@ const FILTERS = [
   { name: "motion", label: "Motion", of: motion },
   { name: "model", label: "Model", of: (row) => value("model", row) },
 ];
-const SEARCHED = ["request_id", "prompt", "negative_prompt", "error", "image"];
+const SEARCHED = ["request_id", "prompt", "prompts", "negative_prompt", "negative_prompts", "error", "image"];
 const KEY = /^[0-9a-f]{6,32}$/; // beginning of a key; fewer digits would match too many
 
 const state = { q: "", sort: "request_id", down: false, id: null };

@@ -152,7 +152,7 @@ function words(row) {
     about.push(make("span", { className: "sorted", textContent: measure }));
   }
   return [
-    make("span", { className: "prompt" }, foreign(value("prompt", row) ?? "no prompt")),
+    make("span", { className: "prompt" }, foreign(promptOf(row))),
     make("span", { className: succeeded(row) ? "facts" : "facts error" }, foreign(text)),
     make("span", { className: "line" }, ...about),
   ];
