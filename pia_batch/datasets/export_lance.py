@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def check(plan: ExportPlan) -> None:
     Raises:
         ConfigError: There is one; the message names it.
     """
+    warnings.filterwarnings("ignore", "lance is not fork-safe", UserWarning)  # Ray forks only to start programs
     from lance.file import LanceFileWriter  # noqa: PLC0415 - an extra
 
     for item in plan.schema:
