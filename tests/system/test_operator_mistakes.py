@@ -163,10 +163,7 @@ CASES = [
     ("plan --manifest gone.parquet --output out", "gone.parquet does not exist"),
     ("plan --manifest empty.parquet --output out", "empty.parquet has no rows; give it one for each request"),
     ("plan --manifest columns.parquet --output out", "columns.parquet has no rows; give it one for each request"),
-    (
-        "plan --manifest folder --output out",
-        "has no file that ends in .parquet, .pq, .jsonl, .ndjson, .csv; correct",
-    ),
+    ("plan --manifest folder --output out", "text may be compressed (.jsonl.gz, .csv.zst)"),
     ("plan --manifest mixed --output out", "mixed has files of several formats, csv and jsonl; leave those of one"),
     (
         "plan --manifest days/*.csv --output out",
@@ -196,7 +193,10 @@ CASES = [
         "plan --manifest names.parquet --output out",
         "no column 'request_id' and no column 'prompt'; it has: id, text, im",
     ),
-    ("plan --manifest names.parquet --output out", "image; add it, or rename the column that is meant"),
+    (
+        "plan --manifest names.parquet --output out",
+        "image; add it, or say which column is meant: --column request_id=id",
+    ),
     ("plan --manifest taken.parquet --output out", "column 'status' has the name of a result column; rename it"),
     ("plan --manifest broken.parquet --output out", "magic bytes not found in footer. Either"),
     ("plan --manifest broken.jsonl --output out", "broken.jsonl, line 1: not JSON: Expecting ','"),
