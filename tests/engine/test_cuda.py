@@ -47,12 +47,19 @@ def moved(cuda: FakeCuda, pipe: PIAPipeline) -> PIAPipeline:
     return pipe
 
 
+def started(engine: PiaEngine, shot: Shot) -> sampling.Row:
+    """The row of a shot with one prompt, before its first step."""
+    prompt = engine._prompt(shot, shot.prompt_keys, shot.clip_skip)
+    negative = engine._prompt(shot, shot.negative_keys) if shot.guided else None
+    row = engine._start(shot, prompt, negative)
+    assert isinstance(row, sampling.Row)
+    return row
+
+
 def draw(cuda: FakeCuda, engine: PiaEngine, shots: list[Shot]) -> None:
     """Generate as `animate` does, and record the calls that make the host wait."""
     parts = engine._parts
-    rows = [engine._start(each, engine._prompts.encode(each.prompt, each.clip_skip)) for each in shots]
-    assert all(isinstance(row, sampling.Row) for row in rows)
-
+    rows = [started(engine, each) for each in shots]
     cuda.waits.clear()
     sampling.denoise(parts.unet, rows, parts.call)
     assert cuda.waits == []
@@ -194,7 +201,7 @@ def test_a_real_gpu_draws_what_a_cpu_draws_and_is_waited_for_by_nobody(name, sho
     engine = PiaEngine.from_pipeline(copy.deepcopy(pipe).to("cuda", torch.float16))
     there = engine.animate(shots, keep_latents=True)
 
-    rows = [engine._start(each, engine._prompts.encode(each.prompt, each.clip_skip)) for each in shots]
+    rows = [started(engine, each) for each in shots]
     torch.cuda.set_sync_debug_mode("error")
     try:
         sampling.denoise(engine._parts.unet, rows)

@@ -249,6 +249,7 @@ class BrightnessVae:
     """Decodes each latent to a pixel, and to NaN where it is above 9, in any precision."""
 
     config = SimpleNamespace(scaling_factor=1.0, block_out_channels=(8,))
+    dtype = torch.float32
 
     def decode(self, latents: torch.Tensor) -> Any:
         return SimpleNamespace(sample=torch.where(latents > 9, torch.nan, latents)[:, :3])

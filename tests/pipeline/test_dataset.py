@@ -195,7 +195,7 @@ def test_the_example_of_the_documentation_animates_a_dataset(
         6,
         image=["images/0.png", "images/gone.png", "images/1.png", "/etc/passwd", "images/0.png", "images/0.png"],
         prompt=["a red circle moving left"] * 6,
-        num_frames=[4, 4, 99, 4, 4, 4],
+        num_frames=[4, 4, 9999, 4, 4, 4],
         num_inference_steps=[2] * 6,
         format=["gif"] * 6,
         shop=["north"] * 5 + ["south"],
@@ -219,7 +219,7 @@ def test_the_example_of_the_documentation_animates_a_dataset(
         "r003": "image_not_allowed",
         "r004": None,
     }
-    assert rows.column("error")["r002"].startswith("column 'num_frames': 99 is not allowed")
+    assert rows.column("error")["r002"].startswith("column 'num_frames': 9999 is not allowed")
     assert set(rows.column("shop").values()) == {"north"}
     stored = {path.as_uri(): path.read_bytes() for path in (Path.cwd() / "clips").glob("animations/*/*")}
     uris, hashes, keys = (rows.column(name) for name in ("animation_uri", "sha256", "key"))
