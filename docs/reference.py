@@ -145,7 +145,7 @@ def url_schemes() -> list[str]:
         (
             f"`{scheme.name}://`",
             *("yes" if scheme.serves(purpose) else "no" for purpose in purposes),
-            f"`{scheme.package}`" if scheme.package else "",
+            f"`{scheme.package}`, by the extra `{schemes.EXTRAS[scheme.package]}`" if scheme.package else "",
         )
         for scheme in schemes.SCHEMES.values()
     )

@@ -125,7 +125,7 @@ def _clip(seed: int, num_frames: int, side: int) -> npt.NDArray[np.uint8]:
     coarse = rng.integers(0, 256, (side // 8 + 16, side // 8 + 16, 3)).astype(np.float32)
     wide = np.kron(coarse, np.ones((8, 8, 1), dtype=np.float32))
     for axis in (0, 1):
-        wide = sum(np.roll(wide, shift, axis) for shift in range(-4, 4)) / 8
+        wide = np.mean([np.roll(wide, shift, axis) for shift in range(-4, 4)], axis=0)
     picture = wide.astype(np.uint8)
     return np.stack([picture[32:, 2 * k :][:side, :side] for k in range(num_frames)])
 

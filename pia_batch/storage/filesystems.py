@@ -265,7 +265,8 @@ def _other_filesystem(store: str) -> Any:  # fsspec is untyped
         package = schemes.SCHEMES[store].package
         if package is None:
             raise
-        raise ImportError(f"{store}:// needs the package {package}; pip install {package}") from err
+        msg = f"{store}:// needs the package {package}; pip install 'pia-batch[{schemes.EXTRAS[package]}]'"
+        raise ImportError(msg) from err
 
 
 @functools.lru_cache(maxsize=8)

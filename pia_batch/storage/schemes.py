@@ -82,6 +82,9 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
 )
 """Every scheme by its name in lower case."""
 
+EXTRAS: Mapping[str, str] = MappingProxyType({"gcsfs": "gcp", "adlfs": "azure"})
+"""Extra of this package that installs each `Scheme.package`."""
+
 WEB_PORTS: Mapping[str, int] = MappingProxyType({name: s.port for name, s in SCHEMES.items() if s.port is not None})
 """Schemes of web servers, with their default ports."""
 

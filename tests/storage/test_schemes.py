@@ -67,7 +67,7 @@ def as_manifest(uri: str) -> None:
         try:
             filesystems.arrow_filesystem(uri)
         except ImportError as err:  # gcsfs and adlfs need not be installed here
-            assert re.search("needs the package (gcsfs|adlfs); pip install", str(err))  # noqa: PT017 - either is fine
+            assert re.search(r"needs the package (gcsfs|adlfs); pip install 'pia-batch\[(gcp|azure)\]'", str(err))  # noqa: PT017 - either is fine
 
 
 def as_weights(uri: str) -> None:
