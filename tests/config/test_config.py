@@ -238,7 +238,16 @@ def test_the_identity_of_a_format_moves_with_its_own_settings_only(file_format: 
 def test_every_number_that_a_row_may_set_has_a_range() -> None:
     unbounded = {name for name, item in Defaults.model_fields.items() if not item.metadata}
 
-    choices = {"motion", "loop", "style", "size", "free_init_method", "free_init_fast", "format", "prompt_interpolation"}
+    choices = {
+        "motion",
+        "loop",
+        "style",
+        "size",
+        "free_init_method",
+        "free_init_fast",
+        "format",
+        "prompt_interpolation",
+    }
     assert unbounded == {"negative_prompt", "lora_scales", "context", *choices}
 
 

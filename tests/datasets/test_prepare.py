@@ -231,6 +231,7 @@ def test_no_request_at_all_is_an_error(tmp_path: Path) -> None:
 
 def test_a_ray_dataset_is_a_source(tmp_path: Path) -> None:
     import ray.data  # noqa: PLC0415 - slow
+    from ray.data.expressions import col  # noqa: PLC0415
 
     def dataset() -> ray.data.Dataset:
         rows = ray.data.range(20, override_num_blocks=4)
@@ -247,7 +248,7 @@ def test_a_ray_dataset_is_a_source(tmp_path: Path) -> None:
     (tmp_path / "dest" / SUCCESS).unlink()
     assert isinstance(prepare(dataset(), tmp_path / "dest", prompt="number {text}", vary=["seed=1,2"]), PrepareSummary)
     assert files_of(tmp_path / "dest") == before
-    other = dataset().filter(expr="text != '3'")
+    other = dataset().filter(expr=col("text") != "3")
     with pytest.raises(ManifestError, match="block 0 was replaced"):
         prepare(other, tmp_path / "dest", prompt="number {text}", vary=["seed=1,2"])
 
