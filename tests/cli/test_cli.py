@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from finished_outputs import make_output
 from inputs import png, requests_table
-from outputs import make_output
 
 from pia_batch import cli, tiny
 from pia_batch.config import EncodingConfig

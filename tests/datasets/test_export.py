@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 from deltalake import DeltaTable
+from finished_outputs import FRAMES, animation, make_output
 from hypothesis import given
 from hypothesis import strategies as st
-from outputs import FRAMES, animation, make_output
 
 from pia_batch import export
 from pia_batch.datasets import export_formats

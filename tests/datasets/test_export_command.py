@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from outputs import make_output
+from finished_outputs import make_output
 
 from pia_batch import cli
 from pia_batch.datasets.export_table import FORMATS

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from finished_outputs import animation, make_output
 from journals import RecordingStore
-from outputs import animation, make_output
 
 from pia_batch.errors import StorageError
 from pia_batch.journal import dataset_table
