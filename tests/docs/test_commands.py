@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -153,21 +154,23 @@ def follow(page: str, folder: Path, change: Callable[[str], str] = lambda script
             step = f"cat > {name[1]} <<'FILE'\n{block}FILE\n"
         if language in ("python", "yaml", "bash"):
             steps.append(step)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
-        "HOME": str(folder),  # Ray puts its token there
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    done = subprocess.run(
-        ["bash"],
-        input=change("\n".join(steps)),
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=840,
-    )
+    with tempfile.TemporaryDirectory(prefix="pb", dir="/tmp") as sessions:  # a short path, for the sockets of Ray
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+            "HOME": str(folder),  # Ray puts its token there
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_TMPDIR": sessions,  # where a script without an address looks for the last cluster
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        done = subprocess.run(
+            ["bash"],
+            input=change("\n".join(steps)),
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=840,
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
