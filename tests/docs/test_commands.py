@@ -154,7 +154,7 @@ def follow(page: str, folder: Path, change: Callable[[str], str] = lambda script
             step = f"cat > {name[1]} <<'FILE'\n{block}FILE\n"
         if language in ("python", "yaml", "bash"):
             steps.append(step)
-    with tempfile.TemporaryDirectory(prefix="pb", dir="/tmp") as sessions:  # a short path, for the sockets of Ray
+    with tempfile.TemporaryDirectory(prefix="pb", dir="/tmp", ignore_cleanup_errors=True) as sessions:  # a short path
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
             "HOME": str(folder),  # Ray puts its token there
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
