@@ -199,6 +199,8 @@ def write_sample(folder: Path) -> None:
     import pyarrow as pa  # noqa: PLC0415 - rendering does not need Arrow
     import pyarrow.parquet as pq  # noqa: PLC0415
 
+    from pia_batch.schema.key_prompts import KEY_PROMPTS_TYPE  # noqa: PLC0415
+
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, case in _SAMPLE_IMAGES.items():
         Image.fromarray(case.image(4 * SIDE)).save(folder / "images" / f"{name}.png", optimize=True)
@@ -211,6 +213,8 @@ def write_sample(folder: Path) -> None:
         "num_frames": (pa.int64(), 8),
         "context": (pa.string(), None),
         "loop": (pa.bool_(), None),
+        "prompts": (KEY_PROMPTS_TYPE, None),
+        "prompt_hold": (pa.float64(), None),
     }
     table = {
         name: pa.array([row.get(name, default) for row in SAMPLE_ROWS], kind)
@@ -442,6 +446,17 @@ SAMPLE_ROWS: tuple[Mapping[str, object], ...] = (
         "num_frames": 32,
         "context": "windows",
         "loop": True,
+    },
+    {
+        "request_id": "right-then-left",
+        "image": "images/red-circle.png",
+        "prompts": [
+            {"frame": 0, "prompt": "a red circle moving right"},
+            {"frame": 24, "prompt": "a red circle moving left"},
+        ],
+        "prompt_hold": 0.5,
+        "num_frames": 48,
+        "context": "chain",
     },
 )
 """Rows of the sample manifest; missing columns have the defaults of `write_sample`."""

@@ -64,7 +64,7 @@ def retry(
 def demo(
     output: Annotated[Path, typer.Option(help="Folder; finished animations in it are kept.")] = Path("outputs/demo"),
 ) -> None:
-    """Animate fifteen sample requests with the embedded model, on the CPU, with no download.
+    """Animate sixteen sample requests with the embedded model, on the CPU, with no download.
 
     Example: `pia-batch demo --output /tmp/demo`
     """
