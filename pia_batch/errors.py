@@ -16,6 +16,7 @@ Every class takes one message, so that it survives pickling between processes.
 """
 
 import errno
+import re
 import socket
 import ssl
 
@@ -186,6 +187,34 @@ _ENVIRONMENT = {
     errno.ETIMEDOUT: _NETWORK,
 }
 """Remedies for errors of the operating system that an operator causes and ends, by their number."""
+
+
+_CERTIFICATE = re.compile(r"CERTIFICATE_VERIFY_FAILED.*?verify failed:? ?([^(\n\"]*)")
+"""OpenSSL's words for a server that it does not trust, in the text of every client's exception, with the reason."""
+
+_CERTIFICATE_REMEDIES = (
+    ("expired", "have it renewed on the server, or correct the clock of this machine"),
+    ("not yet valid", "correct the clock of this machine"),
+    ("mismatch", "use a name that the certificate has"),
+)
+
+
+def certificate_problem(err: BaseException) -> str | None:
+    """Return why a server is not trusted, with the remedy; None if the exception has no such cause."""
+    cause: BaseException | None = err
+    for _ in range(_MOST_CAUSES):
+        if cause is None:
+            return None
+        if found := _CERTIFICATE.search(str(cause)):
+            reason = printable(found[1].strip(" ',")[:MESSAGE_LENGTH]) or "verification failed"
+            remedies = (remedy for words, remedy in _CERTIFICATE_REMEDIES if words in reason.lower())
+            return f"the certificate of the server is not trusted ({reason}); {next(remedies, CERTIFICATE_REMEDY)}"
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+_MOST_CAUSES = 10
+"""Largest number of exceptions behind another one that are searched."""
 
 
 def environment_error(err: BaseException) -> ConfigError | None:

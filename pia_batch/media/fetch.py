@@ -13,7 +13,14 @@ import stat
 import time
 
 from pia_batch.config import ImagesConfig
-from pia_batch.errors import ConfigError, ImageNotAllowedError, ImageUnavailableError, message_of, printable
+from pia_batch.errors import (
+    ConfigError,
+    ImageNotAllowedError,
+    ImageUnavailableError,
+    certificate_problem,
+    message_of,
+    printable,
+)
 from pia_batch.storage import filesystems
 from pia_batch.storage.http_client import HttpReader
 from pia_batch.storage.retries import retry
@@ -173,7 +180,9 @@ def _check_regular(status: os.stat_result) -> None:
 
 
 def _is_final(err: Exception) -> bool:
-    return isinstance(err, _FINAL) or (isinstance(err, OSError) and err.errno in _FINAL_NUMBERS)
+    if isinstance(err, _FINAL) or (isinstance(err, OSError) and err.errno in _FINAL_NUMBERS):
+        return True
+    return certificate_problem(err) is not None
 
 
 def _explain(wanted: str, err: Exception) -> ImageNotAllowedError | ImageUnavailableError:
@@ -181,6 +190,8 @@ def _explain(wanted: str, err: Exception) -> ImageNotAllowedError | ImageUnavail
         return ImageNotAllowedError(f"{wanted} {redacted(message_of(err))}")
     if isinstance(err, RefusedError):
         return ImageUnavailableError(f"{wanted} {redacted(message_of(err))}")
+    if untrusted := certificate_problem(err):
+        return ImageUnavailableError(f"{wanted} cannot be opened: {untrusted}")
     problem = "cannot be opened" if _is_final(err) else "could not be read in time"
     if isinstance(err, FileNotFoundError):
         problem = "does not exist"

@@ -34,6 +34,7 @@ from obstore.store import LocalStore, S3Store, from_url
 from pia_batch.errors import CERTIFICATE_REMEDY, ConfigError, ObjectExistsError, StorageError, message_of
 from pia_batch.storage import s3_config
 from pia_batch.storage.concurrency import map_in_threads
+from pia_batch.storage.local_disk import DISK_REMEDIES, FULL, check_disk, find_obstacle
 from pia_batch.storage.retries import retry
 from pia_batch.storage.schemes import LOCAL, SCHEMES, UnsupportedSchemeError, canonical, expected, find
 from pia_batch.storage.uris import access_point_problem, redacted, redacted_uri
@@ -69,25 +70,6 @@ MEDIA_TYPES = {
     "zip": "application/zip",
 }
 """Media types by file name extension. Stores give others `application/octet-stream`, which browsers save, not show."""
-
-_LINKS = "choose a folder on a file system with hard links, such as ext4, XFS or NFS, or object storage"
-
-DISK_REMEDIES = {
-    errno.EDQUOT: "raise the quota, or remove files",
-    errno.EFBIG: "raise the limit of a file's size (`ulimit -f unlimited`), or choose a disk with larger files",
-    errno.EISDIR: "a folder has the name of a file there; remove it or choose another path",
-    errno.ELOOP: "a symbolic link there points to itself; choose another path",
-    errno.ENAMETOOLONG: "choose a shorter path",
-    errno.ENOSPC: "free some space there, or choose another disk",
-    errno.ENOTDIR: "a file has the name of a folder there; remove it or choose another path",
-    errno.ENOSYS: _LINKS,
-    errno.ENOTSUP: _LINKS,
-    errno.EROFS: "the disk is mounted read-only; choose another path, or mount it for writing",
-}
-"""Remedies for errors of a local disk, by their number."""
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Errors of a full disk, on which space may become free; no other error of `DISK_REMEDIES` ends by another attempt."""
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _RETRIES: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=20)}  # a TypedDict of obstore's stubs
@@ -305,7 +287,7 @@ class Store:
             StorageError: The store cannot be written, or ignores `If-None-Match` and so could lose finished work.
         """
         if self._is_local:
-            self._check_links(probe, link)
+            check_disk(Path(local_path(self.uri)), probe, link)
         for _ in range(2):
             try:
                 self.create(probe, b"this store creates only where nothing is\n")
@@ -317,32 +299,9 @@ class Store:
         )
         raise StorageError(msg)
 
-    def _check_links(self, probe: str, link: Callable[[Path, Path], None]) -> None:
-        """Refuse a local disk without hard links: obstore creates a file only where none is by a link to it."""
-        path = Path(local_path(self.uri), f"{probe}#{os.getpid()}")  # a name that no listing shows, and `gc` removes
-        other = path.with_name(f"{path.name}0")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(bytes(4096))
-        except OSError as err:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
-            if err.errno in _FULL:  # a run waits for space, but does not begin without any
-                msg = f"cannot write to {self.uri}: {err.strerror}; {DISK_REMEDIES[err.errno]}"
-                raise StorageError(msg) from None
-            return  # `create` reports why
-        try:
-            other.unlink(missing_ok=True)
-            link(path, other)
-        except OSError as err:
-            msg = (
-                f"output: the file system of {self.uri} has no hard links, by which a result is created only once "
-                f"({err.strerror}); {_LINKS}"
-            )
-            raise ConfigError(msg) from None
-        finally:
-            other.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+    def find_obstacle(self) -> str | None:
+        """Return what will keep a run from writing to a local disk, as far as it is seen without writing; else None."""
+        return find_obstacle(Path(local_path(self.uri))) if self._is_local else None
 
     def _attributes(self, name: str) -> dict[str, str] | None:
         """Return the attributes with which a web server delivers the object; a local disk cannot store any."""
@@ -423,7 +382,7 @@ def _cause(err: Exception) -> str | int:
 
 
 def _is_transient(err: Exception) -> bool:
-    return isinstance(err, BaseError | OSError) and _cause(err) in ("transient", *_FULL)
+    return isinstance(err, BaseError | OSError) and _cause(err) in ("transient", *FULL)
 
 
 def absolute(uri: str) -> str:

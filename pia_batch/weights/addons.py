@@ -278,7 +278,7 @@ def _ip_adapter(
     if entry.image_encoder is not None:
         encoder = _image_encoder(entry, entry.image_encoder, hub)
     elif (source.root / beside / CONFIG).is_file():
-        encoder = components.weighted(source, beside, MODEL, None)
+        encoder = _encoder_folder(source, beside, f"{key}.image_encoder")
     else:
         raise ConfigError(
             f"{key}: there is no {beside}/ next to {name}; set {key}.image_encoder to a CLIPVisionModelWithProjection"
@@ -298,7 +298,7 @@ def _image_encoder(entry: IpAdapterConfig, name: str, hub: Hub) -> Component:
     key = "model.ip_adapter.image_encoder"
     location, file = locate(name, entry.image_encoder_revision, key, hub)
     if file is None:
-        return components.weighted(location.fetch(components.patterns("", None)), "", MODEL, None)
+        return _encoder_folder(location.fetch(components.patterns("", None)), "", key)
     beside = (PurePosixPath(file).parent / CONFIG).as_posix()
     source = location.fetch([file, beside])
     header = _header(components.single_file(source, file), key, location)
@@ -309,6 +309,12 @@ def _image_encoder(entry: IpAdapterConfig, name: str, hub: Hub) -> Component:
             config = Component((source.root / beside).parent, None, (CONFIG,), source.commit)
     found = components.single_file(source, file, config)
     image_prompt_files.check_encoder(header.shapes, found.settings, f"{key}: {file}")
+    return found
+
+
+def _encoder_folder(source: FetchedFolder, part: str, key: str) -> Component:
+    found = components.weighted(source, part, MODEL, None)
+    image_prompt_files.check_encoder(components.header(found).shapes, found.settings, f"{key}: {found.folder}")
     return found
 
 

@@ -44,7 +44,7 @@ def adapter_tensors(names: Iterable[str]) -> dict[str, str]:
 
 
 def check_adapter(shapes: Mapping[str, Shape], unet: Mapping[str, Shape], where: str) -> None:
-    """Check the tensors of an adapter against the cross-attention of a UNet, whose odd numbers they have.
+    """Check the tensors of an adapter against a UNet: its cross-attention, whose odd numbers they have, and its width.
 
     Args:
         shapes: Shapes by the names of published adapters, as in `adapter_tensors`.
@@ -69,13 +69,84 @@ def check_adapter(shapes: Mapping[str, Shape], unet: Mapping[str, Shape], where:
             "; use an adapter for `sd15`"
         )
     width = next(iter(expected.values()))[1] if expected else 0
-    for name, sides in (("norm", 1), ("proj.3", 1), ("norm_out", 1), ("proj.2", 2), ("proj_out", 2)):
-        shape = shapes.get(f"image_proj.{name}.weight")
-        if shape is not None and (len(shape) != sides or shape[0] != width):
-            raise ConfigError(
-                f"{where}: image_proj.{name}.weight has the shape {shape}, but the base's UNet reads text embeddings "
-                f"of {width} dimensions; use an adapter for `sd15`"
-            )
+    held = {_current(name): shape for name, shape in shapes.items() if name.startswith("image_proj.")}
+    problem = _difference(held, _projection(held, width))
+    if problem is not None:
+        raise ConfigError(
+            f"{where}: its image projection does not fit the base's UNet, which reads text embeddings of {width} "
+            f"dimensions: it {problem}; use an adapter for `sd15`, or download the file again"
+        )
+
+
+def _current(name: str) -> str:
+    """Return the name of a resampler's tensor in published adapters, from that in diffusers."""
+    for pattern, published in _RESAMPLER_NAMES:
+        name = re.sub(pattern, published, name)
+    return name
+
+
+_RESAMPLER_NAMES = (
+    (r"(layers\.\d+)\.attn\.(to_\w+)\.", r"\1.0.\2."),
+    (r"(layers\.\d+)\.ln0\.", r"\1.0.norm1."),
+    (r"(layers\.\d+)\.ln1\.", r"\1.0.norm2."),
+    (r"(layers\.\d+)\.ff\.0\.", r"\1.1.0."),
+    (r"(layers\.\d+)\.ff\.1\.net\.0\.proj\.", r"\1.1.1."),
+    (r"(layers\.\d+)\.ff\.1\.net\.2\.", r"\1.1.3."),
+)
+"""Names that diffusers also reads in a resampler, and those of published adapters."""
+
+_TOKENS, _RESAMPLER_LAYERS, _HEAD_WIDTH, _WIDENING = 4, 4, 64, 4
+"""Constants of IP-Adapters: tokens of the plain one; layers, head width and feed-forward factor of a resampler.
+
+Source: diffusers 0.42.1 `_convert_ip_adapter_image_proj_to_diffusers`, `IPAdapterPlusImageProjection`.
+"""
+
+
+def _projection(found: Mapping[str, Shape], width: int) -> dict[str, Shape]:
+    """Return the shapes of an image projection for a UNet.
+
+    Its own widths, such as that of the image embedding, are those of the tensors found.
+
+    Args:
+        found: Shapes by the names of published adapters.
+        width: Width of the UNet's text embeddings.
+    """
+
+    def side(name: str, index: int) -> int:
+        shape = found.get(f"image_proj.{name}", ())
+        return shape[index] if len(shape) > index else 0
+
+    if "image_proj.proj.weight" in found:
+        image = side("proj.weight", 1)
+        named: dict[str, Shape] = {"proj.weight": (_TOKENS * width, image), "proj.bias": (_TOKENS * width,)}
+        norms = {"norm": width}
+    elif "image_proj.proj.3.weight" in found:
+        image = side("proj.0.weight", 1)
+        named = {"proj.0.weight": (image, image), "proj.0.bias": (image,), "proj.2.weight": (width, image)}
+        named["proj.2.bias"] = (width,)
+        norms = {"proj.3": width}
+    else:
+        image, inner = side("proj_in.weight", 1), side("latents", 2)
+        heads = side("layers.0.0.to_q.weight", 0) // _HEAD_WIDTH * _HEAD_WIDTH
+        named = {
+            "latents": (1, side("latents", 1), inner),
+            "proj_in.weight": (inner, image),
+            "proj_in.bias": (inner,),
+            "proj_out.weight": (width, inner),
+            "proj_out.bias": (width,),
+        }
+        norms = {"norm_out": width}
+        for layer in (f"layers.{index}" for index in range(_RESAMPLER_LAYERS)):
+            norms |= {f"{layer}.0.norm1": inner, f"{layer}.0.norm2": inner, f"{layer}.1.0": inner}
+            named |= {
+                f"{layer}.0.to_q.weight": (heads, inner),
+                f"{layer}.0.to_kv.weight": (2 * heads, inner),
+                f"{layer}.0.to_out.weight": (inner, heads),
+                f"{layer}.1.1.weight": (_WIDENING * inner, inner),
+                f"{layer}.1.3.weight": (inner, _WIDENING * inner),
+            }
+    named |= {f"{name}.{each}": (size,) for name, size in norms.items() for each in ("weight", "bias")}
+    return {f"image_proj.{name}": shape for name, shape in named.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -238,3 +238,16 @@ def test_the_script_for_the_shell_can_be_shown() -> None:
     done = subprocess.run(command, env=os.environ | named, capture_output=True, text=True, check=True)
 
     assert "complete -o default -F _pia_batch_completion pia-batch" in done.stdout
+
+
+def test_a_plan_warns_of_an_output_that_cannot_be_written(
+    write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    where = ("--manifest", write_manifest(requests_table(2)), "--output", str(tmp_path / "file" / "out"), "--json")
+
+    assert pia_batch("plan", *where) == 0
+
+    (warning,) = json.loads(capsys.readouterr().out)["warnings"]
+    assert warning.startswith("a run on this machine would not start: cannot write to file://")
+    assert warning.endswith("file/out: Not a directory; a file has the name of a folder there; remove it or choose another path")  # fmt: skip  # noqa: E501

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import socket
+import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +18,7 @@ from typing import Any, ClassVar
 
 import fsspec
 import pytest
+import tls
 from fsspec.registry import _registry
 from inputs import png
 from servers import serving
@@ -23,6 +28,7 @@ from pia_batch.errors import ImageNotAllowedError, ImageUnavailableError
 from pia_batch.media import fetch
 from pia_batch.media.fetch import read_image, read_image_head
 from pia_batch.storage import filesystems
+from pia_batch.storage.http_client import HttpReader
 from pia_batch.storage.object_store import Store
 
 NOWHERE = "file:///nowhere"
@@ -527,3 +533,79 @@ def test_many_threads_read_at_once(tmp_path: Path) -> None:
         thread.join()
 
     assert found == {number: png(number) for number in range(8)}
+
+
+# --- certificates ----------------------------------------------------------------------------------------------------
+
+
+async def _anywhere(host: str, port: int) -> list[str]:
+    del host, port
+    return ["127.0.0.1"]
+
+
+def _over_tls(context: ssl.SSLContext, host: str, trusted: Path | None) -> str:
+    """Error of an image on a server with this context, or its text."""
+    through = HttpReader(
+        _anywhere, lambda _: True, None if trusted is None else ssl.create_default_context(cafile=str(trusted))
+    )
+    with serving(_ImageHandler) as plain, tls.ending_tls(context, int(plain.rpartition(":")[2])) as url:
+        there = f"https://{host}:{url.rpartition(':')[2]}"
+        try:
+            return read_image(f"{there}/a.png", NOWHERE, limits((there,), timeout_s=20), http=through).decode()
+        except ImageUnavailableError as err:
+            return str(err)
+
+
+class _ImageHandler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "5")
+        self.end_headers()
+        self.wfile.write(b"image")
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_certificate_that_is_not_trusted_is_named_at_once_with_the_setting_that_trusts_it(tmp_path: Path) -> None:
+    bundle, context = tls.authority(tmp_path)
+
+    began = time.monotonic()
+    unknown = _over_tls(context, "127.0.0.1", None)
+    elsewhere = _over_tls(context, "images.example.com", bundle)
+
+    assert time.monotonic() - began < 10  # of the 20 s that each may take
+    assert re.fullmatch(
+        r"column 'image': https://127\.0\.0\.1:\d+/a\.png cannot be opened: the certificate of the server is not "
+        r"trusted \(unable to get local issuer certificate\); name the certificates of your network by .*SSL_CERT_.*",
+        unknown,
+    )
+    assert "not trusted (Hostname mismatch, certificate is not valid for 'images.example.com'" in elsewhere
+    assert elsewhere.endswith("; use a name that the certificate has")
+    assert _over_tls(context, "127.0.0.1", bundle) == "image"
+
+
+def test_ssl_cert_file_names_the_authority_of_https_images(tmp_path: Path) -> None:
+    bundle, context = tls.authority(tmp_path)
+    with tls.ending_tls(context, 1) as url:
+        program = (
+            "import ssl, sys, urllib.parse, socket\n"
+            "from pia_batch.storage.http_client import HttpReader\n"
+            "import asyncio\n"
+            "async def anywhere(*_): return ['127.0.0.1']\n"
+            "reader = HttpReader(anywhere, lambda _: True)\n"
+            "try: asyncio.run(reader.read(sys.argv[1], str, 9))\n"
+            "except Exception as err: print(err)\n"
+        )
+        printed = [
+            subprocess.run(
+                [sys.executable, "-c", program, url],
+                env=os.environ | extra,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for extra in ({}, {"SSL_CERT_FILE": str(bundle)})
+        ]
+
+    assert ["CERTIFICATE_VERIFY_FAILED" in each for each in printed] == [True, False]

@@ -20,6 +20,7 @@ from servers import serving
 
 from pia_batch.errors import ConfigError, ObjectExistsError, StorageError
 from pia_batch.storage import filesystems, object_store
+from pia_batch.storage.local_disk import DISK_REMEDIES, FULL
 from pia_batch.storage.object_store import Store, absolute
 from pia_batch.storage.uris import parse
 
@@ -228,7 +229,7 @@ def test_the_check_of_hard_links_leaves_nothing_but_the_probe(tmp_path: Path) ->
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["probe"]
 
 
-@pytest.mark.parametrize("number", sorted(set(object_store.DISK_REMEDIES) - set(object_store._FULL)))
+@pytest.mark.parametrize("number", sorted(set(DISK_REMEDIES) - set(FULL)))
 def test_an_error_of_the_disk_that_lasts_is_one_line_with_a_remedy_at_once(store: Store, number: int) -> None:
     reason = os.strerror(number)
     texts = (
@@ -240,7 +241,7 @@ def test_an_error_of_the_disk_that_lasts_is_one_line_with_a_remedy_at_once(store
         with pytest.raises(StorageError) as refused:
             store._attempt(lambda raised=raised: _raise(raised), "create", "x")
 
-        assert str(refused.value) == f"cannot create {store.uri}/x: {reason}; {object_store.DISK_REMEDIES[number]}"
+        assert str(refused.value) == f"cannot create {store.uri}/x: {reason}; {DISK_REMEDIES[number]}"
         assert time.monotonic() - started < 0.5
 
 
@@ -260,7 +261,7 @@ def test_a_file_above_the_limit_of_this_process_is_refused_at_once(tmp_path: Pat
 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
-    remedy = object_store.DISK_REMEDIES[errno.EFBIG]
+    remedy = DISK_REMEDIES[errno.EFBIG]
     assert done.stdout == f"StorageError cannot create {tmp_path.as_uri()}/x: File too large; {remedy} True\n"
     assert list(tmp_path.glob("x")) == []
 

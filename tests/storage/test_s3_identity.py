@@ -257,10 +257,7 @@ def test_a_server_with_a_certificate_of_ones_own_authority_serves_every_purpose(
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize(
-    "purpose",
-    ["manifest", "weights", "output"],  # an image is asked for until its time is up
-)
+@pytest.mark.parametrize("purpose", PURPOSES)
 def test_a_certificate_that_nobody_vouches_for_is_refused_for_every_purpose(
     purpose: str, s3_server: SeaweedFS, filled: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

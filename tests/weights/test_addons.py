@@ -288,18 +288,78 @@ ATTENTION = {
     for number, width in enumerate((64, 112, 112, 112, 64, 64, 112))  # down, up, and the middle of the embedded model
     for name in ("to_k_ip", "to_v_ip")
 }
-PLAIN = {"image_proj.proj.weight": (256, 12), "image_proj.norm.weight": (64,)} | ATTENTION
-PLUS = {"image_proj.proj_in.weight": (16, 24), "image_proj.proj_out.weight": (64, 16)} | ATTENTION
-FULL_FACE = {"image_proj.proj.0.weight": (24, 24), "image_proj.proj.3.weight": (64,)} | ATTENTION
+
+
+def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"image_proj.{name}.weight": (width,), f"image_proj.{name}.bias": (width,)}
+
+
+def plain(image: int = 12) -> dict[str, tuple[int, ...]]:
+    """Four tokens of the text's width, 64, from one vector."""
+    linear = {"image_proj.proj.weight": (256, image), "image_proj.proj.bias": (256,)}
+    return linear | norm("norm", 64) | ATTENTION
+
+
+PLAIN = plain()
+PLUS = {
+    "image_proj.latents": (1, 5, 16),
+    "image_proj.proj_in.weight": (16, 24),
+    "image_proj.proj_in.bias": (16,),
+    "image_proj.proj_out.weight": (64, 16),
+    "image_proj.proj_out.bias": (64,),
+    **norm("norm_out", 64),
+    **ATTENTION,
+}
+for layer in (f"layers.{index}" for index in range(4)):
+    PLUS |= norm(f"{layer}.0.norm1", 16) | norm(f"{layer}.0.norm2", 16) | norm(f"{layer}.1.0", 16)
+    PLUS |= {
+        f"image_proj.{layer}.0.to_q.weight": (128, 16),  # two heads of 64
+        f"image_proj.{layer}.0.to_kv.weight": (256, 16),
+        f"image_proj.{layer}.0.to_out.weight": (16, 128),
+        f"image_proj.{layer}.1.1.weight": (64, 16),
+        f"image_proj.{layer}.1.3.weight": (16, 64),
+    }
+FULL_FACE = {
+    "image_proj.proj.0.weight": (24, 24),
+    "image_proj.proj.0.bias": (24,),
+    "image_proj.proj.2.weight": (64, 24),
+    "image_proj.proj.2.bias": (64,),
+    **norm("proj.3", 64),
+    **ATTENTION,
+}
 
 
 def without(shapes: dict[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
 
 
-def encoder(folder: Path, nested: bool = False, **settings: Any) -> str:
-    write(folder / "model.safetensors", {"vision_model.post_layernorm.weight": (24,)})
-    known = {"model_type": "clip_vision_model", "hidden_size": 24, "projection_dim": 12} | settings
+def tower(width: int, inner: int, layers: int, patches: int, patch: int, projected: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a CLIPVisionModelWithProjection as transformers saves it."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "vision_model.embeddings.class_embedding": (width,),
+        "vision_model.embeddings.patch_embedding.weight": (width, 3, patch, patch),
+        "vision_model.embeddings.position_embedding.weight": (patches + 1, width),
+        "visual_projection.weight": (projected, width),
+    }
+    for name in ("pre_layrnorm", "post_layernorm"):
+        shapes |= {f"vision_model.{name}.{each}": (width,) for each in ("weight", "bias")}
+    for outer in (f"vision_model.encoder.layers.{k}" for k in range(layers)):
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"):
+            shapes |= {f"{outer}.{name}.weight": (width, width), f"{outer}.{name}.bias": (width,)}
+        shapes |= {f"{outer}.mlp.fc1.weight": (inner, width), f"{outer}.mlp.fc1.bias": (inner,)}
+        shapes |= {f"{outer}.mlp.fc2.weight": (width, inner), f"{outer}.mlp.fc2.bias": (width,)}
+        shapes |= {f"{outer}.layer_norm{k}.{each}": (width,) for k in (1, 2) for each in ("weight", "bias")}
+    return shapes
+
+
+def encoder(folder: Path, nested: bool = False, **changes: tuple[int, ...] | None) -> str:
+    """A folder with an image encoder; `changes` give tensors another shape, or None to leave them out."""
+    shapes = tower(width=24, inner=32, layers=2, patches=4, patch=16, projected=12) | changes
+    write(folder / "model.safetensors", {name: shape for name, shape in shapes.items() if shape is not None})
+    known: dict[str, Any] = {
+        "model_type": "clip_vision_model", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
+        "image_size": 32, "patch_size": 16, "projection_dim": 12,
+    }  # fmt: skip
     if nested:
         known = {"projection_dim": known.pop("projection_dim"), "vision_config": known}
     (folder / "config.json").write_text(json.dumps(known))
@@ -367,8 +427,14 @@ def test_adapter_and_encoder_of_the_hub_are_fetched_alone(tmp_path):
             "has unknown tensors ip_adapter.15.to_k_ip.weight; use an",
         ),
         (without(PLAIN, "ip_adapter.13."), "it has no ip_adapter.13.to_k_ip.weight, ip_adapter.13.to_v_ip.weight; use"),
-        (PLAIN | {"image_proj.norm.weight": (2048,)}, "image_proj.norm.weight has the shape .* of 64 dimensions"),
-        (PLUS | {"image_proj.proj_out.weight": (768, 16)}, "image_proj.proj_out.weight has the shape"),
+        (
+            PLAIN | {"image_proj.norm.weight": (2048,)},
+            r"embeddings of 64 dimensions: it has other shapes: image_proj.norm.weight \(2048,\) instead of \(64,\)",
+        ),
+        (
+            PLUS | {"image_proj.proj_out.weight": (768, 16)},
+            r"image_proj.proj_out.weight \(768, 16\) instead of \(64, 16\)",
+        ),
         (PLAIN | {"ip_adapter.0.to_k_lora.down.weight": (8, 8)}, "is a FaceID adapter"),
         ({**PLAIN, "image_proj.proj.0.weight": (64, 512)}, "is a FaceID adapter"),
         (PLAIN | {"image_proj.perceiver_resampler.proj_in.weight": (8, 8)}, "is a FaceID adapter"),
@@ -389,6 +455,61 @@ def test_an_ip_adapter_that_does_not_fit_is_refused(tmp_path, shapes, message):
 
     with pytest.raises(ConfigError, match=message):
         adapter(write(tmp_path / "ip-adapter.safetensors", shapes))
+
+
+PROJECTIONS = [("plain", PLAIN), ("plus", PLUS), ("full face", FULL_FACE)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "name"),
+    [
+        pytest.param(shapes, name, id=f"{kind} {name}")
+        for kind, shapes in PROJECTIONS
+        for name in shapes
+        if name.startswith("image_proj.") and ".layers.1" not in name and ".layers.2" not in name
+    ],
+)
+def test_an_image_projection_is_checked_tensor_by_tensor_without_loading_it(tmp_path, shapes, name):
+    encoder(tmp_path / "image_encoder")
+    wider = {name: (*shapes[name][:-1], shapes[name][-1] + 1)}
+
+    for number, changed in enumerate((without(shapes, name), shapes | wider)):
+        with pytest.raises(ConfigError, match=r"^model\.ip_adapter: "):
+            adapter(write(tmp_path / f"{number}.safetensors", changed))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (PLAIN | {"image_proj.proj.1.weight": (64, 64)}, "unknown tensors image_proj.proj.1.weight"),
+        (PLUS | norm("layers.4.0.norm1", 16), "unknown tensors image_proj.layers.4.0.norm1.bias"),
+        (without(PLUS, "image_proj.layers.3."), "it has no image_proj.layers.3.0.norm1.bias, .* and 8 more; use"),
+        (PLUS | {"image_proj.layers.2.0.to_q.weight": (64, 16)}, r"\(64, 16\) instead of \(128, 16\)"),
+        (PLAIN | {"image_proj.proj.weight": (1024, 12)}, r"\(1024, 12\) instead of \(256, 12\)"),
+    ],
+    ids=["spare", "fifth layer", "three layers", "other heads", "sixteen tokens"],
+)
+def test_an_image_projection_of_another_structure_is_refused(tmp_path, shapes, message):
+    encoder(tmp_path / "image_encoder")
+
+    with pytest.raises(ConfigError, match=message):
+        adapter(write(tmp_path / "ip-adapter.safetensors", shapes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"visual_projection.weight": None}, "image_encoder: .*image_encoder is not .*: it has no visual_projection.w"),
+        ({"vision_model.encoder.layers.1.mlp.fc1.bias": (31,)}, r"encoder.layers.1.mlp.fc1.bias \(31,\) instead of"),
+        ({"vision_model.encoder.layers.2.mlp.fc1.bias": (32,)}, "unknown tensors encoder.layers.2.mlp.fc1.bias"),
+    ],
+    ids=["missing", "shape", "unknown"],
+)
+def test_an_image_encoder_in_a_folder_is_checked_without_loading_it(tmp_path, changes, message):
+    encoder(tmp_path / "image_encoder", **changes)
+
+    with pytest.raises(ConfigError, match=message):
+        adapter(write(tmp_path / "ip-adapter.safetensors", PLAIN))
 
 
 def test_an_ip_adapter_without_image_encoder_asks_for_one(tmp_path):
@@ -416,22 +537,8 @@ def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def vit_h() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of CLIP-ViT-H as transformers saves it."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "vision_model.embeddings.class_embedding": (1280,),
-        "vision_model.embeddings.patch_embedding.weight": (1280, 3, 14, 14),
-        "vision_model.embeddings.position_embedding.weight": (257, 1280),
-        "visual_projection.weight": (1024, 1280),
-    }
-    for norm in ("pre_layrnorm", "post_layernorm"):
-        shapes |= {f"vision_model.{norm}.{each}": (1280,) for each in ("weight", "bias")}
-    for outer in (f"vision_model.encoder.layers.{k}" for k in range(32)):
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"):
-            shapes |= {f"{outer}.{name}.weight": (1280, 1280), f"{outer}.{name}.bias": (1280,)}
-        shapes |= {f"{outer}.mlp.fc1.weight": (5120, 1280), f"{outer}.mlp.fc1.bias": (5120,)}
-        shapes |= {f"{outer}.mlp.fc2.weight": (1280, 5120), f"{outer}.mlp.fc2.bias": (1280,)}
-        shapes |= {f"{outer}.layer_norm{k}.{each}": (1280,) for k in (1, 2) for each in ("weight", "bias")}
-    return shapes
+    """Names and shapes of CLIP-ViT-H."""
+    return tower(width=1280, inner=5120, layers=32, patches=256, patch=14, projected=1024)
 
 
 @pytest.mark.parametrize(
@@ -444,7 +551,7 @@ def vit_h() -> dict[str, tuple[int, ...]]:
     ids=str,
 )
 def test_clip_vit_h_in_a_single_file_needs_no_config(tmp_path, spare):
-    source = write(tmp_path / "ip-adapter.safetensors", PLAIN | {"image_proj.proj.weight": (256, 1024)})
+    source = write(tmp_path / "ip-adapter.safetensors", plain(1024))
     path = write_hollow(tmp_path / "CLIP-ViT-H-14.safetensors", vit_h() | spare)
 
     found = adapter(source, image_encoder=path).image_encoder
@@ -454,7 +561,7 @@ def test_clip_vit_h_in_a_single_file_needs_no_config(tmp_path, spare):
 
 
 def test_clip_vit_h_in_the_names_of_open_clip_needs_no_config(tmp_path):
-    source = write(tmp_path / "ip-adapter.safetensors", PLAIN | {"image_proj.proj.weight": (256, 1024)})
+    source = write(tmp_path / "ip-adapter.safetensors", plain(1024))
     shapes: dict[str, tuple[int, ...]] = {
         "visual.class_embedding": (1280,),
         "visual.positional_embedding": (257, 1280),
@@ -543,9 +650,11 @@ def test_adapter_and_encoder_are_part_of_the_id(tmp_path):
     model = ModelConfig(ip_adapter=IpAdapterConfig(source=source))
     seen = {engine_id(each, resolve(each), "float32") for each in (ModelConfig(), model)}
 
-    encoder(tmp_path / "image_encoder", attention_dropout=0.1)
+    config = tmp_path / "image_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.1}))
     seen.add(engine_id(model, resolve(model), "float32"))
-    write(tmp_path / "ip-adapter.safetensors", PLAIN | {"image_proj.norm.bias": (64,)})
+    values = {name: np.ones(shape, np.float16) for name, shape in PLAIN.items()}
+    save_file(values, tmp_path / "ip-adapter.safetensors")
     seen.add(engine_id(model, resolve(model), "float32"))
 
     assert len(seen) == 4
