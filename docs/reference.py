@@ -69,7 +69,10 @@ def result_columns() -> list[str]:
     """Return every column of a result, the settings in one row."""
     rows = [(f"`{column.name}`", _type(column.data_type), column.description) for column in OUTCOME + MEASURED]
     settings = ", ".join(f"`{name}`" for name in SETTINGS.names)
-    used = "Settings of the animation, defaults filled in; null for rejected rows, and where one decides nothing."
+    used = (
+        "Settings of the animation, defaults filled in; null for rejected rows, and where one decides nothing. "
+        "`width`, `height`, `num_frames` and `fps` are those of the file, if there is one."
+    )
     return _table(["column", "type", "meaning"], [*rows, (settings, "as in a manifest", used)])
 
 

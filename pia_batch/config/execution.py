@@ -97,7 +97,8 @@ class LimitsConfig(Section):
     max_frame_pixels: int = Field(
         1024 * 512 * 512,
         gt=0,
-        description="Largest width x height x num_frames of one request; protects the host's memory.",
+        description="Largest width x height x num_frames of one request, as generated and as stored; protects the "
+        "host's memory.",
     )
     max_call_pixels: int = Field(
         32 * 1024 * 1024,

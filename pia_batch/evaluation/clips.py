@@ -19,7 +19,7 @@ from pia_batch.schema.columns import Row
 from pia_batch.storage.object_store import Store
 
 READ = (
-    *("request_id", "key", "status", "format", "width", "height", "num_frames", "fps", "cond_frame"),
+    *("request_id", "key", "status", "format", "width", "height", "num_frames", "fps", "cond_frame", "interpolate"),
     *("num_bytes", "sha256", "animation_uri", "image", "prompt", "prompts"),
 )
 """Columns of a result that are read, as far as it has them."""
@@ -105,9 +105,15 @@ class ClipReader:
 
 
 def prompt_keys(row: Row) -> list[tuple[int, str]]:
-    """Return the prompts of a result with the frames from which they hold, rising."""
+    """Return the prompts of a result with the frames of its file from which they hold, rising."""
     keys: list[dict[str, Any]] = row.get("prompts") or []
-    return sorted((key["frame"], key["prompt"]) for key in keys) or [(0, row["prompt"])]
+    times = row.get("interpolate") or 1
+    return sorted((key["frame"] * times, key["prompt"]) for key in keys) or [(0, row["prompt"])]
+
+
+def cond_frame(row: Row) -> int:
+    """Return the index of the frame of a result's file that equals the image."""
+    return int(row.get("cond_frame") or 0) * int(row.get("interpolate") or 1)
 
 
 def rows_of(table: pa.Table) -> list[Row]:

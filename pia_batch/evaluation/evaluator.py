@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pia_batch.errors import ConfigError, StorageError, message_of
 from pia_batch.evaluation import network_files, similarity
-from pia_batch.evaluation.clips import FAILED_MEASURE, ClipError, ClipReader, prompt_keys, rows_of
+from pia_batch.evaluation.clips import FAILED_MEASURE, ClipError, ClipReader, cond_frame, prompt_keys, rows_of
 from pia_batch.evaluation.flow import FlowMeasures
 from pia_batch.evaluation.measures import row_schema
 from pia_batch.evaluation.network_files import NetworkSource
@@ -138,7 +138,7 @@ class Evaluator:
         nearest = similarity.nearest_prompts([start for start, _ in keys], len(frames))
         with self._device:
             prompts = self._networks[role].embed_prompts([prompt for _, prompt in keys])
-        alike = {} if image is None else similarity.likeness_to_image(image, frames, row["cond_frame"] or 0)
+        alike = {} if image is None else similarity.likeness_to_image(image, frames, cond_frame(row))
         return alike | {
             "clip_t": similarity.likeness_to_prompts(prompts, frames, nearest),
             "subject_consistency": similarity.consistency(frames),

@@ -210,6 +210,10 @@ class _Columns(Columns):
         for fmt, max_fps in MAX_FPS.items():
             too_fast = pc.and_(pc.equal(get["format"], fmt), pc.greater(get["fps"], max_fps))
             self.reject("fps", too_fast, "out_of_range", f"at most {max_fps} where `format` is {fmt}")
+            played = pc.multiply(get["fps"], pc.cast(get["interpolate"], pa.float64(), safe=False))
+            too_fast = pc.and_(pc.equal(get["format"], fmt), pc.greater(played, max_fps))
+            product = f"fps x interpolate of at most {max_fps} where `format` is {fmt}"
+            self.reject("interpolate", too_fast, "out_of_range", product)
         self.reject(
             "cond_frame", pc.greater_equal(get["cond_frame"], get["num_frames"]), "out_of_range", "below num_frames"
         )
@@ -219,7 +223,11 @@ class _Columns(Columns):
         area = pc.multiply(width, height)
         cap = config.limits.max_frame_pixels
         product = f"width x height x num_frames up to {cap} (limits.max_frame_pixels)"
-        self.reject("width", pc.greater(pc.multiply(area, get["num_frames"]), cap), "out_of_range", product)
+        pixels = pc.multiply(area, get["num_frames"])
+        self.reject("width", pc.greater(pixels, cap), "out_of_range", product)
+        stored = pc.multiply(pixels, get["interpolate"])
+        product = f"width x height x num_frames x interpolate up to {cap} (limits.max_frame_pixels)"
+        self.reject("interpolate", pc.greater(stored, cap), "out_of_range", product)
         self._check_context(config, get, area)
 
     def _check_context(self, config: RunConfig, get: Mapping[str, pa.Array], area: pa.Array) -> None:
@@ -276,5 +284,5 @@ class _Columns(Columns):
 
 _FILLED = (
     "strength", "num_inference_steps", "format", "fps", "width", "height", "long_side", "num_frames", "cond_frame",
-    "free_init_iters", "context_overlap", "context_stride",
+    "free_init_iters", "context_overlap", "context_stride", "interpolate",
 )  # fmt: skip

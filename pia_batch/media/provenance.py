@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Any, Literal, Self
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from pia_batch import __version__
 from pia_batch.config import RunConfig
+from pia_batch.config.finishing import stored_size
 from pia_batch.errors import printable
 from pia_batch.media.metadata import Metadata
 from pia_batch.schema.columns import SETTINGS, Row
@@ -68,6 +70,8 @@ class Provenance(BaseModel):
     """Format, and the settings of `encoding` that decide its bytes."""
     settings: dict[str, Any]
     """Effective values of `columns.SETTINGS`, without those that had no effect."""
+    stored: dict[str, float] | None = None
+    """Width, height, number of frames and rate of the file, where finishing changed those in `settings`."""
 
     @model_validator(mode="after")
     def _has_prompts(self) -> Self:
@@ -88,6 +92,7 @@ class Provenance(BaseModel):
             config: Config of the run.
             engine_id: Engine id of the row's model.
         """
+        stored = asdict(stored_size(row))
         uris = {name: row[name] for name in ("image", "ip_adapter_image")}
         shown = {name: None if uri is None else redacted_uri(uri) for name, uri in uris.items()}
         return cls(
@@ -107,6 +112,7 @@ class Provenance(BaseModel):
             fit=f"{config.images.fit} {config.images.background.lower()}",
             encoder=config.encoding.identity(row["format"]),
             settings={name: row[name] for name in SETTINGS.names if row[name] is not None},
+            stored=stored if any(row[name] != value for name, value in stored.items()) else None,
         )
 
     @classmethod
@@ -132,7 +138,9 @@ class Provenance(BaseModel):
     @property
     def comment(self) -> str:
         """Record as canonical JSON (sorted names, no spaces), escaped to printable ASCII."""
-        return json.dumps({_NAME: self.model_dump(mode="json")}, sort_keys=True, separators=(",", ":"))
+        left_out = {"stored"} if self.stored is None else None
+        record = self.model_dump(mode="json", exclude=left_out)
+        return json.dumps({_NAME: record}, sort_keys=True, separators=(",", ":"))
 
     @property
     def text(self) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from pia_batch.errors import (
 )
 from pia_batch.journal.layout import animation_name
 from pia_batch.media import codecs, provenance, quality
+from pia_batch.pipeline.finishing import finish
 from pia_batch.pipeline.request_rows import INTERNAL, NSFW_INPUT, condition_image, is_rejected
 from pia_batch.pipeline.safety_guard import SafetyGuard
 from pia_batch.schema.columns import FAILED, REQUEST, SUCCEEDED, Row, results_table
@@ -145,31 +147,35 @@ class Committer:
         return result
 
     def _save(self, row: Row, frames: npt.NDArray[np.uint8]) -> Row:
-        """Encode, decode as a check, store unless the object exists, and describe the stored object."""
+        """Finish, encode, decode as a check, store unless the object exists, and describe the stored object."""
         started = time.monotonic()
         metadata = provenance.metadata_of(row, self._config, self._engine_ids[row["model"]])
-        loop_count = row["loop_count"] or 0
-        data = codecs.encode(frames, row["format"], row["fps"], self._config.encoding, metadata, loop_count=loop_count)
-        info = quality.check_animation(data, row)
+        loop_count, finished = row["loop_count"] or 0, finish(row, frames)
+        stored = row | asdict(finished.size)
+        data = codecs.encode(
+            finished.frames, row["format"], stored["fps"], self._config.encoding, metadata, loop_count=loop_count
+        )
+        info = quality.check_animation(data, stored)
         name = animation_name(row["key"], codecs.CODECS[row["format"]].extension)
-        encode_seconds = time.monotonic() - started
+        encode_seconds = time.monotonic() - started - (finished.seconds or 0.0)
         try:
             self._objects.create(name, data)
         except ObjectExistsError:
             # Our own earlier attempt, or one that was killed before its commit: the first writer wins.
             data = self._objects.read(name)
             try:
-                info = quality.check_animation(data, row)
+                info = quality.check_animation(data, stored)
             except EncodingError as err:
                 uri = self._objects.uri_of(name)
                 msg = f"{uri} exists already and is damaged: {err}; delete it, then run with --retry-failed"
                 raise EncodingError(msg) from err
-        return {
+        return asdict(finished.size) | {
             "animation_uri": self._objects.uri_of(name),
             "duration_s": info.duration_s,
             "num_bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
             "encode_seconds": encode_seconds,
+            "finish_seconds": finished.seconds,
         }
 
     def _count_results(self, results: list[Row], seconds: float) -> None:
@@ -178,17 +184,22 @@ class Committer:
             kind = result.get("error_kind") or ""
             self._count("pia_batch_requests_total", 1, status=result["status"], error_kind=kind)
         stages = {
-            stage: sum(result.get(f"{stage}_seconds") or 0.0 for result in results) for stage in ("fetch", "encode")
+            stage: sum(result.get(f"{stage}_seconds") or 0.0 for result in results)
+            for stage in ("fetch", "finish", "encode")
         }
-        for stage, spent in (stages | {"commit": seconds - stages["encode"]}).items():
+        for stage, spent in (stages | {"commit": seconds - stages["encode"] - stages["finish"]}).items():
             self._count("pia_batch_stage_seconds_total", spent, stage=stage)
 
 
 def results_of(requests: pa.Table, results: list[Row]) -> pa.Table:
-    """Return a table of results in the order of `requests`, with their settings and carried columns."""
+    """Return a table of results in the order of `requests`, with their settings and carried columns.
+
+    A setting that a result has, such as the size of its file, replaces that of the request.
+    """
     columns = {name: requests[name] for name in requests.column_names if name in REQUEST.names}
     for name in set().union(*results):
-        columns[name] = pa.array([result.get(name) for result in results])
+        given = columns[name].to_pylist() if name in columns else [None] * len(results)
+        columns[name] = pa.array([result.get(name, default) for result, default in zip(results, given, strict=True)])
     carried = [name for name in requests.column_names if name not in REQUEST.names and name not in INTERNAL]
     return results_table(columns, requests.select(carried), len(requests))
 

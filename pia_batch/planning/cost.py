@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.config import EMBEDDED, ModelConfig, RunConfig
+from pia_batch.config.finishing import generated_frames
 from pia_batch.config.speed_presets import work_share
 from pia_batch.journal.log import Journal
 from pia_batch.media.codecs import CODECS
@@ -96,7 +97,7 @@ def measure_finished(
     for table in journal.read(list(fragments[::step])):
         ours = pc.and_(pc.equal(table["status"], SUCCEEDED), pc.is_in(table["engine_id"], pa.array(list(models))))
         rows = table.filter(pc.and_(ours, pc.greater(table["gpu_seconds"], 0.0))).slice(0, _SAMPLED_ROWS)
-        for row, work in zip(rows.to_pylist(), work_of(rows).to_pylist(), strict=True):
+        for row, work in zip(rows.to_pylist(), work_of(_as_generated(rows)).to_pylist(), strict=True):
             tflop += _tflop(work | {"width": row["width"], "height": row["height"]}, models[row["engine_id"]])
             seconds += row["gpu_seconds"]
             devices[row["device"]] += 1
@@ -142,12 +143,21 @@ def estimate_bytes(statistics: Statistics, num_requests: int, found: Measurement
     low = high = 0.0
     for row in statistics.work.to_pylist():
         width, height = _sides(row)
-        pixels = row["num_rows"] * row["num_frames"] * width * height
+        pixels = row["num_rows"] * row["num_frames"] * (row["interpolate"] or 1) * width * height
         rate = found.bytes_per_pixel.get(row["format"]) if found else None
         least, most = (rate, rate) if rate else CODECS[row["format"]].bytes_per_pixel
         low, high = low + pixels * least, high + pixels * most
     share = num_requests / max(1, statistics.num_pending)
     return int(low * share), int(high * share)
+
+
+def _as_generated(results: pa.Table) -> pa.Table:
+    """Return results with the number of frames that were generated, instead of those in the file."""
+    if "interpolate" not in results.column_names:
+        return results
+    pairs = zip(results["num_frames"].to_pylist(), results["interpolate"].to_pylist(), strict=True)
+    frames = pa.array([generated_frames(*pair) for pair in pairs], pa.int64())
+    return results.set_column(results.column_names.index("num_frames"), "num_frames", frames)
 
 
 def _tflop(work: Row, model: ModelConfig) -> float:

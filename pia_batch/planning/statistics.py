@@ -36,16 +36,17 @@ WORK = pa.schema(
         ("steps", pa.float64()),
         ("guided", pa.bool_()),
         ("computed_frames", pa.float64()),
+        ("interpolate", pa.int64()),
     ]
 )
 """Columns that decide the work and the bytes of a request. `steps` is the number of steps that are computed, with the
 passes of FreeInit and `strength` taken into account. `width` and `height` are null if they come from the image.
 `computed_frames` is the number of frames that the UNet computes at each step, more than `num_frames` where windows
-overlap."""
+overlap. `interpolate` multiplies the stored frames."""
 
 CLASS = pa.schema([*WORK, ("gif_fps", pa.float64()), ("truncated", pa.bool_())])
-"""Columns of a work class. `gif_fps` is the frame rate of a GIF, null for another format. `truncated` is true if the
-prompt, or one of its prompts, certainly has more than `tokens.MAX_TOKENS` tokens."""
+"""Columns of a work class. `gif_fps` is the frame rate of a stored GIF, null for another format. `truncated` is true if
+the prompt, or one of its prompts, certainly has more than `tokens.MAX_TOKENS` tokens."""
 
 _HELD_TABLES = 64
 _MAX_SEED = np.iinfo(np.int64).max
@@ -83,7 +84,8 @@ class WorkClasses:
         """
         num_given = Counter({name: len(rows) - rows[name].null_count for name in rows.column_names})
         seeds = np.asarray(requests["seed"], np.int64) if num_given["seed"] else None
-        gif_fps = pc.if_else(pc.equal(requests["format"], "gif"), requests["fps"], None)
+        stored_fps = pc.multiply(requests["fps"], pc.cast(requests["interpolate"], pa.float64()))
+        gif_fps = pc.if_else(pc.equal(requests["format"], "gif"), stored_fps, None)
         truncated = _truncated(requests)
         classified = pa.table([*work_of(requests).columns, gif_fps, truncated], schema=CLASS)
         return cls(len(rows), num_given, *_classified(classified), seeds, count_words(requests, words))
@@ -219,6 +221,8 @@ def work_of(requests: pa.Table) -> pa.Table:
     for name in ("width", "height"):
         derived[name] = pc.if_else(auto, None, requests[name])
     derived["computed_frames"] = _computed_frames(requests)
+    if "interpolate" not in requests.column_names:  # results of earlier releases
+        derived["interpolate"] = pa.repeat(1, len(requests))
     return pa.table({name: derived[name] if name in derived else requests[name] for name in WORK.names}).cast(WORK)
 
 

@@ -130,6 +130,7 @@ MEASURED = (
     Column("gpu_seconds", pa.float64(), "This request's share of the device time, in seconds."),
     Column("fetch_seconds", pa.float64(), "Time to read, check and fit the image, in seconds."),
     Column("encode_seconds", pa.float64(), "Time to encode the file and to decode it as a check, in seconds."),
+    Column("finish_seconds", pa.float64(), "Time to finish the frames before they are encoded; null: not finished."),
     Column("device", pa.string(), "Device that generated the clip, such as `cuda:0`."),
     Column("engine_id", pa.string(), "Hash of weights, scheduler, dtype and engine version."),
     Column("run_id", pa.string(), "Run that finished the request."),

@@ -206,6 +206,25 @@ class Settings(EngineSettings):
     loop_count: int = setting(
         0, "Number of times that a GIF or WebP plays; 0: for ever.", neutral=0, formats=("gif", "webp"), ge=0, le=65535
     )
+    color_match: bool = setting(
+        False,
+        "true: each frame gets the mean and the deviation of the image's colours, which the VAE lets drift.",
+        neutral=False,
+    )
+    sharpen: float = setting(
+        0.0,
+        "Amount of an unsharp mask over each frame; 0: off, 1: differences from the blurred frame are doubled.",
+        neutral=0.0,
+        ge=0,
+        le=2,
+    )
+    interpolate: int = setting(
+        1,
+        "Number by which frames and `fps` are multiplied by motion-compensated frames in between; 1: off.",
+        neutral=1,
+        ge=1,
+        le=4,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

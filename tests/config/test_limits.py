@@ -284,7 +284,13 @@ CASES: dict[str, list[Case]] = {
     ],
     "images.max_pixels": [Case(500, (49, 50), (51, 5000), _pixels)],
     "limits.max_frame_pixels": [
-        Case(64 * 64 * 8, (7, 8), (9, 32), lambda run, n: _row(run, width=64, height=64, num_frames=n))
+        Case(64 * 64 * 8, (7, 8), (9, 32), lambda run, n: _row(run, width=64, height=64, num_frames=n)),
+        Case(
+            64 * 64 * 24,
+            (1, 2, 3),
+            (4,),
+            lambda run, n: _row(run, width=64, height=64, num_frames=8, interpolate=n),
+        ),
     ],
     "limits.max_call_pixels": [
         Case(64 * 64 * 16, (15, 16, 48), (17, 32), lambda run, n: _row(run, width=64, height=64, num_frames=n)),

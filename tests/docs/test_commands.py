@@ -39,6 +39,7 @@ FOLLOWED = {
     "docs/prepare.md",
     "docs/columns.md",
     "docs/long-clips.md",
+    "docs/finishing.md",
 }
 """Pages whose every command is run by a test below."""
 
@@ -196,6 +197,25 @@ def test_photographs_are_animated_on_a_real_server(tmp_path: Path) -> None:
     told = follow("docs/object-storage.md", tmp_path, lambda script: script.replace("8333", str(free_port())))
 
     assert "24 requests: 24 succeeded, 0 failed" in told
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_page_on_finishing_stores_what_it_says(tmp_path: Path) -> None:
+    shutil.copytree(tiny.SAMPLE / "images", tmp_path / "images")
+
+    printed = follow(
+        "docs/finishing.md", tmp_path, lambda script: script.replace("python jobs/tiny/finishing.py", "true")
+    )
+
+    assert "3 requests: 3 succeeded, 0 failed" in printed
+    (results,) = (tmp_path / "out" / "results").glob("2*")
+    rows = {row["request_id"]: row for row in ds.dataset(results).to_table().to_pylist()}
+    assert {name: (row["num_frames"], row["fps"]) for name, row in rows.items()} == {
+        "smooth": (31, 16.0),
+        "true-colours": (16, 8.0),
+        "smooth-loop": (64, 32.0),
+    }
 
 
 @pytest.mark.long

@@ -292,6 +292,19 @@ def test_a_bad_value_is_rejected_with_its_column_itself_and_what_is_allowed(
             "width x height x num_frames up to 268435456",
         ),
         ({"num_frames": [3, 1, 2], "motion_curve": [[0.1] * 2] * 3}, "motion_curve", "[0.1", "1 to num_frames"),
+        ({"fps": [30.0] * 3, "interpolate": [2, 3, 1]}, "interpolate", "3", "fps x interpolate of at most 60 where"),
+        (
+            {"format": ["mp4", "gif", "gif"], "fps": [20.0] * 3, "interpolate": [3, 3, 2]},
+            "interpolate",
+            "3",
+            "fps x interpolate of at most 50 where `format` is gif",
+        ),
+        (
+            {"width": [1024] * 3, "height": [1024] * 3, "num_frames": [128] * 3, "interpolate": [1, 3, 2]},
+            "interpolate",
+            "3",
+            "width x height x num_frames x interpolate up to 268435456 (limits.max_frame_pixels)",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_rejected(

@@ -274,7 +274,7 @@ def test_a_committer_needs_a_store_and_a_commit_log_only(make_config: MakeConfig
     assert table["animation_uri"].to_pylist() == [*uris, None]
     assert ("pia_batch_requests_total", 1, "failed", "engine_error") in counted
     assert {tags[0] for name, _, *tags in counted if name == "pia_batch_stage_seconds_total"} == {
-        *("fetch", "encode", "commit")
+        *("fetch", "finish", "encode", "commit")
     }
 
 

@@ -128,6 +128,19 @@ def test_what_finished_clips_took_comes_before_every_guess(store: Store) -> None
     assert estimate_bytes(statistics, 10, found) == pytest.approx((4_194_300, 4_194_300), abs=1)
 
 
+def test_what_was_interpolated_is_measured_by_the_frames_that_were_generated(store: Store) -> None:
+    """The results have the frames of the file: (16 - 1) x 4 + 1, and 16 x 4 of a loop."""
+    statistics, config = statistics_with(requests_table(1))
+    journal = finished(store, num_frames=61, interpolate=4, num_bytes=61 * 512 * 512 // 10)
+    finished(store, key="b" * 32, num_frames=64, interpolate=4, num_bytes=64 * 512 * 512 // 10)
+
+    found = measure_finished(journal, journal.fragments(), config, {"default": ENGINE})
+
+    assert found is not None
+    assert estimate_costs(statistics, 1, config, found)[0].hours == pytest.approx((4 / 3600, 4 / 3600))
+    assert found.bytes_per_pixel == pytest.approx({"mp4": 0.1}, rel=1e-4)
+
+
 def test_a_large_journal_is_sampled(store: Store) -> None:
     _, config = statistics_with(requests_table(1))
     for number in range(40):
@@ -155,4 +168,5 @@ def test_bytes_follow_format_frames_and_size() -> None:
     assert low() == int(16 * 512 * 512 * 0.03)
     assert low(format=["gif"]) == int(16 * 512 * 512 * 0.33)
     assert low(num_frames=[8]) == pytest.approx(low() / 2, abs=1)
+    assert low(interpolate=[3]) == pytest.approx(3 * low(), abs=1)
     assert low(size=["auto"], long_side=[1024]) == pytest.approx(4 * low(), abs=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -20,6 +20,36 @@ from pia_batch.storage.object_store import MEDIA_TYPES
 
 Frames = npt.NDArray[np.uint8]
 """(F, H, W, 3) RGB, 0-255."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameStream:
+    """Frames that are made while they are encoded, so that a long clip is never in memory as a whole.
+
+    Attributes:
+        shape: (F, H, W, 3), as that of an array of them.
+        start: Function that begins with the first frame; each frame is uint8 of shape (H, W, 3), C-contiguous.
+    """
+
+    shape: tuple[int, int, int, int]
+    start: Callable[[], Iterator[Frames]]
+
+    def __iter__(self) -> Iterator[Frames]:
+        return self.start()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def array(self) -> Frames:
+        """Return all frames as one array, for formats that need them together."""
+        frames = np.empty(self.shape, np.uint8)
+        for number, frame in enumerate(self):
+            frames[number] = frame
+        return frames
+
+
+AnyFrames = Frames | FrameStream
+"""Frames of a clip, in memory or as they are made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +85,8 @@ class Codec:
     """File name extension, without the dot."""
     signature: tuple[int, bytes]
     """Byte offset and bytes by which a file of this format is recognised."""
-    encode: Callable[[Frames, Playback, EncodingConfig, Metadata | None], bytes]
-    """Encoder of C-contiguous frames, with metadata or None for none."""
+    encode: Callable[[AnyFrames, Playback, EncodingConfig, Metadata | None], bytes]
+    """Encoder of C-contiguous frames, with metadata or None for none. It takes one frame after the other, once."""
     decode: Callable[[bytes, Callable[[Frames], None]], Fraction]
     """Decoder of a complete file; gives one frame of shape (H, W, 3) after the other to a function, and returns the
     duration in seconds. It keeps no frame, so that long animations need little memory."""

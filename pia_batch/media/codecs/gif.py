@@ -10,7 +10,16 @@ import numpy as np
 from PIL import GifImagePlugin, Image
 
 from pia_batch.config import EncodingConfig
-from pia_batch.media.codecs.codec import Codec, Frames, Playback, decode_with_pillow, frame_delays, require
+from pia_batch.media.codecs.codec import (
+    AnyFrames,
+    Codec,
+    Frames,
+    FrameStream,
+    Playback,
+    decode_with_pillow,
+    frame_delays,
+    require,
+)
 from pia_batch.media.metadata import Metadata, gif_blocks, gif_comments, walk_gif
 
 _PALETTE_SAMPLES = 2**18
@@ -20,7 +29,9 @@ _BAYER = np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]]
 _TICKS_PER_SECOND = 100
 
 
-def _encode(frames: Frames, playback: Playback, config: EncodingConfig, metadata: Metadata | None) -> bytes:
+def _encode(frames: AnyFrames, playback: Playback, config: EncodingConfig, metadata: Metadata | None) -> bytes:
+    if isinstance(frames, FrameStream):  # the palette is that of all frames
+        frames = frames.array()
     num_frames, height, width, _ = frames.shape
     dots = np.zeros((height, width, 3), np.int16)
     if config.gif_dither:

@@ -11,7 +11,7 @@ import av
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
 from pia_batch.config import EncodingConfig
-from pia_batch.media.codecs.codec import Codec, Frames, Playback, require
+from pia_batch.media.codecs.codec import AnyFrames, Codec, Frames, Playback, require
 from pia_batch.media.metadata import Metadata, mp4_box
 
 _ACCURATE = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
@@ -21,7 +21,7 @@ _TO_YUV = _BT709 | {"format": "yuv420p", "src_color_range": ColorRange.JPEG, "ds
 _TO_RGB = _BT709 | {"format": "rgb24", "src_color_range": ColorRange.MPEG, "dst_color_range": ColorRange.JPEG}
 
 
-def _encode(frames: Frames, playback: Playback, config: EncodingConfig, metadata: Metadata | None) -> bytes:
+def _encode(frames: AnyFrames, playback: Playback, config: EncodingConfig, metadata: Metadata | None) -> bytes:
     num_frames, height, width, _ = frames.shape
     fps = playback.fps
     file = io.BytesIO()

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pia_batch.config import EncodingConfig
-from pia_batch.media.codecs.codec import Codec, Frames, Playback, exact_rate, require
+from pia_batch.media.codecs.codec import AnyFrames, Codec, Frames, Playback, exact_rate, require
 from pia_batch.media.metadata import Metadata, in_png
 
 _INDEX = "animation.json"
@@ -20,7 +20,7 @@ _PROVENANCE = "provenance.json"
 _MAX_COMMENT_BYTES = 2**20
 
 
-def _encode(frames: Frames, playback: Playback, config: EncodingConfig, metadata: Metadata | None) -> bytes:  # noqa: ARG001
+def _encode(frames: AnyFrames, playback: Playback, config: EncodingConfig, metadata: Metadata | None) -> bytes:  # noqa: ARG001
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         _add(archive, _INDEX, json.dumps({"fps": float(playback.fps), "num_frames": len(frames)}).encode())

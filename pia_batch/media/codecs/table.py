@@ -15,7 +15,7 @@ import numpy as np
 
 from pia_batch.config import EncodingConfig, Format
 from pia_batch.errors import EncodingError
-from pia_batch.media.codecs.codec import Codec, Frames, MediaInfo, Playback, exact_rate, require
+from pia_batch.media.codecs.codec import Codec, Frames, FrameStream, MediaInfo, Playback, exact_rate, require
 from pia_batch.media.codecs.gif import GIF
 from pia_batch.media.codecs.mp4 import MP4
 from pia_batch.media.codecs.png_zip import PNG_ZIP
@@ -29,7 +29,7 @@ _PNG_SIGNATURE = (0, b"\x89PNG")
 
 
 def encode(
-    frames: Frames,
+    frames: Frames | FrameStream,
     fmt: Format,
     fps: float,
     config: EncodingConfig,
@@ -44,7 +44,7 @@ def encode(
 
     Args:
         frames: Pixels, uint8, shape (F, H, W, 3), RGB, 0-255, with at least one frame. H and W must be multiples of
-            `side_multiple` of the codec.
+            `side_multiple` of the codec. A stream of them is consumed once.
         fmt: Format of the file.
         fps: Rate in frames per second, from 1 to `max_fps` of the codec.
         config: Quality and speed of each format.
@@ -55,8 +55,9 @@ def encode(
         EncodingError: Shape, dtype or rate is not supported by the format, or the encoder fails.
     """
     codec = CODECS[fmt]
-    if frames.dtype != np.uint8 or frames.shape[3:] != (3,) or 0 in frames.shape:
-        msg = f"frames must be uint8 of shape (F, H, W, 3) and not empty (got {frames.dtype} of {frames.shape})"
+    dtype = np.dtype(np.uint8) if isinstance(frames, FrameStream) else frames.dtype
+    if dtype != np.uint8 or frames.shape[3:] != (3,) or 0 in frames.shape:
+        msg = f"frames must be uint8 of shape (F, H, W, 3) and not empty (got {dtype} of {frames.shape})"
         raise EncodingError(msg)
     if not 1 <= fps <= codec.max_fps:  # also catches NaN
         msg = f"{fmt} plays 1 to {codec.max_fps} frames per second (got {fps:g})"
@@ -68,7 +69,8 @@ def encode(
     failures: tuple[type[Exception], ...] = (*codec.errors, OSError, ValueError, MemoryError, struct.error)
     try:
         playback = Playback(exact_rate(fps), loop_count)
-        return codec.encode(np.ascontiguousarray(frames), playback, config, metadata)
+        pixels = frames if isinstance(frames, FrameStream) else np.ascontiguousarray(frames)
+        return codec.encode(pixels, playback, config, metadata)
     except failures as err:
         msg = f"cannot encode {num_frames} frames as {fmt}: {type(err).__name__}: {err}"
         raise EncodingError(msg) from err

@@ -14,7 +14,7 @@ from fractions import Fraction
 from PIL import Image
 
 from pia_batch.config import EncodingConfig
-from pia_batch.media.codecs.codec import Codec, Frames, Playback, decode_with_pillow, frame_delays, require
+from pia_batch.media.codecs.codec import AnyFrames, Codec, Frames, Playback, decode_with_pillow, frame_delays, require
 from pia_batch.media.metadata import Metadata, image_comments, webp_chunks
 
 _ANIMATED, _HAS_EXIF_AND_XMP = 0x02, 0x08 | 0x04
@@ -23,7 +23,7 @@ _ANIMATED, _HAS_EXIF_AND_XMP = 0x02, 0x08 | 0x04
 _TICKS_PER_SECOND = 1000
 
 
-def _encode(frames: Frames, playback: Playback, config: EncodingConfig, metadata: Metadata | None) -> bytes:
+def _encode(frames: AnyFrames, playback: Playback, config: EncodingConfig, metadata: Metadata | None) -> bytes:
     num_frames, height, width, _ = frames.shape
     canvas = _uint24(width - 1) + _uint24(height - 1)
     flags = _ANIMATED | (_HAS_EXIF_AND_XMP if metadata else 0)
