@@ -208,7 +208,7 @@ def _print(payload: dict[str, Any]) -> None:
         out.print(f"engine      {engine_id}  {name}", markup=False)
     for group in payload["groups"][:SHOWN_GROUPS]:
         size = f"up to {group['long_side']} px" if group["size"] == "auto" else f"{group['width']} x {group['height']}"
-        words = f"{group['num_rows']} rows: {group['model']}, {group['num_frames']} frames, {size}"
+        words = f"{group['num_rows']} rows: {group['model']}, {group['call_frames']} frames, {size}"
         batches = f"{group['batches']} batch{'es' if group['batches'] > 1 else ''}"
         out.print(f"group       {words}; {batches}", soft_wrap=True, markup=False)
     if len(payload["groups"]) > SHOWN_GROUPS:

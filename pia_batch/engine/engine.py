@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pia_batch.config import ModelConfig
+from pia_batch.config import ModelConfig, contexts
 from pia_batch.config.arithmetic import Arithmetic
 from pia_batch.config.speed_presets import EXACT, PRESETS, Speed
 from pia_batch.engine import compiling, loading, sampling, self_test
@@ -160,9 +160,8 @@ class PiaEngine:
         """Generate a clip for every shot.
 
         Shots with the same size and the same number of frames, or of frames in a window, share a batch, whatever else
-        differs. A batch that does
-        not fit into the device's memory is halved until it fits. Later batches start with the size that fitted, and
-        grow again after a while.
+        differs. A batch that does not fit into the device's memory is halved until it fits. Later batches start with
+        the size that fitted, and grow again after a while.
 
         Args:
             shots: Shots with any mixture of settings. An empty sequence returns an empty list.
@@ -175,15 +174,13 @@ class PiaEngine:
         """
         clips: dict[int, Clip] = {}
         groups: dict[Hashable, list[int]] = {}
-        any_travels = any(shot.prompts or shot.negative_prompts for shot in shots)
         for index, shot in enumerate(shots):
             try:
                 self.limits.check(shot)
             except RequestError as err:
                 clips[index] = Clip(error=err)
             else:
-                own_scales = any_travels and shot.lora_scales is not None
-                groups.setdefault((self._shape(shot), own_scales), []).append(index)
+                groups.setdefault(self._shape(shot), []).append(index)
         with torch.inference_mode():
             for indices in groups.values():
                 generated = self._generate([shots[index] for index in indices], keep_latents)
@@ -219,8 +216,11 @@ class PiaEngine:
     def _memory_load(self, shot: Shot) -> int:
         """Return the shot's share of a batch's memory, in pixels of all samples that the UNet processes at once."""
         known = self.limits.max_frames
-        length = windows_of(Film(shot, known).next_piece, known).length
-        return length * shot.width * shot.height * (2 if shot.guided else 1)
+        windows = windows_of(Film(shot, known).next_piece, known)
+        frames: float = windows.length
+        if self._parts.shortcuts != EXACT and not windows.is_single:
+            frames += contexts.DEEP_SHARE * len(windows.starts) * windows.length
+        return int(frames * shot.width * shot.height * (2 if shot.guided else 1))
 
     def _generate_if_it_fits(self, shots: Sequence[Shot], keep_latents: bool) -> list[Clip] | DeviceMemoryError:
         """Return the clips, or an error if the device's memory is too small; then free what the attempt allocated."""

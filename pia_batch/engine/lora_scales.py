@@ -24,18 +24,22 @@ PREFIX = "lora"
 class SampleScales:
     """Scales of a UNet's LoRA layers for the samples of a call, in the layout of `unet.run` with a row per sample."""
 
-    def __init__(self, network: Any, scales: Sequence[Scales], frames: int, device: torch.device) -> None:
+    def __init__(
+        self, network: Any, scales: Sequence[Scales], frames: int, texts: Sequence[int], device: torch.device
+    ) -> None:
         """Compute the scale of every layer and sample.
 
         Args:
             network: UNet with LoRA layers.
             scales: Scales of each sample.
             frames: Number of frames of each sample.
+            texts: Number of distinct texts of each sample, whose keys and values are projected together.
             device: Device of the call.
         """
         table = torch.tensor(scales, device=device).unbind(1)
+        counts = torch.tensor(texts, device=device)
         self._layers = [
-            (layer, adapter, _shaped(name, layer, _unit(layer, adapter) * table[index], frames))
+            (layer, adapter, _shaped(name, layer, _unit(layer, adapter) * table[index], frames, counts))
             for name, layer, adapter, index in _adapters(network)
         ]
 
@@ -83,12 +87,12 @@ def _unit(layer: Any, adapter: str) -> float:
     return unit
 
 
-def _shaped(name: str, layer: Any, scales: torch.Tensor, frames: int) -> torch.Tensor:
+def _shaped(name: str, layer: Any, scales: torch.Tensor, frames: int, texts: torch.Tensor) -> torch.Tensor:
     """Return the scales of the samples in a shape that broadcasts with the layer's output."""
     if isinstance(layer.get_base_layer(), nn.Conv2d):  # (samples x frames, channels, height, width)
         return scales.repeat_interleave(frames).view(-1, 1, 1, 1)
     if "time_emb" in name:  # (samples, features)
         return scales.view(-1, 1)
-    if ".attentions." in name and name.endswith((".attn2.to_k", ".attn2.to_v")):  # (samples, tokens, features)
-        return scales.view(-1, 1, 1)
+    if ".attentions." in name and name.endswith((".attn2.to_k", ".attn2.to_v")):  # (texts, tokens, features)
+        return scales.repeat_interleave(texts).view(-1, 1, 1)
     return scales.view(-1, 1, 1, 1)  # (samples, frames, pixels, channels)

@@ -38,12 +38,6 @@ from pia_batch.weights.network_layers import NetworkLayer, NetworkLayers
 
 __all__ = ["TEXT_ENCODER", "UNET", "Lora", "apply", "read"]
 
-_CALLED_BY_KEYWORD = re.compile(r"motion_modules\.\d+\.proj_(in|out)")
-"""Layers that diffusers 0.42.1 calls as `layer(input=...)`, which PEFT's layer wrapper does not support."""
-
-_PLAIN = {"down", "up", "alpha"}
-"""Roles of the tensors of a layer that PEFT applies."""
-
 _SCALED_BY_NORM = ("dora_scale", "magnitude")
 
 _PREFIX_OF_NETWORK = re.compile(r"^(unet|text_encoder)\.")
@@ -75,11 +69,7 @@ class Lora:
     @property
     def is_adjustable(self) -> bool:
         """True if PEFT applies every layer, so that the scale may differ between rows."""
-        return all(
-            {"down", "up"} <= set(tensors) <= _PLAIN and not (network == UNET and _CALLED_BY_KEYWORD.search(name))
-            for network, layers in self.tensors.items()
-            for name, tensors in layers.items()
-        )
+        return self.content.is_adjustable
 
     def touches(self, network: str, layers: str = "") -> bool:
         """Return True if it changes a layer of this network whose name contains `layers`."""
@@ -106,9 +96,9 @@ class _Layer:
 
     def is_plain(self, network: str, *, fuse: bool) -> bool:
         """Return True if PEFT can apply it."""
-        if not {"down", "up"} <= set(self.tensors) <= _PLAIN:
-            return False
-        return fuse or network != UNET or _CALLED_BY_KEYWORD.search(self.target.name) is None
+        return lora_files.is_plain(self.tensors) and (
+            fuse or not lora_files.is_called_by_keyword(network, self.target.name)
+        )
 
 
 def read(part: Component, config: LoraConfig) -> Lora:

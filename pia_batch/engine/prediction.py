@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from pia_batch.engine import unet as layout
-from pia_batch.engine.attention import travelling
+from pia_batch.engine.attention import distinct_texts, travelling
 from pia_batch.engine.compiling import Call, directly
 from pia_batch.engine.image_prompts import ImagePromptAttention
 from pia_batch.engine.lora_scales import SampleScales, Scales
@@ -113,9 +113,10 @@ class _OptimizedPredictor:
         self._samples: torch.Tensor | None = None
         if lora_scales is not None:  # every sample is a row: a LoRA changes the halves of guidance from the first layer
             self._samples = torch.tensor(rows, device=conditions.device)
-            self._scales = SampleScales(_network(unet), lora_scales, conditions.shape[2], conditions.device)
+            texts = _own_texts(texts)
+            counts = [len(distinct_texts([text])) for text in texts]
+            self._scales = SampleScales(_network(unet), lora_scales, conditions.shape[2], counts, conditions.device)
             rows = range(len(rows))
-            texts = [copy.copy(text) for text in texts]  # one object stands for one text with one set of scales
         self._unet = unet
         self._call = call
         self._latents = unet.config.out_channels
@@ -129,7 +130,8 @@ class _OptimizedPredictor:
     def condition(self, conditions: torch.Tensor, texts: Sequence[Text]) -> None:
         self._input[..., self._latents :] = self._of_samples(conditions).movedim(1, -1)
         if self._conditions.travel is not None:
-            self._conditions = dataclasses.replace(self._conditions, travel=travelling(texts))
+            own = texts if self._scales is None else _own_texts(texts)
+            self._conditions = dataclasses.replace(self._conditions, travel=travelling(own))
 
     def __call__(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         with self._scaled():
@@ -202,6 +204,11 @@ class _StockPredictor:
         deep: DeepFeatures,  # noqa: ARG002
     ) -> tuple[torch.Tensor, DeepFeatures]:
         return self(latents, timesteps), ()
+
+
+def _own_texts(texts: Sequence[Text]) -> list[Text]:
+    """Return texts that share no embedding object: one object stands for one text with one set of scales."""
+    return [text.copied() if isinstance(text, Travel) else copy.copy(text) for text in texts]
 
 
 def _network(unet: Any) -> Any:

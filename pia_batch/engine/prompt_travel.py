@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -49,6 +50,11 @@ class Travel:
         """Return the text of these frames, such as those of a window; frames beyond the last have its text."""
         last = len(self.mixes) - 1
         return Travel(self.texts, tuple(self.mixes[min(frame, last)] for frame in frames))
+
+    def copied(self) -> Travel:
+        """Return the same text with embedding objects of its own; one that stands for several keys stays one."""
+        copies = {id(text): copy.copy(text) for text in self.texts}
+        return Travel(tuple(copies[id(text)] for text in self.texts), self.mixes)
 
     def embeddings(self) -> torch.Tensor:
         """Return the embedding of each frame, (frames, tokens, features)."""

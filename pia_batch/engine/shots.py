@@ -33,9 +33,6 @@ _LOOPS = range(3, 6)
 
 _LOOP_FRAMES = 16
 
-_PLAIN_KEYS = 2
-"""Number of texts of a shot whose prompt and negative prompt are the same for all frames."""
-
 _MAX_FREE_INIT_ITERS = BY_NAME["free_init_iters"].limits["le"]
 _MAX_FREE_INIT_ORDER = BY_NAME["free_init_order"].limits["le"]
 
@@ -219,10 +216,6 @@ class Limits:
                 keys[-1].frame < shot.num_frames,
                 f"{name}: frame {keys[-1].frame} is not below num_frames {shot.num_frames}; leave it out",
             )
-        _require(
-            shot.lora_scales is None or len(shot.prompt_keys) + len(shot.negative_keys) == _PLAIN_KEYS,
-            "lora_scales does not go with prompts that change over the clip; set the scales in model.loras",
-        )
         _require(0 <= shot.prompt_hold <= 1, f"prompt_hold {shot.prompt_hold} is not between 0 and 1")
         _require(
             shot.prompt_interpolation in INTERPOLATIONS,

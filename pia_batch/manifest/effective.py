@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from pia_batch.config import MOTIONS, Defaults, RunConfig, contexts
 from pia_batch.config.arithmetic import NEGATIVE_PROMPT
+from pia_batch.config.model_limits import Limits, ModelLimits
 from pia_batch.manifest import key_prompts, lora_scales
 from pia_batch.manifest.casting import Columns
 from pia_batch.schema.columns import SETTINGS
@@ -64,25 +65,39 @@ def is_original(columns: Columns, config: RunConfig) -> pa.Array:
     return pc.is_in(model, value_set=pa.array(names, pa.string()))
 
 
-def context(columns: Columns, defaults: Defaults) -> tuple[pa.Array, pa.Array]:
+def positions(columns: Columns, config: RunConfig, limits: Limits) -> pa.Array | pa.Scalar:
+    """Return the number of frames that the motion modules of each row's model know; a scalar if all know as many."""
+    names = list(config.all_models)
+    known = pa.array([limits.get(name, ModelLimits()).positions for name in names], pa.int64())
+    if len(known.unique()) == 1:
+        return known[0]
+    model = pc.fill_null(columns.typed["model"], config.model.name)
+    return pc.fill_null(known.take(pc.index_in(model, pa.array(names))), contexts.POSITIONS)
+
+
+def context(columns: Columns, config: RunConfig, limits: Limits) -> tuple[pa.Array, pa.Array]:
     """Return the method that generates each clip, null for a single call, and its `context_length`."""
+    defaults = config.defaults
     frames, length = (
         pc.fill_null(columns.typed[name], getattr(defaults, name)) for name in ("num_frames", "context_length")
     )
     asked = columns.typed["context"]
     if defaults.context is not None:
         asked = pc.fill_null(asked, defaults.context)
-    longest = pc.if_else(pc.is_null(asked), contexts.POSITIONS, length)
+    longest = pc.if_else(pc.is_null(asked), positions(columns, config, limits), length)
     return pc.if_else(pc.greater(frames, longest), pc.fill_null(asked, "windows"), None), length
 
 
-def fill(columns: Columns, config: RunConfig, id_hashes: npt.NDArray[np.uint64]) -> dict[str, pa.Scalar]:
+def fill(
+    columns: Columns, config: RunConfig, id_hashes: npt.NDArray[np.uint64], limits: Limits
+) -> dict[str, pa.Scalar]:
     """Make every setting effective, in place.
 
     Args:
         columns: Valid rows.
         config: Source of the defaults.
         id_hashes: `hashes_of` the rows' ids.
+        limits: Limits of the models, by their names.
 
     Returns:
         Settings that are the same in all rows because no column that decides them is given, by name. They make the
@@ -92,7 +107,7 @@ def fill(columns: Columns, config: RunConfig, id_hashes: npt.NDArray[np.uint64])
     given = {name for name, column in typed.items() if column.null_count < columns.num_rows}
     scale, loop, style = motion(columns, defaults)
     auto = is_auto(columns, defaults)
-    method, _ = context(columns, defaults)
+    method, _ = context(columns, config, limits)
     no_motion = pc.and_(pc.is_null(typed["motion"]), pc.is_null(typed["motion_scale"]))
 
     typed["negative_prompts"] = negative_prompts(columns, defaults)
@@ -189,10 +204,10 @@ _DECIDED_BY: dict[str, frozenset[str]] = {
     "width": frozenset({"size", "height"}),
     "height": frozenset({"size", "width"}),
     "ip_adapter_scale": frozenset({"model"}),
-    "context": frozenset({"num_frames", "context_length"}),
-    "context_length": frozenset({"num_frames", "context"}),
-    "context_overlap": frozenset({"num_frames", "context", "context_length"}),
-    "context_stride": frozenset({"num_frames", "context", "context_length"}),
+    "context": frozenset({"num_frames", "context_length", "model"}),
+    "context_length": frozenset({"num_frames", "context", "model"}),
+    "context_overlap": frozenset({"num_frames", "context", "context_length", "model"}),
+    "context_stride": frozenset({"num_frames", "context", "context_length", "model"}),
 }
 """Other columns that a setting's effective value depends on, beyond what its declaration says."""
 

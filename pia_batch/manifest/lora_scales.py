@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pia_batch.config import ModelConfig, RunConfig
+from pia_batch.config.model_limits import Limits, ModelLimits
 from pia_batch.schema.lora_scales import LORA_SCALES_TYPE, LoraScale, is_read, lora_scales, problem_of
 
 NAME = "lora_scales"
@@ -33,24 +34,26 @@ def column_of(values: Iterable[tuple[LoraScale, ...] | None]) -> pa.Array:
     return pa.array(rows, LORA_SCALES_TYPE)
 
 
-def rejected(column: pa.Array, models: pa.Array, config: RunConfig) -> dict[str, pa.Array]:
+def rejected(column: pa.Array, models: pa.Array, config: RunConfig, limits: Limits) -> dict[str, pa.Array]:
     """Return the rows whose names are no adjustable LoRA of their model, by what is allowed there.
 
     Args:
         column: Scales as `read` returns them.
         models: Name of each row's model.
         config: Config of the run.
+        limits: Limits of the models, by their names.
     """
     masks: dict[str, list[bool]] = {}
     for index, (value, model) in enumerate(zip(column.to_pylist(), models.to_pylist(), strict=True)):
         found = config.all_models.get(model)
-        allowed = None if not value or found is None else _problem([each["name"] for each in value], found)
+        fixed = limits.get(model, ModelLimits()).fixed_loras
+        allowed = None if not value or found is None else _problem([each["name"] for each in value], found, fixed)
         if allowed is not None:
             masks.setdefault(allowed, [False] * len(column))[index] = True
     return {allowed: pa.array(mask) for allowed, mask in masks.items()}
 
 
-def _problem(names: list[str], model: ModelConfig) -> str | None:
+def _problem(names: list[str], model: ModelConfig, fixed: frozenset[str]) -> str | None:
     known = Counter(each.label for each in model.loras)
     if not known:
         return f"null; model {model.name!r} has no LoRAs"
@@ -59,6 +62,12 @@ def _problem(names: list[str], model: ModelConfig) -> str | None:
     if any(known[name] != 1 for name in names):
         unique = ", ".join(sorted(name for name, count in known.items() if count == 1))
         return f"names of LoRAs of model {model.name!r} ({unique or 'none is unique'}); set `name` in its `loras`"
+    merged = sorted(fixed & set(names))
+    if merged:
+        return (
+            f"names of plain LoRAs: {', '.join(merged)} of model {model.name!r} has layers of another kind (LoHa, "
+            "LoKr, DoRA, Tucker, full differences), which are merged into the weights; set its scale in `loras`"
+        )
     return None
 
 

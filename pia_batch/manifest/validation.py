@@ -16,17 +16,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.config import Defaults, RunConfig
-from pia_batch.manifest import key_prompts, lora_scales
+from pia_batch.config.model_limits import NO_LIMITS, Limits
+from pia_batch.manifest import key_prompts, long_clips, lora_scales
 from pia_batch.manifest.blocklist import blocked
 from pia_batch.manifest.casting import Columns, Range, Rejections
 from pia_batch.manifest.column_map import ColumnMap
 from pia_batch.manifest.content_keys import content_keys, image_identity
-from pia_batch.manifest.effective import context, fill, hashes_of, is_auto, motion, negative_prompts
+from pia_batch.manifest.effective import fill, hashes_of, is_auto, motion, negative_prompts
 from pia_batch.manifest.inline_images import NOT_INLINE, PATTERN
 from pia_batch.manifest.request_ids import content_ids
 from pia_batch.schema.columns import EFFECTIVE, MAX_ID_BYTES, MAX_URI_BYTES, SETTINGS, carried_columns
 from pia_batch.schema.keys import Keys, keys_to_hex, text_bytes
-from pia_batch.schema.settings import BY_NAME, CONTEXTS, MAX_FPS, MAX_PROMPT_BYTES
+from pia_batch.schema.settings import BY_NAME, MAX_FPS, MAX_PROMPT_BYTES
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,14 @@ class Checked:
     """`row` (int64), `error_kind`, `error`: one line for every invalid row."""
 
 
-def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str]) -> Checked:
+def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str], limits: Limits = NO_LIMITS) -> Checked:
     """Split rows into effective requests and rejected ones, without a Python loop per row.
 
     Args:
         table: Rows of a manifest under our names, of any types that `manifest.Manifest.batches` yields.
         config: Source of the defaults, and of everything else that decides an animation.
         engine_ids: Identity of the engine of each model, by the name in `config.all_models`.
+        limits: Limits of models that their files decide, by the same names.
     """
     table = table.combine_chunks()
     rejections = Rejections(len(table))
@@ -61,9 +63,9 @@ def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str]) -> 
     columns.check_prompts(config.defaults)
     columns.check_image()
     columns.check_settings(config.defaults)
-    columns.check_choices(config)
+    columns.check_choices(config, limits)
     columns.check_motion(config.defaults)
-    columns.check_together(config)
+    columns.check_together(config, limits)
     columns.check_words(config.safety.blocked_words)
     valid = np.flatnonzero(~rejections.bad)
     carried = carried_columns(table)
@@ -74,7 +76,7 @@ def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str]) -> 
     if config.request_id_from == "content":
         columns.typed["request_id"] = content_ids(columns.typed, images)
     id_hashes = hashes_of(columns.typed["request_id"])
-    constants = fill(columns, config, id_hashes)
+    constants = fill(columns, config, id_hashes, limits)
     effective = {name: columns.typed[name] for name in EFFECTIVE.names}
     keys = content_keys(effective | constants, images, config, engine_ids)
     requests = pa.table(effective | {"key": keys_to_hex(keys)})
@@ -110,10 +112,6 @@ class _Columns(Columns):
         both = pc.and_(pc.greater(pc.binary_length(text), 0), pc.is_valid(keys))
         wanted = "either `negative_prompt` or `negative_prompts`, not both"
         self.reject("negative_prompts", both, "invalid_value", wanted)
-        travels = pc.or_(*(pc.is_valid(self.typed[name]) for name in key_prompts.NAMES))
-        scaled = pc.or_(pc.is_valid(self.typed["lora_scales"]), defaults.lora_scales is not None)
-        remedy = "null where `prompts` or `negative_prompts` is given; set the scales in model.loras"
-        self.reject("lora_scales", pc.and_(travels, scaled), "unsupported", remedy)
         num_frames = pc.fill_null(self.typed["num_frames"], defaults.num_frames)
         for name in key_prompts.NAMES:
             column = self.typed[name] if name == "prompts" else negative_prompts(self, defaults)
@@ -164,7 +162,7 @@ class _Columns(Columns):
         outside[rows[~inside.to_numpy(zero_copy_only=False)]] = True
         self.reject("motion_curve", pa.array(outside), "out_of_range", "numbers from 0 to 1")
 
-    def check_choices(self, config: RunConfig) -> None:
+    def check_choices(self, config: RunConfig, limits: Limits) -> None:
         """Check that texts with a fixed set of values have one of them."""
         choices = {setting.name: setting.choices for setting in BY_NAME.values() if setting.choices}
         choices["model"] = tuple(config.all_models)
@@ -176,7 +174,7 @@ class _Columns(Columns):
             self.reject(name, wrong, "invalid_value", ", ".join(allowed) + ", or null for the default")
         if self.typed[lora_scales.NAME].null_count < self.num_rows:
             models = pc.fill_null(self.typed["model"], config.model.name)
-            for known, rows in lora_scales.rejected(self.typed[lora_scales.NAME], models, config).items():
+            for known, rows in lora_scales.rejected(self.typed[lora_scales.NAME], models, config, limits).items():
                 self.reject(lora_scales.NAME, rows, "invalid_value", known)
         adapted = pa.array([name for name, model in config.all_models.items() if model.ip_adapter], pa.string())
         without = pc.invert(pc.is_in(pc.fill_null(self.typed["model"], config.model.name), value_set=adapted))
@@ -195,7 +193,7 @@ class _Columns(Columns):
         looped_style = pc.and_(loop, pc.greater(scale, 5))
         self.reject("loop", looped_style, "invalid_value", "true only with a motion_scale of 0-5")
 
-    def check_together(self, config: RunConfig) -> None:
+    def check_together(self, config: RunConfig, limits: Limits) -> None:
         """Check settings that are valid alone but not together."""
         defaults = config.defaults
         auto = is_auto(self, defaults)
@@ -228,28 +226,7 @@ class _Columns(Columns):
         stored = pc.multiply(pixels, get["interpolate"])
         product = f"width x height x num_frames x interpolate up to {cap} (limits.max_frame_pixels)"
         self.reject("interpolate", pc.greater(stored, cap), "out_of_range", product)
-        self._check_context(config, get, area)
-
-    def _check_context(self, config: RunConfig, get: Mapping[str, pa.Array], area: pa.Array) -> None:
-        """Check the settings of long clips; `area` is the number of pixels of a frame."""
-        method, length = context(self, config.defaults)
-        windows, freenoise, chain = (pc.fill_null(pc.equal(method, name), False) for name in CONTEXTS)
-        frames = pc.if_else(pc.or_(windows, chain), length, get["num_frames"])
-        cap = config.limits.max_call_pixels
-        product = f"width x height x the frames of one UNet call up to {cap} (limits.max_call_pixels)"
-        self.reject("width", pc.greater(pc.multiply(area, frames), cap), "out_of_range", product)
-        if not pc.any(pc.is_valid(method)).as_py():
-            return
-        for name, bad, allowed in (
-            ("context_overlap", pc.and_(windows, pc.greater_equal(get["context_overlap"], length)), "below"),
-            ("context_stride", pc.and_(freenoise, pc.greater(get["context_stride"], length)), "at most"),
-        ):
-            self.reject(name, bad, "out_of_range", f"{allowed} context_length")
-        _, loop, _ = motion(self, config.defaults)
-        self.reject("loop", pc.and_(chain, loop), "invalid_value", "false where `context` is chain")
-        late = pc.and_(chain, pc.greater(get["cond_frame"], 0))
-        self.reject("cond_frame", late, "invalid_value", "0 where `context` is chain")
-        self.reject("context_length", pc.and_(chain, pc.less(length, 2)), "out_of_range", "2 to 32 in a chain")
+        long_clips.check(self, config, limits, get, area)
 
     def check_words(self, blocked_words: tuple[str, ...]) -> None:
         """Check that no prompt holds a word of the blocklist. A negative prompt may: it names what is unwanted."""

@@ -33,7 +33,7 @@ def chain(
     """Return the whole job as a lazy Dataset of `outcomes.OUTCOME` rows, one for each pending request."""
     config, folder, store = plan.config, plan.manifest.folder, Store(plan.config.output)
     ray_data.configure()
-    validate = stages.Validate(config, plan.engine_ids, keep_rejected=False)
+    validate = stages.Validate(config, plan.engine_ids, plan.model_limits)
     drop_finished = stages.DropFinished(plan.skipped, plan.selected)
     fetch = stages.FetchImages(config.images, folder, config.original_models)
     animate = {

@@ -21,6 +21,7 @@ from pia_batch.pipeline.attempts_actor import start_attempt_tracker
 from pia_batch.pipeline.chain import fetched_and_animated
 from pia_batch.pipeline.committer import results_of
 from pia_batch.pipeline.engine_loader import EngineLoader, LoadEngines
+from pia_batch.planning.model_limits import limits_of
 from pia_batch.planning.plan import engine_ids_of
 from pia_batch.schema.columns import RESULT
 from pia_batch.storage import object_store
@@ -96,7 +97,7 @@ def animate(
     if not ray.is_initialized():  # as Ray Data itself would, a moment later
         ray.init()
     folder = _folder(config.manifest)
-    validate = stages.Validate(config, engine_ids, keep_rejected=True)
+    validate = stages.Validate(config, engine_ids, limits_of(config), keep_rejected=True)
     original = config.original_models
     arrange = stages.Arrange(config.images, folder, original)
     fetch = stages.FetchImages(config.images, folder, original)

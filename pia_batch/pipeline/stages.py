@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.config import ImagesConfig, RunConfig
+from pia_batch.config.model_limits import NO_LIMITS, Limits
 from pia_batch.errors import ImageMismatchError, ImageUnavailableError, ImageUnreadableError, RequestError
 from pia_batch.manifest import unify, validation
 from pia_batch.manifest.arrow_types import can_be_moved, plain_column, refuse_unsupported
@@ -26,8 +27,10 @@ from pia_batch.manifest.files import BATCH_ROWS
 from pia_batch.media import fetch, images
 from pia_batch.pipeline.request_rows import ROW_ERROR, with_row_error
 from pia_batch.planning import selection
+from pia_batch.planning.statistics import call_frames
 from pia_batch.schema.columns import (
     ATTEMPT_KEY,
+    CALL_FRAMES,
     EFFECTIVE,
     FETCHED,
     GROUPED,
@@ -73,11 +76,19 @@ class Validate:
     Args:
         config: Config of the run.
         engine_ids: Identity of each model's engine.
+        limits: Limits of each model that its files decide.
         keep_rejected: Keep rejected rows, in their place.
     """
 
-    def __init__(self, config: RunConfig, engine_ids: Mapping[str, str], *, keep_rejected: bool = False) -> None:
-        self._config, self._engine_ids, self._keep_rejected = config, engine_ids, keep_rejected
+    def __init__(
+        self,
+        config: RunConfig,
+        engine_ids: Mapping[str, str],
+        limits: Limits = NO_LIMITS,
+        *,
+        keep_rejected: bool = False,
+    ) -> None:
+        self._config, self._engine_ids, self._limits, self._keep_rejected = config, engine_ids, limits, keep_rejected
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Return the requests in the order of `rows`.
@@ -96,11 +107,11 @@ class Validate:
         return pa.concat_tables([validate(rows.slice(start, BATCH_ROWS)) for start in starts])
 
     def _valid(self, rows: pa.Table) -> pa.Table:
-        return with_row_error(validation.check(rows, self._config, self._engine_ids).requests)
+        return with_row_error(validation.check(rows, self._config, self._engine_ids, self._limits).requests)
 
     def _all(self, rows: pa.Table) -> pa.Table:
         rows = _plain(rows)
-        checked = validation.check(rows, self._config, self._engine_ids)
+        checked = validation.check(rows, self._config, self._engine_ids, self._limits)
         valid = with_row_error(checked.requests)
         rejected = self._rejected(rows.take(checked.rejected["row"]), checked.rejected)
         both = pa.concat_tables([valid, rejected.select(valid.column_names)])
@@ -171,7 +182,7 @@ class Arrange:
         self._config, self._base_uri, self._original = config, base_uri, original
 
     def __call__(self, requests: pa.Table) -> pa.Table:
-        """Return all of `requests`, ordered by model, number of frames and size, and otherwise as they came."""
+        """Return all of `requests`, ordered by GROUPED and then by number of frames, and otherwise as they came."""
         unsized = pc.and_(pc.is_null(requests["width"]), pc.is_null(requests["error_kind"]))
         if pc.any(unsized).as_py():
             rows = requests.filter(unsized).select(["image", "image_bytes", "long_side", "model"]).to_pylist()
@@ -181,7 +192,9 @@ class Arrange:
                 found = pa.array([size and size[index] for size in sizes], pa.int64())
                 column = pc.replace_with_mask(requests[name].combine_chunks(), unsized.combine_chunks(), found)
                 requests = requests.set_column(requests.column_names.index(name), name, column)
-        return requests.take(pc.sort_indices(requests, sort_keys=[(name, "ascending") for name in GROUPED]))
+        keyed = requests.append_column(CALL_FRAMES, call_frames(requests))
+        order = pc.sort_indices(keyed, sort_keys=[(name, "ascending") for name in (*GROUPED, "num_frames")])
+        return requests.take(order)
 
     def _size(self, row: Row) -> tuple[int, int] | None:
         try:

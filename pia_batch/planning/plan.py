@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.config import ModelConfig, RunConfig
+from pia_batch.config.model_limits import ModelLimits
 from pia_batch.errors import ConfigError, RequestError
 from pia_batch.journal.log import Journal, Outcomes, digest_of
 from pia_batch.journal.results import read_latest, read_success_marker
@@ -26,6 +27,7 @@ from pia_batch.manifest.effective import hashes_of
 from pia_batch.manifest.reader import Manifest, refuse_output_inside
 from pia_batch.manifest.validation import check
 from pia_batch.planning.duplicates import find_duplicates, read_rows, rejected_results
+from pia_batch.planning.model_limits import limits_of
 from pia_batch.planning.scan import Scan, scan_manifest
 from pia_batch.planning.scan_cache import Chunk, ScanCache
 from pia_batch.planning.selection import check_priority, select
@@ -73,6 +75,8 @@ class Plan:
     config: RunConfig
     engine_ids: dict[str, str]
     """Identity of each model's engine, by the model's name in the manifest's `model` column."""
+    model_limits: dict[str, ModelLimits]
+    """Limits of each model that its files decide, by the same names."""
     manifest: Manifest
     outcomes: Outcomes = field(repr=False)
     """Outcomes that the journal has for this manifest's requests."""
@@ -171,7 +175,8 @@ def make_plan(config: RunConfig, *, retry: Retry | None = None, statistics: Stat
     if retry is not None:
         retry.check(outcomes)
 
-    scan = scan_manifest(found, config, engine_ids, cache)
+    limits = limits_of(config)
+    scan = scan_manifest(found, config, engine_ids, cache, limits)
     pa.default_memory_pool().release_unused()
     duplicates = find_duplicates(found, scan, config.request_id_from)
     rejected = rejected_results(found, scan, duplicates.conflicting, config)
@@ -185,7 +190,7 @@ def make_plan(config: RunConfig, *, retry: Retry | None = None, statistics: Stat
     if statistics is not None:
         _count(statistics, scan, valid, done)
     selected = _select(config, found, scan, unfinished)
-    repeats = check(read_rows(found, duplicates.first_copies), config, engine_ids).requests
+    repeats = check(read_rows(found, duplicates.first_copies), config, engine_ids, limits).requests
     copied = keys_from_hex(repeats["key"])
     repeats = repeats.filter(pa.array((unfinished if selected is None else selected).contains(copied)))
     wanted = good | KeySet.of(keys_from_hex(rejected["key"]))
@@ -196,6 +201,7 @@ def make_plan(config: RunConfig, *, retry: Retry | None = None, statistics: Stat
     return Plan(
         config=config,
         engine_ids=engine_ids,
+        model_limits=limits,
         manifest=found,
         outcomes=outcomes,
         wanted=wanted,

@@ -23,6 +23,9 @@ SIDES_PX = (384, 768)
 _TINY_PX = 64
 """Side length at which the embedded model was trained."""
 
+HELD_BYTES = 2 * 2**30
+"""Bytes of the frames of one batch in an engine's host memory, above which the plan warns."""
+
 _MAX_UNEVEN = 0.1
 """Largest ratio of GIF's time unit, 10 ms, to a frame delay that is not a multiple of it, without a warning."""
 
@@ -44,6 +47,7 @@ def warnings_of(config: RunConfig, statistics: Statistics) -> list[str]:
         *_about_gifs(statistics),
         *_about_defaults(config, statistics),
         *_about_capacity(config.placement),
+        *_about_memory(config.placement, statistics),
     ]
 
 
@@ -136,6 +140,21 @@ def _about_defaults(config: RunConfig, statistics: Statistics) -> Iterator[str]:
         shipped = config.model.base == EMBEDDED and embedded()["defaults"].get(name) == value
         if statistics.num_rows and statistics.num_given[name] == statistics.num_rows and not shipped:
             yield f"defaults.{name} has no effect: every row has its own value in column '{name}'; remove one of them"
+
+
+def _about_memory(place: PlacementConfig, statistics: Statistics) -> Iterator[str]:
+    """Warn if a batch of the longest clips holds many bytes of frames."""
+    sizes = []
+    for row in statistics.work.to_pylist():
+        area = row["long_side"] ** 2 if row["width"] is None else row["width"] * row["height"]
+        sizes += [3 * row["num_frames"] * area] * min(place.batch_size, row["num_rows"])
+    held = sum(sorted(sizes)[-place.batch_size :])
+    if place.batch_size > 1 and held > HELD_BYTES:
+        yield (
+            f"a batch of the longest clips holds {held / 2**30:.1f} GiB of frames in host memory (width x height x "
+            f"num_frames x 3 bytes, placement.batch_size {place.batch_size}); set placement.batch_size to "
+            f"{max(1, HELD_BYTES // max(sizes))}"
+        )
 
 
 def _about_capacity(place: PlacementConfig) -> Iterator[str]:

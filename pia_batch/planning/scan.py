@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.config import RunConfig
+from pia_batch.config.model_limits import NO_LIMITS, Limits
 from pia_batch.manifest.files import Contents, ManifestFile
 from pia_batch.manifest.reader import Manifest, Piece
 from pia_batch.planning import scan_pool
@@ -65,6 +66,7 @@ def scan_manifest(
     run: RunConfig,
     engine_ids: Mapping[str, str],
     cache: ScanCache | None = None,
+    limits: Limits = NO_LIMITS,
 ) -> Scan:
     """Validate every row of a manifest; read only the files that `cache` does not have.
 
@@ -73,6 +75,7 @@ def scan_manifest(
         run: Config with the defaults, and with everything else that decides a key.
         engine_ids: Identity of each model's engine, by the model's name.
         cache: Cache made with the same config and engines. This consumes it, except for `save`. None reads every file.
+        limits: Limits of the models that their files decide.
 
     Raises:
         ManifestError: a file is corrupt, or went away.
@@ -84,7 +87,7 @@ def scan_manifest(
         cache.release()
     pieces = [piece for piece in found.pieces() if piece.file not in known]
     schema = pa.schema([item for item in found.schema if item.name in REQUEST.names])
-    validated = _validate(found, ScanTask(schema, run, engine_ids, words_of(run)), pieces)
+    validated = _validate(found, ScanTask(schema, run, engine_ids, words_of(run), limits), pieces)
     num_pieces = Counter(piece.file for piece in pieces)
     builder = _ScanBuilder(found.num_rows)
     for file, contents in found.opened:

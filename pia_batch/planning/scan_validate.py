@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pia_batch.config import RunConfig
+from pia_batch.config.model_limits import Limits
 from pia_batch.manifest.reader import Piece
 from pia_batch.manifest.validation import Checked, check
 from pia_batch.planning.statistics import WorkClasses
@@ -43,12 +44,14 @@ class ScanTask:
         run: Config with the defaults, and with everything else that decides a key.
         engine_ids: Identity of each model's engine, by the model's name.
         words: Words of the textual inversions of each model.
+        limits: Limits of the models that their files decide.
     """
 
     schema: pa.Schema
     run: RunConfig
     engine_ids: Mapping[str, str]
     words: Words = field(default_factory=dict)
+    limits: Limits = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class PieceValidator:
             for start in range(0, len(table), CHECKED_ROWS):
                 rows = table.slice(start, CHECKED_ROWS)
                 with self._checkers:
-                    checked = check(rows, self._task.run, self._task.engine_ids)
+                    checked = check(rows, self._task.run, self._task.engine_ids, self._task.limits)
                     validated = ValidatedRows.of(rows, checked, self._task.words)
                 yield validated
 

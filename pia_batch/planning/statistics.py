@@ -21,7 +21,7 @@ from pia_batch.config.contexts import computed_frames
 from pia_batch.manifest.effective import seeds_of
 from pia_batch.manifest.tokens import are_truncated
 from pia_batch.planning.words import NO_WORDS, Words, count_words
-from pia_batch.schema.columns import GROUPED
+from pia_batch.schema.columns import CALL_FRAMES, GROUPED
 
 WORK = pa.schema(
     [
@@ -37,12 +37,13 @@ WORK = pa.schema(
         ("guided", pa.bool_()),
         ("computed_frames", pa.float64()),
         ("interpolate", pa.int64()),
+        (CALL_FRAMES, pa.int64()),
     ]
 )
 """Columns that decide the work and the bytes of a request. `steps` is the number of steps that are computed, with the
 passes of FreeInit and `strength` taken into account. `width` and `height` are null if they come from the image.
 `computed_frames` is the number of frames that the UNet computes at each step, more than `num_frames` where windows
-overlap. `interpolate` multiplies the stored frames."""
+overlap; `call_frames` is the number of frames of one of its calls. `interpolate` multiplies the stored frames."""
 
 CLASS = pa.schema([*WORK, ("gif_fps", pa.float64()), ("truncated", pa.bool_())])
 """Columns of a work class. `gif_fps` is the frame rate of a stored GIF, null for another format. `truncated` is true if
@@ -223,7 +224,16 @@ def work_of(requests: pa.Table) -> pa.Table:
     derived["computed_frames"] = _computed_frames(requests)
     if "interpolate" not in requests.column_names:  # results of earlier releases
         derived["interpolate"] = pa.repeat(1, len(requests))
+    derived[CALL_FRAMES] = call_frames(requests)
     return pa.table({name: derived[name] if name in derived else requests[name] for name in WORK.names}).cast(WORK)
+
+
+def call_frames(requests: pa.Table) -> pa.Array | pa.ChunkedArray:
+    """Return the column CALL_FRAMES of requests or results: rows that agree in it share UNet calls."""
+    if "context" not in requests.column_names:
+        return requests["num_frames"]
+    in_parts = pc.is_in(requests["context"], pa.array(["windows", "chain"]))
+    return pc.if_else(in_parts, requests["context_length"], requests["num_frames"])
 
 
 def _computed_frames(requests: pa.Table) -> pa.Array | pa.ChunkedArray:

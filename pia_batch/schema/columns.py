@@ -152,7 +152,10 @@ REQUEST = _schema(SOURCE, declared(MotionWords), ROW_SETTINGS, MODEL)
 EFFECTIVE = _schema(SOURCE, ROW_SETTINGS, MODEL)
 """A request after its defaults: `motion` and `style` are resolved into `motion_scale`."""
 
-GROUPED = ("model", "num_frames", "size", "long_side", "width", "height")
+CALL_FRAMES = "call_frames"
+"""Column with the number of frames of one UNet call: of a window or a piece, else of the whole clip."""
+
+GROUPED = ("model", CALL_FRAMES, "size", "long_side", "width", "height")
 """Requests that have all of these in common can be generated in one batch."""
 
 RESULT = _schema(OUTCOME, ROW_SETTINGS, MEASURED)

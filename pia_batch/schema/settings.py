@@ -118,7 +118,8 @@ class EngineSettings:
         None,
         "Method for clips of more than `context_length` frames. windows: overlapping windows, fused at every step, in "
         "constant memory; freenoise: one call, windows in the motion modules only; chain: the last frame is the next "
-        "image. null: one call up to what the motion modules know (32 frames), windows beyond.",
+        "image. null: one call up to what the motion modules know (32 frames in PIA's), windows "
+        "beyond.",
         neutral=None,
     )
     context_length: int = setting(

@@ -56,6 +56,7 @@ class Addons:
         ip_adapter: IP-Adapter, one file; None if the model has none.
         image_encoder: Folder of the IP-Adapter's image encoder; None if the model has no IP-Adapter.
         notices: Sentences about tensors that are left out, one per file.
+        are_adjustable: For each of `loras`, True if all its layers are plain, so that rows may change its scale.
     """
 
     loras: tuple[Component, ...]
@@ -64,6 +65,7 @@ class Addons:
     ip_adapter: Component | None
     image_encoder: Component | None
     notices: tuple[str, ...] = ()
+    are_adjustable: tuple[bool, ...] = ()
 
 
 def find(
@@ -95,12 +97,13 @@ def find(
     )
     loras = [_lora(entry, f"model.loras[{k}]", widths, layers, words, hub) for k, entry in enumerate(model.loras)]
     return Addons(
-        loras=tuple(part for part, _ in loras),
+        loras=tuple(part for part, _, _ in loras),
         textual_inversions=inversions,
         words=tuple(words.added),
         ip_adapter=None if image is None else image[0],
         image_encoder=None if image is None else image[1],
-        notices=tuple(notice for _, notice in loras if notice is not None),
+        notices=tuple(notice for _, notice, _ in loras if notice is not None),
+        are_adjustable=tuple(adjustable for _, _, adjustable in loras),
     )
 
 
@@ -156,8 +159,8 @@ def _lora(
     layers: Mapping[str, NetworkLayers],
     words: inversion_files.Words,
     hub: Hub,
-) -> tuple[Component, str | None]:
-    """Return the file of a LoRA, and a notice if some of its tensors are left out."""
+) -> tuple[Component, str | None, bool]:
+    """Return the file of a LoRA, a notice if some of its tensors are left out, and True if all layers are plain."""
     location, name = _choose(entry, key, "pytorch_lora_weights.safetensors", hub)
     found = components.single_file(location.fetch([name]), name)
     header = _header(found, key, location)
@@ -190,7 +193,7 @@ def _lora(
         log.info("tensors_left_out key=%s file=%s num_tensors=%d", key, name, len(content.left_out))
     has_scale = any("alpha" in roles for each in content.layers.values() for roles in each.values())
     part = _with_record(name, key, location) if content.is_peft and not has_scale else found
-    return part, _left_out_of_middle(content, layers, where)
+    return part, _left_out_of_middle(content, layers, where), content.is_adjustable
 
 
 def _left_out_of_middle(content: lora_files.LoraContent, layers: Mapping[str, NetworkLayers], where: str) -> str | None:

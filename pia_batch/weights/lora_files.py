@@ -9,7 +9,7 @@ huggingface/peft `tuners`, huggingface/diffusers `loaders`, CompVis/stable-diffu
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pia_batch.errors import ConfigError
@@ -100,6 +100,12 @@ _BOFT_NDIM = 4
 _BUNDLED = "bundle_emb."
 _VECTORS = (".string_to_param.*", ".string_to_param", ".emb_params", ".clip_l", ".*")
 
+_PLAIN = {"down", "up", "alpha"}
+"""Roles of the tensors of a layer that stays a layer of its own, as PEFT applies it."""
+
+_CALLED_BY_KEYWORD = re.compile(r"motion_modules[._]\d+[._](temporal_transformer[._])?proj_(in|out)$")
+"""Layers that diffusers 0.42.1 calls as `layer(input=...)`, which PEFT's layer wrapper does not support."""
+
 _LEFT_OUT = ("position_ids",)
 """Ends of names of constants that some trainers save; they change no weight."""
 
@@ -135,6 +141,15 @@ class LoraContent:
     left_out: tuple[str, ...]
     is_peft: bool
 
+    @property
+    def is_adjustable(self) -> bool:
+        """True if PEFT applies every layer, so that the scale may differ between rows."""
+        return all(
+            is_plain(roles) and not is_called_by_keyword(network, layer)
+            for network, layers in self.layers.items()
+            for layer, roles in layers.items()
+        )
+
 
 def unsupported(shapes: Mapping[str, Shape]) -> str | None:
     """Return the name of the kind of adapter in a file if no engine applies that kind, else None."""
@@ -145,6 +160,16 @@ def unsupported(shapes: Mapping[str, Shape]) -> str | None:
             if re.search(pattern, name):
                 return kind
     return None
+
+
+def is_plain(roles: Iterable[str]) -> bool:
+    """Return True if a layer with these tensors is a plain low-rank product."""
+    return {"down", "up"} <= set(roles) <= _PLAIN
+
+
+def is_called_by_keyword(network: str, layer: str) -> bool:
+    """Return True for layers of the UNet that PEFT's wrapper does not support; `layer` is a name in a file or in it."""
+    return network == UNET and _CALLED_BY_KEYWORD.search(layer) is not None
 
 
 def parse(name: str) -> LoraTensorName | None:

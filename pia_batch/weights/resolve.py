@@ -13,6 +13,7 @@ from typing import Any
 
 from pia_batch import tiny
 from pia_batch.config import EMBEDDED, ModelConfig
+from pia_batch.config.contexts import POSITIONS
 from pia_batch.errors import ConfigError
 from pia_batch.weights import addons, components, conv_in, networks, safetensors, sd15, tensor_map
 from pia_batch.weights.components import CONFIG, DIFFUSION_MODEL, MODEL, Component
@@ -41,6 +42,7 @@ class Weights:
         image_encoder: Folder of the IP-Adapter's CLIPVisionModelWithProjection; None if the model has no IP-Adapter.
         words: Words that stand for textual inversions in prompts, those bundled with LoRAs included.
         notices: Sentences about tensors of the files that PIA leaves out, one per file.
+        are_adjustable: For each of `loras`, True if all its layers are plain, so that rows may change its scale.
     """
 
     base: Path
@@ -51,6 +53,16 @@ class Weights:
     image_encoder: Component | None = None
     words: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
+    are_adjustable: tuple[bool, ...] = ()
+
+    @property
+    def positions(self) -> int:
+        """Number of frames that the motion modules know: the length of their positional encodings."""
+        part = self.components.get("motion_adapter", self.components["unet"])
+        header = components.header(part)
+        shape = next(filter(None, map(header.shape_of, networks.POSITIONS)), None)
+        positions: int = part.settings.get("motion_max_seq_length", POSITIONS) if shape is None else shape[1]
+        return positions
 
     def parts(self) -> Iterator[tuple[str, Component]]:
         """Yield every part with its name: `unet`, ..., `loras.0`, `textual_inversions.0`, `ip_adapter`, ..."""
@@ -114,6 +126,7 @@ def resolve(model: ModelConfig, hub: Hub | None = None) -> Weights:
         extras.image_encoder,
         extras.words,
         notices + extras.notices,
+        extras.are_adjustable,
     )
     _check_pins(model, found)
     return found

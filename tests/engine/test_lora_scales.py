@@ -12,6 +12,7 @@ from diffusers import PIAPipeline
 from lora_files import stock_with, write_lora
 from pipelines import Truth, assert_same, build, save, shot, single_call
 from torch.utils.flop_counter import FlopCounterMode
+from travelling import truth_of, worst
 
 from pia_batch.config import LoraConfig, ModelConfig, SchedulerConfig
 from pia_batch.engine import PiaEngine, Shot, lora_scales
@@ -74,6 +75,31 @@ def test_rows_that_differ_share_a_batch_and_each_equals_set_adapters(files):
     assert torch.allclose(alone.latents, clips[5].latents, rtol=0, atol=1e-5)
     # The scales of the config are back.
     assert_same(engine.animate([ROWS[1]], keep_latents=True)[0], truth(pipe, ROWS[1]))
+
+
+TRAVELS = [
+    shot(1, prompt=None, prompts={0: "a", 2: "b", 4: "a"}, num_frames=6, lora_scales=(("style", 0.25), ("zoom", -1.0))),
+    shot(2, prompt=None, prompts={0: "a", 2: "b", 4: "a"}, num_frames=6),
+    shot(3, num_frames=6, lora_scales=(("style", 2.0),), guidance_scale=1.0),
+    shot(4, num_frames=6, negative_prompts={0: "a", 5: "b"}, lora_scales=(("style", 0.5),), num_inference_steps=2),
+]
+"""The first two have the same texts, which a LoRA of the text encoder and of `to_k` makes different ones."""
+
+
+def test_prompts_that_change_take_scales_too(files):
+    pipe = stock_with(*((files[name], scale) for name, scale in CONFIGURED.items()))
+    engine = PiaEngine.load(model(files), "cpu")
+
+    clips = engine.animate(TRAVELS, keep_latents=True)
+    windows = [dataclasses.replace(row, num_frames=15, context_length=6, context_overlap=2) for row in TRAVELS[:2]]
+    together = engine.animate(windows, keep_latents=True)
+
+    for row, clip in zip(TRAVELS, clips, strict=True):
+        pipe.set_adapters(["stock0", "stock1"], list((CONFIGURED | dict(row.lora_scales or ())).values()))
+        assert worst(clip, truth_of(pipe, dataclasses.replace(row, lora_scales=None))) <= 3e-5
+    for row, clip in zip(windows, together, strict=True):
+        alone = engine.animate([row], keep_latents=True)[0]
+        assert torch.allclose(alone.latents, clip.latents, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("speed", ["balanced", "fast"])

@@ -259,9 +259,3 @@ def test_words_of_textual_inversions_are_found_in_all_prompts() -> None:
     made = checked(pa.array([KEYS, KEYS], KEY_PROMPTS_TYPE)).requests
 
     assert count_words(made, {"default": ("square", "hat")}) == {word_key("default", "square"): 2}
-
-
-def test_scales_of_loras_do_not_go_with_prompts_that_change() -> None:
-    found = checked(pa.array([KEYS], KEY_PROMPTS_TYPE), lora_scales=[[{"name": "x", "scale": 0.5}]])
-
-    assert "column 'lora_scales'" in found.rejected["error"][0].as_py()

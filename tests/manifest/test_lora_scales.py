@@ -9,6 +9,7 @@ import pytest
 from inputs import requests_table
 
 from pia_batch.config import RunConfig
+from pia_batch.config.model_limits import NO_LIMITS, Limits, ModelLimits
 from pia_batch.errors import ConfigError
 from pia_batch.manifest.validation import check
 from pia_batch.schema.lora_scales import LORA_SCALES_TYPE
@@ -17,11 +18,11 @@ PATHS = {"manifest": "m.parquet", "output": "out", "model.base": "some/model"}
 LORAS = [{"source": "weights/zoom.safetensors", "scale": 0.5}, {"source": "hub/style", "name": "ink"}]
 
 
-def checked(column: pa.Array, **settings: Any) -> Any:
+def checked(column: pa.Array, limits: Limits = NO_LIMITS, **settings: Any) -> Any:
     written = {name.replace("__", "."): value for name, value in settings.items()}
     config = RunConfig.load(None, PATHS | {"model.loras": LORAS} | written)
     table = requests_table(len(column)).append_column("lora_scales", column)
-    return check(table, config, dict.fromkeys(config.all_models, "e" * 32))
+    return check(table, config, dict.fromkeys(config.all_models, "e" * 32), limits)
 
 
 def listed(*rows: dict[str, float] | None) -> pa.Array:
@@ -83,6 +84,16 @@ def test_what_cannot_be_scaled_is_rejected_with_what_is_allowed(column, settings
 
     assert error.startswith("column 'lora_scales': ")
     assert message in error
+
+
+def test_the_scale_of_a_lora_that_is_merged_into_the_weights_is_refused_by_name():
+    limits = {"default": ModelLimits(fixed_loras=frozenset({"ink"}))}
+
+    found = checked(listed({"zoom": 1}, {"ink": 0.5, "zoom": 1}), limits)
+
+    assert found.rows.tolist() == [0]
+    (error,) = found.rejected["error"].to_pylist()
+    assert "ink of model 'default' has layers of another kind (LoHa, LoKr, DoRA, Tucker, full differences)" in error
 
 
 def test_a_bad_default_is_an_error_of_the_config():

@@ -144,6 +144,22 @@ def test_what_can_share_a_batch_stands_together_and_otherwise_nothing_moves(make
     ]
 
 
+def test_rows_of_any_length_that_share_unet_calls_stand_together(make_config: MakeConfig) -> None:
+    context = [None, "windows", "freenoise", None, "chain", "windows"]
+    table = requests_table(6, num_frames=[16, 100, 17, 24, 40, 64], context=context, context_length=[16] * 6)
+
+    rows = arranged(make_config(table)).to_pylist()
+
+    assert [(row["request_id"], row["num_frames"]) for row in rows] == [
+        ("r000", 16),
+        ("r004", 40),
+        ("r005", 64),
+        ("r001", 100),
+        ("r002", 17),
+        ("r003", 24),
+    ]
+
+
 def test_a_size_from_the_image_keeps_its_shape_and_is_the_same_however_it_was_found(make_config: MakeConfig) -> None:
     config = make_config(
         requests_table(4, image=[f"images/{name}.png" for name in ("wide", "upright", "small", "gone")]),

@@ -51,6 +51,17 @@ def test_a_warning_about_rows_has_their_number(columns: dict[str, Any], words: s
     assert words in text
 
 
+def test_a_batch_of_long_clips_that_fills_the_hosts_memory_is_a_warning() -> None:
+    long = requests_table(4, num_frames=[16, 1024, 1024, 1024])
+
+    (text,) = warnings(long, placement__batch_size=4)
+
+    assert "holds 2.3 GiB of frames in host memory" in text
+    assert "placement.batch_size 4); set placement.batch_size to 2" in text
+    assert warnings(long, placement__batch_size=2) == []
+    assert warnings(requests_table(4, num_frames=[512] * 4), placement__batch_size=4) == []
+
+
 @pytest.mark.parametrize("fps", [1, 8, 10, 12.5, 20, 25, 50, 7.5])
 def test_rates_that_a_gif_holds_or_nearly_holds_are_fine(fps: float) -> None:
     assert warnings(requests_table(2, format=["gif"] * 2, fps=[fps] * 2)) == []

@@ -129,7 +129,7 @@ def test_parts_put_together_and_packed_are_the_whole(table: pa.Table, cuts: list
         }
         for work, request in zip(work_of(requests).to_pylist(), requests.to_pylist(), strict=True)
     ]
-    counted = Counter(tuple(row[name] for name in GROUPED) for row in requests.to_pylist())
+    counted = Counter(tuple(row[name] for name in GROUPED) for row in work_of(requests).to_pylist())
     assert {tuple(row.values())[:-1]: row["num_rows"] for row in whole.groups.to_pylist()} == counted
 
 
