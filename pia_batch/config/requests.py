@@ -10,7 +10,7 @@ from pydantic import Field, create_model, field_validator
 from pia_batch.config.base import Section
 from pia_batch.schema.declaration import Setting
 from pia_batch.schema.identity import Decides, decisive
-from pia_batch.schema.settings import DEFAULT_SETTINGS, Format, MotionWords, Settings
+from pia_batch.schema.settings import DEFAULT_SETTINGS, Format, MotionWords, Settings, VideoCodec
 from pia_batch.storage import uris
 
 Fit = Literal["cover", "contain", "stretch"]
@@ -100,6 +100,21 @@ class EncodingConfig(Section):
     mp4_preset: Annotated[Literal["ultrafast", "veryfast", "fast", "medium", "slow"], Decides(formats=("mp4",))] = (
         Field("veryfast", description="Effort of x264: slower is smaller.")
     )
+    av1_crf: Annotated[int, Decides(formats=("mp4/av1",))] = Field(
+        24, ge=1, le=63, description="Quality of SVT-AV1: lower is better and larger."
+    )
+    av1_preset: Annotated[int, Decides(formats=("mp4/av1",))] = Field(
+        8, ge=0, le=13, description="Effort of SVT-AV1: 13 is fast and large, 0 slow and small."
+    )
+    webm_crf: Annotated[int, Decides(formats=("webm",))] = Field(
+        24, ge=0, le=63, description="Quality of VP9: lower is better and larger."
+    )
+    webm_lossless: Annotated[bool, Decides(neutral=False, formats=("webm",))] = Field(
+        default=False, description="true: VP9 loses nothing but the colour resolution of 4:2:0; `webm_crf` is unused."
+    )
+    webm_speed: Annotated[int, Decides(formats=("webm",))] = Field(
+        4, ge=0, le=8, description="Effort of VP9: 8 is fast and large, 0 slow and small."
+    )
     gif_dither: Annotated[bool, Decides(neutral=False, formats=("gif",))] = Field(
         default=False, description="true: dither GIFs, which hides banding and costs size."
     )
@@ -117,7 +132,8 @@ class EncodingConfig(Section):
         description="true: files record how they were made: prompt, settings, seed, model, and that a model made them.",
     )
 
-    def identity(self, file_format: Format) -> str:
-        """Return the options that decide the bytes of a file of this format, for the content key."""
-        chosen = decisive(self, file_format)
+    def identity(self, file_format: Format, codec: VideoCodec | None = None) -> str:
+        """Return the options that decide the bytes of a file of this format and codec, for the content key."""
+        encoder = file_format if codec in (None, "h264") else f"{file_format}/{codec}"
+        chosen = decisive(self, encoder)
         return " ".join([file_format, *(f"{name}={value}" for name, value in sorted(chosen.items()))])

@@ -46,7 +46,7 @@ from pia_batch.storage.uris import redacted_uri
 
 log = logging.getLogger(__name__)
 
-TRANSCODED: tuple[Format, ...] = ("mp4", "gif", "webp")
+TRANSCODED: tuple[Format, ...] = ("mp4", "gif", "webp", "webm")
 """Formats into which animations are transcoded."""
 
 STOP_CHECK_S = 0.5

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from pia_batch.config import FORMATS, RunConfig
 from pia_batch.schema.keys import Keys, json_digest
-from pia_batch.schema.settings import ROW_SETTINGS
+from pia_batch.schema.settings import ROW_SETTINGS, VIDEO_CODECS
 
 
 def content_keys(
@@ -31,7 +31,7 @@ def content_keys(
         "prompt": effective["prompt"],
         "image": images,
         "fit": pa.scalar(config.images.identity()),
-        "encoder": _encoders(effective["format"], config),
+        "encoder": _encoders(effective["format"], effective["codec"], config),
         "ip_adapter_image": effective["ip_adapter_image"],
         "engine_id": _by_name(effective["model"], engine_ids),
     }
@@ -48,12 +48,22 @@ def image_identity(typed: Mapping[str, pa.Array]) -> pa.Array:
     return pc.coalesce(by_hash, pc.binary_join_element_wise("uri:", uris, ""))
 
 
-def _encoders(formats: pa.Array | pa.Scalar, config: RunConfig) -> pa.Array | pa.Scalar:
-    """Return the identity of the encoder of each format."""
-    if isinstance(formats, pa.Scalar):
-        return pa.scalar(config.encoding.identity(formats.as_py()))
-    identities = pa.array([config.encoding.identity(name) for name in FORMATS])
-    return identities.take(pc.index_in(formats, value_set=pa.array(FORMATS)))
+def _encoders(
+    formats: pa.Array | pa.Scalar, video_codecs: pa.Array | pa.Scalar, config: RunConfig
+) -> pa.Array | pa.Scalar:
+    """Return the identity of the encoder of each row."""
+    if isinstance(formats, pa.Scalar) and isinstance(video_codecs, pa.Scalar):
+        return pa.scalar(config.encoding.identity(formats.as_py(), video_codecs.as_py()))
+    by_format = pa.array([config.encoding.identity(name) for name in FORMATS])
+    found = (
+        by_format.take(pc.index_in(formats, value_set=pa.array(FORMATS)))
+        if isinstance(formats, pa.Array)
+        else (pa.scalar(config.encoding.identity(formats.as_py())))
+    )
+    for codec in VIDEO_CODECS[1:]:
+        with_codec = pc.fill_null(pc.equal(video_codecs, codec), False)
+        found = pc.if_else(with_codec, config.encoding.identity("mp4", codec), found)
+    return found
 
 
 def _by_name(names: pa.Array, values: Mapping[str, str]) -> pa.Array | pa.Scalar:

@@ -1,6 +1,6 @@
 """Metadata of GIF, WebP, PNG and MP4 files: writes a comment and an XMP packet into their bytes, and reads comments.
 
-The MP4 metadata that libavformat writes is in `codecs.mp4`.
+The metadata of MP4 and WebM that libavformat writes is in `codecs.mp4` and `codecs.webm`.
 """
 
 from __future__ import annotations

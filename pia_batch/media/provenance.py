@@ -110,7 +110,7 @@ class Provenance(BaseModel):
             engine_id=engine_id,
             speed=config.all_models[row["model"]].speed,
             fit=f"{config.images.fit} {config.images.background.lower()}",
-            encoder=config.encoding.identity(row["format"]),
+            encoder=config.encoding.identity(row["format"], row["codec"]),
             settings={name: row[name] for name in SETTINGS.names if row[name] is not None},
             stored=stored if any(row[name] != value for name, value in stored.items()) else None,
         )

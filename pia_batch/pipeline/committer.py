@@ -30,6 +30,7 @@ from pia_batch.pipeline.finishing import finish
 from pia_batch.pipeline.request_rows import INTERNAL, NSFW_INPUT, condition_image, is_rejected
 from pia_batch.pipeline.safety_guard import SafetyGuard
 from pia_batch.schema.columns import FAILED, REQUEST, SUCCEEDED, Row, results_table
+from pia_batch.schema.settings import VideoCodec
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +153,16 @@ class Committer:
         metadata = provenance.metadata_of(row, self._config, self._engine_ids[row["model"]])
         loop_count, finished = row["loop_count"] or 0, finish(row, frames)
         stored = row | asdict(finished.size)
+        codec: VideoCodec = row["codec"] or "h264"
+        encoding = self._config.encoding
         data = codecs.encode(
-            finished.frames, row["format"], stored["fps"], self._config.encoding, metadata, loop_count=loop_count
+            finished.frames,
+            row["format"],
+            stored["fps"],
+            encoding,
+            metadata,
+            loop_count=loop_count,
+            video_codec=codec,
         )
         info = quality.check_animation(data, stored)
         name = animation_name(row["key"], codecs.CODECS[row["format"]].extension)

@@ -18,7 +18,7 @@ from pia_batch.schema.columns import RESULT, SUCCEEDED
 Media = Literal["video", "image", "file"]
 """Role of a file for `datasets`: a video, a (moving) image, or a file that it cannot decode."""
 
-MEDIA: dict[str, Media] = {"mp4": "video", "gif": "image", "webp": "image", "png_zip": "file"}
+MEDIA: dict[str, Media] = {"mp4": "video", "gif": "image", "webp": "image", "png_zip": "file", "webm": "video"}
 """Media of each animation format; `datasets` chooses by the extension."""
 
 CONDITION_IMAGE = "condition_image"

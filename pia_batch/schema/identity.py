@@ -24,7 +24,7 @@ class Decides:
 
     Attributes:
         neutral: The value that is left out of the hash; `ALWAYS` where every value but null is hashed.
-        formats: The file formats that the option affects; empty: all of them.
+        formats: The encoders that the option affects, as `EncodingConfig.identity` names them; empty: all of them.
     """
 
     neutral: Any = ALWAYS

@@ -19,7 +19,8 @@ from pia_batch.schema.declaration import Setting, declared, setting
 from pia_batch.schema.key_prompts import KeyPrompts
 from pia_batch.schema.lora_scales import MAX_SCALE, LoraScales
 
-Format = Literal["mp4", "gif", "webp", "png_zip"]
+Format = Literal["mp4", "gif", "webp", "png_zip", "webm"]
+VideoCodec = Literal["h264", "av1"]
 Motion = Literal["small", "medium", "large"]
 Size = Literal["fixed", "auto"]
 FreeInitMethod = Literal["butterworth", "ideal", "gaussian"]
@@ -27,12 +28,13 @@ Context = Literal["windows", "freenoise", "chain"]
 Interpolation = Literal["linear", "slerp", "hold"]
 
 FORMATS: tuple[Format, ...] = get_args(Format)
+VIDEO_CODECS: tuple[VideoCodec, ...] = get_args(VideoCodec)
 MOTIONS: tuple[Motion, ...] = get_args(Motion)
 CONTEXTS: tuple[Context, ...] = get_args(Context)
 FREE_INIT_METHODS: tuple[FreeInitMethod, ...] = get_args(FreeInitMethod)
 INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 
-MAX_FPS: Mapping[Format, int] = MappingProxyType({"mp4": 60, "gif": 50, "webp": 60, "png_zip": 60})
+MAX_FPS: Mapping[Format, int] = MappingProxyType({"mp4": 60, "gif": 50, "webp": 60, "png_zip": 60, "webm": 60})
 """Highest rate of each format, in frames per second.
 
 GIF delays are multiples of 10 ms, and browsers show a frame of 10 ms for 100 ms.
@@ -203,7 +205,13 @@ class Settings(EngineSettings):
         needs="size", ge=64, le=4096, multiple_of=64,
     )  # fmt: skip
     fps: float = setting(8.0, "Frames per second; at most 50 in a GIF.", ge=1, le=60)
-    format: Format = setting("mp4", "File format; png_zip: the frames as PNG files in a zip.")
+    format: Format = setting("mp4", "File format; webm: VP9; png_zip: the frames as PNG files in a zip.")
+    codec: VideoCodec = setting(
+        "h264",
+        "Video codec of an MP4. h264 plays everywhere; av1 is smaller, and plays in current browsers and players.",
+        neutral="h264",
+        formats=("mp4",),
+    )
     loop_count: int = setting(
         0, "Number of times that a GIF or WebP plays; 0: for ever.", neutral=0, formats=("gif", "webp"), ge=0, le=65535
     )

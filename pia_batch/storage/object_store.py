@@ -66,6 +66,7 @@ MEDIA_TYPES = {
     "md": "text/markdown; charset=utf-8",
     "mp4": "video/mp4",
     "parquet": "application/vnd.apache.parquet",
+    "webm": "video/webm",
     "webp": "image/webp",
     "zip": "application/zip",
 }

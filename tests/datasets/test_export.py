@@ -278,7 +278,7 @@ def test_a_table_of_ids_may_be_parquet_or_jsonl(output: str, tmp_path: Path, suf
         ({"where": "motion > 99"}, r"--where leave no animation to export from run run-1"),
         ({"columns": ["promt"]}, r"--columns: no column promt; there are request_id, prompt"),
         ({"shard_size": "0"}, r"--shard-size: invalid value \(got '0'"),
-        ({"transcode": "avi"}, r"--transcode: invalid value \(got 'avi', expected one of mp4, gif, webp\)"),
+        ({"transcode": "avi"}, r"--transcode: invalid value \(got 'avi', expected one of mp4, gif, webp, webm\)"),
         ({"only": "/nowhere/ids.parquet"}, r"--only: cannot read .*nowhere/ids.parquet"),
         ({"run_id": "run-9"}, r"--run: run-9 has no complete results in .*; the newest ones are run-1's"),
     ],
@@ -320,7 +320,7 @@ def test_names_that_become_the_same_file_are_refused(tmp_path: Path) -> None:
     assert export(str(tmp_path / "out"), str(tmp_path / "to"), "folder", where="request_id != 'A_B'").rows == 2
 
 
-@pytest.mark.parametrize("transcode", ["mp4", "gif", "webp"])
+@pytest.mark.parametrize("transcode", ["mp4", "gif", "webp", "webm"])
 def test_animations_are_transcoded_and_their_columns_say_so(tmp_path: Path, transcode: str) -> None:
     formats = ["gif", "webp", "png_zip", "mp4"]
     make_output(Store(str(tmp_path / "out")), formats)

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -31,11 +30,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from browsers import chromium_browser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import png, requests_table
 from PIL import Image, ImageSequence
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from servers import serving
 
 from pia_batch import cli, report
@@ -628,14 +628,8 @@ EVIL = "</script><script>window.hurt = 1</script><img src=x onerror='window.hurt
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
-    """The system's Chromium or Chrome, else Playwright's own."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with sync_playwright() as playwright:
-        if found is None and not Path(playwright.chromium.executable_path).exists():
-            pytest.fail("no Chromium: `make browser` installs one")
-        browser = playwright.chromium.launch(executable_path=found)
+    with chromium_browser() as browser:
         yield browser
-        browser.close()
 
 
 @dataclass

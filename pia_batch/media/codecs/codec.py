@@ -16,6 +16,7 @@ from PIL import Image, ImageSequence
 
 from pia_batch.config import MAX_FPS, EncodingConfig, Format
 from pia_batch.media.metadata import Metadata
+from pia_batch.schema.settings import VideoCodec
 from pia_batch.storage.object_store import MEDIA_TYPES
 
 Frames = npt.NDArray[np.uint8]
@@ -71,6 +72,8 @@ class Playback:
     """Rate in frames per second."""
     loop_count: int = 0
     """Number of times that the animation plays; 0: for ever. Only GIF and WebP record it."""
+    video_codec: VideoCodec = "h264"
+    """Video codec of an MP4."""
 
 
 @dataclass(frozen=True, slots=True)

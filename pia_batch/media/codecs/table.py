@@ -19,10 +19,12 @@ from pia_batch.media.codecs.codec import Codec, Frames, FrameStream, MediaInfo, 
 from pia_batch.media.codecs.gif import GIF
 from pia_batch.media.codecs.mp4 import MP4
 from pia_batch.media.codecs.png_zip import PNG_ZIP
+from pia_batch.media.codecs.webm import WEBM
 from pia_batch.media.codecs.webp import WEBP
 from pia_batch.media.metadata import Metadata, image_comments
+from pia_batch.schema.settings import VideoCodec
 
-CODECS: Mapping[Format, Codec] = MappingProxyType({codec.format: codec for codec in (MP4, GIF, WEBP, PNG_ZIP)})
+CODECS: Mapping[Format, Codec] = MappingProxyType({codec.format: codec for codec in (MP4, GIF, WEBP, PNG_ZIP, WEBM)})
 """The codec of every format."""
 
 _PNG_SIGNATURE = (0, b"\x89PNG")
@@ -36,6 +38,7 @@ def encode(
     metadata: Metadata | None = None,
     *,
     loop_count: int = 0,
+    video_codec: VideoCodec = "h264",
 ) -> bytes:
     """Return the animation as one file. Identical neighbouring frames are all kept.
 
@@ -50,6 +53,7 @@ def encode(
         config: Quality and speed of each format.
         metadata: Description of the animation to embed; None: nothing. Pixels do not depend on it.
         loop_count: Number of times that a GIF or WebP plays, at most 65535; 0: for ever.
+        video_codec: Video codec of an MP4.
 
     Raises:
         EncodingError: Shape, dtype or rate is not supported by the format, or the encoder fails.
@@ -68,7 +72,7 @@ def encode(
         raise EncodingError(msg)
     failures: tuple[type[Exception], ...] = (*codec.errors, OSError, ValueError, MemoryError, struct.error)
     try:
-        playback = Playback(exact_rate(fps), loop_count)
+        playback = Playback(exact_rate(fps), loop_count, video_codec)
         pixels = frames if isinstance(frames, FrameStream) else np.ascontiguousarray(frames)
         return codec.encode(pixels, playback, config, metadata)
     except failures as err:
@@ -103,7 +107,7 @@ def comments(data: bytes) -> list[str]:
     """Return the comments in a file, whichever program wrote them; of an MP4 every metadata value.
 
     Args:
-        data: A GIF, an MP4, a WebP, a PNG, or a zip with a `provenance.json` as `encode` writes it.
+        data: A GIF, an MP4, a WebM, a WebP, a PNG, or a zip with a `provenance.json` as `encode` writes it.
 
     Raises:
         EncodingError: The file is of another kind, or is damaged.
@@ -111,7 +115,7 @@ def comments(data: bytes) -> list[str]:
     readers = (reader for (start, magic), reader in _COMMENTS if data[start : start + len(magic)] == magic)
     reader = next(readers, None)
     if reader is None:
-        msg = "not a GIF, an MP4, a WebP, a PNG or a zip of PNGs"
+        msg = "not a GIF, an MP4, a WebM, a WebP, a PNG or a zip of PNGs"
         raise EncodingError(msg)
     try:
         return reader(data)
