@@ -41,7 +41,7 @@ def _encode(frames: AnyFrames, playback: Playback, config: EncodingConfig, metad
         "fflags": "+bitexact",  # no time stamp, no version
         # Room for the index at the front, so that a player can start before it has the whole file. `faststart` does the
         # same, but opens the file again by name. The index of 1 frame takes 0.8 KB, each further one at most 24 bytes.
-        "moov_size": str(2048 + 32 * len(frames) + sum(len(text.encode()) for text in texts.values())),
+        "moov_size": str(2048 + 32 * frames.shape[0] + sum(len(text.encode()) for text in texts.values())),
         "movie_timescale": str(fps.numerator),  # the default, milliseconds, cannot express 1/7.5 s
     }
     data = mux(frames, fps, _encoder(playback.video_codec, config), "mp4", muxing, texts)
