@@ -119,8 +119,17 @@ def measure(case: Case) -> dict[str, Any]:
     Raises:
         subprocess.CalledProcessError: The run failed; its messages are on standard error.
     """
-    command = [sys.executable, __file__, "--case", json.dumps(asdict(case))]
-    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE)  # noqa: S603 - this program
+    return measured_in_own_process(__file__, asdict(case))
+
+
+def measured_in_own_process(program: str, case: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures that `program --case JSON` prints as its last line.
+
+    Raises:
+        subprocess.CalledProcessError: The program failed; its messages are on standard error.
+    """
+    command = [sys.executable, program, "--case", json.dumps(case)]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE)  # noqa: S603 - a program of this folder
     figures: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
     return figures
 

@@ -22,7 +22,7 @@ from pia_batch.pipeline.attempts import EngineActivity
 
 log = logging.getLogger(__name__)
 
-_POLL_S, _MIN_POLL_S = 0.5, 0.1
+_POLL_S, _MIN_POLL_S = 0.5, 0.25
 """Seconds between two polls of the tracker: the first, or sooner where the chain moves, but at least the second."""
 
 _IDLE_CHECK_S = 30.0

@@ -18,6 +18,11 @@ MIN_UNINDEXED_FRAGMENTS = 64
 """Fragments below which compaction is not worthwhile: reading them takes less time than the index saves."""
 
 
+MIN_SHARE = 64
+"""A compaction waits for at least one part in so many of the rows committed so far, because each one lists the whole
+journal: otherwise the driver's time for the listings grows with the square of the rows."""
+
+
 class Compactor:
     """Compacts a journal in a thread of its own, one compaction at a time. A failed compaction does not stop the run.
 
@@ -34,7 +39,8 @@ class Compactor:
 
     def record_committed(self, num_rows: int) -> None:
         """Record the total number of rows that the run has committed; start a compaction if there are enough."""
-        if num_rows - self._compacted_rows < self._rows or (self._thread is not None and self._thread.is_alive()):
+        wanted = max(self._rows, num_rows // MIN_SHARE)
+        if num_rows - self._compacted_rows < wanted or (self._thread is not None and self._thread.is_alive()):
             return
         self._compacted_rows = num_rows
         self._thread = threading.Thread(target=self._compact, name="compaction", daemon=True)

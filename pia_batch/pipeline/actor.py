@@ -16,8 +16,9 @@ from pia_batch.pipeline.animate import Animate, WorkerProcess
 from pia_batch.pipeline.heartbeat import Heartbeat
 from pia_batch.pipeline.metrics import RayMeter
 
-TASKS_IN_FLIGHT = 4
-"""Tasks at or queued before one engine: two are in work, two wait, so that the device never waits."""
+TASKS_IN_FLIGHT, LARGE_TASKS_IN_FLIGHT = 4, 3
+"""Tasks at or queued before one engine: two are in work, two wait, so that the device never waits. Of tasks with
+several batches it is enough that one waits; those that wait for a slow engine at the end leave the others idle."""
 
 
 class AnimateActor:
@@ -55,7 +56,7 @@ class AnimateActor:
 
 
 def in_actor_pool(
-    requests: ray.data.Dataset, place: PlacementConfig, actor: type, arguments: Mapping[str, Any]
+    requests: ray.data.Dataset, place: PlacementConfig, actor: type, arguments: Mapping[str, Any], batches: int = 1
 ) -> ray.data.Dataset:
     """Pass requests, in batches, through a pool of actors.
 
@@ -64,6 +65,7 @@ def in_actor_pool(
         place: Size of a batch, resources of an actor, and number of actors.
         actor: Class of the actors, such as AnimateActor.
         arguments: Arguments of its constructor, without `driver_version`.
+        batches: Number of batches in a task.
     """
     return requests.map_batches(
         actor,
@@ -76,7 +78,7 @@ def in_actor_pool(
         compute=ray.data.ActorPoolStrategy(
             min_size=place.min_engines,
             max_size=place.max_engines,
-            max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT,
+            max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT if batches == 1 else LARGE_TASKS_IN_FLIGHT,
             # One batch is encoded and committed while the next one is on the device; Animate keeps the order.
             max_concurrent_calls_per_actor=2,
             enable_true_multi_threading=True,

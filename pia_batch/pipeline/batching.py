@@ -7,9 +7,9 @@ from pia_batch.config import RunConfig
 WINDOW, SMALL_WINDOW = 1024, 64
 """Requests that are arranged together; fewer where each request holds its image."""
 
-TASKS_PER_ENGINE = 256
-"""A task has several batches only where each engine still gets more tasks than these, because the driver's time and
-memory grow with the tasks. Engines that have no task left while others end theirs lose less than 1 % of the run."""
+TASKS_PER_ENGINE = 64
+"""A task has several batches only where each engine still gets more tasks than these, because the driver's time grows
+with the tasks. Engines of equal speed that have no task left while others end theirs lose less than 1 % of the run."""
 
 TASK_ROWS, TASK_BYTES = 64, 32 * 2**20
 """Maximum number of requests in a task of several batches, and of the bytes of their pixels under the config's

@@ -32,9 +32,6 @@ def chain(
 ) -> ray.data.Dataset:
     """Return the whole job as a lazy Dataset of `outcomes.OUTCOME` rows, one for each pending request."""
     config, folder, store = plan.config, plan.manifest.folder, Store(plan.config.output)
-    ray_data.configure()
-    validate = stages.Validate(config, plan.engine_ids, plan.model_limits)
-    drop_finished = stages.DropFinished(plan.skipped, plan.selected)
     fetch = stages.FetchImages(config.images, folder, config.original_models)
     animate = {
         "load_engines": load_engines or EngineLoader.of(config),
@@ -45,15 +42,21 @@ def chain(
         "objects": store,
         "commits": Journal(store),
     }
+    batches = batching.batches_per_task(config, plan.num_selected)
+    return fetched_and_animated(pending_requests(plan), config, fetch, AnimateActor, animate, batches)
 
+
+def pending_requests(plan: Plan) -> ray.data.Dataset:
+    """Return the requests that a run animates, in the order in which they are fetched, as a lazy Dataset."""
+    ray_data.configure()
+    validate = stages.Validate(plan.config, plan.engine_ids, plan.model_limits)
+    drop_finished = stages.DropFinished(plan.skipped, plan.selected)
     requests = datasource.dataset(plan.manifest)
     requests = requests.map_batches(validate, **ray_data.blocks(ray_data.READ_CPUS))
     requests = requests.map_batches(drop_finished, **ray_data.blocks(ray_data.READ_CPUS))
     requests = _with_repeats(requests, plan)
-    requests = _by_priority(requests, config)
-    requests = _arranged(requests, plan)
-    batches = batching.batches_per_task(config, plan.num_selected)
-    return fetched_and_animated(requests, config, fetch, AnimateActor, animate, batches)
+    requests = _by_priority(requests, plan.config)
+    return _arranged(requests, plan)
 
 
 def _with_repeats(requests: ray.data.Dataset, plan: Plan) -> ray.data.Dataset:
@@ -105,5 +108,6 @@ def fetched_and_animated(
     together = batching.fetch_rows(config, task_rows)
     requests = requests.repartition(target_num_rows_per_block=together, strict=True)
     requests = requests.map_batches(fetch, **ray_data.blocks(place.fetch_num_cpus))
-    requests = requests.repartition(target_num_rows_per_block=task_rows, strict=True)
-    return in_actor_pool(requests, place, actor, arguments)
+    if together != task_rows:  # else the blocks are those of the tasks already, and another operator costs the driver
+        requests = requests.repartition(target_num_rows_per_block=task_rows, strict=True)
+    return in_actor_pool(requests, place, actor, arguments, batches)

@@ -6,10 +6,20 @@ import logging
 from typing import Any
 
 import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from pia_batch.planning.capacity import READ_CPUS
 
-__all__ = ["ARRANGE_CPUS", "RANK_CPUS", "READ_CPUS", "VALIDATE_CPUS", "blocks", "configure"]
+__all__ = [
+    "ARRANGE_CPUS",
+    "MAX_BLOCK_STATISTICS",
+    "RANK_CPUS",
+    "READ_CPUS",
+    "VALIDATE_CPUS",
+    "BoundedStatistics",
+    "blocks",
+    "configure",
+]
 
 VALIDATE_CPUS, RANK_CPUS, ARRANGE_CPUS = 0.5, 0.35, 0.3
 """CPUs of a task. Ray Data makes one operator of neighbouring steps with equal resources. These values differ from
@@ -21,12 +31,32 @@ def blocks(num_cpus: float) -> dict[str, Any]:
     return {"batch_format": "pyarrow", "batch_size": None, "num_cpus": num_cpus}
 
 
+MAX_BLOCK_STATISTICS = 1000
+"""Maximum number of blocks whose statistics each operator keeps, at about 900 bytes a block."""
+
+
+class BoundedStatistics(ExecutionCallback):  # type: ignore[misc] # Ray is untyped here
+    """Callback that limits the statistics of an execution, which Ray Data keeps of every block until its end.
+
+    Ray Data reads them only for the summary that `Dataset.stats` returns, and a run does not show that.
+    """
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Forget the statistics of the oldest blocks; called at every step of the driver's scheduling loop."""
+        for operator in executor._topology or ():  # noqa: SLF001 - Ray Data has no public way
+            statistics: list[Any] = getattr(operator, "_output_blocks_stats", [])
+            if len(statistics) > MAX_BLOCK_STATISTICS:
+                del statistics[: -MAX_BLOCK_STATISTICS // 2]
+
+
 def configure() -> None:
-    """Replace the defaults of Ray Data that would lose rows or restart too little."""
+    """Replace the defaults of Ray Data that would lose rows, restart too little or keep too much."""
     context = ray.data.DataContext.get_current()
     context.max_errored_blocks = 0  # any other value reports lost blocks as success
     context.max_consecutive_actor_init_deaths = 1  # of actors that Ray cannot create; we count the others
     context.execution_no_progress_timeout_s = -1  # the driver's monitor distinguishes a waiting run from a stuck one
     context.raise_original_map_exception = True  # otherwise only the text of our own errors would reach the driver
     context.enable_progress_bars = False  # they count blocks of an operator; ours count requests
+    if BoundedStatistics not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(BoundedStatistics)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # the error that ends a run is raised, and reported once

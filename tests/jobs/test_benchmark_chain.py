@@ -18,6 +18,7 @@ JOBS = Path(__file__).parents[2] / "jobs"
 sys.path.insert(0, str(JOBS))
 
 import benchmark_chain  # noqa: E402 - a program beside the package
+import benchmark_driver  # noqa: E402
 from benchmark_chain import Case  # noqa: E402
 
 
@@ -65,6 +66,22 @@ def test_the_chain_is_measured_around_two_engines(tmp_path: Path) -> None:
     assert 0 < told["driver_ms_per_row"] < 1000
     assert set(told["cpu_ms_per_row"]) >= {"driver", "engines"}
     assert done.stdout.splitlines()[-1].split()[:3] == ["2", "0.3", "32"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_the_driver_does_not_grow_with_the_tasks_of_a_run_and_each_engine_is_loaded_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a limit, Ray Data's statistics alone take 1.8 kB a task, and the driver grew by 5 kB."""
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+
+    figures = benchmark_driver.measure(16_000, batches=1)
+
+    memory = [mb for rows, mb in figures["mb_by_rows"] if rows >= 8000]
+    assert figures["engines_loaded"] == 2
+    assert memory[-1] - memory[0] < 5  # 2,000 tasks
+    assert 0 < figures["driver_ms_per_row"] < 10
 
 
 @pytest.mark.long

@@ -258,6 +258,24 @@ def test_a_few_fragments_are_not_worth_an_index(record: Journal) -> None:
     assert index_of(record) == []
 
 
+def test_compactions_become_rarer_as_the_journal_grows(store: Store) -> None:
+    committed: list[int] = []
+
+    class Recording(Journal):
+        def compact(self, at_least: int = 1) -> int:
+            committed.append(at_least)
+            return at_least
+
+    compactor = Compactor(Recording(store), batch_size=1, fragments=10)
+
+    for rows in range(0, 64_000, 10):
+        compactor.record_committed(rows)
+        if compactor._thread is not None:
+            compactor._thread.join()
+
+    assert 64 < len(committed) - 1 < 400  # 6,400 if each waited for ten rows only
+
+
 def test_one_compaction_at_a_time(store: Store) -> None:
     going, may_end, calls = threading.Event(), threading.Event(), itertools.count()
 

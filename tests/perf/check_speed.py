@@ -53,6 +53,11 @@ def main() -> int:
         (1.0, "MP4 of 16 x 512 x 512: 100 ms of a core, as a share of it", mp4_gain),
         (0.9, "chain: share of their time in which two engines generate batches of one second", chain_busy),
         (0.25, "chain: 1 ms of the driver, as a share of what a row costs it in batches of 16", chain_driver),
+        (
+            0.7,
+            "chain: 0.5 ms of the driver, as a share of what each of 3,000 rows costs it in batches of 4",
+            chain_small,
+        ),
         (0.8, "prepare: 30,000 images of 20 kB, times as fast as Ray Data's bare read and write", prepare_gain),
         *((least, str(check.__doc__), check) for least, check in check_scale.CHECKS),
     ]
@@ -117,6 +122,13 @@ def chain_busy() -> float:
     import benchmark_chain  # noqa: PLC0415 - starts Ray
 
     return float(benchmark_chain.measure(benchmark_chain.Case(2, 1.0, 4, 64))["busy"])
+
+
+def chain_small() -> float:
+    """Driver's CPU for each of 3,000 rows in batches of four, around engines that only wait: 0.5 ms as its share."""
+    import benchmark_driver  # noqa: PLC0415 - starts Ray
+
+    return 0.5 / float(benchmark_driver.measure(3000)["driver_ms_per_row"])
 
 
 def chain_driver() -> float:

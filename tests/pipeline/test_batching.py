@@ -15,11 +15,12 @@ MakeConfig = Callable[..., RunConfig]
 @pytest.mark.parametrize(
     ("settings", "requests", "batches"),
     [
-        ({}, 1000, 1),
-        ({}, 256 * 8, 2),
+        ({}, 511, 1),
+        ({}, 64 * 8, 2),
+        ({"placement__max_engines": 2}, 3000, 5),
         ({}, 10_000_000, 10),  # 42 pictures of 512 x 512 are 32 MiB
         ({"defaults__size": "auto", "defaults__long_side": 64}, 10_000_000, 16),
-        ({"placement__max_engines": 64}, 256 * 64 * 8, 2),
+        ({"placement__max_engines": 64}, 64 * 64 * 8, 2),
         ({"placement__batch_size": 16}, 10_000_000, 2),
         ({"placement__batch_size": 64}, 10_000_000, 1),
         ({"budget__priority": "urgency"}, 10_000_000, 1),

@@ -1,0 +1,66 @@
+"""Ray Data as the chain uses it: what it keeps of an execution, and of how many operators a run consists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray.data
+from fakes import FakeControl
+from inputs import requests_table
+
+from pia_batch.config import RunConfig
+from pia_batch.pipeline import batching
+from pia_batch.pipeline.chain import chain
+from pia_batch.pipeline.ray_data import MAX_BLOCK_STATISTICS, BoundedStatistics, configure
+from pia_batch.planning.plan import make_plan
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def context() -> Any:
+    """A context of Ray Data of the test's own."""
+    before = ray.data.DataContext.get_current()
+    mine = before.copy()
+    ray.data.DataContext._set_current(mine)
+    yield mine
+    ray.data.DataContext._set_current(before)
+
+
+def test_statistics_of_blocks_stay_few_and_the_newest_are_kept() -> None:
+    mapped = SimpleNamespace(_output_blocks_stats=[])
+    executor = SimpleNamespace(_topology=[SimpleNamespace(), mapped])
+    most = 0
+
+    for block in range(10 * MAX_BLOCK_STATISTICS):
+        mapped._output_blocks_stats.append(block)
+        BoundedStatistics().on_execution_step(executor)
+        most = max(most, len(mapped._output_blocks_stats))
+
+    assert most == MAX_BLOCK_STATISTICS
+    assert mapped._output_blocks_stats[-1] == 10 * MAX_BLOCK_STATISTICS - 1
+
+
+def test_ray_data_calls_the_limit_of_statistics_once_however_often_it_is_configured(context: Any) -> None:
+    configure()
+    configure()
+
+    assert context.execution_callback_classes.count(BoundedStatistics) == 1
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(3, 2), (64 * 2 * 16, 1)])
+def test_tasks_that_are_fetched_as_they_are_need_no_step_that_cuts_them(
+    make_config: MakeConfig, context: Any, rows: int, steps: int
+) -> None:
+    assert context
+    config = make_config(requests_table(rows), placement__batch_size=4, placement__max_engines=2)
+    plan = make_plan(config)
+    tasks = batching.batches_per_task(config, rows)
+
+    described = chain(plan, "run", FakeControl())._logical_plan.dag.dag_str
+
+    assert tasks == (1 if rows == 3 else 4)
+    assert described.count("StreamingRepartition[num_rows") == steps
