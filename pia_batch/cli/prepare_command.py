@@ -67,7 +67,19 @@ def prepare(
         typer.Option("--probe", help="Add image_width and image_height, and reject images that cannot be read."),
     ] = False,
     images: Annotated[
-        str | None, typer.Option(help="bytes or uris, for a folder; default: bytes. Others keep what they have.")
+        str | None,
+        typer.Option(
+            help="bytes: fetch images that the source names by URI; uris: name those of a folder by URI; default: as "
+            "the source has them."
+        ),
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PREFIX",
+            help="Further place that --images bytes and --probe may read, such as https://images.example.com/; "
+            "repeatable. The source's own folder or bucket is always allowed.",
+        ),
     ] = None,
     text: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN", help="Keep a column of JSON or CSV as text; repeatable.")
@@ -94,6 +106,7 @@ def prepare(
         "kind": kind,
         "version": version,
         "images": images,
+        "allow": tuple(allow or ()),
         "columns": _columns(column or []),
         "text": tuple(text or ()),
         "prompt": prompt,

@@ -26,7 +26,7 @@ FETCH_THREADS = 16
 TRANSCODE_THREADS = 2
 """Animations of one shard that are transcoded at a time; codecs hold most of a CPU."""
 
-BATCH_BYTES = 32 * 2**20
+BATCH_BYTES = 8 * 2**20
 """Size of the animations that are written together, in bytes; a row group of Parquet."""
 
 
@@ -107,12 +107,13 @@ class RowReader:
         rows, prompts = self.chosen(results), _prompts(results)
         wanted = results.select([*NEEDED, "fps", "loop_count", "num_frames", "duration_s"]).to_pylist()
         threads = TRANSCODE_THREADS if self.transcode else FETCH_THREADS
-        store, start, clips = self.published.store, 0, list[Clip]()
+        store, start, num_bytes, clips = self.published.store, 0, 0, list[Clip]()
         for clip in store.each(functools.partial(fetch, store, self.transcode), wanted, threads):
             clips.append(clip)
-            if sum(len(each.data) for each in clips) >= BATCH_BYTES:
+            num_bytes += len(clip.data)
+            if num_bytes >= BATCH_BYTES:
                 yield self._batch(rows, prompts, start, clips)
-                start, clips = start + len(clips), []
+                start, num_bytes, clips = start + len(clips), 0, []
         if clips:
             yield self._batch(rows, prompts, start, clips)
 

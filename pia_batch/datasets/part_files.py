@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ STATE = "_prepare/"
 PLAN = f"{STATE}plan.json"
 PIECES = f"{STATE}pieces/"
 SHUFFLED = f"{STATE}shuffled/"
+REJECTS_OF_PIECES = f"{STATE}rejects/"
 REJECTED = f"{STATE}rejects.parquet"
 SUCCESS = "_SUCCESS.json"
 
@@ -37,11 +38,6 @@ ROW_GROUP_BYTES = 8 * 2**20
 """Size of a row group: small enough that a few hundred engines find work in one terabyte, and in one gigabyte."""
 
 ROW_GROUP_ROWS = 8192
-
-
-def rejects_name(number: int) -> str:
-    """Return the name of the rejected rows of a piece."""
-    return f"{STATE}rejects/part-{number:06d}.parquet"
 
 
 def record_name(number: int, prefix: str = PIECES) -> str:
@@ -57,11 +53,15 @@ class PieceWriter:
         store: Folder of the manifest.
         number: Number of the piece.
         variations: Variations of every request.
+        may_differ: True if the same piece may have other requests the next time, because an image that was fetched
+            cannot be fetched then. Names of files have a hash of their contents then, and those of the first record
+            count: `remove_unrecorded` removes the others.
     """
 
     store: Store
     number: int
     variations: Variations
+    may_differ: bool = False
     _files: list[dict[str, Any]] = field(default_factory=list)
     _rejects: list[pa.Table] = field(default_factory=list)
     _counts: Counter[str] = field(default_factory=Counter)
@@ -80,9 +80,8 @@ class PieceWriter:
 
     def write(self, table: pa.Table) -> None:
         """Write requests as one file."""
-        name = f"part-{self.number:06d}-{len(self._files):03d}.parquet"
         data, schema = encoded(table, self.variations)
-        create_same(self.store, name, data)
+        name = self._create(f"part-{self.number:06d}-{len(self._files):03d}", data)
         self._files.append(
             {
                 "name": name,
@@ -95,11 +94,26 @@ class PieceWriter:
 
     def finish(self, prefix: str = PIECES) -> dict[str, Any]:
         """Write the rejected rows and the record, below `prefix`, and return the record."""
+        rejects = None
         if self._rejects:
-            create_same(self.store, rejects_name(self.number), _parquet(pa.concat_tables(self._rejects)))
-        record = {"files": self._files, "counts": dict(sorted(self._counts.items())), "rejects": bool(self._rejects)}
-        create_same(self.store, record_name(self.number, prefix), as_json(record))
+            rejects = self._create(
+                f"{REJECTS_OF_PIECES}part-{self.number:06d}", _parquet(pa.concat_tables(self._rejects))
+            )
+        record = {"files": self._files, "counts": dict(sorted(self._counts.items())), "rejects": rejects}
+        name = record_name(self.number, prefix)
+        try:
+            create_same(self.store, name, as_json(record))
+        except StorageError:
+            if not self.may_differ:
+                raise
+            record = json.loads(self.store.read(name))
         return record
+
+    def _create(self, stem: str, data: bytes) -> str:
+        """Create a Parquet file, and return its name."""
+        digest = f"-{hashlib.sha256(data).hexdigest()[:12]}" if self.may_differ else ""
+        create_same(self.store, f"{stem}{digest}.parquet", data)
+        return f"{stem}{digest}.parquet"
 
 
 def encoded(table: pa.Table, variations: Variations) -> tuple[bytes, pa.Schema]:
@@ -146,13 +160,31 @@ def _parquet(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def write_rejects(store: Store, numbers: list[int]) -> None:
+def remove_unrecorded(store: Store, recorded: Collection[str]) -> None:
+    """Remove files of pieces that no record names: a call that was killed left them, and another fetched other images.
+
+    Args:
+        store: Folder of the manifest.
+        recorded: Names of all files that belong to it.
+    """
+    for prefix in ("", REJECTS_OF_PIECES):
+        for info in list(store.list(prefix)):
+            if info.name.removeprefix(prefix).startswith("part-") and info.name not in recorded:
+                store.delete(info.name)
+
+
+def write_rejects(store: Store, names: Sequence[str]) -> None:
     """Write the rejected rows of all pieces as one file."""
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, REJECTS, compression="zstd") as writer:
-        for data in store.read_all([rejects_name(number) for number in numbers]):
-            writer.write_table(pq.read_table(io.BytesIO(data)))
+        for data in store.read_all(list(names)):
+            writer.write_table(read_rejects(data))
     create_same(store, REJECTED, sink.getvalue())
+
+
+def read_rejects(data: bytes) -> pa.Table:
+    """Return the rejected rows of a piece, with REJECTS' columns."""
+    return pq.read_table(io.BytesIO(data))
 
 
 def create_same(store: Store, name: str, data: bytes) -> None:

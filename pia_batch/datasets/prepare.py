@@ -27,7 +27,9 @@ from pia_batch.datasets.part_files import (
     SUCCESS,
     as_json,
     create_same,
+    read_rejects,
     record_name,
+    remove_unrecorded,
     write_rejects,
 )
 from pia_batch.datasets.prepare_job import PART, PrepareJob
@@ -101,7 +103,8 @@ def prepare(
         stop: Event that ends the call early.
         on_progress: Called with the number of finished pieces of the source, and of all.
         options: Fields of `PrepareOptions`: `kind`, `version`, `images`, `columns`, `text`, `prompt`,
-            `negative_prompt`, `on_missing`, `request_id_from`, `vary`, `where`, `limit`, `sample`, `shuffle`, `probe`.
+            `negative_prompt`, `on_missing`, `request_id_from`, `vary`, `where`, `limit`, `sample`, `shuffle`, `probe`,
+            `allow`.
             The options of the command `prepare` describe them.
 
     Raises:
@@ -159,8 +162,8 @@ class _Preparation:
         """
         variations = Variations.parse(self._options.vary)
         self._options.for_requests(DATASET)  # an error in a template is found before the source is read
-        kind, source = self._open()
-        make = RequestTable(self._options.for_requests(kind), _schema_of(source))
+        kind, source, base_uri = self._open()
+        make = RequestTable(self._options.for_requests(kind), _schema_of(source), base_uri)
         self._begin(kind, source)
         job = PrepareJob(source, make, variations, self._store.uri)
         if next(iter(self._store.list(SUCCESS)), None) is not None:
@@ -176,9 +179,10 @@ class _Preparation:
         self._check_unchanged(source)
         return self._publish(kind, source, make, self._records(numbers))
 
-    def _open(self) -> tuple[Kind, Source]:
+    def _open(self) -> tuple[Kind, Source, str]:
+        """Return the kind, the source, and the folder that relative URIs of images start from."""
         if not isinstance(self._given, str):
-            return DATASET, DatasetSource.of(self._given)
+            return DATASET, DatasetSource.of(self._given), ""
         try:  # a table or a hub that has changed since is read in the version with which this folder was begun
             pinned = json.loads(self._store.read(PLAN)).get("pinned", {})
         except FileNotFoundError:
@@ -192,7 +196,7 @@ class _Preparation:
             raise ManifestError(
                 f"source {redacted_uri(place.uri)} has no row of the kind {kind.name}; correct it, or --kind"
             )
-        return kind, source
+        return kind, source, place.folder_uri
 
     def _begin(self, kind: Kind, source: Source) -> None:
         """Write the plan, or check that the one that is there is the same.
@@ -328,7 +332,7 @@ class _Preparation:
             ManifestError: It is not.
         """
         if isinstance(self._given, str):
-            _, now = self._open()
+            _, now, _ = self._open()
             _check_same_pieces(
                 [[piece.name, piece.version] for piece in source.pieces],
                 [[piece.name, piece.version] for piece in now.pieces],
@@ -346,9 +350,11 @@ class _Preparation:
         requests = sum(file["rows"] for file in files)
         if not requests:
             words = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(counts.items()))
-            raise ManifestError(f"no row becomes a request ({words}); relax --where, --on-missing or --sample")
+            raise ManifestError(f"no row becomes a request ({words}); {self._remedy(records)}")
         _check_types(files)
-        rejected = [number for number in sorted(records) if records[number]["rejects"]]
+        rejected = [record["rejects"] for _, record in sorted(records.items()) if record["rejects"]]
+        if make.reads_images:
+            remove_unrecorded(self._store, {*rejected, *(file["name"] for file in files)})
         if rejected:
             write_rejects(self._store, rejected)
         success = {
@@ -370,6 +376,15 @@ class _Preparation:
             rejects_uri=self._store.uri_of(REJECTED) if rejected else None,
             notes=make.notes,
         )
+
+    def _remedy(self, records: Mapping[int, dict[str, Any]]) -> str:
+        """Return what to do if no row becomes a request: the reason of the first rejected row, if there is one."""
+        name = next((records[number]["rejects"] for number in sorted(records) if records[number]["rejects"]), None)
+        if name is None:
+            return "relax --where, --on-missing or --sample"
+        (data,) = self._store.read_all([name])
+        first = read_rejects(data).slice(0, 1).to_pylist()[0]
+        return f"the first rejected row is {first['place']}: {first['reason']}"
 
 
 def _schema_of(source: Source) -> pa.Schema:

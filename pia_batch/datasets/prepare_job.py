@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.datasets.part_files import SHUFFLED, PieceWriter
-from pia_batch.datasets.request_table import RequestTable
+from pia_batch.datasets.request_table import Requests, RequestTable
 from pia_batch.datasets.sources import PART_BYTES, Source
 from pia_batch.datasets.variations import Variations
 from pia_batch.storage.object_store import Store
@@ -36,31 +36,29 @@ class PrepareJob:
 
     def prepare(self, number: int) -> dict[str, Any]:
         """Write the files of one piece, and return its record."""
-        piece = self.source.pieces[number]
-        writer = PieceWriter(Store(self.output), number, self.variations)
+        writer = self._writer(number)
         left = self.limits.get(number)
-        for rows in self.source.read(piece):
-            requests = self.make(rows)
+        for rows in self.source.read(self.source.pieces[number]):
+            for requests in self.make.parts(rows, left):
+                writer.add(requests)
             if left is not None:
-                requests, left = requests.first(left), max(0, left - len(requests.table))
-            writer.add(requests)
+                left -= min(left, self.make.count(rows))
         return writer.finish()
 
     def count(self, number: int) -> int:
         """Return the number of rows of one piece that become requests."""
-        return sum(len(self.make(rows).table) for rows in self.source.read(self.source.pieces[number]))
+        return sum(self.make.count(rows) for rows in self.source.read(self.source.pieces[number]))
 
     def orders(self, number: int) -> list[int]:
         """Return the numbers by which the rows of one piece are shuffled."""
-        rows = self.source.read(self.source.pieces[number])
-        return [int(order) for some in rows for order in self.make(some).order]
+        return [int(order) for requests in self._requests(number) for order in requests.order]
 
     def scattered(self, numbers: Sequence[int], num_parts: int, finished: AbstractSet[int]) -> Iterator[pa.Table]:
         """Yield the rows of some pieces with the file that each belongs to, except for finished files."""
         for number in numbers:
-            writer = PieceWriter(Store(self.output), number, self.variations)
-            for rows in self.source.read(self.source.pieces[number]):
-                requests = self.make(rows)
+            writer = self._writer(number)
+            for all_requests in self._requests(number):
+                requests = all_requests
                 if self.last_order is not None:
                     requests = requests.filter(requests.order <= np.uint64(self.last_order))
                 writer.note(requests)
@@ -73,10 +71,18 @@ class PrepareJob:
     def write_shuffled(self, rows: pa.Table) -> pa.Table:
         """Write the rows of one file in their order, and return its number."""
         number = rows[PART][0].as_py()
-        writer = PieceWriter(Store(self.output), number, self.variations)
+        writer = self._writer(number)
         rows = rows.sort_by(ORDER).drop_columns([ORDER, PART])
         most = max(1, len(rows) * PART_BYTES // max(rows.nbytes, 1))
         for start in range(0, len(rows), most):
             writer.write(rows.slice(start, most))
         writer.finish(SHUFFLED)
         return pa.table({"piece": [number]})
+
+    def _requests(self, number: int) -> Iterator[Requests]:
+        """Yield the requests of one piece."""
+        for rows in self.source.read(self.source.pieces[number]):
+            yield from self.make.parts(rows)
+
+    def _writer(self, number: int) -> PieceWriter:
+        return PieceWriter(Store(self.output), number, self.variations, may_differ=self.make.reads_images)

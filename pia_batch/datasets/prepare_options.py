@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
-from pia_batch.datasets.request_table import IdsFrom, OnMissing, RequestOptions
-from pia_batch.datasets.sources import Kind, ReadOptions
+from pia_batch.config import ImagesConfig
+from pia_batch.datasets.request_columns import IdsFrom, OnMissing, RequestOptions
+from pia_batch.datasets.sources import Images, Kind, ReadOptions
 from pia_batch.datasets.templates import Template
 from pia_batch.errors import ConfigError
 from pia_batch.schema.expressions import RowFilter
-
-Images = Literal["bytes", "uris"]
+from pia_batch.storage import uris
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class PrepareOptions:
     kind: str | None = None
     version: str | None = None
     images: Images | None = None
+    allow: Sequence[str] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
     text: Sequence[str] = ()
     prompt: str | None = None
@@ -49,6 +50,11 @@ class PrepareOptions:
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: unknown; write one of {', '.join(allowed)}")
+        for entry in self.allow:
+            try:
+                uris.parse_prefix(entry)
+            except ValueError as err:
+                raise ConfigError(f"--allow: {err}") from None
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit {self.limit}: at least 1 is expected")
         if self.sample is not None and not 0 < self.sample <= 1:
@@ -75,6 +81,8 @@ class PrepareOptions:
             sample=self.sample,
             shuffle=self.shuffle,
             probe=self.probe,
+            images=self.images,
+            fetching=ImagesConfig(allow=tuple(self.allow)),
         )
 
 

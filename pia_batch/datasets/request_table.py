@@ -2,65 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.datasets.source_images import image_columns, image_source
-from pia_batch.datasets.sources import Kind, Rows
-from pia_batch.datasets.templates import Template, as_texts, find, values_of
-from pia_batch.errors import ConfigError, ImageUnreadableError, ManifestError
+from pia_batch.datasets.image_reader import ImageReader
+from pia_batch.datasets.request_columns import RequestColumns, RequestOptions
+from pia_batch.datasets.sources import PART_BYTES, Rows
+from pia_batch.errors import ConfigError
+from pia_batch.manifest import inline_images
+from pia_batch.manifest.arrow_types import plain_column, plain_type
 from pia_batch.manifest.content_keys import image_identity
 from pia_batch.manifest.request_ids import content_ids
-from pia_batch.media import image_headers
-from pia_batch.schema.columns import MAX_ID_BYTES, REQUEST, RESERVED
-from pia_batch.schema.expressions import RowFilter
+from pia_batch.schema.columns import MAX_ID_BYTES, REQUEST
 from pia_batch.schema.keys import digest, halves
-
-OnMissing = Literal["fail", "drop", "empty"]
-IdsFrom = Literal["column", "content", "location"]
 
 REJECTS = pa.schema([("place", pa.string()), ("request_id", pa.string()), ("reason", pa.string())])
 """Columns of the rows that became no request because something is wrong with them."""
-
-_TAKEN = ("request_id", "image", "image_bytes", "prompt")
-
-
-@dataclass(frozen=True)
-class RequestOptions:
-    """Options that decide what becomes of a row.
-
-    Attributes:
-        kind: Kind of the source.
-        columns: Sources of columns by their name in the manifest.
-        prompt: Template of the prompt; None: the column.
-        negative_prompt: Template of the negative prompt; None: the column, if there is one.
-        on_missing: Treatment of rows in which a column of a template is null or blank.
-        ids_from: Origin of request ids; None: the column if there is one, otherwise what suits the kind.
-        where: Condition on the source's columns; None: all rows.
-        sample: Share of the rows, above 0 to 1; always the same ones.
-        shuffle: Seed of the order of rows; None: the source's order.
-        probe: True to read every image's size, and to reject images that cannot be animated.
-    """
-
-    kind: Kind
-    columns: Mapping[str, str] = field(default_factory=dict)
-    prompt: Template | None = None
-    negative_prompt: Template | None = None
-    on_missing: OnMissing = "fail"
-    ids_from: IdsFrom | None = None
-    where: RowFilter | None = None
-    sample: float | None = None
-    shuffle: int | None = None
-    probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,89 +55,125 @@ class Requests:
         return Requests(self.table.filter(pa.array(kept)), self.order[kept], self.rejects, counts)
 
 
+@dataclass(frozen=True)
+class _Draft:
+    """Rows that pass the condition and the sample, on their way to requests.
+
+    Attributes:
+        columns: Columns of the manifest.
+        places: Place of each row.
+        reasons: Why each row becomes no request, or None.
+        counts: Numbers of rows that were left out before.
+    """
+
+    columns: dict[str, pa.Array]
+    places: pa.Array
+    reasons: list[str | None]
+    counts: Counter[str]
+
+    @property
+    def num_good(self) -> int:
+        """Number of rows that may become requests."""
+        return self.reasons.count(None)
+
+    def first(self, num_rows: int) -> _Draft:
+        """Return the rows without those that come after the first `num_rows` good ones, which are counted."""
+        good = np.fromiter((reason is None for reason in self.reasons), bool, len(self.reasons))
+        kept = ~good | (np.cumsum(good) <= num_rows)
+        columns = {name: column.filter(pa.array(kept)) for name, column in self.columns.items()}
+        reasons = [reason for reason, keep in zip(self.reasons, kept, strict=True) if keep]
+        counts = self.counts + Counter(beyond_limit=int((~kept).sum()))
+        return _Draft(columns, self.places.filter(pa.array(kept)), reasons, counts)
+
+    def rows(self, start: int, stop: int) -> _Draft:
+        """Return some of the rows; the counts go to the first ones."""
+        columns = {name: column.slice(start, stop - start) for name, column in self.columns.items()}
+        places = self.places.slice(start, stop - start)
+        return _Draft(columns, places, self.reasons[start:stop], self.counts if start == 0 else Counter())
+
+
 class RequestTable:
     """Converter of a source's rows. It can be pickled.
 
     Args:
         options: Treatment of each row.
         schema: Columns that the source has in all rows or in its first ones; others are taken as they come.
+        base_uri: Folder that relative URIs of images start from; empty: none.
 
     Raises:
-        ConfigError: An option names a column that the source does not have.
+        ConfigError: An option names a column that the source does not have, or cannot be with this source.
         ManifestError: No column is the image, or none is the prompt.
     """
 
-    def __init__(self, options: RequestOptions, schema: pa.Schema) -> None:
-        self._options, self._schema = options, schema
-        names = schema.names
-        self._is_manifest = "request_id" in names and options.kind.prompt is None
-        """The source has our own column names, which then mean what they mean in a manifest."""
+    def __init__(self, options: RequestOptions, schema: pa.Schema, base_uri: str = "") -> None:
+        self._options = options
+        self._schema = pa.schema([pa.field(item.name, plain_type(item.type)) for item in schema])
         if options.where is not None:
-            options.where.bind(schema)
-        for name, source in options.columns.items():
-            if name in RESERVED:
-                near = difflib.get_close_matches(name, REQUEST.names, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"--column {name}={source}: {name!r} is a column of results{hint}")
-            find(names, schema, source, f"--column {name}={source}")
-        for template in filter(None, (options.prompt, options.negative_prompt)):
-            for name in template.columns:
-                find(names, schema, name, template.option)
-        if options.ids_from == "column" and self._source_of("request_id") is None:
-            raise ConfigError("--request-id-from column: no column is the id; name it by --column request_id=COLUMN")
-        self._image = image_source(schema, options.columns)
-        if options.prompt is None and self._source_of("prompt") is None and options.kind.prompt not in names:
-            shown = ", ".join(item.name for item in schema if pa.types.is_string(item.type)) or "none"
-            raise ManifestError(
-                f"no column is the prompt; write a template such as --prompt '{{NAME}}' (columns of text: {shown})"
-            )
+            options.where.bind(self._schema)
+        self._columns = RequestColumns(options, self._schema)
+        self._reader = ImageReader(base_uri, options.fetching, ".".join(self._columns.image))
+        if options.images == "uris" and not self._columns.may_have_uris:
+            raise ConfigError(_NO_URIS)
 
     @property
     def notes(self) -> list[str]:
         """Remarks on columns whose names have another meaning in a manifest, for the operator."""
-        kept = [name for name in self._schema.names if self._carried_name(name) != name and name not in self._used()]
-        if not kept:
-            return []
-        carried = ", ".join(f"{name} as {self._carried_name(name)}" for name in kept)
-        setting = next((name for name in kept if name in REQUEST.names), None)
-        remedy = f"; --column {setting}={setting} makes a setting of it" if setting else ""
-        return [f"carried under other names, because a manifest's mean something else: {carried}{remedy}"]
+        return self._columns.notes
 
-    def __call__(self, rows: Rows) -> Requests:
-        """Return the requests of some rows.
+    @property
+    def reads_images(self) -> bool:
+        """True if images may be fetched, so that the requests of the same rows can differ from call to call."""
+        return self._columns.may_have_uris and (self._options.images == "bytes" or self._options.probe)
+
+    def parts(self, rows: Rows, limit: int | None = None) -> Iterator[Requests]:
+        """Yield the requests of some rows; of images that are fetched, in parts of about PART_BYTES.
+
+        Args:
+            rows: Rows of the source.
+            limit: Largest number of requests; images beyond it are not fetched. None: no limit.
 
         Raises:
             ManifestError: A value that a template needs is missing, and `on_missing` is `fail`.
             ConfigError: The rows do not have a column of the condition, or another type.
         """
-        counts = Counter(read=len(rows.table) + rows.skipped, failed_in_source=rows.skipped)
-        table = self._with_missing(rows.table)
-        places = rows.places
-        chosen = self._chosen(table, places, counts)
-        if len(chosen) < len(table):
-            table, places = table.take(pa.array(chosen)), places.take(pa.array(chosen))
-        columns, missing = self._columns(table, places)
-        reasons = self._reasons(columns, missing)
-        self._ids(columns, table, places, reasons)
-        if self._options.probe:
-            self._probe(columns, reasons)
-        dropped = np.fromiter((reason == _DROPPED for reason in reasons), bool, len(reasons))
-        bad = np.fromiter((reason is not None for reason in reasons), bool, len(reasons))
-        counts["dropped_missing"], counts["rejected"] = int(dropped.sum()), int((bad & ~dropped).sum())
-        made = pa.table(columns)
-        rejected = pa.table(
-            [places, columns["request_id"], pa.array([None if r == _DROPPED else r for r in reasons], pa.string())],
-            schema=REJECTS,
-        ).filter(pa.array(bad & ~dropped))
-        if bad.any():
-            made, places = made.filter(pa.array(~bad)), places.filter(pa.array(~bad))
-        counts["requests"] = len(made)
-        return Requests(made, _numbers(places, f"shuffle {self._options.shuffle} "), rejected, counts)
+        draft = self._drafted(rows)
+        if not self.reads_images:
+            requests = self._finished(draft)
+            yield requests if limit is None else requests.first(limit)
+            return
+        for some in self._with_bytes(draft if limit is None else draft.first(limit)):
+            yield self._finished(some)
+
+    def count(self, rows: Rows) -> int:
+        """Return the number of rows that a limit counts: those that become requests, if their images can be fetched."""
+        draft = self._drafted(rows)
+        return draft.num_good if self.reads_images else len(self._finished(draft).table)
 
     # --- rows -------------------------------------------------------------------------------------------------------
 
-    def _with_missing(self, table: pa.Table) -> pa.Table:
-        """Add the columns that these rows lack, as nulls: JSON objects need not have every name."""
+    def _drafted(self, rows: Rows) -> _Draft:
+        counts = Counter(read=len(rows.table) + rows.skipped, failed_in_source=rows.skipped)
+        table, places = self._completed(rows.table), rows.places
+        chosen = self._chosen(table, places, counts)
+        if len(chosen) < len(table):
+            table, places = table.take(pa.array(chosen)), places.take(pa.array(chosen))
+        columns, missing = self._columns.made(table, places)
+        reasons: list[str | None] = [None] * len(table)
+        data = columns.get("image_bytes")
+        if self._options.images == "uris" and data is not None and data.null_count < len(data):
+            raise ConfigError(_NO_URIS)
+        self._resolve(columns, reasons)
+        self._reject(columns, missing, reasons)
+        self._own_ids(columns, table, places, reasons)
+        return _Draft(columns, places, reasons, counts)
+
+    def _completed(self, table: pa.Table) -> pa.Table:
+        """Return plain columns, and nulls for those that these rows lack: JSON objects need not have every name."""
+        for at, item in enumerate(table.schema):
+            if item.type != plain_type(item.type):
+                table = table.set_column(at, item.name, plain_column(table.column(at)))
+            elif pa.types.is_null(item.type) and item.name in self._schema.names:
+                table = table.set_column(at, item.name, pa.nulls(len(table), self._schema.field(item.name).type))
         for item in self._schema:
             if item.name not in table.column_names:
                 table = table.append_column(item, pa.nulls(len(table), item.type))
@@ -193,87 +193,32 @@ class RequestTable:
             chosen = chosen[kept]
         return chosen
 
-    # --- columns ----------------------------------------------------------------------------------------------------
-
-    def _source_of(self, name: str) -> str | None:
-        """Return the source of a column of the manifest, or None."""
-        if name in self._options.columns:
-            return self._options.columns[name]
-        if name not in self._schema.names:
-            return None
-        return name if self._is_manifest or name in (*_TAKEN, "negative_prompt") else None
-
-    def _columns(self, table: pa.Table, places: pa.Array) -> tuple[dict[str, pa.Array], dict[str, pa.Array]]:
-        """Return the columns of the manifest, and by option the rows in which something is missing."""
-        columns: dict[str, pa.Array] = {"request_id": pa.nulls(len(table), pa.string())}
-        columns |= image_columns(values_of(table, self._image))
-        missing: dict[str, pa.Array] = {}
-        for name, template in (("prompt", self._options.prompt), ("negative_prompt", self._options.negative_prompt)):
-            if template is None and name == "prompt" and self._source_of(name) is None:
-                template = Template(f"{{{self._options.kind.prompt}}}", "--prompt")  # noqa: PLW2901
-            source = self._source_of(name)
-            if template is not None:
-                columns[name], missing[name] = self._filled(template, table, places)
-            elif source is not None:
-                columns[name] = self._texts(table, source, f"--column {name}={source}")
-        for name, source in self._options.columns.items():
-            if name not in (*_TAKEN, "negative_prompt"):
-                columns[name] = values_of(table, find(table.column_names, table, source, f"--column {name}"))
-        used = self._used()
-        for name in table.column_names:
-            if name not in used and self._carried_name(name) not in columns:
-                columns[self._carried_name(name)] = values_of(table, [name])
-        return columns, missing
-
-    def _used(self) -> set[str]:
-        """Return the columns of the source that others stand for."""
-        used = {*self._options.columns.values(), self._image[0]}
-        if self._source_of("request_id") is not None and self._options.ids_from in (None, "column"):
-            used.add("request_id")
-        return used | {name for name in ("prompt", "negative_prompt") if self._is_column(name)}
-
-    def _is_column(self, name: str) -> bool:
-        """Return True if a text is a column of the source as it is, without a template."""
-        template = self._options.prompt if name == "prompt" else self._options.negative_prompt
-        return template is None and self._source_of(name) == name
-
-    def _carried_name(self, name: str) -> str:
-        """Return the name of a carried column: names that mean something else in a manifest get a prefix."""
-        if self._is_manifest and name in REQUEST.names and name not in ("request_id", "prompt", "negative_prompt"):
-            return name
-        is_other = name in REQUEST.names or name in RESERVED or name in ("base_id", *self._options.columns)
-        return f"source_{name}" if is_other else name
-
-    def _texts(self, table: pa.Table, path: str, label: str) -> pa.Array:
-        texts = as_texts(values_of(table, find(table.column_names, table, path, label)))
-        if texts is None:
-            raise ConfigError(f"{label}: column {path!r} has no text; choose a column of texts or numbers")
-        return texts
-
-    def _filled(self, template: Template, table: pa.Table, places: pa.Array) -> tuple[pa.Array, pa.Array]:
-        """Return the texts of a template, and the rows in which one of its columns is missing."""
-        missing = pa.array(np.zeros(len(table), bool))
-
-        def texts(path: str) -> pa.Array:
-            nonlocal missing
-            found = self._texts(table, path, template.option)
-            absent = pc.is_null(found)
-            if self._options.on_missing == "fail" and pc.any(absent).as_py():
-                row = pc.index(absent, pa.scalar(True)).as_py()
-                raise ManifestError(
-                    f"{places[row].as_py()}: column {path!r} is null or blank, and {template.option} needs it; choose "
-                    "--on-missing drop or --on-missing empty"
-                )
-            missing = pc.or_(missing, absent)
-            return pc.fill_null(found, "") if self._options.on_missing == "empty" else found
-
-        return template.fill(len(table), texts), missing
+    def _finished(self, draft: _Draft) -> Requests:
+        """Return the requests of rows whose images are there, with ids and sizes."""
+        columns, places, reasons, counts = dict(draft.columns), draft.places, list(draft.reasons), Counter(draft.counts)
+        if self._ids_from == "content":
+            columns["request_id"] = _content_ids(columns)
+        if self._options.probe:
+            self._probe(columns, reasons)
+        dropped = np.fromiter((reason == _DROPPED for reason in reasons), bool, len(reasons))
+        bad = np.fromiter((reason is not None for reason in reasons), bool, len(reasons))
+        counts["dropped_missing"], counts["rejected"] = int(dropped.sum()), int((bad & ~dropped).sum())
+        made = pa.table(columns)
+        rejected = pa.table(
+            [places, columns["request_id"], pa.array([None if r == _DROPPED else r for r in reasons], pa.string())],
+            schema=REJECTS,
+        ).filter(pa.array(bad & ~dropped))
+        if bad.any():
+            made, places = made.filter(pa.array(~bad)), places.filter(pa.array(~bad))
+        counts["requests"] = len(made)
+        return Requests(made, _numbers(places, f"shuffle {self._options.shuffle} "), rejected, counts)
 
     # --- reasons ----------------------------------------------------------------------------------------------------
 
-    def _reasons(self, columns: Mapping[str, pa.Array], missing: Mapping[str, pa.Array]) -> list[str | None]:
-        """Return why each row becomes no request, or None."""
-        reasons: list[str | None] = [None] * len(columns["request_id"])
+    def _reject(
+        self, columns: Mapping[str, pa.Array], missing: Mapping[str, pa.Array], reasons: list[str | None]
+    ) -> None:
+        """Note why rows become no request."""
         absent = pc.is_null(columns["image_bytes"]) if "image_bytes" in columns else None
         if "image" in columns:
             no_uri = pc.is_null(columns["image"])
@@ -284,40 +229,109 @@ class RequestTable:
                 _mark(reasons, rows, _DROPPED)
         prompts = pc.fill_null(columns["prompt"], "")
         _mark(reasons, pc.equal(pc.utf8_trim_whitespace(prompts), ""), "the prompt is null or blank")
-        return reasons
 
-    def _ids(self, columns: dict[str, pa.Array], table: pa.Table, places: pa.Array, reasons: list[str | None]) -> None:
-        """Fill in the request ids."""
-        source = self._source_of("request_id")
-        ids_from = self._options.ids_from or ("column" if source is not None else self._options.kind.ids)
-        if ids_from == "column" and source is not None:
-            columns["request_id"] = self._texts(table, source, f"--column request_id={source}")
+    # --- ids --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _ids_from(self) -> str:
+        has_column = self._columns.source_of("request_id") is not None
+        return self._options.ids_from or ("column" if has_column else self._options.kind.ids)
+
+    def _own_ids(
+        self, columns: dict[str, pa.Array], table: pa.Table, places: pa.Array, reasons: list[str | None]
+    ) -> None:
+        """Fill in the request ids that do not depend on the image."""
+        source = self._columns.source_of("request_id")
+        if self._ids_from == "column" and source is not None:
+            columns["request_id"] = self._columns.texts(table, source, f"--column request_id={source}")
             _mark(reasons, pc.is_null(columns["request_id"]), f"column {source!r}, the request id, is null or blank")
-        elif ids_from == "location":
+        elif self._ids_from == "location":
             columns["request_id"] = places
-        else:
-            columns["request_id"] = _content_ids(columns)
         too_long = pc.greater(pc.binary_length(pc.fill_null(columns["request_id"], "")), MAX_ID_BYTES)
         _mark(reasons, too_long, f"the request id has more than {MAX_ID_BYTES} bytes; choose --request-id-from content")
 
+    # --- images -----------------------------------------------------------------------------------------------------
+
+    def _resolve(self, columns: dict[str, pa.Array], reasons: list[str | None]) -> None:
+        """Make relative URIs full ones, and note images as text, which only `--images bytes` decodes."""
+        for name in ("image", "ip_adapter_image"):
+            if name not in columns or not pa.types.is_string(columns[name].type):
+                continue
+            columns[name], refused = self._reader.resolve(columns[name])
+            for row, reason in refused.items():
+                reasons[row] = reasons[row] or reason
+            if name == "image" and self._options.images != "bytes":
+                inline = pc.match_substring_regex(columns[name], inline_images.PATTERN)
+                _mark(reasons, pc.fill_null(inline, False), _INLINE)
+
+    def _with_bytes(self, draft: _Draft) -> Iterator[_Draft]:
+        """Yield all rows; with `--images bytes`, in parts with the bytes of the images that are named by URI."""
+        columns, reasons = draft.columns, draft.reasons
+        if self._options.images != "bytes" or "image" not in columns:
+            yield draft
+            return
+        self._refuse_shuffle("--images bytes")
+        uris = columns["image"].to_pylist()
+        wanted = (uri if reason is None else None for uri, reason in zip(uris, reasons, strict=True))
+        found: list[bytes | None] = []
+        start = num_bytes = 0
+        for row, (content, reason) in enumerate(self._reader.contents(wanted)):
+            found.append(content)
+            reasons[row] = reasons[row] or reason
+            num_bytes += len(content or b"")
+            if num_bytes >= PART_BYTES:
+                yield self._filled(draft.rows(start, row + 1), found)
+                start, num_bytes, found = row + 1, 0, []
+        if found or not uris:
+            yield self._filled(draft.rows(start, len(uris)), found)
+
+    def _filled(self, draft: _Draft, found: list[bytes | None]) -> _Draft:
+        """Return rows with fetched images; their URIs are carried, except for images as text."""
+        columns, data = dict(draft.columns), pa.array(found, pa.large_binary())
+        uris = columns.pop("image")
+        if "image_bytes" in columns:
+            data = pc.coalesce(columns["image_bytes"], data)
+        inline = pc.fill_null(pc.match_substring_regex(uris, inline_images.PATTERN), False)
+        carried = pc.if_else(inline, pa.scalar(None, pa.string()), uris)
+        columns["image_bytes"] = data
+        columns.setdefault(self._columns.carried_name(self._columns.image[-1]), carried)
+        return replace(draft, columns=columns)
+
     def _probe(self, columns: dict[str, pa.Array], reasons: list[str | None]) -> None:
         """Add the size of every image, and reject images whose header cannot be read."""
-        if "image_bytes" not in columns:
-            raise ConfigError("--probe: the source names images by URI; give it bytes, or leave --probe out")
-        widths: list[int | None] = []
-        heights: list[int | None] = []
-        for row, image in enumerate(columns["image_bytes"]):
-            width = height = None
-            if image.is_valid:
-                try:
-                    width, height = image_headers.read(image.as_py()).upright
-                except (ImageUnreadableError, image_headers.IncompleteError) as err:
-                    reasons[row] = reasons[row] or f"the image cannot be read: {err or 'it ends too early'}"
-            widths.append(width)
-            heights.append(height)
-        columns["image_width"] = pa.array(widths, pa.int64())
-        columns["image_height"] = pa.array(heights, pa.int64())
+        count = len(columns["request_id"])
+        data = columns.get("image_bytes", pa.nulls(count, pa.large_binary()))
+        uris = columns.get("image", pa.nulls(count, pa.string()))
+        if pc.any(pc.is_valid(uris)).as_py():
+            self._refuse_shuffle("--probe")
+        chosen = (
+            None if reason is not None else image.as_py() if image.is_valid else uri.as_py()
+            for image, uri, reason in zip(data, uris, reasons, strict=True)
+        )
+        sizes: list[tuple[int, int] | None] = []
+        for row, size in enumerate(self._reader.sizes(chosen)):
+            if isinstance(size, str):
+                reasons[row] = reasons[row] or size
+            sizes.append(None if isinstance(size, str) else size)
+        columns["image_width"] = pa.array([size and size[0] for size in sizes], pa.int64())
+        columns["image_height"] = pa.array([size and size[1] for size in sizes], pa.int64())
 
+    def _refuse_shuffle(self, option: str) -> None:
+        """Refuse to fetch in a shuffle, whose tasks Ray repeats: an image may be there in one, and not in the next.
+
+        Raises:
+            ConfigError: Rows are shuffled.
+        """
+        if self._options.shuffle is not None:
+            raise ConfigError(
+                f"{option}: images that are named by URI cannot be fetched while rows are shuffled; prepare with "
+                f"{option} first, and prepare that manifest with --shuffle"
+            )
+
+
+_NO_URIS = "--images uris: the source has the images themselves, not their URIs; leave --images out"
+
+_INLINE = "the image is text (a data: URI or base64), not a URI; --images bytes decodes it"
 
 _DROPPED = "\0dropped"
 """Reason of rows that `--on-missing drop` drops: they are counted, and not rejected."""

@@ -9,12 +9,13 @@ import pyarrow.compute as pc
 
 from pia_batch.datasets.templates import find
 from pia_batch.errors import ConfigError, ManifestError
+from pia_batch.manifest.column_layout import Path
 
 _IMAGES = ("image_bytes", "image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo")
-_URIS = ("image", "image_url", "image_uri", "image_path", "url", "uri")
+_URIS = ("image", "image_url", "image_uri", "image_path", "file_name", "url", "uri")
 
 
-def image_source(schema: pa.Schema, columns: Mapping[str, str]) -> list[str]:
+def image_source(schema: pa.Schema, columns: Mapping[str, str]) -> Path:
     """Return the path of the column that is the image.
 
     Args:
@@ -27,7 +28,7 @@ def image_source(schema: pa.Schema, columns: Mapping[str, str]) -> list[str]:
     """
     for name in ("image_bytes", "image"):
         if name in columns:
-            return find(schema.names, schema, columns[name], f"--column {name}={columns[name]}")
+            return find(schema, columns[name], f"--column {name}={columns[name]}")
     structs = [item.name for item in schema if _is_image_struct(item.type)]
     binary = [item.name for item in schema if _is_bytes(item.type)]
     named = [name for name in _IMAGES if name in [*structs, *binary]]
@@ -38,7 +39,15 @@ def image_source(schema: pa.Schema, columns: Mapping[str, str]) -> list[str]:
             "no column is the image; name it by --column image=COLUMN (a URI) or --column image_bytes=COLUMN "
             f"(columns: {', '.join(schema.names[:20])})"
         )
-    return [found[0]]
+    return (found[0],)
+
+
+def has_uris(schema: pa.Schema, path: Path) -> bool:
+    """Return True if the image may be a URI: it is a text, or a struct that has a path where it has no bytes."""
+    data_type = schema.field(path[0]).type
+    for name in path[1:]:
+        data_type = data_type.field(name).type
+    return not _is_bytes(data_type)
 
 
 def _is_string(data_type: pa.DataType) -> bool:
@@ -70,11 +79,12 @@ def image_columns(column: pa.Array) -> dict[str, pa.Array]:
         return {"image_bytes": data} | ({"image": uris} if pc.any(pc.is_valid(uris)).as_py() else {})
     if _is_bytes(column.type):
         return {"image_bytes": _filled_bytes(column)}
-    if not _is_string(column.type):
+    if not (_is_string(column.type) or pa.types.is_null(column.type)):
         raise ConfigError(
             f"the column of images is {column.type}; choose one of bytes or URIs by --column image=COLUMN"
         )
-    return {"image": pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column.cast(pa.string()))}
+    uris = column.cast(pa.string())
+    return {"image": pc.if_else(pc.equal(uris, ""), pa.scalar(None, pa.string()), uris)}
 
 
 def _filled_bytes(column: pa.Array) -> pa.Array:

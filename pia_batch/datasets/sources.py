@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -18,6 +18,9 @@ from pia_batch.errors import ManifestError, message_of
 from pia_batch.storage import filesystems, object_store
 from pia_batch.storage.filesystems import FoundFile
 from pia_batch.storage.uris import redacted, redacted_uri
+
+Images = Literal["bytes", "uris"]
+"""Form in which a manifest has its images."""
 
 PART_BYTES = 64 * 2**20
 """Size of the rows that become one file of the manifest, in bytes; a single larger row is one file."""
@@ -123,6 +126,11 @@ class Place:
         """True if the source is a single file."""
         return len(self.files) == 1 and self.files[0].path == self.root
 
+    @property
+    def folder_uri(self) -> str:
+        """URI of the folder that relative URIs of images start from."""
+        return self.uri.rpartition("/")[0] if self.is_file else self.uri
+
     def name_of(self, path: str) -> str:
         """Return a file's path relative to the source; the name of a single file."""
         return posixpath.basename(path) if path == self.root else path.removeprefix(self.root).lstrip("/")
@@ -159,7 +167,7 @@ class ReadOptions:
         text: Names of columns that are kept as text.
     """
 
-    images: str | None = None
+    images: Images | None = None
     version: str | None = None
     text: frozenset[str] = frozenset()
 

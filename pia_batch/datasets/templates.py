@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from string import Formatter
 
@@ -11,6 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.errors import ConfigError
+from pia_batch.manifest.arrow_types import plain_type
+from pia_batch.manifest.column_layout import Path, leaves_of
+from pia_batch.manifest.column_paths import find_path, nearest
 
 
 @dataclass(frozen=True)
@@ -70,43 +72,37 @@ class Template:
         return pc.binary_join_element_wise(*pieces, "", null_handling="emit_null")
 
 
-def find(names: Sequence[str], table: pa.Table | pa.Schema, path: str, label: str) -> list[str]:
-    """Return the names from a column of a table down to a field of a struct.
+def find(schema: pa.Schema, path: str, label: str) -> Path:
+    """Return the names from a column down to a field of a struct.
 
     Args:
-        names: Names of all columns.
-        table: Table or schema with these columns.
+        schema: All columns.
         path: Name of a column, or a path with dots into structs; a name that has dots itself comes first.
         label: Option that names it, for the message.
 
     Raises:
         ConfigError: There is no such column; the message names the nearest one.
+        ManifestError: The path leads through a column that is no struct.
     """
-    if path in names:
-        return [path]
-    for at in range(len(path)):
-        if path[at] == "." and path[:at] in names:
-            rest, data_type = path[at + 1 :].split("."), table.field(path[:at]).type
-            for name in rest:
-                if not pa.types.is_struct(data_type) or data_type.get_field_index(name) < 0:
-                    break
-                data_type = data_type.field(name).type
-            else:
-                return [path[:at], *rest]
-    near = difflib.get_close_matches(path, names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")  # noqa: PLR2004 - a few lines
+    found = find_path([(item.name, plain_type(item.type)) for item in schema], path, label)
+    if found is not None:
+        return found
+    near = nearest(path, list(leaves_of(schema)))
+    hint = f"; did you mean {near!r}?" if near else ""
+    shown = ", ".join(schema.names[:20]) + (", ..." if len(schema.names) > 20 else "")  # noqa: PLR2004 - a few lines
     raise ConfigError(f"{label}: no column {path!r}{hint} (columns: {shown})")
 
 
-def values_of(table: pa.Table, path: Sequence[str]) -> pa.Array:
-    """Return the values at a path; null where a struct on the way is null."""
+def values_of(table: pa.Table, path: Path) -> pa.Array:
+    """Return the values at a path; null where a struct on the way is null, or has no such field in these rows."""
     column = table[path[0]]
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     if isinstance(column, pa.ChunkedArray):  # larger than one array may be
         column = pa.concat_arrays(column.chunks)
     for name in path[1:]:
+        if not pa.types.is_struct(column.type) or column.type.get_field_index(name) < 0:
+            return pa.nulls(len(table))  # JSON objects need not have every name
         column = pc.struct_field(column, name)
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()

@@ -5,7 +5,6 @@ Everything after it sees our names only, so that a renamed source changes no key
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from pia_batch.config import RequestIdFrom, RunConfig
 from pia_batch.errors import ManifestError
 from pia_batch.manifest.arrow_types import plain_type
 from pia_batch.manifest.column_layout import Layout, Path, Rest, Value, image_columns, is_image, leaves_of, type_at
+from pia_batch.manifest.column_paths import cuts, find_path, nearest
 from pia_batch.schema.columns import REQUEST
 
 _OTHER = {"image": "image_bytes", "image_bytes": "image"}
@@ -87,7 +87,7 @@ class ColumnMap:
         types = [(item.name, plain_type(item.type)) for item in schema]
         found = {}
         for name, source in self.sources:
-            path = _find(types, source, f"{place}: columns.{name}: {source!r}")
+            path = find_path(types, source, f"{place}: columns.{name}: {source!r}")
             if path is None:
                 continue
             if schema.names.count(path[0]) > 1:
@@ -199,46 +199,13 @@ class ColumnMap:
         name, source = next(pair for pair in self.sources if not (pair[0] in names or _OTHER.get(pair[0]) in names))
         known = list(leaves_of(stored))
         shown = ", ".join(known[:_SHOWN_NAMES]) + (", ..." if len(known) > _SHOWN_NAMES else "")
-        near = _nearest(source, known)
+        near = nearest(source, known)
         hint = f"did you mean {near!r}? It" if near else "it"
         return ManifestError(f"columns.{name}: {place} has no column {source!r}; {hint} has: {shown}")
 
 
 NO_MAP = ColumnMap()
 """Map of a manifest that has our names."""
-
-
-def _find(types: Sequence[tuple[str, pa.DataType]], source: str, place: str) -> Path | None:
-    """Return the path of a source among columns or fields; None if there is none, or if it is null in every row.
-
-    Raises:
-        ManifestError: the path leads through a column that is no struct.
-    """
-    known = dict(types)
-    if source in known:
-        return (source,)
-    barred = None
-    for head, rest in _cuts(source):
-        if head not in known or pa.types.is_null(known[head]):
-            continue
-        if not pa.types.is_struct(known[head]):
-            barred = barred or (
-                f"{place}: {head!r} is {known[head]}, and only a struct has fields; name another column, or write the "
-                "values as a column of their own"
-            )
-            continue
-        below = _find([(item.name, item.type) for item in known[head]], rest, place)
-        if below is not None:
-            return (head, *below)
-    if barred:
-        raise ManifestError(barred)
-    return None
-
-
-def _cuts(source: str) -> list[tuple[str, str]]:
-    """Return all ways to cut a path at a dot, the longest beginning first: names may have dots themselves."""
-    dots = [at for at, mark in enumerate(source) if mark == "."]
-    return [(source[:at], source[at + 1 :]) for at in reversed(dots)]
 
 
 _JSON_WORDS = {bool: "true or false", list: "a list", str: "a text"}
@@ -248,7 +215,7 @@ def _path_in(members: dict[str, Any], source: str, name: str) -> Path | None:
     """Return the path of a source in a JSON object; None if it is absent, or an object on the way is null."""
     if source in members:
         return (source,)
-    for head, rest in _cuts(source):
+    for head, rest in cuts(source):
         value = members.get(head)
         if value is None:
             continue
@@ -272,15 +239,3 @@ def _without_members(members: dict[str, Any], taken: Collection[Path]) -> dict[s
         elif () not in below:
             left[key] = _without_members(value, below)
     return left or None
-
-
-def _nearest(source: str, known: Sequence[str]) -> str | None:
-    """Return the known path that is most like a source: as a whole, without regard to case, or in its last name."""
-    lowered = {path.lower(): path for path in reversed(known)}
-    leaves = {path.rpartition(".")[2]: path for path in reversed(list(lowered))}
-    wanted, last = source.lower(), source.lower().rpartition(".")[2]
-    if wanted not in lowered and last in leaves:
-        return lowered[leaves[last]]
-    found = difflib.get_close_matches(wanted, lowered, n=1, cutoff=0.6)
-    found += [leaves[leaf] for leaf in difflib.get_close_matches(last, leaves, n=1, cutoff=0.6)]
-    return lowered[found[0]] if found else None

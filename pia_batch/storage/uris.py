@@ -79,7 +79,7 @@ class Policy:
         """Build the policy of one run.
 
         Args:
-            base_uri: Folder of the manifest, with its scheme.
+            base_uri: Folder of the manifest, with its scheme; empty: none.
             allow: Further prefixes, as `parse_prefix` accepts them.
 
         Raises:
@@ -106,7 +106,7 @@ class Policy:
             NotAllowedError: The policy does not permit the location.
             RefusedError: The text is not a URI, or has more than one meaning.
         """
-        location = self._meaning(uri)
+        location = self.meaning(uri)
         if location.scheme == "file" or any(prefix.covers(location) for prefix in self._prefixes):
             return location
         raise self.refusal()
@@ -119,12 +119,18 @@ class Policy:
         places = " and ".join(filter(None, [own, ", ".join(self._allow)])) or "nowhere"
         return NotAllowedError(f"is not allowed: images may come from {places}; allow more with images.allow")
 
-    def _meaning(self, uri: str) -> Location:
+    def meaning(self, uri: str) -> Location:
+        """Return the location of `uri`, permitted or not.
+
+        Raises:
+            NotAllowedError: The path climbs out of its bucket.
+            RefusedError: The text is not a URI, or has more than one meaning.
+        """
         if _SCHEME.match(uri) or uri.startswith("/"):
             return parse(uri)
         base = self._base
         if base is None:
-            shown = redacted_uri(self._base_uri)
+            shown = redacted_uri(self._base_uri) or "rows without a place"
             raise RefusedError(f"is relative, and images cannot be relative to {shown}; write full URIs")
         if base.scheme == "file":
             return parse(posixpath.join(base.target, uri))
@@ -254,7 +260,9 @@ _REDACTIONS_IN_TEXT = _redactions("", r"\s", r"\S*")
 
 
 def _place_of_manifest(base_uri: str) -> Location | None:
-    """Return the location of a manifest's folder; None if images cannot be relative to it, such as on a web server."""
+    """Return the location of a manifest's folder; None if images cannot be relative to it: a web server, or nothing."""
+    if not base_uri:
+        return None
     try:
         place = parse(base_uri)
     except RefusedError:

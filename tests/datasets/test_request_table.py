@@ -11,7 +11,8 @@ from inputs import png
 
 from pia_batch.config import RunConfig
 from pia_batch.datasets.kinds import KINDS
-from pia_batch.datasets.request_table import RequestOptions, Requests, RequestTable
+from pia_batch.datasets.request_columns import RequestOptions
+from pia_batch.datasets.request_table import Requests, RequestTable
 from pia_batch.datasets.sources import Rows
 from pia_batch.datasets.templates import Template
 from pia_batch.errors import ConfigError, ManifestError
@@ -23,7 +24,8 @@ def made(table: pa.Table, kind: str = "parquet", places: list[str] | None = None
     options = {"prompt": Template("{caption}", "--prompt")} | options if "caption" in table.column_names else options
     converter = RequestTable(RequestOptions(kind=KINDS[kind], **options), table.schema)
     names = places or [f"a.parquet:{row}" for row in range(len(table))]
-    return pickle.loads(pickle.dumps(converter))(Rows(table, pa.array(names, pa.string())))  # noqa: S301 - its own
+    (requests,) = pickle.loads(pickle.dumps(converter)).parts(Rows(table, pa.array(names, pa.string())))  # noqa: S301 - its own
+    return requests
 
 
 def hugging_face(count: int = 3, **columns: Any) -> pa.Table:
@@ -81,7 +83,8 @@ def test_names_with_another_meaning_in_a_manifest_are_carried_under_others() -> 
     converter = RequestTable(
         RequestOptions(kind=KINDS["parquet"], prompt=Template("{caption}", "--prompt")), table.schema
     )
-    requests = converter(Rows(table, pa.array(["a", "b", "c"]))).table
+    (made_of_it,) = converter.parts(Rows(table, pa.array(["a", "b", "c"])))
+    requests = made_of_it.table
     assert {"source_width", "source_style", "source_key", "other", "caption"} <= set(requests.column_names)
     assert not {"width", "style", "key"} & set(requests.column_names)
     assert "width as source_width" in converter.notes[0]
@@ -177,7 +180,6 @@ def test_a_sample_is_always_the_same_share() -> None:
         (pa.table({"a": [1], "text": ["x"]}), {}, ["no column is the image", "--column image=COLUMN"]),
         (pa.table({"image": [b"x"], "text": ["x"]}), {}, ["no column is the prompt", "(columns of text: text)"]),
         (pa.table({"image": [1], "text": ["x"]}), {"columns": {"image": "image"}}, ["the column of images is int64"]),
-        (pa.table({"image": ["x"], "caption": ["x"]}), {"probe": True}, ["--probe"]),
         (hugging_face(), {"columns": {"prompt": "image"}, "prompt": None}, ["column 'image' has no text"]),
     ],
 )

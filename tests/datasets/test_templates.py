@@ -22,7 +22,7 @@ TABLE = pa.table(
 
 def filled(text: str) -> list[str | None]:
     def texts(path: str) -> pa.Array:
-        found = as_texts(values_of(TABLE, find(TABLE.column_names, TABLE.schema, path, "--prompt")))
+        found = as_texts(values_of(TABLE, find(TABLE.schema, path, "--prompt")))
         assert found is not None
         return found
 
@@ -50,7 +50,7 @@ def test_a_template_is_filled_row_by_row(text: str, expected: list[str | None]) 
     ("text", "words"),
     [
         ("{captoin}", ["no column 'captoin'", "did you mean 'caption'", "style"]),
-        ("{meta.tgas}", ["no column 'meta.tgas'"]),
+        ("{meta.tgas}", ["no column 'meta.tgas'", "did you mean 'meta.tags'"]),
         ("{caption", ["write a column as {NAME}", "--prompt"]),
         ("{}", ["write columns as {NAME}"]),
         ("{caption!r}", ["without a format"]),

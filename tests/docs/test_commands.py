@@ -259,6 +259,9 @@ def test_every_source_is_prepared_as_the_page_says(tmp_path: Path, monkeypatch: 
         {"id": f"r{k}", "photo": f"s3://photos/{k}.png", "text": "a cat", "zip": zip_} for k, zip_ in ((0, 1), (1, "x"))
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "links.csv").write_text(
+        'image,caption\n"photos/trip 0/day one/IMG 000.png","a boat, by night"\nphotos/none.png,a boat\n'
+    )
     foreign.write_lance(tmp_path / "photos.lance")
     foreign.write_delta(tmp_path / "photos_delta")
     foreign.write_iceberg(tmp_path / "iceberg")
@@ -285,6 +288,7 @@ def test_every_source_is_prepared_as_the_page_says(tmp_path: Path, monkeypatch: 
         "delta": 4,
         "iceberg": 3,
         "dataset": 18,
+        "links": 1,
     }
     assert found["boats"]["pinned"] == {"commit": "b" * 40}
 
