@@ -24,7 +24,7 @@ _HEAD_BYTES = 64 * 1024
 _IS_FULL = r"^([a-zA-Z][a-zA-Z0-9+.-]+://|/)"
 
 Reason = str
-"""Why an image cannot be used."""
+"""Text that says why an image cannot be used."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class _Draft:
     Attributes:
         columns: Columns of the manifest.
         places: Place of each row.
-        reasons: Why each row becomes no request, or None.
+        reasons: Reason for which each row becomes no request, or None.
         counts: Numbers of rows that were left out before.
     """
 
