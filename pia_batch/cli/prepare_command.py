@@ -19,14 +19,16 @@ def prepare(
         str,
         typer.Argument(
             help="Folder of images, WebDataset shards, img2dataset's output, Parquet, JSONL or CSV files, a Lance, "
-            "Delta or Iceberg table, or hf://datasets/NAME[@REVISION]."
+            "Delta or Iceberg table (its folder, or iceberg://CATALOG/NAMESPACE.TABLE), or "
+            "hf://datasets/NAME[@REVISION]."
         ),
     ],
     to: Annotated[str, typer.Option("--to", metavar="DEST", help="Folder of the manifest; empty, or not there yet.")],
     kind: Annotated[
         str | None,
         typer.Option(
-            help="folder, webdataset, img2dataset, parquet, jsonl, csv, lance, delta or iceberg; default: by contents."
+            help="folder, webdataset, img2dataset, parquet, jsonl, csv, lance, delta, iceberg or animatebench; "
+            "default: by contents."
         ),
     ] = None,
     prompt: Annotated[

@@ -90,7 +90,7 @@ class FolderSource:
         for image in images:
             found: dict[str, Any] = {}
             for file in image.texts:  # sorted: .json, then .txt
-                if file.path.endswith(".json"):
+                if file.path.lower().endswith(".json"):
                     found |= _json_values(contents[file], file.path)
                 else:
                     name = "txt" if "caption" in found else "caption"

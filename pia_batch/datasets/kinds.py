@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from pia_batch.datasets import archives, folders, lakes, table_files
+from pia_batch.datasets import animatebench, archives, folders, lakes, table_files
 from pia_batch.datasets.sources import Kind, Place, ReadOptions, Source
 from pia_batch.errors import ConfigError, ManifestError
 from pia_batch.storage.uris import redacted_uri
@@ -80,6 +80,12 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
                 table_files.TextSource.open_csv,
             ),
             Kind(
+                "animatebench",
+                "AnimateBench, the benchmark of PIA's authors: its models, images and prompts",
+                animatebench.is_animatebench,
+                animatebench.AnimateBenchSource.open,
+            ),
+            Kind(
                 "folder",
                 "images in a folder and its folders, with a .txt or .json of the same name each",
                 folders.is_folder,
@@ -100,6 +106,11 @@ def kind_of(place: Place, name: str | None) -> Kind:
         ConfigError: There is no such kind.
         ManifestError: The contents are of no kind, or of two.
     """
+    if any(place.name_of(file.path).startswith((".hoodie/", ".hoodie_partition_metadata")) for file in place.files):
+        raise ManifestError(
+            f"source {redacted_uri(place.uri)} is an Apache Hudi table, whose files also have rows that were deleted "
+            "or replaced; export its current rows to Parquet with Spark and Hudi's reader, and prepare these"
+        )
     if name is not None:
         if name not in KINDS:
             raise ConfigError(f"--kind {name}: unknown; write one of {', '.join(KINDS)}")

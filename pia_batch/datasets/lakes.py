@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 
 from pia_batch.datasets.sources import PART_BYTES, PART_ROWS, Piece, Place, ReadOptions, Rows, reading
-from pia_batch.errors import ConfigError, ManifestError
+from pia_batch.errors import ConfigError, ManifestError, message_of
 from pia_batch.storage import s3_config, schemes
 from pia_batch.storage.object_store import local_path
-from pia_batch.storage.uris import redacted_uri
+from pia_batch.storage.uris import redacted, redacted_uri
 
 _ROWS_PER_BATCH = 1024
 
@@ -174,6 +174,30 @@ class DeltaSource:
 
 
 # --- Iceberg --------------------------------------------------------------------------------------------------------
+
+
+def of_catalog(uri: str) -> str:
+    """Return the URI of the newest metadata of `iceberg://CATALOG/NAMESPACE.TABLE`; any other URI as it is.
+
+    The catalog is one of pyiceberg's own configuration: `.pyiceberg.yaml`, or variables `PYICEBERG_CATALOG__...`.
+
+    Raises:
+        ConfigError: The URI has no table, or there is no such catalog.
+        ManifestError: The catalog does not have the table, or does not answer.
+    """
+    if not uri.startswith("iceberg://"):
+        return uri
+    name, _, table = uri.removeprefix("iceberg://").partition("/")
+    if not name or "." not in table:
+        raise ConfigError(f"source {redacted_uri(uri)}: write iceberg://CATALOG/NAMESPACE.TABLE")
+    catalogs = _library("pyiceberg.catalog", "pyiceberg", "iceberg")
+    try:
+        return str(catalogs.load_catalog(name).load_table(table).metadata_location)
+    except Exception as err:  # noqa: BLE001 - each catalog has a client of its own, with its own classes
+        raise ManifestError(
+            f"source {redacted_uri(uri)}: the catalog cannot be read: {redacted(message_of(err))}; describe it in "
+            ".pyiceberg.yaml or by PYICEBERG_CATALOG__..., or give the folder of the table"
+        ) from None
 
 
 _METADATA = re.compile(r"metadata/(?:v(\d+)|(\d+)-[^/]*)(?:\.gz)?\.metadata\.json(?:\.gz)?$")

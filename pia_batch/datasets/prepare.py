@@ -17,6 +17,7 @@ import ray.data
 
 import pia_batch
 from pia_batch.config import PlacementConfig
+from pia_batch.datasets import lakes
 from pia_batch.datasets.dataset_source import DATASET, DatasetSource
 from pia_batch.datasets.kinds import kind_of
 from pia_batch.datasets.part_files import (
@@ -146,7 +147,7 @@ class _Preparation:
         self._given, self._options = source, options
         self._store = Store(os.fspath(to))
         self._stop, self._on_progress = stop or threading.Event(), on_progress
-        if isinstance(source, str):
+        if isinstance(source, str) and not source.startswith("iceberg://"):
             uri = object_store.absolute(source).rstrip("/")
             if f"{self._store.uri}/".startswith(f"{uri}/"):
                 raise ConfigError(
@@ -187,7 +188,7 @@ class _Preparation:
             pinned = json.loads(self._store.read(PLAN)).get("pinned", {})
         except FileNotFoundError:
             pinned = {}
-        place = Place.of(self._given, pinned.get("commit"))
+        place = Place.of(lakes.of_catalog(self._given), pinned.get("commit"))
         kind = kind_of(place, self._options.kind)
         version = next((value for name, value in pinned.items() if name != "commit"), None)
         reading = self._options.for_reading()

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import sys
 import tarfile
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from inputs import png
 
-from pia_batch.datasets import table_files
+from pia_batch.datasets import lakes, table_files
 from pia_batch.datasets.kinds import KINDS, kind_of
 from pia_batch.datasets.sources import Place, ReadOptions, Source
 from pia_batch.errors import ConfigError, ManifestError
@@ -286,3 +287,80 @@ def test_a_file_that_was_replaced_is_refused(tmp_path: Path, kind: str) -> None:
             os.utime(path, (1, 1))
     with pytest.raises(ManifestError, match="was replaced, added or removed"):
         rows_of(source)
+
+
+def test_animatebench_has_its_105_cases_with_models_by_name(tmp_path: Path) -> None:
+    kind, source = opened(foreign.write_animatebench(tmp_path / "bench"))
+    rows = rows_of(source)
+    assert kind == "animatebench"
+    assert len(rows) == len({row["request_id"] for row in rows}) == 105
+    assert {row["model"] for row in rows} == set(foreign.ANIMATE_BENCH)
+    assert rows[4] == {
+        "place": "MoonFile/2/2",
+        "request_id": "MoonFile/2/2",
+        "prompt": "MoonFile image 2, prompt 2, lowres,watermark",
+        "model": "MoonFile",
+        "image": (tmp_path / "bench/img/MoonFile/2.png").as_uri(),
+        "negative_prompt": "wrong white balance, dark, sketches",
+        "image_number": 2,
+    }
+    (first, *_) = rows_of(opened(tmp_path / "bench", images="bytes")[1])
+    assert first["image_bytes"] == png(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prompts:\n- [a, b, c]\n", "`prompts` has 1 entries for 5 images"),
+        ("prompts: a\n", "`prompts` has no list for 5 images"),
+        ("prompts: [", "line"),
+        ("prompts: [[a], [a], [a], [a], [a]]\nn_prompt: [x, y]\n", "`n_prompt` has 2 entries for 5 images"),
+    ],
+)
+def test_a_config_of_animatebench_that_fits_no_image_is_named(tmp_path: Path, text: str, words: str) -> None:
+    folder = foreign.write_animatebench(tmp_path / "bench")
+    (folder / "configs" / "film.yaml").write_text(text)
+    with pytest.raises(ManifestError, match=re.escape(words)) as raised:
+        rows_of(opened(folder)[1])
+    assert "configs/film.yaml" in str(raised.value)
+
+
+def test_a_hudi_table_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / ".hoodie").mkdir()
+    (tmp_path / ".hoodie" / "hoodie.properties").write_text("hoodie.table.name=photos\n")
+    pq.write_table(foreign.image_table(1), tmp_path / "a.parquet")
+    for kind in (None, "parquet"):
+        with pytest.raises(ManifestError, match=r"is an Apache Hudi table.*Spark and Hudi's reader"):
+            opened(tmp_path, kind)
+
+
+def test_a_delta_table_with_deletion_vectors_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    log = foreign.write_delta(tmp_path / "table") / "_delta_log"
+    features = {"readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors"]}
+    protocol = {"protocol": {"minReaderVersion": 3, "minWriterVersion": 7} | features}
+    (log / f"{len(list(log.glob('*.json'))):020d}.json").write_text(json.dumps(protocol) + "\n")
+    with pytest.raises(ManifestError, match=r"deletionVectors.*write its current rows to Parquet by Spark or DuckDB"):
+        opened(tmp_path / "table")
+
+
+def test_an_iceberg_table_is_found_by_its_catalog(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyiceberg.catalog  # noqa: PLC0415 - an optional library
+    from pyiceberg.utils.config import Config  # noqa: PLC0415
+
+    foreign.write_iceberg(tmp_path)
+    (tmp_path / ".pyiceberg.yaml").write_text(
+        f"catalog:\n  test:\n    type: sql\n    uri: sqlite:///{tmp_path}/catalog.db\n"
+    )
+    monkeypatch.setenv("PYICEBERG_HOME", str(tmp_path))
+    monkeypatch.setattr(pyiceberg.catalog, "_ENV_CONFIG", Config())  # a program reads it once, when it starts
+    found = lakes.of_catalog("iceberg://test/shop.photos")
+    assert found.endswith(".metadata.json")
+    kind, source = opened(Path(found.removeprefix("file://")))
+    assert kind == "iceberg"
+    assert sorted(row["id"] for row in rows_of(source)) == ["row-0", "row-2", "row-3"]
+    with pytest.raises(
+        ManifestError, match=r"iceberg://test/shop\.none: the catalog cannot be read.*\.pyiceberg\.yaml"
+    ):
+        lakes.of_catalog("iceberg://test/shop.none")
+    with pytest.raises(ConfigError, match=r"write iceberg://CATALOG/NAMESPACE\.TABLE"):
+        lakes.of_catalog("iceberg://test")

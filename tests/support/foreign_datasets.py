@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from inputs import png
 
+from pia_batch.config import yaml_text
+
 
 def write_photographs(folder: Path, count: int = 4) -> Path:
     """Write images into nested folders with spaces in their names, with captions for all but the last."""
@@ -148,3 +150,26 @@ def write_iceberg(folder: Path) -> Path:
     table.append(image_table(4))
     table.delete("id = 'row-1'")
     return folder / "shop" / "photos"
+
+
+ANIMATE_BENCH = ("MoonFile", "film", "lyriel", "majicmix", "rcnzCartoon", "realistic_vision", "toonyou")
+
+
+def write_animatebench(folder: Path) -> Path:
+    """Write a folder in the layout of the dataset ymzhang319/AnimateBench, with other images and prompts."""
+    (folder / "configs").mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags:\n- image animation\n---\n")
+    for name in ANIMATE_BENCH:
+        (folder / "img" / name).mkdir(parents=True)
+        for number in range(1, 6):
+            (folder / "img" / name / f"{number}.{'png' if number < 4 else 'jpg'}").write_bytes(png(number))
+        texts = [[f"{name} image {number}, prompt {k}, lowres,watermark" for k in (1, 2, 3)] for number in range(1, 6)]
+        config = {
+            "base": "example/config/base.yaml",
+            "prompts": texts,
+            "n_prompt": ["wrong white balance, dark, sketches"],
+            "validation_data": {"validation_input_path": "img", "mask_sim_range": [0, 1, 2]},
+            "generate": {"global_seed": 10021403011302841249, "db_path": f"models/DreamBooth_LoRA/{name}.safetensors"},
+        }
+        (folder / "configs" / f"{name}.yaml").write_text(yaml_text.dump(config))
+    return folder
