@@ -115,7 +115,7 @@ def doctor(
 
 def _payload(made: Plan, statistics: Statistics, price: float | None) -> dict[str, Any]:
     from pia_batch.journal.log import Journal
-    from pia_batch.planning.cost import estimate_bytes, estimate_costs, measure_finished
+    from pia_batch.planning.cost import estimate_bytes, estimate_costs, estimate_finishing, measure_finished
     from pia_batch.planning.plan_warnings import warnings_of
     from pia_batch.storage.object_store import Store
 
@@ -155,6 +155,7 @@ def _payload(made: Plan, statistics: Statistics, price: float | None) -> dict[st
             for cost in costs
         ],
         "bytes": list(estimate_bytes(statistics, made.num_selected, found)),
+        "finishing_core_hours": estimate_finishing(statistics, made.num_selected),
         "warnings": [*warnings_of(config, statistics), *_about_this_machine(config)],
     }
 
@@ -196,8 +197,6 @@ def _about_this_machine(config: RunConfig) -> list[str]:
 
 
 def _print(payload: dict[str, Any]) -> None:
-    from pia_batch.report import head
-
     manifest = payload["manifest"]
     _print_manifest(manifest)
     for name in ("duplicates", "rejected", "finished", "pending"):
@@ -214,15 +213,24 @@ def _print(payload: dict[str, Any]) -> None:
     if len(payload["groups"]) > SHOWN_GROUPS:
         out.print(f"            and {len(payload['groups']) - SHOWN_GROUPS} more groups")
     if payload["selected"]:
-        low, high = (head.size(number) for number in payload["bytes"])
-        out.print(f"output      {low if low == high else f'{low} to {high}'}")
-        _print_devices(payload["devices"])
+        _print_work(payload)
     for words in payload["warnings"]:
         out.print(f"warning     {words}", soft_wrap=True, markup=False, style="yellow")
     for kind, found in payload["rejections"].items():
         out.print(f"\n{kind}  {found['count']}", style="bold")
         for text in found["first"]:
             out.print(f"  {text}", markup=False, soft_wrap=True)
+
+
+def _print_work(payload: dict[str, Any]) -> None:
+    from pia_batch.report import head
+
+    low, high = (head.size(number) for number in payload["bytes"])
+    out.print(f"output      {low if low == high else f'{low} to {high}'}")
+    if payload["finishing_core_hours"]:
+        hours = f"{payload['finishing_core_hours']:.2g} hours of a core, while the devices generate"
+        out.print(f"finishing   {hours} (estimate)", soft_wrap=True)
+    _print_devices(payload["devices"])
 
 
 def _print_manifest(manifest: dict[str, Any]) -> None:

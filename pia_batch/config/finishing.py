@@ -12,6 +12,11 @@ from typing import Any
 _LOOPS, _LOOP_FRAMES = range(3, 6), 16
 """Motion scales whose curve returns to the image, and the number of frames after which it does."""
 
+MATCH_NS, SHARPEN_NS, INTERPOLATE_NS = 80.0, 40.0, 230.0
+"""Nanoseconds of one core for a pixel: to match its colour, to sharpen it, and to make it between two frames.
+
+Measured on 512 x 512, one core of a 2-core CPU, 2026-11-28."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredSize:

@@ -151,6 +151,18 @@ def estimate_bytes(statistics: Statistics, num_requests: int, found: Measurement
     return int(low * share), int(high * share)
 
 
+def estimate_finishing(statistics: Statistics, num_requests: int) -> float:
+    """Return the hours of one core that finishing takes, next to the device's work. Arguments as for `estimate_costs`.
+
+    It is an estimate from measurements of one CPU; see `config.finishing`.
+    """
+    seconds = 0.0
+    for row in statistics.work.to_pylist():
+        width, height = _sides(row)
+        seconds += row["num_rows"] * row["num_frames"] * width * height * row["finish_ns"] / 1e9
+    return seconds * num_requests / max(1, statistics.num_pending) / 3600
+
+
 def _as_generated(results: pa.Table) -> pa.Table:
     """Return results with the number of frames that were generated, instead of those in the file."""
     if "interpolate" not in results.column_names:

@@ -7,6 +7,7 @@ are counted by their numbers, without reading the rows again.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.config.contexts import computed_frames
+from pia_batch.config.finishing import INTERPOLATE_NS, MATCH_NS, SHARPEN_NS
 from pia_batch.manifest.effective import seeds_of
 from pia_batch.manifest.tokens import are_truncated
 from pia_batch.planning.words import NO_WORDS, Words, count_words
@@ -37,13 +39,15 @@ WORK = pa.schema(
         ("guided", pa.bool_()),
         ("computed_frames", pa.float64()),
         ("interpolate", pa.int64()),
+        ("finish_ns", pa.float64()),
         (CALL_FRAMES, pa.int64()),
     ]
 )
 """Columns that decide the work and the bytes of a request. `steps` is the number of steps that are computed, with the
 passes of FreeInit and `strength` taken into account. `width` and `height` are null if they come from the image.
 `computed_frames` is the number of frames that the UNet computes at each step, more than `num_frames` where windows
-overlap; `call_frames` is the number of frames of one of its calls. `interpolate` multiplies the stored frames."""
+overlap; `call_frames` is the number of frames of one of its calls. `interpolate` multiplies the stored frames.
+`finish_ns` is the time that a core takes to finish a pixel of the generated frames, in nanoseconds."""
 
 CLASS = pa.schema([*WORK, ("gif_fps", pa.float64()), ("truncated", pa.bool_())])
 """Columns of a work class. `gif_fps` is the frame rate of a stored GIF, null for another format. `truncated` is true if
@@ -222,10 +226,21 @@ def work_of(requests: pa.Table) -> pa.Table:
     for name in ("width", "height"):
         derived[name] = pc.if_else(auto, None, requests[name])
     derived["computed_frames"] = _computed_frames(requests)
-    if "interpolate" not in requests.column_names:  # results of earlier releases
-        derived["interpolate"] = pa.repeat(1, len(requests))
+    derived["interpolate"] = _given(requests, "interpolate", 1)
+    between = pc.cast(pc.subtract(derived["interpolate"], 1), pa.float64())
+    matched = pc.cast(pc.cast(_given(requests, "color_match", False), pa.int8()), pa.float64())
+    sharpened = pc.cast(pc.cast(pc.greater(_given(requests, "sharpen", 0.0), 0.0), pa.int8()), pa.float64())
+    parts = ((between, INTERPOLATE_NS), (matched, MATCH_NS), (sharpened, SHARPEN_NS))
+    derived["finish_ns"] = functools.reduce(pc.add, (pc.multiply(part, rate) for part, rate in parts))
     derived[CALL_FRAMES] = call_frames(requests)
     return pa.table({name: derived[name] if name in derived else requests[name] for name in WORK.names}).cast(WORK)
+
+
+def _given(requests: pa.Table, name: str, off: object) -> pa.Array | pa.ChunkedArray:
+    """Return a setting of requests or results; `off` where results of earlier releases do not have it."""
+    if name not in requests.column_names:
+        return pa.repeat(off, len(requests))
+    return pc.fill_null(requests[name], off)
 
 
 def call_frames(requests: pa.Table) -> pa.Array | pa.ChunkedArray:

@@ -39,6 +39,7 @@ _MEASURES = {
     "frame_std": ("Frame deviation", ""),
     "gpu_seconds": ("Device", "s"),
     "fetch_seconds": ("Fetch", "s"),
+    "finish_seconds": ("Finish", "s"),
     "encode_seconds": ("Encode", "s"),
     "duration_s": ("Duration", "s"),
     "num_bytes": ("Size", "B"),

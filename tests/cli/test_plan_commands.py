@@ -105,6 +105,18 @@ def test_a_plan_of_a_real_model_estimates_hours_cost_and_bytes(
     assert payload["warnings"] == []
 
 
+def test_a_plan_says_what_finishing_costs(
+    write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ("--manifest", write_manifest(requests_table(100)), "--output", str(tmp_path / "out"))
+
+    assert pia_batch("plan", *where, *REAL, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["finishing_core_hours"] == 0
+    assert pia_batch("plan", *where, *REAL, "--set", "defaults.interpolate=4") == 0
+
+    assert "finishing   0.04 hours of a core, while the devices generate (estimate)" in capsys.readouterr().out
+
+
 def test_the_budget_says_how_many_are_selected(
     write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

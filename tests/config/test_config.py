@@ -247,6 +247,8 @@ def test_every_number_that_a_row_may_set_has_a_range() -> None:
         "free_init_fast",
         "format",
         "prompt_interpolation",
+        "color_match",
+        "codec",
     }
     assert unbounded == {"negative_prompt", "lora_scales", "context", *choices}
 

@@ -9,7 +9,7 @@ from manifest_statistics import statistics_of
 
 from pia_batch.config import RunConfig
 from pia_batch.journal.log import Journal
-from pia_batch.planning.cost import estimate_bytes, estimate_costs, measure_finished
+from pia_batch.planning.cost import estimate_bytes, estimate_costs, estimate_finishing, measure_finished
 from pia_batch.planning.statistics import Statistics
 from pia_batch.schema.columns import results_table
 from pia_batch.storage.object_store import Store
@@ -126,6 +126,20 @@ def test_what_finished_clips_took_comes_before_every_guess(store: Store) -> None
     assert first.hours == pytest.approx((40 / 3600, 40 / 3600))
     assert first.source.startswith("measured: 1 finished")
     assert estimate_bytes(statistics, 10, found) == pytest.approx((4_194_300, 4_194_300), abs=1)
+
+
+def test_finishing_costs_time_of_a_core_and_none_of_the_device() -> None:
+    def core_seconds(**columns: Any) -> float:
+        statistics, _ = statistics_with(requests_table(2, **columns))
+        return 3600 * estimate_finishing(statistics, 1)
+
+    pixels = 16 * 512 * 512 / 1e9
+    assert core_seconds() == estimate_finishing(Statistics(), 0) == 0
+    assert core_seconds(color_match=[True, True]) == pytest.approx(80 * pixels)
+    assert core_seconds(sharpen=[0.5, 0.5]) == pytest.approx(40 * pixels)
+    assert core_seconds(interpolate=[4, 4]) == pytest.approx(3 * 230 * pixels)
+    assert core_seconds(interpolate=[2, 1], color_match=[False, True]) == pytest.approx((230 + 80) / 2 * pixels)
+    assert hours(requests_table(1, interpolate=[4], sharpen=[1.0])) == hours(requests_table(1))
 
 
 def test_what_was_interpolated_is_measured_by_the_frames_that_were_generated(store: Store) -> None:

@@ -114,6 +114,7 @@ function seconds(rows) {
   const stages = [
     ["fetch_seconds", "fetch"],
     ["gpu_seconds", "generate"],
+    ["finish_seconds", "finish"],
     ["encode_seconds", "encode"],
   ];
   const groups = stages.flatMap(([column, name]) => {
