@@ -8,6 +8,7 @@ do (Chromium's `bmp_image_reader.cc`, Firefox's `nsBMPDecoder.cpp`).
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import Any
 
@@ -145,37 +146,77 @@ def _run_length(data: bytes, header_bytes: int, bits: int) -> tuple[Image.Image,
 
 
 def _codes(data: bytes, position: int, width: int, height: int, bits: int) -> tuple[bytearray, bytearray]:
-    """Return the indices of a run-length encoded picture, row by row as stored, and 255 where one was written."""
+    """Return the indices of a run-length encoded picture, row by row as stored, and 255 where one was written.
+
+    Raises:
+        IncompleteError: The code ends before the picture.
+        ImageUnreadableError: More codes write nothing than an honest picture has.
+    """
     indices, written = bytearray(width * height), bytearray(width * height)
-    x = y = 0
+    x = y = idle = 0
     while y < height:
         if len(data) < position + 2:
             if x == width and y == height - 1:  # complete, without an end code
                 break
             raise IncompleteError
+        before = x, y
         count, value = data[position], data[position + 1]
-        position += 2
-        if count == 0 and value == _END_OF_ROW:
-            x, y = 0, y + 1
-        elif count == 0 and value == _END_OF_PICTURE:
-            break
-        elif count == 0 and value == _STEP:
-            right, up = _slice(data, position, 2)
+        if count:
+            runs = _RUNS.match(data, position)
+            end = position + 2 if runs is None else runs.end()
+            kept = _runs(data[position:end], bits, width - x)
+            position = end
+        elif value == _END_OF_ROW:
+            kept = b""
             position += 2
+            x, y = 0, y + 1
+        elif value == _END_OF_PICTURE:
+            break
+        elif value == _STEP:
+            kept = b""
+            right, up = _slice(data, position + 2, 2)
+            position += 4
             x, y = min(x + right, width), y + up
-        else:
-            if count:
-                run = _unpacked(bytes((value,)), bits) * count
-            else:  # so many pixels one by one, padded to 16 bits
-                count, num_bytes = value, (value * bits + 7) // 8
-                run = _unpacked(_slice(data, position, num_bytes), bits)
-                position += num_bytes + num_bytes % 2
-            kept = min(count, width - x)
+        else:  # so many pixels one by one, padded to 16 bits
+            num_bytes = (value * bits + 7) // 8
+            kept = _unpacked(_slice(data, position + 2, num_bytes), bits)[: min(value, width - x)]
+            position += 2 + num_bytes + num_bytes % 2
+        if kept:
             at = y * width + x
-            indices[at : at + kept] = run[:kept]
-            written[at : at + kept] = b"\xff" * kept
-            x += kept
+            indices[at : at + len(kept)] = kept
+            written[at : at + len(kept)] = b"\xff" * len(kept)
+            x += len(kept)
+        idle += (x, y) == before
+        if idle > height + MAX_IDLE_CODES:
+            raise ImageUnreadableError("corrupt image: a BMP whose run-length code does not advance")
     return indices, written
+
+
+MAX_IDLE_CODES = 10_000
+"""Largest number of codes, in addition to one a row, that do not advance in a picture; each costs 2 us (measured)."""
+
+_RUNS = re.compile(rb"(?:[\x01-\xff][\x00-\xff])+", re.DOTALL)
+"""Runs without another code between them: all of them are of one row."""
+
+
+def _runs(code: bytes, bits: int, most: int) -> bytes:
+    """Return the first `most` indices of a sequence of runs, pairs of a count and a value."""
+    if len(code) <= _FEW_RUNS:
+        single = [_unpacked(code[k + 1 : k + 2], bits) * code[k] for k in range(0, len(code), 2)]
+        return b"".join(each[: code[2 * k]] for k, each in enumerate(single))[:most]
+    pairs = np.frombuffer(code, np.uint8, min(len(code), 2 * most)).reshape(-1, 2)  # each run has a pixel or more
+    counts = pairs[:, 0].astype(np.int64)
+    ends = np.minimum(np.cumsum(counts), most)
+    counts = np.diff(ends, prepend=0)
+    values = np.repeat(pairs[:, 1], counts)
+    if bits == 4:  # noqa: PLR2004 - two indices in turn
+        is_second = (np.arange(len(values)) - np.repeat(ends - counts, counts)) % 2 == 1
+        values = np.where(is_second, values & 15, values >> 4)
+    return values.astype(np.uint8).tobytes()
+
+
+_FEW_RUNS = 32
+"""Number of bytes of code up to which runs are joined without numpy, which takes longer to begin."""
 
 
 def _slice(data: bytes, position: int, num_bytes: int) -> bytes:

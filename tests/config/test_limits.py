@@ -528,6 +528,8 @@ FIXED = {
     "manifest/reader.MAX_ROWS": f"{READER}test_more_rows_than_a_driver_can_plan_are_refused_by_the_footer",
     "media/image_headers.MAX_SIDE": f"{IMAGES}test_the_longest_side_is_an_image",
     "media/image_headers.MAX_PARTS": f"{IMAGES}test_the_number_of_parts_is_kept_to_its_limit",
+    "media/bitmaps.MAX_IDLE_CODES": "tests/media/test_transparency.py::"
+    "test_codes_that_do_not_advance_are_refused_before_they_take_long",
     "media/image_headers.MAX_CHUNKS": f"{IMAGES}test_the_number_of_parts_is_kept_to_its_limit",
     "media/image_headers.MAX_SCANS": f"{IMAGES}test_the_number_of_parts_is_kept_to_its_limit",
     "media/image_headers.MAX_PROFILE_BYTES": f"{IMAGES}test_a_profile_is_used_up_to_its_limit",

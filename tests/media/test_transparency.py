@@ -11,12 +11,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from pia_batch.errors import ImageUnreadableError
-from pia_batch.media import images
+from pia_batch.media import bitmaps, images
+from pia_batch.media.image_headers import IncompleteError
 
 BACKGROUND = (16, 32, 48)
 CASES = {}
@@ -499,3 +500,81 @@ def test_a_damaged_colour_key_is_corrupt():
 
     with pytest.raises(ImageUnreadableError, match="checksum"):
         rendered(data[: at + 5] + b"\2" + data[at + 6 :])
+
+
+# --- run-length encoding, against a decoder that reads one code after the other ---------------------------------------
+
+
+def read_codes(  # noqa: C901 - the whole format in one place
+    code: bytes, width: int, height: int, bits: int
+) -> tuple[list[list[int]], list[list[bool]]] | None:
+    """Indices, and where one was written, by the words of BITMAPINFOHEADER's page; None if the code ends too early."""
+    picture, written = [[0] * width for _ in range(height)], [[False] * width for _ in range(height)]
+    x = y = at = 0
+
+    def put(index: int) -> None:
+        nonlocal x
+        if x < width:
+            picture[y][x], written[y][x] = index, True
+            x += 1
+
+    while y < height:
+        if at + 2 > len(code):
+            return (picture, written) if (x, y) == (width, height - 1) else None
+        count, value = code[at : at + 2]
+        at += 2
+        if count:
+            for k in range(count):
+                put(value if bits == 8 else (value >> 4, value & 15)[k % 2])
+        elif value == 0:
+            x, y = 0, y + 1
+        elif value == 1:
+            break
+        elif value == 2:
+            if at + 2 > len(code):
+                return None
+            x, y, at = min(x + code[at], width), y + code[at + 1], at + 2
+        else:
+            num_bytes = (value * bits + 7) // 8
+            held = code[at : at + num_bytes]
+            if len(held) < num_bytes:
+                return None
+            for k in range(value):
+                put(held[k] if bits == 8 else (held[k // 2] >> 4, held[k // 2] & 15)[k % 2])
+            at += num_bytes + num_bytes % 2
+    return picture, written
+
+
+CODES = st.one_of(
+    st.tuples(st.integers(1, 255) | st.integers(1, 3), st.integers(0, 255)).map(bytes),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 255)).map(bytes), min_size=17, max_size=60).map(b"".join),
+    st.binary(min_size=3, max_size=9).map(lambda held: bytes((0, len(held))) + held + bytes(len(held) % 2)),
+    st.tuples(st.integers(0, 9), st.integers(0, 2)).map(lambda step: b"\0\2" + bytes(step)),
+    st.sampled_from([END_OF_ROW, END_OF_ROW, END]),
+)
+
+
+@given(code=st.lists(CODES, max_size=12).map(b"".join), size=st.tuples(st.integers(1, 90), st.integers(1, 4)))
+@settings(deadline=None)
+def test_run_length_codes_are_read_as_one_after_the_other(code: bytes, size: tuple[int, int]) -> None:
+    for bits in (8, 4):
+        expected = read_codes(code, *size, bits)
+        try:
+            indices, written = bitmaps._codes(code, 0, *size, bits)
+        except IncompleteError:
+            assert expected is None
+            continue
+        assert expected is not None
+        assert list(indices) == [index for row in expected[0] for index in row]
+        assert [bool(flag) for flag in written] == [flag for row in expected[1] for flag in row]
+
+
+def test_codes_that_do_not_advance_are_refused_before_they_take_long() -> None:
+    step, most = b"\0\2\0\0", bitmaps.MAX_IDLE_CODES + 2  # two rows
+    for number in (most - 1, most):
+        assert images.decode(
+            rle(step * number + b"\3\1" + END, (3, 2), 8), max_pixels=6, background="#000000"
+        ).size == (3, 2)
+
+    with pytest.raises(ImageUnreadableError, match="a BMP whose run-length code does not advance"):
+        images.decode(rle(step * (most + 1) + b"\3\1" + END, (3, 2), 8), max_pixels=6, background="#000000")
