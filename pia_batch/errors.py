@@ -189,6 +189,20 @@ _ENVIRONMENT = {
 """Remedies for errors of the operating system that an operator causes and ends, by their number."""
 
 
+OUT_OF_MEMORY_MESSAGES = (
+    "out of memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "was unable to find an engine to execute this computation",
+)
+"""Texts of a plain RuntimeError of torch that mean memory ran out outside of its own GPU allocator.
+
+The last one comes from a convolution: torch tries one cuDNN algorithm after another, skips those whose workspace does
+not fit into memory, and finally reports only that no algorithm was left.
+"""
+
+
 _CERTIFICATE = re.compile(r"CERTIFICATE_VERIFY_FAILED.*?verify failed:? ?([^(\n\"]*)")
 """OpenSSL's words for a server that it does not trust, in the text of every client's exception, with the reason."""
 
@@ -222,17 +236,21 @@ def environment_error(err: BaseException) -> ConfigError | None:
 
     A missing file and a closed pipe are none of these: unless its caller expects them, they are bugs.
     """
-    if isinstance(err, MemoryError):
-        remedy: str | None = _MEMORY
-    elif isinstance(err, ssl.SSLError):
-        remedy = CERTIFICATE_REMEDY
-    elif isinstance(err, socket.gaierror):
-        remedy = _NETWORK
-    elif isinstance(err, OSError) and err.errno is not None:
-        remedy = _ENVIRONMENT.get(err.errno)
-    else:
-        remedy = _NETWORK if isinstance(err, ConnectionRefusedError | ConnectionResetError | TimeoutError) else None
+    remedy = environment_remedy(err)
     return None if remedy is None else ConfigError(f"{type(err).__name__}: {message_of(err)}; {remedy}")
+
+
+def environment_remedy(err: BaseException) -> str | None:
+    """Return what the operator can do about an error of their environment; None for any other exception."""
+    if isinstance(err, MemoryError):
+        return _MEMORY
+    if isinstance(err, ssl.SSLError):
+        return CERTIFICATE_REMEDY
+    if isinstance(err, socket.gaierror):
+        return _NETWORK
+    if isinstance(err, OSError) and err.errno is not None:
+        return _ENVIRONMENT.get(err.errno)
+    return _NETWORK if isinstance(err, ConnectionRefusedError | ConnectionResetError | TimeoutError) else None
 
 
 MESSAGE_LENGTH = 300

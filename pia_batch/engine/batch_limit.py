@@ -7,18 +7,7 @@ from itertools import accumulate, takewhile
 
 import torch
 
-_OUT_OF_MEMORY_MESSAGES = (
-    "out of memory",
-    "can't allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "was unable to find an engine to execute this computation",
-)
-"""Texts of a plain RuntimeError that mean memory ran out outside of torch's own GPU allocator.
-
-The last one comes from a convolution: torch tries one cuDNN algorithm after another, skips those whose workspace does
-not fit into memory, and finally reports only that no algorithm was left.
-"""
+from pia_batch.errors import OUT_OF_MEMORY_MESSAGES
 
 PATIENCE = 8
 """Number of batches at the limit that must succeed before a larger one is tried."""
@@ -81,4 +70,4 @@ def is_out_of_memory(err: Exception) -> bool:
     """Return True if this exception means that memory ran out, whichever library raised it."""
     if isinstance(err, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(err, RuntimeError) and any(sign in str(err) for sign in _OUT_OF_MEMORY_MESSAGES)
+    return isinstance(err, RuntimeError) and any(sign in str(err) for sign in OUT_OF_MEMORY_MESSAGES)

@@ -22,6 +22,7 @@ from pia_batch.config.arithmetic import Arithmetic
 from pia_batch.config.speed_presets import EXACT, PRESETS, SpeedPreset
 from pia_batch.engine import adapters, arithmetic, compiling, image_prompts, network_files, offloading
 from pia_batch.engine import unet as layout
+from pia_batch.engine.batch_limit import is_out_of_memory
 from pia_batch.engine.lora_scales import Scales
 from pia_batch.engine.offloading import DeviceSlot, OnDemand
 from pia_batch.engine.shared_weights import SharedParts
@@ -138,16 +139,16 @@ def load(
 
     Raises:
         ConfigError: The parts or the adapters do not fit each other, or the scheduler's settings are invalid.
-        torch.OutOfMemoryError: The device has too little memory.
+        torch.OutOfMemoryError: The device has too little memory; or RuntimeError, as in `is_out_of_memory`.
     """
     loader = _Loader(model, weights, device, dtype, shared)
     with quiet():
         scheduler = build_scheduler(model.scheduler, _shipped_scheduler(weights), model.arithmetic)
         try:
             parts = loader.parts()
-        except torch.OutOfMemoryError:
-            raise
         except (OSError, RuntimeError, ValueError) as err:
+            if is_out_of_memory(err):
+                raise
             raise ConfigError(f"cannot load {weights.base}: {err}") from err
     compiles = model.compile is True or (model.compile == "auto" and device.type == "cuda")
     call = compiling.Compiler() if compiles else compiling.directly

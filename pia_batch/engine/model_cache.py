@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from pia_batch.config import ModelConfig
+from pia_batch.engine.batch_limit import is_out_of_memory
 from pia_batch.engine.engine import PiaEngine
 from pia_batch.engine.offloading import total_memory
 from pia_batch.engine.shared_weights import SharedParts
@@ -98,7 +99,9 @@ class ModelCache:
         """Return the engine, or None if memory ran out; then no traceback keeps the partly loaded model alive."""
         try:
             return self._load_engine(self._models[name], self._device, self._shared)
-        except (MemoryError, torch.OutOfMemoryError) as err:
+        except (MemoryError, RuntimeError) as err:
+            if not is_out_of_memory(err):
+                raise
             log.warning("model_load_failed name=%s loaded=%d reason=%s", name, len(self._engines), err)
             return None
 

@@ -19,7 +19,14 @@ import pyarrow.compute as pc
 import pyarrow.fs
 import pyarrow.parquet as pq
 
-from pia_batch.errors import CERTIFICATE_REMEDY, ConfigError, InterruptedRunError, ManifestError, message_of
+from pia_batch.errors import (
+    CERTIFICATE_REMEDY,
+    ConfigError,
+    InterruptedRunError,
+    ManifestError,
+    environment_remedy,
+    message_of,
+)
 from pia_batch.manifest import wide_integers
 from pia_batch.manifest.column_layout import MAX_COLUMNS, Layout
 from pia_batch.manifest.column_map import NO_MAP, ColumnMap
@@ -263,9 +270,10 @@ def reading(place: str) -> Iterator[None]:
     except Exception as err:  # noqa: BLE001 - every file system has its own classes for what goes wrong
         problem = redacted(message_of(err))
         remedy = next((f"; {remedy}" for words, remedy in _REMEDIES.items() if words in problem), "")
-        if (
-            isinstance(err, PermissionError) and err.filename is None and "AWS_" not in problem
-        ):  # of a store; the local disk names its file
+        is_local = "://" not in place or place.startswith("file://")
+        if is_local and (known := environment_remedy(err)):
+            remedy = f"; {known}"
+        elif isinstance(err, PermissionError) and err.filename is None and "AWS_" not in problem:
             remedy = "; check the credentials and the policy"
         msg = f"cannot read manifest {place}: {problem}{remedy}"
         raise ManifestError(msg) from None

@@ -9,6 +9,7 @@ import sys
 
 from pia_batch import __version__
 from pia_batch.errors import (
+    OUT_OF_MEMORY_MESSAGES,
     BrokenDeviceError,
     ConfigError,
     InterruptedRunError,
@@ -85,7 +86,8 @@ def explain(err: Exception) -> Exception:
     cause, here = f"{type(err).__name__}: {message_of(err)}", f"an engine cannot start on node {socket.gethostname()}"
     if isinstance(err, ImportError):
         return ConfigError(f"{here}: {cause}; install the versions of constraints.txt on every node")
-    if isinstance(err, MemoryError) or "OutOfMemory" in type(err).__name__ or "out of memory" in cause:
+    is_memory = isinstance(err, MemoryError) or "OutOfMemory" in type(err).__name__
+    if is_memory or any(words in str(err) for words in OUT_OF_MEMORY_MESSAGES):
         return ConfigError(
             f"{here}: {cause}; it needs a larger device or machine, `model.memory: low`, fewer engines on one GPU "
             "(placement.num_gpus), or fewer models (placement.max_models)"

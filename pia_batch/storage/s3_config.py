@@ -238,6 +238,7 @@ def _resolve(environment: tuple[tuple[str, str], ...]) -> S3Config:
         proxies = _proxies(client.meta.endpoint_url)
         credentials = None if _is_anonymous() else session.get_credentials()
         if credentials is None and not _is_anonymous():
+            _check_readable(session)
             raise ConfigError(f"S3: no credentials were found; {REMEDY}")
         if credentials is not None:
             credentials.get_frozen_credentials()
@@ -346,6 +347,25 @@ def _proxies(endpoint: str) -> dict[str, str]:
     if not known or not host or port == 0 or not url.isprintable() or " " in url:
         raise ConfigError(f"{name}: not the URL of an HTTP proxy; {remedy}")
     return {scheme: url}
+
+
+def _check_readable(session: Any) -> None:  # botocore is untyped
+    """Refuse a file of credentials or configuration that this user may not read; botocore would ignore it.
+
+    Raises:
+        ConfigError: There is such a file.
+    """
+    for variable in ("credentials_file", "config_file"):
+        path = Path(session.get_config_variable(variable)).expanduser()
+        try:
+            path.open("rb").close()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as err:
+            msg = (
+                f"S3: no credentials were found, and {path} cannot be read: {err.strerror}; give this user access to it"
+            )
+            raise ConfigError(msg) from None
 
 
 def _check_ca_bundle(path: str) -> None:

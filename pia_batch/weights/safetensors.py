@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from pia_batch.errors import ConfigError
+from pia_batch.errors import ConfigError, environment_remedy, message_of
 
 SUFFIX = ".safetensors"
 
@@ -110,7 +110,8 @@ def read(path: Path) -> SafetensorsHeader:
                 raise ConfigError(_why_invalid(path, start, num_bytes))
             text = file.read(length)
     except OSError as err:
-        raise ConfigError(f"cannot read {path}: {err}") from err
+        remedy = environment_remedy(err) or "correct the path, or fetch the file again"
+        raise ConfigError(f"cannot read {path}: {message_of(err)}; {remedy}") from err
     try:
         header = json.loads(text)
         metadata = {str(name): str(value) for name, value in (header.pop("__metadata__", None) or {}).items()}

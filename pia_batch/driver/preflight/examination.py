@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from pia_batch.config import ModelConfig, PlacementConfig, RunConfig
 from pia_batch.driver.preflight import cluster, devices, machine, storage
 from pia_batch.driver.preflight.finding import Finding
-from pia_batch.errors import printable
+from pia_batch.errors import environment_error, printable
 from pia_batch.storage.object_store import Store
 
 
@@ -68,15 +68,27 @@ def _examine(
         yield Finding("fail", "devices", message, "install the torch that fits this machine: https://pytorch.org")
     else:
         yield from devices.check_devices(facts, place, models)
-    yield from machine.check_disks(models)
-    yield from storage.check_weights(models)
+    yield from guarded("disk", machine.check_disks(models))
+    yield from guarded("weights", storage.check_weights(models))
     if config is not None:
-        yield from storage.check_manifest(config)
-        yield from storage.check_images(config.images)
-        yield from storage.check_store(Store(config.output))
+        yield from guarded("manifest", storage.check_manifest(config))
+        yield from guarded("images", storage.check_images(config.images))
+        yield from guarded("store", storage.check_store(Store(config.output)))
     is_reached = True
     for finding in cluster.check_ray(place, connection):
         is_reached = is_reached and finding.state != "fail"
         yield finding
     if is_reached or place.address == "local":  # Ray takes a minute to give up on a cluster that does not answer
         yield from cluster.check_capacity(place, len(facts["devices"]))
+
+
+def guarded(subject: str, findings: Iterable[Finding]) -> Iterator[Finding]:
+    """Yield the findings of a check; a fault of the operator's environment that ends it becomes a failure."""
+    try:
+        yield from findings
+    except (OSError, MemoryError) as err:
+        explained = environment_error(err)
+        if explained is None:
+            raise
+        problem, _, remedy = str(explained).partition("; ")
+        yield Finding("fail", subject, problem, remedy)
