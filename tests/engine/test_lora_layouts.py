@@ -18,9 +18,10 @@ import layouts
 import numpy as np
 import pytest
 import torch
+from lora_files import stock_with, write_lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pipelines import build, save
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pia_batch.config import LoraConfig, ModelConfig
 from pia_batch.engine import adapters
@@ -347,6 +348,23 @@ def test_every_kind_is_applied_by_its_formula(base, tmp_path, kind, alpha):
 
     for fuse in (False, True):
         assert_weights(load(base, (tmp_path / "a.safetensors", 0.8), fuse=fuse), expected)
+
+
+def test_the_alpha_of_each_layer_counts_where_diffusers_takes_the_most_frequent_one_for_attention(tmp_path):
+    """Its names for the alphas of attention, `attn1.processor.to_k_lora.down.weight`, match no layer of PEFT's."""
+    path = write_lora(
+        tmp_path / "a.safetensors",
+        "kohya",
+        unet=lambda name: "attn1.to_" in name,
+        text=lambda _: False,
+        alpha=lambda index: 3.0 if index % 4 == 0 else 1.0,
+    )
+    layers = {name: each for name, each in stock_with((path, 1.0)).unet.named_modules() if hasattr(each, "scaling")}
+    alphas = {name.removesuffix(".alpha"): float(each) for name, each in load_file(path).items() if "alpha" in name}
+
+    stock = [each.scaling["stock0"] for name, each in layers.items()]
+    assert {alphas[kohya(name)] / 2 for name in layers} == {0.5, 1.5}
+    assert set(stock) == {0.5}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -92,7 +92,7 @@ def test_keys_and_values_of_each_key_prompt_are_projected_once_and_rows_without_
     assert len(states.keys) == 5
 
 
-def test_loras_fp64_and_image_prompts_leave_it_exact():
+def test_it_is_exact_in_float64():
     pipe = build().to(torch.float64)
     engine = PiaEngine.from_pipeline(pipe)
     rows = [MIXED[0], MIXED[2], shot(9, num_frames=8)]

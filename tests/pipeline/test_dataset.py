@@ -30,6 +30,7 @@ from pia_batch.pipeline import dataset, stages
 from pia_batch.pipeline.request_rows import attempt_key
 from pia_batch.planning.plan import engine_ids_of
 from pia_batch.schema.columns import FETCHED, RESULT
+from pia_batch.schema.key_prompts import key_prompts
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -123,6 +124,29 @@ def test_every_later_stage_passes_a_rejected_row_through(make_config: MakeConfig
     for row in rows.to_pylist():
         never_tried = (row["status"], row["attempts"], row["device"], row["engine_id"]) == ("failed", 0, None, None)
         assert never_tried == (row["error_kind"] is not None)
+
+
+def test_prompts_that_change_reach_the_engine_and_the_results(make_config: MakeConfig) -> None:
+    table = requests_table(2, prompt=["fine", None], image_bytes=[png()] * 2, num_frames=[3, 3]).drop_columns(["image"])
+    travels = pa.array([None, [(2, "good"), (0, "fine")]], pa.map_(pa.int32(), pa.string()))
+    config, engine, results = make_config(defaults__format="gif"), FakeEngine(), dataset.CollectedResults()
+
+    arranged = stages.Arrange(config.images, "file:///nowhere")(
+        validated(table.append_column("prompts", travels), config)
+    )
+    animate_stage(config, engine, commits=results)(stages.FetchImages(config.images, "file:///nowhere")(arranged))
+
+    (call,) = engine.calls
+    given = [vars(shot) for shot in call]
+    assert [shot.get("prompt") for shot in given] == ["fine", None]
+    assert given[0].get("prompts") is None
+    assert key_prompts(given[1]["prompts"]) == ((0, "fine"), (2, "good"))
+    (rows,) = results.take()
+    assert rows["error_kind"].null_count == 2
+    assert rows["prompts"].to_pylist() == [
+        None,
+        [{"frame": 0, "prompt": "fine"}, {"frame": 2, "prompt": "good"}],
+    ]
 
 
 def test_a_request_with_an_unknown_model_is_passed_through_where_its_batch_fails(make_config: MakeConfig) -> None:

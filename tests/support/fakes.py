@@ -65,7 +65,7 @@ class FakeEngine:
 
     @staticmethod
     def _clip(shot: Any) -> FakeClip:
-        if "not finite" in shot.prompt:
+        if "not finite" in (shot.prompt or ""):
             return FakeClip(error=NonFiniteError("the latents of this request are not finite"))
         picture = np.asarray(shot.image)
         return FakeClip(np.stack([np.roll(picture, k, axis=1) for k in range(shot.num_frames)]))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest import mock
@@ -17,8 +18,9 @@ from diffusers import PIAPipeline
 from diffusers.models.attention import FreeNoiseTransformerBlock
 from diffusers.pipelines.free_noise_utils import AnimateDiffFreeNoiseMixin
 from PIL import Image
-from pipelines import Truth, coefficients, single_call
+from pipelines import Truth, coefficients, free_init, single_call
 
+from pia_batch.config.speed_presets import PRESETS, Speed, whole_evaluations
 from pia_batch.engine import Shot
 
 
@@ -119,16 +121,67 @@ def by_chain(
     return Truth(torch.cat(latents, dim=1)[:, : shot.num_frames], np.concatenate(frames)[: shot.num_frames])
 
 
+class Features:
+    """Features before the last layers of the stock UNet: kept at whole evaluations, put in place at the others."""
+
+    def __init__(self, unet: Any, layers: int) -> None:
+        block = unet.up_blocks[-1]
+        self._layer = block.resnets[len(block.resnets) - layers] if layers else None
+        self._skipped = unet.conv_in.out_channels
+        self._kept: dict[Any, torch.Tensor] = {}
+
+    @contextlib.contextmanager
+    def of(self, key: Any, *, whole: bool) -> Iterator[None]:
+        """Context of one call of the UNet; calls with the same key have the same features."""
+
+        def hook(_: Any, args: Any, named: dict[str, Any]) -> Any:
+            given = named["input_tensor"]
+            if whole:
+                self._kept[key] = given
+                return None
+            joined = torch.cat([self._kept[key][:, : -self._skipped], given[:, -self._skipped :]], dim=1)
+            return args, named | {"input_tensor": joined}
+
+        if self._layer is None:
+            yield
+            return
+        handle = self._layer.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _image_prompts(pipe: PIAPipeline, shot: Shot) -> dict[bool, Any]:
+    """Return the UNet's further conditions of the unconditional and of the conditional half."""
+    if pipe.unet.encoder_hid_proj is None:
+        return {False: None, True: None}
+    pipe.set_ip_adapter_scale(shot.ip_adapter_scale)
+    images = [shot.ip_adapter_image or shot.image]
+    (embeds,) = pipe.prepare_ip_adapter_image_embeds(images, None, torch.device("cpu"), 1, shot.guidance_scale > 1)
+    halves = embeds.to(pipe.unet.dtype).chunk(2)
+    return {False: {"image_embeds": [halves[0]]}, True: {"image_embeds": [halves[-1]]}}
+
+
+def _options(scheduler: Any, **offered: Any) -> dict[str, Any]:
+    taken = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in offered.items() if name in taken}
+
+
 @torch.no_grad()
 def by_brute_force(
-    pipe: PIAPipeline, shot: Shot, frame_texts: tuple[torch.Tensor, torch.Tensor] | None = None
+    pipe: PIAPipeline,
+    shot: Shot,
+    frame_texts: tuple[torch.Tensor, torch.Tensor] | None = None,
+    speed: Speed = "exact",
 ) -> Truth:
-    """Generate a clip of more frames than a window; FreeInit and image prompts are left out.
+    """Generate a clip of more frames than a window.
 
     Args:
         pipe: The pipeline.
         shot: The shot.
         frame_texts: Positive and negative text of every frame, (F, tokens, features) each; None: those of the shot.
+        speed: Speed preset: between whole evaluations, the last layers run over each window's latest features.
     """
     generator = torch.Generator().manual_seed(shot.seed)
     scheduler = copy.deepcopy(pipe.scheduler)
@@ -158,27 +211,36 @@ def by_brute_force(
     if guided:
         nothing = nothing.expand(shot.num_frames, -1, -1) if frame_texts is None else frame_texts[1]
 
-    def predict(sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    prompts = _image_prompts(pipe, shot)
+    features = Features(pipe.unet, PRESETS[speed].layers)
+
+    def predict(sample: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, half: bool, whole: bool) -> Any:
         total, weight = torch.zeros_like(latents), torch.zeros(shot.num_frames, dtype=dtype)
         for start in starts(shot):
             frames = [(start + k) % shot.num_frames for k in range(length)]
             mask = likeness[frames].view(1, 1, -1, 1, 1).expand(1, 1, -1, *size)
             still = image[:, :, None].expand(1, 4, length, *size)
             seen = torch.cat([sample[:, :, frames], mask, still], dim=1)
-            noise = pipe.unet(seen, timestep, text[frames]).sample
+            with features.of((start, half), whole=whole):
+                noise = pipe.unet(seen, timestep, text[frames], added_cond_kwargs=prompts[half]).sample
             for k, frame in enumerate(frames):
                 total[:, :, frame] += min(k + 1, length - k) * noise[:, :, k]
                 weight[frame] += min(k + 1, length - k)
         return total / weight.view(1, 1, -1, 1, 1)
 
-    for timestep in timesteps:
-        sample = scheduler.scale_model_input(latents, timestep)
-        noise = predict(sample, timestep, texts)
-        if guided:
-            other = predict(sample, timestep, nothing)
-            noise = other + shot.guidance_scale * (noise - other)
-        taken = inspect.signature(scheduler.step).parameters
-        options = {name: value for name, value in (("eta", shot.eta), ("generator", generator)) if name in taken}
-        latents = scheduler.step(noise, timestep, latents, **options).prev_sample
+    options = _options(scheduler, eta=shot.eta, generator=generator)
+    with free_init(pipe, shot):
+        for number in range(max(1, shot.free_init_iters)):
+            if shot.free_init_iters:
+                steps = shot.num_inference_steps
+                latents, _ = pipe._apply_free_init(latents, number, steps, latents.device, dtype, generator)
+            wholes = whole_evaluations(PRESETS[speed], [float(each) for each in timesteps], 1000)
+            for timestep, whole in zip(timesteps, wholes, strict=True):
+                sample = scheduler.scale_model_input(latents, timestep)
+                noise = predict(sample, timestep, texts, half=True, whole=whole)
+                if guided:
+                    other = predict(sample, timestep, nothing, half=False, whole=whole)
+                    noise = other + shot.guidance_scale * (noise - other)
+                latents = scheduler.step(noise, timestep, latents, **options).prev_sample
     video = pipe.video_processor.postprocess_video(pipe.decode_latents(latents), output_type="pil")[0]
     return Truth(latents[0], np.stack([np.asarray(frame) for frame in video]))
