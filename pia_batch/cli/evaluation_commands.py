@@ -43,6 +43,9 @@ def evaluate(
     flow: Annotated[
         bool, typer.Option("--flow/--no-flow", help="Measure what needs optical flow, most of the work.")
     ] = True,
+    clip_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Time limit for each clip; one that exceeds it is a failed row.")
+    ] = 300.0,
     override: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -64,6 +67,7 @@ def evaluate(
             dino=dino,
             dino_revision=dino_revision,
             flow=flow,
+            clip_timeout_s=clip_timeout,
             placement=placement,
             on_progress=show,
         )

@@ -32,6 +32,7 @@ KINDS = {
     "image_not_allowed, image_unavailable, image_unreadable": "the condition image, as for a run; measures that do not "
     "need it are there",
     FAILED_MEASURE: "a measure raised an exception for this clip",
+    "timeout": "the clip took longer than `--clip-timeout` every time it was measured alone",
     "worker_crash": "the worker died every time it measured this clip alone",
 }
 """Error kinds of an evaluation, with their meaning."""

@@ -8,6 +8,7 @@ Each piece is one object that is created once, so a job that was killed at any m
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,9 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 """Largest number of attempts at a clip whose worker dies: the first one in its piece, the others alone."""
 
+CLIP_TIMEOUT_S = 300.0
+"""Time limit for each clip by default, in seconds. Nothing else ends a decoder or a read that hangs."""
+
 TASKS_IN_FLIGHT = 2
 """Pieces at or queued before one worker, so that it never waits for the next one."""
 
@@ -72,6 +76,7 @@ def evaluate(  # noqa: PLR0913 - one for each choice of the caller, by keyword
     dino: str | None = None,
     dino_revision: str | None = None,
     flow: bool = True,
+    clip_timeout_s: float = CLIP_TIMEOUT_S,
     placement: PlacementConfig | None = None,
     on_progress: Callable[[EvaluationProgress], None] = lambda _: None,
 ) -> Evaluation:
@@ -86,6 +91,8 @@ def evaluate(  # noqa: PLR0913 - one for each choice of the caller, by keyword
         dino: ViT to measure with, as `clip`.
         dino_revision: Hub commit, tag or branch of it.
         flow: Measure what needs optical flow; needs OpenCV.
+        clip_timeout_s: Time limit for each clip, in seconds. A clip that exceeds it three times is a row with the kind
+            `timeout`; a clip of 1,024 frames of 512 x 512 needs about a minute of a CPU for its optical flow.
         placement: Number of workers, and the resources of each; None: one worker on the CPU.
         on_progress: Called whenever a piece is committed.
 
@@ -95,6 +102,9 @@ def evaluate(  # noqa: PLR0913 - one for each choice of the caller, by keyword
         InterruptedRunError: Ray lost workers for good; start again to continue.
         AccountingError: The evaluation does not have one row for each request.
     """
+    if not 0 < clip_timeout_s < math.inf:
+        msg = f"--clip-timeout: invalid value (got {clip_timeout_s:g}, expected seconds above 0)"
+        raise ConfigError(msg)
     place, store = placement or PlacementConfig(), Store(output)
     if flow:
         require_opencv()
@@ -119,6 +129,7 @@ def evaluate(  # noqa: PLR0913 - one for each choice of the caller, by keyword
             "store": store,
             "evaluation_id": evaluation_id,
             "reader": ClipReader(store, results.folder, results.images),
+            "timeout_s": clip_timeout_s,
             "names": request.names,
             "networks": {role: (files.pinned(), files.identity()) for role, files in networks.items()},
         }

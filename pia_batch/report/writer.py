@@ -37,6 +37,7 @@ _MEASURES = {
     "first_frame_psnr_db": ("First-frame PSNR", "dB"),
     "frame_mean": ("Frame mean", ""),
     "frame_std": ("Frame deviation", ""),
+    "nsfw_score": ("Safety score", ""),
     "gpu_seconds": ("Device", "s"),
     "fetch_seconds": ("Fetch", "s"),
     "finish_seconds": ("Finish", "s"),

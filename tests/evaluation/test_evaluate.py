@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,7 @@ def test_a_clip_that_ends_its_worker_every_time_is_a_row_and_its_neighbours_are_
     table = results.read(results.parts[0][0])
     control = AttemptTracker(job.MAX_ATTEMPTS, returns_outcomes=False)
     arguments = {"reader": ClipReader(output, "", ImagesConfig()), "names": ["flicker"], "networks": {}}
-    actor = EvaluateActor(__version__, output, "e", control, device="cpu", threads=1, batch_size=1, **arguments)
+    actor = EvaluateActor(__version__, output, "e", control, 60, device="cpu", threads=1, batch_size=1, **arguments)
     killer = key_of(f"{output.uri} moving")
     control.begin(["piece 0"])  # by a worker that died
     for _ in range(job.MAX_ATTEMPTS - 1):  # and so did those which measured this clip alone
@@ -250,6 +251,29 @@ def test_a_clip_that_ends_its_worker_every_time_is_a_row_and_its_neighbours_are_
     assert done.to_pylist() == [{"number": 0, "rows": 6, "frames": 28, "errors": 1}]
     assert rows["moving"]["error_kind"] == "worker_crash"
     assert rows["still"]["flicker"] == 1.0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(240)
+@pytest.mark.usefixtures("local_ray")
+def test_a_clip_that_hangs_is_a_row_and_its_neighbours_are_measured(output: Store) -> None:
+    pipe = Path(output.uri.removeprefix("file://"), layout.animation_name(key_of(f"{output.uri} moving"), "zip"))
+    pipe.unlink()
+    os.mkfifo(pipe)  # who opens it for reading waits for a writer, without end
+
+    found = job.evaluate(output.uri, flow=False, clip_timeout_s=2)
+
+    rows = {row["request_id"]: row for row in rows_of(output, found.evaluation_id)}
+    assert list(rows) == sorted(CLIPS)
+    assert (rows["moving"]["error_kind"], rows["moving"]["flicker"]) == ("timeout", None)
+    assert "took over 2 s, 3 times; raise --clip-timeout" in rows["moving"]["error"]
+    assert found.summary["errors"] == {"not_animated": 1, "timeout": 1}
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_a_time_limit_is_above_zero(output: Store, seconds: float) -> None:
+    with pytest.raises(ConfigError, match="--clip-timeout: invalid value"):
+        job.evaluate(output.uri, clip_timeout_s=seconds)
 
 
 @pytest.mark.parametrize(

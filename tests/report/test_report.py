@@ -526,7 +526,9 @@ def test_a_page_elsewhere_needs_the_address_of_its_media(tmp_path: Path) -> None
 
 
 def store_clip(store: Store, row: dict[str, Any], seed: int = 0) -> None:
-    data = codecs.encode(frames(seed), row["format"], row["fps"], EncodingConfig())
+    data = codecs.encode(
+        frames(seed), row["format"], row["fps"], EncodingConfig(), video_codec=row.get("codec") or "h264"
+    )
     store.replace(layout.animation_name(row["key"], codecs.CODECS[row["format"]].extension), data)
 
 
@@ -1141,6 +1143,59 @@ def test_without_javascript_the_head_and_the_failures_stay(site: Site, visit: Ca
     assert page.locator("noscript p").bounding_box()["height"] > 10
     assert not page.get_by_role("button", name="Copy").is_visible()
     assert page.locator("#failures .kind").count() == 3
+
+
+def test_flagged_clips_are_covered_until_somebody_clicks(visit: Callable[..., Visit], tmp_path: Path) -> None:
+    rows = [result(k, nsfw_frames=int(k == 1), nsfw_score=0.1 * k - 0.05, nsfw_input=False) for k in range(4)]
+    rows[3] |= {"nsfw_input": True, "context": "windows", "num_frames": 8}
+    page = visit().open(build(tmp_path, rows).uri)
+    covered = "[...document.querySelectorAll('#grid li')].map((card) => card.querySelectorAll('.veiled').length)"
+    until(page, "document.querySelectorAll('#grid video').length === 4")
+
+    assert page.evaluate(covered) == [0, 2, 0, 2]
+    assert "blur" in page.evaluate("getComputedStyle(document.querySelector('.veiled > *')).filter")
+    assert page.locator("#grid .facts").all_inner_texts()[1].startswith("flagged · ")
+    assert "8 frames, windows" in page.locator("#grid .facts").all_inner_texts()[3]
+    page.locator("#grid li").nth(1).click()
+    assert page.evaluate(covered) == [0, 0, 0, 2]
+    assert not page.locator("dialog").is_visible()  # the first click only shows it
+    page.locator("#grid li").nth(1).click()
+    assert page.locator("dialog .veiled").count() == 0
+    page.keyboard.press("Escape")
+    page.evaluate("location.hash = '#id=r00003'")
+    until(page, "document.querySelector('dialog .strip') !== null")
+    assert page.locator("dialog .veiled").count() == 3  # image, animation and film strip
+    page.get_by_role("button", name="Show the flagged pictures").click()
+    assert page.locator("dialog .veiled").count() == 0
+    page.keyboard.press("Escape")
+    page.select_option("select[name=safety]", "flagged")
+    assert page.locator("#count").inner_text() == "2 of 4 results"
+
+
+def test_prompts_by_frame_are_under_the_frames_where_they_begin(visit: Callable[..., Visit], tmp_path: Path) -> None:
+    keys = [{"frame": 0, "prompt": "a red circle"}, {"frame": 4, "prompt": "a blue square"}]
+    rows = [result(0, prompt=None, prompts=keys, prompt_interpolation="linear", prompt_hold=0.5), result(1)]
+    page = visit().open(f"{build(tmp_path, rows).uri}#id=r00000")
+    until(page, "document.querySelectorAll('dialog .strip .key').length === 2")
+
+    assert page.locator("dialog .strip .key").all_inner_texts() == ["a red circle", "a blue square"]
+    left = "(node) => Math.round(node.getBoundingClientRect().left)"
+    starts = [key.evaluate(left) for key in page.locator("dialog .strip .key").all()]
+    frames_at = [frame.evaluate(left) for frame in page.locator("dialog .strip > li:not(.key)").all()]
+    assert starts == [frames_at[0], frames_at[4]]
+    assert "linear between texts, each held for 0.5 of the way" in page.locator("dialog .frames .note").inner_text()
+    assert page.locator("dialog .detail-body > .prompt").inner_text() == "0: a red circle / 4: a blue square"
+
+
+@pytest.mark.parametrize(("file_format", "codec"), [("webm", None), ("mp4", "av1")])
+def test_other_videos_play_and_show_their_frames(
+    file_format: str, codec: str | None, visit: Callable[..., Visit], tmp_path: Path
+) -> None:
+    page = visit().open(f"{build(tmp_path, [result(0, format=file_format, codec=codec), result(1)]).uri}#id=r00000")
+
+    until(page, "document.querySelectorAll('dialog .strip canvas').length === 8")
+    until(page, DRAWN)
+    assert page.evaluate("document.querySelector('dialog video').videoWidth") == 64
 
 
 def test_a_chosen_point_of_a_chart_opens_its_result(site: Site, visit: Callable[..., Visit]) -> None:

@@ -40,6 +40,25 @@ function measured(name, number) {
 /** Return true if the first frame equals the image: the PSNR is then infinite, and null in the results. */
 const identical = (row) => succeeded(row) && value("first_frame_psnr_db", row) === null;
 
+/** Return true if the safety checker flagged the image or a frame of a result. */
+const flagged = (row) => value("nsfw_frames", row) > 0 || value("nsfw_input", row) === true;
+
+const revealed = new Set(); // flagged rows that the reader chose to see
+
+/** Cover the pictures in `box` until the reader chooses to see this result. */
+function veil(box, row) {
+  if (flagged(row) && !revealed.has(row)) box.classList.add("veiled");
+  return box;
+}
+
+/** Show the flagged pictures in `box`; return false if nothing was covered. */
+function unveil(box, row) {
+  const covered = [...box.querySelectorAll(".veiled")];
+  for (const each of covered) each.classList.remove("veiled");
+  if (covered.length) revealed.add(row);
+  return covered.length > 0;
+}
+
 /** Describe the requested motion in a few words, which sort by the motion scale. */
 function motion(row) {
   if (value("motion_curve", row) !== null) return "own curve";

@@ -49,9 +49,21 @@ function detailHead(row, position) {
 }
 
 function detailBody(row, media, signal) {
+  const show = (event) => {
+    if (event.target.closest(".veiled") && unveil(dialog, row)) event.preventDefault();
+  };
+  const uncover = make("button", {
+    type: "button",
+    className: "quiet uncover",
+    textContent: "Show the flagged pictures",
+    onclick: () => {
+      unveil(dialog, row);
+      uncover.remove();
+    },
+  });
   const pictures = make(
     "div",
-    { className: "large" },
+    { className: "large", onclick: show },
     figure("Condition image", conditionImage(row, { eager: true })),
     figure(
       succeeded(row) ? "Animation" : "Failed",
@@ -62,8 +74,11 @@ function detailBody(row, media, signal) {
     "div",
     { className: "detail-body" },
     make("p", { className: "prompt" }, foreign(promptOf(row))),
+    flagged(row) && !revealed.has(row)
+      ? make("p", { className: "note" }, "Flagged by the safety checker. ", uncover)
+      : null,
     pictures,
-    media ? frameStrip(row, media, signal) : failure(row),
+    media ? veil(frameStrip(row, media, signal), row) : failure(row),
     make(
       "div",
       { className: "lists" },

@@ -4,8 +4,16 @@ const FILTERS = [
   { name: "status", label: "Status", of: (row) => value("status", row) },
   { name: "kind", label: "Error kind", of: (row) => value("error_kind", row) },
   { name: "motion", label: "Motion", of: motion },
+  { name: "context", label: "Long clips", of: (row) => value("context", row) ?? (value("num_frames", row) && "one call") },
+  { name: "safety", label: "Safety", of: safety },
   { name: "model", label: "Model", of: (row) => value("model", row) },
 ];
+/** Describe what the safety checker found; null where it was not used. */
+function safety(row) {
+  if (value("nsfw_frames", row) === null && value("nsfw_input", row) === null) return null;
+  return flagged(row) ? "flagged" : "not flagged";
+}
+
 const SEARCHED = ["request_id", "prompt", "prompts", "negative_prompt", "negative_prompts", "error", "image"];
 const KEY = /^[0-9a-f]{6,32}$/; // beginning of a key; fewer digits would match too many
 

@@ -139,7 +139,8 @@ function fill(card) {
 }
 
 function words(row) {
-  const facts = [motion(row), value("num_frames", row) && `${value("num_frames", row)} frames`];
+  const frames = [value("num_frames", row) && `${value("num_frames", row)} frames`, value("context", row)];
+  const facts = [flagged(row) && "flagged", motion(row), frames.filter(Boolean).join(", ")];
   if (value("width", row)) facts.push(`${value("width", row)}×${value("height", row)}`);
   if (value("num_inference_steps", row)) facts.push(`${value("num_inference_steps", row)} steps`);
   const text = succeeded(row) ? facts.filter(Boolean).join(" · ") : (value("error", row) ?? "");
@@ -207,7 +208,10 @@ function buildGallery(open) {
   });
   grid.addEventListener("click", (event) => {
     const position = positionOf(event.target);
-    if (position !== null) open(position);
+    if (position === null) return;
+    const card = cards.get(position);
+    if (card && unveil(card.pictures, card.row)) return; // the next click opens it
+    open(position);
   });
   grid.addEventListener("keydown", (event) => {
     const page = layout.columns * Math.max(1, Math.floor(innerHeight / (layout.height + GAP_PX)) - 1);

@@ -8,7 +8,7 @@ const TINY_PX = 160; // smaller clips are enlarged without smoothing
 function conditionImage(row, { eager = false } = {}) {
   const source = value("image_ref", row) ?? value("thumbnail", row);
   const missing = () => make("span", { className: "absent", textContent: "image not reachable from this page" });
-  const box = make("span", { className: "picture condition" });
+  const box = veil(make("span", { className: "picture condition" }), row);
   if (source === null) {
     box.append(missing());
     return box;
@@ -29,7 +29,7 @@ const element = (row) => page.players[value("format", row)];
 
 /** Build the animation of a succeeded result: an element with `play()`, `pause()` and `release()`. */
 function animation(row, { controls = false } = {}) {
-  const box = make("span", { className: "picture animation" });
+  const box = veil(make("span", { className: "picture animation" }), row);
   if (value("width", row) < TINY_PX) box.classList.add("tiny");
   const player = PLAYERS[element(row) ?? "none"](row, controls);
   player.parts[0].addEventListener("error", () => {
