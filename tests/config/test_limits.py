@@ -362,10 +362,11 @@ CASES: dict[str, list[Case]] = {
 ELSEWHERE = {
     "safety.frames": "tests/pipeline/test_safety_guard.py::test_frames_are_chosen_evenly",
     "images.timeout_s": "tests/media/test_fetch.py::test_a_server_that_never_answers_costs_no_more_than_the_timeout",
-    "limits.timeout_s": "tests/pipeline/test_engine_guard.py::test_a_deadline_grows_with_the_work",
+    "limits.timeout_s": "tests/pipeline/test_watchdog.py::"
+    "test_the_time_of_requests_is_the_limit_up_to_the_work_that_it_is_meant_for_and_grows_beyond",
     "limits.lease_ttl_s": "tests/journal/test_lease.py::"
-    "test_a_run_that_died_elsewhere_is_waited_for_as_long_as_its_lease_lasts",
-    "limits.lease_wait_s": "tests/journal/test_lease.py::test_patience_ends_with_the_other_run_named",
+    "test_a_silent_lease_is_free_once_its_time_is_over_and_not_before",
+    "limits.lease_wait_s": "tests/journal/test_lease.py::test_a_run_queues_as_long_as_it_may_and_no_longer",
     "limits.stop_grace_s": "tests/driver/test_monitor.py::"
     "test_more_failures_than_allowed_stop_it_and_what_is_in_flight_is_counted",
     "placement.wait_s": "tests/driver/test_monitor.py::test_a_run_without_engines_says_what_one_needs",

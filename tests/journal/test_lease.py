@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -300,3 +301,46 @@ def test_a_run_that_queues_can_be_stopped(store: Store) -> None:
 
     timer.join()
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(("renewed_s", "is_taken"), [(None, True), (61.9, True), (59.9, False), (30.0, False)])
+def test_a_silent_lease_is_free_once_its_time_is_over_and_not_before(
+    store: Store, renewed_s: float | None, is_taken: bool
+) -> None:
+    """limits.lease_ttl_s, by a clock of the test's own."""
+    clock = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal clock
+        before, clock = clock, clock + seconds
+        if renewed_s is not None and before < renewed_s <= clock < 60:
+            _, holder = read_newest_lease(store)
+            store.create(f"_lease/{2:012d}.json", json.dumps(holder).encode())
+
+    held_elsewhere(store, ttl_s=60)
+    with (
+        nullcontext() if is_taken else pytest.raises(LeaseHeldError),
+        Lease(store, "mine", 0.6, lambda: clock, sleep),
+    ):
+        assert 60 <= clock < 60.2
+
+
+@pytest.mark.parametrize(("released_s", "is_taken"), [(49.9, True), (50.0, True), (50.3, False), (90.0, False)])
+def test_a_run_queues_as_long_as_it_may_and_no_longer(store: Store, released_s: float, is_taken: bool) -> None:
+    """limits.lease_wait_s, by a clock of the test's own."""
+    clock, slept = 0.0, 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal clock, slept
+        clock, slept = clock + seconds, slept + 1
+        _, holder = read_newest_lease(store)
+        assert holder is not None
+        holder |= {"released": clock >= released_s - 1e-6}
+        store.create(f"_lease/{slept + 1:012d}.json", json.dumps(holder).encode())
+
+    held_elsewhere(store, ttl_s=LONG_S)
+    with (
+        nullcontext() if is_taken else pytest.raises(LeaseHeldError, match=r"within 50 s \(limits\.lease_wait_s"),
+        Lease(store, "mine", 0.06, lambda: clock, sleep, wait_s=50),
+    ):
+        assert clock <= 50.2

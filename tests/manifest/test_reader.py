@@ -27,6 +27,7 @@ from servers import free_port, serving
 from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError, ManifestError
 from pia_batch.manifest import files as manifest_files
+from pia_batch.manifest import reader
 from pia_batch.manifest.files import BATCH_ROWS_WITH_BYTES
 from pia_batch.manifest.reader import Manifest, refuse_output_inside
 from pia_batch.manifest.unify import conform
@@ -901,3 +902,28 @@ def test_json_lines_are_read_from_s3(s3: str) -> None:
     put(f"{s3}/requests.jsonl", LINE.encode())
 
     assert ids(f"{s3}/requests.jsonl") == ids(s3) == ["a"]
+
+
+@pytest.mark.parametrize(("extra", "complete"), [(-1, [True, False]), (0, [True, False]), (1, [True, True])])
+def test_lists_are_read_in_full_up_to_a_number_of_bytes(
+    tmp_path: Path, extra: int, complete: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        table = requests_table(3, request_id=[f"{number}{k}" for k in range(3)], tags=[["a"], ["b"], ["c"]])
+        pq.write_table(table, tmp_path / f"{number}.parquet")
+    run = RunConfig.load(None, {"manifest": str(tmp_path), "output": str(tmp_path.with_name("out"))})
+    read, check_readable = [], Manifest._check_readable
+
+    def recorded(*arguments: Any, complete: bool) -> int:
+        read.append((complete, check_readable(*arguments, complete=complete)))
+        return read[-1][1]
+
+    monkeypatch.setattr(Manifest, "_check_readable", recorded)
+    make_plan(run)
+    size = read[0][1]
+    read.clear()
+    monkeypatch.setattr(reader, "CHECKED_BYTES", size + extra)
+
+    make_plan(run)
+
+    assert [each for each, _ in read] == complete

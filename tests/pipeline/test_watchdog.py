@@ -4,10 +4,12 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 
+from pia_batch.pipeline import watchdog
 from pia_batch.pipeline.watchdog import Watchdog, own_bytes
 
 PROGRAM = """
@@ -96,3 +98,15 @@ def test_no_thread_watches_work_that_has_ended() -> None:
         time.sleep(0.01)
 
     assert not dead.is_set()
+
+
+def test_the_time_of_requests_is_the_limit_up_to_the_work_that_it_is_meant_for_and_grows_beyond() -> None:
+    def row(steps: int) -> dict[str, Any]:
+        return {
+            "num_inference_steps": steps, "free_init_iters": 0, "num_frames": 16, "width": 512, "height": 512,
+            "context": None, "context_length": 16,
+        }  # fmt: skip
+
+    assert [watchdog.deadline_s([row(steps)], 100.0) for steps in (24, 25, 26)] == [100.0, 100.0, 104.0]
+    assert watchdog.deadline_s([row(25), row(25)], 100.0) == 200.0
+    assert watchdog.deadline_s([row(10), row(15)], 100.0) == 100.0
