@@ -166,7 +166,7 @@ def test_a_doctor_of_this_machine_alone_needs_no_config(capsys: pytest.CaptureFi
     code = pia_batch("doctor")
 
     printed = capsys.readouterr().out
-    assert "OK   codecs    mp4, gif, webp, png_zip: encoded and decoded\n" in printed
+    assert "OK   codecs    mp4, gif, webp, png_zip, webm: encoded and decoded\n" in printed
     assert code == (0 if " 0 failures" in printed else 2)
 
 

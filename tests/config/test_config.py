@@ -114,7 +114,7 @@ def test_every_mistake_of_a_config_is_told_at_once() -> None:
         ("defaults.height", 0, "greater than or equal to 8"),
         ("defaults.clip_skip", 12, "less than or equal to 11"),
         ("defaults.fps", 61, "less than or equal to 60"),
-        ("defaults.format", "avi", "'mp4', 'gif', 'webp' or 'png_zip'"),
+        ("defaults.format", "avi", "'mp4', 'gif', 'webp', 'png_zip' or 'webm'"),
         ("model.dtype", "int8", "'float16'"),
         ("model.name", "", "at least 1 character"),
         ("model.scheduler.name", "magic", "'ddim'"),
@@ -223,6 +223,11 @@ def test_the_identity_of_a_format_moves_with_its_own_settings_only(file_format: 
     changed = {
         "mp4_crf": 18,
         "mp4_preset": "slow",
+        "av1_crf": 30,
+        "av1_preset": 5,
+        "webm_crf": 30,
+        "webm_lossless": True,
+        "webm_speed": 2,
         "gif_dither": True,
         "webp_quality": 80,
         "webp_lossless": True,
@@ -231,8 +236,12 @@ def test_the_identity_of_a_format_moves_with_its_own_settings_only(file_format: 
     }
     assert set(changed) == set(EncodingConfig.model_fields)
     for name, value in changed.items():
-        same = EncodingConfig(**{name: value}).identity(file_format) == EncodingConfig().identity(file_format)
-        assert same == (not name.startswith((file_format, "provenance")))
+        for codec in ("h264", "av1") if file_format == "mp4" else (None,):
+            own = "av1" if codec == "av1" else file_format
+            same = EncodingConfig(**{name: value}).identity(file_format, codec) == EncodingConfig().identity(
+                file_format, codec
+            )
+            assert same == (not name.startswith((own, "provenance"))), (name, codec)
 
 
 def test_every_number_that_a_row_may_set_has_a_range() -> None:
