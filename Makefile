@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0
 
-.PHONY: setup browser docs demo test test-long torture bench-check lint format lock clean
+.PHONY: setup browser docs tables demo test test-long torture bench-check lint format lock dist release clean
 
 setup: $(READY)  ## create a virtual environment with the pinned versions of constraints.txt
 
@@ -49,7 +49,10 @@ torture: setup  ## run RUNS simulated and STACK whole-stack runs under random fa
 	$(QUIET) PIA_BATCH_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/media/test_images.py -k any_damage
 	$(QUIET) $(BIN)/python tests/support/torture.py --runs $(RUNS) --stack $(STACK) --seed $(SEED)
 
-docs: setup  ## write the generated tables of docs/: keys, columns, error kinds, exit codes, metrics
+docs: tables  ## build the site of docs/ into build/site; every warning is an error
+	$(QUIET) $(BIN)/python -m sphinx -q -W --keep-going -b html -c docs -d build/doctrees . build/site
+
+tables: setup  ## write the generated tables of docs/: keys, columns, error kinds, exit codes, metrics
 	$(BIN)/python docs/reference.py
 
 bench-check: setup  ## check speed ratios, each measured within one run: some minutes
@@ -61,13 +64,28 @@ format: setup  ## rewrite the code so that `make lint` accepts it
 
 # Every package that a deployment installs, CUDA's included, with its hashes and in the versions of constraints.txt.
 # --upgrade: without it, packages that constraints.txt does not pin keep the versions of the old lock.
-LOCK := $(BIN)/uv pip compile --upgrade pyproject.toml --extra aws --extra gcp -c constraints.txt --generate-hashes --no-annotate \
+LOCK := $(BIN)/uv pip compile --upgrade pyproject.toml --extra aws --extra evaluate --extra gcp -c constraints.txt --generate-hashes --no-annotate \
 	--python-platform x86_64-manylinux_2_28 --custom-compile-command 'make lock'
 
 lock: setup  ## write requirements.lock for Linux on x86-64; it must be the same for the oldest and newest supported Python
-	$(BIN)/python -m pip install -qq -c constraints.txt uv
 	$(LOCK) --python-version 3.11 --output-file requirements.lock > /dev/null
 	$(LOCK) --python-version 3.13 2> /dev/null | cmp - requirements.lock
+
+SBOM := $(BIN)/python -W ignore::UserWarning:cyclonedx -m cyclonedx_py requirements requirements.lock --pyproject pyproject.toml \
+	--mc-type application --output-reproducible --of JSON -o
+
+# `dist/` holds what is published and nothing else; the bill of materials is in build/.
+dist: setup  ## build sdist and wheel into dist/, check them, and write the software bill of materials of requirements.lock
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation > /dev/null
+	$(BIN)/python -m twine check --strict dist/*
+	mkdir -p build
+	$(SBOM) build/pia-batch.cdx.json
+	$(QUIET) PIA_BATCH_DIST=dist PIA_BATCH_PYTHONS=3.11,3.12,3.13 $(BIN)/python -m pytest -rs tests/system/test_distribution.py -m 'not gpu'
+	ls -l dist build/pia-batch.cdx.json
+
+release: setup  ## prepare VERSION: version numbers, the changelog's section; commit and tag are a person's
+	$(BIN)/python jobs/release.py $(VERSION)
 
 clean:  ## remove the environment and all outputs
 	rm -rf .venv outputs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

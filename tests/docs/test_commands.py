@@ -46,6 +46,7 @@ FOLLOWED = {
 NOT_RUN = {
     "make demo": "the demo is run by test_cli",
     "make test": "continuous integration runs it",
+    "make dist": "minutes; test_distribution checks what it builds",
     "pia-batch plan jobs/configs/single_gpu.yaml": "the published weights",
     "pia-batch run jobs/configs/single_gpu.yaml": "a GPU and the published weights",
     "pia-batch submit": "a cluster; the tutorial and test_jobs submit to one",

@@ -289,7 +289,7 @@ def test_every_package_of_the_lock_has_hashes_and_no_other_source() -> None:
 def needed() -> Iterator[Requirement]:
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
-    for line in [*project["dependencies"], *extras["aws"], *extras["gcp"]]:
+    for line in [*project["dependencies"], *extras["aws"], *extras["evaluate"], *extras["gcp"]]:
         requirement = Requirement(line)
         requirement.name = canonical(requirement.name)
         yield requirement
