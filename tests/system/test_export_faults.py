@@ -1,0 +1,76 @@
+"""`export` killed at random moments, again and again: the files are those of an export that nothing disturbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from finished_outputs import make_output
+
+from pia_batch import export
+from pia_batch.errors import AccountingError, ConfigError
+from pia_batch.storage.object_store import Store
+
+SUCCESS = "_SUCCESS.json"
+ANIMATIONS = 60
+
+
+def command(output: Path, to: Path, name: str) -> list[str]:
+    options = ["--to", str(to), "--format", name, "--shard-size", "4"]
+    return [sys.executable, "-m", "pia_batch.cli", "export", str(output), *options]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["webdataset", "folder"])
+def test_killed_at_any_moment_the_files_are_the_same(tmp_path: Path, name: str) -> None:
+    output, dest = tmp_path / "out", tmp_path / "dest"
+    make_output(Store(str(output)), ["gif"] * ANIMATIONS)
+    subprocess.run(command(output, tmp_path / "whole", name), check=True, capture_output=True)
+    rng = random.Random(15)
+    kills = 0
+    for attempt in range(40):
+        begun = len(files_of(dest)) if dest.exists() else 0
+        process = subprocess.Popen(
+            command(output, dest, name), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        if attempt < 4:  # after some of its files were written, within what a few shards take
+            while sum(1 for _ in dest.rglob("*")) <= begun and process.poll() is None:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.3))
+        elif process.wait(timeout=300) == 0:
+            break
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 2
+    assert (dest / SUCCESS).exists()
+    assert files_of(dest) == files_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_results_that_change_meanwhile_are_refused(tmp_path: Path) -> None:
+    output, dest = tmp_path / "out", tmp_path / "dest"
+    make_output(Store(str(output)), ["gif"] * 8)
+
+    def replace(done: int, _: int) -> None:
+        if done == 1:
+            make_output(Store(str(output)), ["gif"] * 9)
+
+    with pytest.raises(AccountingError, match="were published again meanwhile; export to another folder"):
+        export(str(output), str(dest), "webdataset", shard_size="2", on_shard=replace)
+    assert not (dest / SUCCESS).exists()
+    with pytest.raises(ConfigError, match="has another export"):
+        export(str(output), str(dest), "webdataset", shard_size="2")
