@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -41,11 +42,12 @@ class ImageReader:
     config: ImagesConfig
     column: str
 
-    def resolve(self, uris: pa.Array) -> tuple[pa.Array, dict[int, Reason]]:
+    def resolve(self, uris: pa.Array, folder: str = "") -> tuple[pa.Array, dict[int, Reason]]:
         """Return full URIs in place of relative ones, which would be relative to the manifest, and why some have none.
 
         Args:
             uris: URIs, paths, or images as text, which stay as they are.
+            folder: Folder inside `base_uri` that relative ones start from.
 
         Returns:
             The URIs, and reasons by row.
@@ -59,7 +61,7 @@ class ImageReader:
         policy, reasons, texts = Policy(self.base_uri, self.config.allow), dict[int, Reason](), uris.to_pylist()
         for row in pc.indices_nonzero(relative).to_pylist():
             try:
-                texts[row] = policy.meaning(texts[row]).target
+                texts[row] = policy.meaning(posixpath.join(folder, texts[row])).target
             except RefusedError as err:
                 reasons[row] = self._reason(f"column {self.column!r}: {redacted_uri(texts[row])} {err}")
         return pa.array(texts, pa.string()), reasons

@@ -162,7 +162,7 @@ class RequestTable:
         data = columns.get("image_bytes")
         if self._options.images == "uris" and data is not None and data.null_count < len(data):
             raise ConfigError(_NO_URIS)
-        self._resolve(columns, reasons)
+        self._resolve(columns, reasons, rows.folder)
         self._reject(columns, missing, reasons)
         self._own_ids(columns, table, places, reasons)
         return _Draft(columns, places, reasons, counts)
@@ -252,12 +252,12 @@ class RequestTable:
 
     # --- images -----------------------------------------------------------------------------------------------------
 
-    def _resolve(self, columns: dict[str, pa.Array], reasons: list[str | None]) -> None:
+    def _resolve(self, columns: dict[str, pa.Array], reasons: list[str | None], folder: str) -> None:
         """Make relative URIs full ones, and note images as text, which only `--images bytes` decodes."""
         for name in ("image", "ip_adapter_image"):
             if name not in columns or not pa.types.is_string(columns[name].type):
                 continue
-            columns[name], refused = self._reader.resolve(columns[name])
+            columns[name], refused = self._reader.resolve(columns[name], folder)
             for row, reason in refused.items():
                 reasons[row] = reasons[row] or reason
             if name == "image" and self._options.images != "bytes":

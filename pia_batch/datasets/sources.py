@@ -37,11 +37,13 @@ class Rows:
         table: Columns of the source.
         places: Place of each row inside the source, as text: a file and a row or a key. It is unique in the source.
         skipped: Number of rows next to these that the source itself marks as failed.
+        folder: Folder inside the source that relative URIs of images start from.
     """
 
     table: pa.Table
     places: pa.Array
     skipped: int = 0
+    folder: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +99,7 @@ class ParquetSource:
                     done = pc.fill_null(pc.equal(table[self.status], "success"), False)
                     skipped = len(table) - (pc.sum(done).as_py() or 0)
                     table, places = table.filter(done), places.filter(done.combine_chunks())  # noqa: PLW2901
-                yield Rows(table, places, skipped)
+                yield Rows(table, places, skipped, _folder_of_images(name))
         check_version(self.filesystem, file)
 
 
@@ -177,7 +178,7 @@ class TextSource:
         for table in self._csv(file) if self.is_csv else self._jsonl(file):
             places = pa.array([f"{name}:{number}" for number in range(row, row + len(table))], pa.string())
             row += len(table)
-            yield Rows(table, places)
+            yield Rows(table, places, folder=_folder_of_images(name))
         check_version(self.filesystem, file)
 
     def _stream(self, file: FoundFile) -> pa.NativeFile:
@@ -215,6 +216,12 @@ class TextSource:
                     waiting, num_bytes = [], 0
         if waiting:
             yield json_table(waiting, len(waiting), self.text)
+
+
+def _folder_of_images(name: str) -> str:
+    """Return the folder that relative names start from: in the metadata of a Hugging Face image folder, the file's."""
+    folder, base = posixpath.split(name)
+    return folder if base.lower().startswith("metadata.") else ""
 
 
 def _lines(stream: pa.NativeFile) -> Iterator[bytes]:

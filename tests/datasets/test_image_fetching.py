@@ -19,12 +19,12 @@ from inputs import png
 from pia_batch import prepare
 from pia_batch.config import ImagesConfig, RunConfig
 from pia_batch.datasets import image_reader, request_table
-from pia_batch.datasets.kinds import KINDS
+from pia_batch.datasets.kinds import KINDS, kind_of
 from pia_batch.datasets.part_files import SUCCESS
 from pia_batch.datasets.prepare_options import PrepareOptions
 from pia_batch.datasets.request_columns import RequestOptions
 from pia_batch.datasets.request_table import Requests, RequestTable
-from pia_batch.datasets.sources import Rows
+from pia_batch.datasets.sources import Place, ReadOptions, Rows
 from pia_batch.datasets.templates import Template
 from pia_batch.errors import ConfigError
 from pia_batch.planning.plan import make_plan
@@ -86,6 +86,18 @@ def reasons_of(requests: Requests) -> dict[str, str]:
 )
 def test_relative_uris_become_full_ones_as_the_manifest_is_elsewhere(uri: str, base: str, expected: str) -> None:
     assert made([uri], base).table["image"].to_pylist() == [expected]
+
+
+def test_names_in_the_metadata_of_an_image_folder_start_from_its_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,text\n1.png,a cat\n")
+    place = Place.of(str(tmp_path))
+    kind = kind_of(place, None)
+    source = kind.open(place, ReadOptions())
+    (rows,) = source.read(source.pieces[0])
+    options = RequestOptions(kind=kind, prompt=Template("{text}", "--prompt"))
+    (requests,) = RequestTable(options, rows.table.schema, place.folder_uri).parts(rows)
+    assert requests.table["image"].to_pylist() == [str(tmp_path / "train" / "1.png")]
 
 
 def test_relative_uris_that_lead_nowhere_are_rejected_by_name() -> None:
