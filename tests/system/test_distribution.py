@@ -14,6 +14,7 @@ import zipfile
 from email.parser import BytesParser
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from deployments import ROOT
 
@@ -128,8 +129,9 @@ def test_the_wheel_works_in_an_empty_environment(version: str, wheel: Path, tmp_
     )
 
     assert demo.returncode == 0, demo.stdout + demo.stderr
-    assert "15 requests: 15 succeeded, 0 failed" in demo.stdout + demo.stderr
-    assert len(list(folder.glob("outputs/demo/animations/*/*"))) == 15
+    num_samples = pq.read_metadata(ROOT / "pia_batch/tiny/sample/requests.parquet").num_rows
+    assert f"{num_samples} requests: {num_samples} succeeded, 0 failed" in demo.stdout + demo.stderr
+    assert len(list(folder.glob("outputs/demo/animations/*/*"))) == num_samples
     check_types(venv, folder, environment)
 
 
