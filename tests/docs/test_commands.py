@@ -370,6 +370,7 @@ def test_files_show_how_they_were_made_by_the_commands_of_the_page(
         "width": 16,
         "height": 16,
         "num_frames": 2,
+        "fps": 8.0,
         "seed": 7,
         "format": "mp4",
     }
