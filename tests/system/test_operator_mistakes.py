@@ -118,7 +118,7 @@ CASES = [
         f"run {GOOD} --set placement.batchsize=2",
         "placement.batchsize: unknown key; did you mean 'placement.batch_size'",
     ),
-    (f"run {GOOD} --set defaults.format=avi", "must be 'mp4', 'gif', 'webp' or 'png_zip' (got 'avi')"),
+    (f"run {GOOD} --set defaults.format=avi", "must be 'mp4', 'gif', 'webp', 'png_zip' or 'webm' (got 'avi')"),
     (
         f"run {GOOD} --set defaults.fps",
         "--set defaults.fps: expected section.key=value, such as placement.",
@@ -218,7 +218,7 @@ CASES = [
     ("status nowhere", "no run has ever written to"),
     ("verify s3:bucket/out", "write s3://, with two slashes"),
     ("report nowhere", "has no results yet; `pia-batch run` publishes them"),
-    ("inspect notes.txt", "notes.txt is not a GIF, an MP4, a WebP, a PNG or a zip of PNGs"),
+    ("inspect notes.txt", "notes.txt is not a GIF, an MP4, a WebM, a WebP, a PNG or a zip of PNGs"),
     ("inspect gone.gif", "gone.gif does not exist"),
     ("inspect folder", "folder is a folder; name one animation in it"),
     ("demo --output notes.txt", "notes.txt: File exists; choose another path or fix"),
