@@ -366,3 +366,23 @@ def test_a_column_that_results_cannot_hold_is_refused_by_name(bad: pa.DataType, 
 
     with pytest.raises(ManifestError, match="this Dataset of requests: column 'mine' has the type"):
         animate(ray.data.from_arrow(table), make_config())
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), pd.NA, pd.NaT], ids=str)
+@pytest.mark.parametrize("column", ["request_id", "prompt", "negative_prompt"])
+def test_what_pandas_calls_missing_is_missing_in_a_dataset_and_never_a_word(
+    missing: object, column: str, make_config: MakeConfig
+) -> None:
+    rows = {"request_id": ["a", "b"], "image": ["x.png"] * 2, "prompt": ["p", "q"], "negative_prompt": ["n", "None"]}
+    frame = pd.DataFrame(rows)
+    frame[column] = pd.Series([missing, rows[column][1]], dtype=object)
+    validate = stages.Validate(make_config(), {"default": ENGINE_ID}, keep_rejected=True)
+
+    first, second = validate(pa.Table.from_pandas(frame, preserve_index=False)).to_pylist()
+
+    if column == "negative_prompt":
+        assert (first["error_kind"], first["negative_prompt"]) == (None, "")
+    else:
+        assert (first["error_kind"], first[column]) == ("missing_value", None)
+        assert f"column {column!r} is empty" in first["error"]
+    assert (second["error_kind"], second["negative_prompt"]) == (None, "None")  # a word, as it was given
