@@ -52,7 +52,7 @@ class ArchiveSource:
     filesystem: pyarrow.fs.FileSystem
     pieces: Sequence[Piece]
     pinned: Mapping[str, str]
-    text: frozenset[str]
+    options: ReadOptions
     skips_failures: bool = False
     """True for img2dataset: samples whose `status` is not `success` are left out, and counted."""
     schema: pa.Schema | None = None
@@ -65,7 +65,7 @@ class ArchiveSource:
         files = place.visible(".tar") or list(place.files[:1] if place.is_file else ())
         pieces = [Piece(place.name_of(file.path), file.version, (file, place.name_of(file.path))) for file in files]
         pinned = {"commit": place.commit} if place.commit else {}
-        return cls(place.filesystem, tuple(pieces), pinned, options.text, skips_failures)
+        return cls(place.filesystem, tuple(pieces), pinned, options, skips_failures)
 
     def read(self, piece: Piece) -> Iterator[Rows]:
         """Yield the samples of a shard."""
@@ -87,7 +87,7 @@ class ArchiveSource:
         check_version(self.filesystem, file)
 
     def _rows(self, samples: list[_Sample], name: str, skipped: int) -> Rows:
-        table = json_table((sample.columns for sample in samples), len(samples), self.text)
+        table = json_table((sample.columns for sample in samples), len(samples), self.options.text, self.options.paths)
         table = table.append_column("key", pa.array([sample.key for sample in samples], pa.string()))
         images = pa.array([sample.image for sample in samples], pa.large_binary())
         places = pa.array([f"{name}/{sample.key}" for sample in samples], pa.string())

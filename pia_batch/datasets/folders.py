@@ -48,7 +48,7 @@ class FolderSource:
     pieces: Sequence[Piece]
     pinned: Mapping[str, str]
     with_bytes: bool
-    text: frozenset[str]
+    options: ReadOptions
     schema: pa.Schema | None = None
 
     @classmethod
@@ -69,13 +69,13 @@ class FolderSource:
         ]
         pieces = tuple(_piece(some) for some in _neighbours(images, with_bytes=with_bytes))
         pinned = {"commit": place.commit} if place.commit else {}
-        return cls(place.filesystem, pieces, pinned, with_bytes, options.text)
+        return cls(place.filesystem, pieces, pinned, with_bytes, options)
 
     def read(self, piece: Piece) -> Iterator[Rows]:
         """Yield the images of a piece as one table."""
         images: list[_Image] = piece.detail
         described = [_described(image) | each for image, each in zip(images, self._texts(images), strict=True)]
-        table = json_table(described, len(images), self.text)
+        table = json_table(described, len(images), self.options.text, self.options.paths)
         if self.with_bytes:
             data = list(map_in_threads(self._read, [image.file for image in images], _READ_THREADS))
             table = table.append_column("image_bytes", pa.array(data, pa.large_binary()))

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import pyarrow as pa
 
+from pia_batch.manifest.column_paths import cuts
+
 _LARGEST = 2**63 - 1
 
 
-def json_table(rows: Iterable[dict[str, Any]], num_rows: int, text: AbstractSet[str] = frozenset()) -> pa.Table:
+def json_table(
+    rows: Iterable[dict[str, Any]],
+    num_rows: int,
+    text: AbstractSet[str] = frozenset(),
+    paths: AbstractSet[str] = frozenset(),
+) -> pa.Table:
     """Return a table of JSON objects. Names that no object has a value for have no column.
 
     Whole numbers become int64; next to others, or beyond 64 bits, float64. Texts, booleans and lists of one such type
@@ -22,15 +29,29 @@ def json_table(rows: Iterable[dict[str, Any]], num_rows: int, text: AbstractSet[
         rows: Objects, in order.
         num_rows: Number of them.
         text: Names whose values become text in any case.
+        paths: Paths with dots into objects. The values there become columns of these names, beside the objects' own.
     """
     columns: dict[str, list[Any]] = {}
+    cut_paths = {path: cuts(path) for path in sorted(paths) if "." in path}
     for number, row in enumerate(rows):
-        for name, value in row.items():
+        inner = {path: _inside(row, found) for path, found in cut_paths.items()}
+        for name, value in (inner | row).items():
             if value is not None:
                 columns.setdefault(name, [None] * num_rows)[number] = value
     if not columns:
         return pa.table({"": pa.nulls(num_rows)}).select([])
     return pa.table({name: _column(values, as_text=name in text) for name, values in columns.items()})
+
+
+def _inside(row: Mapping[str, Any], cut_path: Sequence[tuple[str, str]]) -> Any:  # any JSON value
+    """Return the value inside of an object that a path leads to, or None; names may have dots themselves."""
+    for head, rest in cut_path:
+        below = row.get(head)
+        if isinstance(below, dict):
+            value = below[rest] if rest in below else _inside(below, cuts(rest))
+            if value is not None:
+                return value
+    return None
 
 
 def _column(values: list[Any], *, as_text: bool) -> pa.Array:

@@ -61,8 +61,16 @@ class PrepareOptions:
             raise ConfigError(f"--sample {self.sample}: a share above 0, up to 1, is expected, such as 0.01 or 1%")
 
     def for_reading(self) -> ReadOptions:
-        """Return the part that the source needs."""
-        return ReadOptions(self.images, self.version, frozenset(self.text))
+        """Return the part that the source needs.
+
+        Raises:
+            ConfigError: A template cannot be parsed.
+        """
+        templates = (_template(self.prompt, "--prompt"), _template(self.negative_prompt, "--negative-prompt"))
+        named = {*self.columns.values(), *(name for template in templates if template for name in template.columns)}
+        return ReadOptions(
+            self.images, self.version, frozenset(self.text), frozenset(name for name in named if "." in name)
+        )
 
     def for_requests(self, kind: Kind) -> RequestOptions:
         """Return the part that decides what becomes of a row.

@@ -18,6 +18,7 @@ from pia_batch.datasets.sources import Images, Kind
 from pia_batch.datasets.templates import Template, as_texts, find, values_of
 from pia_batch.errors import ConfigError, ManifestError
 from pia_batch.manifest.column_layout import Path
+from pia_batch.manifest.column_paths import cuts
 from pia_batch.schema.columns import REQUEST, RESERVED
 from pia_batch.schema.expressions import RowFilter
 
@@ -170,6 +171,7 @@ class RequestColumns:
         used = {*self._options.columns.values(), self.image[0]}
         if self.source_of("request_id") is not None and self._options.ids_from in (None, "column"):
             used.add("request_id")
+        used |= {path for path in self._paths if any(head in self._schema.names for head, _ in cuts(path))}
         return used | {name for name in _TEMPLATES if self._is_column(name)}
 
     def _is_column(self, name: str) -> bool:

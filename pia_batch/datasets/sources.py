@@ -167,11 +167,13 @@ class ReadOptions:
         images: `bytes` or `uris`; None: as the source has them.
         version: Version or snapshot of a table with a log; None: the newest.
         text: Names of columns that are kept as text.
+        paths: Paths with dots that other options name. In JSON objects, which have no types, each becomes a column.
     """
 
     images: Images | None = None
     version: str | None = None
     text: frozenset[str] = frozenset()
+    paths: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ class TextSource:
     pieces: Sequence[Piece]
     pinned: Mapping[str, str]
     is_csv: bool
-    text: frozenset[str]
+    options: ReadOptions
     schema: pa.Schema | None = None
 
     @classmethod
@@ -168,7 +168,7 @@ class TextSource:
         files = place.visible(*(CSV if is_csv else JSONL)) or list(place.files[:1] if place.is_file else ())
         names = [place.name_of(file.path) for file in files]
         pieces = [Piece(name, file.version, (file, name)) for file, name in zip(files, names, strict=True)]
-        return cls(place.filesystem, tuple(pieces), _pinned(place), is_csv, options.text)
+        return cls(place.filesystem, tuple(pieces), _pinned(place), is_csv, options)
 
     def read(self, piece: Piece) -> Iterator[Rows]:
         """Yield the rows of a file."""
@@ -187,7 +187,7 @@ class TextSource:
 
     def _csv(self, file: FoundFile) -> Iterator[pa.Table]:
         convert = pyarrow.csv.ConvertOptions(
-            column_types={name: pa.string() for name in self.text}, strings_can_be_null=True, null_values=[""]
+            column_types={name: pa.string() for name in self.options.text}, strings_can_be_null=True, null_values=[""]
         )
         parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
         try:
@@ -212,10 +212,10 @@ class TextSource:
                 waiting.append(_json_object(line, file.path, number))
                 num_bytes += len(line)
                 if num_bytes > PART_BYTES or len(waiting) == PART_ROWS:
-                    yield json_table(waiting, len(waiting), self.text)
+                    yield json_table(waiting, len(waiting), self.options.text, self.options.paths)
                     waiting, num_bytes = [], 0
         if waiting:
-            yield json_table(waiting, len(waiting), self.text)
+            yield json_table(waiting, len(waiting), self.options.text, self.options.paths)
 
 
 def _folder_of_images(name: str) -> str:

@@ -38,6 +38,22 @@ def test_a_column_is_text_where_it_is_asked_for() -> None:
     assert json_table([{"zip": 8001}, {"zip": "08001"}], 2, {"zip"})["zip"].to_pylist() == ["8001", "08001"]
 
 
+def test_values_inside_of_objects_become_columns_where_a_path_is_asked_for() -> None:
+    rows: list[dict[str, Any]] = [
+        {"meta": {"caption": "a cat", "size": {"width": 512}}, "a.b": {"c": 1}},
+        {"meta": {"size": None, "a": {"b": 1}}, "a": {"b.c": 2}},
+        {"meta": "no object", "meta.caption": "its own"},
+    ]
+    paths = {"meta.caption", "meta.size.width", "a.b.c", "meta.captoin", "meta"}
+    table = json_table(rows, 3, paths=paths)
+
+    assert table.column_names == ["a.b.c", "meta.caption", "meta.size.width", "meta", "a.b", "a"]
+    assert table["meta.caption"].to_pylist() == ["a cat", None, "its own"]
+    assert table["meta.size.width"].to_pylist() == [512, None, None]
+    assert table["a.b.c"].to_pylist() == [1, 2, None]
+    assert table["meta"].to_pylist()[1:] == ['{"a": {"b": 1}, "size": null}', "no object"]
+
+
 def test_objects_without_any_value_are_rows_all_the_same() -> None:
     assert json_table([{}, {"a": None}], 2).num_rows == 2
 

@@ -61,6 +61,27 @@ def test_the_same_call_writes_the_same_bytes_and_nothing_twice(tmp_path: Path) -
     assert [file["name"] for file in success["files"]] == [f"part-{k:06d}-000.parquet" for k in range(5)]
 
 
+def test_paths_go_into_objects_of_json(tmp_path: Path) -> None:
+    rows = [{"meta": {"id": f"r{k}", "text": {"en": f"cat {k}"}}, "photo": f"s3://photos/{k}.png"} for k in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"request_id": "meta.id", "image": "photo"}
+
+    prepare(tmp_path / "rows.jsonl", tmp_path / "manifest", prompt="{meta.text.en}, cinematic", columns=columns)
+
+    made = [{name: value for name, value in row.items() if value is not None} for row in rows_of(tmp_path / "manifest")]
+    assert made == [
+        {
+            "request_id": f"r{k}",
+            "image": f"s3://photos/{k}.png",
+            "prompt": f"cat {k}, cinematic",
+            "meta": f'{{"id": "r{k}", "text": {{"en": "cat {k}"}}}}',
+        }
+        for k in range(2)
+    ]
+    with pytest.raises(ManifestError, match="--prompt: 'meta' is string, and only a struct has fields"):
+        prepare(tmp_path / "rows.jsonl", tmp_path / "other", prompt="{meta.tekst}", columns=columns)
+
+
 def test_a_manifest_runs_as_it_is(tmp_path: Path) -> None:
     summary = prepare(
         foreign.write_photographs(tmp_path / "my photos"),
