@@ -112,8 +112,8 @@ def test_it_warns_of_what_the_row_lacks(
     ("content", "words"),
     [
         (None, "does not exist"),
-        (b"", "not a GIF, an MP4, a WebP, a PNG or a zip"),
-        (b"%PDF-1.7", "not a GIF, an MP4, a WebP, a PNG or a zip"),
+        (b"", "not a GIF, an MP4, a WebM, a WebP, a PNG or a zip"),
+        (b"%PDF-1.7", "not a GIF, an MP4, a WebM, a WebP, a PNG or a zip"),
         (b"GIF89a", "too damaged to be read"),
         ("silent", "no provenance in the file"),
         ("later", "in a form that this version does not support: schema_version"),

@@ -57,7 +57,7 @@ def test_every_mistake_of_a_config_is_told_at_once_and_without_secrets() -> None
         ("placement.batch_size", "four", "must be a whole number (got 'four')"),
         ("placement.batch_size", 99, "must be less than or equal to 64 (got 99)"),
         ("defaults.loop", "perhaps", "must be true or false (got 'perhaps')"),
-        ("defaults.format", "avi", "must be 'mp4', 'gif', 'webp' or 'png_zip' (got 'avi')"),
+        ("defaults.format", "avi", "must be 'mp4', 'gif', 'webp', 'png_zip' or 'webm' (got 'avi')"),
         ("images.allow", "s3://photos", "must be a list, such as [a, b] (got 's3://photos')"),
         ("model", "SG161222/Realistic", "must be a section, with its keys below it (got 'SG161222/Realistic')"),
         ("model.sha256", "0f", "must be a mapping of names to values (got '0f')"),
