@@ -252,7 +252,7 @@ def test_the_same_request_gives_the_same_tags_and_another_one_others() -> None:
 
 
 def test_every_column_that_decides_an_animation_is_told() -> None:
-    told = set(Provenance.model_fields) | set(told_by(request()).settings)
+    told = set(Provenance.model_fields) | set(told_by(request(), fmt="mp4").settings)
     nulls = {name for name, value in effective(request()).items() if value is None}
 
     assert set(EFFECTIVE.names) - told - nulls - {"image_bytes"} == set()
