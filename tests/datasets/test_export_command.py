@@ -69,7 +69,7 @@ def test_every_format_goes_from_a_bucket_to_a_bucket_and_to_a_disk(s3: str, tmp_
     script = f"""
 from pia_batch import export
 import ray
-ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", object_store_memory=10**8)
+ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", object_store_memory=10**8)
 for name in {list(FORMATS)}:
     export("{s3}/out", f"{s3}/{{name}}", name)
     export("{s3}/out", f"{tmp_path}/{{name}}", name)

@@ -73,7 +73,9 @@ def test_iceberg_is_read_from_s3_without_its_deleted_rows(s3: str, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("s3", "local_ray")  # in this order: workers need the keys of the server
 def test_lance_and_delta_are_written_to_s3_and_read_by_their_libraries(s3: str, tmp_path: Path) -> None:
+    """On the Ray of the tests: one of the export's own has a token, and Ray cannot start without one later."""
     output = str(tmp_path / "out")
     make_output(Store(output), ["mp4"] * 4)
     for name in ("lance", "delta"):
