@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 import pyarrow as pa
 
-from pia_batch.manifest.column_paths import cuts
+from pia_batch.manifest.column_paths import member_at, path_of_member
 
 _LARGEST = 2**63 - 1
 
@@ -32,10 +32,9 @@ def json_table(
         paths: Paths with dots into objects. The values there become columns of these names, beside the objects' own.
     """
     columns: dict[str, list[Any]] = {}
-    cut_paths = {path: cuts(path) for path in sorted(paths) if "." in path}
+    inside = sorted(path for path in paths if "." in path)
     for number, row in enumerate(rows):
-        inner = {path: _inside(row, found) for path, found in cut_paths.items()}
-        for name, value in (inner | row).items():
+        for name, value in ({path: _inside(row, path) for path in inside} | row).items():
             if value is not None:
                 columns.setdefault(name, [None] * num_rows)[number] = value
     if not columns:
@@ -43,15 +42,10 @@ def json_table(
     return pa.table({name: _column(values, as_text=name in text) for name, values in columns.items()})
 
 
-def _inside(row: Mapping[str, Any], cut_path: Sequence[tuple[str, str]]) -> Any:  # any JSON value
-    """Return the value inside of an object that a path leads to, or None; names may have dots themselves."""
-    for head, rest in cut_path:
-        below = row.get(head)
-        if isinstance(below, dict):
-            value = below[rest] if rest in below else _inside(below, cuts(rest))
-            if value is not None:
-                return value
-    return None
+def _inside(row: Mapping[str, Any], source: str) -> Any:  # any JSON value
+    """Return the value that a path leads to, or None: rows need not have every object."""
+    path = path_of_member(row, source, lambda *_: None)
+    return None if path is None else member_at(row, path)
 
 
 def _column(values: list[Any], *, as_text: bool) -> pa.Array:

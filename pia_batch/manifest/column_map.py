@@ -16,7 +16,7 @@ from pia_batch.config import RequestIdFrom, RunConfig
 from pia_batch.errors import ManifestError
 from pia_batch.manifest.arrow_types import plain_type
 from pia_batch.manifest.column_layout import Layout, Path, Rest, Value, image_columns, is_image, leaves_of, type_at
-from pia_batch.manifest.column_paths import cuts, find_path, nearest
+from pia_batch.manifest.column_paths import find_path, member_at, nearest, path_of_member
 from pia_batch.schema.columns import REQUEST
 
 _OTHER = {"image": "image_bytes", "image_bytes": "image"}
@@ -178,10 +178,7 @@ class ColumnMap:
             elif self._may_carry(key):
                 found |= {key: _without_members(value, {path[1:] for path in here})}
         for name, path in paths.items():
-            value = row
-            for key in path:
-                value = value[key]
-            found[name] = value
+            found[name] = member_at(row, path)
         return found
 
     def has_all(self, names: Collection[str]) -> bool:
@@ -213,20 +210,12 @@ _JSON_WORDS = {bool: "true or false", list: "a list", str: "a text"}
 
 def _path_in(members: dict[str, Any], source: str, name: str) -> Path | None:
     """Return the path of a source in a JSON object; None if it is absent, or an object on the way is null."""
-    if source in members:
-        return (source,)
-    for head, rest in cuts(source):
-        value = members.get(head)
-        if value is None:
-            continue
-        if not isinstance(value, dict):
-            found = _JSON_WORDS.get(type(value), "a number")
-            msg = f"columns.{name}: {source!r}: {head!r} is {found}, and only an object has members"
-            raise ValueError(msg)  # noqa: TRY004 - of the file's, not of a caller's type
-        below = _path_in(value, rest, name)
-        if below is not None:
-            return (head, *below)
-    return None
+
+    def barred(head: str, value: object) -> None:
+        found = _JSON_WORDS.get(type(value), "a number")
+        raise ValueError(f"columns.{name}: {source!r}: {head!r} is {found}, and only an object has members")
+
+    return path_of_member(members, source, barred)
 
 
 def _without_members(members: dict[str, Any], taken: Collection[Path]) -> dict[str, Any] | None:

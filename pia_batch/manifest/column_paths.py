@@ -6,7 +6,8 @@ A source is the name of a column, or a path with dots into structs; a name that 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -39,6 +40,36 @@ def find_path(types: Sequence[tuple[str, pa.DataType]], source: str, place: str)
     if barred:
         raise ManifestError(barred)
     return None
+
+
+def path_of_member(members: Mapping[str, Any], source: str, barred: Callable[[str, object], None]) -> Path | None:
+    """Return the path of a source in a JSON object; None if it is absent, or an object on the way is null.
+
+    Args:
+        members: Members of the object.
+        source: Name of a member, or a path with dots into objects; a name that has the dots itself comes first.
+        barred: Function that receives the name and the value on the way that is no object; it may raise.
+    """
+    if source in members:
+        return (source,)
+    for head, rest in cuts(source):
+        value = members.get(head)
+        if value is None:
+            continue
+        if not isinstance(value, dict):
+            barred(head, value)
+            continue
+        below = path_of_member(value, rest, barred)
+        if below is not None:
+            return (head, *below)
+    return None
+
+
+def member_at(members: Any, path: Path) -> Any:  # any JSON value
+    """Return the value at a path that `path_of_member` found."""
+    for name in path:
+        members = members[name]
+    return members
 
 
 def cuts(source: str) -> list[tuple[str, str]]:

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
-from fakes import FakeEngine, FakeShelf
 from inputs import requests_table
+from node_engines import NodeEngineLoader
 from places import PYTHONPATH
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
@@ -142,31 +141,6 @@ def _end(head: psutil.Process) -> None:
     psutil.wait_procs(processes, timeout=10)
 
 
-@dataclass
-class NodeEngine(FakeEngine):
-    """Its device is its node. Generates once two engines exist, so that the run needs two nodes."""
-
-    folder: Path = Path()
-
-    def animate(self, shots: Any) -> Any:
-        while len(list(self.folder.iterdir())) < 2:
-            time.sleep(0.05)
-        return super().animate(shots)
-
-
-@dataclass(frozen=True)
-class NodeEngineLoader:
-    """Loader that notes on which nodes engines were loaded."""
-
-    engine_id: str
-    folder: Path
-
-    def __call__(self) -> FakeShelf:
-        node = ray.get_runtime_context().get_node_id()
-        (self.folder / f"{node}-{os.getpid()}").touch()
-        return FakeShelf(NodeEngine(self.engine_id, node, seconds=0.2, folder=self.folder))
-
-
 def gpu_nodes() -> list[str]:
     return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
 
@@ -209,8 +183,8 @@ def test_nodes_come_for_a_run_one_that_is_killed_costs_its_batches_and_all_go_af
                 killed.append(gpu_nodes()[0])
                 kill_node(head, killed[0])
 
-        engine_id = make_plan(config).engine_ids["default"]
-        summary = driver_run.run(config, load_engines=NodeEngineLoader(engine_id, engines), on_progress=watch)
+        loader = NodeEngineLoader(make_plan(config).engine_ids["default"], engines, crowd=2, seconds=0.2)
+        summary = driver_run.run(config, load_engines=loader, on_progress=watch)
         gone = time.monotonic() + 90
         while gpu_nodes() and time.monotonic() < gone:
             time.sleep(1)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import ray
-from fakes import FakeEngine, FakeShelf
 from inputs import requests_table
+from node_engines import NodeEngineLoader
 from places import PYTHONPATH
 from ray.cluster_utils import Cluster
 
@@ -50,34 +48,6 @@ def nodes() -> Iterator[Cluster]:
 
 def add_gpu(nodes: Cluster) -> Any:
     return nodes.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE_BYTES)
-
-
-@dataclass
-class NodeEngine(FakeEngine):
-    """Its device is its node. Generates once `crowd` engines exist; on a node with a hold file, never again."""
-
-    folder: Path = Path()
-    crowd: int = 1
-
-    def animate(self, shots: Any) -> Any:
-        while len(list(self.folder.glob("*.engine"))) < self.crowd:
-            time.sleep(0.05)
-        if (self.folder / f"{self.device}.hold").exists():
-            (self.folder / f"{self.device}.held").touch()
-            time.sleep(3600)
-        return super().animate(shots)
-
-
-@dataclass(frozen=True)
-class NodeEngineLoader:
-    engine_id: str
-    folder: Path
-    crowd: int
-
-    def __call__(self) -> FakeShelf:
-        node = ray.get_runtime_context().get_node_id()
-        (self.folder / f"{node}.engine").touch()
-        return FakeShelf(NodeEngine(self.engine_id, node, seconds=0.1, folder=self.folder, crowd=self.crowd))
 
 
 def run(config: RunConfig, folder: Path, crowd: int, events: Iterator[None]) -> tuple[RunSummary, list[dict[str, Any]]]:

@@ -261,7 +261,7 @@ OF_STARTS = [
     (ValueError("Attempting to cap object store memory usage at 10 bytes, but the minimum allowed"), "--shm-size=2g"),
     (ValueError("Ray component metrics_export is trying to use a port number 8080 that is used"), "free the ports"),
     (RuntimeError("Failed to bind to 0.0.0.0:6379: Address already in use"), "free the ports"),
-    (PermissionError(errno.EACCES, "Permission denied", "/root/.ray"), "RAY_TMPDIR"),
+    (PermissionError(errno.EACCES, "Permission denied", "/home/ray/.ray"), "RAY_TMPDIR"),
 ]
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from evaluated import publish_output, shifted
+from kills import was_killed
 
 from pia_batch.storage.object_store import Store
 
@@ -37,29 +35,19 @@ def test_killed_at_any_moment_the_rows_are_the_same(tmp_path: Path) -> None:
     subprocess.run(command(store.uri, "whole"), check=True, capture_output=True)
     evaluations = tmp_path / "out" / "evaluations"
     killed, whole = evaluations / "killed", parts_of(evaluations / "whole")
-    rng, kills, measured = random.Random(17), 0, [0]
+    rng, measured = random.Random(17), [0]
 
-    for attempt in range(30):
-        process = subprocess.Popen(
-            command(store.uri, "killed"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        if attempt == 0:
-            time.sleep(rng.uniform(1, 3))  # before anything is measured
-        elif attempt < 3:
-            while len(list(killed.glob("_pieces/*.parquet"))) <= measured[-1] and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.3))
-        else:
-            assert process.wait(timeout=300) == 0
-            break
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
-        measured.append(len(list(killed.glob("_pieces/*.parquet"))))
+    def count() -> int:
+        return len(list(killed.glob("_pieces/*.parquet")))
+
+    kills = int(
+        was_killed(command(store.uri, "killed"), lambda: True, rng.uniform(1, 3))
+    )  # before anything is measured
+    for _ in range(2):
+        measured.append(count())
+        kills += was_killed(command(store.uri, "killed"), lambda: count() > measured[-1], rng.uniform(0, 0.3))
+    measured.append(count())
+    subprocess.run(command(store.uri, "killed"), check=True, capture_output=True)
 
     assert kills >= 2
     assert measured == sorted(measured)

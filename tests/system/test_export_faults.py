@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from finished_outputs import make_output
+from kills import was_killed
 
 from pia_batch import export
 from pia_batch.errors import AccountingError, ConfigError
@@ -38,22 +36,15 @@ def test_killed_at_any_moment_the_files_are_the_same(tmp_path: Path, name: str) 
     make_output(Store(str(output)), ["gif"] * ANIMATIONS)
     subprocess.run(command(output, tmp_path / "whole", name), check=True, capture_output=True)
     rng = random.Random(15)
+
+    def count() -> int:
+        return sum(1 for _ in dest.rglob("*"))
+
     kills = 0
-    for attempt in range(40):
-        begun = len(files_of(dest)) if dest.exists() else 0
-        process = subprocess.Popen(
-            command(output, dest, name), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        if attempt < 4:  # after some of its files were written, within what a few shards take
-            while sum(1 for _ in dest.rglob("*")) <= begun and process.poll() is None:
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.3))
-        elif process.wait(timeout=300) == 0:
-            break
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
+    for _ in range(4):  # after some of its files were written, within what a few shards take
+        begun = count()
+        kills += was_killed(command(output, dest, name), lambda begun=begun: count() > begun, rng.uniform(0, 0.3))
+    subprocess.run(command(output, dest, name), check=True, capture_output=True)
     assert kills >= 2
     assert (dest / SUCCESS).exists()
     assert files_of(dest) == files_of(tmp_path / "whole")

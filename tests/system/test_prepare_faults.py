@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import foreign_datasets as foreign
 import pyarrow.parquet as pq
 import pytest
+from kills import was_killed
 
 from pia_batch.datasets.part_files import SUCCESS
 
@@ -42,25 +40,16 @@ def test_killed_at_any_moment_the_manifest_is_the_same(tmp_path: Path) -> None:
     subprocess.run(command(source, tmp_path / "whole"), check=True, capture_output=True)
     whole = files_of(tmp_path / "whole")
     rng = random.Random(15)
+
+    def count() -> int:
+        return len(list((tmp_path / "dest").rglob("*.json")))
+
     kills = 0
-    for attempt in range(40):
-        begun = len(list((tmp_path / "dest").rglob("*.json"))) if (tmp_path / "dest").exists() else 0
-        process = subprocess.Popen(
-            command(source, tmp_path / "dest"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        if attempt < 4:  # after some of its files were written, within what one file takes
-            while len(list((tmp_path / "dest").rglob("*.json"))) <= begun and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.4))
-        elif process.wait(timeout=300) == 0:
-            break
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
+    for _ in range(4):  # after some of its files were written, within what one file takes
+        begun = count()
+        delay = rng.uniform(0, 0.4)
+        kills += was_killed(command(source, tmp_path / "dest"), lambda begun=begun: count() > begun, delay)
+    subprocess.run(command(source, tmp_path / "dest"), check=True, capture_output=True)
     assert kills >= 2
     assert (tmp_path / "dest" / SUCCESS).exists()
     assert files_of(tmp_path / "dest") == whole

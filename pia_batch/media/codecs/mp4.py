@@ -10,12 +10,13 @@ import io
 import struct
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 
 import av
 
 from pia_batch.config import EncodingConfig
 from pia_batch.media.codecs.codec import AnyFrames, Codec, Frames, Playback, require
-from pia_batch.media.codecs.video import EncoderOptions, decode_stream, mux
+from pia_batch.media.codecs.video import EncoderOptions, decode_stream, mux, read_comments, texts_of
 from pia_batch.media.metadata import Metadata, mp4_box
 from pia_batch.schema.settings import VideoCodec
 
@@ -31,12 +32,7 @@ def _encoder(codec: VideoCodec, config: EncodingConfig) -> EncoderOptions:
 
 def _encode(frames: AnyFrames, playback: Playback, config: EncodingConfig, metadata: Metadata | None) -> bytes:
     fps = playback.fps
-    # Names that every player knows: a program that copies the file keeps these, and drops names of our own.
-    texts = (
-        {"comment": metadata.comment, "description": metadata.description, "encoding_tool": metadata.software}
-        if metadata
-        else {}
-    )
+    texts = texts_of(metadata)
     muxing = {
         "fflags": "+bitexact",  # no time stamp, no version
         # Room for the index at the front, so that a player can start before it has the whole file. `faststart` does the
@@ -64,18 +60,13 @@ def _decode(data: bytes, take: Callable[[Frames], None]) -> Fraction:
         return duration
 
 
-def _comments(data: bytes) -> list[str]:
-    with av.open(io.BytesIO(data), format="mp4") as container:
-        return list(container.metadata.values())
-
-
 MP4 = Codec(
     format="mp4",
     extension="mp4",
     signature=(4, b"ftyp"),
     encode=_encode,
     decode=_decode,
-    comments=_comments,
+    comments=partial(read_comments, container_format="mp4"),
     player="video",
     bytes_per_pixel=(0.03, 0.08),
     side_multiple=2,  # 4:2:0 stores one chroma sample for 2 x 2 pixels

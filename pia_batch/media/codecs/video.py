@@ -15,6 +15,7 @@ import av
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
 from pia_batch.media.codecs.codec import AnyFrames, Frames
+from pia_batch.media.metadata import Metadata
 
 _ACCURATE = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
 _BT709 = {"src_colorspace": Colorspace.ITU709, "dst_colorspace": Colorspace.ITU709, "threads": 1}
@@ -30,12 +31,10 @@ class EncoderOptions:
     Attributes:
         library: Name of the encoder in FFmpeg.
         options: Its options, by FFmpeg's names.
-        tag: Four letters by which an MP4 names the codec; empty: those of FFmpeg.
     """
 
     library: str
     options: Mapping[str, str]
-    tag: str = ""
 
 
 def mux(
@@ -66,8 +65,6 @@ def mux(
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         codec = stream.codec_context
-        if encoder.tag:
-            codec.codec_tag = encoder.tag
         codec.thread_count = 1  # more threads slice a frame differently: other bytes
         codec.time_base = 1 / fps
         codec.color_range, codec.colorspace = ColorRange.MPEG, Colorspace.ITU709
@@ -79,6 +76,23 @@ def mux(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return file.getvalue()
+
+
+def texts_of(metadata: Metadata | None) -> dict[str, str]:
+    """Return a file's metadata under names that every player knows; programs that copy a file drop other names."""
+    if metadata is None:
+        return {}
+    return {"comment": metadata.comment, "description": metadata.description, "encoding_tool": metadata.software}
+
+
+def read_comments(data: bytes, container_format: str) -> list[str]:
+    """Return the texts of a file's metadata.
+
+    Raises:
+        FFmpegError: The file is no such container.
+    """
+    with av.open(io.BytesIO(data), format=container_format) as container:
+        return list(container.metadata.values())
 
 
 def decode_stream(container: av.container.InputContainer, take: Callable[[Frames], None]) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 
 import av
 
 from pia_batch.config import EncodingConfig
 from pia_batch.media.codecs.codec import AnyFrames, Codec, Frames, Playback, exact_rate, require
-from pia_batch.media.codecs.video import EncoderOptions, decode_stream, mux
+from pia_batch.media.codecs.video import EncoderOptions, decode_stream, mux, read_comments, texts_of
 from pia_batch.media.metadata import Metadata
 
 _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
@@ -20,16 +21,9 @@ _EBML, _SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"
 def _encode(frames: AnyFrames, playback: Playback, config: EncodingConfig, metadata: Metadata | None) -> bytes:
     quality = {"lossless": "1"} if config.webm_lossless else {"crf": str(config.webm_crf), "b": "0"}
     options = quality | {"deadline": "good", "cpu-used": str(config.webm_speed), "row-mt": "0"}
-    texts = (
-        {
-            "comment": metadata.comment,
-            "description": metadata.description,
-            "encoding_tool": metadata.software,
-            "xmp": metadata.xmp.decode(),  # Matroska has no place of its own for XMP
-        }
-        if metadata
-        else {}
-    )
+    texts = texts_of(metadata)
+    if metadata:
+        texts["xmp"] = metadata.xmp.decode()  # Matroska has no place of its own for XMP
     muxing = {"fflags": "+bitexact"}  # no time stamp, no version, no random id
     return mux(frames, playback.fps, EncoderOptions("libvpx-vp9", options), "webm", muxing, texts)
 
@@ -56,18 +50,13 @@ def _size(data: bytes, position: int) -> tuple[int, int]:
     return int.from_bytes(data[position : position + width], "big") & ((1 << 7 * width) - 1), width
 
 
-def _comments(data: bytes) -> list[str]:
-    with av.open(io.BytesIO(data), format="webm") as container:
-        return list(container.metadata.values())
-
-
 WEBM = Codec(
     format="webm",
     extension="webm",
     signature=(0, _EBML),
     encode=_encode,
     decode=_decode,
-    comments=_comments,
+    comments=partial(read_comments, container_format="webm"),
     player="video",
     bytes_per_pixel=(0.02, 0.06),
     side_multiple=2,  # 4:2:0 stores one chroma sample for 2 x 2 pixels
