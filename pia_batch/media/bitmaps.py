@@ -86,14 +86,18 @@ def _masked(data: bytes, header_bytes: int, bits: int, *, has_alpha: bool) -> tu
     rows = rows[:, : width * bits // 8].view("<u2" if bits == 16 else "<u4")  # noqa: PLR2004 - bits of two bytes
     samples = np.empty((abs(height), width, count), np.uint8)
     step = max(1, _BAND_PIXELS // width)
+    is_opaque = True
     for top in range(0, abs(height), step):
+        band = rows[top : top + step]
         for channel in range(count):
-            samples[top : top + step, :, channel] = _channel(rows[top : top + step], masks[channel])
+            samples[top : top + step, :, channel] = _channel(band, masks[channel])
+        # Of the stored bits: a small alpha of more than 8 bits is 0 once it is scaled.
+        is_opaque = is_opaque and (count == 3 or not (band & masks[3]).any())  # noqa: PLR2004
     if height > 0:  # stored from the bottom
         samples = samples[::-1]
     colour = Image.fromarray(np.ascontiguousarray(samples[..., :3]))
     # Chromium shows a picture whose alpha is 0 everywhere as opaque: many programs declare alpha and leave it unset.
-    if count == 3 or not samples[..., 3].any():  # noqa: PLR2004
+    if is_opaque:
         return colour, None
     return colour, Image.fromarray(np.ascontiguousarray(samples[..., 3]))
 

@@ -473,6 +473,12 @@ def test_any_layout_of_bit_masks_is_read(data):
             assert np.abs(np.array(colour) - over((*colours, pixel[3]))).max() <= 1
 
 
+def test_an_alpha_of_more_than_eight_bits_is_set_where_any_bit_is():
+    ((colour,),) = rendered(bmp([[4]], 16, (1, 2, 0, 0x7FC)))  # 1 of 511
+
+    assert np.abs(np.array(colour) - over((0, 0, 0, 0))).max() <= 1
+
+
 @pytest.mark.parametrize(
     "masks",
     [(0xFF0000, 0xFF00, 0xFF, 0xFF), (0xFF0000, 0x1FF00, 0xFF, 0), (0xF0F000, 0xF00, 0xF, 0)],
