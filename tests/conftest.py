@@ -57,6 +57,18 @@ def _uses_local_ray(item: pytest.Item) -> bool:
     return "local_ray" in getattr(item, "fixturenames", ())
 
 
+# --- one browser ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A Chromium for all tests of a process: Playwright does not start twice in one."""
+    from browsers import chromium_browser  # noqa: PLC0415 - Playwright, which most modules do not need
+
+    with chromium_browser() as browser:
+        yield browser
+
+
 # --- order and distribution -------------------------------------------------------------------------------------------
 
 PROCESSES = (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browsers import until
 from evaluated import publish_evaluation, publish_output, shifted
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser
 
 from pia_batch import cli
 from pia_batch.errors import ConfigError
@@ -95,47 +95,41 @@ def test_only_alike_animations_pair(outputs: tuple[Store, Store]) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_plays_pairs_in_step_and_follows_the_keyboard(outputs: tuple[Store, Store], tmp_path: Path) -> None:
-    browser = next(
-        (path for path in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if path), None
-    )
+def test_the_page_plays_pairs_in_step_and_follows_the_keyboard(
+    outputs: tuple[Store, Store], chromium: Browser, tmp_path: Path
+) -> None:
     page_file = tmp_path / "compare.html"
     sides = (open_side(store.uri, None, None, ["request_id"], []) for store in outputs)
     page_file.write_text(render(compare(*sides, ("request_id",), ()), ("<b>two</b>", "three")), encoding="utf-8")
 
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": 1200, "height": 900})
-        problems: list[str] = []
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
-        page.goto(page_file.as_uri())
-        page.wait_for_function("cards.filter((card) => card.frames).length > 0")
-        assert page.locator("h1").inner_text() == "A <b>two</b> and B three"
-        assert page.locator("#pairs li").count() == 6
-        assert page.locator("#figures tbody tr").first.inner_text().startswith("warp_error")
-        page.keyboard.press("j")
-        page.keyboard.press("ArrowRight")
-        assert page.evaluate("[state.current, state.playing]") == [1, False]
-        page.wait_for_function("cards[state.order[1]].frames && cards[state.order[1]].canvas.width === 64")
-        # Frame k of both sides at once: the texture of A has moved by 2 k pixels, that of B by 3 k.
-        page.evaluate("state.frame = 2; paintAll()")
-        pixels = page.evaluate(
-            "Array.from(cards[state.order[1]].canvas.getContext('2d').getImageData(0, 0, 64, 32).data)"
-        )
-        shown = np.array(pixels, dtype=float).reshape(32, 64, 4)[..., :3]
-        index = page.evaluate("Number(cards[state.order[1]].pair.key.slice(1))")
-        for side, by in ((shown[:, :32], 2), (shown[:, 32:], 3)):
-            distances = np.abs(side - shifted(4, 32, (by, 0), seed=index)).mean(axis=(1, 2, 3))
-            assert distances.argmin() == 2
-            assert distances[2] < 12  # of 255: colours at half the resolution
-        page.keyboard.press("a")
-        assert page.evaluate("[state.view, cards[state.order[1]].canvas.width]") == ["a", 32]
-        page.keyboard.press("d")
-        page.keyboard.press("m")
-        assert page.evaluate("[state.view, state.measure]") == ["difference", 1]
-        chromium.close()
+    page = chromium.new_page(viewport={"width": 1200, "height": 900})
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
+    page.goto(page_file.as_uri())
+    until(page, "cards.filter((card) => card.frames).length > 0")
+    assert page.locator("h1").inner_text() == "A <b>two</b> and B three"
+    assert page.locator("#pairs li").count() == 6
+    assert page.locator("#figures tbody tr").first.inner_text().startswith("warp_error")
+    page.keyboard.press("j")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("[state.current, state.playing]") == [1, False]
+    until(page, "cards[state.order[1]].frames && cards[state.order[1]].canvas.width === 64")
+    # Frame k of both sides at once: the texture of A has moved by 2 k pixels, that of B by 3 k.
+    page.evaluate("state.frame = 2; paintAll()")
+    pixels = page.evaluate("Array.from(cards[state.order[1]].canvas.getContext('2d').getImageData(0, 0, 64, 32).data)")
+    shown = np.array(pixels, dtype=float).reshape(32, 64, 4)[..., :3]
+    index = page.evaluate("Number(cards[state.order[1]].pair.key.slice(1))")
+    for side, by in ((shown[:, :32], 2), (shown[:, 32:], 3)):
+        distances = np.abs(side - shifted(4, 32, (by, 0), seed=index)).mean(axis=(1, 2, 3))
+        assert distances.argmin() == 2
+        assert distances[2] < 12  # of 255: colours at half the resolution
+    page.keyboard.press("a")
+    assert page.evaluate("[state.view, cards[state.order[1]].canvas.width]") == ["a", 32]
+    page.keyboard.press("d")
+    page.keyboard.press("m")
+    assert page.evaluate("[state.view, state.measure]") == ["difference", 1]
     assert problems == []
 
 

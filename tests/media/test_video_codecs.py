@@ -13,8 +13,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
-from browsers import chromium_browser
-from playwright.sync_api import Page
+from playwright.sync_api import Browser, Page
 from skimage import data as photographs
 
 from pia_batch.config import EncodingConfig
@@ -153,9 +152,9 @@ PAINTED = """async ({ source, frames, fps }) => {
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    with chromium_browser() as browser:
-        yield browser.new_page()
+def page(chromium: Browser) -> Iterator[Page]:
+    with chromium.new_context() as context:
+        yield context.new_page()
 
 
 @pytest.mark.parametrize("kind", [("mp4", "h264"), *VIDEOS], ids="-".join)

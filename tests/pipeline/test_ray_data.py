@@ -51,6 +51,8 @@ def test_ray_data_calls_the_limit_of_statistics_once_however_often_it_is_configu
     assert context.execution_callback_classes.count(BoundedStatistics) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")  # a chain begins with blocks in Ray's store
 @pytest.mark.parametrize(("rows", "steps"), [(3, 2), (64 * 2 * 16, 1)])
 def test_tasks_that_are_fetched_as_they_are_need_no_step_that_cuts_them(
     make_config: MakeConfig, context: Any, rows: int, steps: int

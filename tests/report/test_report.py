@@ -12,7 +12,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from browsers import chromium_browser
+from browsers import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import png, requests_table
@@ -628,12 +627,6 @@ DRAWN = "[...document.querySelectorAll('.strip canvas')].every((canvas) => canva
 EVIL = "</script><script>window.hurt = 1</script><img src=x onerror='window.hurt = 1'>"
 
 
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Browser]:
-    with chromium_browser() as browser:
-        yield browser
-
-
 @dataclass
 class Visit:
     """One person before one page. `told` is what the console said, `asked` every URL that the page fetched."""
@@ -656,14 +649,6 @@ class Visit:
     def ids(self) -> list[str]:
         """The request ids of the cards, in reading order."""
         return self.page.locator("#grid .id").all_inner_texts()
-
-
-def until(page: Page, condition: str) -> None:
-    """Wait for a condition in JavaScript. Playwright's own way would need `unsafe-eval`, which the policy refuses."""
-    deadline = time.monotonic() + 20
-    while not page.evaluate(condition):
-        assert time.monotonic() < deadline, condition
-        page.wait_for_timeout(30)
 
 
 @pytest.fixture
@@ -1162,6 +1147,7 @@ def test_flagged_clips_are_covered_until_somebody_clicks(visit: Callable[..., Vi
     page.locator("#grid li").nth(1).click()
     assert page.locator("dialog .veiled").count() == 0
     page.keyboard.press("Escape")
+    until(page, "!location.hash.includes('id=')")  # or the event of closing closes the next one
     page.evaluate("location.hash = '#id=r00003'")
     until(page, "document.querySelector('dialog .strip') !== null")
     assert page.locator("dialog .veiled").count() == 3  # image, animation and film strip
