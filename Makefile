@@ -45,7 +45,8 @@ RUNS ?= 1000
 STACK ?= 0
 SEED ?= 1
 FUZZ ?= 5000
-torture: setup  ## run RUNS simulated and STACK whole-stack runs under random faults from SEED on; decode FUZZ damaged images
+torture: setup  ## property tests on other examples, FUZZ damaged images, RUNS simulated and STACK whole-stack runs under faults
+	$(PYTEST) -q --hypothesis-profile=other-examples -m 'not gpu and not long' $$(grep -rl '^@given' tests)
 	$(QUIET) PIA_BATCH_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/media/test_images.py -k any_damage
 	$(QUIET) $(BIN)/python tests/support/torture.py --runs $(RUNS) --stack $(STACK) --seed $(SEED)
 

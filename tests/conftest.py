@@ -24,11 +24,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
 
-# A busy machine makes an example slow, not wrong. CI's own profile, where Hypothesis has loaded it, is the parent.
-hypothesis.settings.register_profile(
-    "busy-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("busy-machine")
+# A busy machine makes an example slow, not wrong. Every run of the tests tries the same examples, so that only a change
+# decides whether they pass; `make torture` searches with other ones.
+_PATIENT = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow], "print_blob": True}
+hypothesis.settings.register_profile("same-examples", derandomize=True, database=None, **_PATIENT)
+hypothesis.settings.register_profile("other-examples", derandomize=False, **_PATIENT)
+hypothesis.settings.load_profile("same-examples")
 
 # Before any test imports torch: networks of this size lose more to waiting for a second core than they gain.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

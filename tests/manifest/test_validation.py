@@ -82,7 +82,7 @@ def expected_key(row: dict[str, Any], run: RunConfig = CONFIG, engine_id: str = 
         "prompt": row["prompt"],
         "image": f"sha256:{sha256}" if sha256 else f"uri:{row['image']}",
         "fit": run.images.identity(),
-        "encoder": run.encoding.identity(row["format"]),
+        "encoder": run.encoding.identity(row["format"], row["codec"]),
         "engine_id": engine_id,
     }
     text = json.dumps(described, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
