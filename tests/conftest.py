@@ -41,17 +41,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture
 def local_ray() -> None:
     """A Ray on this machine, started once for all tests that use it: they run one after another in one process."""
-    import ray  # noqa: PLC0415 - slow, and most modules need none
-
-    if not ray.is_initialized():
+    if not shared_ray.is_running():
         shared_ray.start(num_cpus=4, object_store_memory=200 * 2**20)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Stop the shared Ray after its last test: other tests start their own, or expect none."""
-    if _uses_local_ray(item) and not (nextitem and _uses_local_ray(nextitem)):
+    if _uses_local_ray(item):
+        if not (nextitem and _uses_local_ray(nextitem)):
+            shared_ray.stop()
+    elif (nextitem is None or nextitem.path != item.path) and shared_ray.is_running():
         shared_ray.stop()
+        pytest.fail(f"A test of {item.path.name} left a Ray running, which later files would use: see local_ray.")
 
 
 def _uses_local_ray(item: pytest.Item) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,12 @@ def start(**options: Any) -> None:
             runtime_env={"env_vars": {"PYTHONPATH": PYTHONPATH}},
             **options,
         )
+
+
+def is_running() -> bool:
+    """Return whether this process has a Ray."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
 
 def stop() -> None:
