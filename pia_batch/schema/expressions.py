@@ -18,9 +18,10 @@ import ast
 import difflib
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -53,16 +54,18 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 
 
 @dataclass(frozen=True)
-class RowFilter:
-    """A parsed condition on rows. It can be pickled, and applied to tables of different schemas.
+class _RowExpression(ABC):
+    """A parsed expression over the columns of a row. It can be pickled, and applied to tables of different schemas.
 
     Attributes:
-        text: Condition as it was written.
+        text: Expression as it was written.
         option: Option or parameter that gave it, for messages.
     """
 
     text: str
-    option: str = "--where"
+    option: str
+
+    EXAMPLE: ClassVar[str]
 
     def __post_init__(self) -> None:
         """Parse the text.
@@ -71,24 +74,37 @@ class RowFilter:
             ConfigError: It is not an expression of the grammar; the message has the position and the remedy.
         """
         if not self.columns:
-            raise ConfigError(f"{self.option}: {self.text!r} names no column; write such as width >= 512")
+            raise ConfigError(f"{self.option}: {self.text!r} names no column; write such as {self.EXAMPLE}")
 
     @property
     def columns(self) -> frozenset[str]:
-        """Names of the columns that the condition reads."""
+        """Names of the columns that the expression reads."""
         named: set[str] = set()
-        reader = _Binder(self, None, named)
-        reader.condition(reader.parsed())
+        self._translated(_Binder(self, None, named))
         return frozenset(named)
 
     def bind(self, schema: pa.Schema) -> pc.Expression:
-        """Return the condition as an Arrow expression over tables of `schema`.
+        """Return the Arrow expression over tables of `schema`.
 
         Raises:
             ConfigError: A column is unknown, or a value does not have the type that its operator needs.
         """
-        reader = _Binder(self, schema, set())
-        return reader.condition(reader.parsed())
+        return self._translated(_Binder(self, schema, set()))
+
+    @abstractmethod
+    def _translated(self, binder: _Binder) -> pc.Expression: ...
+
+    def _not_computed(self, err: Exception) -> ConfigError:
+        return ConfigError(f"{self.option}: {self.text!r} cannot be computed: {message_of(err)}")
+
+
+@dataclass(frozen=True)
+class RowFilter(_RowExpression):
+    """A condition on rows, such as `width >= 512 and aesthetic > 5.5`."""
+
+    option: str = "--where"
+
+    EXAMPLE: ClassVar = "width >= 512"
 
     def keep(self, table: pa.Table) -> pa.Table:
         """Return the rows of `table` whose condition is true, in their order.
@@ -100,37 +116,19 @@ class RowFilter:
         try:
             return table.filter(condition)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
-            raise ConfigError(f"{self.option}: {self.text!r} cannot be computed: {message_of(err)}") from None
+            raise self._not_computed(err) from None
+
+    def _translated(self, binder: _Binder) -> pc.Expression:
+        return binder.condition(binder.parsed())
 
 
 @dataclass(frozen=True)
-class RowNumber:
-    """A parsed number of each row, such as `clip_t + 0.5 * clip_i`. It can be pickled.
+class RowNumber(_RowExpression):
+    """A number of each row, such as `clip_t + 0.5 * clip_i`."""
 
-    Attributes:
-        text: Expression as it was written.
-        option: Option or parameter that gave it, for messages.
-    """
-
-    text: str
     option: str = "--by"
 
-    def __post_init__(self) -> None:
-        """Parse the text.
-
-        Raises:
-            ConfigError: It is not an expression of the grammar; the message has the position and the remedy.
-        """
-        if not self.columns:
-            raise ConfigError(f"{self.option}: {self.text!r} names no column; write such as clip_t + 0.5 * clip_i")
-
-    @property
-    def columns(self) -> frozenset[str]:
-        """Names of the columns that the expression reads."""
-        named: set[str] = set()
-        reader = _Binder(self, None, named)
-        reader.number(reader.parsed())
-        return frozenset(named)
+    EXAMPLE: ClassVar = "clip_t + 0.5 * clip_i"
 
     def of(self, table: pa.Table) -> pa.ChunkedArray:
         """Return the number of each row of `table`, float64; null where a column is null.
@@ -138,12 +136,14 @@ class RowNumber:
         Raises:
             ConfigError: A column is unknown or is not a number, or a value cannot be computed.
         """
-        reader = _Binder(self, table.schema, set())
-        number = reader.number(reader.parsed())
+        number = self.bind(table.schema)
         try:
             return ds.dataset(table).to_table(columns={"number": number})["number"]
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
-            raise ConfigError(f"{self.option}: {self.text!r} cannot be computed: {message_of(err)}") from None
+            raise self._not_computed(err) from None
+
+    def _translated(self, binder: _Binder) -> pc.Expression:
+        return binder.number(binder.parsed())
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class _Value:
 class _Binder:
     """Translator of one condition's tree for one schema."""
 
-    def __init__(self, condition: RowFilter | RowNumber, schema: pa.Schema | None, named: set[str]) -> None:
+    def __init__(self, condition: _RowExpression, schema: pa.Schema | None, named: set[str]) -> None:
         self._option, self._schema, self._named = condition.option, schema, named
         self._is_number = isinstance(condition, RowNumber)
         self._text = condition.text.replace("\n", " ").replace("\t", " ")
@@ -207,7 +207,7 @@ class _Binder:
         if "&&" in outside or "||" in outside or "!" in outside.replace("!=", ""):
             return "write and, or, not"
         if self._is_number:
-            return "not a number; write such as clip_t + 0.5 * clip_i"
+            return f"not a number; write such as {RowNumber.EXAMPLE}"
         return 'not a condition; write such as width >= 512 and style in ("ink", "oil")'
 
     def _fail(self, node: ast.AST, problem: str) -> NoReturn:
