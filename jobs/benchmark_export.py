@@ -15,11 +15,10 @@ import json
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import psutil
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the submitted co
 
 import ray
 import ray.data
+from peak_memory import PeakMemory, of_children
 
 from pia_batch import export
 from pia_batch.journal.layout import animation_name
@@ -80,11 +80,11 @@ def measure(folder: Path, rows: int, num_bytes: int, rounds: int, file_format: s
     for number in range(rounds):
         for name, side in sides.items():
             to = folder / f"{name}-{number}"
-            with _Memory() as memory:
+            with PeakMemory(_largest_private_memory, 0.1) as memory:
                 begun = time.perf_counter()
                 side(to)
                 seconds = time.perf_counter() - begun
-            turns[name].append({"seconds": round(seconds, 2), "peak_mb": round(memory.peak / 1e6)})
+            turns[name].append({"seconds": round(seconds, 2), "peak_mb": round(memory.num_bytes / 1e6)})
             shutil.rmtree(to)
     ray.shutdown()
     best = {name: min(each["seconds"] for each in all_turns) for name, all_turns in turns.items()}
@@ -132,32 +132,14 @@ def make_output(store: Store, rows: int, num_bytes: int) -> None:
     publish(record, record.outcomes(), KeySet.of(keys_from_hex(pa.array(wanted))), pa.schema([]), "run-1", {})
 
 
-class _Memory:
-    """Peak of the private memory of the largest process below this one, sampled ten times a second."""
+def _largest_private_memory() -> int:
+    """Return the private memory of the largest process below this one, in bytes."""
 
-    def __init__(self) -> None:
-        self.peak = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+    def private(process: psutil.Process) -> int:
+        memory = process.memory_info()
+        return int(memory.rss - memory.shared)
 
-    def __enter__(self) -> Self:
-        """Begin to sample."""
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End."""
-        self._over.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._over.wait(0.1):
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    memory = process.memory_info()
-                except psutil.Error:
-                    continue
-                self.peak = max(self.peak, memory.rss - memory.shared)
+    return max(of_children(private), default=0)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ import json
 import shutil
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import psutil
@@ -25,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from peak_memory import PeakMemory, of_children
 
 from pia_batch import prepare
 
@@ -60,34 +59,14 @@ def prepared(source: Path, to: Path) -> None:
     prepare(source, to, prompt="{caption}, cinematic", columns={"request_id": "id"})
 
 
-class PeakMemory:
-    """Largest memory of all of Ray's workers together, in bytes, sampled every 50 ms."""
+def workers_memory() -> int:
+    """Return the private memory of all of Ray's workers together, in bytes."""
 
-    def __init__(self) -> None:
-        self.num_bytes = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+    def private(process: psutil.Process) -> int:
+        title = "".join(process.cmdline()[:1])
+        return int(process.memory_full_info().uss) if title.startswith("ray::") else 0
 
-    def __enter__(self) -> Self:
-        """Start sampling."""
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop sampling."""
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.05):
-            total = 0
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::"):
-                        total += process.memory_full_info().uss
-                except psutil.Error:
-                    continue
-            self.num_bytes = max(self.num_bytes, total)
+    return sum(of_children(private))
 
 
 def measure(rows: int, image_bytes: int, rounds: int, folder: Path) -> float:
@@ -99,7 +78,7 @@ def measure(rows: int, image_bytes: int, rounds: int, folder: Path) -> float:
     for number in range(rounds):
         for name, side in sides.items():
             to = folder / f"{name}-{number}"
-            with PeakMemory() as peak:
+            with PeakMemory(workers_memory) as peak:
                 begun = time.perf_counter()
                 side(source, to)
                 elapsed = time.perf_counter() - begun

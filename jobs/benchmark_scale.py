@@ -19,19 +19,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from peak_memory import PeakMemory, of_children
 
 from pia_batch.config import RunConfig
 from pia_batch.journal.layout import ANIMATIONS, animation_name
@@ -118,52 +118,22 @@ def _write_file(path: Path, start: int, end: int) -> None:
 
 def _costs(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the cost of a function, its child processes included, and the function's own figures."""
-    wall, cpu = time.monotonic(), _cpu_seconds()
-    with _Peak() as peak:
+    wall, cpu, before = time.monotonic(), _cpu_seconds(), psutil.Process().memory_info().rss
+    with PeakMemory(_family_memory, 0.02) as peak:
         found = function()
     costs = {"seconds": round(time.monotonic() - wall, 2), "cpu_seconds": round(_cpu_seconds() - cpu, 2)}
-    return costs | {"peak_mb": round(peak.num_bytes / 2**20), "grown_mb": round(peak.grown_bytes / 2**20)} | found
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # exact, where samples may miss the peak
+    grown = max(0, peak.num_bytes - before)
+    return costs | {"peak_mb": round(max(own, peak.num_bytes) / 2**20), "grown_mb": round(grown / 2**20)} | found
 
 
 def _cpu_seconds() -> float:
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-class _Peak:
-    """Peak memory of this process and its children, sampled every 20 ms.
-
-    Attributes:
-        num_bytes: Peak, in bytes. Memory that processes share counts once for each; the peak of this process is exact.
-        grown_bytes: Peak minus the memory of this process at the start, in bytes.
-    """
-
-    def __init__(self) -> None:
-        self.num_bytes = self.grown_bytes = 0
-        self._before = psutil.Process().memory_info().rss
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-        self.num_bytes = max(self.num_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-    def _look(self) -> None:
-        this = psutil.Process()
-        while not self._over.wait(0.02):
-            now = this.memory_info().rss + sum(map(_rss, this.children(recursive=True)))
-            self.num_bytes, self.grown_bytes = max(self.num_bytes, now), max(self.grown_bytes, now - self._before)
-
-
-def _rss(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except psutil.Error:  # the process has just ended
-        return 0
+def _family_memory() -> int:
+    """Return the memory of this process and its children, in bytes. Memory that they share counts once for each."""
+    return psutil.Process().memory_info().rss + sum(of_children(lambda child: child.memory_info().rss))
 
 
 _COSTS = ("seconds", "cpu_seconds", "peak_mb", "grown_mb")
