@@ -23,7 +23,18 @@ import pyarrow.parquet as pq
 import pytest
 from inputs import png
 from servers import free_port
-from walkthroughs import PAGES, ROOT, SHELL, Command, blocks, commands, mentions, mistake_in, mistake_in_mention
+from walkthroughs import (
+    PAGES,
+    ROOT,
+    SHELL,
+    Command,
+    blocks,
+    commands,
+    mentions,
+    mistake_in,
+    mistake_in_mention,
+    unprinted,
+)
 
 from pia_batch import cli, tiny
 from pia_batch.config import RunConfig
@@ -31,6 +42,7 @@ from pia_batch.media import codecs, provenance
 from pia_batch.schema.columns import EFFECTIVE
 
 FOLLOWED = {
+    "README.md",
     "docs/tutorial.md",
     "docs/object-storage.md",
     "docs/schedules.md",
@@ -47,8 +59,6 @@ NOT_RUN = {
     "make demo": "the demo is run by test_cli",
     "make test": "continuous integration runs it",
     "make dist": "minutes; test_distribution checks what it builds",
-    "pia-batch plan jobs/configs/single_gpu.yaml": "the published weights",
-    "pia-batch run jobs/configs/single_gpu.yaml": "a GPU and the published weights",
     "pia-batch submit": "a cluster; the tutorial and test_jobs submit to one",
     "pia-batch jobs": "a cluster; the tutorial and test_jobs ask one",
     "pia-batch evaluate": "test_evaluate evaluates outputs; most of these need published weights",
@@ -93,7 +103,9 @@ def test_every_command_is_run_or_has_a_reason_why_not() -> None:
     left = [f"{command.page}: {command}" for command in ours if not str(command).startswith(tuple(NOT_RUN))]
     assert not left, "run these in a test of this file, or say in NOT_RUN why not"
     stale = [begin for begin in NOT_RUN if not any(str(command).startswith(begin) for command in ours)]
-    assert set(stale) <= {"pia-batch bench", "python jobs/benchmark"}, "no page has these any more"
+    assert set(stale) <= {"pia-batch bench", "python jobs/benchmark", "make demo", "make test"}, (
+        "no page has these any more"
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,10 +159,12 @@ pia-batch run config.yaml \\
 
 
 def follow(page: str, folder: Path, change: Callable[[str], str] = lambda script: script) -> str:
-    """Run every block of a page in its order, in one shell, in `folder`; what it printed.
+    """Run every block of a page in its order, in one shell, in `folder`; return what it printed.
 
-    A Python block is the file that its first line names, and so is a YAML block.
+    A Python block is the file that its first line names, and so is a YAML block. A block of `text` is what the commands
+    since the one before it print.
     """
+    shown: list[str] = []
     steps = ["set -eu", "trap 'kill $(jobs -p) 2> /dev/null || true; wait' EXIT"]  # a page that fails leaves no server
     for language, block in re.findall(r"^```(\w+)\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE):
         step = block.replace("source .venv/bin/activate\n", "")
@@ -161,6 +175,9 @@ def follow(page: str, folder: Path, change: Callable[[str], str] = lambda script
             step = f"cat > {name[1]} <<'FILE'\n{block}FILE\n"
         if language in ("python", "yaml", "bash"):
             steps.append(step)
+        elif language == "text":
+            shown.append(block)
+            steps.append(f"echo '{_SHOWN}'\n")
     with tempfile.TemporaryDirectory(prefix="pb", dir="/tmp", ignore_cleanup_errors=True) as sessions:  # a short path
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
             "HOME": str(folder),  # Ray puts its token there
@@ -179,7 +196,40 @@ def follow(page: str, folder: Path, change: Callable[[str], str] = lambda script
             timeout=840,
         )
     assert done.returncode == 0, done.stdout + done.stderr
+    for expected, printed in zip(shown, done.stdout.split(_SHOWN), strict=False):
+        assert unprinted(expected, printed) is None, printed
     return done.stdout
+
+
+_SHOWN = "--- shown on the page"
+"""Line that parts what was printed before one block of output from what was printed before the next."""
+
+
+@pytest.mark.parametrize(
+    ("expected", "missing"),
+    [
+        ("rows 3\n", None),
+        ("rows 3\ntook ... s\nend\n", None),
+        ("took ... h\n", "took ... h"),
+        ("end\nrows 3\n", "rows 3"),
+        ("row\n", "row"),
+    ],
+)
+def test_output_that_a_page_shows_is_compared_line_by_line(expected: str, missing: str | None) -> None:
+    assert unprinted(expected, "rows 3  \nmore\ntook 20.5 s\nend\n") == missing
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_readme_can_be_followed(tmp_path: Path) -> None:
+    shutil.copytree(tiny.SAMPLE, tmp_path / "pia_batch" / "tiny" / "sample")
+    follow(
+        "README.md",
+        tmp_path,
+        lambda script: re.sub(r"^(git|cd|make|python3? -m (venv|pip)) .*$", "", script, flags=re.MULTILINE),
+    )
+
+    assert len(list(tmp_path.glob("outputs/first/animations/*/*.mp4"))) == 3
 
 
 @pytest.mark.long
@@ -336,13 +386,13 @@ def test_dates_and_backfills_are_run_as_the_page_says(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_run_from_python_leaves_the_results_that_the_readme_reads(
+def test_a_run_from_python_leaves_the_results_that_its_page_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
     shutil.copytree(tiny.SAMPLE / "images", "photos")
-    (manifest, results), whole = blocks("README.md", "python"), blocks("docs/python.md", "python")[0]
+    manifest, whole, results = blocks("docs/python.md", "python")[:3]
     for name, mine in (("cat.jpg", "blue-square.png"), ("boat.png", "green-triangle.png")):
         manifest = manifest.replace(f"s3://photos/{name}", f"photos/{mine}")
     names: dict[str, Any] = {}

@@ -52,6 +52,19 @@ def blocks(page: str, *languages: str) -> list[str]:
     return [block for language, block in found if language in languages]
 
 
+def unprinted(expected: str, printed: str) -> str | None:
+    """Return the first line of a page's block of output that was not printed after those before it, or None.
+
+    `...` stands for any text inside of a line. What was printed may have further lines, and spaces at the ends.
+    """
+    lines = iter(printed.splitlines())
+    for line in expected.splitlines():
+        pattern = ".*".join(re.escape(part) for part in line.rstrip().split("..."))
+        if not any(re.fullmatch(pattern, found.rstrip()) for found in lines):
+            return line
+    return None
+
+
 def commands(page: str) -> Iterator[Command]:
     """Yield the commands of a page's shell blocks."""
     variables: dict[str, str] = {}
