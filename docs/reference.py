@@ -1,12 +1,13 @@
 """Writer of the documentation that comes from the code: `make docs`.
 
-Tables go into their pages, between `<!-- generated: NAME -->` and `<!-- end -->`. Descriptions of config keys go above
-the keys in jobs/configs. Everything around them is written by hand.
+Tables go into their pages, between `<!-- generated: NAME -->` and `<!-- end -->`; everything around them is written by
+hand. jobs/configs/reference.yaml, which has every key of a config, is written as a whole.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
@@ -248,46 +249,46 @@ def written(page: str) -> str:
     return _PLACE.sub(lambda place: f"{place[1]}{chr(10).join(TABLES[place[2]]())}\n{place[3]}", page)
 
 
-def commented(config_text: str, missing: dict[str, FieldInfo]) -> str:
-    """Return a config of jobs/configs with every explained key under its description as the code has it now.
+def reference_config() -> str:
+    """Return jobs/configs/reference.yaml: every key of a config below its meaning, as a comment with its default.
 
-    Args:
-        config_text: Lines of YAML. A key is explained if a comment stands right above it.
-        missing: Keys that no config explains yet, by dotted name. Those of a section that this config has are added
-            with their defaults at its end, and removed from here.
+    The two keys without a default have a value.
     """
-    known = dict(_fields(RunConfig, ""))
-    lines: list[str] = []
-    comment: list[str] = []
-    parents: list[str] = []
-    for line in [*config_text.splitlines(), ""]:
-        if re.match(r" *# ", line):
-            comment.append(line)
-            continue
-        key = re.match(r"( *)#?(\w+):", line)
-        depth = len(key[1]) // 2 if key else 0
-        for level in range(len(parents), depth, -1):
-            section = ".".join(parents[: level - 1]) + "." if level > 1 else ""
-            if key or not line:
-                lines += _added(section, missing, 2 * (level - 1))
-        if key:
-            parents[depth:] = [key[2]]
-            name = ".".join(parents)
-            if comment and name in known:
-                comment = _wrapped(known[name], key[1])
-        lines += [*comment, line]
-        comment = []
-    return "\n".join(lines[:-1]) + "\n"
+    lines = textwrap.wrap(_REFERENCE, 118, initial_indent="# ", subsequent_indent="# ")
+    for key, field, depth in _nested(RunConfig, 0):
+        indent = "  " * depth
+        if field is None:
+            lines += [f"{indent}#{key}:"] if depth else ["", f"{key}:"]  # a null inside of a section is no section
+        elif field.is_required():
+            lines += ["", *_wrapped(field, indent), f"{indent}{key}: s3://bucket/{_REQUIRED[key]}"]
+        else:
+            value = _yaml(field.get_default(call_default_factory=True))
+            lines += [*_wrapped(field, indent), f"{indent}#{key}: {value}"]
+    return "\n".join(lines) + "\n"
 
 
-def _added(section: str, missing: dict[str, FieldInfo], indent: int) -> list[str]:
-    """Return the lines of the missing keys of a section that has just ended."""
-    lines = []
-    for name in [name for name in missing if section and name.rpartition(".")[0] + "." == section]:
-        field = missing.pop(name)
-        default = _shown(field.get_default(call_default_factory=True))
-        lines += [*_wrapped(field, " " * indent), f"{' ' * indent}#{name.rpartition('.')[2]}: {default}"]
-    return lines
+_REFERENCE = (
+    "Every key of a config: copy those that you change. A value directly after a # is the default. This file is "
+    "generated; the other configs of this folder are examples."
+)
+_REQUIRED = {"manifest": "requests/", "output": "animations"}
+
+
+def _nested(section: type[BaseModel], depth: int) -> Iterator[tuple[str, FieldInfo | None, int]]:
+    """Yield each key with its field, and each section's name before its keys; depth counts the sections around it."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield name, None, depth
+            yield from _nested(field.annotation, depth + 1)
+        else:
+            yield name, field, depth
+
+
+def _yaml(value: Any) -> str:
+    """Return a default as YAML in one line."""
+    if isinstance(value, str) and not re.fullmatch(r"\w+", value):
+        return json.dumps(value)
+    return f"[{', '.join(value)}]" if isinstance(value, tuple) else _shown(value)
 
 
 def _wrapped(field: FieldInfo, indent: str) -> list[str]:
@@ -310,20 +311,12 @@ def _fields(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldI
 
 
 def main() -> None:
-    """Rewrite the tables of the pages next to this file, and the comments of the configs in jobs/configs."""
+    """Rewrite the tables of the pages next to this file, and jobs/configs/reference.yaml."""
     for path in sorted(HERE.glob("*.md")):
         page = path.read_text(encoding="utf-8")
         if written(page) != page:
             path.write_text(written(page), encoding="utf-8")
-    configs = {path: path.read_text(encoding="utf-8") for path in sorted((HERE.parent / "jobs/configs").glob("*.yaml"))}
-    every_line = "\n".join(configs.values())
-    missing = {
-        name: field
-        for name, field in _fields(RunConfig, "")
-        if not re.search(rf"^ *#?{name.rpartition('.')[2]}:", every_line, re.MULTILINE)
-    }
-    for path, text in configs.items():
-        path.write_text(commented(text, missing), encoding="utf-8")
+    (HERE.parent / "jobs/configs/reference.yaml").write_text(reference_config(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""jobs/ reads as a catalogue: programs that say how they are run, and configs that show every key once."""
+"""jobs/ reads as a catalogue: programs that say how they are run, short configs, and one with every key."""
 
 from __future__ import annotations
 
@@ -6,29 +6,45 @@ import json
 import re
 import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from deployments import CONFIGS, ROOT, keys
 
-from pia_batch.config import yaml_text
+from pia_batch.config import RunConfig, yaml_text
+
+REFERENCE = ROOT / "jobs/configs/reference.yaml"
 
 
-def test_the_configs_show_every_key_once_with_its_meaning_and_its_default() -> None:
+def test_the_reference_config_has_every_key_below_its_meaning_and_with_its_default() -> None:
     known = keys()
-    explained: list[str] = []
-    for path in CONFIGS:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        shown = flattened(yaml_text.parse("\n".join(re.sub(r"^( *)#(?=\S)", r"\1", line) for line in lines)))
-        active = flattened(yaml_text.parse("\n".join(lines)))
-        assert shown.keys() <= known.keys()
-        for key in shown.keys() - active.keys():
-            default = known[key].get_default(call_default_factory=True)
-            assert shown[key] == json.loads(json.dumps(default)), f"{path.name}: {key}"
-        explained += meanings(lines)
-    missing = known.keys() - set(explained)
-    assert not missing, f"no config explains {sorted(missing)}"
-    assert sorted(explained) == sorted(set(explained)), "a key is explained twice"
+    lines = REFERENCE.read_text(encoding="utf-8").splitlines()
+    shown = flattened(yaml_text.parse("\n".join(re.sub(r"^( *)#(?=\S)", r"\1", line) for line in lines)))
+    assert shown.keys() == known.keys() == set(meanings(lines))
+    for key in shown.keys() - {"manifest", "output"}:
+        default = known[key].get_default(call_default_factory=True)
+        assert shown[key] == json.loads(json.dumps(default)), key
+
+
+def test_the_reference_config_is_what_the_code_says_now() -> None:
+    generated = runpy.run_path(str(ROOT / "docs/reference.py"))["reference_config"]()
+    assert REFERENCE.read_text(encoding="utf-8") == generated, "run `make tables`"
+
+
+def test_the_reference_config_changes_nothing_whether_its_keys_are_comments_or_not(tmp_path: Path) -> None:
+    text = REFERENCE.read_text(encoding="utf-8")
+    (tmp_path / "all.yaml").write_text(re.sub(r"^( *)#(?=\S)", r"\1", text, flags=re.MULTILINE))
+    model = {"model.base": "weights/base"}  # the model of the package has defaults of its own
+    required = {"manifest": "s3://bucket/requests/", "output": "s3://bucket/animations"}
+    plain = RunConfig.load(None, model | required)
+    assert RunConfig.load(REFERENCE, model) == RunConfig.load(tmp_path / "all.yaml", model) == plain
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path != REFERENCE], ids=lambda path: path.name)
+def test_an_example_of_a_config_fits_into_a_glance(path: Path) -> None:
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 15
 
 
 def meanings(lines: list[str]) -> list[str]:
