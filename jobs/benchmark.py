@@ -3,7 +3,7 @@
     python jobs/benchmark.py --to bench.json                # full size, random weights: needs a GPU to end in minutes
     python jobs/benchmark.py --size tiny --rounds 1 --batches 1,2 --no-compile   # the embedded model: a minute, CPU
 
-The same as `pia-batch bench`; docs/performance.md explains its columns.
+The same as `pia-batch bench`; docs/benchmark.md explains its columns.
 """
 
 from __future__ import annotations

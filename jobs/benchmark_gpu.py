@@ -7,7 +7,7 @@
 `benchmark.json` and `runs.json` are updated after each measurement, and a later command adds to them: on a machine with
 limited time, run one part after the other. Each part is a process of its own, so that the GPU's memory is free for the
 next. The runs load a checkpoint that is written first, like any other checkpoint. They go from the manifest to MP4
-files and results, with one engine, for each requested speed preset. docs/performance.md explains the numbers.
+files and results, with one engine, for each requested speed preset. docs/benchmark.md explains the numbers.
 """
 
 from __future__ import annotations

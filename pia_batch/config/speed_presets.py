@@ -2,7 +2,7 @@
 
 The deep part of the network gives similar features at neighbouring evaluations. It therefore runs at some of them only;
 in between, the outermost layers use its last features. This is DeepCache (arXiv 2312.00858), by time instead of by a
-number of steps, and with the whole network at the last evaluation. docs/performance.md has the savings of each preset
+number of steps, and with the whole network at the last evaluation. docs/engine-design.md has the savings of each preset
 and the distance of its clips from exact ones. Does not import torch, because the driver estimates costs with it.
 """
 

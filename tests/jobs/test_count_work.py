@@ -1,4 +1,4 @@
-"""The figures of docs/performance.md that a program counts."""
+"""The figures of docs/engine-design.md that a program counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import count_work  # noqa: E402
 
 def told() -> dict[str, list[str]]:
     """The cells of each row of the page's tables, by its first one."""
-    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/engine-design.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in page.splitlines() if line[:1] == "|"]
     return {first: rest for first, *rest in rows}
 
