@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobErrorType, JobStatus, JobSubmissionClient
@@ -39,6 +40,9 @@ log = logging.getLogger(__name__)
 LOST_S = 120.0
 """Seconds without an answer after which waiting for a job ends. The job itself may continue."""
 
+AGENT_WAIT_S = 60.0
+"""Seconds for which a submission is repeated while the cluster has no job agent yet, as just after its start."""
+
 _POLL_S = 1.0
 _STOP_MARGIN_S = 15
 """Seconds that a stopped driver gets, in addition to `limits.stop_grace_s`, before Ray kills it: for its start-up and
@@ -50,6 +54,9 @@ _NOISY_LOGGERS = (
     "ray._private.runtime_env.packaging",
 )
 """Loggers of Ray that report every upload and every connection."""
+
+_NO_AGENT = ("No available agent", "Cannot connect to host")
+"""Texts of Ray's answer while the job agent of the head node has not started, or has just ended."""
 
 _VERSION = "pia_batch_version"
 """Key of the metadata that marks a job as one of this package."""
@@ -210,7 +217,7 @@ class Jobs:
         Raises:
             LeaseHeldError: There is such a job; the message names it.
             ConfigError: The config requires authentication and the cluster has none; or `spec.package` does not contain
-                the package.
+                the package; or the cluster has had no agent to start a job for AGENT_WAIT_S seconds.
         """
         check_authentication(self.address, required=spec.config.placement.require_auth)
         output, waits = redacted_uri(spec.output), spec.config.limits.lease_wait_s > 0
@@ -224,18 +231,12 @@ class Jobs:
         with tempfile.TemporaryDirectory(prefix="pia-batch-") as folder:
             config = pack(spec, Path(folder))
             command = ["python3", "-m", "pia_batch.cli", "run", config, *spec.arguments]
-            with self._operator_errors():
-                try:
-                    self._client.submit_job(
-                        entrypoint=f"exec {shlex.join(command)}",  # no shell in between, which a stop would end first
-                        submission_id=job_id,
-                        runtime_env={"working_dir": folder, "env_vars": environment(spec.config)},
-                        metadata=_metadata(spec, output),
-                    )
-                except RuntimeError as err:
-                    if "already exists" in str(err):  # another submitter was faster
-                        raise LeaseHeldError(_duplicate_message(job_id, "there", output)) from None
-                    raise
+            self._send(
+                entrypoint=f"exec {shlex.join(command)}",  # no shell in between, which a stop would end first
+                submission_id=job_id,
+                runtime_env={"working_dir": folder, "env_vars": environment(spec.config)},
+                metadata=_metadata(spec, output),
+            )
         return self.find(job_id)
 
     def stop(self, job_id: str) -> Job:
@@ -283,6 +284,32 @@ class Jobs:
         if job_log is not None and job.is_over:
             job_log.finish()
         return job
+
+    def _send(self, *, submission_id: str, metadata: dict[str, str], **job: Any) -> None:
+        """Send a job, again after a moment while the cluster has no agent that could start it."""
+        until = time.monotonic() + AGENT_WAIT_S
+        repeated = False
+        with self._operator_errors():
+            while True:
+                try:
+                    self._client.submit_job(submission_id=submission_id, metadata=metadata, **job)
+                except RuntimeError as err:
+                    if "already exists" in str(err):
+                        if repeated:  # Ray had started the job, and its answer came too late
+                            return
+                        raise LeaseHeldError(_duplicate_message(submission_id, "there", metadata["output"])) from None
+                    if not any(sign in str(err) for sign in _NO_AGENT):
+                        raise
+                    if time.monotonic() > until:
+                        msg = (
+                            f"the Ray cluster at {redacted_uri(self.address)} has had no agent to start a job for "
+                            f"{AGENT_WAIT_S:.0f} s; see dashboard_agent.log on its head node, and submit again"
+                        )
+                        raise ConfigError(msg) from None
+                    repeated = True
+                    time.sleep(_POLL_S)
+                else:
+                    return
 
     @contextmanager
     def _operator_errors(self, job_id: str = "") -> Iterator[None]:

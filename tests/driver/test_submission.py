@@ -26,6 +26,9 @@ from pia_batch.errors import ConfigError, InterruptedRunError, LeaseHeldError, P
 
 TOKEN = "t" * 64
 
+NO_AGENT = "No available agent to submit job, please try again later."
+"""Answer of Ray 2.60 while the head node's agent starts."""
+
 
 @dataclass
 class Dashboard:
@@ -36,6 +39,10 @@ class Dashboard:
     logs: str = ""
     faster: bool = False
     """True if another submitter is faster with the same job."""
+    busy: int = 0
+    """Number of submissions that are answered as Ray does while it has no agent for jobs."""
+    starts_anyway: bool = False
+    """True if a job starts although the answer is that there is no agent."""
     address: str = ""
 
     def answer(self, method: str, path: str, body: bytes, token: str) -> tuple[int, Any]:
@@ -67,8 +74,13 @@ class Dashboard:
         job_id = asked["submission_id"]
         if self.faster or job_id in self.jobs:
             return 500, f"ValueError: Job with submission_id {job_id} already exists."
+        if self.busy:
+            self.busy -= 1
+            return 500, NO_AGENT
         now = 1_700_000_000_000 + len(self.jobs)
         self.jobs[job_id] = {"type": "SUBMISSION", "status": "RUNNING", "start_time": now} | asked
+        if self.starts_anyway:
+            return 500, NO_AGENT
         return 200, {"submission_id": job_id, "job_id": job_id}
 
     def end(self, job_id: str, status: str, exit_code: int | None = None, **more: str) -> None:
@@ -209,6 +221,31 @@ def test_who_submits_at_the_same_moment_is_refused_by_the_cluster(dashboard: Das
 
     with pytest.raises(LeaseHeldError, match="for s3://bucket/out is already there"):
         Jobs(dashboard.address).submit(spec())
+
+
+@pytest.mark.parametrize(("busy", "starts_anyway"), [(1, False), (3, False), (0, True)])
+def test_a_cluster_that_has_just_started_is_asked_again(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch, busy: int, starts_anyway: bool
+) -> None:
+    monkeypatch.setattr(submission, "_POLL_S", 0.01)
+    dashboard.busy, dashboard.starts_anyway = busy, starts_anyway
+
+    sent = Jobs(dashboard.address).submit(spec())
+
+    assert list(dashboard.jobs) == [sent.id]
+
+
+def test_a_cluster_whose_agent_does_not_start_is_reported(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "_POLL_S", 0.01)
+    monkeypatch.setattr(submission, "AGENT_WAIT_S", 0.05)
+    dashboard.busy = 10**6
+
+    with pytest.raises(ConfigError, match=r"has had no agent to start a job for 0 s; see dashboard_agent\.log"):
+        Jobs(dashboard.address).submit(spec())
+
+    assert dashboard.jobs == {}
 
 
 def test_jobs_of_others_are_neither_listed_nor_stopped(dashboard: Dashboard) -> None:
