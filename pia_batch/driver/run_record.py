@@ -36,7 +36,7 @@ _PACKAGES = ("av", "diffusers", "obstore", "pillow", "pyarrow", "ray", "torch", 
 
 
 class RunRecordWriter:
-    """Record of one run, from its first moment to its end; docs/schedules.md lists its fields.
+    """Record of one run, from its first moment to its end; docs/run-record.md lists its fields.
 
     Nothing is written before `begin`, so that a run which finds nothing to do leaves no run.json.
 

@@ -46,6 +46,8 @@ FOLLOWED = {
     "docs/tutorial.md",
     "docs/object-storage.md",
     "docs/schedules.md",
+    "docs/budgets.md",
+    "docs/retry-verify-gc.md",
     "docs/provenance.md",
     "docs/exporting.md",
     "docs/prepare.md",
@@ -358,6 +360,45 @@ def test_a_dataset_of_the_hugging_face_library_is_animated_as_the_page_says(tmp_
     assert [line.split()[:3] for line in printed if line.startswith("succeeded ")] == [
         ["succeeded", str(page), "en"] for page in (0, 1, 2, 3, 4, 7, 8, 9, 10, 11)
     ]
+
+
+def sample_of_three(folder: Path, image: str = "red-circle.png") -> None:
+    """Write a manifest of three small requests next to the sample's images; the last one is of `image`."""
+    shutil.copytree(tiny.SAMPLE / "images", folder / "images")
+    names = ["blue-square.png", "green-triangle.png", image]
+    rows = {
+        "request_id": ["a", "b", "c"],
+        "image": [f"images/{name}" for name in names],
+        "prompt": ["a red circle"] * 3,
+    }
+    small = {"num_inference_steps": [2] * 3, "num_frames": [2] * 3}
+    pq.write_table(pa.table(rows | small), folder / "requests.parquet")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_budgets_limit_a_run_as_the_page_says(tmp_path: Path) -> None:
+    sample_of_three(tmp_path)
+
+    follow("docs/budgets.md", tmp_path)
+
+    assert len(list(tmp_path.glob("out/animations/*/*"))) == 3
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_failures_are_retried_and_animations_verified_as_the_page_says(tmp_path: Path) -> None:
+    sample_of_three(tmp_path, "late.png")
+    first = "pia-batch run --manifest requests.parquet --output out || test $? = 3"
+    late = f"{first}\ncp images/red-circle.png images/late.png\n"
+
+    follow(
+        "docs/retry-verify-gc.md",
+        tmp_path,
+        lambda script: script.replace("pia-batch retry", f"{late}pia-batch retry", 1),
+    )
+
+    assert len(list(tmp_path.glob("out/animations/*/*"))) == 3
 
 
 def requests(path: Path, request_id: str) -> None:

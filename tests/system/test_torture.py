@@ -422,11 +422,11 @@ def test_a_lease_is_never_held_twice_in_any_order(tmp_path: Path, dead: bool) ->
 # --- what is claimed ------------------------------------------------------------------------------------------------
 
 
-def test_every_test_that_the_reliability_page_names_is_there() -> None:
+def test_every_test_that_the_page_on_faults_names_is_there() -> None:
     names = {
         name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
     }
-    claimed = re.findall(r"`([a-z0-9_]+(?:…[a-z0-9_]*)+)`", (ROOT / "RELIABILITY.md").read_text())
+    claimed = re.findall(r"`([a-z0-9_]+(?:…[a-z0-9_]*)+)`", (ROOT / "docs/faults.md").read_text())
     for claim in claimed:
         pattern = re.compile(".*".join(map(re.escape, claim.split("…"))))
         assert any(pattern.search(name) for name in names), claim
