@@ -57,7 +57,7 @@ ALLOWED = {
 _ALLOWED = re.compile("|".join(map(re.escape, sorted(ALLOWED, key=len, reverse=True))))
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # snake_case and CamelCase split into words
 _ARGUMENT = re.compile(r"^ {4,}\**\w+( \(.*?\))?: +(?P<text>\S.*)$")
-_SUFFIXES = {".py", ".pyi", ".js", ".css", ".html", ".yaml", ".sh", ".cron", ".service", ".timer", ".json"}
+_SUFFIXES = {".py", ".pyi", ".js", ".css", ".html", ".yaml", ".sh", ".cron", ".service", ".timer", ".json", ".md"}
 _DATA = ("pia_batch/tiny/checkpoint/", "pia_batch/tiny/sample/", "pia_batch/weights/sd15/")  # vocabularies, pictures
 
 
@@ -129,11 +129,15 @@ def _strings(node: ast.expr) -> Iterator[str]:
 
 
 def parts() -> list[str]:
-    """List the packages and modules of `pia_batch/`, and `jobs`."""
+    """List the packages and modules of `pia_batch/`, `jobs`, and the pages."""
     inside = sorted((ROOT / "pia_batch").iterdir())
-    return ["jobs", *(path.relative_to(ROOT).as_posix() for path in inside if path.is_dir() and files(path))] + [
-        path.relative_to(ROOT).as_posix() for path in inside if path.suffix in _SUFFIXES
-    ]
+    pages = [path.name for path in sorted(ROOT.glob("*.md")) if path.name != "CHANGELOG.md"]
+    return [
+        "jobs",
+        "docs",
+        *pages,
+        *(path.relative_to(ROOT).as_posix() for path in inside if path.is_dir() and files(path)),
+    ] + [path.relative_to(ROOT).as_posix() for path in inside if path.suffix in _SUFFIXES]
 
 
 @pytest.mark.parametrize("part", parts())
