@@ -179,6 +179,14 @@ def report(
     price_per_hour: Annotated[
         float | None, typer.Option(min=0, help="Price per device-hour; adds the cost to the page.")
     ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option(help="Complete evaluation whose measures the page shows; default: the newest of the run."),
+    ] = None,
+    comparison: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PAGE", help="File or HTTP address of a page of `compare` to link to; repeatable."),
+    ] = None,
     live: Annotated[
         bool, typer.Option("--live", help="Write the page of a running run repeatedly until the run ends.")
     ] = False,
@@ -189,19 +197,23 @@ def report(
     Examples: `pia-batch report s3://bucket/out --price-per-hour 2.49`, `pia-batch report s3://bucket/out --live`
     """
     from pia_batch import report
+    from pia_batch.evaluation.page_measures import measured
     from pia_batch.manifest import id_tables
     from pia_batch.storage.object_store import Store
 
-    if live and only is not None:
-        raise errors.ConfigError("--live, --only: mutually exclusive; give one of them")
+    for name, given in (("--only", only), ("--evaluation", evaluation)):
+        if live and given is not None:
+            raise errors.ConfigError(f"--live, {name}: mutually exclusive; give one of them")
+    store = Store(output)
     options = report.ReportOptions(
         max_results=max_results or report.MAX_RESULTS,
         embed=embed,
         media_url=media_url,
         only=None if only is None else id_tables.read(only),
         price_per_hour=price_per_hour,
+        measured=None if live else measured(store, evaluation, run_id),
+        comparisons=tuple(comparison or ()),
     )
-    store = Store(output)
     if live:
         _follow(store, run_id, seconds_of(every, "--every"), options, out_file)
     else:

@@ -8,6 +8,17 @@ Prompts, ids, image URIs and errors are untrusted text. It is escaped in the mar
 content security policy permits no other script.
 """
 
+from pia_batch.report.measured import Measured, ShownMeasure
 from pia_batch.report.writer import EMBED_UP_TO, MAX_RESULTS, Report, ReportOptions, follow, write, write_so_far
 
-__all__ = ["EMBED_UP_TO", "MAX_RESULTS", "Report", "ReportOptions", "follow", "write", "write_so_far"]
+__all__ = [
+    "EMBED_UP_TO",
+    "MAX_RESULTS",
+    "Measured",
+    "Report",
+    "ReportOptions",
+    "ShownMeasure",
+    "follow",
+    "write",
+    "write_so_far",
+]

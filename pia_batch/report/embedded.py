@@ -25,6 +25,8 @@ _THUMBNAIL_PX = 160
 _STRIP_PX = 72
 _STRIP_FRAMES = 16
 _THREADS = 16
+_PLAYED_EVERYWHERE = (None, "h264")
+"""Video codecs of results that every browser plays; None: that of a WebM file."""
 
 
 def with_embedded(rows: pa.Table, store: Store, links: MediaLinks) -> pa.Table:
@@ -33,7 +35,7 @@ def with_embedded(rows: pa.Table, store: Store, links: MediaLinks) -> pa.Table:
         image if reference is None else None
         for image, reference in zip(rows["image"].to_pylist(), rows["image_ref"].to_pylist(), strict=True)
     ]
-    animations = zip(*(rows[name].to_pylist() for name in ("key", "format", "status")), strict=True)
+    animations = zip(*(rows[name].to_pylist() for name in ("key", "format", "codec", "status")), strict=True)
     wanted = sorted({image for image in unreachable if image})
     made = map_in_threads(lambda image: _thumbnail(image, links), wanted, _THREADS)
     thumbnails = dict(zip(wanted, made, strict=True))
@@ -52,9 +54,9 @@ def _thumbnail(image: str, links: MediaLinks) -> str | None:
     return _data_uri(picture)
 
 
-def _strip(store: Store, key: str, form: Format, status: str) -> str | None:
-    """Return up to `_STRIP_FRAMES` frames of an animation, side by side; None for a video, which browsers can seek."""
-    if status != SUCCEEDED or codecs.CODECS[form].player == "video":
+def _strip(store: Store, key: str, form: Format, codec: str | None, status: str) -> str | None:
+    """Return up to `_STRIP_FRAMES` frames of an animation, side by side; None for a video that every browser seeks."""
+    if status != SUCCEEDED or (codecs.CODECS[form].player == "video" and codec in _PLAYED_EVERYWHERE):
         return None
     try:
         data = store.read(layout.animation_name(key, codecs.CODECS[form].extension))

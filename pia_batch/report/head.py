@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -61,6 +61,8 @@ class PageHead:
         config: dict[str, Any],
         price: float | None,
         reload_s: float | None = None,
+        evaluation_id: str | None = None,
+        comparisons: Sequence[tuple[str, str]] = (),
     ) -> None:
         """Collect the contents.
 
@@ -71,6 +73,8 @@ class PageHead:
             config: Config of the run, without secrets.
             price: Price of one device-hour, in any currency; None: not known.
             reload_s: Interval at which a browser reloads the page, in seconds; None: the run is over.
+            evaluation_id: Evaluation whose measures the page shows; None: none.
+            comparisons: Pages of comparisons to link to: title and reference of each.
         """
         self.run_id = counts.run_id
         self.manifest = record.manifest if record else ""
@@ -83,6 +87,8 @@ class PageHead:
         self.model = ", ".join([first, *(f"{name}: {base or first}" for name, base in further)])
         self.requests, self.succeeded = counts.requests, counts.succeeded
         self.reload_s = reload_s
+        self.evaluation_id = evaluation_id
+        self.comparisons = [{"title": title, "reference": reference} for title, reference in comparisons]
         pending = (record.pending if record else None) or 0
         self.total = self.requests if reload_s is None else max(self.requests, pending)
         self.failed = counts.failed

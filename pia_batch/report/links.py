@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from html import unescape
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -16,6 +18,9 @@ from pia_batch.journal import layout
 from pia_batch.media import codecs
 from pia_batch.schema.columns import SUCCEEDED
 from pia_batch.storage import schemes, uris
+from pia_batch.storage.object_store import Store, absolute
+
+_TITLE = re.compile(r"<title>(.*?)</title>", re.DOTALL)
 
 
 class MediaLinks:
@@ -72,6 +77,36 @@ class MediaLinks:
             return location.target
         same = (location.scheme, location.authority) == self._page.root
         return self._relative(location.parts) if same else None
+
+    def linked_page(self, uri: str) -> tuple[str, str]:
+        """Return title and reference of another page of this package.
+
+        Args:
+            uri: HTTP(S) address, or a file or URI at which the page is stored.
+
+        Raises:
+            ConfigError: There is no such page, or a browser that shows this one could not reach it.
+            StorageError: The store refused or did not answer.
+        """
+        if _is_web(uri):
+            return uri.rstrip("/").rpartition("/")[2], uri
+        parent, _, name = absolute(uri).rpartition("/")
+        name = unquote(name) if parent.startswith("file://") else name
+        store = Store(parent)
+        place = BaseLocation.of(store.uri_of(name))
+        if place.root != self._page.root:
+            msg = (
+                f"--comparison: the page of the run cannot link to {uri}; store both in one place, or give the http "
+                "address of the comparison"
+            )
+            raise ConfigError(msg)
+        try:
+            html = store.read(name).decode(errors="replace")
+        except FileNotFoundError:
+            msg = f"--comparison: {uri} does not exist; `pia-batch compare A B --out {uri}` writes it"
+            raise ConfigError(msg) from None
+        title = _TITLE.search(html)
+        return unescape(title[1]) if title else name, self._relative(place.parts)
 
     @property
     def sources(self) -> dict[str, str]:

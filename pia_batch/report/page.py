@@ -17,7 +17,7 @@ import pyarrow as pa
 from pia_batch.report.head import PageHead
 from pia_batch.schema.columns import SETTINGS
 
-_SCRIPTS = ("data.js", "filters.js", "media.js", "gallery.js", "detail.js", "charts.js", "main.js")
+_SCRIPTS = ("data.js", "filters.js", "media.js", "gallery.js", "detail.js", "charts.js", "ranges.js", "main.js")
 _LOADER = jinja2.PackageLoader("pia_batch.report")
 _ENVIRONMENT = jinja2.Environment(
     loader=_LOADER, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

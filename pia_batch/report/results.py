@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,10 +88,16 @@ class ResultCounts:
 class ResultSample:
     """Up to a number of rows: those with the smallest keys. Keys are hashes, so this is a random sample."""
 
-    def __init__(self, max_rows: int) -> None:
-        """Keep up to `max_rows` rows; failures get the places that successes leave, or up to half of all."""
+    def __init__(self, max_rows: int, further: Sequence[pa.Field] = ()) -> None:
+        """Keep up to `max_rows` rows; failures get the places that successes leave, or up to half of all.
+
+        Args:
+            max_rows: Largest number of rows.
+            further: Columns that the rows have besides COLUMNS.
+        """
+        schema = pa.schema([*COLUMNS, *further])
         self._max_rows = max_rows
-        self._kept = {SUCCEEDED: COLUMNS.empty_table(), FAILED: COLUMNS.empty_table()}
+        self._kept = {SUCCEEDED: schema.empty_table(), FAILED: schema.empty_table()}
 
     def add(self, rows: pa.Table) -> None:
         """Add one part, and drop the rows beyond the limit."""

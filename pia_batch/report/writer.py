@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pia_batch.report import page, results
 from pia_batch.report.embedded import with_embedded
 from pia_batch.report.head import REMEDIES, PageHead, reproduction_config
 from pia_batch.report.links import MediaLinks, with_media
+from pia_batch.report.measured import Measured
 from pia_batch.schema.columns import REQUEST, SETTINGS
 from pia_batch.schema.run_record import RunRecord
 from pia_batch.storage import uris
@@ -66,7 +67,8 @@ class ReportOptions:
     """
     embed: bool | None = None
     """True to embed thumbnails of condition images that the page cannot reach, and frame strips of GIF, WebP and
-    zipped PNGs, of which a browser gives a page on disk only one frame. None: if there are up to `EMBED_UP_TO` results.
+    zipped PNGs, of which a browser gives a page on disk only one frame, and of videos that not every browser plays.
+    None: if there are up to `EMBED_UP_TO` results.
     """
     media_url: str | None = None
     """HTTP(S) address of the output folder; None: animations are named relative to the page."""
@@ -74,6 +76,10 @@ class ReportOptions:
     """Ids of the requests on the page and in its counts, strings; None: all requests."""
     price_per_hour: float | None = None
     """Price of one device-hour, in any currency; None: the price in the run's config, or no cost."""
+    measured: Measured | None = None
+    """Evaluation of the run, whose measures the page shows; None: none. Pages of unfinished runs have none."""
+    comparisons: tuple[str, ...] = ()
+    """Pages of `pia-batch compare` to link to: files, URIs where the page is, or HTTP(S) addresses."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +111,14 @@ def write(
         StorageError: The store refused or did not answer, or results are damaged.
     """
     options = options or ReportOptions()
-    run_id = _published(store, run_id)
-    counts, sample = results.ResultCounts(run_id), results.ResultSample(options.max_results)
+    measured = options.measured
+    run_id = _published(store, measured.run_id if run_id is None and measured else run_id)
+    counts = results.ResultCounts(run_id)
+    sample = results.ResultSample(options.max_results, measured.fields if measured else ())
     for part in _json_object(store, layout.success_marker(run_id))["parts"]:
-        rows = results.read_part(store, f"{layout.results_folder(run_id)}/{part['name']}")
+        name = f"{layout.results_folder(run_id)}/{part['name']}"
+        rows = results.read_part(store, name)
+        rows = measured.joined(rows, name) if measured else rows
         if options.only is not None:
             rows = rows.filter(pc.is_in(rows["request_id"], options.only))
         counts.add(rows)
@@ -222,7 +232,18 @@ def _render(
         rows = with_embedded(rows, store, links)
     price = (config.get("budget") or {}).get("price_per_hour")
     price = price if options.price_per_hour is None else options.price_per_hour
-    page_head = PageHead(store.uri, record, counts, config, price, reload_s)
+    about = _about_evaluation(store, options.measured, rows)
+    comparisons = [links.linked_page(uri) for uri in options.comparisons]
+    page_head = PageHead(
+        store.uri,
+        record,
+        counts,
+        config,
+        price,
+        reload_s,
+        options.measured.evaluation_id if about and options.measured else None,
+        comparisons,
+    )
     data = {
         "run_id": counts.run_id,
         "requests": counts.requests,
@@ -231,6 +252,7 @@ def _render(
         "weights": results.weights(counts, shown),
         "settings": SETTINGS.names,
         "measures": {name: label for name, label in _MEASURES.items() if name in rows.column_names},
+        "evaluation": about,
         "remedies": REMEDIES,
         "players": {name: codec.player for name, codec in CODECS.items()},
         "inspect": store.uri if (config.get("encoding") or {}).get("provenance", True) else None,
@@ -241,6 +263,13 @@ def _render(
         },
     }
     return page.assemble(page_head, data, links.sources)
+
+
+def _about_evaluation(store: Store, measured: Measured | None, rows: pa.Table) -> dict[str, Any] | None:
+    """Return what the script needs of an evaluation; None if the rows have no measures of one."""
+    if measured is None or not {field.name for field in measured.fields} <= set(rows.column_names):
+        return None
+    return {"id": measured.evaluation_id, "output": store.uri, "measures": [asdict(each) for each in measured.measures]}
 
 
 def _run_record(store: Store, run_id: str) -> RunRecord | None:

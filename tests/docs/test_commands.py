@@ -67,6 +67,7 @@ NOT_RUN = {
     "pia-batch select": "test_selection selects from outputs with an evaluation",
     "pia-batch export outputs/demo --only": "test_export exports what a table names",
     "pia-batch report outputs/demo --only": "test_selection writes the page of a selection",
+    "pia-batch report outputs/demo --comparison": "test_writer links comparisons",
     "pia-batch run --manifest seeds.parquet": "a recipe: a manifest of one's own",
     "hf download": "the internet",
     "pia-batch prepare animatebench": "the dataset; test_kinds prepares its layout",

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
+import av
+import numpy as np
+import numpy.typing as npt
 from browsers import until
 from report_visits import Site, Visit, build
 from reported import (
     RUN,
     begin,
     commit,
+    frames,
     result,
 )
 
@@ -230,3 +235,36 @@ def test_a_chosen_point_of_a_chart_opens_its_result(site: Site, visit: Callable[
         box["x"] + box["width"] * 294 / 320, box["y"] + box["height"] * 20 / 180
     )  # the one that is identical
     assert page.locator("#detail-title").inner_text() == "r00003"
+
+
+def test_a_video_that_the_browser_does_not_play_shows_its_first_frame_and_names_its_codec(
+    visit: Callable[..., Visit], tmp_path: Path
+) -> None:
+    rows = [result(k, codec="hevc") for k in range(2)] + [result(2)]
+    made = build(tmp_path, rows)
+    clip = made.folder / "out" / layout.animation_name(rows[0]["key"], "mp4")
+    clip.write_bytes(hevc(frames(0)))
+    (made.folder / "out" / layout.animation_name(rows[1]["key"], "mp4")).unlink()
+    report.write(Store(str(made.folder / "out")))
+    page = visit().open(made.uri)
+    assert page.evaluate("document.createElement('video').canPlayType('video/mp4; codecs=hvc1.1.6.L93.B0')") == ""
+
+    until(page, "document.querySelector('#grid canvas.first')?.height === 72")
+    assert page.locator("#grid .badge").all_inner_texts() == ["HEVC: first frame"]
+    assert page.locator("#grid .absent").all_inner_texts() == ["this browser does not play HEVC"]
+    assert page.locator("#grid video").count() == 1
+    page.locator("#grid button").first.click()
+    until(page, "document.querySelectorAll('#detail .strip canvas').length === 8")
+    assert len({page.locator("#detail .strip canvas").nth(k).screenshot() for k in range(8)}) == 8
+
+
+def hevc(clip: npt.NDArray[np.uint8]) -> bytes:
+    """Encode a clip as HEVC."""
+    sink = io.BytesIO()
+    with av.open(sink, "w", format="mp4", options={"moov_size": "4096"}) as file:
+        stream = file.add_stream("libx265", rate=8, options={"x265-params": "log-level=none"})
+        stream.height, stream.width, stream.pix_fmt = clip.shape[1], clip.shape[2], "yuv420p"
+        for frame in clip:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        file.mux(stream.encode())
+    return sink.getvalue()

@@ -88,3 +88,23 @@ def test_a_page_elsewhere_needs_the_address_of_its_media(tmp_path: Path) -> None
         "img-src": "'self' data: https://site.example.com:443 https://i.example.com:443",
         "media-src": "'self' https://site.example.com:443",
     }
+
+
+def test_a_comparison_is_linked_by_its_title_where_the_page_can_reach_it(tmp_path: Path) -> None:
+    local = {"output": (tmp_path / "out").as_uri(), "page": (tmp_path / "out" / "_runs" / "r" / "report.html").as_uri()}
+    (tmp_path / "javascript:x & y.html").write_text("<title>exact &amp; &lt;fast&gt;</title>")
+    (tmp_path / "plain.html").write_text("no title")
+
+    here = places(**local)
+
+    named = here.linked_page(str(tmp_path / "javascript:x & y.html"))
+    assert named == ("exact & <fast>", "../../../javascript%3Ax%20%26%20y.html")
+    assert here.linked_page((tmp_path / "plain.html").as_uri()) == ("plain.html", "../../../plain.html")
+    assert here.linked_page("https://site.example.com/a/fast.html") == (
+        "fast.html",
+        "https://site.example.com/a/fast.html",
+    )
+    with pytest.raises(ConfigError, match=r"none\.html does not exist; `pia-batch compare A B --out .*` writes it"):
+        here.linked_page(str(tmp_path / "none.html"))
+    with pytest.raises(ConfigError, match=r"cannot link to .*plain\.html; store both in one place, or give the http"):
+        places().linked_page(str(tmp_path / "plain.html"))

@@ -90,13 +90,21 @@ def test_the_command_follows_a_run_until_nobody_works_there(store: Store, capsys
 def test_the_command_says_where_the_page_is(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     publish(store, [result(k) for k in range(3)])
 
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "fast.html").write_text("<title>exact and fast</title>")
+    linked = ["--comparison", str(tmp_path / "pages" / "fast.html"), "--comparison", "https://example.com/other.html"]
+
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["report", store.uri, "--max-results", "2", "--out", str(tmp_path / "pages" / "run.html")])
+        cli.main(["report", store.uri, "--max-results", "2", "--out", str(tmp_path / "pages" / "run.html"), *linked])
 
     printed = capsys.readouterr().out
     assert "3 results, 2 of them shown" in printed
     assert f"report: {(tmp_path / 'pages' / 'run.html').as_uri()}" in printed
-    data = data_in((tmp_path / "pages" / "run.html").read_text(encoding="utf-8"))
+    html = (tmp_path / "pages" / "run.html").read_text(encoding="utf-8")
+    assert '<a href="./fast.html"><bdi>exact and fast</bdi></a>' in html
+    assert '<a href="https://example.com/other.html"><bdi>other.html</bdi></a>' in html
+    data = data_in(html)
+    assert data["evaluation"] is None
     assert values_of(data, "media")[0].startswith("../out/animations/")
 
 

@@ -99,9 +99,13 @@ def publish_output(
 
 
 def publish_evaluation(
-    store: Store, measures: Mapping[str, list[float | None]], evaluation_id: str = "e-1", run_id: str | None = None
+    store: Store,
+    measures: Mapping[str, list[float | None]],
+    evaluation_id: str = "e-1",
+    run_id: str | None = None,
+    errors: list[str | None] | None = None,
 ) -> None:
-    """Publish an evaluation with these values, in the order of the results."""
+    """Publish an evaluation with these values and kinds of errors, in the order of the results."""
     results = RunResults.open(store, run_id)
     request = EvaluationRequest(results.run_id, results.digest, flow=True, networks={"clip": {}, "dino": {}})
     schema = row_schema(request.names)
@@ -109,6 +113,8 @@ def publish_evaluation(
     for piece in pieces:
         rows = results.read(piece.part, ["request_id", "key"])
         given = {name: pa.array(values, pa.float64()) for name, values in measures.items()}
+        if errors is not None:
+            given |= dict.fromkeys(("error_kind", "error"), pa.array(errors, pa.string()))
         columns = [
             rows[f.name] if f.name in rows.column_names else given.get(f.name, pa.nulls(len(rows), f.type))
             for f in schema

@@ -86,9 +86,17 @@ function detailBody(row, media, signal) {
         "Settings",
         page.settings.map((name) => [name, KEYED.includes(name) ? described(value(name, row)) : value(name, row)]),
       ),
-      list(
-        "Measures",
-        Object.keys(page.measures).map((name) => [name, shownMeasure(name, row)]),
+      make(
+        "div",
+        {},
+        list(
+          "Measures",
+          Object.keys(page.measures).map((name) => [name, shownMeasure(name, row)]),
+        ),
+        list("Evaluation", [
+          ...EVALUATED.map(({ name }) => [name, value(name, row) === null ? null : measured(name, value(name, row))]),
+          ["not measured", notMeasured(row)],
+        ]),
       ),
       list("Origin", [
         ...["key", "image", "image_sha256", "ip_adapter_image", "model", "engine_id", "device", "run_id"].map(
@@ -106,6 +114,12 @@ function shownMeasure(name, row) {
   if (name === "first_frame_psnr_db" && identical(row)) return "identical";
   const number = value(name, row);
   return number === null ? null : name === "finished_at" ? `${moment(number)} UTC` : measured(name, number);
+}
+
+/** Return why an animation was not measured; null if it was, or if there is no evaluation. */
+function notMeasured(row) {
+  const kind = value("evaluation_error_kind", row);
+  return kind === null || !succeeded(row) ? null : `${kind}: ${value("evaluation_error", row) ?? ""}`;
 }
 
 const figure = (caption, content) => make("figure", {}, content, make("figcaption", { textContent: caption }));

@@ -7,7 +7,15 @@ const FILTERS = [
   { name: "context", label: "Long clips", of: (row) => value("context", row) ?? (value("num_frames", row) && "one call") },
   { name: "safety", label: "Safety", of: safety },
   { name: "model", label: "Model", of: (row) => value("model", row) },
+  { name: "evaluation", label: "Evaluation", of: evaluated },
 ];
+
+/** Return what an evaluation has of a clip: "measured", or the kind of its error; null where there is none. */
+function evaluated(row) {
+  if (page.evaluation === null || !succeeded(row)) return null;
+  return value("evaluation_error_kind", row) ?? "measured";
+}
+
 /** Describe what the safety checker found; null where it was not used. */
 function safety(row) {
   if (value("nsfw_frames", row) === null && value("nsfw_input", row) === null) return null;
@@ -17,7 +25,7 @@ function safety(row) {
 const SEARCHED = ["request_id", "prompt", "prompts", "negative_prompt", "negative_prompts", "error", "image"];
 const KEY = /^[0-9a-f]{6,32}$/; // beginning of a key; fewer digits would match too many
 
-const state = { q: "", sort: "request_id", down: false, id: null };
+const state = { q: "", sort: "request_id", down: false, id: null, ranges: {} };
 for (const { name } of FILTERS) state[name] = "";
 
 const everyRow = Uint32Array.from({ length: page.rows }, (_, row) => row);
@@ -25,7 +33,7 @@ let texts = null;
 
 /** Return the rows that match the state, sorted by it. */
 function matching() {
-  let rows = everyRow;
+  let rows = inRanges(everyRow);
   for (const { name, of } of FILTERS) {
     if (state[name]) rows = rows.filter((row) => of(row) === state[name]);
   }
@@ -84,13 +92,17 @@ function buildFilters(changed) {
       select(name, label, [["", "any"], ...options.map(([text, number]) => [text, `${text} (${count(number)})`])]),
     );
   }
-  const measures = Object.entries(page.measures).filter(([name]) => everyRow.some((row) => value(name, row) !== null));
+  const known = (name) => everyRow.some((row) => value(name, row) !== null);
+  const measures = Object.entries(page.measures).filter(([name]) => known(name));
   const sort = select("sort", "Sort by", [
     ["request_id", "Request id"],
     ...measures.map(([name, [label]]) => [name, label]),
   ]);
+  const further = EVALUATED.filter(({ name }) => known(name)).map(({ name }) => option(name, name));
+  if (further.length) sort.querySelector("select").append(make("optgroup", { label: "Evaluation" }, ...further));
   form.append(
     make("div", { className: "sort" }, sort, make("button", { type: "button", id: "down", className: "quiet" })),
+    make("div", { id: "chips", className: "chips", role: "group", "aria-label": "Ranges", hidden: true }),
   );
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("change", (event) => {
@@ -104,20 +116,21 @@ function buildFilters(changed) {
   });
   document.getElementById("down").addEventListener("click", () => changed({ down: !state.down }));
   document.getElementById("clear").addEventListener("click", () => {
-    changed(Object.fromEntries([["q", ""], ...FILTERS.map(({ name }) => [name, ""])]));
+    changed(Object.fromEntries([["q", ""], ["ranges", {}], ...FILTERS.map(({ name }) => [name, ""])]));
     search.focus();
   });
 }
 
 function select(name, label, options) {
-  const choices = options.map(([chosen, text]) => make("option", { value: chosen, textContent: text }));
   return make(
     "label",
     { className: "field" },
     make("span", { textContent: label }),
-    make("select", { name }, ...choices),
+    make("select", { name }, ...options.map(([chosen, text]) => option(chosen, text))),
   );
 }
+
+const option = (chosen, text) => make("option", { value: chosen, textContent: text });
 
 /** Make the controls show the state. */
 function showFilters() {
@@ -133,15 +146,18 @@ function showFilters() {
 
 function readAddress() {
   const requested = new URLSearchParams(location.hash.slice(1));
-  const sorts = ["request_id", ...Object.keys(page.measures)];
+  const sorts = ["request_id", ...Object.keys(page.measures), ...EVALUATED.map(({ name }) => name)];
   for (const name of ["q", "id", ...FILTERS.map((filter) => filter.name)]) state[name] = requested.get(name) ?? "";
   state.sort = sorts.includes(requested.get("sort")) ? requested.get("sort") : "request_id";
   state.down = requested.get("order") === "down";
+  const ranges = EVALUATED.map(({ name }) => [name, isRange(name) ? parseRange(requested.get(name)) : null]);
+  state.ranges = Object.fromEntries(ranges.filter(([, range]) => range !== null));
 }
 
 function writeAddress() {
   const parameters = new URLSearchParams();
   for (const name of ["q", ...FILTERS.map((filter) => filter.name), "id"]) if (state[name]) parameters.set(name, state[name]);
+  for (const [name, range] of Object.entries(state.ranges)) parameters.set(name, writtenRange(range));
   if (state.sort !== "request_id") parameters.set("sort", state.sort);
   if (state.down) parameters.set("order", "down");
   const hash = parameters.toString();

@@ -9,6 +9,7 @@ function changed(part) {
 /** Make the page show the state. */
 function show() {
   showFilters();
+  showRanges(changed);
   const rows = matching();
   showRows(rows);
   const all = rows.length === page.rows;
@@ -17,7 +18,12 @@ function show() {
     : `${count(rows.length)} of ${count(page.rows)} results`;
   document.getElementById("nothing").hidden = rows.length > 0;
   clearTimeout(show.charting);
-  show.charting = setTimeout(() => renderCharts(rows, openDetail), show.charting ? 150 : 0); // after the gallery
+  show.charting = setTimeout(() => renderMeasures(rows), show.charting ? 150 : 0); // after the gallery
+}
+
+function renderMeasures(rows) {
+  renderCharts(rows, openDetail);
+  renderRanges(rows);
 }
 
 function follow() {
@@ -91,4 +97,5 @@ buildCopy();
 buildDetail();
 buildGallery(openDetail);
 buildFilters(changed);
+buildRanges(changed);
 follow();

@@ -24,8 +24,35 @@ function conditionImage(row, { eager = false } = {}) {
   return box;
 }
 
-/** Return the HTML element that plays the format of a result, "video" or "image"; null: browsers do not play it. */
-const element = (row) => page.players[value("format", row)];
+const VIDEO_CODECS = {
+  h264: ["H.264", 'video/mp4; codecs="avc1.640028"'],
+  hevc: ["HEVC", 'video/mp4; codecs="hvc1.1.6.L93.B0"'],
+  av1: ["AV1", 'video/mp4; codecs="av01.0.08M.08"'],
+  vp9: ["VP9", 'video/webm; codecs="vp9"'],
+};
+
+/** Return name and media type of the codec of a video. */
+function codecOf(row) {
+  const codec = value("codec", row) ?? (value("format", row) === "webm" ? "vp9" : "h264");
+  return VIDEO_CODECS[codec] ?? [codec, null];
+}
+
+const plays = (() => {
+  const video = make("video");
+  const answers = new Map();
+  return (type) => {
+    if (!answers.has(type)) answers.set(type, video.canPlayType(type) !== "");
+    return answers.get(type);
+  };
+})();
+
+/** Return the HTML element that plays a result here, "video" or "image"; null: this browser does not play it. */
+function element(row) {
+  const player = page.players[value("format", row)];
+  if (player !== "video") return player;
+  const [, type] = codecOf(row);
+  return type === null || plays(type) ? player : null;
+}
 
 /** Build the animation of a succeeded result: an element with `play()`, `pause()` and `release()`. */
 function animation(row, { controls = false } = {}) {
@@ -87,12 +114,18 @@ function imagePlayer(row, controls) {
   };
 }
 
-/** Build the placeholder of a file that browsers do not play, such as zipped PNGs: the first frame, if embedded. */
+/** Build the placeholder of a file that this browser does not play: the first frame, if embedded, else a sentence. */
 function placeholder(row) {
-  const first = make("canvas", { className: "first" });
-  strip(row, [first]);
+  const zipped = page.players[value("format", row)] !== "video";
+  const kind = zipped ? "zipped PNGs" : codecOf(row)[0];
+  let parts = [make("span", { className: "absent", textContent: `this browser does not play ${kind}` })];
+  if (value("strip", row) !== null) {
+    const first = make("canvas", { className: "first", role: "img", "aria-label": `first frame; ${parts[0].textContent}` });
+    strip(row, [first]);
+    parts = [first, make("span", { className: "badge", textContent: zipped ? "zip" : `${kind}: first frame` })];
+  }
   return {
-    parts: [first, make("span", { className: "badge", textContent: "zip" })],
+    parts,
     play() {},
     pause() {},
     release() {},
