@@ -60,6 +60,9 @@ FOLLOWED = {
 NOT_RUN = {
     "make demo": "the demo is run by test_cli",
     "make test": "continuous integration runs it",
+    "make setup": "the package index; continuous integration runs it",
+    "make lint": "continuous integration runs it",
+    "python jobs/estimate_cost.py": "test_estimate_cost compares what it prints with the page",
     "make dist": "minutes; test_distribution checks what it builds",
     "pia-batch submit": "a cluster; the tutorial and test_jobs submit to one",
     "pia-batch jobs": "a cluster; the tutorial and test_jobs ask one",
