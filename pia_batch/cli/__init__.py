@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from pia_batch import errors
+from pia_batch import __version__, errors
 from pia_batch.cli import (
     bench_command,
     evaluation_commands,
@@ -67,6 +67,12 @@ for command in (
     app.command()(command)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pia-batch {__version__}")
+        raise typer.Exit
+
+
 @app.callback(
     epilog="Tab completes commands and options after `pia-batch --install-completion`. Exit codes: 0 success, 1 a bug, "
     "2 wrong usage, config, manifest or store, 3 requests failed, 4 interrupted, 75 another run works on the output."
@@ -74,6 +80,9 @@ for command in (
 def options(
     debug: Annotated[
         bool, typer.Option("--debug", envvar="PIA_BATCH_DEBUG", help="Log more, and the traceback of every error.")
+    ] = False,
+    version: Annotated[  # noqa: ARG001 - its callback has ended the program
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Animate datasets of images and prompts with PIA on Ray Data.

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,11 @@ def test_every_command_has_help_with_an_example(capsys) -> None:
     for command in cli.app.registered_commands:
         assert pia_batch(command.callback.__name__, "--help") == 0
         assert f"pia-batch {command.callback.__name__}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_version_is_the_packages(capsys) -> None:
+    assert pia_batch("--version") == 0
+    assert capsys.readouterr().out == f"pia-batch {version('pia-batch')}\n"
 
 
 @pytest.mark.parametrize("command", ["status", "verify", "gc"])
