@@ -54,6 +54,7 @@ FOLLOWED = {
     "docs/columns.md",
     "docs/long-clips.md",
     "docs/finishing.md",
+    "docs/prompt-travel.md",
 }
 """Pages whose every command is run by a test below."""
 
@@ -78,7 +79,6 @@ NOT_RUN = {
     "pia-batch run bench.yaml": "a GPU and the published weights",
     "python table.py": "an evaluation of a run above; test_animatebench runs it on one",
     "pia-batch compare": "test_comparison compares two outputs",
-    "pia-batch run --manifest travel.jsonl": "a photograph of one's own; test_prompt_travel makes such clips",
     "pia-batch bench": "minutes; test_benchmark runs it small",
     "python jobs/benchmark": "minutes; the tests of these programs run them small",
     "python jobs/tiny/train.py": "hours; test_tiny trains for seconds",
@@ -229,6 +229,8 @@ def test_output_that_a_page_shows_is_compared_line_by_line(expected: str, missin
 @pytest.mark.timeout(900)
 def test_the_readme_can_be_followed(tmp_path: Path) -> None:
     shutil.copytree(tiny.SAMPLE, tmp_path / "pia_batch" / "tiny" / "sample")
+    (tmp_path / "photos").mkdir()
+    shutil.copy(tiny.SAMPLE / "images" / "red-circle.png", tmp_path / "photos")
     follow(
         "README.md",
         tmp_path,
@@ -236,6 +238,7 @@ def test_the_readme_can_be_followed(tmp_path: Path) -> None:
     )
 
     assert len(list(tmp_path.glob("outputs/first/animations/*/*.mp4"))) == 3
+    assert len(list(tmp_path.glob("outputs/photos/animations/*/*.mp4"))) == 1
 
 
 @pytest.mark.long
@@ -292,6 +295,18 @@ def test_the_page_on_long_clips_generates_them(tmp_path: Path) -> None:
     (results,) = (tmp_path / "out" / "results").glob("2*")
     contexts = {row["request_id"]: row["context"] for row in ds.dataset(results).to_table().to_pylist()}
     assert contexts == {"windows": "windows", "chain": "chain", "loop": "windows"}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_page_on_prompts_that_change_animates_one(tmp_path: Path) -> None:
+    shutil.copytree(tiny.SAMPLE / "images", tmp_path / "images")
+
+    follow("docs/prompt-travel.md", tmp_path)
+
+    (results,) = (tmp_path / "out" / "results").glob("2*")
+    (prompts,) = ds.dataset(results).to_table(["prompts"])["prompts"].to_pylist()
+    assert [key["frame"] for key in prompts] == [0, 8]
 
 
 @pytest.mark.long
