@@ -121,6 +121,7 @@ def compare(a: Side, b: Side, pair_by: tuple[str, ...], group_by: tuple[str, ...
             groups[", ".join(f"{name} {value}" for name, value in zip(group_by, label, strict=True))] = found
     columns = {name: (_values(rows_a, name), _values(rows_b, name)) for name in measures}
     intervals = {group: _intervals(columns, rows, seed) for group, rows in groups.items()}
+    measures = tuple(name for name in measures if name in intervals[ALL])  # those that both clips of a pair have
     return Comparison(a, b, pair_by, measures, rows_a, rows_b, intervals)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browsers import until
+from browsers import faint, until
 from evaluated import publish_evaluation, publish_output, shifted
 from playwright.sync_api import Browser
 
@@ -128,9 +128,41 @@ def test_the_page_plays_pairs_in_step_and_follows_the_keyboard(
     page.keyboard.press("a")
     assert page.evaluate("[state.view, cards[state.order[1]].canvas.width]") == ["a", 32]
     page.keyboard.press("d")
+    page.locator("#play").focus()
     page.keyboard.press("m")
-    assert page.evaluate("[state.view, state.measure]") == ["difference", 1]
-    assert problems == []
+    assert page.locator("#measure option").all_text_contents()[:2] == ["warp_error", "motion"]  # others have no values
+    assert page.locator("#pairs li").first.locator("tr.sorted th").text_content() == "motion"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_a_narrow_screen_and_has_contrast_and_rests_for_who_wants_no_motion(
+    outputs: tuple[Store, Store], chromium: Browser, tmp_path: Path, scheme: str
+) -> None:
+    page_file = tmp_path / "compare.html"
+    sides = (open_side(store.uri, None, None, ["request_id"], ["kind"]) for store in outputs)
+    page_file.write_text(render(compare(*sides, ("request_id",), ("kind",)), ("two", "three")), encoding="utf-8")
+
+    page = chromium.new_page(
+        viewport={"width": 390, "height": 800},
+        color_scheme=scheme,
+        reduced_motion="reduce",  # type: ignore[arg-type]
+    )
+    page.goto(page_file.as_uri())
+    until(page, "cards.filter((card) => card.frames).length > 0")
+    assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+    hidden = "[...document.querySelectorAll('.scroll')].filter((box) => box.scrollWidth > box.clientWidth).length"
+    assert page.evaluate(hidden) == 0  # no table is cut off either
+    assert page.locator("#play").inner_text() == "Play"
+    inks = ("--text", "--soft", "--a", "--b", "--up", "--down")
+    assert faint(page, [(ink, paper) for ink in inks for paper in ("--ground", "--card")]) == []
+    page.get_by_label("Group").select_option("kind x")
+    assert page.locator("#figures .count").first.text_content() == "3"
+    page.keyboard.press("m")
+    assert (
+        page.locator("#pairs li").first.locator("tr.sorted th").text_content()
+        == page.locator("#measure option").nth(1).text_content()
+    )
 
 
 def test_the_command_writes_the_page_and_prints_the_figures(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from browsers import faint
 from report_visits import Site, Visit
 
 
@@ -21,33 +22,12 @@ def test_nothing_sticks_out_of_a_narrow_screen(site: Site, visit: Callable[..., 
     assert page.evaluate("document.getElementById('detail').scrollWidth <= innerWidth")
 
 
-CONTRAST = """(pairs) => {
-  const rgb = (colour) => {
-    const context = document.createElement('canvas').getContext('2d');
-    context.fillStyle = colour;
-    context.fillRect(0, 0, 1, 1);
-    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map((part) => {
-      const share = part / 255;
-      return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
-    });
-  };
-  const light = (colour) => rgb(colour).reduce((sum, part, k) => sum + part * [0.2126, 0.7152, 0.0722][k], 0);
-  const probe = document.body.appendChild(document.createElement('i'));
-  const colour = (name) => { probe.style.color = `var(${name})`; return getComputedStyle(probe).color; };
-  return pairs.map(([ink, paper]) => {
-    const [a, b] = [light(colour(ink)), light(colour(paper))].sort((x, y) => y - x);
-    return [ink, paper, (a + 0.05) / (b + 0.05)];
-  });
-}"""
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_contrast_in_both_themes(site: Site, visit: Callable[..., Visit], scheme: str) -> None:
     page = visit(color_scheme=scheme).open(site.uri)
     inks = ("--ink", "--soft", "--accent", "--bad")
     pairs = [[ink, paper] for ink in inks for paper in ("--paper", "--raised", "--sunken")] + [["--bad", "--bad-soft"]]
-    for ink, paper, ratio in page.evaluate(CONTRAST, pairs):
-        assert ratio >= 4.5, (scheme, ink, paper, ratio)  # WCAG 2.2, 1.4.3
+    assert faint(page, pairs) == []
 
 
 def test_the_theme_follows_the_system_or_the_reader(site: Site, visit: Callable[..., Visit]) -> None:

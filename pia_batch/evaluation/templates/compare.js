@@ -5,7 +5,8 @@ const make = (tag, text, kind) => { const node = document.createElement(tag); if
 const shown = (value) => value === null || value === undefined ? "–" : Math.abs(value) >= 10000 ? Math.round(value).toLocaleString("en") : value !== 0 && Math.abs(value) < 0.001 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
 const signed = (value) => value === null ? "–" : (value > 0 ? "+" : "") + shown(value);
 const direction = (measure, change) => !change || measure.better === "neither" ? "" : (change > 0) === (measure.better === "higher") ? "better" : "worse";
-const state = { current: 0, view: "both", playing: true, frame: 0, measure: 0, order: [] };
+const still = matchMedia("(prefers-reduced-motion: reduce)");
+const state = { current: 0, view: "both", playing: !still.matches, frame: 0, measure: 0, order: [] };
 
 function plot(found) {
   const span = Math.max(Math.abs(found.low), Math.abs(found.high)) || 1;
@@ -29,7 +30,11 @@ function figures() {
     const difference = make("td", signed(found.difference), sure ? direction(measure, found.difference) : "");
     const cell = make("td", undefined, "plot " + difference.className);
     cell.append(plot(found));
-    row.append(make("th", measure.name + (measure.unit ? " (" + measure.unit + ")" : "")), make("td", shown(found.mean_a)), make("td", shown(found.mean_b)), difference, make("td", signed(found.low) + " … " + signed(found.high)), cell, make("td", String(found.count)));
+    const name = make("th", measure.name);
+    if (measure.unit) name.append(" ", make("span", measure.unit, "unit"));
+    const [a, b] = [make("td", shown(found.mean_a)), make("td", shown(found.mean_b))];
+    [a.dataset.name, b.dataset.name, difference.dataset.name] = ["A", "B", "B − A"]; // of columns without a head, on narrow screens
+    row.append(name, a, b, difference, make("td", signed(found.low) + " … " + signed(found.high), "interval"), cell, make("td", String(found.count), "count"));
     return row;
   });
   byId("figures").tBodies[0].replaceChildren(...rows);
@@ -56,6 +61,7 @@ const cards = data.shown.map((pair, index) => {
     if (a === null && b === null) return;
     const change = a === null || b === null ? null : b - a;
     const row = make("tr");
+    row.dataset.measure = at;
     row.append(make("th", measure.name), make("td", shown(a)), make("td", shown(b)), make("td", signed(change), direction(measure, change)));
     table.append(row);
   });
@@ -126,6 +132,7 @@ function sort() {
   const change = ({ pair }) => { const [a, b] = [pair.a[state.measure], pair.b[state.measure]]; return a === null || b === null ? -1 : Math.abs(b - a); };
   state.order = cards.map((_, index) => index).sort((one, other) => change(cards[other]) - change(cards[one]) || one - other);
   byId("pairs").replaceChildren(...state.order.map((index) => cards[index].card));
+  document.querySelectorAll("#pairs tr[data-measure]").forEach((row) => row.classList.toggle("sorted", Number(row.dataset.measure) === state.measure));
   select(0, false);
 }
 
@@ -153,6 +160,8 @@ byId("group").addEventListener("change", figures);
 byId("measure").addEventListener("change", sort);
 byId("view").addEventListener("change", (event) => view(event.target.value));
 byId("play").addEventListener("click", () => play(!state.playing));
+byId("group").closest("label").hidden = Object.keys(data.groups).length < 2;
+play(state.playing);
 figures();
 sort();
 cards.forEach(({ card }) => watcher.observe(card));
