@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,8 @@ def explain(err: ValidationError, root: type[BaseModel], source: str) -> str:
         source: Origin of the values, such as a file's path.
     """
     lines = []
-    for problem in err.errors():
-        location = problem["loc"]
+    for problem, *others in _by_value(err.errors()):
+        location = problem["loc"][:-1] if others else problem["loc"]
         key = ".".join(uris.redacted_uri(str(part)) for part in location)
         if problem["type"] == "extra_forbidden":
             near = nearest([str(part) for part in location], root)
@@ -32,8 +33,31 @@ def explain(err: ValidationError, root: type[BaseModel], source: str) -> str:
         elif problem["type"] == "missing":
             lines.append(f"{key}: required, and not given")
         else:
-            lines.append(f"{key}: {_problem_text(problem)}" if key else _problem_text(problem))
+            text = _alternatives([problem, *others]) if others else _problem_text(problem)
+            lines.append(f"{key}: {text}" if key else text)
     return f"{source}: " + "; ".join(lines)
+
+
+_TYPE_OF_UNION = re.compile(r"bool|int|float|str|literal\[.*\]")
+"""Last part of an error's location where a value is of none of several types."""
+
+
+def _by_value(problems: list[ErrorDetails]) -> Iterator[list[ErrorDetails]]:
+    """Yield each error in a list; those about one value of several types, which follow each other, in one list."""
+
+    def value_of(problem: ErrorDetails) -> tuple[int | str, ...]:
+        location = problem["loc"]
+        is_union = len(location) > 1 and _TYPE_OF_UNION.fullmatch(str(location[-1]))
+        return location[:-1] if is_union else ("", *location)
+
+    for _, group in itertools.groupby(problems, value_of):
+        yield list(group)
+
+
+def _alternatives(problems: list[ErrorDetails]) -> str:
+    """Return one text for the errors of all types that a value may have."""
+    texts = [_problem_text(problem).removeprefix("must be ").partition(" (got ")[0] for problem in problems]
+    return f"must be {' or '.join(dict.fromkeys(texts))} (got {_shown(problems[0]['input'])})"
 
 
 _TYPES = {

@@ -76,7 +76,7 @@ class ImagesConfig(Section):
     @classmethod
     def _is_a_colour(cls, text: str) -> str:
         if not re.fullmatch("#[0-9a-fA-F]{6}", text):
-            msg = f"must be a colour such as '#ff8000', six hexadecimal digits, in quotes in YAML (got {text!r})"
+            msg = f"must be a colour such as '#ff8000', six hexadecimal digits (got {text!r}); in a file, in quotes"
             raise ValueError(msg)
         return text
 

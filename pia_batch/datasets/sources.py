@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from pia_batch.errors import ManifestError, message_of
+from pia_batch.manifest import hive
 from pia_batch.storage import filesystems, object_store
 from pia_batch.storage.filesystems import FoundFile
 from pia_batch.storage.uris import redacted, redacted_uri
@@ -142,8 +143,7 @@ class Place:
         return [
             file
             for file in self.files
-            if file.path.lower().endswith(extensions)
-            and not any(part.startswith(("_", ".")) for part in self.name_of(file.path).split("/"))
+            if file.path.lower().endswith(extensions) and not hive.is_hidden(self.name_of(file.path).split("/"))
         ]
 
     def head(self, file: FoundFile, num_bytes: int = 16) -> bytes:

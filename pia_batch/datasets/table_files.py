@@ -7,7 +7,6 @@ import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,7 +26,7 @@ from pia_batch.datasets.sources import (
     reading,
 )
 from pia_batch.errors import ManifestError, message_of
-from pia_batch.manifest.reader import NULL_PARTITION
+from pia_batch.manifest import hive
 from pia_batch.storage.concurrency import map_in_threads
 from pia_batch.storage.filesystems import FoundFile
 
@@ -134,8 +133,7 @@ def _neighbours(metadata: pq.FileMetaData) -> Iterator[tuple[tuple[int, ...], in
 
 def _partitions(name: str) -> dict[str, str | None]:
     """Return the hive partitions in the folders of a file."""
-    pairs = [part.split("=", 1) for part in name.split("/")[:-1] if "=" in part]
-    return {key: None if value == NULL_PARTITION else unquote(value) for key, value in pairs}
+    return hive.partitions_in(name.split("/")[:-1])
 
 
 def _pinned(place: Place) -> dict[str, str]:

@@ -133,11 +133,16 @@ def consume(
 class _EngineHealth:
     """Check that ends a run whose workers fail request after request, or that gets no worker at all."""
 
-    def __init__(self, config: RunConfig, resources: Callable[[], Mapping[str, float]]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        resources: Callable[[], Mapping[str, float]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._place, self._max_crashes = config.placement, config.limits.max_crashes
-        self._resources = resources
+        self._resources, self._clock = resources, clock
         self._ended = 0
-        self._moved_at = self._checked_at = time.monotonic()
+        self._moved_at = self._checked_at = clock()
 
     def check(self, activity: EngineActivity) -> None:
         """Check the totals over all engines.
@@ -154,7 +159,7 @@ class _EngineHealth:
                 "Everything finished is committed. Start again to continue, with --retry-failed to try these again"
             )
             raise InterruptedRunError(msg)
-        now, ended = time.monotonic(), outcomes.succeeded + outcomes.failures.total()
+        now, ended = self._clock(), outcomes.succeeded + outcomes.failures.total()
         if ended != self._ended:
             self._ended, self._moved_at, self._checked_at = ended, now, now
         if now - self._checked_at < min(_IDLE_CHECK_S, self._place.wait_s):
@@ -218,13 +223,27 @@ class _Consumer:
         self._moved.set()
 
 
-def _drain(tracker: RunAttempts, grace_s: float) -> EngineActivity:
+def _drain(
+    tracker: RunAttempts,
+    grace_s: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> EngineActivity:
     """Refuse new attempts, wait until those in flight are committed, and return the totals over all engines then."""
     tracker.stop()
-    deadline = time.monotonic() + grace_s
-    while (activity := tracker.activity()).in_flight and time.monotonic() < deadline:
+    deadline = clock() + grace_s
+    while (activity := tracker.activity()).in_flight:
+        left_s = deadline - clock()
+        if left_s <= 0:
+            log.warning(
+                "requests_abandoned count=%d: not finished within %g s (limits.stop_grace_s); the next start generates "
+                "them again",
+                activity.in_flight,
+                grace_s,
+            )
+            break
         log.info("run_stopping requests_in_flight=%d", activity.in_flight)
-        time.sleep(0.3)
+        sleep(min(0.3, left_s))
     return activity
 
 

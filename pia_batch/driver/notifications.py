@@ -109,7 +109,7 @@ def _try_post(url: str, headers: dict[str, str], data: bytes, timeout_s: float) 
     try:
         status = filesystems.wait(http_client.post, url, headers, data, timeout_s=timeout_s)
     except TimeoutError:
-        return f"no answer in {timeout_s:g} s", True
+        return f"no answer in {timeout_s:g} s (on_finish.timeout_s)", True
     except Exception as err:  # noqa: BLE001 - any error of the client; its text may have the URL
         return type(err).__name__, True
     if 200 <= status < 300:  # noqa: PLR2004 - success

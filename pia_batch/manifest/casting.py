@@ -200,7 +200,7 @@ class Columns:
 _NAMES = {pa.string(): "a string", REQUEST.field("motion_curve").type: "a list of numbers"}
 
 
-def _remedy(name: str, data_type: pa.DataType) -> str:
+def _remedy(name: str, data_type: pa.DataType) -> str:  # noqa: PLR0911 - one line for each kind of type
     """Return what to do with a column of this type, to follow the description of what is allowed."""
     binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
     if name in ("image", "image_bytes") and pa.types.is_struct(data_type) and "bytes" in [f.name for f in data_type]:
@@ -208,13 +208,22 @@ def _remedy(name: str, data_type: pa.DataType) -> str:
             f"; name one of its fields: --column image_bytes={name}.bytes; a struct of nothing but bytes and path, as "
             "Hugging Face datasets store images, needs no mapping"
         )
+    if pa.types.is_struct(data_type) and data_type.num_fields:
+        return f"; name one of its fields, such as --column {name}={name}.{data_type.field(0).name}"
     if name == "image" and any(test(data_type) for test in binary):
         return "; name a column of encoded images by --column image_bytes=NAME, or cast a column of URIs to text"
     if any(test(data_type) for test in binary):
         return "; cast the column to text (Impala and Hive: write strings with the UTF8 annotation)"
+    if pa.types.is_nested(data_type):
+        return "; write one value in each row"
     if name == "image_bytes":
         return "; decode text such as base64 to bytes, in Parquet"
-    return "; cast the column to text" if pa.types.is_string(REQUEST.field(name).type) else ""
+    if name == "motion_curve":
+        return "; write the list as a list, in Parquet or JSONL"
+    if not pa.types.is_string(REQUEST.field(name).type):
+        return ""
+    missing = ", with null where a value is missing" if pa.types.is_floating(data_type) else ""
+    return f"; cast the column to text{missing}"
 
 
 @dataclass(frozen=True)
@@ -253,7 +262,19 @@ def _shown(values: pa.Array) -> pa.Array:
     try:
         text = values.cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        text = pa.array([None if value is None else str(value)[:80] for value in values.to_pylist()], pa.string())
+        text = pa.array([_python_text(value) for value in values], pa.string())
     textual = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
     quoted = pc.binary_join_element_wise("'", redacted(text), "'", "") if textual else text
+    for pattern, written in _LINE_ENDS.items():  # a message is one line
+        quoted = pc.replace_substring_regex(quoted, pattern, written)
     return pc.utf8_slice_codeunits(quoted, 0, 80)
+
+
+_LINE_ENDS = {"\n": "\\\\n", "\r": "\\\\r"}
+
+
+def _python_text(value: pa.Scalar) -> str | None:
+    try:
+        return str(value.as_py())[:80] if value.is_valid else None
+    except OverflowError:  # a date beyond those of Python
+        return f"a value of {value.type}"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import sys
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -13,16 +10,22 @@ import pyarrow.csv
 
 from pia_batch.errors import ManifestError, message_of
 from pia_batch.manifest.column_map import NO_MAP, ColumnMap
-from pia_batch.manifest.key_prompts import NAMES
+from pia_batch.manifest.csv_dialect import QUOTES, checked_header, without_separator_line
 from pia_batch.schema.columns import REQUEST
 
-NULL_WORDS = ("nan", "NaN", "None", "NULL", "null", "<NA>", "NaT", "\\N")
-"""Words that programs write for a missing value. Without quotes they are null in the request's own columns of text,
-except `request_id`; every other column keeps them."""
+NULL_WORDS = (
+    *("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"),
+    *("NULL", "NaN", "None", "n/a", "nan", "null"),
+    *("NaT", "\\N"),
+    *("#REF!", "#NAME?", "#VALUE!", "#DIV/0!", "#NUM!", "#NULL!"),
+)
+"""Words that programs write for a missing value. Without quotes they are null in the request's own columns except
+`request_id`; every other column keeps them.
 
-_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+Sources: the list of pandas' `read_csv`; `NaT` of its dates; `\\N` of MySQL, PostgreSQL and Hive; Excel's errors."""
 
-_QUOTES = 'write a quote inside of a field as "" (Spark: .option("escape", \'"\'))'
+_PADDING = " \t\x1a\0"
+"""Characters that editors and copies leave on a line or at the end of a file; alone they are no row."""
 
 
 def read_csv(data: bytes, path: str, column_map: ColumnMap = NO_MAP) -> tuple[pa.Table, int]:
@@ -39,38 +42,57 @@ def read_csv(data: bytes, path: str, column_map: ColumnMap = NO_MAP) -> tuple[pa
     Raises:
         ManifestError: it is not CSV, or a dialect of it that is not read.
     """
-    data = _without_separator_line(data.lstrip(b"\r\n"), path)
-    header = _checked_header(data, path)
+    data = without_separator_line(data.lstrip(b"\r\n"), path)
+    if not data.strip(b" \t\r\n"):
+        msg = f"manifest file {path} is not CSV with a header line: Empty CSV file; remove it, or write it again"
+        raise ManifestError(msg)
+    if b"\n" not in data and b"\r" not in data:
+        data += b"\n"  # Arrow does not read a header line that does not end
+    header = checked_header(data, path, _OURS | {source for _, source in column_map.sources})
     columns = column_map.positions(header, f"manifest file {path}")
     names = [str(number) for number in range(len(header))]
     try:
-        table = _parsed(data, names, names, [""])
-        texts = sorted({number for name, number in columns if name in _TEXTS})
+        table, num_padded = _parsed(data, names, names, [""])
+        ours = sorted({number for name, number in columns if name in _WITH_NULLS})
         with_nulls = table
-        if texts and any(word.encode() in data for word in NULL_WORDS):
-            with_nulls = _parsed(data, names, [str(number) for number in texts], ["", *NULL_WORDS])
+        if ours and any(word.encode() in data for word in NULL_WORDS):
+            with_nulls, _ = _parsed(data, names, [str(number) for number in ours], ["", *NULL_WORDS])
     except pa.ArrowInvalid as err:
         remedy = "; save it as UTF-8" if "invalid UTF8" in str(err) else ""
         if "columns, got" in str(err):
-            remedy = f"; {_QUOTES}" if b'\\"' in data else "; give each line as many fields as the header has"
+            remedy = (
+                f"; {QUOTES}"
+                if b'\\"' in data
+                else "; give each line as many fields as the header has, and put fields with commas in quotes"
+            )
         msg = f"manifest file {path} is not CSV with a header line: {message_of(err)}{remedy}"
         raise ManifestError(msg) from None
     num_rows = len(table)
     if columns:
-        arrays = [(with_nulls if name in _TEXTS else table)[str(number)] for name, number in columns]
+        arrays = [(with_nulls if name in _WITH_NULLS else table)[str(number)] for name, number in columns]
         table = pa.Table.from_arrays(arrays, [name for name, _ in columns])
     table = _without_blank_rows(table)
-    return _without_unnamed_columns(table, path), num_rows - len(table)
+    return _without_unnamed_columns(table, path), num_rows - len(table) + num_padded
 
 
-_TEXTS = frozenset(item.name for item in REQUEST if pa.types.is_string(item.type)) - {"request_id"} | set(NAMES)
+_OURS = frozenset(REQUEST.names)
+_WITH_NULLS = _OURS - {"request_id"}
 
 
-def _parsed(data: bytes, names: Sequence[str], wanted: Sequence[str], nulls: Sequence[str]) -> pa.Table:
-    return pyarrow.csv.read_csv(
+def _parsed(data: bytes, names: Sequence[str], wanted: Sequence[str], nulls: Sequence[str]) -> tuple[pa.Table, int]:
+    """Return the wanted columns, and the number of lines of nothing but padding, which are skipped."""
+    num_padded = 0
+
+    def skip_padding(row: pyarrow.csv.InvalidRow) -> str:
+        nonlocal num_padded
+        is_padding = not row.text.strip(_PADDING)
+        num_padded += is_padding
+        return "skip" if is_padding else "error"
+
+    table = pyarrow.csv.read_csv(
         pa.BufferReader(data),
         read_options=pyarrow.csv.ReadOptions(column_names=names or None, skip_rows_after_names=1),
-        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=skip_padding),
         convert_options=pyarrow.csv.ConvertOptions(
             column_types=dict.fromkeys(names, pa.string()),
             include_columns=wanted,
@@ -79,50 +101,7 @@ def _parsed(data: bytes, names: Sequence[str], wanted: Sequence[str], nulls: Seq
             quoted_strings_can_be_null=False,
         ),
     )
-
-
-def _without_separator_line(data: bytes, path: str) -> bytes:
-    """Return `data` without the line `sep=,` that names the delimiter for Excel."""
-    line, _, rest = data.partition(b"\n")
-    if line.strip().lower() == b"sep=,":
-        return rest
-    if line.lower().startswith(b"sep="):
-        mark = line.strip()[4:5].decode("latin1")
-        msg = f"manifest file {path} has {mark!r} between its columns; write CSV with commas between the columns"
-        raise ManifestError(msg)
-    return data
-
-
-def _checked_header(data: bytes, path: str) -> list[str]:
-    """Return the names in the header line, after checking the quotes of all lines."""
-    csv.field_size_limit(sys.maxsize)
-    lines = io.TextIOWrapper(io.BytesIO(data), "utf-8", errors="surrogateescape", newline="")  # Arrow names bad bytes
-    rows = csv.reader(lines, strict=True)
-    header: list[str] = []
-    start = 1
-    try:
-        header = next(rows, [])
-        if len(header) == 1 and any(mark in header[0] for mark in _DELIMITERS):
-            found = next(words for mark, words in _DELIMITERS.items() if mark in header[0])
-            msg = (
-                f"manifest file {path} has {found} between its columns; it has: {header[0][:200]}; write CSV with "
-                "commas between the columns"
-            )
-            raise ManifestError(msg)
-        start = rows.line_num + 1
-        for _ in rows:
-            start = rows.line_num + 1
-    except csv.Error as err:
-        if "expected after" in str(err) or "end of data" in str(err):
-            msg = (
-                f"manifest file {path}, line {start}: text goes on after the closing quote of a field, or a quote is "
-                f"not closed ({err}); {_QUOTES}"
-            )
-            raise ManifestError(msg) from None
-    if not "".join(header).isascii() and any("\udc80" <= mark <= "\udcff" for mark in "".join(header)):
-        msg = f"manifest file {path} has a header line with invalid UTF8; save it as UTF-8"
-        raise ManifestError(msg)
-    return header
+    return table, num_padded
 
 
 def _without_blank_rows(table: pa.Table) -> pa.Table:
@@ -131,10 +110,14 @@ def _without_blank_rows(table: pa.Table) -> pa.Table:
         return table
     filled = pa.chunked_array([pa.repeat(False, len(table))])
     for column in table.columns:
-        filled = pc.or_(filled, pc.fill_null(pc.not_equal(column, ""), False))
+        filled = pc.or_(filled, _is_filled(column))
         if pc.all(filled).as_py():
             return table
     return table.filter(filled)
+
+
+def _is_filled(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(column), ""), False)
 
 
 def _without_unnamed_columns(table: pa.Table, path: str) -> pa.Table:
@@ -149,7 +132,7 @@ def _without_unnamed_columns(table: pa.Table, path: str) -> pa.Table:
             kept.append(number)
             continue
         values = table.column(number)
-        values = values.filter(pc.fill_null(pc.not_equal(values, ""), False))
+        values = values.filter(_is_filled(values))
         if len(values):
             msg = (
                 f"manifest file {path}: column {number + 1} has no name in the header line, and values, such as "

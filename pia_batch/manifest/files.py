@@ -31,11 +31,12 @@ from pia_batch.manifest import wide_integers
 from pia_batch.manifest.column_layout import MAX_COLUMNS, Layout
 from pia_batch.manifest.column_map import NO_MAP, ColumnMap
 from pia_batch.manifest.csv_files import read_csv
+from pia_batch.manifest.foreign_formats import HEAD_BYTES, refuse_other_format
 from pia_batch.manifest.formats import FileFormat
 from pia_batch.manifest.inline_images import NOT_INLINE, has_inline_images
 from pia_batch.manifest.json_lines import read_json_lines
 from pia_batch.manifest.request_ids import location_ids
-from pia_batch.manifest.table_formats import refuse_data_of_table, refuse_other_format
+from pia_batch.manifest.table_formats import refuse_data_of_table
 from pia_batch.manifest.text_files import TextBudget, read_text
 from pia_batch.storage import filesystems
 from pia_batch.storage.uris import redacted
@@ -304,7 +305,7 @@ _INT96_UNIT = "us"
 def _opened(source: pa.NativeFile, path: str) -> pq.ParquetFile:
     """Return the file with its footer read, after checking that the footer can be read."""
     num_bytes = source.size()
-    refuse_other_format(bytes(source.read_at(min(16, num_bytes), 0)), path)
+    refuse_other_format(bytes(source.read_at(min(HEAD_BYTES, num_bytes), 0)), path, "parquet")
     _check_footer_bytes(source, num_bytes, path)
     try:
         file = pq.ParquetFile(source, coerce_int96_timestamp_unit=_INT96_UNIT)

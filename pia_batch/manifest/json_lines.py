@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import pyarrow as pa
@@ -34,19 +35,7 @@ def read_json_lines(data: bytes, path: str, column_map: ColumnMap) -> pa.Table:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as err:
-            remedy = "; save it as UTF-8" if isinstance(err, UnicodeDecodeError) else ""
-            msg = f"manifest file {path}, line {number}: not JSON: {message_of(err)}{remedy}"
-            raise ManifestError(msg) from None
-        if not isinstance(row, dict):
-            msg = (
-                f"manifest file {path}, line {number}: each line must be one JSON object, such as "
-                f'{{"request_id": ...}}, not a {_JSON_WORDS.get(type(row), "number")}'
-            )
-            raise ManifestError(msg)
-        try:
-            row = _members(row, line, column_map)
+            row = _members(_object(line), line, column_map)
         except ValueError as err:
             msg = f"manifest file {path}, line {number}: {err}"
             raise ManifestError(msg) from None
@@ -58,7 +47,64 @@ def read_json_lines(data: bytes, path: str, column_map: ColumnMap) -> pa.Table:
         for name, values in columns.items():
             values.append(row.get(name))
         num_rows += 1
-    return pa.table({name: _infer(name, values) for name, values in columns.items()})
+    try:
+        return pa.table({name: _infer(name, values) for name, values in columns.items()})
+    except RecursionError:
+        msg = f"manifest file {path}: lists or objects are nested too deeply; write them as text"
+        raise ManifestError(msg) from None
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """Return the JSON object of a line.
+
+    Raises:
+        ValueError: it is no JSON object, or has a name twice, or a text that is no Unicode.
+    """
+    try:
+        row = json.loads(line, object_pairs_hook=_unique)
+    except UnicodeDecodeError as err:
+        raise ValueError(f"not JSON: {message_of(err)}; save it as UTF-8") from None
+    except json.JSONDecodeError as err:
+        raise ValueError(f"not JSON: {err.msg} (column {err.colno}); {_ONE_A_LINE}") from None
+    except (ValueError, RecursionError) as err:
+        raise ValueError(f"not JSON: {message_of(err)}") from None
+    if isinstance(row, _Repeated):
+        msg = f"the object has the name {row.name!r} more than once; rename or drop the others"
+        raise ValueError(msg)  # noqa: TRY004 - of the file, like the others
+    if not isinstance(row, dict):
+        found = _JSON_WORDS.get(type(row), "number")
+        remedy = f"; {_ONE_A_LINE}" if isinstance(row, list) else ""
+        msg = f'each line must be one JSON object, such as {{"request_id": ...}}, not a {found}{remedy}'
+        raise ValueError(msg)  # noqa: TRY004 - as above
+    if b"\\ud" in line or b"\\uD" in line:  # JSON can spell half a surrogate pair
+        half = _HALF_PAIR.search(json.dumps(row, ensure_ascii=False))
+        if half:
+            written = ascii(half[0])[1:-1]
+            msg = f"{written} is half of a surrogate pair, and no character (surrogates not allowed); write the whole"
+            raise ValueError(msg)
+    return row
+
+
+_ONE_A_LINE = "write one object on each line (pandas: to_json(..., orient='records', lines=True); jq -c)"
+
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+
+class _Repeated(dict[str, Any]):
+    """A JSON object in which a name is repeated."""
+
+    name = ""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object, marked if a name is repeated. Key prompts may have one twice: their own check reports it."""
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    names = [name for name, _ in pairs]
+    repeated = _Repeated(found)
+    repeated.name = next(name for name in names if names.count(name) > 1)
+    return repeated
 
 
 def _members(row: dict[str, Any], line: bytes, column_map: ColumnMap) -> dict[str, Any]:
@@ -81,12 +127,21 @@ def _infer(name: str, values: list[Any]) -> pa.Array:
         array = pa.array(values)
     except (pa.ArrowException, OverflowError, TypeError, ValueError):
         array = None
-    if array is not None and not _has_empty_struct(array.type):
-        return array
     wanted = REQUEST.field(name).type if name in REQUEST.names else None
-    if wanted is not None and (pa.types.is_string(wanted) or pa.types.is_list(wanted)):
+    is_apart = wanted is not None and (pa.types.is_string(wanted) or pa.types.is_list(wanted))
+    if array is not None and not _has_empty_struct(array.type) and not (is_apart and _is_other(name, array.type)):
+        return array
+    if is_apart:
         return _apart(name, values, wanted)
     return pa.array([value if isinstance(value, str) else _json(value) for value in values], pa.string())
+
+
+def _is_other(name: str, data_type: pa.DataType) -> bool:
+    """Return True if a column takes texts, and all of its values are others; an image may be a struct."""
+    if name == "image" and pa.types.is_struct(data_type):
+        return False
+    is_text = pa.types.is_string(REQUEST.field(name).type)
+    return is_text and not (pa.types.is_null(data_type) or pa.types.is_string(data_type))
 
 
 def _apart(name: str, values: list[Any], wanted: pa.DataType) -> pa.Array:
@@ -95,6 +150,8 @@ def _apart(name: str, values: list[Any], wanted: pa.DataType) -> pa.Array:
         values = [str(value) if type(value) is int else value for value in values]
     fits = [_fits(value, wanted) for value in values]
     good = [value if fit else None for value, fit in zip(values, fits, strict=True)]
+    if all(fit or value is None for value, fit in zip(values, fits, strict=True)):
+        return pa.array(good, mixed_type(wanted).field(0).type)
     others = [None if fit else _json(value) for value, fit in zip(values, fits, strict=True)]
     return mixed(pa.array(good, mixed_type(wanted).field(0).type), pa.array(others, pa.string()))
 

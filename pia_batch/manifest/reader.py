@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from pia_batch.errors import ConfigError, ManifestError, message_of
+from pia_batch.manifest import hive
 from pia_batch.manifest.arrow_types import has_lists, is_nested, plain_type, refuse_unsupported
 from pia_batch.manifest.column_map import NO_MAP, ColumnMap
 from pia_batch.manifest.files import (
@@ -39,9 +40,6 @@ from pia_batch.storage.uris import redacted_uri
 
 MAX_ROWS = 200_000_000
 """Largest number of rows of a manifest; the driver needs about 50 bytes for each."""
-
-NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
-"""Value in the name of a hive partition's folder that means null."""
 
 CHECKED_BYTES = 2**30
 """Bytes of lists and maps that are read when a manifest is opened, because those of some writers cannot be read.
@@ -170,10 +168,10 @@ class Manifest:
             msg = f"manifest {shown} has {num_rows or 'no'} rows; {remedy}"
             raise ManifestError(msg)
         stored = [contents.schema for _, contents in opened]
-        schema = unify(list(stored), files, column_map.label)
-        for name in column_map.partitions(_partitions(files[0], root)):
-            if name not in schema.names:
-                schema = schema.append(pa.field(name, pa.string()))
+        named = [column_map.partitions(_partitions(path, root)) for path in files]
+        schema = unify([_with_texts(*each) for each in zip(stored, named, strict=True)], files, column_map.label)
+        in_files = {name for one in stored for name in one.names}
+        schema = pa.schema(sorted(schema, key=lambda item: item.name not in in_files))  # partitions last
         if not column_map.has_all(schema.names):
             contents = ManifestFile.open(filesystem, files[0], file_format, lambda _path, _version: None)[1]
             raise column_map.not_found(schema.names, contents.schema, f"manifest {shown}")
@@ -383,7 +381,7 @@ def refuse_output_inside(manifest: Manifest, output: str) -> None:
     """
     place = object_store.absolute(output).rstrip("/")
     inside = _below(place, manifest.uri) if f"{place}/".startswith(f"{manifest.uri}/") else None
-    if inside is None or any(part.startswith(("_", ".")) for part in inside.parts):
+    if inside is None or hive.is_hidden(inside.parts):
         return
     msg = (
         f"output {redacted_uri(place)} lies inside the folder of the manifest, {redacted_uri(manifest.uri)}, and its "
@@ -438,7 +436,7 @@ def _discover(
         return (root,), format_of_file(filesystem, root), ()
     found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
     refuse_table([item.path for item in found], root, uri)
-    files = sorted(item.path for item in found if item.is_file and not _hidden(item.path, root))
+    files = sorted(item.path for item in found if item.is_file and not hive.is_hidden(_below(item.path, root).parts))
     format_by_path = formats_in(filesystem, files)
     formats = sorted(set(format_by_path.values()))
     left_out = tuple(path for path in files if path not in format_by_path and not is_expected(path))
@@ -464,14 +462,13 @@ def _location(path: str, root: str) -> str:
     return str(_below(path, root)) if path != root else PurePosixPath(path).name
 
 
-def _hidden(path: str, root: str) -> bool:
-    return any(part.startswith(("_", ".")) for part in _below(path, root).parts)
-
-
 def _partitions(path: str, root: str) -> dict[str, str | None]:
-    """Return the hive partitions in the folders of a file: {"dt": "2026-11-22"} for `dt=2026-11-22/part.parquet`."""
-    pairs = [part.split("=", 1) for part in _below(path, root).parts[:-1] if "=" in part]
-    return {name: None if value == NULL_PARTITION else unquote(value) for name, value in pairs}
+    return hive.partitions_in(_below(path, root).parts[:-1])
+
+
+def _with_texts(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
+    """Return a file's schema with a text column for each partition of it that the file has no column for."""
+    return pa.schema([*schema, *(pa.field(name, pa.string()) for name in names if name not in schema.names)])
 
 
 def _check_stored_bytes(filesystem: pyarrow.fs.FileSystem, files: tuple[str, ...], uri: str) -> None:

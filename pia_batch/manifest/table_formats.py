@@ -1,4 +1,4 @@
-"""Table formats and containers next to a manifest's own formats, found by content and refused by name.
+"""Tables with a log of their own, such as Delta, found by content and refused by name.
 
 Files of a Delta, Iceberg or Hudi table are Parquet, but only the table's log says which of their rows are current.
 """
@@ -31,41 +31,8 @@ _REMEDIES = {
     "a Lance dataset": "make a manifest of it: pia-batch prepare {table} --to DEST",
 }
 
-_COMPRESSED = "name JSONL and CSV as such (.jsonl.gz, .csv.zst); decompress Parquet, which is compressed inside"
-
-_MAGIC = (
-    (b"PARE", "Parquet with an encrypted footer", "write it without encryption"),
-    (b"ARROW1", "an Arrow IPC (Feather) file", "write it as Parquet"),
-    (b"FEA1", "a Feather file", "write it as Parquet"),
-    (b"ORC", "an ORC file", "write it as Parquet"),
-    (b"Obj\x01", "an Avro file", "write it as Parquet"),
-    (b"PK\x03\x04", "a zip archive or an Excel workbook", "unpack it, or save it as CSV UTF-8"),
-    (b"\xd0\xcf\x11\xe0", "an old Excel workbook", "save it as CSV UTF-8"),
-    (b"\x1f\x8b", "compressed with gzip", _COMPRESSED),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd", _COMPRESSED),
-    (b"BZh", "compressed with bzip2", _COMPRESSED),
-    (b"\xfd7zXZ", "compressed with xz", "decompress it, or write it as Parquet"),
-    (b"\x04\x22\x4d\x18", "compressed with lz4", "decompress it, or write it as Parquet"),
-    (b"SQLite format 3", "an SQLite database", "export its table to Parquet or CSV"),
-)
-
 _PARENT_LEVELS = 8
 """Number of parent folders that are looked at."""
-
-
-def refuse_other_format(head: bytes, path: str) -> None:
-    """Refuse a file whose first bytes are those of another format.
-
-    Raises:
-        ManifestError: The format is known; the message names it and the remedy.
-    """
-    for magic, what, remedy in _MAGIC:
-        if head.startswith(magic):
-            msg = f"manifest file {path} is {what}; {remedy}"
-            raise ManifestError(msg)
-    if head[8:12] == b"DUCK":
-        msg = f"manifest file {path} is a DuckDB database; export its table to Parquet"
-        raise ManifestError(msg)
 
 
 def refuse_data_of_table(metadata: Mapping[bytes, bytes], columns: Iterable[str], path: str) -> None:

@@ -8,7 +8,7 @@ import threading
 import pyarrow as pa
 
 from pia_batch.errors import ManifestError
-from pia_batch.manifest.table_formats import refuse_other_format
+from pia_batch.manifest.foreign_formats import HEAD_BYTES, refuse_other_format
 
 MAX_TEXT_BYTES = 512 * 2**20
 """Largest size of all files of a JSONL or CSV manifest, decompressed; they are read whole."""
@@ -71,12 +71,9 @@ def read_text(source: pa.NativeFile, path: str, budget: TextBudget) -> bytes:
     else:
         source.seek(0)
         data = _decompressed(source, compression, budget)
-    data = data.removeprefix(codecs.BOM_UTF8)
-    refuse_other_format(data[:16], path)
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
-        wide = "UTF-32" if b"\0\0" in data[:4] else "UTF-16"
-        msg = f"manifest file {path} is text in {wide}; save it as UTF-8"
-        raise ManifestError(msg)
+    while data.startswith(codecs.BOM_UTF8):  # programs that join files, or save one twice, leave more than one
+        data = data.removeprefix(codecs.BOM_UTF8)
+    refuse_other_format(data[:HEAD_BYTES], path, "text")
     return data
 
 

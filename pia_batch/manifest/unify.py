@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pyarrow as pa
 
 from pia_batch.config import RequestIdFrom
-from pia_batch.errors import ManifestError, message_of
+from pia_batch.errors import ManifestError, message_of, printable
 from pia_batch.manifest.arrow_types import EXTENSION, is_nested, plain_column, plain_type
 from pia_batch.manifest.column_layout import MAX_COLUMNS
 from pia_batch.schema.columns import RESERVED, conformed, is_mixed, mixed
@@ -133,7 +133,7 @@ def check_columns(names: Sequence[str], place: str, ids: RequestIdFrom = "column
     if "image" not in names and "image_bytes" not in names:
         missing.append("image")
     if missing:
-        columns = ", ".join(names[:30]) + (", ..." if len(names) > 30 else "")  # noqa: PLR2004 - some lines
+        columns = ", ".join(map(_shown, names[:30])) + (", ..." if len(names) > 30 else "")  # noqa: PLR2004 - some lines
         lacking = " and no column ".join(map(repr, missing))
         likely = [f"--column {name}={source}" for name in missing if (source := _likely_source(name, names))]
         remedy = f"add it, or say which column is meant: {' '.join(likely) or f'--column {missing[0]}=NAME'}"
@@ -164,7 +164,14 @@ _SYNONYMS = {
 
 
 def _likely_source(name: str, names: Sequence[str]) -> str | None:
-    return next((each for each in _SYNONYMS[name] if each in names), None)
+    """Return the column that is likely meant by `name`: of the same spelling but for case and spaces, or a synonym."""
+    alike = (each for each in names if each.strip().casefold() == name and each == each.strip())
+    return next(alike, next((each for each in _SYNONYMS[name] if each in names), None))
+
+
+def _shown(name: str) -> str:
+    """Return a column's name on one line, in quotes if it has spaces around it."""
+    return printable(name) if name == name.strip() else repr(name)
 
 
 def conform(

@@ -192,7 +192,11 @@ def _codes(data: bytes, position: int, width: int, height: int, bits: int) -> tu
             x += len(kept)
         idle += (x, y) == before
         if idle > height + MAX_IDLE_CODES:
-            raise ImageUnreadableError("corrupt image: a BMP whose run-length code does not advance")
+            msg = (
+                f"corrupt image: a BMP whose run-length code does not advance (got more than {height + MAX_IDLE_CODES} "
+                "codes that write nothing; the limit is fixed); save the image again, such as a PNG"
+            )
+            raise ImageUnreadableError(msg)
     return indices, written
 
 

@@ -78,7 +78,7 @@ def read_image(
     except TooLargeError:
         raise too_large from None
     except Exception as err:  # noqa: BLE001 - every client has its own classes; `_explain` maps them to two
-        raise _explain(wanted, err) from None
+        raise _explain(wanted, err, images.timeout_s) from None
     if len(data) > images.max_bytes:
         raise too_large
     return _not_empty(wanted, data)
@@ -95,7 +95,7 @@ def read_image_head(
     try:
         data = _read(uri, base_uri, images, http, num_bytes, whole=False)
     except Exception as err:  # noqa: BLE001 - as above
-        raise _explain(wanted, err) from None
+        raise _explain(wanted, err, images.timeout_s) from None
     return _not_empty(wanted, data)
 
 
@@ -185,7 +185,7 @@ def _is_final(err: Exception) -> bool:
     return certificate_problem(err) is not None
 
 
-def _explain(wanted: str, err: Exception) -> ImageNotAllowedError | ImageUnavailableError:
+def _explain(wanted: str, err: Exception, timeout_s: float) -> ImageNotAllowedError | ImageUnavailableError:
     if isinstance(err, NotAllowedError):
         return ImageNotAllowedError(f"{wanted} {redacted(message_of(err))}")
     if isinstance(err, RefusedError):
@@ -197,7 +197,8 @@ def _explain(wanted: str, err: Exception) -> ImageNotAllowedError | ImageUnavail
         problem = "does not exist"
     elif isinstance(err, PermissionError):
         problem = "may not be read"
-    return ImageUnavailableError(f"{wanted} {problem}: {redacted(message_of(err))}")
+    limit = "" if _is_final(err) else f" (images.timeout_s: {timeout_s:g} s)"
+    return ImageUnavailableError(f"{wanted} {problem}: {redacted(message_of(err))}{limit}")
 
 
 def _not_empty(wanted: str, data: bytes) -> bytes:

@@ -72,9 +72,9 @@ def animate(
     Raises:
         ConfigError: A model cannot be found, or a placeholder of the config has no value.
         ManifestError: A required column is missing, or one has the name of a result's, or a type that Parquet cannot
-            store, such as a union or a struct without fields. Where Ray does not know the
-            columns yet, the execution raises it, inside of Ray's own error; so does whatever prevents an engine from
-            starting.
+            store, such as a union or a struct without fields. Where Ray does not know the columns yet, the beginning of
+            `requests` is computed for them, once more than the rows need. The execution raises, inside of Ray's own
+            error, what only later blocks show, and whatever prevents an engine from starting.
         StorageError: `config.output` cannot be written, or its store ignores conditional creation.
     """
     config = with_blocklist(config.filled())
@@ -84,7 +84,9 @@ def animate(
     config = config.model_copy(
         update={"output": object_store.absolute(config.output)}
     )  # workers have working directories of their own
-    schema = requests.schema(fetch_if_missing=False)
+    if not ray.is_initialized():  # as Ray Data itself would, a moment later
+        ray.init()
+    schema = requests.schema()
     if schema is not None and isinstance(schema.base_schema, pa.Schema):
         names = stages.checked_layout(schema.base_schema, ColumnMap.of(config)).schema.names
         _check_bytes_column(names, store=store)
@@ -94,8 +96,6 @@ def animate(
     engine_ids = engine_ids_of(config)
     if store:
         Store(config.output).check(layout.CREATE_ONLY_PROBE)
-    if not ray.is_initialized():  # as Ray Data itself would, a moment later
-        ray.init()
     folder = _folder(config.manifest)
     validate = stages.Validate(config, engine_ids, limits_of(config), keep_rejected=True)
     original = config.original_models

@@ -7,11 +7,15 @@ the config that is in no table fails `test_every_number_of_a_config_is_in_a_tabl
 from __future__ import annotations
 
 import ast
+import asyncio
 import io
+import logging
 import math
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +31,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pia_batch.config import RunConfig
+from pia_batch.driver import notifications
 from pia_batch.driver.budget import Budget
-from pia_batch.driver.monitor import _EngineHealth
+from pia_batch.driver.monitor import _drain, _EngineHealth
 from pia_batch.errors import ConfigError, DegenerateError, InterruptedRunError, ManifestError, PiaBatchError
 from pia_batch.manifest import files, reader, text_files
 from pia_batch.manifest.casting import Range
@@ -41,7 +46,9 @@ from pia_batch.pipeline.attempts import AttemptTracker, EngineActivity, OutcomeC
 from pia_batch.planning.capacity import READ_CPUS, Node, find_shortage
 from pia_batch.planning.plan import make_plan
 from pia_batch.schema.columns import MAX_ID_BYTES, MAX_URI_BYTES
+from pia_batch.schema.run_record import RunRecord
 from pia_batch.schema.settings import MAX_FPS, MAX_PROMPT_BYTES, MAX_SEED, ROW_SETTINGS
+from pia_batch.storage.http_client import HttpReader
 
 ROOT = Path(__file__).parents[2]
 PATHS = {"manifest": "requests.parquet", "output": "out"}
@@ -257,6 +264,87 @@ def _crashes(run: RunConfig, in_a_row: int) -> str | None:
     return None
 
 
+class Clock:
+    """A clock that moves only where somebody sleeps."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def _without_engine(run: RunConfig, seconds: float) -> str | None:
+    clock = Clock()
+    health = _EngineHealth(run, dict, clock)
+    clock.sleep(seconds)
+    return raised(health.check, EngineActivity())
+
+
+@contextmanager
+def warnings_of(module: str) -> Iterator[list[str]]:
+    """Texts that a module logs from the level of warnings on."""
+    texts: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    handler = Handler(logging.WARNING)
+    logging.getLogger(module).addHandler(handler)
+    try:
+        yield texts
+    finally:
+        logging.getLogger(module).removeHandler(handler)
+
+
+def _stopping(run: RunConfig, seconds: float) -> str | None:
+    """Warning about a request that ends so many seconds after the run has been stopped."""
+    clock = Clock()
+
+    class Tracker:
+        def stop(self) -> None:
+            """Nothing begins here."""
+
+        def activity(self) -> EngineActivity:
+            return EngineActivity(in_flight=int(clock.now < seconds))
+
+    with warnings_of("pia_batch.driver.monitor") as texts:
+        _drain(Tracker(), run.limits.stop_grace_s, clock, clock.sleep)
+    return texts[0] if texts else None
+
+
+def _answer(run: RunConfig, seconds: float) -> str | None:
+    """Error of an image whose server answers after so many seconds."""
+
+    class Server(HttpReader):
+        async def read(self, *_: Any, **__: Any) -> bytes:
+            await asyncio.sleep(seconds)
+            return b"image"
+
+    return raised(fetch.read_image, "https://host/a.png", "file:///nowhere", run.images, http=Server())
+
+
+RECORD = RunRecord(
+    exit_code=0,
+    started_at=datetime(2026, 11, 22, tzinfo=UTC),
+    manifest="m",
+    output="o",
+    version="0.1.0",
+    config={},
+)
+
+
+def _notified(run: RunConfig, seconds: float) -> str | None:
+    """Warning about a program that takes so many seconds at the end of a run."""
+    config = run.on_finish.model_copy(update={"command": ("sleep", str(seconds)), "on": ("always",)})
+    with warnings_of("pia_batch.driver.notifications") as texts:
+        notifications.notify(config, RECORD)
+    return texts[0] if texts else None
+
+
 def _reached(run: RunConfig, num_failed: int = 0, hours: float = 0.0) -> str | None:
     reached = Budget(run).reached(num_failed, hours * 3600)
     return None if reached is None else reached.message
@@ -313,6 +401,16 @@ CASES: dict[str, list[Case]] = {
         Case(3, (1, 2), (3, 4), _attempts, named="worker_crash"),
         Case(2, (1,), (2, 3), _attempts, named="worker_crash"),
     ],
+    "images.timeout_s": [Case(2.0, (0.0,), (60.0,), _answer, settings=(("images.allow", ["https://host/"]),))],
+    "on_finish.timeout_s": [Case(2.0, (0.0,), (60.0,), _notified)],
+    "limits.stop_grace_s": [
+        Case(60.0, (0.0, 59.9, 60.0), (60.001, 10**6), _stopping),
+        Case(0.0, (0.0,), (0.001, 1.0), _stopping),
+    ],
+    "placement.wait_s": [
+        Case(100.0, (0.0, 99.9, 100.0), (100.001, 10**6), _without_engine),
+        Case(5.0, (5.0,), (5.001,), _without_engine),
+    ],
     "limits.max_crashes": [Case(3, (0, 2), (3, 4), _crashes)],
     "limits.max_failed": [
         Case(3, (2, 3), (4, 99), lambda run, n: _reached(run, num_failed=n)),
@@ -361,23 +459,17 @@ CASES: dict[str, list[Case]] = {
 
 ELSEWHERE = {
     "safety.frames": "tests/pipeline/test_safety_guard.py::test_frames_are_chosen_evenly",
-    "images.timeout_s": "tests/media/test_fetch.py::test_a_server_that_never_answers_costs_no_more_than_the_timeout",
     "limits.timeout_s": "tests/pipeline/test_watchdog.py::"
     "test_the_time_of_requests_is_the_limit_up_to_the_work_that_it_is_meant_for_and_grows_beyond",
     "limits.lease_ttl_s": "tests/journal/test_lease.py::"
     "test_a_silent_lease_is_free_once_its_time_is_over_and_not_before",
     "limits.lease_wait_s": "tests/journal/test_lease.py::test_a_run_queues_as_long_as_it_may_and_no_longer",
-    "limits.stop_grace_s": "tests/driver/test_monitor.py::"
-    "test_more_failures_than_allowed_stop_it_and_what_is_in_flight_is_counted",
-    "placement.wait_s": "tests/driver/test_monitor.py::test_a_run_without_engines_says_what_one_needs",
     "placement.max_models": "tests/engine/test_model_cache.py::"
     "test_a_model_draws_what_it_draws_alone_in_any_order_of_loads_and_evictions",
     "placement.batch_size": "tests/pipeline/test_batching.py::"
     "test_an_engine_is_given_several_batches_at_a_time_where_it_has_very_many",
     "budget.limit": "tests/planning/test_selection.py::test_a_limit_takes_the_first_rows_and_counts_copies_once",
     "budget.sample": "tests/planning/test_selection.py::test_a_larger_sample_contains_a_smaller_one",
-    "on_finish.timeout_s": "tests/driver/test_notifications.py::"
-    "test_a_webhook_that_never_answers_costs_its_time_and_no_more",
 }
 """Limits in time, or over a whole plan, that a test of their module holds."""
 

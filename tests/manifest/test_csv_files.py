@@ -15,6 +15,7 @@ from pia_batch.manifest.csv_files import NULL_WORDS, read_csv
 from pia_batch.manifest.reader import Manifest
 
 HEADER = "request_id,image,prompt"
+IDS = ("1e5", "007", "1.0", " 8 ", "TRUE", "nan")
 
 
 def rows(text: str) -> list[list[Any]]:
@@ -35,6 +36,19 @@ def rows(text: str) -> list[list[Any]]:
         (f"{HEADER}\n1,a,C:\\new\\x\n", [["1", "a", "C:\\new\\x"]]),
         (f'{HEADER}\n1,a,5" wide\n', [["1", "a", '5" wide']]),
         (f'{HEADER}\n1,a,"two\r\nlines"\n', [["1", "a", "two\r\nlines"]]),
+        (f'"sep=,"\r\n{HEADER}\r\n1,a,b\r\n', [["1", "a", "b"]]),
+        (f"{HEADER}\r\n1,a,b\n2,c,d\r3,e,f\r\n", [["1", "a", "b"], ["2", "c", "d"], ["3", "e", "f"]]),
+        (f"{HEADER}\n1e5,a,b\n007,a,b\n1.0,a,b\n 8 ,a,b\nTRUE,a,b\nnan,a,b\n", [[i, "a", "b"] for i in IDS]),
+        (f"{HEADER}\n1,a,b\n  , ,\t\n   \n\t\n2,c,d\n\x1a", [["1", "a", "b"], ["2", "c", "d"]]),
+        (f"{HEADER}\n1,a,b\n" + "\0" * 40, [["1", "a", "b"]]),
+        (f"{HEADER}\n1,a,x\u2028y\u0085z\x0b\n", [["1", "a", "x\u2028y\u0085z\x0b"]]),
+        (f"{HEADER}\n1,a, b\n", [["1", "a", " b"]]),
+        (f'{HEADER}\n1,a,"one, ""two"""\n', [["1", "a", 'one, "two"']]),
+        (f'{HEADER}\n1,a," ""b"""\n', [["1", "a", ' "b"']]),
+        (f"ORCID,{HEADER}\n0,1,a,b\n", [["0", "1", "a", "b"]]),
+        (f"{HEADER}\n1,a,{{b}}\n", [["1", "a", "{b}"]]),
+        (f"{HEADER};x\n1,a,b\n", [["1", "a", "b"]]),
+        ('"request_id","image","prompt"\n1,a,b\n', [["1", "a", "b"]]),
     ],
 )
 def test_what_programs_write_is_read(text: str, read: list[list[Any]]) -> None:
@@ -56,6 +70,27 @@ def test_what_programs_write_is_read(text: str, read: list[list[Any]]) -> None:
         ("request_id\timage\tprompt\n1\ta\tb, c\n", "has tabs between its columns"),
         ("request_id|image|prompt\n1|a|b\n", "has vertical bars between its columns"),
         ("sep=;\nrequest_id;image;prompt\n1;a;b\n", "has ';' between its columns; write CSV with commas"),
+        ('"sep=;"\nrequest_id;image;prompt\n1;a;b\n', "has ';' between its columns; write CSV with commas"),
+        ('"request_id";"image";"prompt"\n1;"a";"b"\n', "has semicolons between its columns"),
+        ("request_id;image;prompt;note, x\n1;a;b;c\n", "has semicolons between its columns"),
+        ("request_id;image;prompt,\n1;a;b,\n", "has semicolons between its columns"),
+        ("request_id\timage\tprompt, long\n1\ta\tb\n", "has tabs between its columns"),
+        ("request_id\x01image\x01prompt\n1\x01a\x01b\n", "has the character \\x01 between its columns"),
+        ("request_id:image:prompt\n1:a:b\n", "has colons between its columns"),
+        ("request_id^image^prompt\n1^a^b\n", "has carets between its columns"),
+        ("request_id image prompt\n1 a b\n", "has spaces between its columns"),
+        ("request_id, image, prompt\n1, a, b\n", "has spaces around the names of its columns: ' image', ' prompt'"),
+        (f'{HEADER}\n1, "a.png", "a cat"\n', "line 2: a quote after a space does not begin a quoted field"),
+        (f'{HEADER}\n0,b,c\n1, "a.png", "a cat, sitting"\n', "line 3: a quote after a space"),
+        (f"# made by a tool\n{HEADER}\n1,a,b\n", "line 2: the header line, which must be the first"),
+        (f"My images,,\n,,\n{HEADER}\n1,a,b\n", "line 3: the header line, which must be the first"),
+        (f"{HEADER}\n1,a,b\n{HEADER}\n2,a,b\n", "line 3: the header line again, as where files are joined"),
+        (f'{HEADER}\n1,a,"x\ny"\n{HEADER}\n', "line 4: the header line again"),
+        ('{"request_id": "1", "image": "a", "prompt": "b"}\n', "is JSON, not CSV; write one object on each line"),
+        ('[{"request_id": "1"}]', "is JSON, not CSV"),
+        ("\n\n \n", "Empty CSV file; remove it"),
+        (f"{HEADER}\n1,a,b, c\n", "and put fields with commas in quotes"),
+        (f"{HEADER}\n1,a,b\\, c\n", "Expected 3 columns, got 4: 1,a,b\\, c"),
     ],
 )
 def test_what_would_be_read_as_something_else_is_refused_with_the_remedy(text: str, message: str) -> None:
@@ -92,12 +127,12 @@ def test_lines_without_any_value_are_skipped_and_counted(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("word", NULL_WORDS)
 def test_a_word_for_missing_is_no_prompt_unless_it_is_quoted_and_other_columns_keep_it(word: str) -> None:
-    text = f'{HEADER},negative_prompt,model,zone\n{word},{word},{word},{word},{word},{word}\n1,a,"{word}",x{word},,\n'
+    text = f'{HEADER},negative_prompt,model,seed,zone\n{",".join([word] * 7)}\n1,a,"{word}",x{word},,,\n'
 
     first, second = rows(text)
 
-    assert first == [word, None, None, None, None, word]
-    assert second == ["1", "a", word, f"x{word}", None, None]
+    assert first == [word, None, None, None, None, None, word]
+    assert second == ["1", "a", word, f"x{word}", None, None, None]
 
 
 fields = st.text(st.sampled_from('ab,"\n\\ é'), max_size=6)
@@ -112,7 +147,7 @@ def test_whatever_is_quoted_as_the_standard_says_comes_back(written: list[tuple[
 
     table, num_blank = read_csv(text.encode(), "a.csv")
 
-    kept = [list(row) for row in written if any(row)]
+    kept = [list(row) for row in written if any(map(str.strip, row))]
     assert [list(row.values()) for row in table.to_pylist()] == kept
     assert num_blank == len(written) - len(kept)
     assert set(table.schema.types) == {pa.string()}

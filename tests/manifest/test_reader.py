@@ -743,7 +743,7 @@ def test_csv_values_stay_texts_and_an_empty_field_is_null(write: Callable[..., s
     assert found.format == "csv"
     assert batch.table.to_pylist() == [
         {"request_id": "007", "image": "a.png", "prompt": 'two\nlines, "quoted"', "seed": None, "zone": "1e3"},
-        {"request_id": "8", "image": None, "prompt": "a NULL", "seed": "nan", "zone": ""},
+        {"request_id": "8", "image": None, "prompt": "a NULL", "seed": None, "zone": ""},
     ]
 
 

@@ -162,8 +162,8 @@ def _orc(path: Path, table: pa.Table) -> None:
         (b"\xd0\xcf\x11\xe0000", "an old Excel workbook"),
         (b"Obj\x01000", "an Avro file; write it as Parquet"),
         (b"SQLite format 3\0", "an SQLite database"),
-        (b"01234567DUCK0000", "a DuckDB database"),
-        (b"PARE00000000PARE", "Parquet with an encrypted footer"),
+        (b"01234567DUCK\x40\0\0\0", "a DuckDB database"),
+        (b"PARE\x15\0\x15\0PARE", "Parquet with an encrypted footer"),
     ],
 )
 def test_a_file_of_another_format_is_named_by_its_content(

@@ -294,6 +294,10 @@ def test_files_come_with_their_results_where_nothing_is_to_be_stored(make_config
     assert not Path(config.output).exists()
 
 
+def _without_prompt(rows: pa.Table) -> pa.Table:
+    return rows.drop_columns(["prompt"])
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_what_the_operator_has_to_fix_is_reported_before_anything_is_generated(
@@ -302,6 +306,10 @@ def test_what_the_operator_has_to_fix_is_reported_before_anything_is_generated(
     config = make_config()
     with pytest.raises(ManifestError, match="this Dataset of requests has no column 'prompt'"):
         animate(ray.data.from_items([{"request_id": "a", "image": "a.png"}]), config)
+    unknown = ray.data.from_arrow(requests_table(1)).map_batches(_without_prompt, batch_format="pyarrow")
+    assert unknown.schema(fetch_if_missing=False) is None
+    with pytest.raises(ManifestError, match=r"^this Dataset of requests has no column 'prompt'.*NAME$"):
+        animate(unknown, config)
     named = requests_table(1, animation_bytes=[b"mine"])
     with pytest.raises(ManifestError, match="'animation_bytes' has the name of a result column"):
         animate(ray.data.from_arrow(named), config, store=False)
