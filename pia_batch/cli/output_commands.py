@@ -62,7 +62,7 @@ def verify(
         bool, typer.Option("--repair", help="Delete damaged animations, so that the next run generates them again.")
     ] = False,
 ) -> None:
-    """Read every animation and compare it with its result: existence, bytes, decoding, size and length.
+    """Read every animation and poster and compare it with its result: existence, bytes, decoding, size and length.
 
     `metadata.parquet` and `README.md` are compared with the newest results, and written again by `--repair`.
     Exit code 3 if any differs, repaired or not. `--repair` is refused with exit code 75 while a run works there.
@@ -72,7 +72,7 @@ def verify(
     from pia_batch.journal.results import find_dataset_difference, restore_dataset
     from pia_batch.journal.verify import PROBLEMS, find_problems
     from pia_batch.journal.verify import repair as repair_animations
-    from pia_batch.media import quality
+    from pia_batch.media import posters, quality
 
     store, ttl_s = existing(output)
     record = Journal(store)
@@ -80,7 +80,7 @@ def verify(
         outcomes = record.outcomes()
         total = int(outcomes.succeeded.sum())
         with counting("animations read", total) as one_more:
-            problems = list(find_problems(record, outcomes, quality.check_animation, one_more))
+            problems = list(find_problems(record, outcomes, quality.check_animation, posters.check_poster, one_more))
         difference = find_dataset_difference(store)
         if lease is not None:
             repair_animations(record, outcomes, problems, lease.check)
@@ -91,9 +91,7 @@ def verify(
         if found:
             out.print(f"\n{kind}  {len(found)}  {meaning}", style="bold")
         for problem in found:
-            out.print(
-                f"  {problem.request_id}: {problem.animation_uri}: {problem.detail}", soft_wrap=True, markup=False
-            )
+            out.print(f"  {problem.request_id}: {problem.uri}: {problem.detail}", soft_wrap=True, markup=False)
     out.print(f"{total} animations verified, {len(problems)} with a problem")
     if problems:
         words = "their requests need regeneration: " if repair else "after `--repair`, "

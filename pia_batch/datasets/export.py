@@ -202,7 +202,7 @@ class _Export:
     stop: threading.Event
 
     def execute(self) -> ExportSummary:
-        reader = RowReader.of(self.plan)
+        reader = RowReader.of(self.plan, posters=self.format.posters)
         written = _recorded(self.target)
         missing = [shard for shard in self.plan.shards if shard.number not in written]
         self.on_shard(len(written), len(self.plan.shards))

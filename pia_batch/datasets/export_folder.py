@@ -83,7 +83,7 @@ def check(plan: ExportPlan) -> None:
 
 
 def write(batches: Iterator[Batch], target: ShardTarget) -> int:
-    """Write one object for each animation, then the shard's part of the table."""
+    """Write one object for each animation and each poster, then the shard's part of the table."""
     schema = pa.schema([pa.field(FILE_NAME, pa.string()), *target.schema])
     path, num_bytes = target.folder / "rows.parquet", 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -92,10 +92,15 @@ def write(batches: Iterator[Batch], target: ShardTarget) -> int:
                 (f"{safe_name(request_id)}.{CODECS[clip.format].extension}", clip.data)
                 for request_id, clip in zip(batch.rows["request_id"].to_pylist(), batch.clips, strict=True)
             ]
+            names = pa.array([name for name, _ in files], pa.string())
+            files += [
+                (f"{safe_name(request_id)}.jpg", clip.poster)
+                for request_id, clip in zip(batch.rows["request_id"].to_pylist(), batch.clips, strict=True)
+                if clip.poster is not None
+            ]
             for _ in map_in_threads(lambda file: target.store.replace(*file), files, PUT_THREADS):
                 pass
             num_bytes += sum(len(data) for _, data in files)
-            names = pa.array([name for name, _ in files], pa.string())
             writer.write_table(pa.table([names, *batch.rows.columns], schema=schema))
     target.store.replace_file(_table_part(target.shard.number), path)
     return num_bytes
@@ -131,6 +136,7 @@ FOLDER: ExportFormat = ExportFormat(
     write,
     None,
     one_media=False,
+    posters=True,
     check=check,
     finish=finish,
 )

@@ -131,6 +131,7 @@ class ExportFormat:
         object_name: Name of a shard's object, from its number and the number of shards; None: one object for each
             animation.
         one_media: True if all animations must be of one media that `datasets` decodes.
+        posters: True if `write` writes the posters, too.
         check: Check of a plan before anything is written; raises ConfigError.
         finish: Writer of what stands next to the shards; it may be called again after a crash.
         module: Module that the format needs beyond this package's own; empty: none.
@@ -142,6 +143,7 @@ class ExportFormat:
     write: Callable[[Iterator[Batch], ShardTarget], int]
     object_name: Callable[[int, int], str] | None
     one_media: bool = True
+    posters: bool = False
     check: Callable[[ExportPlan], None] = nothing_to_check
     finish: Callable[[Finish], None] = nothing_to_finish
     module: str = ""

@@ -38,11 +38,13 @@ class Clip:
         key: Content key of its request.
         format: Its format.
         data: Its bytes.
+        poster: Its poster, a JPEG; None: it has none.
     """
 
     key: str
     format: Format
     data: bytes
+    poster: bytes | None = None
 
     @property
     def name(self) -> str:
@@ -74,17 +76,19 @@ class RowReader:
         columns: Columns of the export.
         names: Names of the chosen columns.
         transcode: Format of the exported animations; None: as they are.
+        posters: True to read the posters too.
     """
 
     published: Published
     columns: DatasetColumns
     names: tuple[str, ...]
     transcode: Format | None
+    posters: bool = False
 
     @classmethod
-    def of(cls, plan: ExportPlan) -> RowReader:
+    def of(cls, plan: ExportPlan, *, posters: bool = False) -> RowReader:
         """Return the reader of a plan's shards."""
-        return cls(plan.published, plan.columns, plan.names, plan.transcode)
+        return cls(plan.published, plan.columns, plan.names, plan.transcode, posters)
 
     def results(self, shard: Shard) -> pa.Table:
         """Return the rows of a shard with the columns of the results."""
@@ -106,6 +110,9 @@ class RowReader:
         results = self.results(shard)
         rows, prompts = self.chosen(results), _prompts(results)
         wanted = results.select([*NEEDED, "fps", "loop_count", "num_frames", "duration_s"]).to_pylist()
+        if self.posters and "poster_uri" in results.column_names:
+            files = results.select(["poster_uri", "poster_sha256"]).to_pylist()
+            wanted = [row | poster for row, poster in zip(wanted, files, strict=True)]
         threads = TRANSCODE_THREADS if self.transcode else FETCH_THREADS
         store, start, num_bytes, clips = self.published.store, 0, 0, list[Clip]()
         for clip in store.each(functools.partial(fetch, store, self.transcode), wanted, threads):
@@ -150,26 +157,24 @@ def fetch(store: Store, transcode: Format | None, row: dict[str, Any]) -> Clip:
     Args:
         store: Output.
         transcode: Format of the clip; None: the row's own.
-        row: Result with the columns NEEDED, `fps`, `loop_count`, `num_frames` and `duration_s`.
+        row: Result with the columns NEEDED, `fps`, `loop_count`, `num_frames` and `duration_s`, and with `poster_uri`
+            and `poster_sha256` where its poster is wanted.
 
     Raises:
-        AccountingError: The animation is missing, or its bytes are not those that were committed.
+        AccountingError: The animation or its poster is missing, or its bytes are not those that were committed.
         ConfigError: It cannot be transcoded.
         StorageError: The store refused or did not answer.
     """
-    name = layout.animation_name_in(row["animation_uri"])
-    try:
-        data = store.read(name)
-    except FileNotFoundError:
-        raise AccountingError(_broken(store, row, "does not exist")) from None
-    if hashlib.sha256(data).hexdigest() != row["sha256"]:
-        raise AccountingError(_broken(store, row, "has other bytes than its result states (sha256)"))
+    data = _read(store, row, "animation", row["animation_uri"], row["sha256"])
+    poster_uri = row.get("poster_uri")
+    poster = None if poster_uri is None else _read(store, row, "poster", poster_uri, row["poster_sha256"])
     if transcode is None or transcode == row["format"]:
-        return Clip(row["key"], row["format"], data)
+        return Clip(row["key"], row["format"], data, poster)
     try:
-        return Clip(row["key"], transcode, _transcoded(data, row, transcode))
+        return Clip(row["key"], transcode, _transcoded(data, row, transcode), poster)
     except EncodingError as err:
-        shown = f"animation {store.uri_of(name)} of request {printable(row['request_id'])!r}"
+        uri = store.uri_of(layout.animation_name_in(row["animation_uri"]))
+        shown = f"animation {uri} of request {printable(row['request_id'])!r}"
         raise ConfigError(f"--transcode {transcode}: {shown}: {err}; leave it out by --where") from None
 
 
@@ -187,12 +192,22 @@ def _transcoded(data: bytes, row: dict[str, Any], transcode: Format) -> bytes:
     return codecs.encode(frames, transcode, fps, EncodingConfig(), metadata, loop_count=row["loop_count"] or 0)
 
 
-def _broken(store: Store, row: dict[str, Any], problem: str) -> str:
-    uri = store.uri_of(layout.animation_name_in(row["animation_uri"]))
-    return (
-        f"animation {uri} of request {printable(row['request_id'])!r} {problem}; `pia-batch verify --repair` finds all "
-        "such animations, and the next run generates them again"
+def _read(store: Store, row: dict[str, Any], what: str, uri: str, sha256: str) -> bytes:
+    """Return an object that a result names, and refuse any other bytes than were committed."""
+    name = layout.animation_name_in(uri)
+    try:
+        data = store.read(name)
+    except FileNotFoundError:
+        problem = "does not exist"
+    else:
+        if hashlib.sha256(data).hexdigest() == sha256:
+            return data
+        problem = "has other bytes than its result states (sha256)"
+    msg = (
+        f"{what} {store.uri_of(name)} of request {printable(row['request_id'])!r} {problem}; `pia-batch verify "
+        "--repair` finds all such animations, and the next run generates them again"
     )
+    raise AccountingError(msg)
 
 
 def _prompts(results: pa.Table) -> list[str]:

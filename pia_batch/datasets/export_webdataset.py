@@ -1,4 +1,4 @@
-"""WebDataset: tar files in which each animation is next to its columns (`.json`) and its prompt (`.txt`)."""
+"""WebDataset: tar files in which each animation is next to its columns (`.json`), prompt (`.txt`), poster (`.jpg`)."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ def write(batches: Iterator[Batch], target: ShardTarget) -> int:
         for batch in batches:
             for row, prompt, clip in zip(batch.rows.to_pylist(), batch.prompts, batch.clips, strict=True):
                 _add(tar, clip.name, clip.data)
+                if clip.poster is not None:
+                    _add(tar, f"{clip.key}.jpg", clip.poster)
                 _add(tar, f"{clip.key}.json", to_json(row))
                 _add(tar, f"{clip.key}.txt", prompt.encode())
     return target.put(path)
@@ -61,4 +63,5 @@ WEBDATASET: ExportFormat = ExportFormat(
     write,
     "part-{:05d}.tar".format,
     one_media=False,
+    posters=True,
 )

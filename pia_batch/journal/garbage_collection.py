@@ -1,11 +1,11 @@
 """Garbage collection: finds objects under an output that are no longer used. They are deleted on demand only.
 
-There are seven kinds: animations that no result names (a worker died between storing and committing one, or outlived
-its run), unfinished files of killed writers on a local disk, old generations of the lease, results that were never
-completed, evaluations that were never completed and the pieces of complete ones, and replaced parts of the journal's
-index and of the scan caches. Three things are never garbage: objects that the journal or the newest published results
-name, objects whose name is not one of this package's, and objects younger than the age that the operator gives, because
-they may belong to active work. Nothing is deleted during a run.
+There are seven kinds: animations and posters that no result names (a worker died between storing and committing one,
+or outlived its run), unfinished files of killed writers on a local disk, old generations of the lease, results that
+were never completed, evaluations that were never completed and the pieces of complete ones, and replaced parts of the
+journal's index and of the scan caches. Three things are never garbage: objects that the journal or the newest published
+results name, objects whose name is not one of this package's, and objects younger than the age that the operator gives,
+because they may belong to active work. Nothing is deleted during a run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pia_batch.storage.object_store import ObjectInfo, Store
 GarbageKind = Literal["animations", "staged", "leases", "results", "evaluations", "index", "scans"]
 
 GARBAGE_KINDS: dict[GarbageKind, str] = {
-    "animations": "animations that no result names",
+    "animations": "animations and posters that no result names",
     "staged": "unfinished files of killed writers",
     "leases": "old generations of the lease",
     "results": "results that were never completed",

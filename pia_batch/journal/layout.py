@@ -1,6 +1,7 @@
 """Layout of an output: the name of every object below it, and the patterns by which this package recognizes its own.
 
     animations/<key[:2]>/<key>.<extension>     one object per animation
+    animations/<key[:2]>/<key>.jpg             its poster, if it has one
     results/<run_id>/part-<number>.parquet     one row per request of that run's manifest
     results/<run_id>/_SUCCESS.json             written last: the results of the run are complete
     results/LATEST.json                        points at the newest complete results
@@ -78,13 +79,26 @@ def animation_name(key: str, extension: str) -> str:
     return f"{ANIMATIONS}{key[:2]}/{key}.{extension}"
 
 
+def poster_name(key: str) -> str:
+    """Return the name of the poster of a key's animation."""
+    return animation_name(key, "jpg")
+
+
+def is_poster(name: str) -> bool:
+    """Return whether an object of an animation's name is its poster."""
+    return name.endswith(".jpg")
+
+
 def animation_name_in(animation_uri: str) -> str:
-    """Return the name part of an `animation_uri`; its output may have been moved as a whole since it was written."""
+    """Return the name part of an `animation_uri` or a `poster_uri`.
+
+    Its output may have been moved as a whole since it was written.
+    """
     return ANIMATIONS + "/".join(animation_uri.rsplit("/", 2)[-2:])
 
 
 def animation_key(name: str) -> str | None:
-    """Return the key in the name of an animation, or None for any other object."""
+    """Return the key in the name of an animation or a poster, or None for any other object."""
     match = _ANIMATION.fullmatch(name)
     return match[2] if match else None
 

@@ -45,7 +45,7 @@ class KeyChecksum:
 
 
 class ExpectedAnimations:
-    """Animations that results name, in one file on the local disk, in chunks of one folder each."""
+    """Animations and posters that results name, in one file on the local disk, in chunks of one folder each."""
 
     _SCHEMA = pa.schema([("name", pa.string()), ("num_bytes", pa.int64()), ("request_id", pa.string())])
 
@@ -57,8 +57,11 @@ class ExpectedAnimations:
     def add(self, part: pa.Table) -> None:
         """Add the succeeded rows."""
         rows = part.filter(pc.equal(part["status"], SUCCEEDED))
-        names = pa.array(map(layout.animation_name_in, rows["animation_uri"].to_pylist()), pa.string())
-        table = pa.table([names, rows["num_bytes"], rows["request_id"]], schema=self._SCHEMA).sort_by("name")
+        tables = [self._objects(rows, "animation_uri", "num_bytes")]
+        if "poster_uri" in rows.column_names:
+            posters = rows.filter(pc.is_valid(rows["poster_uri"]))
+            tables.append(self._objects(posters, "poster_uri", "poster_num_bytes"))
+        table = pa.concat_tables(tables).sort_by("name")
         folders = pc.replace_substring_regex(table["name"], "[^/]*$", "").combine_chunks().dictionary_encode()
         bounds = np.searchsorted(folders.indices.to_numpy(), np.arange(len(folders.dictionary) + 1))
         for folder, (start, end) in zip(folders.dictionary.to_pylist(), pairwise(bounds.tolist()), strict=True):
@@ -67,11 +70,16 @@ class ExpectedAnimations:
                 stream.write_table(table.slice(start, end - start))
             self._chunks.setdefault(folder, []).append((begin, self._disk.tell()))
 
+    def _objects(self, rows: pa.Table, uri: str, num_bytes: str) -> pa.Table:
+        """Return the objects that a column of URIs names, with the sizes that another column gives them."""
+        names = pa.array(map(layout.animation_name_in, rows[uri].to_pylist()), pa.string())
+        return pa.table([names, rows[num_bytes], rows["request_id"]], schema=self._SCHEMA)
+
     def check(self, store: Store) -> None:
         """Compare with the stored objects.
 
         Raises:
-            AccountingError: an animation is missing or has another size; the first one is reported.
+            AccountingError: an animation or a poster is missing or has another size; the first one is reported.
         """
         self._disk.flush()
         for problem in store.each(lambda folder: self._problem(store, folder), sorted(self._chunks), LIST_THREADS):
@@ -87,8 +95,9 @@ class ExpectedAnimations:
                 size = stored.get(name)
                 if size != num_bytes:
                     found = "is missing" if size is None else f"has {size} bytes"
+                    what = "poster" if layout.is_poster(name) else "animation"
                     return (
-                        f"animation {store.uri_of(name)} of request {request_id!r} {found}, its result states "
+                        f"{what} {store.uri_of(name)} of request {request_id!r} {found}, its result states "
                         f"{num_bytes} bytes; `pia-batch verify --repair` finds all such animations, and the next run "
                         "generates them again"
                     )

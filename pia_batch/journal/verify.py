@@ -1,4 +1,4 @@
-"""Verification and repair: compares the animations of an output with their results, and has broken ones regenerated."""
+"""Verification and repair: compares animations and posters with their results, and has broken ones regenerated."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 from pia_batch.errors import RequestError
 from pia_batch.journal import layout
 from pia_batch.journal.log import Journal, Outcomes
+from pia_batch.schema.columns import RESULT, conformed
 from pia_batch.schema.keys import keys_from_hex
 from pia_batch.storage.object_store import Store
 
@@ -21,21 +22,22 @@ VERIFY_THREADS = 16
 
 @dataclass(frozen=True)
 class Problem:
-    """A difference between an animation and its result.
+    """A difference between an animation, or its poster, and their result.
 
     Attributes:
         key: Key of the request.
         request_id: Id of the request.
-        animation_uri: URI of the animation when it was committed.
-        name: Name of the object under the output, which may have been moved since.
+        uri: URI of the object when it was committed.
+        names: Names of the objects under the output that are of no use, which may have been moved since: the broken
+            one, and the poster of a broken animation.
         kind: One of PROBLEMS.
         detail: Particulars, in words.
     """
 
     key: str
     request_id: str
-    animation_uri: str
-    name: str
+    uri: str
+    names: tuple[str, ...]
     kind: str
     detail: str
 
@@ -46,21 +48,28 @@ PROBLEMS = {
     "content": "the object has other bytes than were committed",
     "undecodable": "the object does not decode, or has other frames than its result states",
 }
-"""Problems that an animation can have, in the order of the checks."""
+"""Problems that an animation or a poster can have, in the order of the checks."""
+
+Decode = Callable[[bytes, dict[str, Any]], object]
+"""Function that raises RequestError if bytes do not decode to what their result row states."""
 
 
 def find_problems(
     journal: Journal,
     outcomes: Outcomes,
-    decode: Callable[[bytes, dict[str, Any]], object],
+    decode: Decode,
+    decode_poster: Decode,
     on_examined: Callable[[], None] = lambda: None,
 ) -> Iterator[Problem]:
-    """Read every succeeded animation and compare it with its result row, VERIFY_THREADS of them at a time.
+    """Read every succeeded animation with its poster and compare them with their result row, at most one problem each.
+
+    VERIFY_THREADS of them are read at a time.
 
     Args:
         journal: Journal of the output.
         outcomes: Its current outcomes.
-        decode: Function that raises RequestError if bytes do not decode to what their result row states.
+        decode: Decoder of animations.
+        decode_poster: Decoder of posters.
         on_examined: Function to call after each animation, valid or not.
 
     Raises:
@@ -69,9 +78,10 @@ def find_problems(
     rows = (
         row
         for table in journal.winning_rows(outcomes.of(outcomes.succeeded_keys))
-        for row in table.select(_EXAMINED).to_pylist()
+        for row in conformed(table, _EXAMINED).to_pylist()
     )
-    for found in journal.store.each(lambda row: _examine(journal.store, row, decode), rows, VERIFY_THREADS):
+    decoders = (decode, decode_poster)
+    for found in journal.store.each(lambda row: _examine(journal.store, row, *decoders), rows, VERIFY_THREADS):
         on_examined()
         if found is not None:
             yield found
@@ -92,31 +102,54 @@ def repair(journal: Journal, seen: Outcomes, problems: Iterable[Problem], check:
     broken = list(problems)
     for problem in broken:
         check()
-        if problem.kind != "missing":
-            journal.store.delete(problem.name)
+        for name in problem.names:
+            journal.store.delete(name)
     check()
     journal.add_tombstones(keys_from_hex(pa.array([problem.key for problem in broken], pa.string())), seen)
 
 
-def _examine(store: Store, row: dict[str, Any], decode: Callable[[bytes, dict[str, Any]], object]) -> Problem | None:
-    name = layout.animation_name_in(row["animation_uri"])
+def _examine(store: Store, row: dict[str, Any], decode: Decode, decode_poster: Decode) -> Problem | None:
+    """Return the problem of an animation, else that of its poster, else None."""
+    animation = layout.animation_name_in(row["animation_uri"])
+    poster = row["poster_uri"] and layout.animation_name_in(row["poster_uri"])
+    found = _difference(store, animation, row["num_bytes"], row["sha256"], lambda data: decode(data, row))
+    if found:
+        names = (animation, poster) if poster else (animation,)
+        return Problem(row["key"], row["request_id"], row["animation_uri"], names, *found)
+    if poster is None:
+        return None
+    found = _difference(
+        store, poster, row["poster_num_bytes"], row["poster_sha256"], lambda data: decode_poster(data, row)
+    )
+    return Problem(row["key"], row["request_id"], row["poster_uri"], (poster,), *found) if found else None
 
-    def problem(kind: str, detail: str) -> Problem:
-        return Problem(row["key"], row["request_id"], row["animation_uri"], name, kind, detail)
 
+def _difference(
+    store: Store, name: str, num_bytes: int, sha256: str, decode: Callable[[bytes], object]
+) -> tuple[str, str] | None:
+    """Return the kind and the particulars of what is wrong with an object, or None."""
     try:
         data = store.read(name)
     except FileNotFoundError:
-        return problem("missing", "it does not exist")
-    if len(data) != row["num_bytes"]:
-        return problem("size", f"it has {len(data)} bytes, its result states {row['num_bytes']}")
-    if hashlib.sha256(data).hexdigest() != row["sha256"]:
-        return problem("content", "its bytes are not those that were committed")
+        return "missing", "it does not exist"
+    if len(data) != num_bytes:
+        return "size", f"it has {len(data)} bytes, its result states {num_bytes}"
+    if hashlib.sha256(data).hexdigest() != sha256:
+        return "content", "its bytes are not those that were committed"
     try:
-        decode(data, row)
+        decode(data)
     except RequestError as err:
-        return problem("undecodable", str(err))
+        return "undecodable", str(err)
     return None
 
 
-_EXAMINED = ["key", "request_id", "animation_uri", "num_bytes", "sha256", "format", "width", "height", "num_frames"]
+_EXAMINED = pa.schema(
+    [
+        RESULT.field(name)
+        for name in (
+            *("key", "request_id", "animation_uri", "num_bytes", "sha256", "format", "width", "height", "num_frames"),
+            *("poster_uri", "poster_num_bytes", "poster_sha256"),
+        )
+    ]
+)
+"""Columns that are compared. Results of earlier releases have no posters."""

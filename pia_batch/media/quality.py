@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +14,20 @@ from pia_batch.media import codecs
 from pia_batch.schema.columns import Row
 
 
-def check_animation(data: bytes, row: Row) -> codecs.MediaInfo:
+def check_animation(
+    data: bytes, row: Row, on_frame: Callable[[npt.NDArray[np.uint8]], object] = lambda _: None
+) -> codecs.MediaInfo:
     """Decode a whole animation and compare it with `width`, `height` and `num_frames` of its request or result.
+
+    Args:
+        data: The animation.
+        row: Its request or result.
+        on_frame: Function to call with each frame, uint8, shape (H, W, 3), RGB, 0-255.
 
     Raises:
         EncodingError: The animation does not decode, or is another one.
     """
-    info = codecs.probe(data, row["format"])
+    info = codecs.probe(data, row["format"], on_frame)
     found, wanted = (info.width, info.height, info.num_frames), (row["width"], row["height"], row["num_frames"])
     if found != wanted:
         msg = f"another {row['format']} was found: width, height, frames (got {found}, expected {wanted})"

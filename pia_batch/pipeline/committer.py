@@ -24,8 +24,8 @@ from pia_batch.errors import (
     RequestError,
     message_of,
 )
-from pia_batch.journal.layout import animation_name
-from pia_batch.media import codecs, provenance, quality
+from pia_batch.journal.layout import animation_name, poster_name
+from pia_batch.media import codecs, posters, provenance, quality
 from pia_batch.pipeline.finishing import finish
 from pia_batch.pipeline.request_rows import INTERNAL, NSFW_INPUT, condition_image, is_rejected
 from pia_batch.pipeline.safety_guard import SafetyGuard
@@ -164,28 +164,54 @@ class Committer:
             loop_count=loop_count,
             video_codec=codec,
         )
-        info = quality.check_animation(data, stored)
+        file = _File(stored)
+        file.check(data)
         name = animation_name(row["key"], codecs.CODECS[row["format"]].extension)
         encode_seconds = time.monotonic() - started - (finished.seconds or 0.0)
+        data = self._create(name, data, file.check)
+        result = asdict(finished.size) | {
+            "animation_uri": self._objects.uri_of(name),
+            "duration_s": file.duration_s,
+            "num_bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "encode_seconds": encode_seconds,
+            "finish_seconds": finished.seconds,
+        }
+        return result | (self._save_poster(stored, file) if row["poster"] else {})
+
+    def _save_poster(self, stored: Row, file: _File) -> Row:
+        """Store the first frame of a stored animation, unless its poster exists, and describe the stored object.
+
+        The frame is that of the file that the store has, so that every attempt makes the same poster.
+        """
+        name = poster_name(stored["key"])
+        data = self._create(
+            name, posters.make_poster(file.first_frame), lambda data: posters.check_poster(data, stored)
+        )
+        return {
+            "poster_uri": self._objects.uri_of(name),
+            "poster_num_bytes": len(data),
+            "poster_sha256": hashlib.sha256(data).hexdigest(),
+        }
+
+    def _create(self, name: str, data: bytes, check: Callable[[bytes], None]) -> bytes:
+        """Store an object unless it exists, and return the bytes that the store has.
+
+        Raises:
+            EncodingError: It exists, and `check` refuses it.
+        """
         try:
             self._objects.create(name, data)
         except ObjectExistsError:
             # Our own earlier attempt, or one that was killed before its commit: the first writer wins.
             data = self._objects.read(name)
             try:
-                info = quality.check_animation(data, stored)
+                check(data)
             except EncodingError as err:
                 uri = self._objects.uri_of(name)
                 msg = f"{uri} exists already and is damaged: {err}; delete it, then run with --retry-failed"
                 raise EncodingError(msg) from err
-        return asdict(finished.size) | {
-            "animation_uri": self._objects.uri_of(name),
-            "duration_s": info.duration_s,
-            "num_bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "encode_seconds": encode_seconds,
-            "finish_seconds": finished.seconds,
-        }
+        return data
 
     def _count_results(self, results: list[Row], seconds: float) -> None:
         """Count the results, and the `seconds` that encoding and committing took."""
@@ -198,6 +224,37 @@ class Committer:
         }
         for stage, spent in (stages | {"commit": seconds - stages["encode"] - stages["finish"]}).items():
             self._count("pia_batch_stage_seconds_total", spent, stage=stage)
+
+
+class _File:
+    """Duration and first frame of an animation, found by decoding it as a check.
+
+    Args:
+        row: Request with the size of its file.
+    """
+
+    def __init__(self, row: Row) -> None:
+        self._row = row
+        self._frames: list[npt.NDArray[np.uint8]] = []
+        self.duration_s = 0.0
+
+    @property
+    def first_frame(self) -> npt.NDArray[np.uint8]:
+        """First frame of the file that was checked last, uint8, shape (H, W, 3), RGB, 0-255."""
+        return self._frames[0]
+
+    def check(self, data: bytes) -> None:
+        """Decode an animation, and keep its duration and its first frame.
+
+        Raises:
+            EncodingError: It does not decode, or is another one.
+        """
+        self._frames.clear()
+        self.duration_s = quality.check_animation(data, self._row, self._keep_first).duration_s
+
+    def _keep_first(self, frame: npt.NDArray[np.uint8]) -> None:
+        if not self._frames:
+            self._frames.append(frame.copy())
 
 
 def results_of(requests: pa.Table, results: list[Row]) -> pa.Table:

@@ -27,8 +27,8 @@ from pia_batch.schema.columns import RESULT
 from pia_batch.storage import object_store
 from pia_batch.storage.object_store import Store
 
-ANIMATION_BYTES = "animation_bytes"
-"""Column of a result that holds the file itself, where nothing is stored."""
+ANIMATION_BYTES, POSTER_BYTES = "animation_bytes", "poster_bytes"
+"""Columns of a result that hold the files themselves, where nothing is stored."""
 
 
 def animate(
@@ -61,13 +61,14 @@ def animate(
             images may come from besides `images.allow`. `output` is where animations are stored. The engines are a pool
             of actors according to `placement`, which Ray starts when the rows are consumed.
         store: Store animations under `config.output`, with their URI in `animation_uri`. Otherwise nothing is written,
-            and the files are in a further column, `animation_bytes` (large_binary; null where `status` is `failed`).
+            and the files are in further columns, `animation_bytes` and `poster_bytes` (large_binary; null where
+            `status` is `failed`, and where a row has no poster).
         load_engines: Function that gives each worker its engines; None: those of the config's models.
 
     Returns:
         Dataset with the columns of `columns.RESULT` (docs/results.md), where `attempts` counts those of this execution
-        and `run_id` is that of the config or null; then `animation_bytes` if it is asked for; then the columns passed
-        on.
+        and `run_id` is that of the config or null; then `animation_bytes` and `poster_bytes` if they are asked for;
+        then the columns passed on.
 
     Raises:
         ConfigError: A model cannot be found, or a placeholder of the config has no value.
@@ -116,9 +117,10 @@ def animate(
 
 
 def _check_bytes_column(names: list[str], *, store: bool) -> None:
-    if not store and ANIMATION_BYTES in names:
-        msg = f"{stages.DATASET}: column {ANIMATION_BYTES!r} has the name of a result column; rename it"
-        raise ManifestError(msg)
+    for name in (ANIMATION_BYTES, POSTER_BYTES):
+        if not store and name in names:
+            msg = f"{stages.DATASET}: column {name!r} has the name of a result column; rename it"
+            raise ManifestError(msg)
 
 
 def _folder(uri: str) -> str:
@@ -151,11 +153,13 @@ class ResultsActor:
 
 
 def _with_files(results: pa.Table, files: dict[str, bytes]) -> pa.Table:
-    """Move the files of the results, named by `animation_uri`, into a column of their own."""
-    data = [None if name is None else files[name] for name in results["animation_uri"].to_pylist()]
-    at = results.column_names.index("animation_uri")
-    results = results.set_column(at, RESULT.field("animation_uri"), pa.nulls(len(results), pa.string()))
-    return results.add_column(len(RESULT), ANIMATION_BYTES, pa.array(data, pa.large_binary()))
+    """Move the files of the results, named by `animation_uri` and `poster_uri`, into columns of their own."""
+    for number, (uri, column) in enumerate([("animation_uri", ANIMATION_BYTES), ("poster_uri", POSTER_BYTES)]):
+        data = [None if name is None else files[name] for name in results[uri].to_pylist()]
+        at = results.column_names.index(uri)
+        results = results.set_column(at, RESULT.field(uri), pa.nulls(len(results), pa.string()))
+        results = results.add_column(len(RESULT) + number, column, pa.array(data, pa.large_binary()))
+    return results
 
 
 class CollectedResults:

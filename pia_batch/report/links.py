@@ -60,7 +60,14 @@ class MediaLinks:
 
     def animation(self, key: str, extension: str) -> str:
         """Return the reference to an animation."""
-        name = layout.animation_name(key, extension)
+        return self._stored(layout.animation_name(key, extension))
+
+    def poster(self, key: str) -> str:
+        """Return the reference to the poster of an animation."""
+        return self._stored(layout.poster_name(key))
+
+    def _stored(self, name: str) -> str:
+        """Return the reference to an object of the output."""
         if self._media_url is not None:
             return f"{self._media_url.rstrip('/')}/{name}"
         return self._relative((*self._output.parts, *name.split("/")))
@@ -156,14 +163,20 @@ def _origin(place: uris.Location) -> str:
 
 
 def with_media(rows: pa.Table, links: MediaLinks) -> pa.Table:
-    """Return `rows` with references: `media` to each animation, and `image_ref` to its condition image or null."""
+    """Return `rows` with references to files.
+
+    They are `media` to each animation, `poster_ref` to its poster or null, and `image_ref` to its condition image or
+    null.
+    """
+    keys, formats, states, sizes = (rows[name].to_pylist() for name in ("key", "format", "status", "poster_num_bytes"))
     media = [
         links.animation(key, codecs.CODECS[form].extension) if status == SUCCEEDED else None
-        for key, form, status in zip(*(rows[name].to_pylist() for name in ("key", "format", "status")), strict=True)
+        for key, form, status in zip(keys, formats, states, strict=True)
     ]
+    posters = [None if size is None else links.poster(key) for key, size in zip(keys, sizes, strict=True)]
     references = {image: links.image(image) for image in pc.unique(rows["image"]).to_pylist()}
     found = [references[image] for image in rows["image"].to_pylist()]
-    return extended(rows, media=media, image_ref=found)
+    return extended(rows, media=media, poster_ref=posters, image_ref=found)
 
 
 def extended(rows: pa.Table, **columns: list[str | None]) -> pa.Table:

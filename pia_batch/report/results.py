@@ -16,8 +16,10 @@ from pia_batch.journal.log import Journal
 from pia_batch.schema.columns import FAILED, RESULT, SUCCEEDED, conformed
 from pia_batch.storage.object_store import Store
 
-COLUMNS = pa.schema([column for column in RESULT if column.name not in ("animation_uri", "sha256")])
-"""Columns of a result on the page. The animation's name follows from its key; carried columns may be secret."""
+_NOT_SHOWN = ("animation_uri", "sha256", "poster_uri", "poster_sha256")
+
+COLUMNS = pa.schema([column for column in RESULT if column.name not in _NOT_SHOWN])
+"""Columns of a result on the page. The names of its files follow from its key; carried columns may be secret."""
 
 _FRAGMENTS = 1000
 """Number of journal fragments that are counted together; one by one, each would be compared with the whole sample."""

@@ -105,6 +105,9 @@ MEASURED = (
     Column("duration_s", pa.float64(), "Duration of the animation, in seconds."),
     Column("num_bytes", pa.int64(), "Size of the stored object, in bytes."),
     Column("sha256", pa.string(), "SHA-256 of the stored object."),
+    Column("poster_uri", pa.string(), "URI of the poster's object, a JPEG; null: `poster` is false."),
+    Column("poster_num_bytes", pa.int64(), "Size of the poster, in bytes."),
+    Column("poster_sha256", pa.string(), "SHA-256 of the poster."),
     Column(
         "prompt_tokens",
         pa.int64(),

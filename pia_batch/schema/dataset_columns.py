@@ -26,8 +26,8 @@ CONDITION_IMAGE = "condition_image"
 
 FILE_NAME = "file_name"
 
-_LEFT_OUT = ("status", "error_kind", "error", "animation_uri")
-"""Columns of results that say nothing of a succeeded row, or where its file was before."""
+_LEFT_OUT = ("status", "error_kind", "error", "animation_uri", "poster_uri")
+"""Columns of results that say nothing of a succeeded row, or where its files were before."""
 
 _FIRST = ("request_id", "prompt", "negative_prompt", CONDITION_IMAGE)
 

@@ -234,6 +234,11 @@ class Settings(EngineSettings):
         ge=1,
         le=4,
     )
+    poster: bool = setting(
+        False,
+        "true: the first frame of the file is stored as a JPEG next to it.",
+        neutral=False,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,6 +62,7 @@ PART_BYTES = 4 * 2**20
 MEDIA_TYPES = {
     "gif": "image/gif",
     "html": "text/html; charset=utf-8",
+    "jpg": "image/jpeg",
     "json": "application/json",
     "md": "text/markdown; charset=utf-8",
     "mp4": "video/mp4",

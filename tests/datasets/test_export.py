@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from decimal import Decimal
@@ -16,9 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 from deltalake import DeltaTable
-from finished_outputs import FRAMES, animation, make_output
+from finished_outputs import FRAMES, animation, make_output, poster
 from hypothesis import given
 from hypothesis import strategies as st
+from journals import key as key_of
 
 from pia_batch import export
 from pia_batch.datasets import export_formats
@@ -27,7 +29,7 @@ from pia_batch.datasets.export_parquet import feature
 from pia_batch.datasets.export_plan import ShardSize
 from pia_batch.datasets.export_table import FORMATS
 from pia_batch.errors import AccountingError, ConfigError, InterruptedRunError
-from pia_batch.journal.layout import animation_name
+from pia_batch.journal.layout import animation_name, poster_name
 from pia_batch.media import codecs
 from pia_batch.schema.dataset_columns import held_type
 from pia_batch.storage.object_store import Store
@@ -445,6 +447,31 @@ def test_an_animation_with_other_bytes_is_named_with_the_remedy(output: str, tmp
     assert not (tmp_path / "to" / "_SUCCESS.json").exists()
     store.replace(name, data)
     assert export(output, str(tmp_path / "to"), "webdataset").rows == NUM
+
+
+def test_posters_are_exported_where_each_animation_is_a_file(tmp_path: Path) -> None:
+    place = str(tmp_path / "out")
+    make_output(Store(place), ["mp4", "gif", "mp4"], posters=[0, 1])
+
+    export(place, str(tmp_path / "tars"), "webdataset")
+    export(place, str(tmp_path / "plain"), "folder")
+    export(place, str(tmp_path / "rows"), "parquet", where="format == 'mp4'")
+
+    (tar,) = map(str, (tmp_path / "tars").glob("*.tar"))
+    samples = list(webdataset.WebDataset(tar, shardshuffle=False))
+    assert [sample.get("jpg") for sample in samples] == [poster(0), poster(1), None]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "plain").glob("*.jpg")} == {
+        f"r{number:03d}.jpg": poster(number) for number in range(2)
+    }
+    assert sorted(path.name for path in (tmp_path / "plain").glob("r00?.*")) == [
+        "r000.jpg", "r000.mp4", "r001.gif", "r001.jpg", "r002.mp4",
+    ]  # fmt: skip
+    table = ds.dataset(tmp_path / "rows", exclude_invalid_files=True).to_table()
+    assert table["poster_sha256"].to_pylist() == [hashlib.sha256(poster(0)).hexdigest(), None]
+    assert "poster_uri" not in table.column_names
+    Store(place).replace(poster_name(key_of(1)), b"another")
+    with pytest.raises(AccountingError, match=r"poster .*\.jpg of request 'r001' has other bytes"):
+        export(place, str(tmp_path / "again"), "folder")
 
 
 def test_a_destination_with_other_things_or_another_export_is_refused(output: str, tmp_path: Path) -> None:

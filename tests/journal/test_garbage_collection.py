@@ -10,7 +10,7 @@ from journals import SHOP, commit, key, keys, keyset, results
 from pia_batch.errors import LeaseHeldError, StorageError
 from pia_batch.journal import layout
 from pia_batch.journal.garbage_collection import delete_garbage, find_garbage
-from pia_batch.journal.layout import LEASES, animation_name, lease_name
+from pia_batch.journal.layout import LEASES, animation_name, lease_name, poster_name
 from pia_batch.journal.log import Journal
 from pia_batch.journal.pack_index import Head, PackIndex
 from pia_batch.journal.results import publish
@@ -64,6 +64,8 @@ def test_an_output_without_garbage_has_none_however_old_it_is(record: Journal) -
 def test_an_animation_that_no_result_names_is_garbage_once_it_is_old(record: Journal) -> None:
     commit(record, {1: "succeeded", 2: "failed"})
     orphans = {animation_name(key(number), "gif") for number in (2, 3, 4)}  # failed, unknown, and young
+    orphans.add(poster_name(key(3)))
+    record.store.create(poster_name(key(1)), b"in use")
     for name in orphans:
         record.store.create(name, b"orphan")
     age(record, 8)

@@ -24,7 +24,7 @@ from journals import (
     successes,
 )
 
-from pia_batch.errors import EncodingError, LeaseHeldError, ObjectExistsError, StorageError
+from pia_batch.errors import AccountingError, EncodingError, LeaseHeldError, ObjectExistsError, StorageError
 from pia_batch.journal import layout, log
 from pia_batch.journal.layout import animation_name
 from pia_batch.journal.log import Journal, digest_of
@@ -228,9 +228,16 @@ def accept(data: bytes, row: dict[str, Any]) -> None:
         raise EncodingError(msg)
 
 
+def accept_poster(data: bytes, row: dict[str, Any]) -> None:
+    """Stands for the decoder of posters."""
+    if data != b"poster of " + content(int(row["request_id"].removeprefix("r"))):
+        raise EncodingError("not a complete JPEG")
+
+
 def problems(record: Journal) -> dict[str, str]:
     return {
-        found.request_id: f"{found.kind}: {found.detail}" for found in find_problems(record, record.outcomes(), accept)
+        found.request_id: f"{found.kind}: {found.detail}"
+        for found in find_problems(record, record.outcomes(), accept, accept_poster)
     }
 
 
@@ -253,7 +260,7 @@ def test_verify_finds_missing_changed_and_resized_animations_and_no_valid_ones(r
         "r002": f"size: it has {len(content(2)) + 1} bytes, its result states {len(content(2))}",
         "r003": "missing: it does not exist",
     }
-    assert {found.animation_uri for found in find_problems(record, record.outcomes(), accept)} == {
+    assert {found.uri for found in find_problems(record, record.outcomes(), accept, accept_poster)} == {
         record.store.uri_of(animation_name(key(number), "gif")) for number in (1, 2, 3)
     }
 
@@ -268,13 +275,65 @@ def test_verify_finds_what_was_committed_but_does_not_decode(record: Journal) ->
     assert problems(record) == {"r001": "undecodable: not a complete gif file of ours"}
 
 
+def commit_with_posters(record: Journal, *numbers: int) -> None:
+    """Store animations and posters, then one fragment for all."""
+    table = results(record.store, dict.fromkeys(numbers, "succeeded"))
+    data = [b"poster of " + content(number) for number in numbers]
+    for number, poster in zip(numbers, data, strict=True):
+        record.store.create(animation_name(key(number), "gif"), content(number))
+        record.store.create(layout.poster_name(key(number)), poster)
+    for column, values in {
+        "poster_uri": [record.store.uri_of(layout.poster_name(key(number))) for number in numbers],
+        "poster_num_bytes": [len(poster) for poster in data],
+        "poster_sha256": [hashlib.sha256(poster).hexdigest() for poster in data],
+    }.items():
+        table = table.set_column(table.column_names.index(column), column, pa.array(values))
+    record.append(table)
+
+
+def test_verify_finds_broken_posters_and_repair_keeps_their_animations(record: Journal) -> None:
+    commit(record, {9: "succeeded"})  # has no poster
+    commit_with_posters(record, *range(5))
+    assert problems(record) == {}
+    poster = b"poster of " + content(1)
+    record.store.replace(layout.poster_name(key(1)), poster[::-1])
+    record.store.replace(layout.poster_name(key(2)), poster + b" ")
+    record.store.delete(layout.poster_name(key(3)))
+    record.store.replace(animation_name(key(4), "gif"), b"cut")
+    seen = record.outcomes()
+
+    assert {number: found.partition(":")[0] for number, found in problems(record).items()} == {
+        "r001": "content", "r002": "size", "r003": "missing", "r004": "size",
+    }  # fmt: skip
+    assert {found.uri for found in find_problems(record, seen, accept, accept_poster)} == {
+        *(record.store.uri_of(layout.poster_name(key(number))) for number in (1, 2, 3)),
+        record.store.uri_of(animation_name(key(4), "gif")),
+    }
+    repair(record, seen, find_problems(record, seen, accept, accept_poster), held)
+    left = {item.name for item in record.store.list("animations/")}
+    assert left == {
+        *(animation_name(key(number), "gif") for number in (0, 1, 2, 3, 9)),
+        layout.poster_name(key(0)),  # the poster of a broken animation shows what nobody has any more
+    }
+    assert record.outcomes().needs_regeneration == 4
+
+
+def test_results_with_a_missing_poster_are_not_published(record: Journal) -> None:
+    commit_with_posters(record, 1, 2)
+    assert publish_all(record, 1, 2).num_succeeded == 2
+    record.store.delete(layout.poster_name(key(2)))
+
+    with pytest.raises(AccountingError, match=r"poster .*\.jpg of request 'r002' is missing"):
+        publish_all(record, 1, 2)
+
+
 def test_verify_looks_at_every_animation_of_many_small_fragments_and_counts_them(record: Journal) -> None:
     for number in range(80):
         commit(record, {number: "succeeded"})
     Path(record.store.uri.removeprefix("file://"), animation_name(key(79), "gif")).unlink()
     examined = []
 
-    found = list(find_problems(record, record.outcomes(), accept, lambda: examined.append(None)))
+    found = list(find_problems(record, record.outcomes(), accept, accept_poster, lambda: examined.append(None)))
 
     assert [problem.request_id for problem in found] == ["r079"]
     assert len(examined) == 80
@@ -408,7 +467,7 @@ def test_repair_removes_what_is_broken_and_nothing_else(record: Journal) -> None
     before = {path: path.stat().st_mtime_ns for path in (root / "animations").rglob("*.gif")}
     seen = record.outcomes()
 
-    repair(record, seen, find_problems(record, seen, accept), held)
+    repair(record, seen, find_problems(record, seen, accept, accept_poster), held)
 
     broken = root / animation_name(key(2), "gif")
     del before[broken]
@@ -431,10 +490,10 @@ def test_a_repair_that_is_overtaken_or_killed_is_found_again(record: Journal) ->
             raise LeaseHeldError("another run")
 
     with pytest.raises(LeaseHeldError):
-        repair(record, seen, find_problems(record, seen, accept), overtaken)
+        repair(record, seen, find_problems(record, seen, accept, accept_poster), overtaken)
 
     assert sorted(what.split(":")[0] for what in problems(record).values()) == ["missing", "size"]
-    repair(record, seen, find_problems(record, seen, accept), held)
+    repair(record, seen, find_problems(record, seen, accept, accept_poster), held)
     assert record.outcomes().needs_regeneration == 2
 
 
@@ -454,7 +513,7 @@ def test_append_outcomes_publish_and_verify_work_on_s3(s3: str) -> None:
     assert np.array_equal(record.outcomes().succeeded, [True, True])
     record.store.delete(animation_name(key(2), "gif"))
     seen = record.outcomes()
-    repair(record, seen, find_problems(record, seen, accept), held)
+    repair(record, seen, find_problems(record, seen, accept, accept_poster), held)
     assert successes(record.outcomes()) == {key(1): True}
     commit(record, {1: "failed", 2: "succeeded"})
     assert successes(record.outcomes()) == {key(1): True, key(2): True}

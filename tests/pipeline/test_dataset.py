@@ -273,7 +273,9 @@ def test_a_row_that_kills_its_worker_fails_alone_each_time_it_is_asked_for(make_
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_files_come_with_their_results_where_nothing_is_to_be_stored(make_config: MakeConfig) -> None:
-    table = requests_table(3, prompt=["fine", "not finite", "fine"], format=["gif"] * 3, num_frames=[2, 2, 3])
+    table = requests_table(
+        3, prompt=["fine", "not finite", "fine"], format=["gif"] * 3, num_frames=[2, 2, 3], poster=[True, True, None]
+    )
     config = make_config(table, run_id="mine")
     loader = FakeEngineLoader(engine_ids_of(config)["default"])
 
@@ -282,14 +284,17 @@ def test_files_come_with_their_results_where_nothing_is_to_be_stored(make_config
     none = requests.filter(expr=col("request_id") == "unknown")
     assert animate(none, config, store=False, load_engines=loader).count() == 0
 
-    assert rows.table.column_names == [*RESULT.names, "animation_bytes"]
+    assert rows.table.column_names == [*RESULT.names, "animation_bytes", "poster_bytes"]
     assert rows.column("error_kind") == {"r000": None, "r001": "non_finite", "r002": None}
     files, hashes = rows.column("animation_bytes"), rows.column("sha256")
     assert files["r001"] is None
     for name, frames in (("r000", 2), ("r002", 3)):
         assert codecs.probe(files[name], "gif").num_frames == frames
         assert hashlib.sha256(files[name]).hexdigest() == hashes[name]
-    assert set(rows.column("animation_uri").values()) == {None}
+    assert set(rows.column("animation_uri").values()) == set(rows.column("poster_uri").values()) == {None}
+    posters, poster_hashes = rows.column("poster_bytes"), rows.column("poster_sha256")
+    assert [name for name in posters if posters[name]] == ["r000"]
+    assert hashlib.sha256(posters["r000"]).hexdigest() == poster_hashes["r000"]
     assert set(rows.column("run_id").values()) == {"mine"}
     assert not Path(config.output).exists()
 

@@ -47,6 +47,26 @@ def test_the_page_shows_animations_beside_their_images(site: Site, visit: Callab
     assert all(uri.startswith((below, "data:image/webp;base64,")) for uri in window.asked)
 
 
+def test_posters_stand_for_videos_that_do_not_play_and_for_files_that_cannot(
+    tmp_path: Path, visit: Callable[..., Visit]
+) -> None:
+    rows = [result(k, format=form) for k, form in enumerate(["mp4", "png_zip", "gif", "mp4"])]
+    for row in rows[:3]:
+        row |= {"poster": True, "poster_uri": "file:///elsewhere", "poster_num_bytes": 1, "poster_sha256": "0" * 64}
+    site = build(tmp_path, rows, embed=False)
+    window = visit(reduced_motion="reduce")
+    page = window.open(site.uri)
+    posters = [(site.folder / "out" / layout.poster_name(row["key"])).as_uri() for row in rows]
+
+    page.locator("#grid video").first.wait_for()
+    assert page.eval_on_selector_all("#grid video", "(videos) => videos.map((video) => video.poster)") == [
+        posters[0], "",
+    ]  # fmt: skip
+    still = page.locator("#grid .first")
+    assert still.evaluate("(image) => image.decode().then(() => [image.src, image.naturalWidth])") == [posters[1], 64]
+    assert {uri for uri in window.asked if uri.endswith(".jpg")} == {posters[0], posters[1]}
+
+
 def test_a_live_page_renews_itself(store: Store, visit: Callable[..., Visit]) -> None:
     begin(store, 2)
     commit(store, [result(0, format="gif", image="gone.png")])

@@ -70,6 +70,7 @@ def test_a_browser_resolves_a_reference_to_the_very_file(folder: list[str], name
     assert reference is not None
     assert unquote(urlsplit(urljoin(page_uri, reference)).path) == str(root.joinpath(*name))
     assert urljoin(page_uri, local.animation("ab" * 16, "mp4")) == output.as_uri() + f"/animations/ab/{'ab' * 16}.mp4"
+    assert urljoin(page_uri, local.poster("ab" * 16)) == output.as_uri() + f"/animations/ab/{'ab' * 16}.jpg"
 
 
 def test_a_page_elsewhere_needs_the_address_of_its_media(tmp_path: Path) -> None:

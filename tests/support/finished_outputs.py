@@ -12,10 +12,11 @@ import pyarrow as pa
 from journals import key, keyset
 
 from pia_batch.config import EncodingConfig
-from pia_batch.journal.layout import animation_name
+from pia_batch.journal.layout import animation_name, poster_name
 from pia_batch.journal.log import Journal
 from pia_batch.journal.results import publish
 from pia_batch.media import codecs
+from pia_batch.media.posters import make_poster
 from pia_batch.schema.columns import results_table
 from pia_batch.storage.object_store import Store
 
@@ -29,6 +30,11 @@ def animation(number: int, file_format: str) -> bytes:
     return codecs.encode(pixels, file_format, FPS, EncodingConfig())
 
 
+def poster(number: int) -> bytes:
+    """Return the poster of a numbered request: a real JPEG of the first frame of its MP4."""
+    return make_poster(codecs.decode(animation(number, "mp4"), "mp4")[0])
+
+
 def make_output(
     store: Store,
     formats: Sequence[str],
@@ -38,6 +44,7 @@ def make_output(
     run_id: str = "run-1",
     first: int = 0,
     request_ids: Sequence[str] | None = None,
+    posters: Sequence[int] = (),
 ) -> Journal:
     """Publish results: one request for each format, numbered from `first`, then some that failed.
 
@@ -49,6 +56,7 @@ def make_output(
         run_id: Name of the results.
         first: Number of the first request.
         request_ids: Ids; None: `r000` and so on.
+        posters: Numbers of the succeeded requests that have a poster.
     """
     record, total = Journal(store), len(formats) + failed
     numbers = range(first, first + total)
@@ -84,6 +92,14 @@ def make_output(
         "sha256": [*(hashlib.sha256(content).hexdigest() for content in data), *missing],
         "run_id": [run_id] * total,
     }
+    made: dict[str, list[Any]] = {name: [None] * total for name in ("poster_uri", "poster_num_bytes", "poster_sha256")}
+    for number in posters:
+        content, name = poster(number), poster_name(key(number))
+        store.replace(name, content)
+        facts = (store.uri_of(name), len(content), hashlib.sha256(content).hexdigest())
+        for column, fact in zip(made.values(), facts, strict=True):
+            column[number - first] = fact
+    columns |= made
     extra = pa.table({}) if carried is None else carried
     table = results_table({name: pa.array(values) for name, values in columns.items()}, extra, total)
     record.append(table)

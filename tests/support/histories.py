@@ -20,7 +20,7 @@ from pia_batch.config import RunConfig
 from pia_batch.journal.garbage_collection import delete_garbage, find_garbage
 from pia_batch.journal.log import Journal
 from pia_batch.journal.verify import find_problems, repair
-from pia_batch.media import quality
+from pia_batch.media import posters, quality
 from pia_batch.storage.object_store import Store
 
 NUM_CASES = 12
@@ -192,7 +192,7 @@ def _wrong_with_a_repair(torture: Torture, luck: Luck) -> list[str]:
         damage(path)
     record = Journal(Store(torture.config.output))
     outcomes = record.outcomes()
-    found = list(find_problems(record, outcomes, quality.check_animation))
+    found = list(find_problems(record, outcomes, quality.check_animation, posters.check_poster))
     if {problem.key for problem in found} != set(damaged):
         return [f"verify found {found} where {set(damaged)} were damaged"]
     repair(record, outcomes, found, lambda: None)

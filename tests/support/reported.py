@@ -17,6 +17,7 @@ from pia_batch import report
 from pia_batch.config import EncodingConfig, RunConfig
 from pia_batch.journal import layout, log
 from pia_batch.media import codecs
+from pia_batch.media.posters import make_poster
 from pia_batch.schema.columns import RESULT, SETTINGS
 from pia_batch.schema.run_record import RunSummary
 from pia_batch.storage.object_store import Store
@@ -154,6 +155,8 @@ def store_clip(store: Store, row: dict[str, Any], seed: int = 0) -> None:
         frames(seed), row["format"], row["fps"], EncodingConfig(), video_codec=row.get("codec") or "h264"
     )
     store.replace(layout.animation_name(row["key"], codecs.CODECS[row["format"]].extension), data)
+    if row.get("poster"):
+        store.replace(layout.poster_name(row["key"]), make_poster(frames(seed)[0]))
 
 
 def commit(store: Store, rows: list[dict[str, Any]]) -> None:

@@ -91,14 +91,24 @@ def decode(data: bytes, fmt: Format) -> Frames:
     return np.stack(frames)
 
 
-def probe(data: bytes, fmt: Format) -> MediaInfo:
+def probe(data: bytes, fmt: Format, on_frame: Callable[[Frames], object] = lambda _: None) -> MediaInfo:
     """Return size, number of frames and duration of a file, after decoding every frame of it, one at a time.
+
+    Args:
+        data: The file.
+        fmt: Its format.
+        on_frame: Function to call with each frame, uint8, shape (H, W, 3), RGB, 0-255.
 
     Raises:
         EncodingError: See `decode`.
     """
     shapes: list[tuple[int, ...]] = []
-    duration = _decode(data, fmt, lambda frame: shapes.append(frame.shape))
+
+    def take(frame: Frames) -> None:
+        shapes.append(frame.shape)
+        on_frame(frame)
+
+    duration = _decode(data, fmt, take)
     height, width, _ = shapes[0]
     return MediaInfo(width=width, height=height, num_frames=len(shapes), duration_s=float(duration))
 

@@ -75,6 +75,8 @@ function videoPlayer(row, controls) {
     preload: controls ? "auto" : "none",
     controls,
   });
+  const poster = value("poster_ref", row);
+  if (poster !== null) video.poster = poster;
   video.src = value("media", row);
   return {
     parts: [video],
@@ -114,14 +116,19 @@ function imagePlayer(row, controls) {
   };
 }
 
-/** Build the placeholder of a file that this browser does not play: the first frame, if embedded, else a sentence. */
+/** Build the placeholder of a file that this browser does not play: its poster or an embedded frame, else a sentence. */
 function placeholder(row) {
   const zipped = page.players[value("format", row)] !== "video";
   const kind = zipped ? "zipped PNGs" : codecOf(row)[0];
+  const poster = value("poster_ref", row);
   let parts = [make("span", { className: "absent", textContent: `this browser does not play ${kind}` })];
-  if (value("strip", row) !== null) {
-    const first = make("canvas", { className: "first", role: "img", "aria-label": `first frame; ${parts[0].textContent}` });
-    strip(row, [first]);
+  if (poster !== null || value("strip", row) !== null) {
+    const label = `first frame; ${parts[0].textContent}`;
+    const first =
+      poster !== null
+        ? make("img", { className: "first", src: poster, alt: label })
+        : make("canvas", { className: "first", role: "img", "aria-label": label });
+    if (poster === null) strip(row, [first]);
     parts = [first, make("span", { className: "badge", textContent: zipped ? "zip" : `${kind}: first frame` })];
   }
   return {
