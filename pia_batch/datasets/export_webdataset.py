@@ -59,7 +59,7 @@ _CONVERSIONS: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
 
 WEBDATASET: ExportFormat = ExportFormat(
     "webdataset",
-    "tar files `part-00000.tar` with the members KEY.mp4, KEY.json and KEY.txt of each animation",
+    "tar files `part-00000.tar` with the members KEY.mp4, KEY.json, KEY.txt and, of a poster, KEY.jpg",
     write,
     "part-{:05d}.tar".format,
     one_media=False,

@@ -244,11 +244,11 @@ def test_gc_lists_and_deletes_only_on_demand_and_never_during_a_run(store: Store
     store.create(orphan, b"orphan")
 
     assert pia_batch("gc", store.uri, "--delete") == 0
-    assert re.search(r"animations that no result names +0 objects", capsys.readouterr().out)
+    assert re.search(r"animations and posters that no result names +0 objects", capsys.readouterr().out)
     assert pia_batch("gc", config_of(store, tmp_path), "--older-than", "0s") == 0
     printed = capsys.readouterr().out
     assert orphan in printed
-    assert re.search(r"animations that no result names +1 objects", printed)
+    assert re.search(r"animations and posters that no result names +1 objects", printed)
     assert "nothing was changed" in printed
     assert store.stat(orphan).num_bytes == 6
 

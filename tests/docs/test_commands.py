@@ -276,10 +276,10 @@ def test_the_page_on_finishing_stores_what_it_says(tmp_path: Path) -> None:
     assert "3 requests: 3 succeeded, 0 failed" in printed
     (results,) = (tmp_path / "out" / "results").glob("2*")
     rows = {row["request_id"]: row for row in ds.dataset(results).to_table().to_pylist()}
-    assert {name: (row["num_frames"], row["fps"]) for name, row in rows.items()} == {
-        "smooth": (31, 16.0),
-        "true-colours": (16, 8.0),
-        "smooth-loop": (64, 32.0),
+    assert {name: (row["num_frames"], row["fps"], row["poster_uri"] is not None) for name, row in rows.items()} == {
+        "smooth": (31, 16.0, True),
+        "true-colours": (16, 8.0, False),
+        "smooth-loop": (64, 32.0, False),
     }
 
 
