@@ -92,7 +92,7 @@ class Adapters:
             tokenizer.add_tokens([AddedToken(token, normalized=not literal) for token in inversion.tokens])
 
     def apply_to_text_encoder(self, text_encoder: Any, tokenizer: Any) -> None:
-        """Add the vectors of the textual inversions, then apply the LoRAs.
+        """Apply the LoRAs, then add the vectors of the textual inversions, which no LoRA changes.
 
         Args:
             text_encoder: CLIP text encoder, changed in place.
@@ -101,8 +101,8 @@ class Adapters:
         Raises:
             ConfigError: Vectors or LoRAs have other shapes than this text encoder.
         """
-        self._embed(text_encoder, tokenizer)
         loras.apply(self.loras, TEXT_ENCODER, text_encoder, fuse=self.fuse)
+        self._embed(text_encoder, tokenizer)
 
     def apply_to_unet(self, unet: Any) -> None:
         """Apply the LoRAs to a `UNetMotionModel`, in place, and enable FreeU.

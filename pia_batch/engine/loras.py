@@ -10,8 +10,6 @@ Sources of the formulas: KohakuBlueleaf/LyCORIS `lycoris/modules`, huggingface/p
 
 from __future__ import annotations
 
-import json
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +18,7 @@ from typing import Any
 import safetensors
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.loaders.lora_base import (
-    LORA_ADAPTER_METADATA_KEY,
-    fuse_text_encoder_lora,
-    set_adapters_for_text_encoder,
-)
+from diffusers.loaders.lora_base import fuse_text_encoder_lora, set_adapters_for_text_encoder
 from diffusers.utils import recurse_remove_peft_layers
 from torch import nn
 
@@ -39,8 +33,6 @@ from pia_batch.weights.network_layers import NetworkLayer, NetworkLayers
 __all__ = ["TEXT_ENCODER", "UNET", "Lora", "apply", "read"]
 
 _SCALED_BY_NORM = ("dora_scale", "magnitude")
-
-_PREFIX_OF_NETWORK = re.compile(r"^(unet|text_encoder)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +88,8 @@ class _Layer:
 
     def is_plain(self, network: str, *, fuse: bool) -> bool:
         """Return True if PEFT can apply it."""
+        if lora_files.is_embedding(network, self.target.name):
+            return False
         return lora_files.is_plain(self.tensors) and (
             fuse or not lora_files.is_called_by_keyword(network, self.target.name)
         )
@@ -111,9 +105,8 @@ def read(part: Component, config: LoraConfig) -> Lora:
     try:
         with safetensors.safe_open(path, "pt") as file:
             loaded = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-            recorded = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
-        metadata = None if recorded is None else dict(json.loads(recorded))
-    except (OSError, TypeError, ValueError, safetensors.SafetensorError) as err:
+            metadata = peft_config.in_metadata(file.metadata() or {}, str(path))
+    except (OSError, ValueError, safetensors.SafetensorError) as err:
         raise ConfigError(f"cannot read {path}: {err}") from err
     shapes = {key: tuple(tensor.shape) for key, tensor in loaded.items()}
     kind = lora_files.unsupported(shapes)
@@ -125,7 +118,7 @@ def read(part: Component, config: LoraConfig) -> Lora:
             raise ConfigError(f"{path}: {key!r} holds NaN or infinity; the file is damaged, or its training failed")
     record = None if part.config is None else components.read_json(part.config.folder / peft_config.PEFT_CONFIG)
     for network in content.layers:
-        found = record or _record_of(metadata, network)
+        found = record or peft_config.of_network(metadata, network)
         if found is not None:
             peft_config.check_peft(found, str(path))
     return Lora(
@@ -199,31 +192,24 @@ def _fit(lora: Lora, network: str, layers: NetworkLayers, modules: Mapping[str, 
     for named, found in lora_shapes.fit(lora.content, network, shapes, layers, where):
         tensors = lora.tensors[network][named]
         name = found.name if found.name in modules else f"text_model.{found.name}"  # transformers before 5.6
-        if not isinstance(modules[name], nn.Linear | nn.Conv2d) and set(tensors) - {
+        if not isinstance(modules[name], nn.Linear | nn.Conv2d | nn.Embedding) and set(tensors) - {
             "w_norm",
             "b_norm",
             "diff",
             "diff_b",
         }:
-            raise ConfigError(f"{where}: {named!r} of the {network} is neither a linear layer nor a convolution")
+            raise ConfigError(f"{where}: {named!r} of the {network} is no linear layer, convolution or embedding")
         rank = _rank(tensors)
         alpha = None if "alpha" not in tensors or rank is None else tensors["alpha"].item()
         factor = 1.0 if alpha is None or rank is None else alpha / rank
-        record = lora.peft or _record_of(lora.metadata, network)
+        record = lora.peft or peft_config.of_network(lora.metadata, network)
         if "alpha" not in tensors and record is not None:
             factor = peft_config.scale_of(record, found.name, rank)
             if lora.peft is not None and rank is not None:
                 alpha = factor * rank
+        if "scalar" in tensors:
+            factor *= tensors["scalar"].item()
         yield _Layer(lora, NetworkLayer(name, found.weight, found.bias), tensors, alpha, factor)
-
-
-def _record_of(metadata: dict[str, Any] | None, network: str) -> dict[str, Any] | None:
-    """Return PEFT's record of one network in a file's metadata."""
-    if metadata is None:
-        return None
-    prefix = f"{network}."
-    found = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    return found or (None if any(_PREFIX_OF_NETWORK.match(key) for key in metadata) else metadata)
 
 
 def _rank(tensors: Mapping[str, torch.Tensor]) -> int | None:
@@ -246,9 +232,9 @@ def _inject(lora: Lora, name: str, network: str, target: Any, fitted: list[_Laye
         up = up.to(weight.dtype, copy=True).reshape(*up.shape[:2], *(1 for _ in weight.shape[2:]))
         state[f"{network}.{layer.target.name}.lora_A.weight"] = _padded(down, weight.shape[1])
         state[f"{network}.{layer.target.name}.lora_B.weight"] = up
-    alphas = _alphas(network, fitted, exact=not all_plain)
-    metadata = lora.metadata if alphas is None else None
-    options = {"adapter_name": name, "metadata": metadata, "low_cpu_mem_usage": True}
+    # The scale of PEFT's record is in the alphas. The record may describe other layers, or lack what diffusers reads.
+    alphas = _alphas(network, fitted, exact=not all_plain or lora.metadata is not None)
+    options = {"adapter_name": name, "metadata": None, "low_cpu_mem_usage": True}
     try:
         with warnings.catch_warnings(
             action="ignore"
@@ -287,7 +273,8 @@ def _merge(layers: Sequence[_Layer], modules: Mapping[str, Any]) -> None:
     for name in dict.fromkeys(layer.target.name for layer in layers):
         module = modules[name]
         base = module.weight.data.double()
-        total, bias = base.clone(), None if module.bias is None else module.bias.data.double()
+        own_bias = getattr(module, "bias", None)  # an embedding has none
+        total, bias = base.clone(), None if own_bias is None else own_bias.data.double()
         for layer in (each for each in layers if each.target.name == name):
             delta = _delta(layer, base)
             if delta is not None and delta.ndim == 1:  # a norm

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
@@ -124,6 +124,10 @@ _BELONGS: dict[safetensors.FileKind, str] = {
     "Stable Diffusion 1.5 checkpoint": "it belongs in model.base",
     "LoRA": "it belongs in model.loras",
     "textual inversion": "it belongs in model.textual_inversions",
+    "textual inversions of several words": "write a file for each word, with its tensor only, and list all of them",
+    "LoRA of numbered layers (cloneofsimo/lora)": "its layers have no names: merge it into its base "
+    "with the program that made it, and set model.base to the result",
+    "checkpoint with averaged weights only": "use the checkpoint whose UNet is in model.diffusion_model.*",
     "IP-Adapter": "it belongs in model.ip_adapter",
     "motion adapter": "it belongs in model.motion_adapter",
     "VAE": "it belongs in model.vae",
@@ -191,6 +195,7 @@ def _lora(
         words.add(word, header.shapes[tensor], f"{where}: its textual inversion", "rename its tensor in the file")
     if content.left_out:
         log.info("tensors_left_out key=%s file=%s num_tensors=%d", key, name, len(content.left_out))
+    _check_content(header, content, where)
     has_scale = any("alpha" in roles for each in content.layers.values() for roles in each.values())
     part = _with_record(name, key, location) if content.is_peft and not has_scale else found
     return part, _left_out_of_middle(content, layers, where), content.is_adjustable
@@ -244,6 +249,9 @@ def _inversion(
             f"{key}: {name} is made for another family of models than the base (embeddings: got "
             f"{shape[-1] if shape else 0} dimensions, expected {width})"
         )
+    _check_dtypes(header, [word], f"{key}: {name}")
+    if len(shape) > 2 or 0 in shape:  # noqa: PLR2004 - tokens, features
+        raise ConfigError(f"{key}: {name}: invalid shape {shape}, expected (tokens, features); fetch the file again")
     if word in inversion_files.NAMELESS and entry.token is None:
         raise ConfigError(f"{key}: {name} does not name its word; set {key}.token")
     words.add(entry.token or word, shape, f"{key}: {name}", f"set another word as {key}.token")
@@ -378,6 +386,33 @@ def _header(part: Component, key: str, location: Location) -> safetensors.Safete
         usable = [name for name in location.names() if name.endswith(safetensors.SUFFIX)]
         raise ConfigError(f"{key}: there is no {part.files[0]}; set weight_name to one of {_listed(usable)}")
     return safetensors.read(part.path)
+
+
+def _check_content(header: safetensors.SafetensorsHeader, content: lora_files.LoraContent, where: str) -> None:
+    """Check the dtypes of a LoRA's tensors and peft's record in its header."""
+    for roles in (roles for layers in content.layers.values() for roles in layers.values()):
+        _check_dtypes(header, [name for role, name in roles.items() if role not in lora_files.NUMBERS], where)
+    _check_dtypes(header, content.embeddings.values(), where)
+    recorded = peft_config.in_metadata(header.metadata, where)
+    for network in content.layers:
+        record = peft_config.of_network(recorded, network)
+        if record is not None:
+            peft_config.check_peft(record, f"{where}: the record of peft in its header")
+
+
+def _check_dtypes(header: safetensors.SafetensorsHeader, names: Iterable[str], where: str) -> None:
+    """Check that tensors hold weights as they are.
+
+    Raises:
+        ConfigError: A tensor is quantized, or holds no real numbers.
+    """
+    for name in names:
+        dtype = header.dtypes[name]
+        if dtype not in safetensors.WEIGHT_DTYPES:
+            raise ConfigError(
+                f"{where}: tensor {name} has dtype {dtype}; quantized weights are not supported: use a file in F16, "
+                "BF16 or F32"
+            )
 
 
 def _listed(names: list[str]) -> str:

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pia_batch.errors import ConfigError
-from pia_batch.weights import components
+from pia_batch.weights import components, safetensors
 from pia_batch.weights.components import Component
 
-NAMELESS = ("emb_params", "string_to_param", "string_to_param.*", "*")
-"""Tensor names of files converted from the web UI's format, which do not hold the word."""
-
-SPARE = ("step", "sd_checkpoint", "sd_checkpoint_name", "name", "num_vectors", "optimizer_state_dict", "hash")
-"""Names of training state that some tools save next to the vectors."""
+NAMELESS = ("emb_params", "string_to_param", "string_to_param.*", "*", "clip_l", "text_encoders_0")
+"""Tensor names of the web UI's format and of pivotal tuning, which names the text encoder; none is the word."""
 
 
 def vectors_of(shapes: Mapping[str, tuple[int, ...]], where: str) -> str:
@@ -26,7 +23,7 @@ def vectors_of(shapes: Mapping[str, tuple[int, ...]], where: str) -> str:
     Raises:
         ConfigError: There is none, or more than one.
     """
-    held = [name for name in shapes if name not in SPARE]
+    held = [name for name in shapes if name not in safetensors.INVERSION_SPARE]
     if len(held) != 1:
         raise ConfigError(
             f"{where} holds {', '.join(sorted(held)) or 'no tensors'}; a textual inversion for Stable Diffusion 1.5 "

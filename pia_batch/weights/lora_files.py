@@ -18,7 +18,7 @@ UNET, TEXT_ENCODER = "unet", "text_encoder"
 
 Shape = tuple[int, ...]
 
-_WRAPPERS = ("state_dict.", "module.", "_orig_mod.", "base_model.model.")
+_WRAPPERS = ("state_dict.", "module.", "_orig_mod.", "_orig_mod_", "base_model.model.")
 """Prefixes that Lightning, data-parallel training, torch.compile and peft put before every name."""
 
 _PEFT = "base_model.model."
@@ -27,6 +27,9 @@ _PREFIXES: tuple[tuple[str, str | None], ...] = (
     ("lora_unet_", UNET),
     ("lora_te1_", TEXT_ENCODER),
     ("lora_te_", TEXT_ENCODER),
+    ("lora_unet.", UNET),
+    ("lora_te1.", TEXT_ENCODER),
+    ("lora_te.", TEXT_ENCODER),
     ("lycoris_unet_", UNET),
     ("lycoris_te_", TEXT_ENCODER),
     ("lycoris_", None),
@@ -57,6 +60,7 @@ _ROLES = {
     "lora_B.bias": "up_bias",
     "lora_up.bias": "up_bias",
     "alpha": "alpha",
+    "scalar": "scalar",
     "dora_scale": "dora_scale",
     "lora_magnitude_vector.weight": "magnitude",
     "lora_magnitude_vector": "magnitude",
@@ -71,6 +75,9 @@ _ROLES = {
 
 _OLD_NAMES = (
     (r"\.default(?=\.|$)", ""),
+    (r"\.(lora_[AB])\.[^.]+\.(weight|bias)$", r".\1.\2"),
+    (r"\.(lora_magnitude_vector)\.[^.]+\.weight$", r".\1.weight"),
+    (r"\.lora_layer\.", ".lora."),
     (r"\.(?:processor\.)?to_([qkv])_lora\.", r".to_\1.lora."),
     (r"\.(?:processor\.)?to_out_lora\.", ".to_out.0.lora."),
     (r"_processor_to_([qkv])_lora\.", r"_to_\1.lora."),
@@ -100,11 +107,16 @@ _BOFT_NDIM = 4
 _BUNDLED = "bundle_emb."
 _VECTORS = (".string_to_param.*", ".string_to_param", ".emb_params", ".clip_l", ".*")
 
+NUMBERS = ("alpha", "scalar")
+"""Roles of single numbers by which a layer's delta is multiplied; LyCORIS before 2.0 stored a trained `scalar`."""
+
 _PLAIN = {"down", "up", "alpha"}
 """Roles of the tensors of a layer that stays a layer of its own, as PEFT applies it."""
 
 _CALLED_BY_KEYWORD = re.compile(r"motion_modules[._]\d+[._](temporal_transformer[._])?proj_(in|out)$")
 """Layers that diffusers 0.42.1 calls as `layer(input=...)`, which PEFT's layer wrapper does not support."""
+
+_EMBEDDING = re.compile(r"(token|position)_embedding$")
 
 _LEFT_OUT = ("position_ids",)
 """Ends of names of constants that some trainers save; they change no weight."""
@@ -145,7 +157,7 @@ class LoraContent:
     def is_adjustable(self) -> bool:
         """True if PEFT applies every layer, so that the scale may differ between rows."""
         return all(
-            is_plain(roles) and not is_called_by_keyword(network, layer)
+            is_plain(roles) and not is_called_by_keyword(network, layer) and not is_embedding(network, layer)
             for network, layers in self.layers.items()
             for layer, roles in layers.items()
         )
@@ -170,6 +182,11 @@ def is_plain(roles: Iterable[str]) -> bool:
 def is_called_by_keyword(network: str, layer: str) -> bool:
     """Return True for layers of the UNet that PEFT's wrapper does not support; `layer` is a name in a file or in it."""
     return network == UNET and _CALLED_BY_KEYWORD.search(layer) is not None
+
+
+def is_embedding(network: str, layer: str) -> bool:
+    """Return True for the text encoder's tables of tokens and positions, whose deltas are always merged."""
+    return network == TEXT_ENCODER and _EMBEDDING.search(layer) is not None
 
 
 def parse(name: str) -> LoraTensorName | None:
@@ -227,8 +244,8 @@ def contents(named: Mapping[str, Shape], where: str) -> LoraContent:
             raise ConfigError(f"{where}: {name!r} and {roles[key.role]!r} are the same tensor of the same layer")
         roles[key.role] = name
     for held in layers.values():
-        empty = [layer for layer, roles in held.items() if set(roles) == {"alpha"}]
-        left_out += [held.pop(layer)["alpha"] for layer in empty]
+        empty = [layer for layer, roles in held.items() if set(roles) <= set(NUMBERS)]
+        left_out += [name for layer in empty for name in held.pop(layer).values()]
     layers = {network: held for network, held in layers.items() if held}
     if not layers and not embeddings:
         raise ConfigError(f"{where} holds no LoRA")

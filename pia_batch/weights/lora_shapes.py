@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from pia_batch.errors import ConfigError
-from pia_batch.weights.lora_files import LoraContent, Shape
+from pia_batch.weights.lora_files import NUMBERS, LoraContent, Shape
 from pia_batch.weights.network_layers import NetworkLayer, NetworkLayers
 
 _LATENT_CHANNELS = 4
@@ -83,13 +83,19 @@ def check(roles: Mapping[str, Shape], target: NetworkLayer, where: str) -> None:
     problem = _incomplete(set(roles))
     if problem is not None:
         raise ConfigError(f"{where}: {problem}; the file is damaged")
-    if math.prod(roles.get("alpha", ())) != 1:
-        raise ConfigError(f"{where}: alpha must be one number (got shape {roles['alpha']}); the file is damaged")
+    for role in NUMBERS:
+        if math.prod(roles.get(role, ())) != 1:
+            raise ConfigError(f"{where}: {role} must be one number (got shape {roles[role]}); the file is damaged")
     misfit = _misfit(roles, channels(roles, target))
     if misfit is not None:
         raise ConfigError(f"{where}: invalid shapes ({misfit}); {_IS_ANOTHER_FAMILY}")
     for role in ("diff_b", "b_norm", "up_bias"):
-        if role in roles and (target.bias is None or math.prod(roles[role]) != math.prod(target.bias)):
+        if role in roles and target.bias is None:
+            raise ConfigError(
+                f"{where}: it changes a bias (shape {roles[role]}), but the layer has none; train it without biases "
+                "(peft: lora_bias), or remove this tensor"
+            )
+        if role in roles and target.bias is not None and math.prod(roles[role]) != math.prod(target.bias):
             raise ConfigError(
                 f"{where}: its bias is {roles[role]}, that of the layer {target.bias}; {_IS_ANOTHER_FAMILY}"
             )

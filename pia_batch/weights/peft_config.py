@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,7 +13,56 @@ from pia_batch.errors import ConfigError
 PEFT_CONFIG = "adapter_config.json"
 """Name of the file in which peft saves alpha and rank, next to the weights."""
 
+_IN_METADATA = "lora_adapter_metadata"
+"""Name of the record in a safetensors file. Source: diffusers 0.42.1 `LORA_ADAPTER_METADATA_KEY`."""
+
+_PREFIX_OF_NETWORK = re.compile(r"^(unet|text_encoder)\.")
+
 _PEFT_TYPES = {"LORA", "LOHA", "LOKR"}
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of values of `init_lora_weights` with which peft takes the first product out of the base's weights.
+
+Source: huggingface/peft 0.21.2 `tuners/lora/layer.py`.
+"""
+
+_VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+)
+"""Settings of variants of LoRA, whose delta is not the product of two matrices for all tokens."""
+
+
+def in_metadata(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
+    """Return the record that diffusers stores in a file's metadata, for all networks; None if there is none.
+
+    Raises:
+        ConfigError: It is no JSON object.
+    """
+    text = metadata.get(_IN_METADATA)
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except (RecursionError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}: {_IN_METADATA} in its header is no JSON object; save the file again without it")
+    return found
+
+
+def of_network(record: Mapping[str, Any] | None, network: str) -> dict[str, Any] | None:
+    """Return the part of a record in metadata for one network, `unet` or `text_encoder`; None if there is none."""
+    if record is None:
+        return None
+    prefix = f"{network}."
+    found = {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
+    return found or (None if any(_PREFIX_OF_NETWORK.match(key) for key in record) else dict(record) or None)
 
 
 def check_peft(config: Mapping[str, Any], where: str) -> None:
@@ -24,9 +74,22 @@ def check_peft(config: Mapping[str, Any], where: str) -> None:
     kind = str(config.get("peft_type", "LORA")).upper()
     if kind not in _PEFT_TYPES:
         raise ConfigError(f"{where} is of peft type {kind}, which is not supported; supported are LORA, LOHA and LOKR")
+    initial = str(config.get("init_lora_weights")).lower()
+    if initial.startswith(_CHANGES_BASE):
+        raise ConfigError(
+            f"{where} has init_lora_weights {initial!r}, with which peft also changed the base's weights; convert it "
+            "to an ordinary LoRA (peft: save_pretrained with path_initial_model_for_weight_conversion), or merge it "
+            "into its base and set model.base to the result"
+        )
+    variant = next((key for key in _VARIANTS if config.get(key)), None)
+    if variant is not None:
+        raise ConfigError(
+            f"{where} has {variant}, a variant of LoRA that no engine applies; merge it into its base and set "
+            "model.base to the result"
+        )
     try:
         scale_of(config, "layer", 1)
-    except (ArithmeticError, TypeError, ValueError, re.error) as err:
+    except (ArithmeticError, AttributeError, TypeError, ValueError, re.error) as err:
         raise ConfigError(f"{where} is not a valid record of peft: {err}") from err
 
 
@@ -35,7 +98,7 @@ def scale_of(config: Mapping[str, Any], layer: str, rank: int | None) -> float:
 
     Args:
         config: Content of `adapter_config.json`.
-        layer: Name of the layer, with dots.
+        layer: Name of the layer, with dots, without `text_model.`.
         rank: Rank of the layer's matrices; None if it has none, then the record's rank counts.
 
     Source: huggingface/peft `utils/other.py` `get_pattern_key`, `tuners/lora/layer.py`, `tuners/lycoris_utils.py`.
@@ -48,6 +111,7 @@ def scale_of(config: Mapping[str, Any], layer: str, rank: int | None) -> float:
 
 def _by_pattern(patterns: Any, layer: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
+        # CLIP's layers are inside of `text_model` for most versions of transformers.
+        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (layer, f"text_model.{layer}")):
             return value
     return default

@@ -241,10 +241,25 @@ def _single_file_base(
     networks = ["text_encoder", "unet", *([] if model.vae else ["vae"])]
     _check_checkpoint(_header(source, file, "model.base"), file, networks)
     parts = {name: components.single_file(source, file, components.only_config(configs, name)) for name in networks}
-    return parts | {
-        "scheduler": components.plain(configs, "scheduler", ("scheduler_config.json",)),
-        "tokenizer": components.tokenizer(configs),
-    }
+    scheduler = components.plain(configs, "scheduler", ("scheduler_config.json",))
+    _check_prediction(model, parts["unet"], scheduler)
+    return parts | {"scheduler": scheduler, "tokenizer": components.tokenizer(configs)}
+
+
+def _check_prediction(model: ModelConfig, unet: Component, scheduler: Component) -> None:
+    """Check that the scheduler reads what the checkpoint was trained to predict, by its metadata.
+
+    Source: Stability-AI/ModelSpec, `modelspec.prediction_type`, which sd-scripts writes as `epsilon` or `v`.
+    """
+    trained = str(components.header(unet).metadata.get("modelspec.prediction_type", "")).lower()
+    file = components.read_json(scheduler.folder / "scheduler_config.json")
+    used = str(model.scheduler.settings.get("prediction_type") or file.get("prediction_type") or "epsilon")
+    if trained[:1] in ("v", "e") and trained[:1] != used[:1]:
+        wanted = "v_prediction" if trained[:1] == "v" else "epsilon"
+        raise ConfigError(
+            f"model.base: by its metadata, {unet.path.name} was trained with prediction type {trained!r}, but the "
+            f"scheduler uses {used}; set model.scheduler.settings to {{prediction_type: {wanted}}}"
+        )
 
 
 def _check_checkpoint(header: safetensors.SafetensorsHeader, file: str, networks: list[str]) -> None:
@@ -265,7 +280,7 @@ def _vae(name: str, model: ModelConfig, configs: FetchedFolder, hub: Hub) -> Com
         source = location.fetch([file, _beside(file)])
         header = _header(source, file, "model.vae")
         kind = addons.expect_kind(header, "model.vae", "VAE", "Stable Diffusion 1.5 checkpoint")
-        prefix = "first_stage_model." if header.starting("first_stage_model.") else ""
+        prefix = next((each for each in (tensor_map.VAE_PREFIX, "vae.") if header.starting(each)), "")
         missing = [part for part in ("encoder", "decoder") if not header.starting(f"{prefix}{part}.")]
         if missing or (prefix == "" and kind != "VAE"):
             raise ConfigError(f"model.vae: {file} has no {' and no '.join(missing) or 'VAE'}; use a complete VAE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,10 @@ FileKind = Literal[
     "checkpoint of another family than Stable Diffusion 1.5",
     "ControlNet",
     "LoRA",
+    "LoRA of numbered layers (cloneofsimo/lora)",
     "textual inversion",
+    "textual inversions of several words",
+    "checkpoint with averaged weights only",
     "Stable Diffusion XL textual inversion",
     "IP-Adapter",
     "motion adapter",
@@ -91,7 +95,9 @@ def refuse_pickle(name: str, key: str) -> None:
             "Convert it to safetensors, or use a safetensors file"
         )
     if suffix != SUFFIX:
-        raise ConfigError(f"{key}: {name} is not a {SUFFIX} file; only {SUFFIX} files are opened")
+        raise ConfigError(
+            f"{key}: {name} is not a {SUFFIX} file; only {SUFFIX} files are opened: use the model's file in safetensors"
+        )
 
 
 def read(path: Path) -> SafetensorsHeader:
@@ -158,7 +164,30 @@ def _why_invalid(path: Path, start: bytes, num_bytes: int) -> str:
             f"{path} has a safetensors name, but it is a pickle, which is refused, because opening it runs its "
             "code. Convert it to safetensors, or use a safetensors file"
         )
-    return f"{path} is not a safetensors file, or it is truncated: it has {num_bytes} bytes"
+    for beginning, (what, remedy) in _OTHER_FILES.items():
+        if start.lstrip().lower().startswith(beginning.lower()):
+            return f"{path} is {what}, not a safetensors file; {remedy}"
+    if num_bytes == 0:
+        return f"{path} is empty; fetch the file again"
+    return f"{path} is not a safetensors file, or it is truncated: it has {num_bytes} bytes; fetch the file again"
+
+
+_DOWNLOAD = "download the file itself, which may need a login or a token"
+_CONVERT = "use the model's file in safetensors"
+_OTHER_FILES = {
+    b"version ": ("a pointer of Git LFS", "run `git lfs pull` in its repository, or download the file itself"),
+    b"<!doct": ("a web page", _DOWNLOAD),
+    b"<html": ("a web page", _DOWNLOAD),
+    b"<?xml": ("an answer of a server in XML", _DOWNLOAD),
+    b'{"': ("a text in JSON", _DOWNLOAD),
+    b"GGUF": ("a GGUF file, whose weights are quantized", _CONVERT),
+    b"\x08\x07\x12": ("an ONNX file", _CONVERT),
+    b"\x08\x08\x12": ("an ONNX file", _CONVERT),
+    b"\x89HDF": ("an HDF5 file", _CONVERT),
+    b"\x1f\x8b": ("a gzip archive", "unpack it"),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it"),
+}
+"""First bytes of files that people have under the name of a safetensors file, with what they are and a remedy."""
 
 
 def kind(header: SafetensorsHeader) -> FileKind:
@@ -180,11 +209,26 @@ def _unet_input(header: SafetensorsHeader) -> int | None:
     return shape[1] if shape is not None and len(shape) > 1 else None
 
 
-def _is_inversion(header: SafetensorsHeader) -> bool:
-    if "emb_params" in header.shapes:
-        return True
-    return len(header.shapes) == 1 and all(0 < len(shape) <= 2 for shape in header.shapes.values())  # noqa: PLR2004
+INVERSION_SPARE = (
+    "step", "sd_checkpoint", "sd_checkpoint_name", "name", "num_vectors", "optimizer_state_dict", "hash",
+    "string_to_token", "string_to_token.*",
+)  # fmt: skip
+"""Names of training state that some tools save next to the vectors of a textual inversion."""
 
+
+def _is_inversion(header: SafetensorsHeader, num_words: int = 1) -> bool:
+    """Return True for vectors of one word; with `num_words` 2, for vectors of several words of one text encoder."""
+    held = [shape for name, shape in header.shapes.items() if name not in INVERSION_SPARE]
+    if "emb_params" in header.shapes:
+        return num_words == 1
+    if not all(0 < len(shape) <= 2 for shape in held):  # noqa: PLR2004 - tokens, features
+        return False
+    if num_words == 1:
+        return len(held) == 1
+    return len(held) > 1 and len({shape[-1] for shape in held}) == 1 and not any("." in name for name in header.shapes)
+
+
+_CONTROLS = ("control_model.", "controlnet_", "lora_controlnet", "lllite_", "input_hint_block.")
 
 # The first match wins: add-ons, which name tensors of networks, come before these networks.
 _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
@@ -202,14 +246,23 @@ _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
             or bool(header.starting("bundle_emb."))
         ),
     ),
+    (
+        "LoRA of numbered layers (cloneofsimo/lora)",
+        lambda header: any(re.fullmatch(r"(unet|text_encoder):\d+:(up|down)", name) for name in header.shapes),
+    ),
     ("Stable Diffusion XL textual inversion", lambda header: set(header.shapes) == {"clip_l", "clip_g"}),
     ("textual inversion", _is_inversion),
+    ("textual inversions of several words", lambda header: _is_inversion(header, num_words=2)),
     ("Stable Diffusion XL checkpoint", lambda header: bool(header.starting("conditioner.embedders."))),
     ("Stable Diffusion 2 checkpoint", lambda header: bool(header.starting("cond_stage_model.model."))),
     ("inpainting checkpoint", lambda header: _unet_input(header) == 9),  # noqa: PLR2004 - latents, mask, masked latents
     ("InstructPix2Pix checkpoint", lambda header: _unet_input(header) == 8),  # noqa: PLR2004 - latents of two images
-    ("ControlNet", lambda header: bool(header.starting("control_model.", "controlnet_"))),
+    ("ControlNet", lambda header: bool(header.starting(*_CONTROLS))),
     ("Stable Diffusion 1.5 checkpoint", lambda header: _unet_input(header) == 4),  # noqa: PLR2004 - latent channels
+    (
+        "checkpoint with averaged weights only",
+        lambda header: bool(header.starting("model_ema.diffusion_model")) and _unet_input(header) is None,
+    ),
     (
         "checkpoint of another family than Stable Diffusion 1.5",
         lambda header: bool(header.starting("model.diffusion_model.", "double_blocks.", "joint_blocks.")),
@@ -221,7 +274,9 @@ _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
     ("text encoder", lambda header: _any(header, "token_embedding.weight")),
     (
         "VAE",
-        lambda header: bool(header.starting("first_stage_model.") or header.starting("encoder.", "decoder.")),
+        lambda header: bool(
+            header.starting("first_stage_model.", "vae.encoder.", "vae.decoder.", "encoder.", "decoder.")
+        ),
     ),
     ("file of unknown layout", lambda _: True),
 )

@@ -284,7 +284,7 @@ _KINDS = {
 
 _PREFIXES = {
     "unet": (UNET_PREFIX,),
-    "vae": (VAE_PREFIX, ""),
+    "vae": (VAE_PREFIX, "vae.", ""),
     "text_encoder": (f"{TEXT_PREFIX}transformer.", TEXT_PREFIX),
     "motion_adapter": ("unet.", ""),
 }

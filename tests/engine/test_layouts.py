@@ -180,6 +180,7 @@ VAES: dict[str, Callable[[Tensors], Tensors]] = {
     "query": renamed(*PUBLISHED, flat=True),
     "query in a checkpoint's names": lambda tensors: with_prefix("first_stage_model.")(renamed(*PUBLISHED)(tensors)),
     "to_q": renamed(*CONVERTED, flat=True),
+    "vae.": with_prefix("vae."),
     "module.": with_prefix("module."),
     "state_dict.": lambda tensors: with_prefix("state_dict.")(with_more(loss__logvar=(1,))(tensors)),
     "averaged weights": with_more(model_ema__decoderconv_inweight=(2,)),
@@ -378,6 +379,22 @@ def test_the_vae_of_another_family_is_refused_by_its_metadata(kept, tensors, tmp
     for own in ("stable-diffusion-v1", "stable-diffusion-v1/vae", "stable-diffusion-v2-512"):
         layouts.hollow(shapes, tmp_path / "vae.safetensors", metadata={"modelspec.architecture": own})
         assert resolve(ModelConfig(**settings)).components["vae"].path == tmp_path / "vae.safetensors"
+
+
+@pytest.mark.parametrize(("trained", "other"), [("v", "epsilon"), ("epsilon", "v_prediction")])
+def test_a_prediction_type_in_the_metadata_must_be_that_of_the_scheduler(kept, tensors, tmp_path, trained, other):
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    base = layouts.hollow(shapes, tmp_path / "base.safetensors", metadata={"modelspec.prediction_type": trained})
+    settings = {"base": str(base), "config": str(kept), "motion_adapter": str(kept / "motion_adapter")}
+    own = "v_prediction" if trained == "v" else "epsilon"
+
+    assert_refused(
+        f"trained with prediction type '{trained}', .*set model.scheduler.settings to .prediction_type: {own}",
+        **settings,
+        scheduler=SchedulerConfig(settings={"prediction_type": other}),
+    )
+    model = ModelConfig(**settings, scheduler=SchedulerConfig(settings={"prediction_type": own}))
+    assert resolve(model).components["unet"].path == base
 
 
 def test_an_unet_of_stable_diffusion_xl_is_called_that(tmp_path):

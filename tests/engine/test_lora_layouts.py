@@ -56,7 +56,7 @@ def networks() -> dict[str, Any]:
 
 
 def network_of(layer: str) -> str:
-    return "text_encoder" if layer.startswith("encoder.") else "unet"
+    return "text_encoder" if layer.startswith(("encoder.", "embeddings.")) else "unet"
 
 
 def parameter(network: torch.nn.Module, layer: str, name: str = "weight") -> torch.Tensor:
@@ -149,6 +149,24 @@ SPELLINGS: dict[str, tuple[Callable[[str], str], tuple[str, str], tuple[str, ...
     "diffusers, lora": (lambda layer: f"unet.{layer}", ("lora.down.weight", "lora.up.weight"), UNET_LAYERS),
     "diffusers, processors": (lambda layer: f"unet.{processor(layer)}", ("down.weight", "up.weight"), (ATTENTION, OUT)),
     "processors without prefix": (processor, ("down.weight", "up.weight"), (ATTENTION, OUT, MOTION)),
+    "peft, adapter's own name": (lambda layer: layer, ("lora_A.style.weight", "lora_B.style.weight"), ALL),
+    "diffusers, lora_layer": (
+        lambda layer: f"{network_of(layer)}.{layer}",
+        ("lora_layer.down.weight", "lora_layer.up.weight"),
+        ALL,
+    ),
+    "kohya, compiled": (
+        lambda layer: (
+            kohya(layer).replace("lora_unet_", "lora_unet__orig_mod_").replace("lora_te_", "lora_te__orig_mod_")
+        ),
+        B,
+        ALL,
+    ),
+    "OneTrainer, dots": (
+        lambda layer: f"lora_te.text_model.{layer}" if layer == TEXT else f"lora_unet.{layer}",
+        B,
+        ALL,
+    ),
     "module": (lambda layer: f"module.{layer}", A, ALL),
     "module, processors": (lambda layer: f"module.{processor(layer)}", ("down.weight", "up.weight"), (ATTENTION, OUT)),
     "diffusion_model": (lambda layer: f"diffusion_model.{original(layer)}", A, UNET_LAYERS),
@@ -506,6 +524,43 @@ def test_several_loras_of_several_kinds_add_up_from_the_base_s_own_weights(base,
             assert_weights(load(base, *order, fuse=fuse), {ATTENTION: expected})
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("bundled", [False, True])
+def test_tables_of_tokens_and_positions_are_merged(base, tmp_path, fuse, bundled):
+    tokens, positions = "embeddings.token_embedding", "embeddings.position_embedding"
+    prefix = "text_encoders.clip_l.transformer.text_model"
+    down, up = (numbers(*shape, seed=3) for shape in ((2, weight_of(tokens).shape[1]), (len(weight_of(tokens)), 2)))
+    diff = numbers(*weight_of(positions).shape, seed=4)
+    held = {f"{prefix}.{tokens}.lora_down.weight": down, f"{prefix}.{tokens}.lora_up.weight": up}
+    held[f"lora_te_text_model_{positions.replace('.', '_')}.diff"] = diff
+    if bundled:
+        held["bundle_emb.my cat.emb_params"] = numbers(2, 16, seed=7)
+    save_file(held, tmp_path / "a.safetensors")
+
+    found = load(base, (tmp_path / "a.safetensors", 0.5), fuse=fuse)["text_encoder"]
+
+    for layer, delta in ((tokens, product(down, up)), (positions, diff.double())):
+        wanted = weight_of(layer) + 0.5 * delta
+        assert (parameter(found, layer)[: len(wanted)] - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("alpha", [None, 6.0])
+def test_a_trained_scalar_multiplies_the_delta(base, tmp_path, alpha, fuse):
+    """LyCORIS before 2.0 stored the factor of `use_scalar` next to the matrices."""
+    tensors, expected = {}, {}
+    for layer in (ATTENTION, RESNET, TEXT):
+        down, up = pair(layer)
+        tensors |= {f"{kohya(layer)}.lora_down.weight": down, f"{kohya(layer)}.lora_up.weight": up}
+        tensors[f"{kohya(layer)}.scalar"] = torch.tensor(-0.5)
+        if alpha is not None:
+            tensors[f"{kohya(layer)}.alpha"] = torch.tensor(alpha)
+        expected[layer] = weight_of(layer) - 0.5 * (1.0 if alpha is None else alpha / 3) * product(down, up)
+    save_file(tensors, tmp_path / "a.safetensors")
+
+    assert_weights(load(base, (tmp_path / "a.safetensors", 1.0), fuse=fuse), expected)
+
+
 # --- peft's record ----------------------------------------------------------------------------------------------------
 
 
@@ -532,6 +587,94 @@ def test_a_record_of_peft_scales_each_layer(base, tmp_path, record, factors, fus
     (tmp_path / "adapter_config.json").write_text(json.dumps(whole))
 
     assert_weights(load(base, (tmp_path / "adapter_model.safetensors", 0.5), fuse=fuse), expected)
+
+
+RECORDS: dict[str, tuple[dict[str, Any], float]] = {
+    "alpha": ({"r": 3, "lora_alpha": 6}, 2.0),
+    "rsLoRA": ({"r": 3, "lora_alpha": 6, "use_rslora": True}, 6 / math.sqrt(3)),
+    "patterns": ({"r": 8, "lora_alpha": 8, "rank_pattern": {".*": 3}, "alpha_pattern": {".*": 12}}, 4.0),
+    "with text_model": ({"r": 3, "lora_alpha": 3, "alpha_pattern": {f"text_model.{TEXT}": 9}}, 3.0),
+    "anchored": ({"r": 3, "lora_alpha": 3, "alpha_pattern": {f"^text_model.{TEXT}": 9}}, 3.0),
+}
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("record", RECORDS)
+@pytest.mark.parametrize("in_header", [False, True])
+def test_a_record_scales_the_text_encoder_wherever_it_is(base, tmp_path, record, in_header, fuse):
+    """Names in patterns have `text_model.`, as CLIP's layers have. A header need not list the layers."""
+    settings, factor = RECORDS[record]
+    down, up = pair(TEXT)
+    name = f"{'text_encoder' if in_header else 'base_model.model'}.text_model.{TEXT}"
+    metadata = {f"text_encoder.{key}": value for key, value in settings.items()}
+    save_file(
+        {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up},
+        tmp_path / "adapter_model.safetensors",
+        {"lora_adapter_metadata": json.dumps(metadata)} if in_header else None,
+    )
+    if not in_header:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | settings))
+
+    found = load(base, (tmp_path / "adapter_model.safetensors", 1.0), fuse=fuse)
+
+    assert_weights(found, {TEXT: weight_of(TEXT) + factor * product(down, up)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(({"init_lora_weights": each}, f"init_lora_weights '{each}', with which peft also changed")
+          for each in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")),
+        *(({key: value}, f"has {key}, a variant of LoRA")
+          for key, value in {"use_qalora": True, "alora_invocation_tokens": [1], "use_bdlora": {"nblocks": 2},
+                             "layer_replication": [[0, 2]], "arrow_config": {"top_k": 3}}.items()),
+        ({"peft_type": "IA3"}, "peft type IA3"),
+        ({"lora_alpha": "x"}, "not a valid record of peft"),
+        ({"alpha_pattern": ["to_k"]}, "not a valid record of peft"),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("in_header", [False, True])
+def test_a_record_of_another_formula_is_refused_before_a_run(base, tmp_path, settings, message, in_header):
+    down, up = pair(ATTENTION)
+    name = f"{'unet' if in_header else 'base_model.model'}.{ATTENTION}"
+    whole = {"r": 3, "lora_alpha": 3} | settings
+    metadata = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in whole.items()})}
+    path = tmp_path / "a.safetensors"
+    save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, path, metadata if in_header else None)
+    if not in_header:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(whole))
+
+    with pytest.raises(ConfigError, match=message):
+        resolve(ModelConfig(base=str(base), loras=(LoraConfig(source=str(path)),)))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", "null"])
+def test_a_record_in_a_header_that_is_no_object_is_refused_before_a_run(base, tmp_path, text):
+    down, up = pair(ATTENTION)
+    held = {f"unet.{ATTENTION}.lora_A.weight": down, f"unet.{ATTENTION}.lora_B.weight": up}
+    save_file(held, tmp_path / "a.safetensors", {"lora_adapter_metadata": text})
+
+    with pytest.raises(ConfigError, match="lora_adapter_metadata in its header is no JSON object"):
+        resolve(ModelConfig(base=str(base), loras=(LoraConfig(source=str(tmp_path / "a.safetensors")),)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool])
+def test_a_quantized_lora_is_refused_before_a_run(base, tmp_path, dtype):
+    down, up = (tensor.to(dtype) for tensor in pair(ATTENTION))
+    save_file({f"{_NAME}.lora_down.weight": down, f"{_NAME}.lora_up.weight": up}, tmp_path / "a.safetensors")
+
+    with pytest.raises(ConfigError, match=r"lora_(down|up).weight has dtype .*quantized weights are not supported"):
+        resolve(ModelConfig(base=str(base), loras=(LoraConfig(source=str(tmp_path / "a.safetensors")),)))
+
+
+def test_a_bias_for_a_layer_without_one_is_refused_by_that_cause(base, tmp_path):
+    down, up = pair(ATTENTION)
+    held = {f"{_NAME}.lora_down.weight": down, f"{_NAME}.lora_up.weight": up, f"{_NAME}.lora_up.bias": up[:, 0]}
+    save_file({name: tensor.contiguous() for name, tensor in held.items()}, tmp_path / "a.safetensors")
+
+    with pytest.raises(ConfigError, match=r"it changes a bias .*, but the layer has none"):
+        resolve(ModelConfig(base=str(base), loras=(LoraConfig(source=str(tmp_path / "a.safetensors")),)))
 
 
 def test_a_record_of_peft_is_part_of_the_identity_and_must_be_there(base, tmp_path):

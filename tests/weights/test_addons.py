@@ -230,6 +230,29 @@ def test_a_textual_inversion_may_name_its_word_or_be_given_one(tmp_path):
         word(nameless)
 
 
+@pytest.mark.parametrize("name", ["clip_l", "text_encoders_0", "*", "string_to_param.*"])
+def test_a_tensor_that_is_named_after_a_text_encoder_needs_a_word(tmp_path, name):
+    source = write(tmp_path / "cat.safetensors", {name: (2, 64), "string_to_token.*": ()})
+
+    assert word(source, token="My_Cat").words == ("My_Cat",)  # noqa: S106 - a word
+    with pytest.raises(ConfigError, match=r"does not name its word; set model\.textual_inversions\[0\]\.token"):
+        word(source)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"<cat>": (1, 64), "<dog>": (1, 64)}, "textual inversions of several words; write a file for each word"),
+        ({"<cat>": (0, 64)}, r"invalid shape \(0, 64\)"),
+        ({"emb_params": (1, 2, 64)}, r"invalid shape \(1, 2, 64\)"),
+    ],
+    ids=["several words", "no vectors", "three sides"],
+)
+def test_what_is_no_list_of_vectors_of_one_word_is_refused(tmp_path, shapes, message):
+    with pytest.raises(ConfigError, match=message):
+        word(write(tmp_path / "cat.safetensors", shapes), token="cat8")  # noqa: S106 - a word
+
+
 @pytest.mark.parametrize(
     ("files", "token", "message"),
     [

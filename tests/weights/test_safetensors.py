@@ -130,6 +130,35 @@ def test_a_torch_archive_under_the_name_of_safetensors_is_refused(tmp_path):
         safetensors.read(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; fetch the file again"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            r"a pointer of Git LFS, .*git lfs pull",
+        ),
+        (b"<!DOCTYPE html><html>Sign in</html>", r"is a web page, .*login"),
+        (b"\n<html><body>404</body></html>", "is a web page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "an answer of a server in XML"),
+        (b'{"error": "Repository not found"}', "a text in JSON"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(99), "a GGUF file"),
+        (b"\x08\x07\x12\x07pytorch" + bytes(99), "an ONNX file"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file"),
+        (b"\x1f\x8b\x08\x00" + bytes(99), "a gzip archive"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(99), "a 7z archive"),
+        (b"Entry not found", "or it is truncated: it has 15 bytes; fetch the file again"),
+    ],
+    ids=["empty", "LFS", "page", "page after a line", "XML", "JSON", "GGUF", "ONNX", "HDF5", "gzip", "7z", "text"],
+)
+def test_another_file_under_the_name_of_safetensors_is_named_with_a_remedy(content, message, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+
+    with pytest.raises(ConfigError, match=message):
+        safetensors.read(path)
+
+
 @pytest.mark.parametrize("name", ["x.ckpt", "x.PT", "s3://bucket/x.pth", "owner/name/x.bin"])
 def test_names_of_pickles_are_refused_with_their_key_and_a_remedy(name):
     with pytest.raises(ConfigError, match=r"model\.base: .* is a pickle, .*Convert it to safetensors"):
@@ -179,6 +208,17 @@ def test_a_file_that_is_not_there_is_a_config_error(tmp_path):
         ({"<cat>": np.zeros((2, 16))}, "textual inversion"),
         ({"emb_params": np.zeros((2, 16)), "step": np.zeros(1)}, "textual inversion"),
         (tensors("clip_l", "clip_g"), "Stable Diffusion XL textual inversion"),
+        ({"*": np.zeros((2, 16)), "string_to_token.*": np.zeros(())}, "textual inversion"),
+        ({"<cat>": np.zeros(16), "<dog>": np.zeros((2, 16))}, "textual inversions of several words"),
+        (tensors("unet:0:up", "unet:0:down"), "LoRA of numbered layers (cloneofsimo/lora)"),
+        (tensors("lllite_unet_input_blocks_1_1_attn1_to_q.down.0.weight", "b"), "ControlNet"),
+        (tensors("lora_controlnet", "input_blocks.1.0.in_layers.2.up"), "ControlNet"),
+        (tensors("down_blocks.0.motion_modules.0.norm.weight", "controlnet_down_blocks.0.weight"), "ControlNet"),
+        (
+            tensors("model_ema.diffusion_modelinput_blocks00weight", "first_stage_model.decoder.conv_in.weight"),
+            "checkpoint with averaged weights only",
+        ),
+        (tensors("vae.encoder.conv_in.weight", "vae.decoder.conv_in.weight"), "VAE"),
         (tensors("down_blocks.0.motion_modules.0.norm.weight", "conv_in.weight"), "motion adapter"),
         (tensors("down_blocks.0.motion_modules.0.temporal_transformer.norm.weight", "b"), "motion adapter"),
         (tensors("first_stage_model.decoder.conv_in.weight", "b"), "VAE"),
