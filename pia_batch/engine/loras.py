@@ -120,7 +120,8 @@ def read(part: Component, config: LoraConfig) -> Lora:
     for network in content.layers:
         found = record or peft_config.of_network(metadata, network)
         if found is not None:
-            peft_config.check_peft(found, str(path))
+            check = peft_config.check_peft if record is not None else peft_config.check_header
+            check(found, str(path))
     return Lora(
         part,
         config.scale,

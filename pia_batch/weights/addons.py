@@ -397,7 +397,7 @@ def _check_content(header: safetensors.SafetensorsHeader, content: lora_files.Lo
     for network in content.layers:
         record = peft_config.of_network(recorded, network)
         if record is not None:
-            peft_config.check_peft(record, f"{where}: the record of peft in its header")
+            peft_config.check_header(record, f"{where}: the record of peft in its header")
 
 
 def _check_dtypes(header: safetensors.SafetensorsHeader, names: Iterable[str], where: str) -> None:

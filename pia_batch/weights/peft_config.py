@@ -37,6 +37,62 @@ _VARIANTS = (
 )
 """Settings of variants of LoRA, whose delta is not the product of two matrices for all tokens."""
 
+_KNOWN = frozenset(
+    [
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "target_parameters",
+        "task_type",
+        "trainable_token_indices",
+        "use_dora",
+        "use_rslora",
+        "velora_config",
+    ]
+)
+"""Settings of `LoraConfig` that are in the tensors and the scale, or change only the training. Source: peft 0.21.2."""
+
+
+def check_header(record: Mapping[str, Any], where: str) -> None:
+    """Check one network's part of a record in a file's metadata, which diffusers reads setting by setting.
+
+    Raises:
+        ConfigError: As in `check_peft`, or it has a setting of unknown effect that is neither null nor false.
+    """
+    check_peft(record, where)
+    unknown = next((key for key, value in record.items() if key not in _KNOWN and value not in (None, False)), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"{where} has the setting {unknown!r}, whose effect is not known; save the adapter with an ordinary "
+            "LoraConfig, or merge it into its base and set model.base to the result"
+        )
+
 
 def in_metadata(metadata: Mapping[str, str], where: str) -> dict[str, Any] | None:
     """Return the record that diffusers stores in a file's metadata, for all networks; None if there is none.
