@@ -254,24 +254,24 @@ def test_a_passing_fault_of_a_server_is_tried_again(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "says", "requests"),
+    ("status", "says", "repeated"),
     [
-        (404, "does not exist: the server answered 404", 1),
-        (410, "does not exist", 1),
-        (401, "may not be read: the server answered 401", 1),
-        (403, "may not be read", 1),
-        (400, "cannot be opened: the server answered 400", 1),
-        (204, "cannot be opened: the server answered 204", 1),
-        (206, "cannot be opened: the server answered 206", 1),
-        (500, "could not be read in time: the server answered 500", 2),
-        (429, "could not be read in time: the server answered 429", 2),
+        (404, "does not exist: the server answered 404", False),
+        (410, "does not exist", False),
+        (401, "may not be read: the server answered 401", False),
+        (403, "may not be read", False),
+        (400, "cannot be opened: the server answered 400", False),
+        (204, "cannot be opened: the server answered 204", False),
+        (206, "cannot be opened: the server answered 206", False),
+        (500, "could not be read in time: the server answered 500", True),
+        (429, "could not be read in time: the server answered 429", True),
     ],
 )
-def test_what_a_server_answers_is_reported(server: Server, status: int, says: str, requests: int) -> None:
+def test_what_a_server_answers_is_reported(server: Server, status: int, says: str, repeated: bool) -> None:
     here = f"http://images.example.com:{server.server_port}"
 
-    assert f"{here}/status/{status} {says}" in refused(f"{here}/status/{status}?sig=secret", here, timeout_s=0.5)
-    assert len(server.requests) == requests
+    assert f"{here}/status/{status} {says}" in refused(f"{here}/status/{status}?sig=secret", here, timeout_s=2.0)
+    assert (len(server.requests) > 1) == repeated
 
 
 # --- what a server tries --------------------------------------------------------------------------------------------
