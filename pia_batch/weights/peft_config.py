@@ -83,7 +83,7 @@ def check_header(record: Mapping[str, Any], where: str) -> None:
     """Check one network's part of a record in a file's metadata, which diffusers reads setting by setting.
 
     Raises:
-        ConfigError: As in `check_peft`, or it has a setting of unknown effect that is neither null nor false.
+        ConfigError: A reason of `check_peft`; or it has a setting of unknown effect that is neither null nor false.
     """
     check_peft(record, where)
     unknown = next((key for key, value in record.items() if key not in _KNOWN and value not in (None, False)), None)

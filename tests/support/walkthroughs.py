@@ -133,6 +133,8 @@ def _mistake_in_ours(page: str, arguments: list[str], *, may_lack: bool = False)
             return None
         name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
         given = command.make_context(name, rest, parent=context).params
+    except typer.Exit:  # an option that ends the program, such as --version
+        return None
     except exceptions.MissingParameter as err:
         return None if may_lack else err.format_message()
     except exceptions.UsageError as err:
