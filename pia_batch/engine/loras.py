@@ -298,21 +298,23 @@ def _bias_delta(layer: _Layer) -> torch.Tensor | float:
 
 
 def _delta(layer: _Layer, base: torch.Tensor) -> torch.Tensor | None:
-    """Return the change of a weight, in float64; None if only the bias changes."""
+    """Return the change of a weight, in float64; None if it does not change."""
+    if layer.lora.scale == 0:  # LyCORIS would add the matrices of a DoRA without their norm
+        return None
     tensors = {role: tensor.double() for role, tensor in layer.tensors.items()}
     sides = lora_shapes.channels({role: tuple(tensor.shape) for role, tensor in tensors.items()}, layer.target)
     delta = _unscaled(tensors)
     if delta is None:
         return None
     scale = layer.lora.scale
-    delta = delta.reshape(sides) * (layer.factor * scale)
+    delta = delta.reshape(sides) * layer.factor
     role = next((role for role in _SCALED_BY_NORM if role in tensors), None)
     if role is None:
-        return delta
+        return delta * scale
     own = base[:, : sides[1]]
     magnitude = tensors[role]
     if role == "magnitude":
-        return _decomposed(own, own + delta, magnitude, by_input=False, scale=1.0) - own
+        return _decomposed(own, own + delta * scale, magnitude, by_input=False, scale=1.0) - own
     has_row = magnitude.ndim > 1 and len(magnitude) == 1 and magnitude.shape[1] == own.shape[1]
     by_input = has_row or magnitude.numel() != len(own)
     return _decomposed(own, own + delta, magnitude, by_input=by_input, scale=scale) - own
@@ -354,7 +356,7 @@ def _decomposed(
     """Return the weight of DoRA: the direction of `changed`, with the trained magnitude.
 
     The norm is that of each output, or of each input for files of older LyCORIS, whose magnitude has the shape (1, in).
-    With a scale other than 1, LyCORIS interpolates the factor; PEFT does not.
+    With a scale other than 1, PEFT scales the matrices before this; LyCORIS since 3.1 interpolates the factor instead.
     """
     axis = 1 if by_input else 0
     others = [each for each in range(own.ndim) if each != axis]

@@ -422,12 +422,13 @@ def test_dora_of_lycoris_takes_the_norm_of_the_changed_base(base, tmp_path, kind
         tensors |= {f"{kohya(layer)}.{name}": tensor for name, tensor in made.items()}
         flat = layer == FEED  # a vector, which only the side of its length can have
         tensors[f"{kohya(layer)}.dora_scale"] = magnitude if flat else magnitude.reshape(sides)
-        changed = weight + scale * delta
+        changed = weight + delta  # get_merged_weight of LyCORIS 3.1.1: its multiplier acts on the factor only
         expected[layer] = changed * (1 + scale * (with_norm(changed, magnitude, axis) - 1))
     save_file(tensors, tmp_path / "a.safetensors")
 
     for fuse in (False, True):
         assert_weights(load(base, (tmp_path / "a.safetensors", scale), fuse=fuse), expected)
+    assert_weights(load(base, (tmp_path / "a.safetensors", 0.0)), {})
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.6])
