@@ -228,7 +228,8 @@ def test_output_that_a_page_shows_is_compared_line_by_line(expected: str, missin
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_readme_can_be_followed(tmp_path: Path) -> None:
-    shutil.copytree(tiny.SAMPLE, tmp_path / "pia_batch" / "tiny" / "sample")
+    # Ray looks for modules in the working folder first, so that a part of the package would hide the package.
+    shutil.copytree(ROOT / "pia_batch", tmp_path / "pia_batch", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "photos").mkdir()
     shutil.copy(tiny.SAMPLE / "images" / "red-circle.png", tmp_path / "photos")
     follow(
