@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -33,6 +34,7 @@ from pia_batch.config import RunConfig, yaml_text
 from pia_batch.driver.authentication import TOKEN_REMEDY, authentication, check_authentication, token
 from pia_batch.driver.job_log import FollowedLog
 from pia_batch.errors import ConfigError, InterruptedRunError, LeaseHeldError, message_of
+from pia_batch.storage.retries import retry
 from pia_batch.storage.uris import redacted_uri
 
 log = logging.getLogger(__name__)
@@ -287,29 +289,38 @@ class Jobs:
 
     def _send(self, *, submission_id: str, metadata: dict[str, str], **job: Any) -> None:
         """Send a job, again after a moment while the cluster has no agent that could start it."""
-        until = time.monotonic() + AGENT_WAIT_S
-        repeated = False
+        was_repeated = False
+
+        def send() -> None:
+            try:
+                self._client.submit_job(submission_id=submission_id, metadata=metadata, **job)
+            except RuntimeError as err:
+                if "already exists" not in str(err):
+                    raise
+                if not was_repeated:  # otherwise Ray had started the job, and its answer came too late
+                    raise LeaseHeldError(_duplicate_message(submission_id, "there", metadata["output"])) from None
+
+        def note_repetition(_attempt: int, _err: Exception) -> None:
+            nonlocal was_repeated
+            was_repeated = True
+
         with self._operator_errors():
-            while True:
-                try:
-                    self._client.submit_job(submission_id=submission_id, metadata=metadata, **job)
-                except RuntimeError as err:
-                    if "already exists" in str(err):
-                        if repeated:  # Ray had started the job, and its answer came too late
-                            return
-                        raise LeaseHeldError(_duplicate_message(submission_id, "there", metadata["output"])) from None
-                    if not any(sign in str(err) for sign in _NO_AGENT):
-                        raise
-                    if time.monotonic() > until:
-                        msg = (
-                            f"the Ray cluster at {redacted_uri(self.address)} has had no agent to start a job for "
-                            f"{AGENT_WAIT_S:.0f} s; see dashboard_agent.log on its head node, and submit again"
-                        )
-                        raise ConfigError(msg) from None
-                    repeated = True
-                    time.sleep(_POLL_S)
-                else:
-                    return
+            try:
+                retry(
+                    send,
+                    is_transient=_has_no_agent,
+                    pauses_s=itertools.repeat(_POLL_S),
+                    deadline=time.monotonic() + AGENT_WAIT_S,
+                    on_retry=note_repetition,
+                )
+            except RuntimeError as err:
+                if not _has_no_agent(err):
+                    raise
+                msg = (
+                    f"the Ray cluster at {redacted_uri(self.address)} has had no agent to start a job for "
+                    f"{AGENT_WAIT_S:.0f} s; see dashboard_agent.log on its head node, and submit again"
+                )
+                raise ConfigError(msg) from None
 
     @contextmanager
     def _operator_errors(self, job_id: str = "") -> Iterator[None]:
@@ -329,6 +340,10 @@ class Jobs:
                 raise _UnknownJobError(msg) from None
             msg = f"the Ray cluster at {redacted_uri(self.address)} refused: {message_of(err)}"
             raise ConfigError(msg) from None
+
+
+def _has_no_agent(err: Exception) -> bool:
+    return isinstance(err, RuntimeError) and any(sign in str(err) for sign in _NO_AGENT)
 
 
 def pack(spec: JobSpec, folder: Path) -> str:
