@@ -88,20 +88,15 @@ def write(batches: Iterator[Batch], target: ShardTarget) -> int:
     path, num_bytes = target.folder / "rows.parquet", 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for batch in batches:
-            files = [
-                (f"{safe_name(request_id)}.{CODECS[clip.format].extension}", clip.data)
-                for request_id, clip in zip(batch.rows["request_id"].to_pylist(), batch.clips, strict=True)
-            ]
-            names = pa.array([name for name, _ in files], pa.string())
-            files += [
-                (f"{safe_name(request_id)}.jpg", clip.poster)
-                for request_id, clip in zip(batch.rows["request_id"].to_pylist(), batch.clips, strict=True)
-                if clip.poster is not None
-            ]
+            stems = [safe_name(request_id) for request_id in batch.rows["request_id"].to_pylist()]
+            clips = list(zip(stems, batch.clips, strict=True))
+            names = [f"{stem}.{CODECS[clip.format].extension}" for stem, clip in clips]
+            files = [(name, clip.data) for name, clip in zip(names, batch.clips, strict=True)]
+            files += [(f"{stem}.jpg", clip.poster) for stem, clip in clips if clip.poster is not None]
             for _ in map_in_threads(lambda file: target.store.replace(*file), files, PUT_THREADS):
                 pass
             num_bytes += sum(len(data) for _, data in files)
-            writer.write_table(pa.table([names, *batch.rows.columns], schema=schema))
+            writer.write_table(pa.table([pa.array(names, pa.string()), *batch.rows.columns], schema=schema))
     target.store.replace_file(_table_part(target.shard.number), path)
     return num_bytes
 

@@ -109,10 +109,10 @@ class RowReader:
         """
         results = self.results(shard)
         rows, prompts = self.chosen(results), _prompts(results)
-        wanted = results.select([*NEEDED, "fps", "loop_count", "num_frames", "duration_s"]).to_pylist()
+        needed = [*NEEDED, "fps", "loop_count", "num_frames", "duration_s"]
         if self.posters and "poster_uri" in results.column_names:
-            files = results.select(["poster_uri", "poster_sha256"]).to_pylist()
-            wanted = [row | poster for row, poster in zip(wanted, files, strict=True)]
+            needed += ["poster_uri", "poster_sha256"]
+        wanted = results.select(needed).to_pylist()
         threads = TRANSCODE_THREADS if self.transcode else FETCH_THREADS
         store, start, num_bytes, clips = self.published.store, 0, 0, list[Clip]()
         for clip in store.each(functools.partial(fetch, store, self.transcode), wanted, threads):

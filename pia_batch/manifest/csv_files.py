@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -23,6 +24,11 @@ NULL_WORDS = (
 `request_id`; every other column keeps them.
 
 Sources: the list of pandas' `read_csv`; `NaT` of its dates; `\\N` of MySQL, PostgreSQL and Hive; Excel's errors."""
+
+_NULL_FIELD = re.compile(
+    rb"(?:^|[,\r\n])(?:" + b"|".join(re.escape(word.encode()) for word in NULL_WORDS) + rb")(?:[,\r\n]|\Z)"
+)
+"""Such a word as a whole field without quotes; inside of longer texts, most files have one."""
 
 _PADDING = " \t\x1a\0"
 """Characters that editors and copies leave on a line or at the end of a file; alone they are no row."""
@@ -55,7 +61,7 @@ def read_csv(data: bytes, path: str, column_map: ColumnMap = NO_MAP) -> tuple[pa
         table, num_padded = _parsed(data, names, names, [""])
         ours = sorted({number for name, number in columns if name in _WITH_NULLS})
         with_nulls = table
-        if ours and any(word.encode() in data for word in NULL_WORDS):
+        if ours and _NULL_FIELD.search(data):
             with_nulls, _ = _parsed(data, names, [str(number) for number in ours], ["", *NULL_WORDS])
     except pa.ArrowInvalid as err:
         remedy = "; save it as UTF-8" if "invalid UTF8" in str(err) else ""

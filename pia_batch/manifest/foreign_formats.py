@@ -96,10 +96,10 @@ def refuse_other_format(head: bytes, path: str, expected: Literal["parquet", "te
 
 
 def _found(head: bytes) -> tuple[str, str] | None:
-    for magic, what, remedy in _TEXTS:
-        if head.startswith(magic):
-            return what, remedy
-    for at, magic, what, remedy in () if _is_text(head) else (*((0, *each) for each in _MAGIC), *_MAGIC_INSIDE):
+    signatures = [(0, *each) for each in _TEXTS]
+    if not _is_text(head):
+        signatures += [*((0, *each) for each in _MAGIC), *_MAGIC_INSIDE]
+    for at, magic, what, remedy in signatures:
         if head.startswith(magic, at):
             return what, remedy
     return ("HTML or XML", _MARKUP_REMEDY) if _MARKUP.match(head) else None
