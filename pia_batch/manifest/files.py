@@ -31,7 +31,7 @@ from pia_batch.manifest import wide_integers
 from pia_batch.manifest.column_layout import MAX_COLUMNS, Layout
 from pia_batch.manifest.column_map import NO_MAP, ColumnMap
 from pia_batch.manifest.csv_files import read_csv
-from pia_batch.manifest.foreign_formats import HEAD_BYTES, refuse_other_format
+from pia_batch.manifest.foreign_formats import refuse_other_format
 from pia_batch.manifest.formats import FileFormat
 from pia_batch.manifest.inline_images import NOT_INLINE, has_inline_images
 from pia_batch.manifest.json_lines import read_json_lines
@@ -39,6 +39,7 @@ from pia_batch.manifest.request_ids import location_ids
 from pia_batch.manifest.table_formats import refuse_data_of_table
 from pia_batch.manifest.text_files import TextBudget, read_text
 from pia_batch.storage import filesystems
+from pia_batch.storage.file_kinds import HEAD_BYTES
 from pia_batch.storage.uris import redacted
 
 BATCH_ROWS = 65_536

@@ -8,7 +8,8 @@ import threading
 import pyarrow as pa
 
 from pia_batch.errors import ManifestError
-from pia_batch.manifest.foreign_formats import HEAD_BYTES, refuse_other_format
+from pia_batch.manifest.foreign_formats import refuse_other_format
+from pia_batch.storage.file_kinds import HEAD_BYTES
 
 MAX_TEXT_BYTES = 512 * 2**20
 """Largest size of all files of a JSONL or CSV manifest, decompressed; they are read whole."""

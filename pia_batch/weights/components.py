@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import json
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pia_batch.errors import ConfigError
+from pia_batch.errors import ConfigError, environment_remedy, message_of
+from pia_batch.storage import file_kinds
 from pia_batch.weights import safetensors
 from pia_batch.weights.fetching import FetchedFolder
 
@@ -17,7 +19,6 @@ MODEL, DIFFUSION_MODEL = "model", "diffusion_pytorch_model"
 """File name stems of weights in a folder, by transformers and by diffusers."""
 
 CONFIG = "config.json"
-_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,6 @@ def plain(source: FetchedFolder, part: str, names: tuple[str, ...]) -> Component
     return Component(folder, None, files, source.commit)
 
 
-def tokenizer(source: FetchedFolder) -> Component:
-    """Return the part `tokenizer`.
-
-    Raises:
-        ConfigError: It has no vocabulary.
-    """
-    found = plain(source, "tokenizer", _TOKENIZER)
-    if "tokenizer.json" not in found.files and not {"vocab.json", "merges.txt"} <= set(found.files):
-        raise ConfigError(f"{source.named} has no vocabulary in tokenizer/; it is not a complete checkpoint")
-    return found
-
-
 def weighted(source: FetchedFolder, part: str, stem: str, variant: str | None) -> Component:
     """Return a network in a folder: its `config.json` and its weights, in one file or in shards.
 
@@ -152,18 +141,48 @@ def header(part: Component) -> safetensors.SafetensorsHeader:
     return safetensors.SafetensorsHeader(found[0].path, shapes, dtypes, found[0].metadata)
 
 
+def read_text(path: Path) -> str:
+    """Read a file of text in UTF-8.
+
+    Raises:
+        ConfigError: The file cannot be read, is empty, or is a file of another kind; the message names that kind.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as err:
+        remedy = environment_remedy(err) or "correct the path, or fetch the file again"
+        raise ConfigError(f"cannot read {path}: {message_of(err)}; {remedy}") from err
+    head = content[: file_kinds.HEAD_BYTES]
+    found = file_kinds.identify(head)
+    if found is not None:
+        raise ConfigError(f"{path} is {found.what}; {safetensors.REMEDIES[found.group]}")
+    if not content.strip():
+        raise ConfigError(f"{path} is empty; fetch the file again")
+    if not any(content):
+        raise ConfigError(f"{path} holds only zeros, as an interrupted copy leaves them; fetch the file again")
+    wide = file_kinds.wide_encoding(head)
+    if wide is not None or content.startswith(codecs.BOM_UTF8):
+        raise ConfigError(f"{path} is text in {wide or 'UTF-8 with a byte order mark'}; save it as UTF-8 without one")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"{path} is not text in UTF-8 ({err}); fetch the file again") from err
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file with a JSON object.
 
     Raises:
-        ConfigError: The file cannot be read, or does not contain a JSON object.
+        ConfigError: The file cannot be read, or does not contain a JSON object; the message names what it is.
     """
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, RecursionError, ValueError) as err:
-        raise ConfigError(f"cannot read {path}: {err}") from err
+        content = json.loads(text)
+    except (RecursionError, ValueError) as err:
+        where = "it ends early" if isinstance(err, json.JSONDecodeError) and err.pos >= len(text.rstrip()) else err
+        raise ConfigError(f"{path} is not JSON, or was cut short ({where}); fetch the file again") from err
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} does not contain a JSON object")
+        raise ConfigError(f"{path} does not contain a JSON object (got {type(content).__name__}); fetch the file again")
     return content
 
 

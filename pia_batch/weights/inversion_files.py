@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from pia_batch.errors import ConfigError
-from pia_batch.weights import components, safetensors
+from pia_batch.weights import safetensors, tokenizer_files
 from pia_batch.weights.components import Component
 
 NAMELESS = ("emb_params", "string_to_param", "string_to_param.*", "*", "clip_l", "text_encoders_0")
@@ -53,7 +52,7 @@ class Words:
         Raises:
             ConfigError: A token is already in the vocabulary, or another textual inversion has it.
         """
-        self._taken = self._taken or _vocabulary(self._tokenizer)
+        self._taken = self._taken or tokenizer_files.vocabulary(self._tokenizer)
         tokens = [word, *(f"{word}_{k}" for k in range(1, shape[0] if len(shape) > 1 else 1))]
         taken = next((token for token in tokens if token in self._taken), None)
         if taken is not None:
@@ -63,22 +62,3 @@ class Words:
             )
         self._taken.update(tokens)
         self.added.append(word)
-
-
-def _vocabulary(tokenizer: Component) -> set[str]:
-    """Return all tokens of a tokenizer, from its files."""
-    found: set[str] = set()
-    for name in tokenizer.files:
-        content = components.read_json(tokenizer.folder / name) if name.endswith(".json") else {}
-        if name == "vocab.json":
-            found |= content.keys()
-        if name == "tokenizer.json":
-            found |= _object(_object(content.get("model")).get("vocab")).keys()
-            found |= {str(_object(one).get("content")) for one in content.get("added_tokens") or ()}
-        if name == "tokenizer_config.json":
-            found |= {str(_object(one).get("content")) for one in _object(content.get("added_tokens_decoder")).values()}
-    return found
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -15,7 +15,7 @@ from pia_batch import tiny
 from pia_batch.config import EMBEDDED, ModelConfig
 from pia_batch.config.contexts import POSITIONS
 from pia_batch.errors import ConfigError
-from pia_batch.weights import addons, components, conv_in, networks, safetensors, sd15, tensor_map
+from pia_batch.weights import addons, components, conv_in, networks, safetensors, sd15, tensor_map, tokenizer_files
 from pia_batch.weights.components import CONFIG, DIFFUSION_MODEL, MODEL, Component
 from pia_batch.weights.fetching import FetchedFolder, Hub, HuggingFaceHub, locate
 
@@ -95,6 +95,7 @@ def resolve(model: ModelConfig, hub: Hub | None = None) -> Weights:
         parts["vae"] = _vae(model.vae, model, configs, hub)
     for name in ("text_encoder", "unet", "vae"):
         _check_class(name, parts[name])
+    tokenizer_files.check_fit(parts["tokenizer"], parts["text_encoder"])
     _check_scheduler(parts["scheduler"])
     _check_vae(parts["vae"])
     holds_motion = _check_unet(parts["unet"], model)
@@ -220,9 +221,12 @@ def _base(model: ModelConfig, configs: FetchedFolder, hub: Hub) -> tuple[Path, d
 
 
 def _folder_base(model: ModelConfig, source: FetchedFolder) -> dict[str, Component]:
+    index = source.root / "model_index.json"
+    if index.is_file():
+        components.read_json(index)  # nothing is taken from it, but a damaged one means a damaged folder
     parts = {
         "scheduler": components.plain(source, "scheduler", ("scheduler_config.json",)),
-        "tokenizer": components.tokenizer(source),
+        "tokenizer": tokenizer_files.find(source),
         "text_encoder": components.weighted(source, "text_encoder", MODEL, model.variant),
         "unet": components.weighted(source, "unet", DIFFUSION_MODEL, model.variant),
     }
@@ -243,7 +247,7 @@ def _single_file_base(
     parts = {name: components.single_file(source, file, components.only_config(configs, name)) for name in networks}
     scheduler = components.plain(configs, "scheduler", ("scheduler_config.json",))
     _check_prediction(model, parts["unet"], scheduler)
-    return parts | {"scheduler": scheduler, "tokenizer": components.tokenizer(configs)}
+    return parts | {"scheduler": scheduler, "tokenizer": tokenizer_files.find(configs)}
 
 
 def _check_prediction(model: ModelConfig, unet: Component, scheduler: Component) -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from pia_batch.errors import ConfigError, environment_remedy, message_of
+from pia_batch.errors import ConfigError, environment_remedy, message_of, printable
+from pia_batch.storage import file_kinds
 
 SUFFIX = ".safetensors"
 
@@ -110,10 +111,9 @@ def read(path: Path) -> SafetensorsHeader:
         with path.open("rb") as file:
             num_bytes = file.seek(0, 2)
             file.seek(0)
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
+            length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= min(num_bytes - 8, MAX_HEADER_BYTES):
-                raise ConfigError(_why_invalid(path, start, num_bytes))
+                raise ConfigError(_why_invalid(path, num_bytes))
             text = file.read(length)
     except OSError as err:
         remedy = environment_remedy(err) or "correct the path, or fetch the file again"
@@ -158,36 +158,48 @@ def _check_spans(
         position = end
 
 
-def _why_invalid(path: Path, start: bytes, num_bytes: int) -> str:
-    if start[:1] == b"\x80" or start[:4] == b"PK\x03\x04":
+def _why_invalid(path: Path, num_bytes: int) -> str:
+    if num_bytes == 0:
+        return f"{path} is empty; fetch the file again"
+    with path.open("rb") as file:
+        head = file.read(file_kinds.HEAD_BYTES)
+    found = file_kinds.identify(head)
+    if (found is not None and found.group == "pickle") or head[:1] == b"\x80" or _is_torch_archive(head):
         return (
             f"{path} has a safetensors name, but it is a pickle, which is refused, because opening it runs its "
             "code. Convert it to safetensors, or use a safetensors file"
         )
-    for beginning, (what, remedy) in _OTHER_FILES.items():
-        if start.lstrip().lower().startswith(beginning.lower()):
-            return f"{path} is {what}, not a safetensors file; {remedy}"
-    if num_bytes == 0:
-        return f"{path} is empty; fetch the file again"
+    if found is not None:
+        return f"{path} is {found.what}, not a safetensors file; {REMEDIES[found.group]}"
+    if not any(head):
+        return f"{path} holds only zeros, as an interrupted copy leaves them; fetch the file again"
+    if file_kinds.is_text(head):
+        shown = printable(" ".join(head.decode("utf-8", "replace")[:_MOST_SHOWN].split()))
+        return f"{path} is text ({shown!r}), not a safetensors file; {REMEDIES['page']}"
     return f"{path} is not a safetensors file, or it is truncated: it has {num_bytes} bytes; fetch the file again"
 
 
+def _is_torch_archive(head: bytes) -> bool:
+    """Return True for the zip archive that torch.save writes, whose first member is a pickle."""
+    return head.startswith(b"PK\x03\x04") and b"data.pkl" in head
+
+
+_MOST_SHOWN = 40
 _DOWNLOAD = "download the file itself, which may need a login or a token"
 _CONVERT = "use the model's file in safetensors"
-_OTHER_FILES = {
-    b"version ": ("a pointer of Git LFS", "run `git lfs pull` in its repository, or download the file itself"),
-    b"<!doct": ("a web page", _DOWNLOAD),
-    b"<html": ("a web page", _DOWNLOAD),
-    b"<?xml": ("an answer of a server in XML", _DOWNLOAD),
-    b'{"': ("a text in JSON", _DOWNLOAD),
-    b"GGUF": ("a GGUF file, whose weights are quantized", _CONVERT),
-    b"\x08\x07\x12": ("an ONNX file", _CONVERT),
-    b"\x08\x08\x12": ("an ONNX file", _CONVERT),
-    b"\x89HDF": ("an HDF5 file", _CONVERT),
-    b"\x1f\x8b": ("a gzip archive", "unpack it"),
-    b"7z\xbc\xaf": ("a 7z archive", "unpack it"),
+REMEDIES: dict[file_kinds.Group, str] = {
+    "archive": "unpack it, and name the file inside",
+    "compressed": "unpack it, and name the file inside",
+    "document": _DOWNLOAD,
+    "image": _DOWNLOAD,
+    "page": _DOWNLOAD,
+    "pickle": _CONVERT,
+    "pointer": "run `git lfs pull` in its repository, or download the file itself",
+    "table": _CONVERT,
+    "weights": _CONVERT,
+    "zip": "unpack it, and name the file inside",
 }
-"""First bytes of files that people have under the name of a safetensors file, with what they are and a remedy."""
+"""Remedies for other kinds of files in the place of a model's, by their groups."""
 
 
 def kind(header: SafetensorsHeader) -> FileKind:

@@ -67,4 +67,5 @@ def resolve(safety: SafetyConfig, hub: Hub | None = None) -> SafetyCheckerFiles 
         raise ConfigError(f"{_KEY}: {found.folder} has no tensor {missing[0]!r}; use a complete {_CLASS}")
     if not (source.root / settings).is_file():
         raise ConfigError(f"{_KEY}: {source.named} has no {settings}; copy it there from where the checker is from")
+    components.read_json(source.root / settings)
     return SafetyCheckerFiles(found, components.plain(source, extractor, (_PREPROCESSOR,)))

@@ -22,7 +22,6 @@ from pia_batch import tiny
 from pia_batch.config import IpAdapterConfig, LoraConfig, ModelConfig, TextualInversionConfig
 from pia_batch.errors import ConfigError
 from pia_batch.storage.object_store import Store
-from pia_batch.weights import sd15
 from pia_batch.weights.identity import engine_id
 from pia_batch.weights.resolve import Weights, resolve
 
@@ -280,12 +279,17 @@ def test_a_word_that_is_taken_is_refused_before_a_run(tmp_path, files, token, me
 def test_a_word_of_a_vocabulary_in_several_files_is_known(tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(tiny.PATH, folder)
-    (folder / "tokenizer" / "tokenizer.json").unlink()
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(sd15.PATH / "tokenizer" / name, folder / "tokenizer")
+    whole = folder / "tokenizer" / "tokenizer.json"
+    model, added = (json.loads(whole.read_text())[key] for key in ("model", "added_tokens"))
+    vocab = model["vocab"] | {one["content"]: one["id"] for one in added}
+    merges = "".join(f"{' '.join(pair)}\n" for pair in model["merges"])
+    whole.unlink()
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "tokenizer" / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+    known = "".join(model["merges"][-1])
     source = write(tmp_path / "cat.safetensors", {"easynegative": (1, 64)})
 
-    for token, refused in (("dog</w>", True), ("dogx7", False)):
+    for token, refused in ((known, True), ("dogx7", False)):
         model = ModelConfig(base=str(folder), textual_inversions=(TextualInversionConfig(source=source, token=token),))
         with pytest.raises(ConfigError, match="already in the vocabulary") if refused else nullcontext():
             assert resolve(model).words == (token,)
