@@ -1,4 +1,7 @@
-"""Batch limit: the largest batch that fits into the device's memory, learned from successes and overflows."""
+"""Batch limit: the largest batch that fits into the device's memory, learned from successes and overflows.
+
+On a CPU batches have a fixed maximum besides, because its caches end long before its memory.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,29 @@ PATIENCE = 8
 MAX_PATIENCE = 512
 """Largest patience. It doubles with every larger batch that fails, so that a lasting limit costs little."""
 
+CPU_BATCH_PIXELS = 4 * 2 * 8 * 64 * 64
+"""Pixels of all UNet samples of a batch on a CPU: four guided or eight unguided rows of 8 frames of 64 x 64.
+
+Activations of larger batches do not stay in its caches, and the products then take longer than in small batches
+(docs/engine-design.md has the measurement).
+"""
+
 
 class BatchLimit:
     """Largest load of one batch. A load is in any unit that memory grows with; the loads of the rows add up.
 
-    There is no limit until a batch overflows; an overflow halves the rows. After enough successful batches at the
-    limit, the limit doubles, as long as more rows are requested. So one short shortage does not halve the throughput
-    for ever.
+    Except for the fixed maximum there is no limit until a batch overflows; an overflow halves the rows. After enough
+    successful batches at the limit, the limit doubles, as long as more rows are requested. So one short shortage does
+    not halve the throughput for ever.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, maximum: int | None = None) -> None:
+        """Create a limit that has seen no batch.
+
+        Args:
+            maximum: Load that a batch of several rows never exceeds; None: only the memory limits batches.
+        """
+        self._maximum = maximum
         self._limit: int | None = None
         self._proven: int | None = None
         """Limit before it was doubled; None once a larger batch has fitted."""
@@ -37,9 +53,10 @@ class BatchLimit:
         Args:
             loads: Loads of the remaining rows, in their order; at least one.
         """
-        limit = self._limit
-        if limit is None:
+        limits = [limit for limit in (self._limit, self._maximum) if limit is not None]
+        if not limits:
             return len(loads)
+        limit = min(limits)
         return max(1, sum(1 for _ in takewhile(lambda total: total <= limit, accumulate(loads))))
 
     def record_success(self, loads: Sequence[int], taken: int) -> None:

@@ -19,7 +19,7 @@ from pia_batch.config import ModelConfig, contexts
 from pia_batch.config.arithmetic import Arithmetic
 from pia_batch.config.speed_presets import EXACT, PRESETS, Speed
 from pia_batch.engine import compiling, loading, sampling, self_test
-from pia_batch.engine.batch_limit import BatchLimit, is_out_of_memory
+from pia_batch.engine.batch_limit import CPU_BATCH_PIXELS, BatchLimit, is_out_of_memory
 from pia_batch.engine.chaining import Film
 from pia_batch.engine.conditioning import ImageEncoder, Prompt, PromptEncoder
 from pia_batch.engine.decoding import FrameDecoder
@@ -68,7 +68,7 @@ class PiaEngine:
                 components.unet, components.image_encoder, components.image_processor, components.device
             )
         self._decoder = FrameDecoder(components.vae, components.call, per_frame=components.vae_decode == "per_frame")
-        self._batch_limit = BatchLimit()
+        self._batch_limit = BatchLimit(CPU_BATCH_PIXELS if components.device.type == "cpu" else None)
 
     @classmethod
     def load(cls, model: ModelConfig, device: str | None = None, shared: SharedParts | None = None) -> PiaEngine:
@@ -161,7 +161,7 @@ class PiaEngine:
 
         Shots with the same size and the same number of frames, or of frames in a window, share a batch, whatever else
         differs. A batch that does not fit into the device's memory is halved until it fits. Later batches start with
-        the size that fitted, and grow again after a while.
+        the size that fitted, and grow again after a while. On a CPU batches are also no larger than its caches bear.
 
         Args:
             shots: Shots with any mixture of settings. An empty sequence returns an empty list.

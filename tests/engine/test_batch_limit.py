@@ -37,6 +37,22 @@ def test_without_an_overflow_a_batch_is_what_was_asked_for():
     assert generate(BatchLimit(), [3] * 10, most(30)) == [30]
 
 
+def test_a_batch_never_exceeds_the_maximum_except_by_a_single_row():
+    limit = BatchLimit(maximum=6)
+
+    assert generate(limit, [2] * 10, most(30)) == [6, 6, 6, 2]
+    assert generate(limit, [7, 3, 3, 1], most(30)) == [7, 6, 1]
+
+
+def test_below_a_maximum_an_overflow_halves_batches_and_they_grow_back_to_it():
+    limit = BatchLimit(maximum=8)
+    limit.record_overflow([1] * 8, 8)
+
+    tried = generate(limit, [1] * (4 * PATIENCE + 8 * 3 * PATIENCE), most(1000))
+
+    assert tried == [4] * PATIENCE + [8] * 3 * PATIENCE
+
+
 def test_a_batch_is_halved_until_it_fits_and_what_fits_is_remembered():
     limit = BatchLimit()
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import check_engine
 import check_scale
 import numpy as np
 from PIL import Image
@@ -41,7 +42,6 @@ PIPELINE = "from diffusers import PIAPipeline, MotionAdapter; from transformers 
 def main() -> int:
     """Measure and print all ratios; return 1 if one is below its minimum."""
     checks: list[tuple[float, str, Callable[[], float]]] = [
-        (1.3, "engine: eight mixed requests, one thread, times as fast as single calls", cpu_gain),
         (
             1 / 1.3,
             "engine load: import of diffusers' pipeline alone, as a share of it",
@@ -61,40 +61,12 @@ def main() -> int:
         (0.8, "prepare: 30,000 images of 20 kB, times as fast as Ray Data's bare read and write", prepare_gain),
         *((least, str(check.__doc__), check) for least, check in check_scale.CHECKS),
     ]
-    missed = 0
+    missed = check_engine.check(check_engine.mixtures())
     for least, name, measure in checks:
         value = measure()
         missed += value < least
         print(f"{'ok  ' if value >= least else 'SLOW'} {value:7.2f}  at least {least:5.2f}  {name}", flush=True)  # noqa: T201
     return int(missed > 0)
-
-
-def cpu_gain() -> float:
-    """Eight rows that differ in guidance, motion, seed and prompt: single pipeline calls against one `animate`."""
-    import torch  # noqa: PLC0415 - the other checks need none of it
-
-    from pia_batch.engine import PiaEngine, Shot  # noqa: PLC0415
-    from pia_batch.engine.benchmark import baselines  # noqa: PLC0415
-
-    torch.set_num_threads(1)  # on a busy machine threads spin while they wait for each other, which is CPU time too
-    pipe = baselines.pipeline("tiny")
-    pictures = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8)
-    shots = [
-        Shot(
-            image=Image.fromarray(picture).resize((64, 64)),
-            prompt=f"a {colour} circle moving left",
-            seed=seed,
-            motion_scale=seed,
-            guidance_scale=1.0 if seed == 3 else 1.5,
-            num_inference_steps=4,
-            num_frames=8,
-            width=64,
-            height=64,
-        )
-        for seed, (picture, colour) in enumerate(zip(pictures, ["red", "blue", "green", "yellow"] * 2, strict=True))
-    ]
-    single: Callable[[], Any] = lambda: [baselines.single_call(pipe, shot) for shot in shots]  # noqa: E731
-    return ratio(single, lambda: PiaEngine.from_pipeline(pipe).animate(shots))
 
 
 def gif_gain() -> float:
