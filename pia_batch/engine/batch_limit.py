@@ -21,8 +21,8 @@ MAX_PATIENCE = 512
 CPU_BATCH_PIXELS = 4 * 2 * 8 * 64 * 64
 """Pixels of all UNet samples of a batch on a CPU: four guided or eight unguided rows of 8 frames of 64 x 64.
 
-Activations of larger batches do not stay in its caches, and the products then take longer than in small batches
-(docs/engine-design.md has the measurement).
+In larger batches products take longer, probably because activations do not stay in the caches (docs/engine-design.md
+has the measurement).
 """
 
 

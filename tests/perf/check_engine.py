@@ -1,7 +1,7 @@
 """Speed of the engine on a CPU for every kind of mixture: eight rows in one call against eight pipeline calls.
 
-    python tests/perf/check_engine.py              # every mixture, one and two threads: 10 minutes
-    python tests/perf/check_engine.py --steps 5    # those of 5 steps
+    python tests/perf/check_engine.py            # every mixture, one and two threads
+    python tests/perf/check_engine.py --steps 5  # those of 5 steps
 
 Both sides take turns in one process, so that other work on the machine affects both. Each line has the ratio of CPU
 seconds and that of the wall; one below its minimum makes the exit code 1. docs/engine-design.md has the profile that
