@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from pia_batch.cli.console import err, out, print_json
 from pia_batch.cli.options import AsJson
 
 _COLUMNS = ("turns", "clips/s", "least-most", "UNet ms", "of matmul", "of sheet", "peak GB", "compile s", "PSNR dB")
-_WIDTH = 124
-"""Width of the table, in characters, if the output is not a terminal and so has no width."""
 
 
 def bench(
@@ -95,8 +92,7 @@ def bench(
 
 
 def _show(record: dict[str, Any]) -> None:
-    wide = out if out.is_terminal else Console(highlight=False, emoji=False, width=_WIDTH)
-    wide.print(_table(record))
+    out.print(_table(record))
     for name, one in record["variants"].items():
         for field in ("error", "not_compiled"):
             if field in one:
@@ -104,7 +100,7 @@ def _show(record: dict[str, Any]) -> None:
     if "error" in record.get("profile", {}):
         out.print(f"profile: error: {record['profile']['error']}", markup=False, soft_wrap=True)
     elif "profile" in record:
-        wide.print(_profile_table(record["profile"]))
+        out.print(_profile_table(record["profile"]))
 
 
 def _numbers(batches: str) -> tuple[int, ...]:

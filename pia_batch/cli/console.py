@@ -27,8 +27,21 @@ LOG_EVERY_S = 10.0
 
 _REFRESHES_PER_SECOND = 4
 
-out = Console(highlight=False, emoji=False)
-err = Console(stderr=True, highlight=False, emoji=False)
+_PIPE_WIDTH = 124
+"""Width of tables, in characters, if the output is not a terminal and so has no width."""
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """Return a console that breaks lines on a terminal only: programs read what comes from a pipe line by line."""
+    console = Console(stderr=stderr, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.soft_wrap = True
+        console.width = _PIPE_WIDTH
+    return console
+
+
+out = _console()
+err = _console(stderr=True)
 
 
 def print_json(payload: dict[str, Any]) -> None:
