@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ sys.path.insert(0, str(JOBS))
 
 import benchmark_chain  # noqa: E402 - a program beside the package
 import benchmark_driver  # noqa: E402
+import benchmark_startup  # noqa: E402
 from benchmark_chain import Case  # noqa: E402
 
 
@@ -44,6 +46,23 @@ def test_engines_that_never_had_work_at_the_same_time_have_no_steady_state() -> 
     assert (told["busy"], told["busy_steady"], told["gap_ms_median"], told["rows_per_s"]) == (1.0, None, None, None)
 
 
+def test_the_parts_of_a_start_add_up_to_the_time_until_the_first_batch() -> None:
+    record = {
+        "started_at": "2026-11-29T10:00:02+00:00",
+        "timings": {"planning_s": 0.25, "waiting_s": 0.05},
+        "engines": {"startup_seconds": {"max": 1.5}},
+    }
+    finished_at = datetime(2026, 11, 29, 10, 0, 9, tzinfo=UTC)
+    result = {"finished_at": finished_at, "gpu_seconds": 0.75, "encode_seconds": 0.25}
+    started_at = datetime(2026, 11, 29, 10, 0, tzinfo=UTC).timestamp()
+
+    parts = benchmark_startup.parts(started_at, record, result)
+
+    assert parts == pytest.approx(
+        {"process_s": 2.0, "plan_s": 0.3, "ray_s": 8.0 - 2.0 - 0.3 - 1.5, "engine_s": 1.5, "first_batch_s": 8.0}
+    )
+
+
 def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a program of jobs/ on a Ray of its own: without an address, Ray looks for the last one of `ray start`."""
     environment = os.environ | {"RAY_ADDRESS": "local"}
@@ -52,6 +71,15 @@ def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done
+
+
+@pytest.mark.long
+def test_a_start_is_measured_by_part(tmp_path: Path) -> None:
+    program("benchmark_startup.py", "--rounds", "1", "--json", str(tmp_path / "startup.json"))
+
+    figures = json.loads((tmp_path / "startup.json").read_text())["median"]
+    assert min(figures.values()) > 0
+    assert sum(figures[part] for part in benchmark_startup.PARTS) == pytest.approx(figures["first_batch_s"], abs=0.1)
 
 
 @pytest.mark.long
