@@ -18,9 +18,9 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from pia_batch.errors import ConfigError
+from pia_batch.errors import ConfigError, message_of
 from pia_batch.weights import safetensors, tensor_map
-from pia_batch.weights.components import Component
+from pia_batch.weights.components import CONFIG, Component
 from pia_batch.weights.networks import text_settings
 from pia_batch.weights.tensor_map import Stored
 
@@ -91,14 +91,24 @@ def _first_invalid(path: Path) -> str | None:
 
 
 def _empty(name: str, part: Component) -> Any:
-    """Return the network without memory for its weights, but with the buffers that it computes."""
+    """Return the network without memory for its weights, but with the buffers that it computes.
+
+    Raises:
+        ConfigError: The library refuses the config.
+    """
     settings = part.settings
-    with accelerate.init_empty_weights():
-        if name == "text_encoder":
-            return transformers.CLIPTextModel(transformers.CLIPTextConfig(**text_settings(settings)))
-        moves = settings.get("_class_name") == diffusers.UNetMotionModel.__name__
-        kind = _KINDS["motion unet" if moves else name]
-        return kind.from_config(settings)
+    try:
+        with accelerate.init_empty_weights():
+            if name == "text_encoder":
+                return transformers.CLIPTextModel(transformers.CLIPTextConfig(**text_settings(settings)))
+            moves = settings.get("_class_name") == diffusers.UNetMotionModel.__name__
+            return _KINDS["motion unet" if moves else name].from_config(settings)
+    except Exception as err:  # a config of any content; the libraries raise exceptions of many types
+        place = part.folder if part.config is None else part.config.folder
+        raise ConfigError(
+            f"{place / CONFIG}: the {name.replace('_', ' ')} cannot be built from it ({message_of(err)}); use the "
+            "config of Stable Diffusion 1.5, or fetch the file again"
+        ) from err
 
 
 _KINDS: dict[str, Any] = {

@@ -131,6 +131,8 @@ _BELONGS: dict[safetensors.FileKind, str] = {
     "IP-Adapter": "it belongs in model.ip_adapter",
     "motion adapter": "it belongs in model.motion_adapter",
     "VAE": "it belongs in model.vae",
+    "ControlNet": "PIA uses no ControlNet and no SparseCtrl; leave it out",
+    "motion modules of HotShot-XL": "they are made for Stable Diffusion XL; set model.motion_adapter to one of PIA",
     "UNet of Stable Diffusion XL": "PIA animates only Stable Diffusion 1.5",
     "UNet of a diffusers folder": "set the key to the parent folder, with tokenizer, text encoder and VAE",
     "text encoder": "use the complete checkpoint",
@@ -279,6 +281,7 @@ def _ip_adapter(
             f"{key}: {name} holds {unknown[0]!r}, which is no tensor of an IP-Adapter; use a file with image_proj.* "
             "and ip_adapter.* only"
         )
+    _check_dtypes(header, named.values(), f"{key}: {name}")
     header = replace(header, shapes={each: header.shapes[stored] for each, stored in named.items()})
     if _is_for_faces(header):
         raise ConfigError(f"{key}: {name} is a FaceID adapter, which needs face embeddings; use one without FaceID")
@@ -320,12 +323,17 @@ def _image_encoder(entry: IpAdapterConfig, name: str, hub: Hub) -> Component:
             config = Component((source.root / beside).parent, None, (CONFIG,), source.commit)
     found = components.single_file(source, file, config)
     image_prompt_files.check_encoder(header.shapes, found.settings, f"{key}: {file}")
+    used = {one.name for one in image_prompt_files.encoder_tensors(header.shapes).values()}
+    _check_dtypes(header, used, f"{key}: {file}")
     return found
 
 
 def _encoder_folder(source: FetchedFolder, part: str, key: str) -> Component:
     found = components.weighted(source, part, MODEL, None)
-    image_prompt_files.check_encoder(components.header(found).shapes, found.settings, f"{key}: {found.folder}")
+    header = components.header(found)
+    image_prompt_files.check_encoder(header.shapes, found.settings, f"{key}: {found.folder}")
+    used = {one.name for one in image_prompt_files.encoder_tensors(header.shapes).values()}
+    _check_dtypes(header, used, f"{key}: {found.folder}")
     return found
 
 

@@ -33,6 +33,7 @@ class Component:
         layout: `diffusers`: a folder that diffusers or transformers load; `single_file`: exactly one safetensors file,
             which may contain more than this part.
         config: Component with the `config.json` of a network in a single file; None: it is in `folder`, or not needed.
+        changes: Settings of that config that are others in the file itself, with their values.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class Component:
     commit: str | None
     layout: Literal["diffusers", "single_file"] = "diffusers"
     config: Component | None = None
+    changes: tuple[tuple[str, Any], ...] = ()
 
     @property
     def path(self) -> Path:
@@ -50,12 +52,12 @@ class Component:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Content of its `config.json`.
+        """Content of its `config.json`, with `changes`.
 
         Raises:
             ConfigError: There is no such file, or it is invalid.
         """
-        return read_json((self.folder if self.config is None else self.config.folder) / CONFIG)
+        return read_json((self.folder if self.config is None else self.config.folder) / CONFIG) | dict(self.changes)
 
     def identity(self) -> dict[str, Any]:
         """Return the identity, equal for equal weights: the hub commit, else the sha256 of every used file."""

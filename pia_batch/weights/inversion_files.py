@@ -50,8 +50,10 @@ class Words:
             remedy: Remedy for a word that is taken, for messages.
 
         Raises:
-            ConfigError: A token is already in the vocabulary, or another textual inversion has it.
+            ConfigError: The word is blank, or a token is in the vocabulary or belongs to another textual inversion.
         """
+        if not word.strip():
+            raise ConfigError(f"{where} has a blank word {word!r}, which no prompt can name; {remedy}")
         self._taken = self._taken or tokenizer_files.vocabulary(self._tokenizer)
         tokens = [word, *(f"{word}_{k}" for k in range(1, shape[0] if len(shape) > 1 else 1))]
         taken = next((token for token in tokens if token in self._taken), None)

@@ -18,6 +18,10 @@ _FEED_FORWARD = 4
 _GATED = 2 * _FEED_FORWARD
 """Width of its first layer: GEGLU has a value and a gate."""
 
+MAX_TENSORS = 100_000
+"""Largest number of tensors of a network. That of Stable Diffusion 1.5 with motion modules has some 1,300; a config
+whose counts are damaged would otherwise have no end."""
+
 POSITIONS = ("pos_embed.pe", "pos_encoder.pe")
 """Endings of the names of frame positions, which are constants: the network computes them if a file lacks them."""
 
@@ -51,6 +55,9 @@ def per_block(value: Any, count: int) -> list[Any]:
 
 
 def _layer(shapes: Shapes, name: str, outputs: int, *inputs: int, bias: bool = True) -> None:
+    if len(shapes) > MAX_TENSORS:
+        msg = f"it has more than {MAX_TENSORS} tensors"
+        raise ValueError(msg)
     shapes[f"{name}.weight"] = (outputs, *inputs)
     if bias:
         shapes[f"{name}.bias"] = (outputs,)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pia_batch.errors import ConfigError
+from pia_batch.errors import ConfigError, message_of
 
 PEFT_CONFIG = "adapter_config.json"
 """Name of the file in which peft saves alpha and rank, next to the weights."""
@@ -78,6 +78,20 @@ _KNOWN = frozenset(
 )
 """Settings of `LoraConfig` that are in the tensors and the scale, or change only the training. Source: peft 0.21.2."""
 
+_KNOWN_OF_LYCORIS = frozenset(
+    [
+        "alpha",
+        "decompose_both",
+        "decompose_factor",
+        "init_weights",
+        "module_dropout",
+        "rank_dropout",
+        "rank_dropout_scale",
+        "use_effective_conv2d",
+    ]
+)
+"""The same of `LoHaConfig` and `LoKrConfig`, apart from those that `LoraConfig` has, too."""
+
 
 def check_header(record: Mapping[str, Any], where: str) -> None:
     """Check one network's part of a record in a file's metadata, which diffusers reads setting by setting.
@@ -86,7 +100,8 @@ def check_header(record: Mapping[str, Any], where: str) -> None:
         ConfigError: A reason of `check_peft`; or it has a setting of unknown effect that is neither null nor false.
     """
     check_peft(record, where)
-    unknown = next((key for key, value in record.items() if key not in _KNOWN and value not in (None, False)), None)
+    known = _KNOWN if _kind(record) == "LORA" else _KNOWN | _KNOWN_OF_LYCORIS
+    unknown = next((key for key, value in record.items() if key not in known and value not in (None, False)), None)
     if unknown is not None:
         raise ConfigError(
             f"{where} has the setting {unknown!r}, whose effect is not known; save the adapter with an ordinary "
@@ -127,7 +142,7 @@ def check_peft(config: Mapping[str, Any], where: str) -> None:
     Raises:
         ConfigError: It is of a kind that no engine applies, or not a record of peft.
     """
-    kind = str(config.get("peft_type", "LORA")).upper()
+    kind = _kind(config)
     if kind not in _PEFT_TYPES:
         raise ConfigError(f"{where} is of peft type {kind}, which is not supported; supported are LORA, LOHA and LOKR")
     initial = str(config.get("init_lora_weights")).lower()
@@ -144,9 +159,33 @@ def check_peft(config: Mapping[str, Any], where: str) -> None:
             "model.base to the result"
         )
     try:
-        scale_of(config, "layer", 1)
+        _check_numbers(config)
     except (ArithmeticError, AttributeError, TypeError, ValueError, re.error) as err:
-        raise ConfigError(f"{where} is not a valid record of peft: {err}") from err
+        raise ConfigError(f"{where} is not a valid record of peft: {message_of(err)}; save the adapter again") from err
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    return str(config.get("peft_type", "LORA")).rpartition(".")[2].upper()  # some programs write `PeftType.LORA`
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """Check every rank and every alpha, so that `scale_of` returns a finite number for each layer.
+
+    Raises:
+        ValueError: A rank is not positive, or an alpha not finite; or another exception of its conversion.
+    """
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    for pattern in (*ranks.keys(), *alphas.keys()):
+        re.compile(pattern)
+    for rank in (config.get("r", 1), *ranks.values()):
+        if not 0 < float(rank) < math.inf:
+            msg = f"a rank is {rank}"
+            raise ValueError(msg)
+    alpha = config.get("lora_alpha", config.get("alpha"))
+    for each in (*([] if alpha is None else [alpha]), *alphas.values()):
+        if not math.isfinite(float(each)):
+            msg = f"an alpha is {each}"
+            raise ValueError(msg)
 
 
 def scale_of(config: Mapping[str, Any], layer: str, rank: int | None) -> float:
@@ -162,7 +201,7 @@ def scale_of(config: Mapping[str, Any], layer: str, rank: int | None) -> float:
     alpha = config.get("lora_alpha", config.get("alpha"))
     rank = _by_pattern(config.get("rank_pattern"), layer, config.get("r", 1)) if rank is None else rank
     alpha = _by_pattern(config.get("alpha_pattern"), layer, rank if alpha is None else alpha)
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return float(alpha) / (math.sqrt(float(rank)) if config.get("use_rslora") else float(rank))
 
 
 def _by_pattern(patterns: Any, layer: str, default: Any) -> Any:

@@ -15,7 +15,18 @@ from pia_batch import tiny
 from pia_batch.config import EMBEDDED, ModelConfig
 from pia_batch.config.contexts import POSITIONS
 from pia_batch.errors import ConfigError
-from pia_batch.weights import addons, components, conv_in, networks, safetensors, sd15, tensor_map, tokenizer_files
+from pia_batch.weights import (
+    addons,
+    components,
+    config_values,
+    conv_in,
+    networks,
+    safetensors,
+    sd15,
+    tensor_map,
+    tokenizer_files,
+    training_marks,
+)
 from pia_batch.weights.components import CONFIG, DIFFUSION_MODEL, MODEL, Component
 from pia_batch.weights.fetching import FetchedFolder, Hub, HuggingFaceHub, locate
 
@@ -59,9 +70,8 @@ class Weights:
     def positions(self) -> int:
         """Number of frames that the motion modules know: the length of their positional encodings."""
         part = self.components.get("motion_adapter", self.components["unet"])
-        header = components.header(part)
-        shape = next(filter(None, map(header.shape_of, networks.POSITIONS)), None)
-        positions: int = part.settings.get("motion_max_seq_length", POSITIONS) if shape is None else shape[1]
+        held = _positions(components.header(part))
+        positions: int = part.settings.get("motion_max_seq_length", POSITIONS) if held is None else held
         return positions
 
     def parts(self) -> Iterator[tuple[str, Component]]:
@@ -93,10 +103,9 @@ def resolve(model: ModelConfig, hub: Hub | None = None) -> Weights:
     base, parts = _base(model, configs, hub)
     if model.vae is not None:
         parts["vae"] = _vae(model.vae, model, configs, hub)
+    _check_scheduler(parts["scheduler"])
     for name in ("text_encoder", "unet", "vae"):
         _check_class(name, parts[name])
-    tokenizer_files.check_fit(parts["tokenizer"], parts["text_encoder"])
-    _check_scheduler(parts["scheduler"])
     _check_vae(parts["vae"])
     holds_motion = _check_unet(parts["unet"], model)
     if model.motion_adapter is not None:
@@ -111,6 +120,7 @@ def resolve(model: ModelConfig, hub: Hub | None = None) -> Weights:
         _check_motion_adapter(parts["motion_adapter"], parts["unet"])
     conv_in.is_from_adapter(model, parts)  # checks the config
     notices = _check_tensors(parts)
+    tokenizer_files.check_fit(parts["tokenizer"], parts["text_encoder"])
     if model.config is not None and all(part.config is None for part in parts.values()):
         raise ConfigError(
             "model.config applies to a base, VAE or motion adapter in a single file, but this model has none; leave "
@@ -176,6 +186,8 @@ def _check_rest(path: Path) -> Counter[str]:
         if name.startswith((tensor_map.UNET_PREFIX, tensor_map.VAE_PREFIX, f"{tensor_map.TEXT_PREFIX}transformer.")):
             continue
         known, reason = tensor_map.left_out(name)
+        if training_marks.is_mark(name):
+            continue  # it was compared with the scheduler
         if not known:
             unknown.append(name)
         elif reason is not None:
@@ -243,27 +255,12 @@ def _single_file_base(
     model: ModelConfig, source: FetchedFolder, file: str, configs: FetchedFolder
 ) -> dict[str, Component]:
     networks = ["text_encoder", "unet", *([] if model.vae else ["vae"])]
-    _check_checkpoint(_header(source, file, "model.base"), file, networks)
+    header = _header(source, file, "model.base")
+    _check_checkpoint(header, file, networks)
     parts = {name: components.single_file(source, file, components.only_config(configs, name)) for name in networks}
     scheduler = components.plain(configs, "scheduler", ("scheduler_config.json",))
-    _check_prediction(model, parts["unet"], scheduler)
+    training_marks.check(model, header, scheduler)
     return parts | {"scheduler": scheduler, "tokenizer": tokenizer_files.find(configs)}
-
-
-def _check_prediction(model: ModelConfig, unet: Component, scheduler: Component) -> None:
-    """Check that the scheduler reads what the checkpoint was trained to predict, by its metadata.
-
-    Source: Stability-AI/ModelSpec, `modelspec.prediction_type`, which sd-scripts writes as `epsilon` or `v`.
-    """
-    trained = str(components.header(unet).metadata.get("modelspec.prediction_type", "")).lower()
-    file = components.read_json(scheduler.folder / "scheduler_config.json")
-    used = str(model.scheduler.settings.get("prediction_type") or file.get("prediction_type") or "epsilon")
-    if trained[:1] in ("v", "e") and trained[:1] != used[:1]:
-        wanted = "v_prediction" if trained[:1] == "v" else "epsilon"
-        raise ConfigError(
-            f"model.base: by its metadata, {unet.path.name} was trained with prediction type {trained!r}, but the "
-            f"scheduler uses {used}; set model.scheduler.settings to {{prediction_type: {wanted}}}"
-        )
 
 
 def _check_checkpoint(header: safetensors.SafetensorsHeader, file: str, networks: list[str]) -> None:
@@ -301,17 +298,19 @@ def _check_class(name: str, part: Component) -> None:
     config = part.folder if part.config is None else part.config.folder
     wanted, settings = _CLASSES[name], part.settings
     if name == "text_encoder":
-        named = settings.get("architectures") or [
-            _TEXT_TYPES.get(str(settings.get("model_type")), settings.get("model_type"))
-        ]
+        named = settings.get("architectures")
+        if not isinstance(named, list) or not named:
+            named = [_TEXT_TYPES.get(str(settings.get("model_type")), settings.get("model_type"))]
+        named = [each for each in named if each is not None]
     else:
-        named = [settings.get("_class_name")]
-    wrong = [str(each) for each in named if each is not None and each not in wanted]
+        named = [settings["_class_name"]] if "_class_name" in settings else []
+    wrong = [str(each) for each in named if each not in wanted]
     if wrong:
         raise ConfigError(
             f"{config / CONFIG}: this is a {wrong[0]}, but the {name.replace('_', ' ')} must be a "
             f"{' or '.join(wanted)}; use one of Stable Diffusion 1.5"
         )
+    config_values.check(name, settings, config / CONFIG)
 
 
 _CLASSES = {
@@ -323,19 +322,32 @@ _CLASSES = {
 _TEXT_TYPES = {"clip": "CLIPModel", "clip_text_model": "CLIPTextModel"}
 
 
+_SCHEDULERS = frozenset(
+    f"{name}Scheduler"
+    for name in (
+        "DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSDE",
+        "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete", "IPNDM",
+        "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD", "UniPCMultistep",
+    )
+)  # fmt: skip
+"""Schedulers of networks that predict noise at discrete steps, of diffusers 0.42.1."""
+
+
 def _check_scheduler(scheduler: Component) -> None:
     path = scheduler.folder / "scheduler_config.json"
-    name = str(components.read_json(path).get("_class_name"))
-    if not name.endswith("Scheduler") or name.startswith("FlowMatch"):
+    settings = components.read_json(path)
+    name = str(settings.get("_class_name"))
+    if name not in _SCHEDULERS:
         raise ConfigError(f"{path}: {name} is not a scheduler of Stable Diffusion 1.5; use its folder of that family")
+    config_values.check("scheduler", settings, path)
 
 
 def _check_vae(vae: Component) -> None:
     header = components.header(vae)
-    shape = header.shape_of("decoder.conv_in.weight")
-    if shape is not None and shape[1] != _LATENT_CHANNELS:
+    channels = safetensors.second_side(header.shape_of("decoder.conv_in.weight"))
+    if channels not in (None, _LATENT_CHANNELS):
         raise ConfigError(
-            f"model.vae: wrong latent channels (got {shape[1]}, expected 4); use a VAE of Stable Diffusion 1.5"
+            f"model.vae: wrong latent channels (got {channels}, expected 4); use a VAE of Stable Diffusion 1.5"
         )
     if vae.settings.get("scaling_factor") == _SDXL_SCALING or _says_other_family(header, vae):
         raise ConfigError(
@@ -377,30 +389,36 @@ def _motion_adapter(name: str, model: ModelConfig, configs: FetchedFolder, hub: 
     if file is None:
         return components.weighted(location.fetch(components.patterns("", variant)), "", DIFFUSION_MODEL, variant)
     source = location.fetch([file, _beside(file)])
-    addons.expect_kind(_header(source, file, key), key, "motion adapter")
+    header = _header(source, file, key)
+    addons.expect_kind(header, key, "motion adapter")
     if not (configs.root / "motion_adapter" / CONFIG).is_file():
         configs = FetchedFolder(sd15.PATH, None, "PIA")
     config = _config_of(source, file, configs, "motion_adapter", "MotionAdapter")
-    return components.single_file(source, file, config)
+    found = components.single_file(source, file, config)
+    positions = _positions(header)
+    if config.folder.is_relative_to(sd15.PATH) and positions is not None:
+        # A file without a config of its own has as many frame positions as it was trained on: 24 or 32.
+        return dataclasses.replace(found, changes=(("motion_max_seq_length", positions),))
+    return found
 
 
 def _check_motion_adapter(adapter: Component, unet: Component) -> None:
     """Check that the adapter is PIA's: its first layer takes latents, mask and the image's latents."""
     _check_class("motion_adapter", adapter)
     header, settings = components.header(adapter), adapter.settings
-    shape = header.shape_of("conv_in.weight")
-    channels = {settings.get("conv_in_channels"), None if shape is None else shape[1]}
-    if channels != {_PIA_CHANNELS}:
-        found = ", ".join(sorted(str(each) for each in channels - {_PIA_CHANNELS}))
+    channels = [settings.get("conv_in_channels"), safetensors.second_side(header.shape_of("conv_in.weight"))]
+    wrong = sorted({str(each) for each in channels if each != _PIA_CHANNELS})
+    if wrong:
+        found = ", ".join(wrong)
         raise ConfigError(
             f"{header.path} is not a PIA motion adapter: the conv_in channels of its config and file must both "
-            f"be {_PIA_CHANNELS} (got {found}); an AnimateDiff adapter does not read the image. "
+            f"be {_PIA_CHANNELS} (got {found}); {_other_adapter(header)} does not read the image. "
             "Set model.motion_adapter to one of PIA"
         )
-    positions = header.shape_of("pos_encoder.pe")
-    if positions is not None and positions[1] != settings.get("motion_max_seq_length"):
+    positions = _positions(header)
+    if positions is not None and positions != settings.get("motion_max_seq_length"):
         raise ConfigError(
-            f"{header.path} has {positions[1]} frame positions, but its config says "
+            f"{header.path} has {positions} frame positions, but its config says "
             f"{settings.get('motion_max_seq_length')}; correct motion_max_seq_length in a {CONFIG} next to it"
         )
     sizes = {
@@ -412,6 +430,17 @@ def _check_motion_adapter(adapter: Component, unet: Component) -> None:
             f"{header.path} does not fit the base: its blocks have {sizes['adapter']} channels and layers, those of "
             f"the UNet {sizes['base']}; set model.motion_adapter to one that was made for this base"
         )
+
+
+def _positions(header: safetensors.SafetensorsHeader) -> int | None:
+    """Return the number of frame positions in a file; None if it leaves them to the config."""
+    return safetensors.second_side(next(filter(None, map(header.shape_of, networks.POSITIONS)), None))
+
+
+def _other_adapter(header: safetensors.SafetensorsHeader) -> str:
+    """Return the family of a motion adapter that is not PIA's. That for Stable Diffusion XL has three blocks."""
+    blocks = {match[1] for name in header.shapes if (match := re.search(r"down_blocks\.(\d+)\.motion_modules", name))}
+    return "an AnimateDiff adapter for Stable Diffusion XL" if blocks == {"0", "1", "2"} else "an AnimateDiff adapter"
 
 
 def _sizes(settings: dict[str, Any], layers: str) -> list[tuple[Any, Any]]:
@@ -451,7 +480,7 @@ def _check_unet(unet: Component, model: ModelConfig) -> bool:
     for key, neutral in _NEUTRAL.items():
         value = config.get(key)
         values = value if isinstance(value, list) else [value]
-        if any(each is not None and each not in neutral for each in values):
+        if value == [] or any(each is not None and each not in neutral for each in values):
             raise ConfigError(
                 f"{named} is not an ordinary UNet of Stable Diffusion 1.5: its config has {key} {value!r}, which PIA "
                 "does not use; set model.base to an ordinary checkpoint"
@@ -532,7 +561,7 @@ def _text_width(header: safetensors.SafetensorsHeader) -> int | None:
     """
     for name, shape in header.shapes.items():
         if name.endswith("attn2.to_k.weight") and "motion_modules" not in name:
-            return shape[1]
+            return safetensors.second_side(shape)
     return None
 
 

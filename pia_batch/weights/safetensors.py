@@ -34,6 +34,7 @@ FileKind = Literal[
     "Stable Diffusion XL textual inversion",
     "IP-Adapter",
     "motion adapter",
+    "motion modules of HotShot-XL",
     "VAE",
     "UNet of Stable Diffusion XL",
     "UNet of a diffusers folder",
@@ -77,6 +78,11 @@ class SafetensorsHeader:
     def shape_of(self, ending: str) -> tuple[int, ...] | None:
         """Return the shape of the first tensor whose name has this ending, or None."""
         return next((shape for name, shape in self.shapes.items() if name.endswith(ending)), None)
+
+
+def second_side(shape: tuple[int, ...] | None) -> int | None:
+    """Return the second side of a shape, such as the input channels of a layer; None if there is none."""
+    return shape[1] if shape is not None and len(shape) > 1 else None
 
 
 def refuse_pickle(name: str, key: str) -> None:
@@ -217,8 +223,7 @@ def _ends(header: SafetensorsHeader, *endings: str) -> bool:
 
 def _unet_input(header: SafetensorsHeader) -> int | None:
     """Return the number of input channels of the UNet in a checkpoint of the original layout, or None."""
-    shape = header.shapes.get("model.diffusion_model.input_blocks.0.0.weight")
-    return shape[1] if shape is not None and len(shape) > 1 else None
+    return second_side(header.shapes.get("model.diffusion_model.input_blocks.0.0.weight"))
 
 
 INVERSION_SPARE = (
@@ -281,6 +286,7 @@ _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
     ),
     # A training of PIA writes UNet and motion modules into one file.
     ("motion adapter", lambda header: _any(header, "motion_modules.")),
+    ("motion modules of HotShot-XL", lambda header: _any(header, ".temporal_attentions.")),
     ("UNet of Stable Diffusion XL", lambda header: _any(header, "add_embedding.", "label_emb.0.0.")),
     ("UNet of a diffusers folder", lambda header: _any(header, "down_blocks.0.resnets.") and _any(header, "time_emb")),
     ("text encoder", lambda header: _any(header, "token_embedding.weight")),

@@ -136,6 +136,7 @@ CHECKPOINTS: dict[str, Callable[[Tensors], Tensors]] = {
         cond_stage_model__transformer__visual_projection__weight=(4, 4),
         cond_stage_model__logit_scale=(1,),
     ),
+    "noise levels": with_more(sigmas=(1000,), log_sigmas=(1000,), denoiser__sigmas=(1000,)),
     "image tower outside": with_more(vision_model__post_layernorm__weight=(4,)),
     "matrices and convolutions": reshaped,
     "query": renamed(*PUBLISHED),
@@ -216,6 +217,22 @@ def test_a_motion_adapter_in_a_file_loads_exactly(kept, truth, tmp_path, layout)
     assert_same(load(**settings), truth)
     notices = " ".join(resolve(ModelConfig(**settings)).notices)
     assert ("UNet without motion modules" in notices) == ("training" in layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_motion_adapter_in_short_floats_has_the_numbers_of_its_file(kept, tmp_path, dtype):
+    motion = load_file(kept / "motion_adapter" / WEIGHTS)
+    stored = {name: each.to(dtype) for name, each in motion.items() if not name.endswith(".pe")}
+    file = layouts.write(layouts.original_adapter(stored), tmp_path / "pia.safetensors")
+    shutil.copy(kept / "motion_adapter" / "config.json", tmp_path / "config.json")
+
+    found = load(base=str(kept), motion_adapter=str(file)).unet.state_dict()
+
+    moved = {name: each for name, each in stored.items() if "motion_modules" in name}
+    assert moved
+    for name, each in moved.items():
+        assert torch.equal(found[name], each.to(torch.float32)), name
+    assert torch.equal(found["conv_in.weight"][:, 4:], stored["conv_in.weight"][:, 4:].to(torch.float32))
 
 
 def test_a_whole_clip_model_as_text_encoder_loads_exactly(folder, truth):
@@ -389,12 +406,58 @@ def test_a_prediction_type_in_the_metadata_must_be_that_of_the_scheduler(kept, t
     own = "v_prediction" if trained == "v" else "epsilon"
 
     assert_refused(
-        f"trained with prediction type '{trained}', .*set model.scheduler.settings to .prediction_type: {own}",
+        f"trained with prediction_type: {own} .by its metadata.*set model.scheduler.settings to .*_type: {own}",
         **settings,
         scheduler=SchedulerConfig(settings={"prediction_type": other}),
     )
     model = ModelConfig(**settings, scheduler=SchedulerConfig(settings={"prediction_type": own}))
     assert resolve(model).components["unet"].path == base
+
+
+MARKED: dict[str, tuple[Tensors, dict[str, Any]]] = {
+    "v_pred": ({"v_pred": torch.ones(0)}, {"prediction_type": "v_prediction"}),
+    "ztsnr": ({"ztsnr": torch.ones(0)}, {"rescale_betas_zero_snr": True}),
+    "both": (
+        {"v_pred": torch.ones(0), "ztsnr": torch.ones(0), "denoiser.sigmas": torch.ones(1000)},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MARKED)
+def test_a_mark_of_a_checkpoint_must_agree_with_the_scheduler(kept, tensors, tmp_path, case):
+    marks, settings = MARKED[case]
+    base = layouts.write(tensors | marks, tmp_path / "base.safetensors")
+    model = {"base": str(base), "config": str(kept), "motion_adapter": str(kept / "motion_adapter")}
+    remedy = ", ".join(f"{key}: {str(value).lower()}" for key, value in settings.items())
+
+    assert_refused(f"was trained with .* set model.scheduler.settings to {{{remedy}}}", **model)
+    found = resolve(ModelConfig(**model, scheduler=SchedulerConfig(settings=settings)))
+    assert found.notices == ()
+    scheduler = loading.build_scheduler(SchedulerConfig(settings=settings), loading._shipped_scheduler(found))
+    assert {key: scheduler.config[key] for key in settings} == settings
+    if "ztsnr" in marks:
+        assert_refused(
+            "PNDMScheduler does not have; set model.scheduler.name to ddim",
+            **model,
+            scheduler=SchedulerConfig(name="pndm", settings=settings),
+        )
+
+
+@pytest.mark.parametrize(
+    ("marks", "message"),
+    [
+        ({"edm_mean": (4,), "edm_std": (4,)}, r"has the mark edm_mean: .*continuous noise levels \(EDM\)"),
+        ({"edm_vpred.sigma_max": (1,)}, "has the mark edm_vpred.sigma_max"),
+        ({"denoiser.sigmas": (700,)}, r"other noise levels .*got shape \(700,\), expected \(1000,\)"),
+    ],
+    ids=["mean", "largest", "levels"],
+)
+def test_a_checkpoint_of_other_noise_is_refused(kept, tensors, tmp_path, marks, message):
+    more = {name: torch.ones(shape) for name, shape in marks.items()}
+    base = layouts.write(tensors | more, tmp_path / "base.safetensors")
+
+    assert_refused(message, base=str(base), config=str(kept), motion_adapter=str(kept / "motion_adapter"))
 
 
 def test_an_unet_of_stable_diffusion_xl_is_called_that(tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 
 import layouts
 import numpy as np
+import peft
 import pytest
 import torch
 from lora_files import stock_with, write_lora
@@ -632,6 +633,11 @@ def test_a_record_scales_the_text_encoder_wherever_it_is(base, tmp_path, record,
         ({"peft_type": "IA3"}, "peft type IA3"),
         ({"lora_alpha": "x"}, "not a valid record of peft"),
         ({"alpha_pattern": ["to_k"]}, "not a valid record of peft"),
+        ({"alpha_pattern": {"to_k(": 2}}, "not a valid record of peft"),
+        ({"alpha_pattern": {"to_k": None}}, "not a valid record of peft"),
+        ({"rank_pattern": {"to_k": 0}}, "not a valid record of peft: a rank is 0"),
+        ({"r": -1}, "not a valid record of peft: a rank is -1"),
+        ({"lora_alpha": math.nan}, "not a valid record of peft: an alpha is nan"),
     ],
     ids=str,
 )  # fmt: skip
@@ -701,13 +707,21 @@ def test_a_record_of_peft_is_part_of_the_identity_and_must_be_there(base, tmp_pa
             resolve(model)
 
 
+@pytest.mark.parametrize("in_header", [False, True])
 @pytest.mark.parametrize("kind", ["LOHA", "LOKR"])
-def test_loha_and_lokr_of_peft_are_scaled_by_their_record(base, tmp_path, kind):
+def test_loha_and_lokr_of_peft_are_scaled_by_their_record(base, tmp_path, kind, in_header):
     weight = weight_of(ATTENTION)
     made, delta = KINDS["loha" if kind == "LOHA" else "lokr, whole"][0](weight.shape, 4)
     path = tmp_path / "adapter_model.safetensors"
-    save_file({f"base_model.model.{ATTENTION}.{name}": tensor for name, tensor in made.items()}, path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "r": 4, "alpha": 2}))
+    config = {"LOHA": peft.LoHaConfig, "LOKR": peft.LoKrConfig}[kind](r=4, alpha=2, rank_dropout=0.1)
+    record = {key: sorted(each) if isinstance(each, set) else each for key, each in config.to_dict().items()}
+    prefix, metadata = f"base_model.model.{ATTENTION}", None
+    if in_header:
+        prefix = f"unet.{ATTENTION}"
+        metadata = {"lora_adapter_metadata": json.dumps({f"unet.{key}": each for key, each in record.items()})}
+    else:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(record))
+    save_file({f"{prefix}.{name}": tensor for name, tensor in made.items()}, path, metadata)
 
     assert_weights(load(base, (path, 1.0)), {ATTENTION: weight + 0.5 * delta})
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hubs import COMMIT, FakeHub
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from pia_batch import tiny
 from pia_batch.config import IpAdapterConfig, LoraConfig, ModelConfig, TextualInversionConfig
@@ -301,6 +301,8 @@ def test_a_word_of_a_vocabulary_in_several_files_is_known(tmp_path):
         ({"<cat>": (1, 768)}, r"\(embeddings: got 768 dimensions, expected 64\)"),
         ({"clip_l": (1, 768), "clip_g": (1, 1280)}, "wrong kind: Stable Diffusion XL textual inversion"),
         ({KOHYA: (4, 64), "b": (1,)}, r"it belongs in model\.loras"),
+        ({"": (1, 64)}, r"has a blank word '', .*set another word as model\.textual_inversions\[0\]\.token"),
+        ({"  ": (1, 64)}, "has a blank word '  '"),
     ],
 )
 def test_a_textual_inversion_that_does_not_fit_is_refused(tmp_path, shapes, message):
@@ -439,6 +441,20 @@ def test_adapter_and_encoder_of_the_hub_are_fetched_alone(tmp_path):
     }
     assert found.ip_adapter is not None
     assert found.ip_adapter.identity() == {"commit": COMMIT, "file": "models/ip-adapter_sd15.safetensors"}
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32])
+@pytest.mark.parametrize("part", ["adapter", "encoder"])
+def test_a_quantized_ip_adapter_or_encoder_is_refused(tmp_path, part, dtype):
+    source = write(tmp_path / "ip-adapter_sd15.safetensors", PLAIN)
+    folder = Path(encoder(tmp_path / "image_encoder"))
+    path = Path(source) if part == "adapter" else folder / "model.safetensors"
+    held = load_file(path)
+    name = "ip_adapter.1.to_k_ip.weight" if part == "adapter" else "visual_projection.weight"
+    save_file(held | {name: held[name].astype(dtype)}, path)
+
+    with pytest.raises(ConfigError, match=rf"tensor {name} has dtype [IU]\d+; quantized weights are not supported"):
+        adapter(source)
 
 
 @pytest.mark.parametrize(

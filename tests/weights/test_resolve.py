@@ -529,15 +529,76 @@ def test_a_config_beside_a_single_file_counts_where_it_is_of_that_network(tmp_pa
             {"conv_in__weight": (8, 4, 3, 3)},
             r"must both be 9 \(got 4\); an AnimateDiff adapter does not read the image",
         ),
-        ({POSITIONS: (1, 24, 8)}, "has 24 frame positions, but its config says 32; correct motion_max_seq_length"),
+        ({"conv_in__weight": (8,)}, r"must both be 9 \(got None\)"),
     ],
-    ids=["channels", "frames"],
+    ids=["channels", "a vector"],
 )
 def test_an_adapter_that_is_not_pias_is_refused_by_its_header(tmp_path, single, shapes, message):
     wrong = adapter_file(tmp_path / "wrong.safetensors", **shapes)
 
     with pytest.raises(ConfigError, match=message):
         resolve(ModelConfig(**(single | {"motion_adapter": wrong})))
+
+
+def test_an_adapter_without_config_has_the_frame_positions_of_its_file(tmp_path, single):
+    config = json.loads((sd15.PATH / "motion_adapter" / "config.json").read_text())
+    names = shapes_of("motion_adapter", config)
+    held = {name: (1, 24, shape[2]) if name.endswith(".pe") else shape for name, shape in names.items()}
+    file = layouts.hollow(held, tmp_path / "own" / "pia24.safetensors")
+    model = ModelConfig(**(single | {"motion_adapter": str(file)}))
+
+    found = resolve(model)
+    assert (found.positions, found.components["motion_adapter"].settings["motion_max_seq_length"]) == (24, 24)
+
+    shutil.copy(sd15.PATH / "motion_adapter" / "config.json", file.parent)
+    with pytest.raises(ConfigError, match="has 24 frame positions, but its config says 32; correct motion_max_seq_len"):
+        resolve(model)
+    edit(file.with_name("config.json"), motion_max_seq_length=24)
+    assert resolve(model).positions == 24
+
+
+OTHER_ADAPTERS = {
+    "HotShot-XL": (
+        {"down_blocks.1.temporal_attentions.0.norm.weight": (8,), "b": (1,)},
+        "wrong kind: motion modules of HotShot-XL; they are made for Stable Diffusion XL",
+    ),
+    "AnimateDiff-SDXL": (
+        {f"down_blocks.{each}.motion_modules.0.temporal_transformer.norm.weight": (8,) for each in range(3)},
+        r"not a PIA motion adapter: .*; an AnimateDiff adapter for Stable Diffusion XL does not read the image",
+    ),
+    "AnimateLCM": (
+        {f"module.down_blocks.{each}.motion_modules.0.temporal_transformer.norm.weight": (8,) for each in range(4)},
+        r"not a PIA motion adapter: .*\(got None\); an AnimateDiff adapter does not read the image",
+    ),
+    "SparseCtrl": (
+        {
+            "module.controlnet_cond_embedding.conv_in.weight": (8, 4, 3, 3),
+            "module.down_blocks.0.motion_modules.0.temporal_transformer.norm.weight": (8,),
+        },
+        "wrong kind: ControlNet; PIA uses no ControlNet and no SparseCtrl",
+    ),
+    "domain adapter of v3": (
+        {"down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight": (4, 8), "b": (1,)},
+        r"wrong kind: LoRA; it belongs in model\.loras",
+    ),
+    "camera's motion": (
+        {
+            "down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.processor."
+            "to_q_lora.down.weight": (4, 8),
+            "b": (1,),
+        },
+        r"wrong kind: LoRA; it belongs in model\.loras",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_ADAPTERS)
+def test_another_motion_adapter_is_named(tmp_path, single, case):
+    shapes, message = OTHER_ADAPTERS[case]
+    file = layouts.hollow(shapes, tmp_path / "other.safetensors")
+
+    with pytest.raises(ConfigError, match=message):
+        resolve(ModelConfig(**(single | {"motion_adapter": str(file)})))
 
 
 def test_an_animatediff_adapter_has_no_first_layer(tmp_path, single):

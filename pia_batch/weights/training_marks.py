@@ -1,0 +1,106 @@
+"""Marks of a checkpoint's training, in its metadata and as tensors: the scheduler must use what it was trained for."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from pia_batch.config import ModelConfig
+from pia_batch.errors import ConfigError
+from pia_batch.weights import components
+from pia_batch.weights.components import Component
+from pia_batch.weights.safetensors import SafetensorsHeader
+
+_MARKS: dict[str, tuple[str, Any]] = {
+    "v_pred": ("prediction_type", "v_prediction"),
+    "ztsnr": ("rescale_betas_zero_snr", True),
+}
+"""Tensors without content by which trainers and ComfyUI mark a checkpoint, with the scheduler's setting and its value.
+
+Source: comfyanonymous/ComfyUI `comfy/supported_models.py` `model_type`.
+"""
+
+_METADATA = "modelspec.prediction_type"
+
+_CONTINUOUS = re.compile(r"edm_(mean|std)|edm_vpred\.sigma_(max|min)")
+"""Names of marks of a training on continuous noise levels. Source: the same."""
+
+_NOISE_LEVELS = re.compile(r"(.+\.)?(log_)?sigmas")
+
+_NEUTRAL = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+_NEVER_RESCALED = {"pndm": "PNDMScheduler", "lms": "LMSDiscreteScheduler", "heun": "HeunDiscreteScheduler"}
+"""Schedulers without `rescale_betas_zero_snr`. Source: diffusers 0.42.1."""
+
+_STEPS = 1000
+"""Default of `num_train_timesteps`. Source: diffusers 0.42.1, all schedulers."""
+
+
+def is_mark(name: str) -> bool:
+    """Return True for a tensor that belongs to no network, but says how the checkpoint was trained."""
+    return name in _MARKS or any(pattern.fullmatch(name) for pattern in (_CONTINUOUS, _NOISE_LEVELS))
+
+
+def check(model: ModelConfig, header: SafetensorsHeader, scheduler: Component) -> None:
+    """Check that the scheduler reads what the checkpoint was trained to predict, on the noise that it was trained on.
+
+    Args:
+        model: Config of the model; its scheduler settings override those of the file.
+        header: Header of the checkpoint, a single file.
+        scheduler: Folder of `scheduler_config.json`.
+
+    Raises:
+        ConfigError: The scheduler uses another prediction type or noise; the message has the settings to set.
+
+    Source of the metadata: Stability-AI/ModelSpec, `modelspec.prediction_type`, which sd-scripts writes as `epsilon` or
+    `v`.
+    """
+    name = header.path.name
+    file = components.read_json(scheduler.folder / "scheduler_config.json")
+    used = _NEUTRAL | {key: value for key, value in file.items() if value is not None} | dict(model.scheduler.settings)
+    continuous = next(filter(_CONTINUOUS.fullmatch, header.shapes), None)
+    if continuous is not None:
+        raise ConfigError(
+            f"model.base: {name} has the mark {continuous}: it was trained on continuous noise levels (EDM), which PIA "
+            "does not use; set model.base to an ordinary checkpoint of Stable Diffusion 1.5"
+        )
+    steps = used.get("num_train_timesteps", _STEPS)
+    for level in filter(_NOISE_LEVELS.fullmatch, header.shapes):
+        if header.shapes[level] != (steps,):
+            raise ConfigError(
+                f"model.base: {name} was trained on other noise levels than the scheduler has ({level}: got shape "
+                f"{header.shapes[level]}, expected ({steps},)); set model.base to an ordinary checkpoint"
+            )
+    wanted = _wanted(header)
+    wrong = {key: value for key, value in wanted.items() if used[key] != value}
+    if wrong:
+        raise ConfigError(
+            f"model.base: {name} was trained with {_listed(wanted)} (by {_sources(header)}), but the scheduler uses "
+            f"{_listed({key: used[key] for key in wrong})}; set model.scheduler.settings to {{{_listed(wrong)}}}"
+        )
+    chosen = model.scheduler.name
+    kind = file.get("_class_name") if chosen == "checkpoint" else _NEVER_RESCALED.get(chosen)
+    if wanted.get("rescale_betas_zero_snr") and kind in _NEVER_RESCALED.values():
+        raise ConfigError(
+            f"model.base: {name} was trained with rescale_betas_zero_snr (by {_sources(header)}), which {kind} does "
+            "not have; set model.scheduler.name to ddim"
+        )
+
+
+def _wanted(header: SafetensorsHeader) -> dict[str, Any]:
+    """Return the settings of a scheduler that a checkpoint names, with their values."""
+    trained = str(header.metadata.get(_METADATA, "")).lower()
+    wanted: dict[str, Any] = {}
+    if trained[:1] in ("v", "e"):
+        wanted["prediction_type"] = "v_prediction" if trained[:1] == "v" else "epsilon"
+    return wanted | dict(setting for mark, setting in _MARKS.items() if mark in header.shapes)
+
+
+def _sources(header: SafetensorsHeader) -> str:
+    metadata = ["its metadata"] if header.metadata.get(_METADATA) else []
+    return " and ".join([*metadata, *(f"its mark {mark}" for mark in _MARKS if mark in header.shapes)])
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    return ", ".join(f"{key}: {text}" for key, text in texts.items())
