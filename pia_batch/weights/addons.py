@@ -135,6 +135,7 @@ _BELONGS: dict[safetensors.FileKind, str] = {
     "motion modules of HotShot-XL": "they are made for Stable Diffusion XL; set model.motion_adapter to one of PIA",
     "UNet of Stable Diffusion XL": "PIA animates only Stable Diffusion 1.5",
     "UNet of a diffusers folder": "set the key to the parent folder, with tokenizer, text encoder and VAE",
+    "UNet without VAE and text encoder": "use the complete checkpoint",
     "text encoder": "use the complete checkpoint",
     "file of unknown layout": "its tensor names match no supported kind of file",
 }
@@ -286,7 +287,9 @@ def _ip_adapter(
     if _is_for_faces(header):
         raise ConfigError(f"{key}: {name} is a FaceID adapter, which needs face embeddings; use one without FaceID")
     takes = header.shape_of(".to_k_ip.weight")
-    if takes is None or takes[-1] != text_width:
+    if takes is None:
+        raise ConfigError(f"{key}: {name} has no tensors ip_adapter.*; it is not a complete IP-Adapter")
+    if takes[-1:] != (text_width,):
         raise ConfigError(f"{key}: {name} is made for another family of models than the base; use one for `sd15`")
     image_prompt_files.check_adapter(header.shapes, unet, f"{key}: {name}")
     if entry.image_encoder is not None:

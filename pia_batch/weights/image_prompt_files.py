@@ -19,6 +19,9 @@ _GROUPS = {
 }
 """Groups of an adapter's tensors: those of published files, and those of tencent-ailab/IP-Adapter's training."""
 
+_WRAPPERS = re.compile(r"^((state_dict|module|_orig_mod)\.)+")
+"""Prefixes that Lightning, data-parallel training and torch.compile put before every name."""
+
 _FROZEN = "unet."
 """Prefix of the base's own weights, which training saves with the adapter."""
 
@@ -36,7 +39,7 @@ def adapter_tensors(names: Iterable[str]) -> dict[str, str]:
     """
     found = {}
     for name in names:
-        own = name.removeprefix("module.")
+        own = _WRAPPERS.sub("", name)
         group, _, rest = own.partition(".")
         if not own.startswith(_FROZEN):
             found[f"{_GROUPS.get(group, group)}.{rest}"] = name

@@ -37,6 +37,7 @@ class Words:
     def __init__(self, tokenizer: Component) -> None:
         self._tokenizer = tokenizer
         self._taken: set[str] = set()
+        self._folded: set[str] = set()
         self.added: list[str] = []
         """Words in the order in which they were added."""
 
@@ -54,13 +55,21 @@ class Words:
         """
         if not word.strip():
             raise ConfigError(f"{where} has a blank word {word!r}, which no prompt can name; {remedy}")
+        if any(ord(each) < ord(" ") for each in word):
+            raise ConfigError(f"{where} has the word {word!r} with control characters, which no prompt has; {remedy}")
         self._taken = self._taken or tokenizer_files.vocabulary(self._tokenizer)
+        longest = tokenizer_files.longest_prompt(self._tokenizer)
+        if len(shape) > 1 and shape[0] > longest:
+            raise ConfigError(
+                f"{where} has {shape[0]} vectors, but a prompt has at most {longest} tokens; use one with fewer vectors"
+            )
         tokens = [word, *(f"{word}_{k}" for k in range(1, shape[0] if len(shape) > 1 else 1))]
-        taken = next((token for token in tokens if token in self._taken), None)
+        taken = next((token for token in tokens if token in self._taken or token.lower() in self._folded), None)
         if taken is not None:
             raise ConfigError(
                 f"{where} has the word {word!r}, but {taken!r} is already in the vocabulary of the tokenizer, or "
                 f"stands for another textual inversion; {remedy}"
             )
         self._taken.update(tokens)
+        self._folded.update(token.lower() for token in tokens)
         self.added.append(word)

@@ -100,7 +100,25 @@ _UNSUPPORTED = (
     (r"\.fourierft_", "FourierFT"),
     (r"\.vblora_", "VB-LoRA"),
     (r"\.lokr_t1$", "LoKr with lokr_t1"),
-)
+    (r"\.spectral_shifts$", "SVDiff"),
+    (r"\.(to_\w+_)?custom_diffusion", "Custom Diffusion"),
+    (r"\.modules_to_save\.", "LoRA with modules that were trained whole (peft: modules_to_save)"),
+    (r"\.ln_tuning_layers\.", "LN tuning"),
+    (r"(^|\.)(internal_)?xlora_", "X-LoRA"),
+    (r"\.trainable_tokens_", "trainable tokens of peft"),
+    (r"\.bone_", "Bone"),
+    *(
+        (rf"\.{prefix}_", kind)
+        for prefix, kind in {
+            "adamss": "AdaMSS", "beft": "BEFT", "c3a": "C3A", "deft": "DEFT", "delora": "DeLoRA", "frod": "FRoD",
+            "gralora": "GraLoRA", "hira": "HiRA", "lily": "Lily", "miss": "MiSS", "osf": "OSF", "peanut": "PEANuT",
+            "poly": "Poly", "psoft": "PSOFT", "pvera": "PVeRA", "randlora": "RandLoRA", "road": "RoAd",
+            "shadow": "Shadow", "shira": "SHiRA", "tinylora": "TinyLoRA", "unilora": "UniLoRA", "waveft": "WaveFT",
+        }.items()
+    ),
+)  # fmt: skip
+"""Patterns of names in adapters of other kinds, with the kind. Source: peft 0.21.2 `PEFT_TYPE_TO_PREFIX_MAPPING`."""
+
 _BLOCKS = ".oft_blocks"
 _BOFT_NDIM = 4
 

@@ -183,7 +183,7 @@ def _check_rest(path: Path) -> Counter[str]:
     counts: Counter[str] = Counter()
     unknown = []
     for name in tensor_map.unwrapped(safetensors.read(path).shapes, path):
-        if name.startswith((tensor_map.UNET_PREFIX, tensor_map.VAE_PREFIX, f"{tensor_map.TEXT_PREFIX}transformer.")):
+        if name.startswith((tensor_map.UNET_PREFIX, *tensor_map.VAE_PREFIXES, *tensor_map.TEXT_PREFIXES)):
             continue
         known, reason = tensor_map.left_out(name)
         if training_marks.is_mark(name):
@@ -265,9 +265,9 @@ def _single_file_base(
 
 def _check_checkpoint(header: safetensors.SafetensorsHeader, file: str, networks: list[str]) -> None:
     addons.expect_kind(header, "model.base", "Stable Diffusion 1.5 checkpoint")
-    if "text_encoder" in networks and not header.starting("cond_stage_model."):
+    if "text_encoder" in networks and not header.starting(tensor_map.TEXT_PREFIX, *tensor_map.TEXT_PREFIXES):
         raise ConfigError(f"model.base: {file} has no text encoder (cond_stage_model.*); use a complete checkpoint")
-    if "vae" in networks and not header.starting("first_stage_model."):
+    if "vae" in networks and not header.starting(*tensor_map.VAE_PREFIXES):
         raise ConfigError(
             f"model.base: {file} has no VAE (first_stage_model.*); set model.vae, or use a complete checkpoint"
         )
@@ -281,7 +281,7 @@ def _vae(name: str, model: ModelConfig, configs: FetchedFolder, hub: Hub) -> Com
         source = location.fetch([file, _beside(file)])
         header = _header(source, file, "model.vae")
         kind = addons.expect_kind(header, "model.vae", "VAE", "Stable Diffusion 1.5 checkpoint")
-        prefix = next((each for each in (tensor_map.VAE_PREFIX, "vae.") if header.starting(each)), "")
+        prefix = next((each for each in tensor_map.VAE_PREFIXES if header.starting(each)), "")
         missing = [part for part in ("encoder", "decoder") if not header.starting(f"{prefix}{part}.")]
         if missing or (prefix == "" and kind != "VAE"):
             raise ConfigError(f"model.vae: {file} has no {' and no '.join(missing) or 'VAE'}; use a complete VAE")
@@ -440,7 +440,15 @@ def _positions(header: safetensors.SafetensorsHeader) -> int | None:
 def _other_adapter(header: safetensors.SafetensorsHeader) -> str:
     """Return the family of a motion adapter that is not PIA's. That for Stable Diffusion XL has three blocks."""
     blocks = {match[1] for name in header.shapes if (match := re.search(r"down_blocks\.(\d+)\.motion_modules", name))}
-    return "an AnimateDiff adapter for Stable Diffusion XL" if blocks == {"0", "1", "2"} else "an AnimateDiff adapter"
+    widths = {
+        shape[0] for name, shape in header.shapes.items() if re.search(r"down_blocks\.0\..+\.norm\.weight$", name)
+    }
+    is_large = blocks == {"0", "1", "2"} and widths == {_FIRST_WIDTH}
+    return "an AnimateDiff adapter for Stable Diffusion XL" if is_large else "an AnimateDiff adapter"
+
+
+_FIRST_WIDTH = 320
+"""Channels of the first block of Stable Diffusion, of 1.5 and of XL."""
 
 
 def _sizes(settings: dict[str, Any], layers: str) -> list[tuple[Any, Any]]:

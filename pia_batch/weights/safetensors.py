@@ -32,12 +32,14 @@ FileKind = Literal[
     "textual inversions of several words",
     "checkpoint with averaged weights only",
     "Stable Diffusion XL textual inversion",
+    "textual inversion of another family than Stable Diffusion 1.5",
     "IP-Adapter",
     "motion adapter",
     "motion modules of HotShot-XL",
     "VAE",
     "UNet of Stable Diffusion XL",
     "UNet of a diffusers folder",
+    "UNet without VAE and text encoder",
     "text encoder",
     "file of unknown layout",
 ]
@@ -240,10 +242,26 @@ def _is_inversion(header: SafetensorsHeader, num_words: int = 1) -> bool:
         return num_words == 1
     if not all(0 < len(shape) <= 2 for shape in held):  # noqa: PLR2004 - tokens, features
         return False
+    if any(map(_IN_NETWORK.search, header.shapes)):
+        return False
     if num_words == 1:
         return len(held) == 1
     return len(held) > 1 and len({shape[-1] for shape in held}) == 1 and not any("." in name for name in header.shapes)
 
+
+_IN_NETWORK = re.compile(
+    r"\.(weight|bias)$|^(module|base_model|model|unet|transformer|text_model|text_encoder|conditioner|cond_stage_model)\."
+    r"|^((down|up|mid|input|output|middle|double|single|joint|transformer|single_transformer)_)?blocks?\."
+    r"|^(encoder|decoder)\."
+)
+"""Names of tensors of networks, which are no words."""
+
+_OTHER_ENCODERS = {"clip_g", "clip_h", "t5", "t5xxl", "t5_xxl", "text_encoders_1", "text_encoders_2", "gemma", "llama"}
+"""Names of text encoders that Stable Diffusion 1.5 does not have, as tensors of a textual inversion."""
+
+_IMAGE_PROMPTS = re.compile(
+    r"((state_dict|module|_orig_mod)\.)*(ip_adapter\.|image_proj\.|image_proj_model\.|adapter_modules\.)"
+)
 
 _CONTROLS = ("control_model.", "controlnet_", "lora_controlnet", "lllite_", "input_hint_block.")
 
@@ -251,9 +269,7 @@ _CONTROLS = ("control_model.", "controlnet_", "lora_controlnet", "lllite_", "inp
 _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
     (
         "IP-Adapter",
-        lambda header: bool(
-            header.starting("ip_adapter.", "image_proj.", "image_proj_model.", "adapter_modules.", "module.image_proj")
-        ),
+        lambda header: any(map(_IMAGE_PROMPTS.match, header.shapes)) or _any(header, ".to_k_ip."),
     ),
     (
         "LoRA",  # and its relatives: LoHa, LoKr, full differences, norms, bundled textual inversions
@@ -268,10 +284,20 @@ _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
         lambda header: any(re.fullmatch(r"(unet|text_encoder):\d+:(up|down)", name) for name in header.shapes),
     ),
     ("Stable Diffusion XL textual inversion", lambda header: set(header.shapes) == {"clip_l", "clip_g"}),
+    (
+        "textual inversion of another family than Stable Diffusion 1.5",
+        lambda header: bool(_OTHER_ENCODERS & set(header.shapes)),
+    ),
     ("textual inversion", _is_inversion),
     ("textual inversions of several words", lambda header: _is_inversion(header, num_words=2)),
     ("Stable Diffusion XL checkpoint", lambda header: bool(header.starting("conditioner.embedders."))),
     ("Stable Diffusion 2 checkpoint", lambda header: bool(header.starting("cond_stage_model.model."))),
+    (
+        "checkpoint of another family than Stable Diffusion 1.5",  # of videos, such as Stable Video Diffusion
+        lambda header: (
+            _unet_input(header) is not None and _any(header, ".time_stack.", ".time_mixer.", ".temopral_conv.")
+        ),
+    ),
     ("inpainting checkpoint", lambda header: _unet_input(header) == 9),  # noqa: PLR2004 - latents, mask, masked latents
     ("InstructPix2Pix checkpoint", lambda header: _unet_input(header) == 8),  # noqa: PLR2004 - latents of two images
     ("ControlNet", lambda header: bool(header.starting(*_CONTROLS))),
@@ -282,13 +308,26 @@ _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
     ),
     (
         "checkpoint of another family than Stable Diffusion 1.5",
-        lambda header: bool(header.starting("model.diffusion_model.", "double_blocks.", "joint_blocks.")),
+        lambda header: bool(
+            header.starting(
+                "model.diffusion_model.",
+                "double_blocks.",
+                "joint_blocks.",
+                "transformer_blocks.",
+                "single_transformer_blocks.",
+                "blocks.",
+            )
+        ),
     ),
     # A training of PIA writes UNet and motion modules into one file.
     ("motion adapter", lambda header: _any(header, "motion_modules.")),
     ("motion modules of HotShot-XL", lambda header: _any(header, ".temporal_attentions.")),
     ("UNet of Stable Diffusion XL", lambda header: _any(header, "add_embedding.", "label_emb.0.0.")),
     ("UNet of a diffusers folder", lambda header: _any(header, "down_blocks.0.resnets.") and _any(header, "time_emb")),
+    (
+        "UNet without VAE and text encoder",
+        lambda header: bool(header.starting("input_blocks.")) and bool(header.starting("time_embed.")),
+    ),
     ("text encoder", lambda header: _any(header, "token_embedding.weight")),
     (
         "VAE",

@@ -24,6 +24,12 @@ from pia_batch.weights.networks import POSITIONS, Settings, Shape
 UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 """Beginnings of the names in a checkpoint of the original layout."""
 
+VAE_PREFIXES = (VAE_PREFIX, "vae.")
+TEXT_PREFIXES = (
+    f"{TEXT_PREFIX}transformer.", f"{TEXT_PREFIX}clip_l.transformer.", "text_encoders.clip_l.transformer.",
+)  # fmt: skip
+"""Those of the VAE and of the text encoder, in the original layout and in files that ComfyUI saved."""
+
 LCM_REMEDY = "use the ordinary checkpoint with an LCM LoRA in model.loras and scheduler `lcm`"
 
 _MOST_LISTED = 5
@@ -142,12 +148,20 @@ def _expected(name: str, part: Component, settings: Settings) -> networks.Shapes
 
 
 def _held(name: str, part: Component, headers: Sequence[safetensors.SafetensorsHeader]) -> dict[str, tuple[Path, str]]:
-    """Return the file and the name in it of this network's tensors, by their names without prefix."""
-    every = {
-        inner: (header.path, outer)
-        for header in headers
-        for inner, outer in unwrapped(header.shapes, header.path).items()
-    }
+    """Return the file and the name in it of this network's tensors, by their names without prefix.
+
+    Raises:
+        ConfigError: Two files have the same tensor.
+    """
+    every: dict[str, tuple[Path, str]] = {}
+    for header in headers:
+        for inner, outer in unwrapped(header.shapes, header.path).items():
+            if inner in every:
+                raise ConfigError(
+                    f"tensor {inner} is in {every[inner][0]} and in {header.path.name}: shards of different downloads "
+                    "are mixed; download the folder again"
+                )
+            every[inner] = (header.path, outer)
     prefixes = _PREFIXES[name] if part.layout == "single_file" else ("",)
     prefix = next((each for each in prefixes if any(inner.startswith(each) for inner in every)), prefixes[0])
     return {inner.removeprefix(prefix): value for inner, value in every.items() if inner.startswith(prefix)}
@@ -248,6 +262,10 @@ _FOREIGN = (
         r"\.(absmax|quant_map|quant_state\..+|scale_weight|SCB|weight_format|qweight|qzeros)$|^scaled_fp8$",
         "quantized weights, which are not supported; use a file in F16, BF16 or F32",
     ),
+    (
+        r"\.(comfy_quant|(weight|input)_scale(_2|_inv)?)$",
+        "quantized weights, which are not supported; use a file in F16, BF16 or F32",
+    ),
 )
 """Names that occur in one kind of network only, with what to do."""
 
@@ -284,8 +302,8 @@ _KINDS = {
 
 _PREFIXES = {
     "unet": (UNET_PREFIX,),
-    "vae": (VAE_PREFIX, "vae.", ""),
-    "text_encoder": (f"{TEXT_PREFIX}transformer.", TEXT_PREFIX),
+    "vae": (*VAE_PREFIXES, ""),
+    "text_encoder": (*TEXT_PREFIXES, TEXT_PREFIX),
     "motion_adapter": ("unet.", ""),
 }
 """Possible prefixes in a single file; the first that any name has is used."""

@@ -89,6 +89,12 @@ def check_fit(tokenizer: Component, text_encoder: Component) -> None:
             )
 
 
+def longest_prompt(tokenizer: Component) -> int:
+    """Return the largest number of tokens of a prompt, without those of its beginning and end; `check_fit` is first."""
+    length: int = components.read_json(tokenizer.folder / _CONFIG)["model_max_length"]
+    return length - 2
+
+
 def vocabulary(tokenizer: Component) -> set[str]:
     """Return all tokens of a tokenizer, from its files."""
     return set(_ids(tokenizer))
@@ -132,14 +138,16 @@ def _check_merges(path: Path, vocab: dict[str, int]) -> None:
     Raises:
         ConfigError: A line is not a merge, or merges are missing. Prompts would then have other tokens.
     """
-    lines = components.read_text(path).split("\n")
     made = set()
-    for number, line in enumerate(lines, 1):
-        if line.strip() and not (number == 1 and line.startswith("#version")):
-            parts = line.split()
-            if len(parts) != 2:  # noqa: PLR2004 - a pair
-                raise ConfigError(f"{path}, line {number}: not a pair of tokens ({line[:40]!r}); fetch the file again")
-            made.add("".join(parts))
+    for number, line in enumerate(components.read_text(path).removesuffix("\n").split("\n"), 1):
+        if line.startswith("#version"):
+            continue
+        parts = line.removesuffix("\r").split(" ")
+        if len(parts) != 2 or not all(parts):  # noqa: PLR2004 - a pair
+            raise ConfigError(
+                f"{path}, line {number}: not two tokens with one space ({line[:40]!r}); fetch the file again"
+            )
+        made.add("".join(parts))
     first_special = min((vocab[token] for token in _SPECIAL.values() if token in vocab), default=len(vocab))
     missing = [
         token

@@ -374,6 +374,46 @@ def test_an_adapter_of_training_with_an_encoder_in_a_single_file_draws_as_in_the
     assert_equals_single_calls(both.pipe, PiaEngine.load(model, device="cpu"), ROWS[:2])
 
 
+SPELLINGS = {
+    "published": {"image_proj": "image_proj", "ip_adapter": "ip_adapter"},
+    "trained": {"image_proj": "image_proj_model", "ip_adapter": "adapter_modules"},
+    "of Lightning": {"image_proj": "state_dict.image_proj", "ip_adapter": "state_dict.ip_adapter"},
+    "trained in parallel": {"image_proj": "module.image_proj_model", "ip_adapter": "module.adapter_modules"},
+}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("layout", ip_adapters.LAYOUTS)
+def test_an_adapter_in_any_dtype_has_the_numbers_of_its_file(tmp_path, layout, spelling):
+    """Cross-attention has the odd numbers, in the order down, up, middle; a resampler's `to_kv` is two layers."""
+    torch.manual_seed(5)
+    made = ip_adapters.weights(layout)
+    for dtype in DTYPES if spelling == "published" else DTYPES[1:2]:
+        stored = {}
+        for name, tensor in made.items():
+            group, _, rest = name.partition(".")
+            stored[f"{SPELLINGS[spelling][group]}.{rest}"] = tensor.to(dtype)
+        save_file(stored, tmp_path / "ip.safetensors")
+        unet = build().unet
+
+        image_prompts.install(unet, tmp_path / "ip.safetensors")
+
+        found = unet.state_dict()
+        layers = [name for name in unet.attn_processors if ".attn2." in name and "motion_modules" not in name]
+        layers.sort(key=lambda name: ("down", "up_b", "mid_").index(name[:4]))
+        assert len(layers) == 4
+        for number, layer in enumerate(layers):
+            for each in ("to_k_ip", "to_v_ip"):
+                expected = made[f"ip_adapter.{2 * number + 1}.{each}.weight"].to(dtype).float()
+                assert torch.equal(found[f"{layer}.{each}.0.weight"], expected)
+        held = [tensor for name, tensor in found.items() if name.startswith("encoder_hid_proj.")]
+        for name in (name for name in made if name.startswith("image_proj.")):
+            expected = made[name].to(dtype).float()
+            for part in expected.chunk(2) if "to_kv" in name else [expected]:
+                assert any(part.shape == each.shape and torch.equal(part, each) for each in held), name
+
+
 class _OpenClipTower(torch.nn.Module):
     """Vision tower as open_clip writes it, of torch's own layers. Source: mlfoundations/open_clip `transformer.py`."""
 

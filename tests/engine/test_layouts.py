@@ -88,6 +88,18 @@ def with_more(**shapes: tuple[int, ...]) -> Callable[[Tensors], Tensors]:
     return lambda tensors: tensors | more
 
 
+def renamed_prefixes(*pairs: tuple[str, str]) -> Callable[[Tensors], Tensors]:
+    def change(tensors: Tensors) -> Tensors:
+        found = tensors
+        for old, new in pairs:
+            found = {
+                new + name.removeprefix(old) if name.startswith(old) else name: each for name, each in found.items()
+            }
+        return found
+
+    return change
+
+
 def renamed(*pairs: tuple[str, str], flat: bool = False) -> Callable[[Tensors], Tensors]:
     """Rename the VAE's attention; `flat` also stores its layers as matrices."""
 
@@ -135,6 +147,12 @@ CHECKPOINTS: dict[str, Callable[[Tensors], Tensors]] = {
         **{f"{TEXT.removesuffix('text_model.')}vision_model.encoder.layers.0.layer_norm1.weight": (4,)},
         cond_stage_model__transformer__visual_projection__weight=(4, 4),
         cond_stage_model__logit_scale=(1,),
+    ),
+    "ComfyUI's": renamed_prefixes(
+        ("cond_stage_model.transformer.", "text_encoders.clip_l.transformer."), ("first_stage_model.", "vae.")
+    ),
+    "ComfyUI's text encoder": renamed_prefixes(
+        ("cond_stage_model.transformer.", "cond_stage_model.clip_l.transformer.")
     ),
     "noise levels": with_more(sigmas=(1000,), log_sigmas=(1000,), denoiser__sigmas=(1000,)),
     "image tower outside": with_more(vision_model__post_layernorm__weight=(4,)),

@@ -792,6 +792,41 @@ REFUSED = {
     "half of a LoKr": ({f"{_NAME}.lokr_w1": (2, 2)}, "a factor of its LoKr is missing"),
     "a magnitude alone": ({f"{_NAME}.dora_scale": (16, 1), f"{_NAME}.diff_b": (16,)}, "DoRA magnitude but no matrices"),
     "an unknown tensor": ({f"{_NAME}.diff": (16, 16), f"{_NAME}.diff_q": (3,)}, "diff_q.*unsupported kind"),
+    **{
+        f"{kind} of peft": (
+            {f"base_model.model.{ATTENTION}.{name}": (4, 4), "base_model.model.b": (1,)},
+            f"kind {kind}",
+        )
+        for kind, name in {
+            "SHiRA": "shira_weight",
+            "RandLoRA": "randlora_lambda",
+            "MiSS": "miss_block",
+            "C3A": "c3a_kernel",
+            "LN tuning": "ln_tuning_layers.weight",
+            "Poly": "poly_lora_A",
+            "HiRA": "hira_A",
+            "RoAd": "road_theta",
+            "DeLoRA": "delora_A",
+            "WaveFT": "waveft_spectrum",
+            "Bone": "bone_block",
+        }.items()
+    },
+    "whole modules": (
+        {
+            f"base_model.model.{ATTENTION}.lora_A.weight": (2, 16),
+            "base_model.model.conv_out.modules_to_save.weight": (4,),
+        },
+        r"modules that were trained whole \(peft: modules_to_save\)",
+    ),
+    "trained tokens": (
+        {"base_model.model.embeddings.token_embedding.trainable_tokens_delta": (1, 16), "b": (1,)},
+        "trainable tokens of peft",
+    ),
+    "SVDiff": ({f"unet.{ATTENTION}.spectral_shifts": (4,), "b": (1,)}, "kind SVDiff"),
+    "Custom Diffusion": (
+        {f"{ATTENTION.rpartition('.')[0]}.processor.to_k_custom_diffusion.weight": (4, 4), "b": (1,)},
+        "kind Custom Diffusion",
+    ),
     "twice": ({f"{_NAME}.diff": (16, 16), f"unet.{ATTENTION}.diff": (16, 16)}, "are the same layer"),
 }
 

@@ -263,6 +263,7 @@ def test_what_is_no_list_of_vectors_of_one_word_is_refused(tmp_path, shapes, mes
             "'<cat>' is already .* or stands for another textual inversion",
         ),
         ([{"<cat>": (2, 64)}, {"<cat>_1": (1, 64)}], None, "'<cat>_1' is already"),
+        ([{"<cat>": (1, 64)}, {"<CAT>": (1, 64)}], None, "'<CAT>' is already .* stands for another textual inversion"),
         ([{"<cat>": (1, 64)}], "<|endoftext|>", r"already in the vocabulary .*; set another word as .*\[0\]\.token"),
     ],
 )
@@ -303,6 +304,8 @@ def test_a_word_of_a_vocabulary_in_several_files_is_known(tmp_path):
         ({KOHYA: (4, 64), "b": (1,)}, r"it belongs in model\.loras"),
         ({"": (1, 64)}, r"has a blank word '', .*set another word as model\.textual_inversions\[0\]\.token"),
         ({"  ": (1, 64)}, "has a blank word '  '"),
+        ({"a\nb": (1, 64)}, r"has the word 'a\\nb' with control characters"),
+        ({"cat8": (19, 64)}, "has 19 vectors, but a prompt has at most 18 tokens"),
     ],
 )
 def test_a_textual_inversion_that_does_not_fit_is_refused(tmp_path, shapes, message):
@@ -477,6 +480,11 @@ def test_a_quantized_ip_adapter_or_encoder_is_refused(tmp_path, part, dtype):
         (
             PLUS | {"image_proj.proj_out.weight": (768, 16)},
             r"image_proj.proj_out.weight \(768, 16\) instead of \(64, 16\)",
+        ),
+        (without(PLAIN, "ip_adapter."), r"has no tensors ip_adapter\.\*; it is not a complete IP-Adapter"),
+        (
+            {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_ip.0.weight": (8, 64), "b": (1,)},
+            r"is no tensor of an IP-Adapter; use a file with image_proj\.\* and ip_adapter\.\* only",
         ),
         (PLAIN | {"ip_adapter.0.to_k_lora.down.weight": (8, 8)}, "is a FaceID adapter"),
         ({**PLAIN, "image_proj.proj.0.weight": (64, 512)}, "is a FaceID adapter"),

@@ -196,6 +196,9 @@ def test_shards_are_all_needed_and_all_part_of_the_id(base):
         save_file({name: held[name] for name in held if name.startswith("up") == number}, unet / shard)
 
     assert set(shards) < set(resolve(model).components["unet"].files)
+    save_file(held, unet / shards[1])
+    with pytest.raises(ConfigError, match=r"tensor \S+ is in .*00001-of-00002.* and in .*00002-of-00002.*are mixed"):
+        resolve(model)
 
 
 @pytest.mark.parametrize(

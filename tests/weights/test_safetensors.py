@@ -19,6 +19,7 @@ from pia_batch.errors import ConfigError
 from pia_batch.weights import safetensors
 
 OTHER_FAMILY = "checkpoint of another family than Stable Diffusion 1.5"
+OTHER_WORDS = "textual inversion of another family than Stable Diffusion 1.5"
 SHAPES = st.dictionaries(
     st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
         lambda name: name != "__metadata__"
@@ -253,6 +254,16 @@ def test_a_file_that_is_not_there_is_a_config_error(tmp_path):
         (tensors("embeddings.token_embedding.weight", "encoder.layers.0.x"), "text encoder"),
         (tensors("model.layers.0.mlp.weight", "model.layers.1.mlp.weight"), "file of unknown layout"),
         ({}, "file of unknown layout"),
+        (tensors("transformer_blocks.0.attn.to_q.weight"), OTHER_FAMILY),
+        (tensors("double_blocks.0.img_attn.proj.weight"), OTHER_FAMILY),
+        (unet(8) | tensors("model.diffusion_model.input_blocks.1.1.time_stack.0.norm1.weight"), OTHER_FAMILY),
+        (tensors("input_blocks.0.0.weight", "time_embed.0.weight"), "UNet without VAE and text encoder"),
+        (tensors("320.0.linear.0.weight"), "file of unknown layout"),
+        (tensors("base_model.model.unet.shira_weight"), "file of unknown layout"),
+        (tensors("clip_l", "t5xxl"), OTHER_WORDS),
+        (tensors("clip_l", "clip_g", "t5xxl"), OTHER_WORDS),
+        (tensors("text_encoders_0", "text_encoders_1"), OTHER_WORDS),
+        (tensors("down_blocks.1.temporal_attentions.0.norm.weight", "b"), "motion modules of HotShot-XL"),
     ],
 )
 def test_files_are_told_apart_by_their_names_and_shapes(held, kind, tmp_path):

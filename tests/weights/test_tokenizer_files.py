@@ -132,17 +132,35 @@ def _cut(folder: Path, lines: int) -> None:
     path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]), encoding="utf-8")
 
 
+def _replace(folder: Path, old: bytes, new: bytes) -> None:
+    path = folder / "merges.txt"
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+def test_lines_may_end_as_on_windows(clip):
+    _replace(clip / "tokenizer", b"\n", b"\r\n")
+
+    assert find(clip).files == ("merges.txt", "tokenizer_config.json", "vocab.json")
+    ids = CLIPTokenizer.from_pretrained(clip / "tokenizer", local_files_only=True)("a lighthouse").input_ids
+    assert (
+        ids == CLIPTokenizer.from_pretrained(sd15.PATH / "tokenizer", local_files_only=True)("a lighthouse").input_ids
+    )
+
+
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "merges, half": (lambda folder: _cut(folder, 20_000), r"merges\.txt has no merge for 28895 tokens of vocab\.json"),
     "merges, one less": (lambda folder: _cut(folder, -1), "has no merge for 1 tokens"),
     "merges, in a line": (
         lambda folder: (folder / "merges.txt").write_bytes((folder / "merges.txt").read_bytes()[:-4]),
-        r"merges\.txt.*(not a pair|no merge for)",
+        r"merges\.txt.*(not two tokens|no merge for)",
     ),
     "merges of text": (
         lambda folder: (folder / "merges.txt").write_text("#version: 0.2\ni n\nnot found in here\n"),
-        r"merges\.txt, line 3: not a pair of tokens \('not found in here'\)",
+        r"merges\.txt, line 3: not two tokens with one space \('not found in here'\)",
     ),
+    "merges with tabs": (lambda folder: _replace(folder, b" ", b"\t"), "line 2: not two tokens with one space"),
+    "merges with empty lines": (lambda folder: _replace(folder, b"\n", b"\n\n"), "line 2: not two tokens"),
+    "merges in one line": (lambda folder: _replace(folder, b"\n", b"\r"), "no merge for 48894 tokens"),
     "vocabulary of nothing": (lambda folder: (folder / "vocab.json").write_text("{}"), "holds no tokens"),
     "vocabulary of words": (
         lambda folder: (folder / "vocab.json").write_text('{"error": "Not found"}'),
