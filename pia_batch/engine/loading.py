@@ -27,7 +27,7 @@ from pia_batch.engine.lora_scales import Scales
 from pia_batch.engine.offloading import DeviceSlot, OnDemand
 from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.engine.shots import Limits, Shot
-from pia_batch.errors import ConfigError
+from pia_batch.errors import ConfigError, message_of
 from pia_batch.schema.lora_scales import lora_scales
 from pia_batch.weights import conv_in
 from pia_batch.weights.components import Component
@@ -421,7 +421,10 @@ def _shipped_scheduler(weights: Weights) -> Any:
         kind = getattr(diffusers, config["_class_name"])
     except (AttributeError, KeyError, TypeError, ValueError) as err:
         raise ConfigError(f"{path}: no scheduler of diffusers {diffusers.__version__} in _class_name") from err
-    return kind.from_config(config)
+    try:
+        return kind.from_config(config)
+    except Exception as err:  # a config of any content; the library raises exceptions of many types
+        raise ConfigError(f"{path}: {kind.__name__} cannot be built from it ({message_of(err)}); correct it") from err
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import fuse_text_encoder_lora, set_adapters_for_text_encoder
 from diffusers.utils import recurse_remove_peft_layers
-from torch import nn
 
 from pia_batch.config import LoraConfig
 from pia_batch.engine.lora_scales import PREFIX
@@ -193,13 +192,6 @@ def _fit(lora: Lora, network: str, layers: NetworkLayers, modules: Mapping[str, 
     for named, found in lora_shapes.fit(lora.content, network, shapes, layers, where):
         tensors = lora.tensors[network][named]
         name = found.name if found.name in modules else f"text_model.{found.name}"  # transformers before 5.6
-        if not isinstance(modules[name], nn.Linear | nn.Conv2d | nn.Embedding) and set(tensors) - {
-            "w_norm",
-            "b_norm",
-            "diff",
-            "diff_b",
-        }:
-            raise ConfigError(f"{where}: {named!r} of the {network} is no linear layer, convolution or embedding")
         rank = _rank(tensors)
         alpha = None if "alpha" not in tensors or rank is None else tensors["alpha"].item()
         factor = 1.0 if alpha is None or rank is None else alpha / rank
@@ -231,8 +223,10 @@ def _inject(lora: Lora, name: str, network: str, target: Any, fitted: list[_Laye
         # Copy: a tensor would otherwise remain a view of the file, which may change.
         down = down.to(weight.dtype, copy=True).reshape(len(down), *sides[1:])
         up = up.to(weight.dtype, copy=True).reshape(*up.shape[:2], *(1 for _ in weight.shape[2:]))
-        state[f"{network}.{layer.target.name}.lora_A.weight"] = _padded(down, weight.shape[1])
-        state[f"{network}.{layer.target.name}.lora_B.weight"] = up
+        # diffusers does not read PEFT's names of a text encoder's LoRA that changes no attention.
+        endings = ("lora_A", "lora_B") if network == UNET else ("lora_linear_layer.down", "lora_linear_layer.up")
+        for ending, matrix in zip(endings, (_padded(down, weight.shape[1]), up), strict=True):
+            state[f"{network}.{layer.target.name}.{ending}.weight"] = matrix
     # The scale of PEFT's record is in the alphas. The record may describe other layers, or lack what diffusers reads.
     alphas = _alphas(network, fitted, exact=not all_plain or lora.metadata is not None)
     options = {"adapter_name": name, "metadata": None, "low_cpu_mem_usage": True}

@@ -161,6 +161,11 @@ _RULES: dict[str, dict[str, _Rule]] = {
         "rescale_betas_zero_snr": _YES_OR_NO,
         "set_alpha_to_one": _YES_OR_NO,
         "steps_offset": _WHOLE,
+        "trained_betas": _Rule(
+            "null or a list of numbers",
+            lambda value, _: isinstance(value, list) and len(value) >= _MIN_STEPS and all(map(_is_number, value)),
+            nullable=True,
+        ),
         "timestep_spacing": _one_of("leading", "linspace", "trailing"),
     },
 }

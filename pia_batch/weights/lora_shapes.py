@@ -83,6 +83,12 @@ def check(roles: Mapping[str, Shape], target: NetworkLayer, where: str) -> None:
     problem = _incomplete(set(roles))
     if problem is not None:
         raise ConfigError(f"{where}: {problem}; the file is damaged")
+    others = sorted(set(roles) - _OF_A_VECTOR)
+    if len(target.weight) == 1 and others:
+        raise ConfigError(
+            f"{where}: a norm, whose weight is a vector, cannot have {others[0]}; the file is damaged, or is for "
+            "another network"
+        )
     for role in NUMBERS:
         if math.prod(roles.get(role, ())) != 1:
             raise ConfigError(f"{where}: {role} must be one number (got shape {roles[role]}); the file is damaged")
@@ -100,6 +106,9 @@ def check(roles: Mapping[str, Shape], target: NetworkLayer, where: str) -> None:
                 f"{where}: its bias is {roles[role]}, that of the layer {target.bias}; {_IS_ANOTHER_FAMILY}"
             )
 
+
+_OF_A_VECTOR = {"w_norm", "b_norm", "diff", "diff_b", *NUMBERS}
+"""Roles of tensors that a norm may have."""
 
 _HADA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 

@@ -28,7 +28,7 @@ VAE_PREFIXES = (VAE_PREFIX, "vae.")
 TEXT_PREFIXES = (
     f"{TEXT_PREFIX}transformer.", f"{TEXT_PREFIX}clip_l.transformer.", "text_encoders.clip_l.transformer.",
 )  # fmt: skip
-"""Those of the VAE and of the text encoder, in the original layout and in files that ComfyUI saved."""
+"""Beginnings of the VAE's and the text encoder's names, in the original layout and in files that ComfyUI saved."""
 
 LCM_REMEDY = "use the ordinary checkpoint with an LCM LoRA in model.loras and scheduler `lcm`"
 

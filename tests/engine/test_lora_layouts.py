@@ -726,6 +726,22 @@ def test_loha_and_lokr_of_peft_are_scaled_by_their_record(base, tmp_path, kind, 
     assert_weights(load(base, (path, 1.0)), {ATTENTION: weight + 0.5 * delta})
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize(
+    "spelled", ["text_encoder.encoder.layers.1.mlp.{}", "lora_te_text_model_encoder_layers_1_mlp_{}"]
+)
+def test_a_lora_for_the_text_encoder_s_feed_forward_alone_is_applied(base, tmp_path, spelled, fuse):
+    tensors, expected = {}, {}
+    for number, name in enumerate(("fc1", "fc2"), 1):
+        layer = f"encoder.layers.1.mlp.{name}"
+        down, up = pair(layer, number)
+        tensors |= {f"{spelled.format(name)}.lora_{each}.weight": m for each, m in (("down", down), ("up", up))}
+        expected[layer] = weight_of(layer) + 0.5 * product(down, up)
+    save_file(tensors, tmp_path / "a.safetensors")
+
+    assert_weights(load(base, (tmp_path / "a.safetensors", 0.5), fuse=fuse), expected)
+
+
 # --- bundled textual inversions ---------------------------------------------------------------------------------------
 
 
@@ -753,6 +769,7 @@ def test_bundled_embeddings_are_textual_inversions(base, tmp_path, ending):
 
 _NAME = kohya(ATTENTION)
 
+NORM = "lora_unet_mid_block_resnets_0_norm1"
 REFUSED = {
     "IA3": ({f"{_NAME}.weight": (16,), f"{_NAME}.on_input": ()}, "kind IA3"),
     "IA3 of peft": ({f"base_model.model.{ATTENTION}.ia3_l": (16, 1)}, "kind IA3"),
@@ -821,6 +838,14 @@ REFUSED = {
     "trained tokens": (
         {"base_model.model.embeddings.token_embedding.trainable_tokens_delta": (1, 16), "b": (1,)},
         "trainable tokens of peft",
+    ),
+    "a norm with matrices": (
+        {f"{NORM}.lora_down.weight": (2,), f"{NORM}.lora_up.weight": (32, 2)},
+        "a norm, whose weight is a vector, cannot have down",
+    ),
+    "a norm with a LoHa": (
+        {f"{NORM}.hada_w{one}_{two}": (32, 1) if two == "a" else (1, 1) for one in "12" for two in "ab"},
+        "a norm, whose weight is a vector, cannot have hada_w1_a",
     ),
     "SVDiff": ({f"unet.{ATTENTION}.spectral_shifts": (4,), "b": (1,)}, "kind SVDiff"),
     "Custom Diffusion": (

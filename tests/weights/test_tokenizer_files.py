@@ -191,7 +191,11 @@ def test_a_vocabulary_that_gives_other_tokens_is_refused(clip, case):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("text_encoder/config.json", {"vocab_size": 700}, "tokens up to number 719, but the text encoder .* has 700"),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"added_tokens_decoder": {"720": {"content": "<x>"}}},
+            "tokens up to number 720, but the text encoder .* has 720 embeddings",
+        ),
         ("tokenizer/tokenizer_config.json", {"model_max_length": 77}, r"model_max_length \(got 77, expected 3 to 20"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": 10**30}, "invalid model_max_length"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": None}, r"model_max_length \(got None"),
