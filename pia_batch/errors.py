@@ -19,6 +19,7 @@ import errno
 import re
 import socket
 import ssl
+import sys
 
 
 class PiaBatchError(Exception):
@@ -161,6 +162,7 @@ _ROOM = "free some space on that disk, or choose another one by the path, TMPDIR
 _FILES = "raise the limit of open files, such as by `ulimit -n 65536`"
 _MEMORY = "raise the limits of memory and processes (`ulimit -a`), or use a larger machine"
 _ACCESS = "give this user access to it, or set HOME, TMPDIR or the path to another place"
+_ENCODING = "use names in UTF-8: set PYTHONUTF8=1, or LC_ALL to a locale such as C.UTF-8"
 _NETWORK = "check the name, the address, the network and the proxy settings (HTTPS_PROXY, NO_PROXY)"
 
 _ENVIRONMENT = {
@@ -242,10 +244,12 @@ def environment_error(err: BaseException) -> ConfigError | None:
 
 def environment_remedy(err: BaseException) -> str | None:
     """Return what the operator can do about an error of their environment; None for any other exception."""
-    if isinstance(err, MemoryError):
+    if isinstance(err, MemoryError) or (isinstance(err, RuntimeError) and str(err) == "can't start new thread"):
         return _MEMORY
     if isinstance(err, ssl.SSLError):
         return CERTIFICATE_REMEDY
+    if isinstance(err, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
+        return _ENCODING
     if isinstance(err, socket.gaierror):
         return _NETWORK
     if isinstance(err, OSError) and err.errno is not None:

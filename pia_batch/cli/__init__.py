@@ -22,7 +22,7 @@ from pia_batch.cli import (
     prepare_command,
     run_commands,
 )
-from pia_batch.cli.console import err
+from pia_batch.cli.console import err, out, print_any_text
 
 log = logging.getLogger("pia_batch")
 
@@ -69,7 +69,7 @@ for command in (
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"pia-batch {__version__}")
+        out.print(f"pia-batch {__version__}")
         raise typer.Exit
 
 
@@ -99,20 +99,30 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: Arguments of the command line; None: those of the process.
     """
+    print_any_text()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     logging.getLogger().setLevel(logging.WARNING)
     try:
+        _check_interpreter()
         app(arguments, prog_name="pia-batch")
     except errors.PiaBatchError as problem:
         _exit(problem)
-    except (OSError, MemoryError) as problem:
+    except Exception as problem:  # noqa: BLE001 - nothing is hidden: a bug ends the process with 1
         if (explained := errors.environment_error(problem)) is None:
             _exit_by_bug(problem)
         else:
             _exit(explained)
-    except Exception as bug:  # noqa: BLE001 - nothing is hidden: the process ends with 1
-        _exit_by_bug(bug)
+
+
+def _check_interpreter(level: int = sys.flags.optimize) -> None:
+    """Refuse a Python that removes docstrings, from which Ray makes its own at import.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if level > 1:
+        raise errors.ConfigError("PYTHONOPTIMIZE or -OO: Ray does not work without docstrings; use level 1 at most")
 
 
 def _exit(problem: errors.PiaBatchError) -> NoReturn:

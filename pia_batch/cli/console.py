@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -16,7 +18,7 @@ from rich.spinner import Spinner
 from rich.status import Status
 from rich.text import Text
 
-from pia_batch.errors import printable
+from pia_batch.errors import ConfigError, message_of, printable
 
 if TYPE_CHECKING:
     from pia_batch.driver.progress import Progress
@@ -31,9 +33,47 @@ _PIPE_WIDTH = 124
 """Width of tables, in characters, if the output is not a terminal and so has no width."""
 
 
-def _console(*, stderr: bool = False) -> Console:
+class Stream(Console):
+    """Standard output or standard error, which may be closed, full, or a pipe whose reader leaves early.
+
+    Attributes:
+        is_abandoned: True once the reader has left, such as `head`. What is printed from then on is discarded, and the
+            command ends with the exit code that it would have had.
+    """
+
+    is_abandoned = False
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as `Console.print` does. Lines that standard error cannot take are lost, and change nothing else.
+
+        Raises:
+            ConfigError: Standard output cannot be written, such as a file on a full disk.
+        """
+        try:
+            super().print(*objects, **options)
+        except OSError as problem:
+            self._discard()
+            if not self.stderr:
+                msg = (
+                    f"standard output cannot be written: {message_of(problem)}; redirect it to a place that can be "
+                    "written and has room. What the command has done besides is kept"
+                )
+                raise ConfigError(msg) from None
+
+    def on_broken_pipe(self) -> None:
+        """Discard what follows."""
+        self.is_abandoned = True
+        self._discard()
+
+    def _discard(self) -> None:
+        self.quiet = True
+        with suppress(OSError, ValueError):  # no file: a test's buffer, or closed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # Python writes its buffer when it ends
+
+
+def _console(*, stderr: bool = False) -> Stream:
     """Return a console that breaks lines on a terminal only: programs read what comes from a pipe line by line."""
-    console = Console(stderr=stderr, highlight=False, emoji=False)
+    console = Stream(stderr=stderr, highlight=False, emoji=False)
     if not console.is_terminal:
         console.soft_wrap = True
         console.width = _PIPE_WIDTH
@@ -44,9 +84,17 @@ out = _console()
 err = _console(stderr=True)
 
 
+def print_any_text() -> None:
+    """Escape characters that the encoding of standard output lacks, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_json(payload: dict[str, Any]) -> None:
     """Print one JSON object on standard output."""
-    out.print(json.dumps(payload, indent=2, ensure_ascii=False), soft_wrap=True, markup=False)
+    text = json.dumps(payload, indent=2, ensure_ascii=not out.encoding.startswith("utf"))
+    out.print(text, soft_wrap=True, markup=False)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def inspect(
     data, shown = _read(file), redacted_uri(file)
     made = _provenance(data, shown)
     if manifest_row:
-        typer.echo(json.dumps(made.manifest_row()))
+        out.print(json.dumps(made.manifest_row()), soft_wrap=True, markup=False)
         _warn_of_gaps(made)
     elif as_json:
         print_json({"file": shown, "provenance": made.model_dump(mode="json"), "manifest_row": made.manifest_row()})

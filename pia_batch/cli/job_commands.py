@@ -126,9 +126,14 @@ def _absolute(uri: str) -> str:
 
 def _wait(jobs: Jobs, job_id: str, *, follow: bool = True, stop_on_interrupt: bool = False) -> int:
     """Wait until a job is over, and return its exit code."""
-    show = (lambda text: out.print(text, end="", soft_wrap=True, markup=False)) if follow else None
     with first_signal() as leave:
-        job = jobs.wait(job_id, show=show, leave=leave)
+
+        def show(text: str) -> None:
+            out.print(text, end="", soft_wrap=True, markup=False)
+            if out.is_abandoned and not stop_on_interrupt:
+                leave.set()
+
+        job = jobs.wait(job_id, show=show if follow else None, leave=leave)
         if not job.is_over and stop_on_interrupt:
             err.print(f"stopping {job_id}; send the signal again to exit at once", markup=False)
             leave.clear()

@@ -51,7 +51,7 @@ def status(
                 out.print(view.overview(payload, pace))
             else:
                 out.print(view.status_text(payload, pace), soft_wrap=True)
-            if not watch:
+            if not watch or out.is_abandoned:
                 return
             time.sleep(every_s)
 

@@ -69,7 +69,8 @@ class PlacementConfig(Section):
     @property
     def address(self) -> str:
         """Address of the Ray cluster to run on; `local`: a Ray of the run's own."""
-        return self.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+        address = (self.ray_address or "").strip() or os.environ.get("RAY_ADDRESS", "").strip() or "local"
+        return address.lower() if address.lower() in ("auto", "local") else address
 
     @model_validator(mode="after")
     def _fits_together(self) -> PlacementConfig:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import secrets
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from pia_batch.errors import ConfigError, message_of, printable
+from pia_batch.errors import MESSAGE_LENGTH, ConfigError, message_of, printable
 
 _SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
 """Longest path of a socket, in bytes; a limit of the operating system."""
@@ -44,7 +47,7 @@ def check_temp_folder(environment: Mapping[str, str] = os.environ) -> None:
         msg = (
             f"{variable}: cannot write to {printable(folder)}, where Ray keeps its session: {message_of(err)}; {_MOVE}"
         )
-        raise ConfigError(msg) from None
+        raise ConfigError(msg if folder != "/tmp" else msg.replace("such as /tmp", "such as /var/tmp")) from None  # noqa: S108
 
 
 def check_temp_path(environment: Mapping[str, str] = os.environ) -> None:
@@ -58,6 +61,9 @@ def check_temp_path(environment: Mapping[str, str] = os.environ) -> None:
     if not Path(folder).is_absolute():
         msg = f"{variable}: not the absolute path of a folder for Ray's session (got {shown!r}); {_MOVE}"
         raise ConfigError(msg)
+    if not folder.isascii():
+        msg = f"{variable}: Ray needs a path without other characters than ASCII (got {shown!r}); {_MOVE}"
+        raise ConfigError(msg)
     longest = _SOCKET_BYTES - _BELOW_BYTES
     if (num_bytes := len(os.fsencode(folder))) > longest:
         msg = (
@@ -67,7 +73,111 @@ def check_temp_path(environment: Mapping[str, str] = os.environ) -> None:
         raise ConfigError(msg)
 
 
+MIN_OPEN_FILES = 256
+"""Smallest limit of open files with which a run of one engine was measured to work; with 64, Ray ends by itself."""
+
+
+MIN_ADDRESS_BYTES = 10 * 2**30
+"""Smallest limit of a process's address space (`ulimit -v`). On a machine of 24 GB, Ray waited for ever with 8 GB."""
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - Ray's own path
+"""Folder of Ray's objects on Linux. If it does not exist, Ray uses its temporary folder."""
+
+
+def check_limits(open_files: int | None = None, address_bytes: int | None = None) -> None:
+    """Check the limits of this process that end a Ray of our own without a message, or let it wait for ever.
+
+    Args:
+        open_files: Limit of open files up to which a process may raise its own; None: that of this process.
+        address_bytes: Limit of the address space, in bytes; None: that of this process.
+
+    Raises:
+        ConfigError: One is too low.
+    """
+    # Ray raises the soft limit of open files to the hard one.
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1] if open_files is None else open_files
+    if files != resource.RLIM_INFINITY and files < MIN_OPEN_FILES:
+        msg = (
+            f"the limit of open files is too low for a Ray on this machine (got {files}, expected at least "
+            f"{MIN_OPEN_FILES}); {_FILES}"
+        )
+        raise ConfigError(msg)
+    space = resource.getrlimit(resource.RLIMIT_AS)[0] if address_bytes is None else address_bytes
+    if space != resource.RLIM_INFINITY and space < MIN_ADDRESS_BYTES:
+        msg = (
+            f"the limit of address space is too low for a Ray on this machine (got {space / 2**30:.1f} GiB, expected "
+            f"at least {MIN_ADDRESS_BYTES / 2**30:g}); remove it by `ulimit -v unlimited`, and limit memory by a cgroup"
+        )
+        raise ConfigError(msg)
+
+
+def check_shared_memory(folder: Path = SHARED_MEMORY) -> None:
+    """Check that Ray can write its objects, if this machine has a folder of shared memory.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if not folder.exists():
+        return
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+    except OSError as err:
+        msg = (
+            f"cannot write to {folder}, where Ray keeps its objects: {message_of(err)}; free space there, or give the "
+            "container a shared memory that can be written (docker run --shm-size=2g)"
+        )
+        raise ConfigError(msg) from None
+
+
+@contextmanager
+def session_token(environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Give a Ray of our own a token for as long as it lives, where it cannot keep one in the home folder.
+
+    By default Ray asks for a token, and creates ~/.ray/auth_token. In a container, the home folder is often missing or
+    read-only.
+    """
+    is_needed = _lacks_token(environment)
+    if is_needed:
+        environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    try:
+        yield
+    finally:
+        if is_needed:
+            environment.pop("RAY_AUTH_TOKEN", None)
+
+
+def _lacks_token(environment: Mapping[str, str]) -> bool:
+    """Return True where Ray asks for a token, and has none and no place for one."""
+    is_set = any(environment.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if is_set or environment.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return False
+    home = environment.get("HOME")
+    if not home or not Path(home).is_absolute():
+        return True
+    path = Path(home, ".ray", "auth_token")
+    try:
+        if path.exists():
+            return not path.read_bytes().strip()
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return True
+    return not os.access(path.parent, os.W_OK | os.X_OK) or bool(os.statvfs(path.parent).f_flag & os.ST_RDONLY)
+
+
+_FILES = "raise it, such as by `ulimit -n 65536`, or LimitNOFILE in a service of systemd"
 _MOVE = "set RAY_TMPDIR to a short path on a local disk, such as /tmp"
+
+
+TASK_S = 120.0
+"""Seconds that a worker of a Ray of our own has to start; a busy machine of two cores takes 20."""
+
+
+def explain_task(err: Exception) -> ConfigError:
+    """Return the error of a Ray of our own that started, and on which no task ran."""
+    is_late = "GetTimeoutError" in type(err).__name__
+    cause = f"none within {TASK_S:g} s" if is_late else f"{type(err).__name__}: {message_of(err)}"
+    return ConfigError(f"Ray starts on this machine, and none of its workers does: {cause}; {_LOG}")
 
 
 def explain_start(err: Exception) -> ConfigError:
@@ -76,7 +186,19 @@ def explain_start(err: Exception) -> ConfigError:
     return ConfigError(f"Ray cannot start on this machine: {cause}; {_remedy(err, cause.lower())}")
 
 
+def explain_end(last_line: str) -> ConfigError:
+    """Return the error of a process that ended while it started a Ray of our own.
+
+    Args:
+        last_line: Last line of its standard error.
+    """
+    remedy = next((remedy for words, remedy in _BY_WORD if any(word in last_line.lower() for word in words)), _LOG)
+    return ConfigError(f"Ray ended the process that started it: {printable(last_line)[:MESSAGE_LENGTH]}; {remedy}")
+
+
 def _remedy(err: Exception, cause: str) -> str:
+    if isinstance(err, OSError) and err.filename == sys.executable:
+        return "let this user run this Python, and read its folders"
     number = err.errno if isinstance(err, OSError) else None
     by_number = next((remedy for numbers, remedy in _BY_NUMBER if number in numbers), None)
     if by_number is None and isinstance(err, MemoryError):
@@ -104,11 +226,13 @@ _SHARED_MEMORY = (
     "into /dev/shm"
 )
 _LOG = (
-    "look into its log in $RAY_TMPDIR/ray/session_latest/logs (/tmp/ray by default): too little memory or /dev/shm, a "
+    "look into its logs in $RAY_TMPDIR/ray/session_latest/logs (/tmp/ray by default): too little memory or /dev/shm, a "
     "limit of open files or processes (`ulimit -a`), or a taken port"
 )
 
 _BY_WORD = (
+    (("can't start new thread", "resource temporarily unavailable", "bad_alloc", "cannot allocate memory"), _MEMORY),
+    (("too many open files",), f"the limit of open files is too low; {_FILES}"),
     (("address already in use", " port"), _PORTS),
     (("object store", "object_store", "/dev/shm"), _SHARED_MEMORY),  # noqa: S108 - Ray's own words
     (("died", "failed to start", "timed out", "timeout", "initialize", "connect", "exited", "gcs"), _LOG),

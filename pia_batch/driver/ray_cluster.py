@@ -7,18 +7,20 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
 import ray.data
 from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled, without a stub
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import AuthenticationError
 
 from pia_batch.config import PlacementConfig
 from pia_batch.driver import own_ray
 from pia_batch.driver.authentication import TOKEN_REMEDY, check_authentication, connect_once, host_and_port
+from pia_batch.driver.ray_address import check_address
 from pia_batch.errors import ConfigError, message_of
 from pia_batch.planning import capacity
 from pia_batch.storage.uris import redacted_uri
@@ -41,9 +43,11 @@ def connect(place: PlacementConfig) -> Iterator[None]:
         yield
         return
     address = place.address
-    refuse_dashboard(address)
+    check_address(address)
     options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR}
     if address == "local":
+        own_ray.check_limits()
+        own_ray.check_shared_memory()
         own_ray.check_temp_folder()
         # Under `uv run`, Ray would pack the working folder for its workers. Ours are on this machine, and need no copy.
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
@@ -55,6 +59,16 @@ def connect(place: PlacementConfig) -> Iterator[None]:
         if place.object_store_mb is not None:
             options["object_store_memory"] = place.object_store_mb * 2**20
     _check_answer(address)
+    with own_ray.session_token() if address == "local" else nullcontext():
+        AuthenticationTokenLoader.instance().reset_cache()  # it may keep the token of an earlier run of this process
+        with _connected(place, options):
+            yield
+
+
+@contextmanager
+def _connected(place: PlacementConfig, options: Mapping[str, Any]) -> Iterator[None]:
+    """Connect with these options of `ray.init`, and disconnect."""
+    address = place.address
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(**options)
@@ -124,20 +138,6 @@ def _check_capacity(place: PlacementConfig, *, ours: bool) -> None:
         msg = f"Ray on this machine: {shortage}"
         raise ConfigError(msg)
     log.warning("small_cluster_found nodes=%d: %s", len(nodes), shortage)
-
-
-def refuse_dashboard(address: str) -> None:
-    """Refuse the URL of a dashboard, to which a run cannot connect.
-
-    Raises:
-        ConfigError: The address is a URL of a dashboard.
-    """
-    if address.startswith(("http://", "https://")):
-        msg = (
-            f"placement.ray_address or RAY_ADDRESS: {redacted_uri(address)} is the URL of a dashboard, which only "
-            "`submit` and `jobs` use; give Ray's own address (HEAD:6379), or start the run by `pia-batch submit`"
-        )
-        raise ConfigError(msg)
 
 
 def _check_answer(address: str) -> None:

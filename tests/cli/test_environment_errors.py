@@ -30,6 +30,7 @@ TABLE = [
     (of(errno.ENFILE), "Too many open files in system: '/data/x'; raise the limit of open files"),
     (of(errno.ENOMEM), "Cannot allocate memory: '/data/x'; raise the limits of memory and processes (`ulimit -a`)"),
     (of(errno.EAGAIN), "Resource temporarily unavailable: '/data/x'; raise the limits of memory and processes"),
+    (RuntimeError("can't start new thread"), "can't start new thread; raise the limits of memory and processes"),
     (MemoryError(), "MemoryError: MemoryError; raise the limits of memory"),
     (of(errno.ENAMETOOLONG), "File name too long: '/data/x'; choose a shorter path or name"),
     (of(errno.EIO), "Input/output error: '/data/x'; look into the system's log"),

@@ -1,10 +1,25 @@
 import errno
 import os
+import resource
+import sys
 from pathlib import Path
 
 import pytest
 
-from pia_batch.driver.own_ray import _BELOW_BYTES, _SOCKET_BYTES, check_temp_folder, explain_start, temp_folder
+from pia_batch.driver.own_ray import (
+    _BELOW_BYTES,
+    _SOCKET_BYTES,
+    MIN_ADDRESS_BYTES,
+    MIN_OPEN_FILES,
+    check_limits,
+    check_shared_memory,
+    check_temp_folder,
+    explain_end,
+    explain_start,
+    explain_task,
+    session_token,
+    temp_folder,
+)
 from pia_batch.errors import ConfigError
 
 LONGEST = _SOCKET_BYTES - _BELOW_BYTES
@@ -24,11 +39,8 @@ def test_the_folder_is_the_one_that_ray_takes(environment: dict[str, str], folde
 
 
 @pytest.mark.parametrize("extra", [0, 1, 40])
-@pytest.mark.parametrize("letter", ["x", "é"])
-def test_a_folder_too_long_for_sockets_is_refused_by_its_bytes(extra: int, letter: str) -> None:
-    size = len(letter.encode())
-    name = letter * ((LONGEST - 5) // size) + "y" * ((LONGEST - 5) % size)
-    folder = Path("/tmp") / name  # noqa: S108 - tmp_path is longer than a socket's path may be
+def test_a_folder_too_long_for_sockets_is_refused_by_its_bytes(extra: int) -> None:
+    folder = Path("/tmp") / ("x" * (LONGEST - 5))  # noqa: S108 - tmp_path is longer than a socket's path may be
     if extra:
         with pytest.raises(ConfigError, match=r"^TMPDIR: too long .*expected at most \d+\); set RAY_TMPDIR to a short"):
             check_temp_folder({"TMPDIR": f"{folder}{'y' * extra}"})
@@ -38,6 +50,14 @@ def test_a_folder_too_long_for_sockets_is_refused_by_its_bytes(extra: int, lette
     finally:
         (folder / "ray").rmdir()
         folder.rmdir()
+
+
+@pytest.mark.parametrize("folder", ["/é", "/\udcff"])
+def test_a_folder_that_is_not_ascii_is_refused(folder: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^TMPDIR: Ray needs a path without other characters than ASCII .*; set RAY_"
+    ):
+        check_temp_folder({"TMPDIR": folder})
 
 
 @pytest.mark.parametrize("folder", ["", "tmp", "./tmp", "~/tmp"])
@@ -83,6 +103,8 @@ def os_error(number: int) -> OSError:
         (TimeoutError("Timed out while waiting for the GCS"), "session_latest/logs"),
         (Exception("The current node timed out during startup"), "session_latest/logs"),
         (PermissionError("~/.ray"), "HOME"),
+        (PermissionError(errno.EACCES, "Permission denied", sys.executable), "let this user run this Python"),
+        (RuntimeError("can't start new thread"), "limits of memory and processes"),
         (KeyError("x"), "RAY_ variables"),
     ],
 )
@@ -92,3 +114,100 @@ def test_a_start_that_fails_is_one_line_with_its_cause_and_a_remedy(raised: Exce
     assert explained.startswith(f"Ray cannot start on this machine: {type(raised).__name__}")
     assert remedy in explained
     assert "\n" not in explained
+
+
+@pytest.mark.parametrize(
+    ("last_line", "remedy"),
+    [
+        ("  what():  Resource temporarily unavailable", "limits of memory and processes"),
+        ("  what():  std::bad_alloc", "limits of memory and processes"),
+        ("OSError: [Errno 24] Too many open files", "ulimit -n"),
+        ("Aborted (core dumped)", "session_latest/logs"),
+    ],
+)
+def test_a_process_that_ray_ends_is_one_line_with_a_remedy(last_line: str, remedy: str) -> None:
+    explained = str(explain_end(last_line))
+
+    assert explained.startswith(f"Ray ended the process that started it: {last_line}; ")
+    assert remedy in explained
+
+
+@pytest.mark.parametrize("name", ["WorkerCrashedError", "LocalRayletDiedError", "GetTimeoutError"])
+def test_a_ray_on_which_no_task_runs_is_one_line_with_a_remedy(name: str) -> None:
+    explained = str(explain_task(type(name, (Exception,), {})("it died\nand more")))
+
+    assert explained.startswith("Ray starts on this machine, and none of its workers does: ")
+    assert "session_latest/logs" in explained
+    assert "\n" not in explained
+
+
+# --- limits and shared memory -----------------------------------------------------------------------------------------
+
+UNLIMITED = resource.RLIM_INFINITY
+
+
+@pytest.mark.parametrize("files", [MIN_OPEN_FILES, MIN_OPEN_FILES + 1, UNLIMITED])
+def test_enough_open_files_are_accepted(files: int) -> None:
+    check_limits(files, UNLIMITED)
+
+
+@pytest.mark.parametrize("files", [64, MIN_OPEN_FILES - 1])
+def test_too_few_open_files_are_refused_by_their_number(files: int) -> None:
+    with pytest.raises(ConfigError, match=rf"\(got {files}, expected at least {MIN_OPEN_FILES}\); .*`ulimit -n 65536`"):
+        check_limits(files, UNLIMITED)
+
+
+@pytest.mark.parametrize("space", [MIN_ADDRESS_BYTES, MIN_ADDRESS_BYTES + 1, UNLIMITED])
+def test_enough_address_space_is_accepted(space: int) -> None:
+    check_limits(UNLIMITED, space)
+
+
+@pytest.mark.parametrize("space", [2**31, MIN_ADDRESS_BYTES - 1])
+def test_too_little_address_space_is_refused(space: int) -> None:
+    with pytest.raises(ConfigError, match=r"limit of address space is too low .*`ulimit -v unlimited`"):
+        check_limits(UNLIMITED, space)
+
+
+def test_shared_memory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    check_shared_memory(tmp_path)
+    check_shared_memory(tmp_path / "missing")  # Ray uses its temporary folder
+    (tmp_path / "file").write_text("no folder")
+
+    with pytest.raises(ConfigError, match=r"where Ray keeps its objects: .*; free space there, .*--shm-size=2g"):
+        check_shared_memory(tmp_path / "file")
+
+
+# --- the token of a Ray of our own ------------------------------------------------------------------------------------
+
+
+def given_token(environment: dict[str, str]) -> str | None:
+    before = dict(environment)
+    with session_token(environment):
+        found = environment.get("RAY_AUTH_TOKEN")
+    assert environment == before
+    return found
+
+
+@pytest.mark.parametrize("home", [None, "", "relative", "/proc/home", "/dev/null"])
+def test_without_a_home_that_can_be_written_a_ray_gets_a_token(home: str | None) -> None:
+    token = given_token({} if home is None else {"HOME": home})
+
+    assert token is not None
+    assert len(token) == 64
+    assert token != given_token({})
+
+
+def test_an_empty_token_is_none(tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(" \n")
+
+    assert given_token({"HOME": str(tmp_path)}) is not None
+
+
+def test_a_token_or_a_place_for_one_is_left_to_ray(tmp_path: Path) -> None:
+    assert given_token({"HOME": str(tmp_path)}) is None
+    (tmp_path / ".ray" / "auth_token").write_text("token")
+    assert given_token({"HOME": str(tmp_path)}) is None
+    assert given_token({"RAY_AUTH_TOKEN": "own"}) == "own"
+    assert given_token({"RAY_AUTH_TOKEN_PATH": "/secrets/token"}) is None
+    assert given_token({"RAY_AUTH_MODE": "disabled"}) is None

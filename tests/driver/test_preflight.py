@@ -302,8 +302,24 @@ def test_auto_without_a_ray_on_this_machine_is_no_bug(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_a_ray_that_starts_is_no_obstacle() -> None:
+def test_a_ray_starts_and_runs_a_task_also_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/proc/none")
+
     assert cluster.find_obstacle(PlacementConfig(object_store_mb=80)) is None
+
+
+def test_a_low_limit_of_open_files_is_a_warning() -> None:
+    assert not list(machine.check_process(machine.OPEN_FILES, "utf-8"))
+    (finding,) = machine.check_process(machine.OPEN_FILES - 1, "utf-8")
+
+    assert_finding(finding, "warn", f"at most {machine.OPEN_FILES - 1} open files")
+
+
+def test_names_that_are_not_in_utf_8_are_a_warning() -> None:
+    (finding,) = machine.check_process(machine.OPEN_FILES, "iso8859-1")
+
+    assert_finding(finding, "warn", "names of files are in iso8859-1")
+    assert "PYTHONUTF8=1" in finding.remedy
 
 
 def test_what_is_missing_or_unreadable_is_a_failure_with_a_remedy(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable, Iterator
 
 from pia_batch.config import PlacementConfig
+from pia_batch.driver import own_ray
 from pia_batch.driver.preflight.finding import Finding, State
-from pia_batch.errors import MESSAGE_LENGTH, message_of, printable
+from pia_batch.driver.ray_address import check_address
+from pia_batch.errors import MESSAGE_LENGTH, ConfigError, message_of, printable
 from pia_batch.planning.capacity import Node, find_shortage, local_cpus
 from pia_batch.storage.uris import redacted_uri
 
@@ -35,6 +37,8 @@ def find_obstacle(place: PlacementConfig) -> str | None:
         found: str | None = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        if place.address == "local":
+            return str(own_ray.explain_end(lines[-1].strip()))
         return f"Ray ended the process that connected to it: {printable(lines[-1])[:MESSAGE_LENGTH]}"
     return found
 
@@ -47,6 +51,12 @@ def check_ray(place: PlacementConfig, connection: Callable[[PlacementConfig], st
         connection: Function that connects as a run does, and returns what kept it from that; such as `find_obstacle`.
     """
     address = place.address
+    try:
+        check_address(address)
+    except ConfigError as err:
+        problem, _, remedy = str(err).partition("; ")
+        yield Finding("fail", "ray", problem, remedy)
+        return
     if address != "local" and (found := _token_finding(place)):
         yield found
         if found.state == "fail":

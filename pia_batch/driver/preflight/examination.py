@@ -60,6 +60,7 @@ def _examine(
     models = {"default": ModelConfig()} if config is None else config.all_models
     yield from machine.check_packages()
     yield from machine.check_codecs()
+    yield from machine.check_process()
     facts: dict[str, Any] = {"devices": []}
     try:
         facts = torch_facts()
@@ -86,7 +87,7 @@ def guarded(subject: str, findings: Iterable[Finding]) -> Iterator[Finding]:
     """Yield the findings of a check; a fault of the operator's environment that ends it becomes a failure."""
     try:
         yield from findings
-    except (OSError, MemoryError) as err:
+    except Exception as err:
         explained = environment_error(err)
         if explained is None:
             raise

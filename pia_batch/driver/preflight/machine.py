@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import resource
 import shutil
 import sys
 import tempfile
@@ -87,6 +88,27 @@ def check_codecs() -> Iterator[Finding]:
             yield Finding("fail", "codecs", str(err), "python -m pip install --force-reinstall av pillow")
     if working:
         yield Finding("ok", "codecs", f"{', '.join(working)}: encoded and decoded")
+
+
+OPEN_FILES = 4096
+"""Limit of open files below which Ray itself warns of connection errors. Source: `ray.init`."""
+
+
+def check_process(open_files: int | None = None, encoding: str | None = None) -> Iterator[Finding]:
+    """Check what every process takes from the one that starts it: the limit of open files, and the encoding of names.
+
+    Args:
+        open_files: Limit up to which a process may raise its own; None: that of this process.
+        encoding: Encoding of names of files; None: that of this process.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1] if open_files is None else open_files
+    if hard != resource.RLIM_INFINITY and hard < OPEN_FILES:
+        message = f"at most {hard} open files: too few for many engines or large manifests"
+        yield Finding("warn", "limits", message, f"raise the limit to {OPEN_FILES} or more (`ulimit -n`)")
+    encoding = encoding or sys.getfilesystemencoding()
+    if encoding != "utf-8":
+        message = f"names of files are in {encoding}: those with other characters cannot be opened"
+        yield Finding("warn", "locale", message, "set PYTHONUTF8=1, or LC_ALL to a locale such as C.UTF-8")
 
 
 def check_disks(models: dict[str, ModelConfig]) -> Iterator[Finding]:
