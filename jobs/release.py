@@ -19,7 +19,8 @@ from packaging.version import InvalidVersion, Version
 ROOT = Path(__file__).parents[1]
 NAMED_IN = (
     "Dockerfile",
-    "docs/clusters.md",
+    "docs/kubernetes.md",
+    "docs/nodes.md",
     "jobs/github-actions/nightly.yaml",
     "jobs/kubernetes/rayjob.yaml",
     "jobs/kubernetes/raycronjob.yaml",

@@ -131,7 +131,7 @@ class RunRecord(BaseModel):
     pending: int | None = Field(None, description="requests that had no result when the run began")
     selected: int | None = Field(None, description="pending requests that the budget selected")
     progress: ProgressSnapshot | None = Field(
-        None, description="progress, as in [watching a run](monitoring.md#logs-and-programs)"
+        None, description="progress, as in [watching a run](monitoring.md#for-programs)"
     )
     computed: int = Field(0, description="requests that this run processed, successfully or not")
     requests_per_second: float | None = Field(None, description="`computed` divided by `timings.generating_s`")
