@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from pia_batch.errors import ConfigError, message_of
+from pia_batch.storage import s3_credentials
 from pia_batch.storage.uris import redacted
 
 REMEDY = (
@@ -236,12 +237,10 @@ def _resolve(environment: tuple[tuple[str, str], ...]) -> S3Config:
         )
         client.meta.events.register("before-call.s3.HeadObject", _answer_with_url)
         proxies = _proxies(client.meta.endpoint_url)
-        credentials = None if _is_anonymous() else session.get_credentials()
+        credentials = None if _is_anonymous() else s3_credentials.find(session)
         if credentials is None and not _is_anonymous():
             _check_readable(session)
             raise ConfigError(f"S3: no credentials were found; {REMEDY}")
-        if credentials is not None:
-            credentials.get_frozen_credentials()
     return S3Config(region, endpoint, ca_bundle, proxies, credentials, session, client)
 
 
@@ -283,11 +282,17 @@ def _endpoint(session: Any) -> str | None:  # botocore is untyped
             f"add [services {section}] to {_config_file(session)}, or remove the line"
         )
     of_service = services.get(section, {}).get("s3", {})
+    if not isinstance(of_service, dict):
+        raise ConfigError(
+            f"S3: s3 in the services section {section!r} is not a group of settings (got "
+            f"{redacted(str(of_service))!r}); write `s3 =`, and below it `  endpoint_url = …`, into "
+            f"{_config_file(session)}"
+        )
     profile = f"endpoint_url of the profile {session.profile or 'default'!r}"
     found = (
         ("AWS_ENDPOINT_URL_S3", os.environ.get("AWS_ENDPOINT_URL_S3")),
         ("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT_URL")),
-        (profile, of_service.get("endpoint_url") if isinstance(of_service, dict) else None),
+        (profile, of_service.get("endpoint_url")),
         (profile, scoped.get("endpoint_url")),
     )
     for source, written in found:

@@ -317,6 +317,58 @@ def wrong_proxy(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
     patch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1080")
 
 
+def wrong_mfa(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del folder
+    role = "role_arn = arn:aws:iam::123456789012:role/me\nsource_profile = keys\nmfa_serial = arn:aws:iam::1:mfa/me\n"
+    files(f"[profile role]\n{role}[profile keys]\n{KEYS}")
+    patch.setenv("AWS_PROFILE", "role")
+
+
+def wrong_quotes(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del files, folder
+    patch.setenv("AWS_ACCESS_KEY_ID", f'"{seaweedfs.KEY}"')
+    patch.setenv("AWS_SECRET_ACCESS_KEY", f'"{seaweedfs.SECRET}"')
+
+
+def wrong_quotes_in_file(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch, folder
+    files(credentials=f"[default]\naws_access_key_id = {seaweedfs.KEY}\naws_secret_access_key = '{seaweedfs.SECRET}'\n")
+
+
+def wrong_line_break(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del files, folder
+    environment_keys(patch)
+    patch.setenv("AWS_SECRET_ACCESS_KEY", f"{seaweedfs.SECRET}\n")
+
+
+def wrong_token(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del files, folder
+    environment_keys(patch)
+    patch.setenv("AWS_SESSION_TOKEN", "token\n")
+
+
+def wrong_byte_order_mark(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch, folder
+    files(f"\ufeff[default]\n{KEYS}")
+
+
+def wrong_services_text(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del patch, folder
+    files(f"[default]\nservices = local\n{KEYS}[services local]\ns3 = http://127.0.0.1:9000\n")
+
+
+def wrong_web_identity(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del files
+    patch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(folder / "absent"))
+    patch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/me")
+
+
+def wrong_source_profile(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
+    del folder
+    files("[profile role]\nrole_arn = arn:aws:iam::123456789012:role/me\nsource_profile = absent\n")
+    patch.setenv("AWS_PROFILE", "role")
+
+
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch, Files, Path], None], str]] = {
     "no credentials": (wrong_nothing, "no credentials were found; set AWS_ACCESS_KEY_ID"),
     "unknown profile": (wrong_profile, r"profile \(absent\) could not be found; correct or unset AWS_PROFILE"),
@@ -343,6 +395,21 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch, Files, Path], None], str]]
     "invalid region": (wrong_region, "us east 1.*; correct AWS_DEFAULT_REGION"),
     "absent CA bundle": (wrong_ca_bundle, "AWS_CA_BUNDLE: cannot read .*absent.pem: No such file"),
     "CA bundle without a certificate": (wrong_ca_bundle_content, "AWS_CA_BUNDLE: .* has no certificate in PEM format"),
+    "MFA": (wrong_mfa, r"asks for an MFA code \(mfa_serial\), which a run cannot ask for; get keys"),
+    "quotes": (wrong_quotes, r"access key id \(from env\) has quotes, .*; write it without them"),
+    "quotes in a file": (wrong_quotes_in_file, r"secret access key \(from shared-credentials-file\) has quotes"),
+    "line break": (wrong_line_break, r"secret access key \(from env\) has quotes, spaces, line breaks"),
+    "line break of a token": (wrong_token, r"session token \(from env\) has quotes, spaces, line breaks"),
+    "byte order mark": (wrong_byte_order_mark, "Unable to parse config file: .*/config; correct the file"),
+    "services section of text": (wrong_services_text, "services section 'local' is not a group of settings"),
+    "web identity without a token": (
+        wrong_web_identity,
+        "could not be obtained: .*No such file or directory: '.*/absent'",
+    ),
+    "unknown source profile": (
+        wrong_source_profile,
+        'source_profile "absent" referenced in the profile "role" does not',
+    ),
     "proxy of another kind": (wrong_proxy, "HTTPS_PROXY: not the URL of an HTTP proxy; write http://HOST:PORT"),
 }
 
@@ -649,7 +716,11 @@ def test_variables_of_one_client_only_lead_nowhere(
         assert not other.seen
 
 
-def test_no_metadata_address_is_asked_where_there_are_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("disabled", ["true", "TRUE", "1", "yes", " on "])
+def test_no_metadata_address_is_asked_where_there_are_no_credentials(
+    monkeypatch: pytest.MonkeyPatch, disabled: str
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", disabled)
     with recording() as metadata:
         monkeypatch.setenv("AWS_METADATA_ENDPOINT", metadata.url)
         monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", metadata.url)

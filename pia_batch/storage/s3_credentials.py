@@ -1,0 +1,55 @@
+"""Credentials of S3 as botocore finds them, without questions to a person and without keys that no server accepts."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any, NoReturn
+
+from pia_batch.errors import ConfigError
+
+_TRUE = frozenset({"1", "true", "on", "yes", "y"})
+
+_KEY = re.compile(r"[^\s\"'\x00-\x20\x7f-\uffff]+")
+"""Characters of a key id, a secret or a token; they are parts of HTTP headers."""
+
+
+def find(session: Any) -> Any:  # botocore is untyped
+    """Return the credentials of botocore's session, or None if there are none.
+
+    A run does not ask for an MFA code. Every true value of AWS_EC2_METADATA_DISABLED keeps it from a metadata address;
+    botocore knows `true` only.
+
+    Raises:
+        ConfigError: A profile needs an MFA code, or a key has characters that no key has.
+    """
+    providers = session.get_component("credential_provider")
+    providers.get_provider("assume-role")._prompter = _refuse_prompt  # noqa: SLF001 - botocore has no other way
+    if os.environ.get("AWS_EC2_METADATA_DISABLED", "").strip().lower() in _TRUE:
+        providers.remove("iam-role")
+    found = session.get_credentials()
+    if found is not None:
+        _check_keys(found.get_frozen_credentials(), found.method)
+    return found
+
+
+def _refuse_prompt(_: str) -> NoReturn:
+    raise ConfigError(
+        "S3: the profile asks for an MFA code (mfa_serial), which a run cannot ask for; get keys by "
+        "`aws sts get-session-token` or `aws configure export-credentials`, and set AWS_ACCESS_KEY_ID, "
+        "AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
+    )
+
+
+def _check_keys(frozen: Any, method: str) -> None:  # botocore is untyped
+    """Refuse quotes and spaces around keys, as `docker --env-file` and editors leave them. Shows no key."""
+    for name, value in (
+        ("access key id", frozen.access_key),
+        ("secret access key", frozen.secret_key),
+        ("session token", frozen.token),
+    ):
+        if value and not _KEY.fullmatch(value):
+            raise ConfigError(
+                f"S3: the {name} (from {method}) has quotes, spaces, line breaks or other characters that no key has; "
+                "write it without them in the environment or in ~/.aws/credentials"
+            )
