@@ -20,6 +20,7 @@ from pia_batch.weights import (
     inversion_files,
     lora_files,
     lora_shapes,
+    model_kinds,
     peft_config,
     safetensors,
     sd15,
@@ -107,40 +108,6 @@ def find(
     )
 
 
-def expect_kind(header: safetensors.SafetensorsHeader, key: str, *kinds: safetensors.FileKind) -> safetensors.FileKind:
-    """Return the kind of the file, which must be one of `kinds`.
-
-    Raises:
-        ConfigError: The file is of another kind; the message names the config key for that kind.
-    """
-    found = safetensors.kind(header)
-    if found not in kinds:
-        remedy = _BELONGS.get(found, "PIA supports Stable Diffusion 1.5 and add-ons for it")
-        raise ConfigError(f"{key}: {header.path.name} is of the wrong kind: {found}; {remedy}")
-    return found
-
-
-_BELONGS: dict[safetensors.FileKind, str] = {
-    "Stable Diffusion 1.5 checkpoint": "it belongs in model.base",
-    "LoRA": "it belongs in model.loras",
-    "textual inversion": "it belongs in model.textual_inversions",
-    "textual inversions of several words": "write a file for each word, with its tensor only, and list all of them",
-    "LoRA of numbered layers (cloneofsimo/lora)": "its layers have no names: merge it into its base "
-    "with the program that made it, and set model.base to the result",
-    "checkpoint with averaged weights only": "use the checkpoint whose UNet is in model.diffusion_model.*",
-    "IP-Adapter": "it belongs in model.ip_adapter",
-    "motion adapter": "it belongs in model.motion_adapter",
-    "VAE": "it belongs in model.vae",
-    "ControlNet": "PIA uses no ControlNet and no SparseCtrl; leave it out",
-    "motion modules of HotShot-XL": "they are made for Stable Diffusion XL; set model.motion_adapter to one of PIA",
-    "UNet of Stable Diffusion XL": "PIA animates only Stable Diffusion 1.5",
-    "UNet of a diffusers folder": "set the key to the parent folder, with tokenizer, text encoder and VAE",
-    "UNet without VAE and text encoder": "use the complete checkpoint",
-    "text encoder": "use the complete checkpoint",
-    "file of unknown layout": "its tensor names match no supported kind of file",
-}
-
-
 def layers_of(networks: Mapping[str, Component]) -> dict[str, NetworkLayers]:
     """Return the layers of UNet and text encoder, whose files `resolve` has compared with their configs.
 
@@ -177,7 +144,7 @@ def _lora(
             f"{key}: {name} is of the kind {refused}, which no engine applies; supported are LoRA, LoCon, LoHa, LoKr, "
             "DoRA and full differences. Merge it into its base, and set model.base to the result"
         )
-    expect_kind(header, key, "LoRA")
+    model_kinds.expect(header, key, "LoRA")
     text_width, token_width = widths
     read = {shape[1] for each, shape in header.shapes.items() if _READS_TEXT.search(each) and len(shape) > 1}
     if read - {text_width} or any(map(_OTHER_FAMILIES.search, header.shapes)):
@@ -244,7 +211,7 @@ def _inversion(
     location, name = _choose(entry, key, "learned_embeds.safetensors", hub)
     found = components.single_file(location.fetch([name]), name)
     header = _header(found, key, location)
-    expect_kind(header, key, "textual inversion")
+    model_kinds.expect(header, key, "textual inversion")
     word = inversion_files.vectors_of(header.shapes, f"{key}: {name}")
     shape = header.shapes[word]
     if shape[-1:] != (width,):
@@ -271,7 +238,7 @@ def _ip_adapter(
     source = location.fetch([name, *with_encoder])
     adapter = components.single_file(source, name)
     header = _header(adapter, key, location)
-    expect_kind(header, key, "IP-Adapter")
+    model_kinds.expect(header, key, "IP-Adapter")
     named = image_prompt_files.adapter_tensors(header.shapes)
     if len(named) < len(header.shapes):
         num_left_out = len(header.shapes) - len(named)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pia_batch.errors import ConfigError
-from pia_batch.weights import safetensors, tokenizer_files
+from pia_batch.weights import model_kinds, tokenizer_files
 from pia_batch.weights.components import Component
 
 NAMELESS = ("emb_params", "string_to_param", "string_to_param.*", "*", "clip_l", "text_encoders_0")
@@ -22,7 +22,7 @@ def vectors_of(shapes: Mapping[str, tuple[int, ...]], where: str) -> str:
     Raises:
         ConfigError: There is none, or more than one.
     """
-    held = [name for name in shapes if name not in safetensors.INVERSION_SPARE]
+    held = [name for name in shapes if name not in model_kinds.INVERSION_SPARE]
     if len(held) != 1:
         raise ConfigError(
             f"{where} holds {', '.join(sorted(held)) or 'no tensors'}; a textual inversion for Stable Diffusion 1.5 "

@@ -206,13 +206,14 @@ def _matrix(shape: Shape) -> Shape | None:
 
 def _alike(found: Shape, wanted: Shape) -> bool:
     """Return True for equal shapes, apart from sides of 1 at the end, or a kernel that is flattened."""
-    return _trimmed(found) == _trimmed(wanted) or (
+    least = min(len(wanted), 2)  # a matrix of rank 1 is no vector
+    return _trimmed(found, least) == _trimmed(wanted, least) or (
         len(found) == 2 < len(wanted) and found == (wanted[0], math.prod(wanted[1:]))  # noqa: PLR2004 - a matrix
     )
 
 
-def _trimmed(shape: Shape) -> Shape:
-    while len(shape) > 1 and shape[-1] == 1:
+def _trimmed(shape: Shape, least: int) -> Shape:
+    while len(shape) > least and shape[-1] == 1:
         shape = shape[:-1]
     return shape
 

@@ -20,6 +20,8 @@ from pia_batch.weights import (
     components,
     config_values,
     conv_in,
+    model_kinds,
+    motion_adapters,
     networks,
     safetensors,
     sd15,
@@ -70,7 +72,7 @@ class Weights:
     def positions(self) -> int:
         """Number of frames that the motion modules know: the length of their positional encodings."""
         part = self.components.get("motion_adapter", self.components["unet"])
-        held = _positions(components.header(part))
+        held = motion_adapters.positions(components.header(part))
         positions: int = part.settings.get("motion_max_seq_length", POSITIONS) if held is None else held
         return positions
 
@@ -117,7 +119,8 @@ def resolve(model: ModelConfig, hub: Hub | None = None) -> Weights:
             f"{base} has no motion_adapter/; set model.motion_adapter, for instance to openmmlab/PIA-condition-adapter"
         )
     if "motion_adapter" in parts:
-        _check_motion_adapter(parts["motion_adapter"], parts["unet"])
+        _check_class("motion_adapter", parts["motion_adapter"])
+        motion_adapters.check(parts["motion_adapter"], parts["unet"])
     conv_in.is_from_adapter(model, parts)  # checks the config
     notices = _check_tensors(parts)
     tokenizer_files.check_fit(parts["tokenizer"], parts["text_encoder"])
@@ -264,7 +267,7 @@ def _single_file_base(
 
 
 def _check_checkpoint(header: safetensors.SafetensorsHeader, file: str, networks: list[str]) -> None:
-    addons.expect_kind(header, "model.base", "Stable Diffusion 1.5 checkpoint")
+    model_kinds.expect(header, "model.base", "Stable Diffusion 1.5 checkpoint")
     if "text_encoder" in networks and not header.starting(tensor_map.TEXT_PREFIX, *tensor_map.TEXT_PREFIXES):
         raise ConfigError(f"model.base: {file} has no text encoder (cond_stage_model.*); use a complete checkpoint")
     if "vae" in networks and not header.starting(*tensor_map.VAE_PREFIXES):
@@ -280,7 +283,7 @@ def _vae(name: str, model: ModelConfig, configs: FetchedFolder, hub: Hub) -> Com
     else:
         source = location.fetch([file, _beside(file)])
         header = _header(source, file, "model.vae")
-        kind = addons.expect_kind(header, "model.vae", "VAE", "Stable Diffusion 1.5 checkpoint")
+        kind = model_kinds.expect(header, "model.vae", "VAE", "Stable Diffusion 1.5 checkpoint")
         prefix = next((each for each in tensor_map.VAE_PREFIXES if header.starting(each)), "")
         missing = [part for part in ("encoder", "decoder") if not header.starting(f"{prefix}{part}.")]
         if missing or (prefix == "" and kind != "VAE"):
@@ -390,76 +393,16 @@ def _motion_adapter(name: str, model: ModelConfig, configs: FetchedFolder, hub: 
         return components.weighted(location.fetch(components.patterns("", variant)), "", DIFFUSION_MODEL, variant)
     source = location.fetch([file, _beside(file)])
     header = _header(source, file, key)
-    addons.expect_kind(header, key, "motion adapter")
+    model_kinds.expect(header, key, "motion adapter")
     if not (configs.root / "motion_adapter" / CONFIG).is_file():
         configs = FetchedFolder(sd15.PATH, None, "PIA")
     config = _config_of(source, file, configs, "motion_adapter", "MotionAdapter")
     found = components.single_file(source, file, config)
-    positions = _positions(header)
+    positions = motion_adapters.positions(header)
     if config.folder.is_relative_to(sd15.PATH) and positions is not None:
         # A file without a config of its own has as many frame positions as it was trained on: 24 or 32.
         return dataclasses.replace(found, changes=(("motion_max_seq_length", positions),))
     return found
-
-
-def _check_motion_adapter(adapter: Component, unet: Component) -> None:
-    """Check that the adapter is PIA's: its first layer takes latents, mask and the image's latents."""
-    _check_class("motion_adapter", adapter)
-    header, settings = components.header(adapter), adapter.settings
-    channels = [settings.get("conv_in_channels"), safetensors.second_side(header.shape_of("conv_in.weight"))]
-    wrong = sorted({str(each) for each in channels if each != _PIA_CHANNELS})
-    if wrong:
-        found = ", ".join(wrong)
-        raise ConfigError(
-            f"{header.path} is not a PIA motion adapter: the conv_in channels of its config and file must both "
-            f"be {_PIA_CHANNELS} (got {found}); {_other_adapter(header)} does not read the image. "
-            "Set model.motion_adapter to one of PIA"
-        )
-    positions = _positions(header)
-    if positions is not None and positions != settings.get("motion_max_seq_length"):
-        raise ConfigError(
-            f"{header.path} has {positions} frame positions, but its config says "
-            f"{settings.get('motion_max_seq_length')}; correct motion_max_seq_length in a {CONFIG} next to it"
-        )
-    sizes = {
-        name: _sizes(part.settings, layers)
-        for name, part, layers in (("adapter", adapter, "motion_layers_per_block"), ("base", unet, "layers_per_block"))
-    }
-    if sizes["adapter"] != sizes["base"]:
-        raise ConfigError(
-            f"{header.path} does not fit the base: its blocks have {sizes['adapter']} channels and layers, those of "
-            f"the UNet {sizes['base']}; set model.motion_adapter to one that was made for this base"
-        )
-
-
-def _positions(header: safetensors.SafetensorsHeader) -> int | None:
-    """Return the number of frame positions in a file; None if it leaves them to the config."""
-    return safetensors.second_side(next(filter(None, map(header.shape_of, networks.POSITIONS)), None))
-
-
-def _other_adapter(header: safetensors.SafetensorsHeader) -> str:
-    """Return the family of a motion adapter that is not PIA's. That for Stable Diffusion XL has three blocks."""
-    blocks = {match[1] for name in header.shapes if (match := re.search(r"down_blocks\.(\d+)\.motion_modules", name))}
-    widths = {
-        shape[0] for name, shape in header.shapes.items() if re.search(r"down_blocks\.0\..+\.norm\.weight$", name)
-    }
-    is_large = blocks == {"0", "1", "2"} and widths == {_FIRST_WIDTH}
-    return "an AnimateDiff adapter for Stable Diffusion XL" if is_large else "an AnimateDiff adapter"
-
-
-_FIRST_WIDTH = 320
-"""Channels of the first block of Stable Diffusion, of 1.5 and of XL."""
-
-
-def _sizes(settings: dict[str, Any], layers: str) -> list[tuple[Any, Any]]:
-    """Return channels and layers of each block, as diffusers compares them when it joins adapter and UNet."""
-    channels = settings.get("block_out_channels") or [320, 640, 1280, 1280]
-    if not isinstance(channels, list):
-        raise ConfigError(f"block_out_channels in a {CONFIG}: must be a list (got {channels!r}); correct it")
-    try:
-        return list(zip(channels, networks.per_block(settings.get(layers, 2), len(channels)), strict=True))
-    except ValueError as err:
-        raise ConfigError(f"{layers} in a {CONFIG}: {err}; correct it") from err
 
 
 def _check_unet(unet: Component, model: ModelConfig) -> bool:

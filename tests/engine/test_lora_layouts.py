@@ -839,6 +839,10 @@ REFUSED = {
         {"base_model.model.embeddings.token_embedding.trainable_tokens_delta": (1, 16), "b": (1,)},
         "trainable tokens of peft",
     ),
+    "a vector as matrix": (
+        {f"{_NAME}.lora_down.weight": (1, 16), f"{_NAME}.lora_up.weight": (16,)},
+        r"invalid shapes \(got \(1, \d+\) and \(16,\), expected \(1, \d+\) and \(\d+, 1\)\)",
+    ),
     "a norm with matrices": (
         {f"{NORM}.lora_down.weight": (2,), f"{NORM}.lora_up.weight": (32, 2)},
         "a norm, whose weight is a vector, cannot have down",

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
 from pia_batch.errors import ConfigError
-from pia_batch.weights import safetensors
+from pia_batch.weights import model_kinds, safetensors
 
 OTHER_FAMILY = "checkpoint of another family than Stable Diffusion 1.5"
 OTHER_WORDS = "textual inversion of another family than Stable Diffusion 1.5"
@@ -270,7 +270,7 @@ def test_files_are_told_apart_by_their_names_and_shapes(held, kind, tmp_path):
     path = tmp_path / "x.safetensors"
     save_file(held, path)
 
-    assert safetensors.kind(safetensors.read(path)) == kind
+    assert model_kinds.kind(safetensors.read(path)) == kind
 
 
 def test_the_header_alone_is_read(tmp_path):
