@@ -17,6 +17,7 @@ from pia_batch.config.contexts import POSITIONS
 from pia_batch.errors import ConfigError
 from pia_batch.weights import (
     addons,
+    checkpoint_marks,
     components,
     config_values,
     conv_in,
@@ -27,7 +28,6 @@ from pia_batch.weights import (
     sd15,
     tensor_map,
     tokenizer_files,
-    training_marks,
 )
 from pia_batch.weights.components import CONFIG, DIFFUSION_MODEL, MODEL, Component
 from pia_batch.weights.fetching import FetchedFolder, Hub, HuggingFaceHub, locate
@@ -189,7 +189,7 @@ def _check_rest(path: Path) -> Counter[str]:
         if name.startswith((tensor_map.UNET_PREFIX, *tensor_map.VAE_PREFIXES, *tensor_map.TEXT_PREFIXES)):
             continue
         known, reason = tensor_map.left_out(name)
-        if training_marks.is_mark(name):
+        if checkpoint_marks.is_mark(name):
             continue  # it was compared with the scheduler
         if not known:
             unknown.append(name)
@@ -262,7 +262,7 @@ def _single_file_base(
     _check_checkpoint(header, file, networks)
     parts = {name: components.single_file(source, file, components.only_config(configs, name)) for name in networks}
     scheduler = components.plain(configs, "scheduler", ("scheduler_config.json",))
-    training_marks.check(model, header, scheduler)
+    checkpoint_marks.check(model, header, scheduler)
     return parts | {"scheduler": scheduler, "tokenizer": tokenizer_files.find(configs)}
 
 
