@@ -24,13 +24,21 @@ MAX_STARTS = 3
 _DRIVER_WORDS = ("cuda", "cudnn", "nvidia", "nvrtc", "driver", "hip error", "no kernel image")
 """Words of which one is in every message of torch about a device that it cannot use."""
 
-_LOST = frozenset(
-    {
-        *("ActorDiedError", "ActorUnavailableError", "NodeDiedError", "OutOfDiskError", "OutOfMemoryError"),
-        *("ObjectLostError", "ObjectReconstructionFailedError", "OwnerDiedError", "WorkerCrashedError"),
-    }
+_NODES = "look at the memory and the disks of the nodes"
+_MEMORY = (
+    "use nodes with more memory, fewer engines on each (a larger placement.num_cpus), or a smaller placement.batch_size"
 )
-"""Names of Ray's errors for work that died with its process or machine more often than Ray retries it."""
+_STORE = "raise placement.object_store_mb, the shared memory of the container, or the disk where Ray keeps its objects"
+
+_LOST = {
+    **dict.fromkeys(("ActorDiedError", "ActorUnavailableError", "NodeDiedError", "WorkerCrashedError"), _NODES),
+    **dict.fromkeys(("RayActorError", "LocalRayletDiedError", "RpcError", "GetTimeoutError"), _NODES),
+    **dict.fromkeys(("ObjectLostError", "ObjectReconstructionFailedError", "OwnerDiedError"), _NODES),
+    **dict.fromkeys(("ObjectFetchTimedOutError", "ReferenceCountingAssertionError"), _NODES),
+    "OutOfMemoryError": _MEMORY,
+    **dict.fromkeys(("ObjectStoreFullError", "OutOfDiskError"), _STORE),
+}
+"""Remedies by the names of Ray's errors for work that died, with its process or machine, more often than it retries."""
 
 
 def show_log() -> None:
@@ -131,9 +139,14 @@ def explain_loss(err: BaseException) -> BaseException:
         return InterruptedRunError(
             f"a worker failed: {explained}; what was finished is committed. Start again to resume"
         )
-    if type(err).__name__ in _LOST:
+    if type(err).__name__ == "RuntimeEnvSetupError":
+        return ConfigError(
+            f"Ray cannot make the environment of its workers: {message_of(err)}; correct the runtime_env of the job, "
+            "or unset RAY_RUNTIME_ENV variables"
+        )
+    if (remedy := _LOST.get(type(err).__name__)) is not None:
         return InterruptedRunError(
             f"Ray lost a part of this run for good: {type(err).__name__}: {message_of(err)}; what was finished is "
-            "committed. Look at the memory and the disks of the nodes, and start again to resume"
+            f"committed. To resume, {remedy}, and start again"
         )
     return err

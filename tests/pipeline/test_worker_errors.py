@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import ray.exceptions
 from ray.exceptions import RaySystemError, WorkerCrashedError
 
 from pia_batch import __version__
@@ -75,3 +76,51 @@ def test_a_node_with_another_version_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=rf"has pia_batch {__version__}, and the driver 99\.0; install one version"):
         check_version("99.0")
+
+
+BUGS = {
+    *(
+        "ActorAlreadyExistsError",
+        "ActorHandleNotFoundError",
+        "AsyncioActorExit",
+        "CrossLanguageError",
+        "ObjectFreedError",
+    ),
+    *("OufOfBandObjectRefSerializationException", "PendingCallsLimitExceeded", "PlasmaObjectNotAvailable", "RayError"),
+    *("RaySystemError", "RayTaskError", "TaskCancelledError", "UnserializableException", "UserCodeException"),
+    *("ObjectRefStreamEndOfStreamError", "StreamingGeneratorReplayInconsistentError", "RayDirectTransportError"),
+    *("RayChannelError", "RayChannelTimeoutError", "RayCgraphCapacityExceeded"),
+    *("ActorPlacementGroupRemoved", "TaskPlacementGroupRemoved", "ActorUnschedulableError", "TaskUnschedulableError"),
+    "AuthenticationError",  # raised where a run connects, which explains it
+}
+"""Errors of Ray that only a use of Ray that this package does not make can raise."""
+
+LOSSES = {
+    name: kind
+    for name, kind in vars(ray.exceptions).items()
+    if isinstance(kind, type) and issubclass(kind, ray.exceptions.RayError) and name not in BUGS
+}
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_every_error_of_ray_that_machines_cause_is_one_line_with_a_remedy(name: str) -> None:
+    raised = LOSSES[name].__new__(LOSSES[name])
+    raised.__class__ = type(
+        name, (LOSSES[name],), {"__str__": lambda _: "first\nsecond", "__module__": "ray.exceptions"}
+    )
+
+    explained = explain_loss(raised)
+
+    assert isinstance(explained, InterruptedRunError if name != "RuntimeEnvSetupError" else ConfigError)
+    assert "\n" not in str(explained)
+    assert "first" in str(explained)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("OutOfMemoryError", "placement.batch_size"), ("ObjectStoreFullError", "placement.object_store_mb")],
+)
+def test_memory_that_ray_ends_work_for_is_reported_with_the_keys_that_help(name: str, key: str) -> None:
+    kind = type(name, (RuntimeError,), {"__module__": "ray.exceptions"})
+
+    assert key in str(explain_loss(kind("a node is low on memory")))
