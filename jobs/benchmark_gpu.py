@@ -1,194 +1,229 @@
-"""All measurements on a machine with a GPU, in one folder: the benchmark, then whole runs through Ray.
+"""All measurements on a machine with a GPU, in one command that ends in time: nine parts, the most valuable first.
 
-    python jobs/benchmark_gpu.py --to gpu                                   # full size, random weights
-    python jobs/benchmark_gpu.py --to gpu --parts runs --speeds exact --work /tmp/runs      # one part of it
-    python jobs/benchmark_gpu.py --to cpu --size tiny --requests 8 --bench "--rounds 1 --no-compile"  # trial, CPU
+    python jobs/benchmark_gpu.py --to gpu                              # 28 minutes; full size, random weights
+    python jobs/benchmark_gpu.py --to gpu --minutes 9                  # as far as it gets; the same again goes on
+    python jobs/benchmark_gpu.py --to trial --size tiny --minutes 5    # trial of all parts on any CPU
 
-`benchmark.json` and `runs.json` are updated after each measurement, and a later command adds to them: on a machine with
-limited time, run one part after the other. Each part is a process of its own, so that the GPU's memory is free for the
-next. The runs load a checkpoint that is written first, like any other checkpoint. They go from the manifest to MP4
-files and results, with one engine, for each requested speed preset. docs/benchmark.md explains the numbers.
+Results are in `gpu.json`, which is written after each part. docs/gpu-day.md explains how to run and to read it. This
+program imports nothing but Python's own library, so that it can always say what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime as dt
+import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
-from PIL import Image
+ROOT = Path(__file__).parents[1]
 
-from pia_batch.engine.benchmark.runner import BenchmarkOptions
-from pia_batch.journal.layout import LATEST_RESULTS, results_folder
+GRACE_S = 10.0
+"""Time that a part has to end by itself after it was asked to, in seconds."""
 
-_WRITE_CHECKPOINT = str(Path(__file__).with_name("write_full_checkpoint.py"))
-
-
-class CommandFailedError(Exception):
-    """Failure of a command that this program started; the message has the end of its output."""
+ENGINE = (
+    *("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "PIL", "numpy", "psutil"),
+    *("pydantic", "ruamel.yaml", "obstore", "pyarrow"),
+)
+RUN = (*ENGINE, "ray", "av", "aiohttp", "fsspec", "grpc", "jinja2", "rich", "typer")
+TESTS = (*ENGINE, "pytest", "pytest_timeout", "hypothesis", "xdist")
+"""Packages that parts import."""
 
 
-def main() -> int:
-    """Run all parts; return 1 if one of them failed. A failure does not stop the other parts."""
-    arguments = _parse()
-    arguments.to.mkdir(parents=True, exist_ok=True)
-    failures = []
-    with tempfile.TemporaryDirectory() as folder:
-        work = arguments.work or Path(folder)
-        work.mkdir(parents=True, exist_ok=True)
-        if "bench" in arguments.parts.split(","):
-            failures += _bench(arguments)
-        if "runs" in arguments.parts.split(","):
-            failures += _runs(arguments, work)
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    return int(bool(failures))
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of the measurements.
 
-
-def _bench(arguments: argparse.Namespace) -> list[str]:
-    """Run `pia-batch bench`, which writes its numbers itself; return the reasons of failures."""
-    file = str(arguments.to / "benchmark.json")
-    try:
-        print(_pia_batch("bench", "--size", arguments.size, *arguments.bench.split(), "--to", file), flush=True)
-    except CommandFailedError as err:
-        return [f"benchmark: {err}"]
-    return []
-
-
-def _runs(arguments: argparse.Namespace, work: Path) -> list[str]:
-    """Run each speed preset; return the reasons of failures."""
-    file = arguments.to / "runs.json"
-    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    base = "embedded"
-    if arguments.size == "full":
-        base = str(work / "checkpoint")
-        if not (work / "checkpoint" / "model_index.json").exists():  # written last
-            _python(_WRITE_CHECKPOINT, base)
-    manifest = _write_manifest(work, arguments.requests)
-    failures = []
-    for speed in arguments.speeds.split(","):
-        with tempfile.TemporaryDirectory(dir=work) as output:
-            try:
-                results[speed] = _measured_run(arguments, manifest, base, speed, output)
-            except CommandFailedError as err:
-                failures.append(f"run with {speed}: {err}")
-                continue
-        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        print(speed, json.dumps(results[speed], indent=2), flush=True)
-    return failures
-
-
-def _measured_run(arguments: argparse.Namespace, manifest: str, base: str, speed: str, output: str) -> dict[str, Any]:
-    """Run once; return the settings, measurements of the results, and the summary."""
-    asked = {"side_px": arguments.side, "frames": arguments.frames, "steps": arguments.steps}
-    shape = BenchmarkOptions(arguments.size, **asked).shape
-    settings = {
-        "model.base": base,
-        "model.speed": speed,
-        "placement.num_gpus": int(arguments.size == "full" and not arguments.cpu),
-        "placement.batch_size": arguments.batch_size,
-        "limits.max_failed": arguments.requests,
-        "defaults.num_inference_steps": shape["steps"],
-        "defaults.num_frames": shape["frames"],
-        "defaults.width": shape["side_px"],
-        "defaults.height": shape["side_px"],
-    }
-    written = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    summary = json.loads(_pia_batch("run", "--manifest", manifest, "--output", output, *written, "--json"))
-    newest = json.loads((Path(output) / LATEST_RESULTS).read_text(encoding="utf-8"))["run_id"]
-    rows = ds.dataset(f"{output}/{results_folder(newest)}").to_table().sort_by("finished_at")
-    return {"settings": settings, **steady(rows, arguments.batch_size), "summary": summary}
-
-
-def steady(rows: pa.Table, batch_size: int) -> dict[str, Any]:
-    """Return the steady-state measurements of a run, from its results in the order of `finished_at`.
-
-    The first quarter of the batches, at least one, is left out, because shapes are compiled after 20 calls. `busy` is
-    the share of the remaining time in which the engine generated clips. Files are encoded while the next batch is
-    generated, so that with few batches `busy` may be slightly above 1.
+    Attributes:
+        name: Name of the part, in the results and in `gpu_parts.py`.
+        minutes: Time that the part may take; more where earlier parts left some over.
+        needs: Packages without which it cannot run.
+        what: Description for people.
     """
-    batches = -(-len(rows) // batch_size)
-    begun = batch_size * max(1, batches // 4)
-    ends, device_s = rows["finished_at"].to_pylist(), rows["gpu_seconds"].to_pylist()
-    window = (ends[-1] - ends[begun - 1]).total_seconds() if begun < len(rows) else 0.0
-    return {
-        "requests": len(rows),
-        "succeeded": rows["status"].to_pylist().count("succeeded"),
-        "device": rows["device"][0].as_py(),
-        "left_out": begun,
-        "busy": sum(device_s[begun:]) / window if window else None,
-        "clips_per_s_steady": (len(rows) - begun) / window if window else None,
-        "gpu_seconds_per_clip": sum(device_s[begun:]) / (len(rows) - begun) if begun < len(rows) else None,
-        "mp4_bytes": sum(rows["num_bytes"].to_pylist()),
-    }
+
+    name: str
+    minutes: float
+    needs: tuple[str, ...]
+    what: str
 
 
-def _write_manifest(work: Path, count: int) -> str:
-    """Write a manifest of `count` requests, each with its own image; return its path."""
-    rng = np.random.default_rng(0)
-    for index in range(count):
-        picture = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
-        picture.resize((512, 512)).save(work / f"{index}.png")
-    prompts = [f"a red circle moving {('left', 'right', 'up', 'down')[index % 4]}" for index in range(count)]
-    ids = [f"clip-{index}" for index in range(count)]
-    images = [f"{index}.png" for index in range(count)]
-    pq.write_table(pa.table({"request_id": ids, "image": images, "prompt": prompts}), work / "requests.parquet")
-    return str(work / "requests.parquet")
+PARTS = (
+    Part("tests", 3, TESTS, "tests marked gpu"),
+    Part("features", 5, ENGINE, "half precision against float32, every feature"),
+    Part("engine", 6, ENGINE, "d and b in turns"),
+    Part("profile", 2, ENGINE, "where a step of d goes"),
+    Part("baselines", 4, ENGINE, "c and a in turns"),
+    Part("presets", 2, ENGINE, "e"),
+    Part("chain", 3, RUN, "64 requests through Ray"),
+    Part("memory", 1.5, ENGINE, "memory against batch, 512 and 768 px"),
+    Part("windows", 1.5, ENGINE, "long clips of 48 and 128 frames"),
+)
+"""Parts in the order of their value."""
+
+LEAST_SHARE = 0.4
+"""Share of a part's minutes that must be left when it begins; with less, it is skipped."""
 
 
-def _pia_batch(*arguments: str) -> str:
-    """Run a `pia-batch` command; return its standard output."""
-    return _python("-m", "pia_batch.cli", *arguments)
+class OtherResultsError(Exception):
+    """Failure to add to results of another device, size or set of versions."""
 
 
-def _python(*arguments: str) -> str:
-    """Run a Python process; return its standard output. Its standard error is passed through.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts that have no results yet; return 1 if one of those asked for is not done at the end."""
+    options = _parse(arguments)
+    ends = time.monotonic() + 60 * options.minutes
+    options.to.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in dict.fromkeys((*TESTS, *RUN)) if not _is_installed(name)]
+    for name in missing:
+        blocked = [str(number) for number, part in enumerate(PARTS, 1) if name in part.needs]
+        print(f"{name} is missing: no part {', '.join(blocked)}", flush=True)
+    if "torch" in missing:
+        return 1
+    try:
+        results = _opened(options)
+    except OtherResultsError as err:
+        print(err, file=sys.stderr)
+        return 1
+    pending = [part for part in options.parts if results["parts"].get(part.name, {}).get("status") != "done"]
+    for index, part in enumerate(pending):
+        record = _attempt(part, options, ends - time.monotonic(), pending[index + 1 :], set(missing))
+        results["parts"][part.name] = record
+        _write(options.to / "gpu.json", results)
+        print(f"{part.name}: {record['status']} {record.get('reason', '')}".rstrip(), flush=True)
+    return int(any(results["parts"][part.name]["status"] != "done" for part in options.parts))
+
+
+def _opened(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the results so far, with the device, the size and the versions.
 
     Raises:
-        CommandFailedError: The exit code is not 0.
+        OtherResultsError: The folder has results that these cannot be added to.
     """
-    command = [sys.executable, "-W", "ignore", *arguments]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)  # noqa: S603 - ourselves
-    if done.returncode:
-        words = " ".join(arguments[:4])
-        raise CommandFailedError(f"`python {words} …` ended with {done.returncode}: {done.stdout.strip()[-500:]}")
-    return done.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        about = Path(folder) / "about.json"
+        _status, reason = _run("about", about, options, limit_s=120.0)
+        if not about.exists():
+            raise OtherResultsError(f"torch cannot be used: {reason}")
+        now = json.loads(about.read_text(encoding="utf-8"))
+    print(f"{now['device']}, {now['size']}, torch {now['versions'].get('torch')}", flush=True)
+    file = options.to / "gpu.json"
+    if not file.exists():
+        return {**now, "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), "parts": {}}
+    known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    other = [name for name, value in now.items() if known.get(name) != value]
+    if other:
+        raise OtherResultsError(f"{file} has results of another {' and '.join(other)}; give another folder to --to")
+    return known
 
 
-def _parse() -> Any:
-    parser = argparse.ArgumentParser(description="Run all measurements on a machine with a GPU.")
+def _attempt(
+    part: Part, options: argparse.Namespace, left_s: float, later: Sequence[Part], missing: set[str]
+) -> dict[str, Any]:
+    """Run one part if it can run and there is time; return its record, with what it has measured."""
+    lacking = sorted(missing.intersection(part.needs))
+    file = options.to / f"{part.name}.json"
+    began = time.monotonic()
+    status: str
+    reason: str | None
+    limit_s = min(left_s - GRACE_S, max(60 * part.minutes, left_s - 60 * sum(each.minutes for each in later)))
+    if lacking:
+        status, reason = "missing", f"install {' '.join(lacking)}"
+    elif limit_s < LEAST_SHARE * 60 * part.minutes:
+        status, reason = "skipped", f"{max(0.0, left_s) / 60:.1f} minutes are left, it needs {part.minutes:g}"
+    else:
+        print(f"{part.name}: {part.what}, at most {limit_s / 60:.1f} minutes", flush=True)
+        status, reason = _run(part.name, file, options, limit_s)
+    record: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - began, 1)}
+    if reason:
+        record["reason"] = reason
+    if file.exists():
+        record["measured"] = json.loads(file.read_text(encoding="utf-8"))
+    return record
+
+
+def _run(name: str, file: Path, options: argparse.Namespace, limit_s: float) -> tuple[str, str | None]:
+    """Run a part in a process of its own, and end it and its children at the limit; return its status and a reason."""
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("gpu_parts.py")), name]
+    command += [str(file), str(options.work), "--size", options.size, "--minutes", f"{0.9 * limit_s / 60:.2f}"]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with (options.to / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(  # noqa: S603 - ourselves
+            command, env={**os.environ, "PYTHONPATH": path}, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return "stopped", f"at its limit of {limit_s / 60:.1f} minutes"
+        finally:
+            _end(process)
+    if code == 0:
+        return "done", None
+    lines = (options.to / f"{name}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return "failed", f"exit code {code}: {lines[-1][:500] if lines else 'no output'}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a part's process and its children: ask first, then kill what is left."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, number)
+            process.wait(GRACE_S)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
+
+
+def _write(file: Path, results: dict[str, Any]) -> None:
+    """Write the results atomically."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(file)
+
+
+def _parts(text: str) -> list[Part]:
+    """Return the parts of a list of numbers or names, in their usual order."""
+    asked = set(text.split(","))
+    chosen = [part for number, part in enumerate(PARTS, 1) if asked & {str(number), part.name}]
+    known = {each for number, part in enumerate(PARTS, 1) for each in (str(number), part.name)}
+    if not asked <= known:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers from 1 to 9 or names, such as 1,3")
+    return chosen
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    numbered = "; ".join(f"{number} {part.name}: {part.what}" for number, part in enumerate(PARTS, 1))
+    parser = argparse.ArgumentParser(description="Run all measurements on a machine with a GPU.", epilog=numbered)
+    parser.add_argument("--to", type=Path, required=True, help="folder for gpu.json; results in it are kept")
+    parser.add_argument("--minutes", type=float, default=28.0, help="end after this time (default: %(default)g)")
+    parser.add_argument("--parts", type=_parts, default=list(PARTS), help="such as 1,3 (default: all)")
     parser.add_argument(
         "--size", choices=("full", "tiny"), default="full", help="full: random weights; tiny: the embedded model"
     )
     parser.add_argument(
-        "--parts", default="bench,runs", help="parts to run, separated by commas (default: %(default)s)"
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / f"pia-batch-gpu-{os.getuid()}",
+        help="folder that keeps the checkpoint for the next command (default: %(default)s)",
     )
-    parser.add_argument("--bench", default="", help="further options of `pia-batch bench`, in one string")
-    parser.add_argument("--requests", type=int, default=64, help="requests of each run (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=4, help="requests in a batch (default: %(default)s)")
-    parser.add_argument(
-        "--speeds",
-        default="exact,balanced,fast",
-        help="speed presets to run, separated by commas (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--side", type=int, help="width and height of the runs' clips, in pixels (default: 512, tiny: 64)"
-    )
-    parser.add_argument("--frames", type=int, help="frames of the runs' clips (default: 16, tiny: 8)")
-    parser.add_argument("--steps", type=int, help="steps of the runs' clips (default: 25, tiny: 8)")
-    parser.add_argument("--cpu", action="store_true", help="run on the CPU, also at full size")
-    parser.add_argument("--work", type=Path, help="folder that keeps the checkpoint for the next command")
-    parser.add_argument("--to", type=Path, required=True, help="folder for benchmark.json and runs.json")
-    return parser.parse_args()
+    options = parser.parse_args(arguments)
+    options.to, options.work = options.to.absolute(), options.work.absolute()
+    return options
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part's process is ended, too
     sys.exit(main())

@@ -141,6 +141,10 @@ class PiaEngine:
         """Return a second engine that uses the same networks with another diffusers scheduler."""
         return PiaEngine(dataclasses.replace(self._parts, scheduler=scheduler), self._identify, embedded=self._embedded)
 
+    def fresh(self) -> PiaEngine:
+        """Return a second engine that uses the same networks, and has not seen which batches fit."""
+        return self.with_scheduler(self._parts.scheduler)
+
     def check(self) -> None:
         """Generate a small fixed clip, alone and within a batch, and return if both are as expected.
 

@@ -1,4 +1,4 @@
-"""The program for machines with a GPU: its figures, its failures, and all parts once on a CPU."""
+"""The program for machines with a GPU: its plan, its failures, and all parts once on a CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import datetime as dt
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -14,6 +14,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
 
 import benchmark_gpu
+import gpu_chain
+import gpu_parts
+
+NAMES = [part.name for part in benchmark_gpu.PARTS]
 
 
 def results(seconds: list[float], device_s: list[float]) -> pa.Table:
@@ -29,48 +33,114 @@ def results(seconds: list[float], device_s: list[float]) -> pa.Table:
     )
 
 
+def options(folder: Path, *more: str) -> Any:
+    return benchmark_gpu._parse(["--to", str(folder), "--size", "tiny", "--work", str(folder / "work"), *more])
+
+
+def saved(folder: Path) -> Any:
+    return json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
+
+
 def test_the_batches_that_compile_are_left_out():
     # Eight batches of two. The first two compile; from then on a batch takes 3 s, 2.8 s of it on the device.
     ends = [100, 100, 150, 150, *(150 + 3 * batch for batch in range(1, 7) for _ in range(2))]
 
-    told = benchmark_gpu.steady(results(ends, [50.0] * 4 + [1.4] * 12), batch_size=2)
+    measured = gpu_chain.steady(results(ends, [50.0] * 4 + [1.4] * 12), batch_size=2)
 
-    assert told["left_out"] == 4
-    assert told["busy"] == pytest.approx(2.8 / 3)
-    assert told["clips_per_s_steady"] == pytest.approx(2 / 3)
-    assert told["gpu_seconds_per_clip"] == pytest.approx(1.4)
-    assert (told["requests"], told["succeeded"], told["mp4_bytes"]) == (16, 16, 160)
+    assert measured["left_out"] == 4
+    assert measured["busy"] == pytest.approx(2.8 / 3)
+    assert measured["clips_per_s_steady"] == pytest.approx(2 / 3)
+    assert measured["gpu_seconds_per_clip"] == pytest.approx(1.4)
+    assert (measured["requests"], measured["succeeded"], measured["mp4_bytes"]) == (16, 16, 160)
 
 
 def test_of_a_single_batch_nothing_is_steady():
-    told = benchmark_gpu.steady(results([1.0, 1.0], [0.4, 0.4]), batch_size=2)
+    measured = gpu_chain.steady(results([1.0, 1.0], [0.4, 0.4]), batch_size=2)
 
-    assert (told["busy"], told["clips_per_s_steady"], told["gpu_seconds_per_clip"]) == (None, None, None)
+    assert (measured["busy"], measured["clips_per_s_steady"], measured["gpu_seconds_per_clip"]) == (None, None, None)
 
 
-def test_a_benchmark_that_fails_does_not_end_the_program_and_says_why(tmp_path, capfd):
-    arguments = SimpleNamespace(to=tmp_path, size="tiny", bench="--batches none")
+def test_the_parts_fit_into_the_time_and_each_has_a_function():
+    assert sum(part.minutes for part in benchmark_gpu.PARTS) <= 28
+    assert ["about", *NAMES] == list(gpu_parts.RUN)
 
-    (failure,) = benchmark_gpu._bench(arguments)
 
-    assert failure.startswith("benchmark: `python -m pia_batch.cli bench --size …` ended with 2")
-    assert "--batches" in capfd.readouterr().err
+def test_a_part_without_its_packages_says_what_to_install(tmp_path):
+    chain = benchmark_gpu.PARTS[6]
+
+    record = benchmark_gpu._attempt(chain, options(tmp_path), 600.0, [], {"ray", "pytest"})
+
+    assert (record["status"], record["reason"]) == ("missing", "install ray")
+
+
+def test_a_part_that_would_begin_too_late_is_skipped(tmp_path):
+    features = benchmark_gpu.PARTS[1]
+
+    record = benchmark_gpu._attempt(features, options(tmp_path), 90.0, [], set())
+
+    assert (record["status"], record["reason"]) == ("skipped", "1.5 minutes are left, it needs 5")
+
+
+def test_a_part_is_ended_at_its_limit_and_keeps_what_it_wrote(tmp_path):
+    (tmp_path / "features.json").write_text('{"guided": {"psnr_db": 60.0}}')
+    short = benchmark_gpu.Part("features", 0.01, (), "the real part, which needs longer to import torch")
+
+    record = benchmark_gpu._attempt(short, options(tmp_path), 10.6, [], set())
+
+    assert (record["status"], record["reason"]) == ("stopped", "at its limit of 0.0 minutes")
+    assert record["measured"] == {"guided": {"psnr_db": 60.0}}
+
+
+def test_a_part_that_fails_says_why(tmp_path):
+    (tmp_path / "windows.json").write_text("no JSON")
+
+    status, reason = benchmark_gpu._run("windows", tmp_path / "windows.json", options(tmp_path), 60.0)
+
+    assert status == "failed"
+    assert "JSONDecodeError" in str(reason)
+
+
+def test_results_of_another_device_are_refused_and_what_is_done_is_not_run_again(tmp_path, capsys):
+    found = benchmark_gpu._opened(options(tmp_path))
+    found["parts"] = {name: {"status": "done", "seconds": 1.0} for name in NAMES}
+    (tmp_path / "gpu.json").write_text(json.dumps(found))
+    arguments = ["--to", str(tmp_path), "--size", "tiny", "--work", str(tmp_path / "work")]
+
+    assert benchmark_gpu.main(arguments) == 0
+    (tmp_path / "gpu.json").write_text(json.dumps(found | {"device": "NVIDIA L4"}))
+    assert benchmark_gpu.main(arguments) == 1
+
+    assert "has results of another device; give another folder to --to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "names"), [("3,1", ["tests", "engine"]), ("memory", ["memory"])])
+def test_parts_are_chosen_by_number_or_name_and_keep_their_order(tmp_path, text, names):
+    assert [part.name for part in options(tmp_path, "--parts", text).parts] == names
+
+
+def test_a_part_that_does_not_exist_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        options(tmp_path, "--parts", "1,10")
+    assert "expected numbers from 1 to 9 or names" in capsys.readouterr().err
 
 
 @pytest.mark.long
 def test_all_of_it_on_a_cpu_in_two_commands(tmp_path, monkeypatch):
-    small = ["--side", "32", "--frames", "4", "--steps", "2"]
-    bench = ["--parts", "bench", "--bench", " ".join(["--rounds 1 --batches 1 --only b,d --no-compile", *small])]
-    runs = ["--parts", "runs", "--requests", "4", "--batch-size", "1", "--speeds", "exact,fast", *small]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    arguments = ["--size", "tiny", "--to", str(tmp_path / "cpu"), "--work", str(tmp_path / "work")]
 
-    for part in (bench, runs):
-        monkeypatch.setattr(sys, "argv", ["benchmark_gpu.py", "--size", "tiny", "--to", str(tmp_path / "cpu"), *part])
-        assert benchmark_gpu.main() == 0
+    assert benchmark_gpu.main([*arguments, "--parts", "1,2,3"]) == 0
+    assert list(saved(tmp_path / "cpu")["parts"]) == NAMES[:3]
+    assert benchmark_gpu.main(arguments) == 0
 
-    told = json.loads((tmp_path / "cpu" / "benchmark.json").read_text())
-    assert list(told["variants"]) == ["b: pipeline", "d: engine, 1 row"]
-    told = json.loads((tmp_path / "cpu" / "runs.json").read_text())
-    assert list(told) == ["exact", "fast"]
-    for one in told.values():
-        assert (one["requests"], one["succeeded"]) == (4, 4)
-        assert one["clips_per_s_steady"] > 0
+    parts = {name: part["measured"] for name, part in saved(tmp_path / "cpu")["parts"].items()}
+    assert list(parts) == NAMES
+    assert parts["tests"]["passed"] > 0
+    assert {"context windows", "prompt travel", "motion LoRA", "IP-Adapter", "scheduler lcm"} < set(parts["features"])
+    assert {one["psnr_db"] for one in parts["features"].values()} == {120.0}
+    assert list(parts["engine"]["variants"]) == ["d: engine, 1 row", "b: pipeline"]
+    assert parts["profile"]["profile"]["kinds"]
+    assert [parts["chain"][speed]["succeeded"] for speed in ("exact", "fast")] == [4, 4]
+    assert [parts["memory"][side]["largest_batch"] for side in ("32", "64")] == [4, 4]
+    assert all("error" not in one for one in parts["windows"].values())

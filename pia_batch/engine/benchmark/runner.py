@@ -54,6 +54,7 @@ __all__ = [
     "BenchmarkOptions",
     "conditions",
     "flops_per_clip",
+    "full_mantissa",
     "merged",
     "pipeline",
     "psnr_db",
@@ -327,7 +328,7 @@ class _Benchmark:
 
     def _float32(self, pipe: Any) -> Frames | None:
         """Return the first clip in full float32, without TF32 convolutions; None if there is too little memory."""
-        with _full_mantissa():
+        with full_mantissa():
             try:
                 return single_call(pipe, self._shots[0])
             except torch.OutOfMemoryError:
@@ -335,7 +336,8 @@ class _Benchmark:
 
 
 @contextlib.contextmanager
-def _full_mantissa() -> Iterator[None]:
+def full_mantissa() -> Iterator[None]:
+    """Let convolutions on a GPU use all bits of float32 inside a block."""
     kept = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
