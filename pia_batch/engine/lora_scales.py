@@ -37,9 +37,10 @@ class SampleScales:
             device: Device of the call.
         """
         table = torch.tensor(scales, device=device).unbind(1)
-        counts = torch.tensor(texts, device=device)
+        # Each text's sample, instead of repeat_interleave, for whose size the host would wait for the device.
+        owners = torch.tensor([index for index, count in enumerate(texts) for _ in range(count)], device=device)
         self._layers = [
-            (layer, adapter, _shaped(name, layer, _unit(layer, adapter) * table[index], frames, counts))
+            (layer, adapter, _shaped(name, layer, _unit(layer, adapter) * table[index], frames, owners))
             for name, layer, adapter, index in _adapters(network)
         ]
 
@@ -87,12 +88,12 @@ def _unit(layer: Any, adapter: str) -> float:
     return unit
 
 
-def _shaped(name: str, layer: Any, scales: torch.Tensor, frames: int, texts: torch.Tensor) -> torch.Tensor:
+def _shaped(name: str, layer: Any, scales: torch.Tensor, frames: int, owners: torch.Tensor) -> torch.Tensor:
     """Return the scales of the samples in a shape that broadcasts with the layer's output."""
     if isinstance(layer.get_base_layer(), nn.Conv2d):  # (samples x frames, channels, height, width)
         return scales.repeat_interleave(frames).view(-1, 1, 1, 1)
     if "time_emb" in name:  # (samples, features)
         return scales.view(-1, 1)
     if ".attentions." in name and name.endswith((".attn2.to_k", ".attn2.to_v")):  # (texts, tokens, features)
-        return scales.repeat_interleave(texts).view(-1, 1, 1)
+        return scales[owners].view(-1, 1, 1)
     return scales.view(-1, 1, 1, 1)  # (samples, frames, pixels, channels)
