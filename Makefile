@@ -11,6 +11,7 @@ setup: $(READY)  ## create a virtual environment with the pinned versions of con
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps einops spandrel  # without torchvision; see `upscale`
 	touch $(READY)
 
 browser: setup  ## install Chromium for the tests of the report, unless there is a Chromium or Chrome

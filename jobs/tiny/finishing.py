@@ -54,7 +54,7 @@ def _picture(name: str) -> Image.Image:
 def finished(image: Image.Image, frames: Frames, settings: dict[str, Any]) -> Frames:
     """Return the frames that would be stored of a clip with these settings; shape (F, H, W, 3)."""
     row: dict[str, Any] = {"width": SIDE, "height": SIDE, "num_frames": len(frames), "fps": 8.0, "loop": False}
-    row["motion_scale"] = 1
+    row |= {"motion_scale": 1, "upscale": 1}
     row |= {"motion_curve": None, "color_match": False, "sharpen": 0.0, "interpolate": 1, "pixels": image.tobytes()}
     found = finish(row | settings, frames).frames
     return found.array() if isinstance(found, FrameStream) else found

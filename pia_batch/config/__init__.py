@@ -21,6 +21,7 @@ from pia_batch.config.models import (
 from pia_batch.config.requests import Defaults, EncodingConfig, Fit, ImagesConfig
 from pia_batch.config.run import RequestIdFrom, RunConfig
 from pia_batch.config.safety import SafetyConfig
+from pia_batch.config.upscaling import UpscaleConfig
 from pia_batch.schema.settings import FORMATS, FREE_INIT_METHODS, MAX_FPS, MOTIONS, Format, FreeInitMethod, Motion, Size
 
 __all__ = [
@@ -53,4 +54,5 @@ __all__ = [
     "Section",
     "Size",
     "TextualInversionConfig",
+    "UpscaleConfig",
 ]

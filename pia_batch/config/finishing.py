@@ -49,14 +49,14 @@ def closes(row: Mapping[str, Any]) -> bool:
 def stored_size(row: Mapping[str, Any]) -> StoredSize:
     """Return the size of the file of an effective request whose image is fitted.
 
-    With `interpolate` k, F frames become (F - 1) k + 1, and those of a loop F k.
+    With `interpolate` k, F frames become (F - 1) k + 1, and those of a loop F k. `upscale` multiplies both sides.
 
     Args:
         row: Effective settings, with a width and a height.
     """
-    times = row["interpolate"] or 1
+    times, factor = row["interpolate"] or 1, row["upscale"] or 1
     num_frames = row["num_frames"] * times if closes(row) else (row["num_frames"] - 1) * times + 1
-    return StoredSize(row["width"], row["height"], num_frames, row["fps"] * times)
+    return StoredSize(row["width"] * factor, row["height"] * factor, num_frames, row["fps"] * times)
 
 
 def generated_frames(num_frames: int, interpolate: int | None) -> int:

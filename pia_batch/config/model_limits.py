@@ -1,4 +1,4 @@
-"""Limits of models that only their files know: frames of the motion modules, and LoRAs with a fixed scale.
+"""Limits of models that only their files know: frames of motion modules, fixed scales of LoRAs, factors of upscalers.
 
 The plan reads them from headers, so that rows are checked without loading a model.
 """
@@ -18,10 +18,12 @@ class ModelLimits:
     Attributes:
         positions: Number of frames that the motion modules know.
         fixed_loras: Names of the LoRAs that are merged into the weights, so that rows cannot change their scales.
+        upscale: Factor of the config's upscaler; that of a row is at most this.
     """
 
     positions: int = POSITIONS
     fixed_loras: frozenset[str] = frozenset()
+    upscale: int = 8
 
 
 Limits = Mapping[str, ModelLimits]

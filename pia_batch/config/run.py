@@ -20,6 +20,7 @@ from pia_batch.config.models import EMBEDDED, ModelConfig
 from pia_batch.config.presets import Preset, as_names, under
 from pia_batch.config.requests import Defaults, EncodingConfig, ImagesConfig
 from pia_batch.config.safety import SafetyConfig
+from pia_batch.config.upscaling import UpscaleConfig
 from pia_batch.errors import ConfigError
 from pia_batch.schema.columns import REQUEST, RESERVED
 from pia_batch.storage import schemes, uris
@@ -78,6 +79,7 @@ class RunConfig(Section):
     defaults: Defaults = Defaults()
     images: ImagesConfig = ImagesConfig()
     encoding: EncodingConfig = EncodingConfig()
+    upscale: UpscaleConfig = UpscaleConfig()
     safety: SafetyConfig = SafetyConfig()
     placement: PlacementConfig = PlacementConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -157,6 +159,11 @@ class RunConfig(Section):
     def all_models(self) -> dict[str, ModelConfig]:
         """Every model by its name in the manifest's `model` column, the default one first."""
         return {self.model.name: self.model, **self.models}
+
+    @property
+    def upscaler(self) -> str | None:
+        """Identity of the upscaler on the devices of `placement`, for the content key; None without one."""
+        return self.upscale.identity(on_gpu=self.placement.num_gpus > 0)
 
     @property
     def original_models(self) -> frozenset[str]:

@@ -34,9 +34,10 @@ def content_keys(
         "encoder": _encoders(effective["format"], effective["codec"], config),
         "ip_adapter_image": effective["ip_adapter_image"],
         "engine_id": _by_name(effective["model"], engine_ids),
+        "upscaler": _upscaler(effective["upscale"], config),
     }
     neutral = {setting.name: setting.neutral for setting in ROW_SETTINGS}
-    return json_digest(members, neutral | {"ip_adapter_image": None})
+    return json_digest(members, neutral | {"ip_adapter_image": None, "upscaler": None})
 
 
 def image_identity(typed: Mapping[str, pa.Array]) -> pa.Array:
@@ -64,6 +65,14 @@ def _encoders(
         with_codec = pc.fill_null(pc.equal(video_codecs, codec), False)
         found = pc.if_else(with_codec, config.encoding.identity("mp4", codec), found)
     return found
+
+
+def _upscaler(factors: pa.Array | pa.Scalar, config: RunConfig) -> pa.Array | pa.Scalar:
+    """Return the identity of the upscaler for rows that it enlarges, and null for the others."""
+    upscaler = pa.scalar(config.upscaler, pa.string())
+    if isinstance(factors, pa.Scalar):
+        return upscaler if factors.as_py() > 1 else pa.scalar(None, pa.string())
+    return pc.if_else(pc.greater(factors, 1), upscaler, None)
 
 
 def _by_name(names: pa.Array, values: Mapping[str, str]) -> pa.Array | pa.Scalar:

@@ -124,6 +124,7 @@ def fill(
     typed["model"] = pc.fill_null(typed["model"], config.model.name)
     typed[lora_scales.NAME] = lora_scales.fill(typed[lora_scales.NAME], typed["model"], config)
     original = is_original(columns, config)
+    typed["upscale"] = pc.fill_null(typed["upscale"], config.upscale.scale or 1)
     if defaults.negative_prompt is None:
         by_model = pc.if_else(original, NEGATIVE_PROMPT["original"], NEGATIVE_PROMPT["diffusers"])
         typed["negative_prompt"] = pc.coalesce(typed["negative_prompt"], by_model)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.config import Defaults, RunConfig
-from pia_batch.config.model_limits import NO_LIMITS, Limits
+from pia_batch.config.model_limits import NO_LIMITS, Limits, ModelLimits
 from pia_batch.manifest import key_prompts, long_clips, lora_scales
 from pia_batch.manifest.blocklist import blocked
 from pia_batch.manifest.casting import Columns, Range, Rejections
@@ -197,6 +197,7 @@ class _Columns(Columns):
         """Check settings that are valid alone but not together."""
         defaults = config.defaults
         auto = is_auto(self, defaults)
+        upscale = self._check_upscale(config, limits)
         for name in ("width", "height"):
             both = pc.and_(auto, pc.is_valid(self.typed[name]))
             self.reject(name, both, "invalid_value", "null where `size` is auto")
@@ -223,10 +224,30 @@ class _Columns(Columns):
         product = f"width x height x num_frames up to {cap} (limits.max_frame_pixels)"
         pixels = pc.multiply(area, get["num_frames"])
         self.reject("width", pc.greater(pixels, cap), "out_of_range", product)
-        stored = pc.multiply(pixels, get["interpolate"])
-        product = f"width x height x num_frames x interpolate up to {cap} (limits.max_frame_pixels)"
+        longest = pc.multiply(pc.max_element_wise(width, height), upscale)
+        too_long = pc.and_(pc.greater(upscale, 1), pc.greater(longest, _LONGEST_SIDE))
+        product = f"width x upscale and height x upscale up to {_LONGEST_SIDE}"
+        self.reject("upscale", too_long, "out_of_range", product)
+        enlarged = pc.multiply(pixels, pc.multiply(upscale, upscale))
+        product = f"width x height x num_frames x upscale^2 up to {cap} (limits.max_frame_pixels)"
+        self.reject("upscale", pc.greater(enlarged, cap), "out_of_range", product)
+        stored = pc.multiply(enlarged, get["interpolate"])
+        power = "" if config.upscale.model is None else " x upscale^2"
+        product = f"width x height x num_frames{power} x interpolate up to {cap} (limits.max_frame_pixels)"
         self.reject("interpolate", pc.greater(stored, cap), "out_of_range", product)
         long_clips.check(self, config, limits, get, area)
+
+    def _check_upscale(self, config: RunConfig, limits: Limits) -> pa.Array:
+        """Check that the upscaler of the config has the factors of rows; return each row's factor."""
+        factors = pc.fill_null(self.typed["upscale"], config.upscale.scale or 1)
+        if config.upscale.model is None:
+            allowed = "1, or null; the config has no `upscale.model`"
+            self.reject("upscale", pc.greater(factors, 1), "unsupported", allowed)
+        else:
+            most = limits.get(config.model.name, ModelLimits()).upscale
+            allowed = f"1 to {most}, the factor of `upscale.model`"
+            self.reject("upscale", pc.greater(factors, most), "out_of_range", allowed)
+        return factors
 
     def check_words(self, blocked_words: tuple[str, ...]) -> None:
         """Check that no prompt holds a word of the blocklist. A negative prompt may: it names what is unwanted."""
@@ -258,6 +279,9 @@ class _Columns(Columns):
             bad = pc.or_kleene(bad, pc.not_equal(multiple, values))
         self.reject(name, bad, "out_of_range", str(allowed))
 
+
+_LONGEST_SIDE = BY_NAME["width"].limits["le"]
+"""Longest side of a stored frame in pixels: what encoders and memory are sized for."""
 
 _FILLED = (
     "strength", "num_inference_steps", "format", "fps", "width", "height", "long_side", "num_frames", "cond_frame",

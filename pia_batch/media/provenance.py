@@ -72,6 +72,8 @@ class Provenance(BaseModel):
     """Effective values of `columns.SETTINGS`, without those that had no effect."""
     stored: dict[str, float] | None = None
     """Width, height, number of frames and rate of the file, where finishing changed those in `settings`."""
+    upscaler: str | None = None
+    """SHA-256 and data type of the network that enlarged the frames, where `settings.upscale` is more than 1."""
 
     @model_validator(mode="after")
     def _has_prompts(self) -> Self:
@@ -113,6 +115,7 @@ class Provenance(BaseModel):
             encoder=config.encoding.identity(row["format"], row["codec"]),
             settings={name: row[name] for name in SETTINGS.names if row[name] is not None},
             stored=stored if any(row[name] != value for name, value in stored.items()) else None,
+            upscaler=config.upscaler if (row["upscale"] or 1) > 1 else None,
         )
 
     @classmethod
@@ -138,7 +141,7 @@ class Provenance(BaseModel):
     @property
     def comment(self) -> str:
         """Record as canonical JSON (sorted names, no spaces), escaped to printable ASCII."""
-        left_out = {"stored"} if self.stored is None else None
+        left_out = {name for name in ("stored", "upscaler") if getattr(self, name) is None}
         record = self.model_dump(mode="json", exclude=left_out)
         return json.dumps({_NAME: record}, sort_keys=True, separators=(",", ":"))
 

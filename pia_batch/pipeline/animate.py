@@ -97,6 +97,7 @@ class Animate:
             config,
             engine_ids,
             self.guard.safety,
+            upscaler=self.guard.upscaler,
             device=self.guard.device,
             run_id=run_id,
             count=process.count,

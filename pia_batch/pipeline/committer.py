@@ -29,6 +29,7 @@ from pia_batch.media import codecs, posters, provenance, quality
 from pia_batch.pipeline.finishing import finish
 from pia_batch.pipeline.request_rows import INTERNAL, NSFW_INPUT, condition_image, is_rejected
 from pia_batch.pipeline.safety_guard import SafetyGuard
+from pia_batch.pipeline.upscaler_loader import Upscaler
 from pia_batch.schema.columns import FAILED, REQUEST, SUCCEEDED, Row, results_table
 from pia_batch.schema.settings import VideoCodec
 
@@ -64,12 +65,13 @@ class Committer:
         config: Config of the run.
         engine_ids: Identity of each model's engine.
         safety: Safety checks of clips.
+        upscaler: Network that enlarges frames; None: no request asks for it.
         device: Name of the worker's device, recorded in every result.
         run_id: Run id recorded in every result, or None.
         count: Function that adds to a counter of `metrics.METRICS`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a worker has, each given by its owner
         self,
         objects: Objects,
         commits: Commits,
@@ -77,12 +79,14 @@ class Committer:
         engine_ids: Mapping[str, str],
         safety: SafetyGuard,
         *,
+        upscaler: Upscaler | None = None,
         device: str,
         run_id: str | None,
         count: Callable[..., None],
     ) -> None:
         self._objects, self._commits = objects, commits
         self._config, self._engine_ids, self._safety = config, engine_ids, safety
+        self._upscaler = upscaler
         self._device, self._run_id, self._count = device, run_id, count
 
     def commit(self, requests: pa.Table, rows: list[Row], clips: list[Any], attempts: list[int]) -> list[Row]:
@@ -151,7 +155,7 @@ class Committer:
         """Finish, encode, decode as a check, store unless the object exists, and describe the stored object."""
         started = time.monotonic()
         metadata = provenance.metadata_of(row, self._config, self._engine_ids[row["model"]])
-        loop_count, finished = row["loop_count"] or 0, finish(row, frames)
+        loop_count, finished = row["loop_count"] or 0, finish(row, frames, self._upscaler)
         stored = row | asdict(finished.size)
         codec: VideoCodec = row["codec"] or "h264"
         encoding = self._config.encoding

@@ -26,6 +26,7 @@ from pia_batch.planning.plan import engine_ids_of
 from pia_batch.schema.columns import RESULT
 from pia_batch.storage import object_store
 from pia_batch.storage.object_store import Store
+from pia_batch.weights.upscaler_files import with_upscaler
 
 ANIMATION_BYTES, POSTER_BYTES = "animation_bytes", "poster_bytes"
 """Columns of a result that hold the files themselves, where nothing is stored."""
@@ -78,7 +79,7 @@ def animate(
             error, what only later blocks show, and whatever prevents an engine from starting.
         StorageError: `config.output` cannot be written, or its store ignores conditional creation.
     """
-    config = with_blocklist(config.filled())
+    config = with_upscaler(with_blocklist(config.filled()))
     if config.request_id_from == "location":
         msg = "request_id_from: location: rows of a Dataset are in no file; set content, or name a column"
         raise ConfigError(msg)

@@ -20,6 +20,7 @@ from pia_batch.pipeline.device_timer import DeviceTimer
 from pia_batch.pipeline.engine_loader import Engine, LoadEngines
 from pia_batch.pipeline.request_rows import attempt_key, condition_image
 from pia_batch.pipeline.safety_guard import LoadChecker, SafetyGuard, load_checker
+from pia_batch.pipeline.upscaler_loader import LoadUpscaler, load_upscaler
 from pia_batch.pipeline.watchdog import Watchdog, deadline_s, memory_limit_bytes
 from pia_batch.schema.columns import Row
 from pia_batch.schema.declaration import declared
@@ -40,14 +41,16 @@ class EngineGuard:
         exit_process: Function that ends this process.
         count: Function that adds to a counter of `metrics.METRICS`.
         load_checker: Function that gives the safety checker; called here too.
+        load_upscaler: Function that gives the upscaler; called here too.
 
     Attributes:
         device: Name of the engines' device.
         safety: Safety checks of images and clips.
+        upscaler: Network that enlarges frames, or None.
 
     Raises:
         ConfigError: An engine is not the expected one, takes all of `placement.memory_mb` without any request, or the
-            safety checker cannot be loaded.
+            safety checker or the upscaler cannot be loaded.
         BrokenDeviceError: The self-test of the engine failed.
     """
 
@@ -60,12 +63,14 @@ class EngineGuard:
         exit_process: Callable[[], None],
         count: Callable[..., None],
         load_checker: LoadChecker = load_checker,
+        load_upscaler: LoadUpscaler = load_upscaler,
     ) -> None:
         self._config, self._exit_process = config, exit_process
         self._engines, self._engine_ids = load_engines(), engine_ids
         self._checked: dict[str, weakref.ref[Engine]] = {}
         self.device = self._engine(next(iter(engine_ids))).device
         self.safety = SafetyGuard(config.safety, load_checker(config.safety, self.device))
+        self.upscaler = load_upscaler(config, self.device)
         self.watchdog = Watchdog(report_exit, exit_process, memory_limit_bytes(config.placement.memory_mb))
         self.timer = DeviceTimer(self.device, count)
 

@@ -1,6 +1,6 @@
 """Finishing of clips: what the settings of a request do to generated frames before they are encoded, frame by frame.
 
-The order is: colour match, sharpening, interpolation. It happens while the device generates the next batch.
+The order is: colour match, upscaling, sharpening, interpolation. It happens while the device generates the next batch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pia_batch.media.finishing.color_match import ColorMatch
 from pia_batch.media.finishing.interpolation import interpolated
 from pia_batch.media.finishing.sharpening import sharpen
 from pia_batch.pipeline.request_rows import condition_image
+from pia_batch.pipeline.upscaler_loader import Upscaler
 from pia_batch.schema.columns import Row
 
 
@@ -35,19 +36,20 @@ class Finished:
     seconds: float | None = field(default=None)
 
 
-def finish(row: Row, frames: Frames) -> Finished:
+def finish(row: Row, frames: Frames, upscaler: Upscaler | None = None) -> Finished:
     """Return a clip as its request wants it stored.
 
     Args:
         row: Fetched request, with all settings.
         frames: Generated frames, uint8, shape (F, H, W, 3), RGB, 0-255.
+        upscaler: Network that enlarges frames; needed where `upscale` is more than 1.
     """
     size = stored_size(row)
-    if not (row["color_match"] or row["sharpen"] or (row["interpolate"] or 1) > 1):
+    if not (row["color_match"] or row["sharpen"] or (row["interpolate"] or 1) > 1 or (row["upscale"] or 1) > 1):
         return Finished(frames, size)
 
     def start() -> Iterator[Frames]:
-        single = _single_frames(row, frames)
+        single = _single_frames(row, frames, upscaler)
         stream = interpolated(single, row["interpolate"] or 1, closing=closes(row))
         while True:
             started = time.monotonic()
@@ -61,9 +63,19 @@ def finish(row: Row, frames: Frames) -> Finished:
     return finished
 
 
-def _single_frames(row: Row, frames: Frames) -> Iterator[Frames]:
+def _single_frames(row: Row, frames: Frames, upscaler: Upscaler | None) -> Iterator[Frames]:
     """Yield the generated frames, each changed by itself."""
+    factor = row["upscale"] or 1
     match = ColorMatch(np.asarray(condition_image(row))) if row["color_match"] else None
     for generated in frames:
         frame = generated if match is None else match(generated)
+        if factor > 1:
+            frame = _required(upscaler)(frame, factor)
         yield sharpen(frame, row["sharpen"]) if row["sharpen"] else frame
+
+
+def _required(upscaler: Upscaler | None) -> Upscaler:
+    if upscaler is None:
+        msg = "the request asks for `upscale`, and this worker has no upscaler"
+        raise AssertionError(msg)
+    return upscaler

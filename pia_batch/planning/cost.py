@@ -98,7 +98,8 @@ def measure_finished(
         ours = pc.and_(pc.equal(table["status"], SUCCEEDED), pc.is_in(table["engine_id"], pa.array(list(models))))
         rows = table.filter(pc.and_(ours, pc.greater(table["gpu_seconds"], 0.0))).slice(0, _SAMPLED_ROWS)
         for row, work in zip(rows.to_pylist(), work_of(_as_generated(rows)).to_pylist(), strict=True):
-            tflop += _tflop(work | {"width": row["width"], "height": row["height"]}, models[row["engine_id"]])
+            sides = {name: row[name] // work["upscale"] for name in ("width", "height")}
+            tflop += _tflop(work | sides, models[row["engine_id"]])
             seconds += row["gpu_seconds"]
             devices[row["device"]] += 1
             pixels[row["format"]] += row["width"] * row["height"] * row["num_frames"]
@@ -143,7 +144,7 @@ def estimate_bytes(statistics: Statistics, num_requests: int, found: Measurement
     low = high = 0.0
     for row in statistics.work.to_pylist():
         width, height = _sides(row)
-        pixels = row["num_rows"] * row["num_frames"] * (row["interpolate"] or 1) * width * height
+        pixels = row["num_rows"] * row["num_frames"] * (row["interpolate"] or 1) * width * height * row["upscale"] ** 2
         rate = found.bytes_per_pixel.get(row["format"]) if found else None
         least, most = (rate, rate) if rate else CODECS[row["format"]].bytes_per_pixel
         low, high = low + pixels * least, high + pixels * most

@@ -39,6 +39,7 @@ from pia_batch.storage.object_store import Store
 from pia_batch.weights import safety_checker_files
 from pia_batch.weights.identity import engine_id, resolved_dtype
 from pia_batch.weights.resolve import resolve
+from pia_batch.weights.upscaler_files import with_upscaler
 
 REJECTIONS_PER_FRAGMENT = 10_000
 
@@ -157,11 +158,11 @@ def make_plan(config: RunConfig, *, retry: Retry | None = None, statistics: Stat
 
     Raises:
         ManifestError: the manifest cannot be read, is empty, or lacks a column.
-        ConfigError: a model cannot be found, the output is inside the manifest's folder, `retry` names a kind that
-            does not exist, or the blocklist cannot be read.
+        ConfigError: a model or the upscaler cannot be found, the output is inside the manifest's folder, `retry` names
+            a kind that does not exist, or the blocklist cannot be read.
         StorageError: the output cannot be read.
     """
-    config = with_blocklist(config)
+    config = with_upscaler(with_blocklist(config))
     engine_ids = engine_ids_of(config)
     safety_checker_files.resolve(config.safety)  # else each worker would find that it is missing
     store = Store(config.output)

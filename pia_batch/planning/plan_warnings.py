@@ -48,6 +48,7 @@ def warnings_of(config: RunConfig, statistics: Statistics) -> list[str]:
         *_about_defaults(config, statistics),
         *_about_capacity(config.placement),
         *_about_memory(config.placement, statistics),
+        *_about_upscaling(statistics),
     ]
 
 
@@ -154,6 +155,15 @@ def _about_memory(place: PlacementConfig, statistics: Statistics) -> Iterator[st
             f"a batch of the longest clips holds {held / 2**30:.1f} GiB of frames in host memory (width x height x "
             f"num_frames x 3 bytes, placement.batch_size {place.batch_size}); set placement.batch_size to "
             f"{max(1, HELD_BYTES // max(sizes))}"
+        )
+
+
+def _about_upscaling(statistics: Statistics) -> Iterator[str]:
+    enlarged = sum(row["num_rows"] for row in statistics.work.to_pylist() if row["upscale"] > 1)
+    if enlarged:
+        yield (
+            f"{enlarged} requests are enlarged by upscale.model, whose time is not in the estimates: generate a few of "
+            "them with budget.limit, and compare finish_seconds with gpu_seconds in their results"
         )
 
 

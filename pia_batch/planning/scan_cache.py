@@ -226,6 +226,7 @@ def _identity(run: RunConfig, engine_ids: Mapping[str, str]) -> str:
         "images": run.images.identity(),
         "limits": [run.limits.max_frame_pixels, run.limits.max_call_pixels],
         "blocked_words": run.safety.blocked_words,
+        "upscale": [run.upscaler, run.upscale.scale],
         "models": {
             name: [model.ip_adapter is not None, model.fuse_loras, [(each.label, each.scale) for each in model.loras]]
             for name, model in run.all_models.items()

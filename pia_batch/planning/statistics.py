@@ -39,6 +39,7 @@ WORK = pa.schema(
         ("guided", pa.bool_()),
         ("computed_frames", pa.float64()),
         ("interpolate", pa.int64()),
+        ("upscale", pa.int64()),
         ("finish_ns", pa.float64()),
         (CALL_FRAMES, pa.int64()),
     ]
@@ -46,8 +47,9 @@ WORK = pa.schema(
 """Columns that decide the work and the bytes of a request. `steps` is the number of steps that are computed, with the
 passes of FreeInit and `strength` taken into account. `width` and `height` are null if they come from the image.
 `computed_frames` is the number of frames that the UNet computes at each step, more than `num_frames` where windows
-overlap; `call_frames` is the number of frames of one of its calls. `interpolate` multiplies the stored frames.
-`finish_ns` is the time that a core takes to finish a pixel of the generated frames, in nanoseconds."""
+overlap; `call_frames` is the number of frames of one of its calls. `interpolate` multiplies the stored frames,
+and `upscale` their sides. `finish_ns` is the time that a core takes to finish a pixel of the generated frames, in
+nanoseconds."""
 
 CLASS = pa.schema([*WORK, ("gif_fps", pa.float64()), ("truncated", pa.bool_())])
 """Columns of a work class. `gif_fps` is the frame rate of a stored GIF, null for another format. `truncated` is true if
@@ -230,6 +232,9 @@ def work_of(requests: pa.Table) -> pa.Table:
     between = pc.cast(pc.subtract(derived["interpolate"], 1), pa.float64())
     matched = pc.cast(pc.cast(_given(requests, "color_match", False), pa.int8()), pa.float64())
     sharpened = pc.cast(pc.cast(pc.greater(_given(requests, "sharpen", 0.0), 0.0), pa.int8()), pa.float64())
+    derived["upscale"] = _given(requests, "upscale", 1)
+    area = pc.cast(pc.multiply(derived["upscale"], derived["upscale"]), pa.float64())
+    between, sharpened = pc.multiply(between, area), pc.multiply(sharpened, area)  # both follow the upscaler
     parts = ((between, INTERPOLATE_NS), (matched, MATCH_NS), (sharpened, SHARPEN_NS))
     derived["finish_ns"] = functools.reduce(pc.add, (pc.multiply(part, rate) for part, rate in parts))
     derived[CALL_FRAMES] = call_frames(requests)

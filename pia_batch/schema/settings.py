@@ -260,6 +260,14 @@ class RowSettings(Settings):
         allowed=f"frames from 0 up to below `num_frames`, texts of up to {MAX_PROMPT_BYTES:,} bytes together",
         min_length=1,
     )
+    upscale: int = setting(
+        1,
+        "Factor by which `upscale.model` of the config enlarges frames before they are stored; 1: off. null: "
+        "`upscale.scale`.",
+        neutral=1,
+        ge=1,
+        le=8,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,6 +101,7 @@ ALONGSIDE: dict[str, Callable[[Any], dict[str, Any]]] = {
     "placement.num_cpus": lambda value: {"placement.fetch_num_cpus": 1e-9 if math.isfinite(value) else 0.25},
     "placement.fetch_num_cpus": lambda value: {"placement.num_cpus": max(1.0, 2 * value)},
     "defaults.cond_frame": lambda _: {"defaults.num_frames": 1024},
+    "upscale.scale": lambda _: {"upscale.model": "x.safetensors"},
 }
 """Keys that another key restricts, with the other's value that leaves them their whole range."""
 
@@ -458,6 +459,7 @@ CASES: dict[str, list[Case]] = {
 }
 
 ELSEWHERE = {
+    "upscale.scale": "tests/weights/test_upscaler_files.py::test_a_factor_is_kept_to_that_of_the_network",
     "safety.frames": "tests/pipeline/test_safety_guard.py::test_frames_are_chosen_evenly",
     "limits.timeout_s": "tests/pipeline/test_watchdog.py::"
     "test_the_time_of_requests_is_the_limit_up_to_the_work_that_it_is_meant_for_and_grows_beyond",

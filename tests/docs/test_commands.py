@@ -81,6 +81,7 @@ NOT_RUN = {
     "pia-batch report outputs/demo --comparison": "test_writer links comparisons",
     "pia-batch run --manifest seeds.parquet": "a recipe: a manifest of one's own",
     "hf download": "the internet",
+    "pia-batch run --manifest photos.jsonl --output enlarged": "a network; test_upscaling runs it with a small one",
     "pia-batch prepare animatebench": "the dataset; test_kinds prepares its layout",
     "pia-batch plan bench.yaml": "the published weights",
     "pia-batch run bench.yaml": "a GPU and the published weights",

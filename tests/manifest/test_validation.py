@@ -770,8 +770,9 @@ def test_a_change_of_any_setting_is_another_key() -> None:
 @pytest.mark.parametrize("column", WITH_OTHERS)
 def test_a_setting_that_counts_only_beside_another_changes_the_key_there_and_nowhere_else(column: str) -> None:
     others, value = WITH_OTHERS[column]
-    run = config(model__ip_adapter={"source": "adapter.safetensors"}, model__loras=[{"source": "x"}])
-    plain = run if column in ("ip_adapter_image", "lora_scales") else CONFIG
+    upscaler = {"model": "x.safetensors", "sha256": "0" * 64}
+    run = config(model__ip_adapter={"source": "adapter.safetensors"}, model__loras=[{"source": "x"}], upscale=upscaler)
+    plain = run if column in ("ip_adapter_image", "lora_scales", "upscale") else CONFIG
     alone, beside = requests_table(1, seed=[7]), requests_table(1, seed=[7], **others)
 
     assert key_of(with_value(beside, column, value), run) != key_of(beside, run)
@@ -813,7 +814,7 @@ def test_another_engine_or_another_way_to_fit_images_is_another_key() -> None:
 
 def test_a_default_written_out_is_the_same_key() -> None:
     given_columns = {
-        name: [getattr(CONFIG.defaults, name)] for name in SETTINGS.names if name not in ("seed", "prompts")
+        name: [getattr(CONFIG.defaults, name)] for name in SETTINGS.names if name not in ("seed", "prompts", "upscale")
     }
     written = {name: value for name, value in given_columns.items() if value != [None]}
 
@@ -883,6 +884,7 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {name: st.just(value) for name, value 
     "image_bytes": st.none() | st.binary(max_size=3),
     "model": st.just("default"),
     "ip_adapter_image": st.none(),
+    "upscale": st.just(1),
     "seed": st.integers(0, 2**63 - 1),
     "motion_curve": st.lists(st.floats(0, 1), min_size=1, max_size=4),
     "guidance_scale": st.floats(0, 100),

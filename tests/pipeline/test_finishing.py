@@ -35,6 +35,7 @@ SIDE = 48
 ROW: Row = {
     "width": SIDE, "height": SIDE, "num_frames": 4, "fps": 8.0, "format": "png_zip", "motion_scale": 0, "loop": False,
     "motion_curve": None, "color_match": False, "sharpen": 0.0, "interpolate": 1,
+    "upscale": 1,
 }  # fmt: skip
 
 

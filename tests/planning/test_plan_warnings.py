@@ -51,6 +51,12 @@ def test_a_warning_about_rows_has_their_number(columns: dict[str, Any], words: s
     assert words in text
 
 
+def test_requests_that_are_enlarged_are_counted_because_no_estimate_has_their_time() -> None:
+    (text,) = warnings(requests_table(4, upscale=[2, 1, 4, None]), upscale__model="x.safetensors")
+
+    assert text.startswith("2 requests are enlarged by upscale.model, whose time is not in the estimates")
+
+
 def test_a_batch_of_long_clips_that_fills_the_hosts_memory_is_a_warning() -> None:
     long = requests_table(4, num_frames=[16, 1024, 1024, 1024])
 

@@ -170,6 +170,7 @@ def test_checking_rows_asks_for_nothing_of_the_config_that_a_scan_is_not_known_b
     single = {"images.identity", "limits.max_frame_pixels", "limits.max_call_pixels", "all_models", "model.name"}
     single |= {"columns", "request_id_from", "safety.blocked_words"}
     single |= {"original_models"}  # part of the engine ids
+    single |= {"upscaler", "upscale.scale", "upscale.model"}  # no upscaler: none of its identity
     assert {name for name in asked if not name.startswith(whole)} <= single
     assert {name.split(".")[0] for name in asked} >= {"defaults", "encoding", "images", "limits", "model", "all_models"}
 

@@ -28,7 +28,7 @@ def main(fmt: Any, num_frames: int, side: int) -> None:
 
     def encode(part: Any) -> bytes:
         row = {"width": side, "height": side, "num_frames": len(part), "fps": 8.0, "loop": False, "motion_scale": 0}
-        row |= {"motion_curve": None, "color_match": True, "sharpen": 0.5, "interpolate": 2}
+        row |= {"motion_curve": None, "color_match": True, "sharpen": 0.5, "interpolate": 2, "upscale": 1}
         finished = finish(row | {"pixels": part[0].tobytes()}, part)
         data = codecs.encode(finished.frames, fmt, finished.size.fps, EncodingConfig())
         assert codecs.probe(data, fmt).num_frames == 2 * len(part) - 1

@@ -72,6 +72,7 @@ def _examine(
     yield from guarded("disk", machine.check_disks(models))
     yield from guarded("weights", storage.check_weights(models))
     if config is not None:
+        yield from guarded("upscaler", storage.check_upscaler(config.upscale))
         yield from guarded("manifest", storage.check_manifest(config))
         yield from guarded("images", storage.check_images(config.images))
         yield from guarded("store", storage.check_store(Store(config.output)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from pia_batch.config import ImagesConfig, ModelConfig, RunConfig
+from pia_batch.config import ImagesConfig, ModelConfig, RunConfig, UpscaleConfig
 from pia_batch.driver.preflight.finding import Finding
 from pia_batch.errors import PiaBatchError, StorageError, message_of
 from pia_batch.journal import layout
@@ -14,6 +14,7 @@ from pia_batch.manifest.reader import Manifest, refuse_output_inside
 from pia_batch.storage import filesystems
 from pia_batch.storage.object_store import Store
 from pia_batch.storage.uris import redacted_uri
+from pia_batch.weights import upscaler_files
 from pia_batch.weights.resolve import resolve
 
 MAX_SKEW_S = 5.0
@@ -33,6 +34,21 @@ def check_weights(models: dict[str, ModelConfig]) -> Iterator[Finding]:
             parts = ", ".join(label for label, _ in found.parts())
             message = "; ".join([f"model {name!r} from {redacted_uri(model.base)}: {parts}", *found.notices])
             yield Finding("ok", "weights", message)
+
+
+def check_upscaler(upscale: UpscaleConfig) -> Iterator[Finding]:
+    """Find the upscaler, if there is one, and fetch it if it is not on this machine."""
+    try:
+        found = upscaler_files.resolve(upscale)
+        if found is not None:
+            upscaler_files.require_spandrel()
+    except PiaBatchError as err:
+        message = " ".join(str(err).split())
+        yield Finding("fail", "upscaler", message, "correct the config, or install what is missing")
+    else:
+        if found is not None:
+            message = f"{found.network.architecture}, {found.network.scale} times, sha256 {found.sha256}"
+            yield Finding("ok", "upscaler", message)
 
 
 def check_manifest(config: RunConfig) -> Iterator[Finding]:
