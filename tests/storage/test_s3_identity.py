@@ -26,7 +26,7 @@ from pia_batch.errors import CERTIFICATE_REMEDY, PiaBatchError
 from pia_batch.storage import object_store, s3_config
 from pia_batch.storage.object_store import Store
 
-ISSUED = {"AccessKeyId": "ISSUED", "SecretAccessKey": "secret", "SessionToken": "of the session"}
+ISSUED = {"AccessKeyId": "ISSUED", "SecretAccessKey": "secret", "SessionToken": "of-the-session"}
 LATER = "2099-01-01T00:00:00Z"
 
 
