@@ -413,6 +413,7 @@ def test_a_signal_commits_what_is_finished_and_exits_with_4(
     assert len(list(Path(output, "animations").rglob("*.mp4"))) == len(committed.keys) < 30
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_demo_makes_every_sample_animation_and_says_where(tmp_path: Path) -> None:
     count = pq.read_table(tiny.SAMPLE / "requests.parquet").num_rows

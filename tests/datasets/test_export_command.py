@@ -63,6 +63,7 @@ def steady(found: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not name.startswith(CHANGING)}
 
 
+@pytest.mark.long
 @pytest.mark.s3
 def test_every_format_goes_from_a_bucket_to_a_bucket_and_to_a_disk(s3: str, tmp_path: Path) -> None:
     make_output(Store(f"{s3}/out"), ["mp4"] * 3)

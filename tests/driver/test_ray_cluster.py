@@ -71,6 +71,7 @@ def test_a_run_that_is_given_no_engine_says_so_and_leaves_nothing_of_ray_data_be
     assert not [thread.name for thread in threading.enumerate() if "Executor" in thread.name]
 
 
+@pytest.mark.long
 def test_a_node_that_joins_is_used_and_one_that_dies_with_a_batch_is_survived(
     nodes: Cluster, make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 PROGRAM = Path(__file__).parents[2] / "jobs" / "benchmark_export.py"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_both_sides_are_measured_in_turns(tmp_path: Path) -> None:
     arguments = ["--rows", "50", "--bytes", "1000", "--rounds", "1", "--json", str(tmp_path / "figures.json")]

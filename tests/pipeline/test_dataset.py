@@ -210,6 +210,7 @@ class Rows:
         return dict(zip(self.table["request_id"].to_pylist(), self.table[name].to_pylist(), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_the_example_of_the_documentation_animates_a_dataset(

@@ -36,6 +36,7 @@ def metrics_port() -> Iterator[int]:
         yield port
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_can_be_scraped(metrics_port: int, make_config: Callable[..., RunConfig]) -> None:
     prompts = ["fine", "fine", "not finite"] * 4

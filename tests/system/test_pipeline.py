@@ -332,6 +332,7 @@ def test_a_node_without_the_code_of_the_run_ends_it(
         run(make_config(), load_engines=loader)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("harm", ["damaged", "replaced"])
 def test_a_manifest_that_cannot_be_trusted_any_more_ends_the_run_with_the_file(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, harm: str
@@ -395,6 +396,7 @@ def run_json_of(config: RunConfig, run_id: str) -> dict[str, Any]:
     return dict(json.loads(Path(config.output, "_runs", run_id, "run.json").read_text()))
 
 
+@pytest.mark.long
 def test_a_limited_run_animates_the_highest_priorities_first_and_the_next_run_the_rest(make_config: MakeConfig) -> None:
     order = random.Random(0).sample(range(96), 96)
     table = requests_table(96, score=[float(score) if score else None for score in order], format=["gif"] * 96)
