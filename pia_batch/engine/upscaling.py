@@ -164,8 +164,7 @@ def _spandrel() -> Any:
     Raises:
         ConfigError: It is not installed.
     """
-    if importlib.util.find_spec("spandrel") is None:
-        raise ConfigError("upscale.model: spandrel is not installed on this node; install `pia-batch[upscale]` there")
+    upscaler_files.require_spandrel()
     if "spandrel" in sys.modules or importlib.util.find_spec("torchvision") is not None:
         return importlib.import_module("spandrel")
     for name, members in _TORCHVISION.items():

@@ -43,7 +43,6 @@ FAILURE_TTL_S = 10.0
 """Time for which a failure is reported again without another attempt, in seconds: every row of a run asks."""
 
 _RELEVANT = ("AWS_", "BOTO_", "HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "REQUESTS_CA_BUNDLE")
-_TRUE = frozenset({"1", "true", "on", "yes", "y"})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -250,7 +249,7 @@ def _answer_with_url(params: Mapping[str, Any], **_: object) -> tuple[Any, dict[
 
 
 def _is_anonymous() -> bool:
-    return os.environ.get("AWS_SKIP_SIGNATURE", "").strip().lower() in _TRUE
+    return s3_credentials.is_switched_on("AWS_SKIP_SIGNATURE")
 
 
 def _check_profile(session: Any) -> None:  # botocore is untyped

@@ -25,12 +25,17 @@ def find(session: Any) -> Any:  # botocore is untyped
     """
     providers = session.get_component("credential_provider")
     providers.get_provider("assume-role")._prompter = _refuse_prompt  # noqa: SLF001 - botocore has no other way
-    if os.environ.get("AWS_EC2_METADATA_DISABLED", "").strip().lower() in _TRUE:
+    if is_switched_on("AWS_EC2_METADATA_DISABLED"):
         providers.remove("iam-role")
     found = session.get_credentials()
     if found is not None:
         _check_keys(found.get_frozen_credentials(), found.method)
     return found
+
+
+def is_switched_on(variable: str) -> bool:
+    """Return True if an environment variable has one of the values that AWS's tools and object_store take as true."""
+    return os.environ.get(variable, "").strip().lower() in _TRUE
 
 
 def _refuse_prompt(_: str) -> NoReturn:
