@@ -12,6 +12,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[test]'
 	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps einops spandrel  # without torchvision; see `upscale`
+	# cyclonedx-bom asks for it. Ray imports jsonschema, which builds its grammar: 0.8 s of CPU in each of Ray's processes.
+	$(BIN)/python -m pip uninstall -qq -y rfc3987-syntax
 	touch $(READY)
 
 browser: setup  ## install Chromium for the tests of the report, unless there is a Chromium or Chrome

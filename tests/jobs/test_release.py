@@ -230,3 +230,5 @@ def test_the_bill_of_materials_has_every_package_of_the_lock(tmp_path: Path) -> 
     locked = pins(ROOT / "requirements.lock")
     assert {each["name"]: each["version"] for each in bill["components"]} == locked
     assert all(each["externalReferences"][0]["hashes"] for each in bill["components"])
+    places = {reference["url"] for each in bill["components"] for reference in each["externalReferences"]}
+    assert places == {f"https://pypi.org/simple/{name}/" for name in locked}
