@@ -18,7 +18,7 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import AuthenticationError
 
 from pia_batch.config import PlacementConfig
-from pia_batch.driver import own_ray
+from pia_batch.driver import own_ray, ray_output
 from pia_batch.driver.authentication import TOKEN_REMEDY, check_authentication, connect_once, host_and_port
 from pia_batch.driver.ray_address import check_address
 from pia_batch.errors import ConfigError, message_of
@@ -53,7 +53,7 @@ def connect(place: PlacementConfig) -> Iterator[None]:
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning about a future default
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # silences a warning about every engine's restarts
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # silences an error about every engine's restarts
         # Workers' output is in Ray's session folder; the error of a request is in its result.
         options |= {"include_dashboard": False, "log_to_driver": False, "num_cpus": capacity.local_cpus()}
         if place.object_store_mb is not None:
@@ -71,7 +71,8 @@ def _connected(place: PlacementConfig, options: Mapping[str, Any]) -> Iterator[N
     address = place.address
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(**options)
+        with ray_output.without_level_line():
+            ray.init(**options)
     except AuthenticationError:
         msg = f"Ray at {redacted_uri(address)} refuses the token, or the lack of one: {TOKEN_REMEDY}"
         raise ConfigError(msg) from None

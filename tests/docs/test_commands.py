@@ -27,6 +27,7 @@ from walkthroughs import (
     PAGES,
     ROOT,
     SHELL,
+    SHELLS,
     Command,
     blocks,
     commands,
@@ -65,7 +66,10 @@ FOLLOWED = {
 }
 """Pages whose every command is run by a test below, except those of NEEDS_A_CLOUD and of NOT_RUN."""
 
-NEEDS_A_CLOUD = ("ray up", "ray down", "ray dashboard", "gcloud", "kubectl", "pia-batch submit", "python -m pip")
+NEEDS_A_CLOUD = (
+    *("ray up", "ray down", "ray dashboard", "until ray job list"),
+    *("gcloud", "kubectl", "pia-batch submit", "python -m pip"),
+)
 """Beginnings of the commands of the pages on clouds that no test can run."""
 
 NOT_RUN = {
@@ -110,6 +114,14 @@ def test_a_command_can_be_given_as_it_stands_there(command: Command) -> None:
 @pytest.mark.parametrize("command", [command for page in PAGES for command in mentions(page)], ids=str)
 def test_a_command_that_a_text_names_exists(command: Command) -> None:
     assert mistake_in_mention(command) is None
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_comment_is_in_the_commands_of_a_page(page: str) -> None:
+    """An interactive zsh, the shell of macOS, takes `#` and all words after it as arguments."""
+    heredocs = re.compile(r"<<'(\w+)'.*?^\1$", re.DOTALL | re.MULTILINE)
+    scripts = [heredocs.sub("", block) for block in blocks(page, *SHELLS)]
+    assert [line for script in scripts for line in script.splitlines() if re.search(r"(^|\s)#", line)] == []
 
 
 def test_every_command_is_run_or_has_a_reason_why_not() -> None:
@@ -208,6 +220,7 @@ def follow(page: str, folder: Path, change: Callable[[str], str] = lambda script
             timeout=840,
         )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Set ray log level" not in done.stderr
     for expected, printed in zip(shown, done.stdout.split(_SHOWN), strict=False):
         assert unprinted(expected, printed) is None, printed
     return done.stdout

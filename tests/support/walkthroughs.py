@@ -31,6 +31,9 @@ SHELL = {
 }
 """Words of the shell, and programs that every machine has."""
 
+SHELLS = ("bash", "console", "shell", "sh")
+"""Languages of the blocks that hold commands."""
+
 _SEPARATORS = re.compile(r"[\n;&|]+")
 _REDIRECTIONS = re.compile(r"\d?(>>|>|<)(&\d|\s*[^\s;&|]+)")
 
@@ -68,7 +71,7 @@ def unprinted(expected: str, printed: str) -> str | None:
 def commands(page: str) -> Iterator[Command]:
     """Yield the commands of a page's shell blocks."""
     variables: dict[str, str] = {}
-    for block in blocks(page, "bash", "console", "shell", "sh"):
+    for block in blocks(page, *SHELLS):
         for words in _split(block):
             while words and (set_to := re.fullmatch(r"(\w+)=(.*)", words[0], re.DOTALL)):
                 variables[set_to[1]] = set_to[2]
