@@ -107,11 +107,12 @@ def _navigation(_app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def groups(index: str) -> dict[str, list[str]]:
-    """Return the pages that the index lists under each heading, as paths without suffix."""
+    """Return the pages that the index lists under each heading, as entries `Title <path>` of a toctree."""
     found = {}
     for group in re.split(r"^## ", index, flags=re.MULTILINE)[1:]:
         caption, _, text = group.partition("\n")
-        found[caption] = re.findall(r"^- \[[^]]+\]\(([\w./-]+)\.md\)", text, re.MULTILINE)
+        pages = re.findall(r"^- \[([^]]+)\]\(([\w./-]+)\.md\)", text, re.MULTILINE)
+        found[caption] = [f"{title} <{path}>" for title, path in pages]
     return found
 
 

@@ -23,6 +23,7 @@ from pia_batch.cli import (
     run_commands,
 )
 from pia_batch.cli.console import err, out, print_any_text
+from pia_batch.cli.help_page import Command, Group
 
 log = logging.getLogger("pia_batch")
 
@@ -38,6 +39,7 @@ EXIT_CODES = {
 """Meaning of each exit code, for schedulers."""
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -64,7 +66,7 @@ for command in (
     evaluation_commands.compare,
     *(job_commands.submit, job_commands.jobs, bench_command.bench),
 ):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def _print_version(wanted: bool) -> None:

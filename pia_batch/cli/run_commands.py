@@ -82,10 +82,13 @@ def demo(
     results = ds.dataset(output / results_folder(summary.run_id)).to_table(
         ["request_id", "prompt", "prompts", "animation_uri", "error"]
     )
+    lines = []
     for row in results.sort_by("request_id").to_pylist():
         place = str(row["animation_uri"] or row["error"]).replace(Store(loaded.output).uri, str(output))
-        prompt = row["prompt"] or described(row["prompts"] or ())
-        out.print(f"{row['request_id']:24}  {prompt:28}  {place}", soft_wrap=True, markup=False)
+        lines.append((row["request_id"], row["prompt"] or described(row["prompts"] or ()), place))
+    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
+    for request_id, prompt, place in lines:
+        out.print(f"{request_id:{widths[0]}}  {prompt:{widths[1]}}  {place}", soft_wrap=True, markup=False)
     out.print(
         f"\nanimations: {output}/{ANIMATIONS}\nresults:    {output}/{results_folder(summary.run_id)}/", soft_wrap=True
     )

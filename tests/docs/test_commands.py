@@ -514,23 +514,28 @@ def test_dates_and_backfills_are_run_as_the_page_says(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_run_from_python_leaves_the_results_that_its_page_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
-    shutil.copytree(tiny.SAMPLE / "images", "photos")
-    manifest, whole, results = blocks("docs/python.md", "python")[:3]
-    for name, mine in (("cat.jpg", "blue-square.png"), ("boat.png", "green-triangle.png")):
-        manifest = manifest.replace(f"s3://photos/{name}", f"photos/{mine}")
-    names: dict[str, Any] = {}
+def test_the_blocks_of_the_page_on_python_run_in_their_order(tmp_path: Path) -> None:
+    script = "\n".join(blocks("docs/python.md", "python"))
+    shown = "\n".join(blocks("docs/python.md", "text"))
 
-    for block in (manifest, whole, results):
-        exec(block, names)  # noqa: S102 - what a reader would do
+    with tempfile.TemporaryDirectory(prefix="pb", dir="/tmp", ignore_cleanup_errors=True) as sessions:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=tmp_path,
+            env=os.environ | {"RAY_TMPDIR": sessions, "RAY_ADDRESS": "local"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
-    assert names["summary"].succeeded == 3
-    assert names["results"]["status"].to_pylist() == ["succeeded"] * 3
-    assert sorted(names["results"]["shop"].to_pylist()) == ["north", "north", "south"]
+    assert done.returncode == 0, done.stderr
+    assert unprinted(shown, done.stdout) is None, done.stdout
+    results = ds.dataset(next(path for path in (tmp_path / "out/results").iterdir() if path.is_dir())).to_table()
+    assert results["status"].to_pylist() == ["succeeded"] * 3
+    assert sorted(results["shop"].to_pylist()) == ["north", "north", "south"]
+    assert ds.dataset(tmp_path / "table").count_rows() == 2
+    assert len(list((tmp_path / "shards").glob("*.tar"))) == 1
+    assert codecs.probe((tmp_path / "left.gif").read_bytes(), "gif").num_frames == 8
 
 
 def test_files_show_how_they_were_made_by_the_commands_of_the_page(

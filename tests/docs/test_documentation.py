@@ -6,16 +6,16 @@ import ast
 import base64
 import re
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from PIL import Image
 
 import pia_batch
-from pia_batch import cli, errors
+from pia_batch import cli, errors, tiny
 from pia_batch.config import RunConfig
 from pia_batch.media import codecs
 from pia_batch.planning.plan import make_plan
@@ -94,8 +94,10 @@ def test_the_example_manifest_is_a_good_one(tmp_path: Path, monkeypatch: pytest.
 _IMPORTS = ast.Import | ast.ImportFrom
 
 
-def test_the_example_of_the_engine_generates_two_clips() -> None:
-    names: dict[str, Any] = {"picture": Image.new("RGB", (64, 64), "red")}
+def test_the_example_of_the_engine_generates_two_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.SAMPLE / "images", "photos")
+    names: dict[str, Any] = {}
     exec(python_block("engine.animate"), names)  # noqa: S102 - what a reader would do
 
     assert [clip.frames.shape for clip in names["clips"]] == [(8, 64, 64, 3)] * 2
