@@ -24,12 +24,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[1]
 
 GRACE_S = 10.0
 """Time that a part has to end by itself after it was asked to, in seconds."""
+
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+"""Signals that end the program after the running part is ended and recorded."""
 
 ENGINE = (
     *("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "PIL", "numpy", "psutil"),
@@ -78,9 +81,34 @@ class OtherResultsError(Exception):
     """Failure to add to results of another device, size or set of versions."""
 
 
+class SignalledError(Exception):
+    """Signal that ends this program, such as that of a lease that ends.
+
+    Args:
+        number: Number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts that have no results yet; return 1 if one of those asked for is not done at the end."""
+    """Run the parts that have no results yet, and return the exit code.
+
+    It is 0 if all parts asked for are done at the end, 1 if one of them is not, and 128 + n if signal n ended the
+    program; the part that was running is recorded first.
+    """
     options = _parse(arguments)
+    try:
+        return _measure(options)
+    except SignalledError as err:
+        print(f"stopped {err}; the same command again runs what is not done", file=sys.stderr)
+        return err.exit_code
+
+
+def _measure(options: argparse.Namespace) -> int:
+    """Run the parts that have no results yet; return 1 if one of those asked for is not done at the end."""
     ends = time.monotonic() + 60 * options.minutes
     options.to.mkdir(parents=True, exist_ok=True)
     missing = [name for name in dict.fromkeys((*TESTS, *RUN)) if not _is_installed(name)]
@@ -96,10 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     pending = [part for part in options.parts if results["parts"].get(part.name, {}).get("status") != "done"]
     for index, part in enumerate(pending):
-        record = _attempt(part, options, ends - time.monotonic(), pending[index + 1 :], set(missing))
-        results["parts"][part.name] = record
-        _write(options.to / "gpu.json", results)
-        print(f"{part.name}: {record['status']} {record.get('reason', '')}".rstrip(), flush=True)
+        began = time.monotonic()
+        try:
+            status, reason = _attempt(part, options, ends - began, pending[index + 1 :], set(missing))
+        except SignalledError as err:
+            _save(results, part, options, began, "stopped", str(err))
+            raise
+        _save(results, part, options, began, status, reason)
     return int(any(results["parts"][part.name]["status"] != "done" for part in options.parts))
 
 
@@ -128,27 +159,31 @@ def _opened(options: argparse.Namespace) -> dict[str, Any]:
 
 def _attempt(
     part: Part, options: argparse.Namespace, left_s: float, later: Sequence[Part], missing: set[str]
-) -> dict[str, Any]:
-    """Run one part if it can run and there is time; return its record, with what it has measured."""
+) -> tuple[str, str | None]:
+    """Run one part if it can run and there is time; return its status and a reason."""
     lacking = sorted(missing.intersection(part.needs))
-    file = options.to / f"{part.name}.json"
-    began = time.monotonic()
-    status: str
-    reason: str | None
     limit_s = min(left_s - GRACE_S, max(60 * part.minutes, left_s - 60 * sum(each.minutes for each in later)))
     if lacking:
-        status, reason = "missing", f"install {' '.join(lacking)}"
-    elif limit_s < LEAST_SHARE * 60 * part.minutes:
-        status, reason = "skipped", f"{max(0.0, left_s) / 60:.1f} minutes are left, it needs {part.minutes:g}"
-    else:
-        print(f"{part.name}: {part.what}, at most {limit_s / 60:.1f} minutes", flush=True)
-        status, reason = _run(part.name, file, options, limit_s)
+        return "missing", f"install {' '.join(lacking)}"
+    if limit_s < LEAST_SHARE * 60 * part.minutes:
+        return "skipped", f"{max(0.0, left_s) / 60:.1f} minutes are left, it needs {part.minutes:g}"
+    print(f"{part.name}: {part.what}, at most {limit_s / 60:.1f} minutes", flush=True)
+    return _run(part.name, options.to / f"{part.name}.json", options, limit_s)
+
+
+def _save(
+    results: dict[str, Any], part: Part, options: argparse.Namespace, began: float, status: str, reason: str | None
+) -> None:
+    """Add a part with what it has measured so far to the results, write them, and print its status."""
     record: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - began, 1)}
     if reason:
         record["reason"] = reason
+    file = options.to / f"{part.name}.json"
     if file.exists():
         record["measured"] = json.loads(file.read_text(encoding="utf-8"))
-    return record
+    results["parts"][part.name] = record
+    _write(options.to / "gpu.json", results)
+    print(f"{part.name}: {status} {reason or ''}".rstrip(), flush=True)
 
 
 def _run(name: str, file: Path, options: argparse.Namespace, limit_s: float) -> tuple[str, str | None]:
@@ -224,6 +259,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _raise(number: int, _frame: object) -> NoReturn:
+    """Raise SignalledError, once: another signal would interrupt what records the part."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise SignalledError(number)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part's process is ended, too
+    for each in SIGNALS:
+        if signal.getsignal(each) is not signal.SIG_IGN:  # as SIGHUP under nohup
+            signal.signal(each, _raise)
     sys.exit(main())

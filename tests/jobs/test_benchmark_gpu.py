@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import shutil
+import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -68,27 +74,68 @@ def test_the_parts_fit_into_the_time_and_each_has_a_function():
 def test_a_part_without_its_packages_says_what_to_install(tmp_path):
     chain = benchmark_gpu.PARTS[6]
 
-    record = benchmark_gpu._attempt(chain, options(tmp_path), 600.0, [], {"ray", "pytest"})
+    found = benchmark_gpu._attempt(chain, options(tmp_path), 600.0, [], {"ray", "pytest"})
 
-    assert (record["status"], record["reason"]) == ("missing", "install ray")
+    assert found == ("missing", "install ray")
 
 
 def test_a_part_that_would_begin_too_late_is_skipped(tmp_path):
     features = benchmark_gpu.PARTS[1]
 
-    record = benchmark_gpu._attempt(features, options(tmp_path), 90.0, [], set())
+    found = benchmark_gpu._attempt(features, options(tmp_path), 90.0, [], set())
 
-    assert (record["status"], record["reason"]) == ("skipped", "1.5 minutes are left, it needs 5")
+    assert found == ("skipped", "1.5 minutes are left, it needs 5")
 
 
 def test_a_part_is_ended_at_its_limit_and_keeps_what_it_wrote(tmp_path):
     (tmp_path / "features.json").write_text('{"guided": {"psnr_db": 60.0}}')
     short = benchmark_gpu.Part("features", 0.01, (), "the real part, which needs longer to import torch")
 
-    record = benchmark_gpu._attempt(short, options(tmp_path), 10.6, [], set())
+    results = {"parts": {}}
 
-    assert (record["status"], record["reason"]) == ("stopped", "at its limit of 0.0 minutes")
-    assert record["measured"] == {"guided": {"psnr_db": 60.0}}
+    found = benchmark_gpu._attempt(short, options(tmp_path), 10.6, [], set())
+    benchmark_gpu._save(results, short, options(tmp_path), 0.0, *found)
+
+    assert found == ("stopped", "at its limit of 0.0 minutes")
+    assert saved(tmp_path) == results
+    assert results["parts"]["features"]["measured"] == {"guided": {"psnr_db": 60.0}}
+
+
+SLOW_PARTS = """
+import json, os, subprocess, sys, time
+if sys.argv[1] == "about":
+    open(sys.argv[2], "w").write(json.dumps({"device": "cpu", "size": "tiny", "versions": {}}))
+else:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    open("unfinished.json", "w").write(json.dumps({"child": child.pid}))
+    os.replace("unfinished.json", sys.argv[2])
+    time.sleep(600)
+"""
+"""Parts that measure something at once, and then go on for minutes, with a process of their own."""
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_the_running_part_and_the_file_has_what_it_measured(tmp_path, number, exit_code):
+    program = shutil.copy(benchmark_gpu.__file__, tmp_path)
+    (tmp_path / "gpu_parts.py").write_text(SLOW_PARTS)
+    command = [sys.executable, program, "--to", str(tmp_path / "gpu"), "--work", str(tmp_path / "work")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    while not (tmp_path / "gpu" / "tests.json").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    measured = json.loads((tmp_path / "gpu" / "tests.json").read_text())
+
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+
+    assert process.returncode == exit_code
+    assert err == f"stopped by {number.name}; the same command again runs what is not done\n"
+    assert out.splitlines()[-1] == f"tests: stopped by {number.name}"
+    part = saved(tmp_path / "gpu")["parts"].pop("tests")
+    assert (part["status"], part["reason"], part["measured"]) == ("stopped", f"by {number.name}", measured)
+    assert list(saved(tmp_path / "gpu")["parts"]) == ["tests"]
+    with suppress(psutil.NoSuchProcess):
+        assert psutil.Process(measured["child"]).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_part_that_fails_says_why(tmp_path):
