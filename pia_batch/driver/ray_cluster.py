@@ -108,7 +108,10 @@ def _unreachable(address: str, err: Exception) -> ConfigError:
             "or set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 where the nodes have the packages already"
         )
     elif "ersion mismatch" in str(err):
-        remedy = "install the same versions of Ray and Python here and on every node"
+        cause = " ".join(str(err).split())  # the versions are on lines of their own
+        remedy = (
+            "install the same versions of Ray and Python here and on every node, or use `pia-batch submit` from here"
+        )
     elif address == "auto":
         remedy = (
             "no Ray runs on this machine: unset RAY_ADDRESS or placement.ray_address for a Ray of the run's own, or "

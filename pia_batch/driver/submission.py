@@ -60,6 +60,17 @@ _NOISY_LOGGERS = (
 _NO_AGENT = ("No available agent", "Cannot connect to host")
 """Texts of Ray's answer while the job agent of the head node has not started, or has just ended."""
 
+_NO_PROGRAM = 127
+"""Exit code of a shell that finds no such program."""
+
+_NO_MODULE = re.compile(r"No module named '?([\w.]+)'?\)?\s*$")
+"""End of the log of a Python that could not import the driver."""
+
+_HEAD_REMEDY = (
+    "install pia-batch in the environment of Ray there, and start Ray with that environment activated, so that "
+    "`python3` is its Python"
+)
+
 _VERSION = "pia_batch_version"
 """Key of the metadata that marks a job as one of this package."""
 
@@ -148,9 +159,11 @@ class Job:
 
         Raises:
             InterruptedRunError: The job was stopped, or lost: submit it again to resume.
-            ConfigError: The driver could not be started in its runtime environment.
+            ConfigError: The driver could not be started in its runtime environment, or in the head node's Python.
         """
         if self.exit_code is not None:
+            if missing := _missing_on_head(self):
+                raise ConfigError(f"job {self.id}: {missing}")
             return self.exit_code if self.exit_code >= 0 else 128 - self.exit_code
         if self.status == JobStatus.STOPPED:
             msg = f"job {self.id} was stopped; everything finished is committed. Submit it again to resume"
@@ -328,6 +341,9 @@ class Jobs:
         try:
             yield
         except AuthenticationError as err:
+            if "couldn't find an authentication token" in str(err):  # Ray looks before it asks the cluster
+                msg = f"RAY_AUTH_MODE is token, and no token is set: {TOKEN_REMEDY}; or unset RAY_AUTH_MODE"
+                raise ConfigError(msg) from None
             problem = "no token was sent" if "required" in str(err) else "the token that was sent is another cluster's"
             msg = f"the Ray cluster at {redacted_uri(self.address)} refused: {problem}; {TOKEN_REMEDY}"
             raise ConfigError(msg) from None
@@ -394,6 +410,16 @@ def _job(details: JobDetails) -> Job:
 
 def _time(milliseconds: int | None) -> datetime | None:
     return datetime.fromtimestamp(milliseconds / 1000, UTC) if milliseconds else None
+
+
+def _missing_on_head(job: Job) -> str | None:
+    """Return what the head node lacks, and the remedy, where the driver could not even be started there."""
+    if job.exit_code == _NO_PROGRAM:
+        return f"the head node has no `python3` on the PATH of its Ray; {_HEAD_REMEDY}"
+    found = _NO_MODULE.search(job.message) if job.exit_code == 1 else None
+    if found is None:
+        return None
+    return f"`python3` on the head node has no module {found[1]}; {_HEAD_REMEDY}"
 
 
 def _duplicate_message(job_id: str, status: str, output: str) -> str:

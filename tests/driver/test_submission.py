@@ -14,6 +14,7 @@ import pytest
 import ray
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import AuthenticationError
 from servers import serving
 
 from pia_batch import cli
@@ -281,6 +282,33 @@ def test_a_job_without_an_exit_code_says_why(ended: dict[str, str], error: type[
         job(**({"status": "FAILED"} | ended)).result()
 
 
+@pytest.mark.parametrize(
+    ("exit_code", "log", "words"),
+    [
+        (127, "sh: 1: exec: python3: not found\n", "the head node has no `python3` on the PATH of its Ray; install"),
+        (
+            1,
+            "/usr/bin/python3: No module named pia_batch\n",
+            "`python3` on the head node has no module pia_batch; inst",
+        ),
+        (1, "  import ray\nModuleNotFoundError: No module named 'ray'\n", "has no module ray; install pia-batch"),
+    ],
+)
+def test_a_head_whose_python_cannot_start_the_driver_is_reported(exit_code: int, log: str, words: str) -> None:
+    message = f"Job entrypoint command failed with exit code {exit_code}, last available logs (truncated):\n{log}"
+
+    with pytest.raises(ConfigError, match=words):
+        job(status="FAILED", exit_code=exit_code, message=message).result()
+
+
+def test_a_bug_of_the_driver_keeps_its_exit_code() -> None:
+    log = "No module named pia_batch\nZeroDivisionError: division by zero\n"
+
+    assert (
+        job(status="FAILED", exit_code=1, message=f"failed with exit code 1, last available logs:\n{log}").result() == 1
+    )
+
+
 def test_a_job_is_waited_for_and_its_log_shown_once(dashboard: Dashboard) -> None:
     jobs = Jobs(dashboard.address)
     sent = jobs.submit(spec())
@@ -352,6 +380,15 @@ def test_no_token_and_a_wrong_one_have_two_messages(dashboard: Dashboard, monkey
     monkeypatch.setenv("RAY_AUTH_TOKEN", "x" * 64)
     with pytest.raises(ConfigError, match="another cluster's; set RAY_AUTH_TOKEN"):
         Jobs(dashboard.address)
+
+
+def test_a_mode_that_needs_a_token_without_one_is_not_called_the_clusters(dashboard: Dashboard) -> None:
+    jobs = Jobs(dashboard.address)
+
+    # Ray reads the mode once in a process, and raises this before it asks the cluster.
+    error = AuthenticationError("Token authentication is enabled but Ray couldn't find an authentication token.")
+    with pytest.raises(ConfigError, match=r"no token is set: set .*unset RAY_AUTH_MODE"), jobs._operator_errors():
+        raise error
 
 
 def test_an_open_cluster_is_refused_where_authentication_is_required(dashboard: Dashboard) -> None:

@@ -240,7 +240,7 @@ def test_a_port_that_is_taken_is_one_line_where_ray_starts() -> None:
 
 
 OF_RAY = [
-    ("Version mismatch: The cluster was started with:\n    Ray: 2.40.0\n    Python: 3.11.9", "same versions"),
+    ("Version mismatch: The cluster was started with:\n    Ray: 2.40.0\n    Python: 3.11.9", "3.11.9; install"),
     ("Ray Client version mismatch", "same versions"),
     ("Package size 630MB exceeds the maximum size of 500MB", "RAY_ENABLE_UV_RUN_RUNTIME_ENV=0"),
     ("Could not connect to GCS at 10.0.0.1:6379", "start the cluster"),
