@@ -243,7 +243,8 @@ def _print_evaluation(found: Evaluation) -> None:
     table = Table(box=None, pad_edge=False)
     for head in ("measure", "mean", "std", "p05", "median", "p95", "clips"):
         table.add_column(head, justify="left" if head == "measure" else "right", no_wrap=True)
-    for name, figures in summary["measures"].items():
+    for name in found.measures:
+        figures = summary["measures"][name]
         numbers = (figures.get(each) for each in ("mean", "std", "p05", "median", "p95"))
         table.add_row(name, *(_number(number) for number in numbers), str(figures["count"]))
     out.print(table)
