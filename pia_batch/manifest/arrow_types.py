@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pia_batch.errors import ManifestError
+from pia_batch.errors import ManifestError, message_of
 
 EXTENSION = b"ARROW:extension:"
 """Prefix of the metadata by which a field names its extension type."""
@@ -125,6 +126,38 @@ def _offsets(array: pa.Array) -> pa.Array:
     return pa.array(array.offsets.to_numpy())  # a copy: a slice of offsets cannot have a mask
 
 
+def first_invalid(rows: pa.Table) -> tuple[str, int, str]:
+    """Return column, row and problem of a value that makes `validate(full=True)` fail, the first of its kind.
+
+    Args:
+        rows: Table of which one value at least is none of its type.
+    """
+    for name, column in zip(rows.column_names, rows.columns, strict=True):
+        if _problem(column) is None:
+            continue
+        first, last = 0, len(column)
+        while last - first > 1:
+            middle = (first + last) // 2
+            # Copied, because a slice is validated with all the values of its array.
+            half = column.slice(first, middle - first).take(pa.array(np.arange(middle - first)))
+            first, last = (middle, last) if _problem(half) is None else (first, middle)
+        return name, first, _problem(column.slice(first, 1).take(pa.array([0]))) or "invalid value"
+    msg = "every value is valid"
+    raise ValueError(msg)
+
+
+def _problem(column: pa.ChunkedArray) -> str | None:
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as err:
+        return _AT.sub("", message_of(err).rpartition("Invalid: ")[2])
+    return None
+
+
+_AT = re.compile(r" at string index [0-9]+$")
+"""End of Arrow's message about a text, whose index is that of a copy."""
+
+
 def can_be_moved(data_type: pa.DataType) -> bool:
     """Return True if Arrow and Ray can select, join and send rows of this type as it is."""
     return not _has_views(data_type) and _moves(data_type)
@@ -155,12 +188,30 @@ def refuse_unsupported(fields: Iterable[pa.Field], place: str) -> None:
         ManifestError: a type cannot be carried; the message names column, type and remedy.
     """
     for field in fields:
+        repeated = _repeated_name(plain_type(field.type))
+        if repeated is not None:
+            msg = (
+                f"{place}: column {field.name!r} has a struct with two fields {repeated!r}, of which most programs "
+                "read one; rename one of them, or drop the column"
+            )
+            raise ManifestError(msg)
         if not _is_carried(field.type):
             msg = (
                 f"{place}: column {field.name!r} has the type {str(field.type)[:200]}, which Parquet, the format of "
                 "results, cannot store and give back; drop the column, or write it as text, such as JSON"
             )
             raise ManifestError(msg)
+
+
+def _repeated_name(data_type: pa.DataType) -> str | None:
+    """Return a name that two fields of one struct have, at any depth of a plain type."""
+    if not is_nested(data_type):
+        return None
+    children = [data_type.field(number) for number in range(data_type.num_fields)]
+    names: list[str] = [child.name for child in children]
+    if pa.types.is_struct(data_type) and len(set(names)) < len(names):
+        return next(name for name in names if names.count(name) > 1)
+    return next(filter(None, (_repeated_name(child.type) for child in children)), None)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -19,7 +19,8 @@ Path = tuple[str, ...]
 MAX_COLUMNS = 1000
 """Largest number of columns of a manifest."""
 
-_TEXTS = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+TEXTS = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+"""Types of text and bytes."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Layout:
     def texts(self) -> list[str]:
         """The part of `reads` that becomes columns of text or bytes."""
         values = (column for column in self.columns if isinstance(column, Value))
-        return [read for column in values for read in column.reads if plain_type(column.field.type) in _TEXTS]
+        return [read for column in values for read in column.reads if plain_type(column.field.type) in TEXTS]
 
     def table(self, rows: pa.Table) -> pa.Table:
         """Return the columns, made of a table that has at least the paths `reads`; more is left out."""

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from itertools import pairwise
 
 from pia_batch.errors import ManifestError, printable
 
@@ -25,9 +26,17 @@ _DELIMITERS = {
 }
 """Delimiters of other dialects; the last three are such only between names that a manifest has."""
 
+_QUOTES = "'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
+"""Marks that other programs put around a name."""
+
 _SURE = ";\t|\x01"
 
+_MARK = "\ufeff"
+"""Byte order mark."""
+
 _SPACE_BEFORE_QUOTE = re.compile(rb'[,\r\n] +"')
+
+_WORD = re.compile("[A-Za-z0-9_]+")
 
 _LOOKED_AT = 20
 """Number of lines among which a header line is looked for, where the first line is none."""
@@ -72,8 +81,15 @@ def checked_header(data: bytes, path: str, known: AbstractSet[str]) -> list[str]
         start = rows.line_num + 1
         is_header = not known.isdisjoint(header)
         for row in rows:
-            if row == header:
+            is_joined = bool(row) and row[0].startswith(_MARK)
+            if row == header or (is_joined and [row[0].lstrip(_MARK), *row[1:]] == header):
                 msg = f"manifest file {path}, line {start}: the header line again, as where files are joined; remove it"
+                raise ManifestError(msg)
+            if is_joined:
+                msg = (
+                    f"manifest file {path}, line {start}: a byte order mark, as where files are joined, would be part "
+                    "of the first field; remove it"
+                )
                 raise ManifestError(msg)
             if not is_header and start <= _LOOKED_AT and len(known & set(row)) > 1:
                 msg = (
@@ -115,6 +131,11 @@ def _check_first_line(line: str, path: str, known: AbstractSet[str]) -> None:
                 "CSV with commas between the columns"
             )
             raise ManifestError(msg)
+    for one, two in pairwise(_WORD.finditer(line)) if len(columns) == 1 else ():
+        if one[0] in known and two[0] in known:
+            mark = printable(line[one.end() : two.start()][:20])
+            msg = f"manifest file {path} has {mark!r} between its columns; write CSV with commas between the columns"
+            raise ManifestError(msg)
 
 
 def _split(line: str, mark: str) -> list[str]:
@@ -130,6 +151,13 @@ def _check_names(header: list[str], path: str, known: AbstractSet[str]) -> None:
         raise ManifestError(msg)
     spaced = [name for name in header if name != name.strip() and name.strip() in known and name not in known]
     spaced = [name for name in spaced if name.strip() not in header]
+    quoted = [name for name in header if name not in known and name.strip().strip(_QUOTES) in known]
+    if quoted and not spaced:
+        msg = (
+            f'manifest file {path} has other marks than " around the names of its columns: '
+            f'{", ".join(quoted[:3])}; write names and fields without quotes, or in "'
+        )
+        raise ManifestError(msg)
     if spaced:
         msg = (
             f"manifest file {path} has spaces around the names of its columns: {', '.join(map(repr, spaced[:3]))}; "

@@ -64,7 +64,7 @@ def read_csv(data: bytes, path: str, column_map: ColumnMap = NO_MAP) -> tuple[pa
         if ours and _NULL_FIELD.search(data):
             with_nulls, _ = _parsed(data, names, [str(number) for number in ours], ["", *NULL_WORDS])
     except pa.ArrowInvalid as err:
-        remedy = "; save it as UTF-8" if "invalid UTF8" in str(err) else ""
+        remedy = f" in line {_line_without_utf8(data)}; save it as UTF-8" if "invalid UTF8" in str(err) else ""
         if "columns, got" in str(err):
             remedy = (
                 f"; {QUOTES}"
@@ -79,6 +79,15 @@ def read_csv(data: bytes, path: str, column_map: ColumnMap = NO_MAP) -> tuple[pa
         table = pa.Table.from_arrays(arrays, [name for name, _ in columns])
     table = _without_blank_rows(table)
     return _without_unnamed_columns(table, path), num_rows - len(table) + num_padded
+
+
+def _line_without_utf8(data: bytes) -> int:
+    """Return the number of the first line with bytes that are not UTF-8."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as err:
+        return len(data[: err.start].splitlines()) or 1
+    return 1
 
 
 _OURS = frozenset(REQUEST.names)

@@ -7,7 +7,6 @@ maximum, for each column. A list of equal numbers takes no space in a file, but 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,8 @@ from pia_batch.errors import (
     message_of,
 )
 from pia_batch.manifest import wide_integers
-from pia_batch.manifest.column_layout import MAX_COLUMNS, Layout
+from pia_batch.manifest.arrow_types import first_invalid
+from pia_batch.manifest.column_layout import MAX_COLUMNS, TEXTS, Layout
 from pia_batch.manifest.column_map import NO_MAP, ColumnMap
 from pia_batch.manifest.csv_files import read_csv
 from pia_batch.manifest.foreign_formats import refuse_other_format
@@ -233,18 +233,7 @@ class ManifestFile:
             chosen = list(range(footer.metadata.num_row_groups) if groups is None else groups)
             first_row = sum(footer.metadata.row_group(group).num_rows for group in range(min(chosen, default=0)))
             layout = self._layout(footer).select(names)
-            file = pq.ParquetFile(
-                source,
-                metadata=footer.metadata,
-                # So that a value that a million rows share is unpacked once until its size is known.
-                read_dictionary=layout.texts,
-                page_checksum_verification=True,
-                coerce_int96_timestamp_unit=_INT96_UNIT,
-            )
-            for stored in itertools.chain.from_iterable(
-                file.iter_batches(batch_size=rows, row_groups=groups, columns=layout.reads)
-                for groups in ([[group] for group in chosen] if layout.is_nested else [chosen])
-            ):
+            for stored in _stored_batches(source, footer, layout, chosen, rows):
                 batch = layout.table(pa.Table.from_batches([stored]))
                 sizes = _text_bytes(batch)
                 if sizes.sum() > rows * row_bytes:
@@ -258,8 +247,26 @@ class ManifestFile:
                         msg += f". Column {label} has images as text; required: {NOT_INLINE['image']}"
                     raise ManifestError(msg)
                 for table in _unpacked(batch, sizes):
+                    self._check_values(table, first_row)
                     yield self._located(table, names, first_row)
                     first_row += len(table)
+
+    def _check_values(self, rows: pa.Table, first_row: int) -> None:
+        """Refuse values that are none of their column's type, such as texts that are not UTF-8.
+
+        Raises:
+            ManifestError: There is one; the message names its row and its column.
+        """
+        try:
+            rows.validate(full=True)
+        except pa.ArrowInvalid:
+            name, row, problem = first_invalid(rows)
+            remedy = "write the texts as UTF-8" if "UTF8" in problem else "write it again"
+            msg = (
+                f"manifest file {self.path}, row {first_row + row}: column {self.column_map.label(name)}: {problem}; "
+                f"{remedy}, or drop the column"
+            )
+            raise ManifestError(msg) from None
 
 
 @contextmanager
@@ -291,6 +298,12 @@ _REMEDIES = {
     "credentials": "give this machine the store's, by AWS_PROFILE, AWS_ACCESS_KEY_ID and its secret, or a role",
     "Truncated compressed stream": "the file ends early; write or copy it again",
     "inflate failed": "the file is damaged; write or copy it again",
+    "Corrupt ": "the file is damaged; write or copy it again",
+    "size reported by footer": "the file is damaged; write or copy it again",
+    "file size is 0 bytes": "remove it, or write it again",
+    "decrypt": "write it without encryption",
+    "compression is supported by the Parquet format": "write it with another compression, such as zstd or snappy",
+    "not currently supported by the C++": "write it with another compression, such as zstd or snappy",
     "file footer": "JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
     "magic bytes": "write it again; JSONL and CSV are known by their names: .jsonl, .ndjson, .csv",
 }
@@ -317,6 +330,46 @@ def _opened(source: pa.NativeFile, path: str) -> pq.ParquetFile:
     refuse_data_of_table(file.metadata.metadata or {}, file.schema_arrow.names, path)
     _check_expansion(file.metadata, num_bytes, path)
     return file
+
+
+def _stored_batches(
+    source: pa.NativeFile, footer: pq.ParquetFile, layout: Layout, groups: Sequence[int], batch_rows: int
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of row groups as they are stored, texts as dictionaries.
+
+    So that a value that a million rows share is unpacked once until its size is known. Arrow cannot do so for the delta
+    encodings of texts (DuckDB and parquet-java in version 2); their pages are unpacked, BATCH_ROWS_WITH_BYTES rows at a
+    time.
+    """
+
+    def batches(num_rows: int, texts: list[str]) -> Iterator[pa.RecordBatch]:
+        file = pq.ParquetFile(
+            source,
+            metadata=footer.metadata,
+            read_dictionary=texts,
+            page_checksum_verification=True,
+            coerce_int96_timestamp_unit=_INT96_UNIT,
+        )
+        for each in [[group] for group in groups] if layout.is_nested else [list(groups)]:
+            yield from file.iter_batches(batch_size=num_rows, row_groups=each, columns=layout.reads)
+
+    num_done = 0
+    try:
+        for batch in batches(batch_rows, layout.texts):
+            yield batch
+            num_done += len(batch)
+    except (pa.ArrowNotImplementedError, OSError) as err:  # it depends on the version of pyarrow
+        if _NO_DICTIONARY not in str(err):
+            raise
+        for batch in batches(min(batch_rows, BATCH_ROWS_WITH_BYTES), []):
+            skipped = min(num_done, len(batch))
+            num_done -= skipped
+            if skipped < len(batch):
+                yield batch.slice(skipped)
+
+
+_NO_DICTIONARY = "DictAccumulator"
+"""Part of Arrow's message about an encoding that it does not read as a dictionary."""
 
 
 def _check_footer_bytes(source: pa.NativeFile, num_bytes: int, path: str) -> None:
@@ -349,9 +402,11 @@ def _check_expansion(metadata: pq.FileMetaData, num_bytes: int, path: str) -> No
 
 
 def _text_bytes(rows: pa.Table) -> npt.NDArray[np.int64]:
-    """Return the unpacked bytes of the dictionary columns of each row; shape (rows,)."""
+    """Return the unpacked bytes of the texts and bytes of each row, outside of nested columns; shape (rows,)."""
     sizes = np.zeros(len(rows), np.int64)
     for column in rows.columns:
+        if column.type in TEXTS:
+            sizes += np.asarray(pc.fill_null(pc.binary_length(column), 0))
         if pa.types.is_dictionary(column.type):
             array = column.combine_chunks()
             lengths = pc.fill_null(pc.binary_length(array.dictionary), 0).take(array.indices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -35,7 +36,8 @@ def read_json_lines(data: bytes, path: str, column_map: ColumnMap) -> pa.Table:
         if not line.strip():
             continue
         try:
-            row = _members(_object(line), line, column_map)
+            repeated: list[_Repeated] = []
+            row = _members(_object(line, repeated), line, column_map, repeated)
         except ValueError as err:
             msg = f"manifest file {path}, line {number}: {err}"
             raise ManifestError(msg) from None
@@ -54,14 +56,15 @@ def read_json_lines(data: bytes, path: str, column_map: ColumnMap) -> pa.Table:
         raise ManifestError(msg) from None
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    """Return the JSON object of a line.
+def _object(line: bytes, repeated: list[_Repeated]) -> dict[str, Any]:
+    """Return the JSON object of a line, and add the objects inside of it that have a name twice to `repeated`.
 
     Raises:
         ValueError: it is no JSON object, or has a name twice, or a text that is no Unicode.
     """
     try:
-        row = json.loads(line, object_pairs_hook=_unique)
+        # Decoded here, because `json` takes the bytes of half a surrogate pair.
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=lambda pairs: _unique(pairs, repeated))
     except UnicodeDecodeError as err:
         raise ValueError(f"not JSON: {message_of(err)}; save it as UTF-8") from None
     except json.JSONDecodeError as err:
@@ -96,20 +99,30 @@ class _Repeated(dict[str, Any]):
     name = ""
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object, marked if a name is repeated. Key prompts may have one twice: their own check reports it."""
+def _unique(pairs: list[tuple[str, Any]], repeated: list[_Repeated]) -> dict[str, Any]:
+    """Return an object; one in which a name is repeated is marked, and added to `repeated`."""
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
     names = [name for name, _ in pairs]
-    repeated = _Repeated(found)
-    repeated.name = next(name for name in names if names.count(name) > 1)
-    return repeated
+    marked = _Repeated(found)
+    marked.name = next(name for name in names if names.count(name) > 1)
+    repeated.append(marked)
+    return marked
 
 
-def _members(row: dict[str, Any], line: bytes, column_map: ColumnMap) -> dict[str, Any]:
-    """Return the members of an object under our names; key prompts are text, or every row would have all frames."""
+def _members(row: dict[str, Any], line: bytes, column_map: ColumnMap, repeated: Sequence[_Repeated]) -> dict[str, Any]:
+    """Return the members of an object under our names; key prompts are text, or every row would have all frames.
+
+    Raises:
+        ValueError: An object inside has a name twice, of which the last would win. That of key prompts may have one:
+            their own check rejects the row.
+    """
     members = column_map.members(row)
+    for one in repeated:
+        if not any(one is members.get(name) for name in key_prompts.NAMES):
+            msg = f"an object inside has the name {one.name!r} more than once; rename or drop the others"
+            raise ValueError(msg)
     if any(isinstance(members.get(name), dict) for name in key_prompts.NAMES):
         members = column_map.members(key_prompts.with_repetitions(line))
     return members | {name: key_prompts.json_text(members[name]) for name in key_prompts.NAMES if name in members}

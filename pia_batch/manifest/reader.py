@@ -365,11 +365,10 @@ def _neighbours(contents: Contents) -> Iterator[list[int]]:
 def _conformed(
     rows: Iterator[pa.Table], file: ManifestFile, schema: pa.Schema, partitions: Mapping[str, str | None]
 ) -> Iterator[pa.Table]:
-    """Yield the rows of a file in the columns of `schema`, after validating them as Arrow data."""
+    """Yield the rows of a file in the columns of `schema`."""
     for read in rows:
         with reading(file.path):
             table = _conform(read, schema, partitions, file)
-            table.validate(full=True)  # text that is not UTF-8 would raise in the middle of the checks
         yield table
 
 

@@ -10,7 +10,7 @@ from pia_batch.config import RequestIdFrom
 from pia_batch.errors import ManifestError, message_of, printable
 from pia_batch.manifest.arrow_types import EXTENSION, is_nested, plain_column, plain_type
 from pia_batch.manifest.column_layout import MAX_COLUMNS
-from pia_batch.schema.columns import RESERVED, conformed, is_mixed, mixed
+from pia_batch.schema.columns import REQUEST, RESERVED, conformed, is_mixed, mixed
 
 Label = Callable[[str], str]
 """Function that returns a column's name for messages."""
@@ -192,9 +192,39 @@ def _cast(column: pa.ChunkedArray, item: pa.Field, label: Label) -> pa.ChunkedAr
         if is_mixed(item.type) and not is_mixed(column.type):
             return _mixed(column, item)
         plain = column if plain_type(column.type) == column.type else plain_column(column)
-        return plain if plain.type == item.type else plain.cast(item.type)  # some casts to the same type are invalid
+        return plain if plain.type == item.type else _widened(plain, item)  # some casts to the same are invalid
     except pa.ArrowException as err:
         msg = (
-            f"column {label(item.name)} is {column.type} here, and {item.type} with the other files: {message_of(err)}"
+            f"column {label(item.name)} is {column.type} here, and {item.type} with the other files: "
+            f"{message_of(err)}; write it with one type"
         )
         raise ManifestError(msg) from None
+
+
+def _widened(column: pa.ChunkedArray, item: pa.Field) -> pa.ChunkedArray:
+    """Return the same values in the type that several files have in common; settings that are floats are rounded.
+
+    Raises:
+        pa.ArrowException: A value is not the same in it.
+    """
+    wanted = item.type
+    if pa.types.is_integer(column.type) and pa.types.is_decimal(wanted):  # Arrow looks at the types, not the values
+        return column.cast(pa.decimal128(_DIGITS, 0)).cast(wanted)
+    found = column.cast(wanted)
+    is_rounded = item.name in REQUEST.names and pa.types.is_floating(REQUEST.field(item.name).type)
+    if not is_rounded and _has(column.type, pa.types.is_decimal) and _has(wanted, pa.types.is_floating):
+        back = found.cast(column.type, safe=False)
+        if not back.equals(column):
+            msg = "a decimal number is not the same as a floating-point number"
+            raise pa.ArrowInvalid(msg)
+    return found
+
+
+_DIGITS = 20
+"""Number of decimal digits that hold any integer of 64 bits."""
+
+
+def _has(data_type: pa.DataType, test: Callable[[pa.DataType], bool]) -> bool:
+    """Return True if a plain type passes a test at any depth."""
+    children = (data_type.field(number).type for number in range(data_type.num_fields))
+    return test(data_type) or (is_nested(data_type) and any(_has(child, test) for child in children))

@@ -346,3 +346,23 @@ def test_every_refused_type_is_one_that_parquet_refuses() -> None:
     for bad in REFUSED:
         with pytest.raises((pa.ArrowException, OSError)):
             pq.write_table(pa.table({"c": pa.nulls(1, bad)}), pa.BufferOutputStream())
+
+
+TWICE = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"])
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        TWICE,
+        pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), TWICE),
+        pa.StructArray.from_arrays([TWICE], ["inner"]),
+        pa.MapArray.from_arrays(pa.array([0, 1], pa.int32()), pa.array(["k"]), TWICE),
+    ],
+    ids=["struct", "list", "inner struct", "map"],
+)
+def test_a_struct_with_two_fields_of_one_name_is_refused_by_name(column: pa.Array, tmp_path: Path) -> None:
+    pq.write_table(requests_table(1, meta=column), tmp_path / "m.parquet")
+
+    with pytest.raises(ManifestError, match=r"column 'meta' has a struct with two fields 'a'.*; rename one of them"):
+        Manifest.open(str(tmp_path))

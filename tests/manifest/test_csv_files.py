@@ -66,6 +66,17 @@ def test_what_programs_write_is_read(text: str, read: list[list[Any]]) -> None:
         (f"{HEADER}\n1,a,b,\n", "Expected 3 columns, got 4: 1,a,b,; give each line as many fields as the header has"),
         (f"{HEADER},\n1,a,b,x\n", "column 4 has no name in the header line, and values, such as 'x'; name it"),
         (f",{HEADER}\n0,1,a,b\n", "column 1 has no name in the header line, and values, such as '0'"),
+        (f"{HEADER}\n1,a,b\n\ufeff{HEADER}\n2,a,b\n", "line 3: the header line again, as where files are joined"),
+        (f"{HEADER}\n1,a,b\n\ufeff2,a,b\n", "line 3: a byte order mark, as where files are joined"),
+        ("request_id~image~prompt\n1~a~b\n", "has '~' between its columns; write CSV with commas"),
+        ("request_id\x1fimage\x1fprompt\n1\x1fa\x1fb\n", "between its columns; write CSV with commas"),
+        ("request_id\uff0cimage\uff0cprompt\n1\uff0ca\uff0cb\n", "has '\uff0c' between its columns"),
+        ("id\u00feimage\u00feprompt\n1\u00fea\u00feb\n", "has '\u00fe' between its columns"),
+        (
+            "'request_id','image','prompt'\n'1','a','b'\n",
+            "has other marks than \" around the names of its columns: 'req",
+        ),
+        ("\u201crequest_id\u201d,\u201cimage\u201d,prompt\n1,a,b\n", 'has other marks than " around the names'),
         ("request_id;image;prompt\n1;a;b, c\n", "has semicolons between its columns"),
         ("request_id\timage\tprompt\n1\ta\tb, c\n", "has tabs between its columns"),
         ("request_id|image|prompt\n1|a|b\n", "has vertical bars between its columns"),
@@ -107,6 +118,12 @@ def test_text_in_another_encoding_is_refused_by_name(encoding: str, tmp_path: Pa
 
     with pytest.raises(ManifestError, match=rf"a\.csv is text in {encoding[:6].upper()}; save it as UTF-8"):
         Manifest.open(str(tmp_path))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_line_with_latin_text_is_named(end: str) -> None:
+    with pytest.raises(ManifestError, match=r"invalid UTF8 data in line 3; save it as UTF-8"):
+        read_csv(end.join([HEADER, "1,a,b", "2,é,c", "3,é,d"]).encode("latin1"), "a.csv")
 
 
 @pytest.mark.parametrize("text", [f"{HEADER}é\n1,a,b\n", f"{HEADER}\n1,a,é\n"])

@@ -48,6 +48,8 @@ def test_json_in_another_layout_is_refused_by_line_with_the_remedy(text: str, me
     [
         ('{"request_id": "1", "request_id": "2"}', "line 1: the object has the name 'request_id' more than once"),
         (line() + '\n{"x": 1, "x": 1}', "line 2: the object has the name 'x' more than once"),
+        (line() + '\n{"x": [{"y": {"z": 1, "z": 2}}]}', "line 2: an object inside has the name 'z' more than once"),
+        ('{"prompts": {"0": "a"}, "x": {"y": 1, "y": 2}}', "line 1: an object inside has the name 'y' more than once"),
         (r'{"prompt": "a\ud83d"}', r"line 1: \ud83d is half of a surrogate pair"),
         (r'{"a": [{"b\uDE00": 1}]}', r"line 1: \ude00 is half of a surrogate pair"),
         ('{"x": ' + "[" * 700 + "]" * 700 + "}", "lists or objects are nested too deeply; write them as text"),
@@ -60,10 +62,18 @@ def test_what_would_be_lost_or_is_no_text_is_refused_by_line(text: str, message:
     assert message in str(refused.value)
 
 
-def test_whole_surrogate_pairs_and_repeated_names_inside_of_objects_are_read() -> None:
-    table = read_json_lines(rb'{"a": "\ud83d\ude00 \\ud800", "b": {"c": 1, "c": 2}}', "m.jsonl", NO_MAP)
+@pytest.mark.parametrize("half", [b"\xed\xa0\xbd\xed\xb8\x80", b"\xed\xb0\x80"], ids=["CESU-8", "one half"])
+def test_bytes_of_surrogates_are_refused_by_line(half: bytes) -> None:
+    with pytest.raises(ManifestError, match=r"line 2: not JSON: 'utf-8' codec can't decode .*; save it as UTF-8"):
+        read_json_lines(line().encode() + b'\n{"prompt": "' + half + b'"}', "m.jsonl", NO_MAP)
 
-    assert table.to_pylist() == [{"a": "\U0001f600 \\ud800", "b": {"c": 2}}]
+
+def test_whole_surrogate_pairs_and_a_byte_order_mark_on_every_line_are_read() -> None:
+    one = rb'{"a": "\ud83d\ude00 \\ud800"}'
+
+    table = read_json_lines(b"\xef\xbb\xbf" + one + b"\n\xef\xbb\xbf" + one, "m.jsonl", NO_MAP)
+
+    assert table.to_pylist() == [{"a": "\U0001f600 \\ud800"}] * 2
 
 
 NO_TEXTS = [1.0, 2.5, 1e5, True, float("nan"), float("inf"), ["1"], {}, {"$oid": "1"}]

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from decimal import Decimal
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -927,3 +929,131 @@ def test_lists_are_read_in_full_up_to_a_number_of_bytes(
     make_plan(run)
 
     assert [each for each, _ in read] == complete
+
+
+TEXT_ENCODINGS = ("DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "PLAIN", "RLE_DICTIONARY")
+"""Encodings of texts in Parquet; those of version 2 of the format cannot be read as dictionaries."""
+
+
+@pytest.mark.parametrize("encoding", TEXT_ENCODINGS)
+def test_texts_in_every_encoding_of_parquet_are_read(encoding: str, tmp_path: Path) -> None:
+    table = requests_table(1000, note=[f"{k:08x}" if k % 3 else None for k in range(1000)])
+    table = table.append_column("raw", table["request_id"].cast(pa.binary()))
+    table = table.append_column("meta", pa.StructArray.from_arrays([table["prompt"].combine_chunks()], ["text"]))
+    columns = [*table.column_names[:-1], "meta.text"]
+    own = {} if encoding == "RLE_DICTIONARY" else {"column_encoding": dict.fromkeys(columns, encoding)}
+    pq.write_table(table, tmp_path / "m.parquet", use_dictionary=not own, row_group_size=300, **own)
+
+    assert read(str(tmp_path)).select(table.column_names).equals(table)
+
+
+def test_texts_whose_encoding_changes_within_a_file_are_read_once_each(tmp_path: Path) -> None:
+    table = requests_table(900)
+    schema = table.schema
+    with pq.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
+        writer.write_table(table.slice(0, 400))
+    with pq.ParquetWriter(
+        tmp_path / "b.parquet",
+        schema,
+        use_dictionary=["image"],
+        column_encoding={"request_id": "DELTA_BYTE_ARRAY", "prompt": "DELTA_LENGTH_BYTE_ARRAY"},
+    ) as writer:
+        writer.write_table(table.slice(400), row_group_size=100)
+
+    assert read(str(tmp_path))["request_id"].equals(table["request_id"])
+
+
+@pytest.mark.parametrize("version", ["V1", "V2"])
+def test_a_table_that_duckdb_writes_is_read_in_both_versions_of_its_parquet(version: str, tmp_path: Path) -> None:
+    rows = (
+        "select i::varchar request_id, 'a.png' image, 'number ' || i prompt, i::double score, i::hugeint huge "
+        "from range(3000) t(i)"
+    )
+    target = f"'{tmp_path / 'm.parquet'}' (format parquet, parquet_version {version})"
+    duckdb.sql(f"copy ({rows}) to {target}")
+
+    found = read(str(tmp_path))
+
+    assert found["request_id"].to_pylist() == [str(k) for k in range(3000)]
+    assert found["prompt"].to_pylist() == [f"number {k}" for k in range(3000)]
+    assert found["score"].to_pylist() == [float(k) for k in range(3000)]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()], ids=str)
+@pytest.mark.parametrize("row", [0, 299, 300, 999])
+@pytest.mark.parametrize("name", ["request_id", "image", "prompt", "note"])
+def test_the_row_and_the_column_of_a_text_that_is_not_utf8_are_named(
+    name: str, row: int, kind: pa.DataType, tmp_path: Path
+) -> None:
+    table = requests_table(1000, note=["n"] * 1000)
+    values = [text.encode() for text in table[name].to_pylist()]
+    values[row:] = [values[row] + b"\xff", *values[row + 1 :]]
+    stored = pa.array(values, pa.binary() if kind == pa.string() else pa.large_binary()).view(kind)
+    table = table.set_column(table.column_names.index(name), name, stored)
+    pq.write_table(table, tmp_path / "m.parquet", row_group_size=300)
+
+    with pytest.raises(ManifestError) as refused:
+        read(str(tmp_path))
+
+    wanted = f"m.parquet, row {row}: column '{name}': Invalid UTF8 sequence; write the texts as UTF-8, or drop"
+    assert wanted in str(refused.value)
+
+
+def test_a_time_beyond_the_day_is_refused_by_row_and_column(tmp_path: Path) -> None:
+    times = pa.array([1, 86_400_000_000], pa.int64()).view(pa.time64("us"))
+    pq.write_table(requests_table(2, at=times), tmp_path / "m.parquet")
+
+    with pytest.raises(ManifestError, match=r"m\.parquet, row 1: column 'at': time64\[us\] 86400000000 is not within"):
+        read(str(tmp_path))
+
+
+DECIMALS = pa.decimal128(20, 2)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "read_as"),
+    [
+        ([Decimal("1.25")], pa.array([2**62]), None),
+        ([Decimal("1.25")], pa.array([5]), [Decimal("1.25"), Decimal(5)]),
+        (pa.array([Decimal("1.5")], pa.decimal128(3, 1)), pa.array([20], pa.uint8()), [Decimal("1.5"), Decimal(20)]),
+        (pa.array([Decimal("1.5")], pa.decimal128(3, 1)), pa.array([200], pa.uint8()), None),
+        (pa.array([Decimal("1.25")], DECIMALS), pa.array([0.1]), [1.25, 0.1]),
+        (pa.array([Decimal("0.1")], DECIMALS), pa.array([0.5]), [0.1, 0.5]),
+        (pa.array([Decimal("0.1")], pa.decimal128(38, 20)), pa.array([0.5], pa.float32()), None),
+        (pa.array([Decimal("12345678901234567.01")], DECIMALS), pa.array([0.5]), None),
+        (pa.array([[Decimal("12345678901234567.01")]]), pa.array([[0.5]]), None),
+    ],
+)
+def test_decimals_next_to_other_numbers_keep_their_values_or_are_refused(
+    one: Any, two: Any, read_as: list[Any] | None, tmp_path: Path
+) -> None:
+    for name, values in (("a", one), ("b", two)):
+        pq.write_table(requests_table(1, request_id=[name], price=values), tmp_path / f"{name}.parquet")
+
+    if read_as is not None:
+        assert read(str(tmp_path))["price"].to_pylist() == read_as
+        return
+    with pytest.raises(ManifestError, match=r"column 'price' is .* with the other files: .*; write it with one type"):
+        read(str(tmp_path))
+
+
+def test_a_setting_that_one_file_has_as_decimals_and_another_as_floats_is_read(tmp_path: Path) -> None:
+    strengths = {"a": pa.array([Decimal("0.1")]), "b": pa.array([0.5], pa.float32())}
+    for name, values in strengths.items():
+        pq.write_table(requests_table(1, request_id=[name], strength=values), tmp_path / f"{name}.parquet")
+
+    assert read(str(tmp_path))["strength"].to_pylist() == [pytest.approx(0.1), 0.5]
+
+
+@pytest.mark.parametrize(
+    ("contents", "remedy"),
+    [
+        (b"", "remove it, or write it again"),
+        (b"PAR1PAR1", "the file is damaged; write or copy it again"),
+    ],
+)
+def test_a_parquet_file_that_is_none_is_refused_with_a_remedy(contents: bytes, remedy: str, tmp_path: Path) -> None:
+    (tmp_path / "m.parquet").write_bytes(contents)
+
+    with pytest.raises(ManifestError, match=remedy):
+        Manifest.open(str(tmp_path))
