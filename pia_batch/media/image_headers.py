@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pia_batch.errors import ImageUnreadableError
+from pia_batch.storage import file_kinds
 
 ImageFormat = Literal["PNG", "JPEG", "WEBP", "GIF", "BMP"]
 """Accepted formats, in Pillow's spelling."""
@@ -50,6 +51,8 @@ _SIGNATURES: dict[bytes, ImageFormat] = {
     b"BM": "BMP",
 }
 _ACCEPTED = "PNG, JPEG, WebP, GIF or BMP"
+
+_BASE64 = re.compile(rb"(?:data:image/|[A-Za-z0-9+/_-]{16})")
 
 _ORIENTATION, _SHORT, _LONG = 0x0112, 3, 4  # TIFF 6.0
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -126,7 +129,14 @@ def _format_of(data: bytes) -> ImageFormat:
             return file_format
         if signature.startswith(data):
             raise IncompleteError
-    msg = f"not a readable {_ACCEPTED} image (got {len(data)} bytes that begin with {data[:8]!r})"
+    kind = file_kinds.identify(data[: file_kinds.HEAD_BYTES])
+    if kind is not None:
+        found, remedy = kind.what, "; save it as PNG" if kind.group == "image" else ""
+    elif _BASE64.match(data):
+        found, remedy = "text such as base64", "; decode it to bytes"
+    else:
+        found, remedy = "bytes", ""
+    msg = f"not a readable {_ACCEPTED} image (got {found}: {len(data)} bytes that begin with {data[:8]!r}){remedy}"
     raise ImageUnreadableError(msg)
 
 

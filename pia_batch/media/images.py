@@ -20,6 +20,7 @@ from PIL import (
     ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
+    UnidentifiedImageError,
     WebPImagePlugin,
 )
 
@@ -92,6 +93,9 @@ def decode(data: bytes, *, max_pixels: int, background: str) -> Image.Image:
     except IncompleteError:
         msg = f"truncated image: the file ends before its pixels ({len(data)} bytes)"
         raise ImageUnreadableError(msg) from None
+    except UnidentifiedImageError as err:  # whose message has an address in memory
+        msg = "corrupt image: its header is damaged, or of a variant that is not read, such as JPEG with 12 bits"
+        raise ImageUnreadableError(msg) from err
     except Exception as err:  # Pillow's readers raise almost anything on corrupt bytes, MemoryError included
         msg = f"corrupt or truncated image: {type(err).__name__}: {message_of(err)}"
         raise ImageUnreadableError(msg) from err

@@ -67,7 +67,20 @@ _BINARY: tuple[tuple[int, bytes, str, Group], ...] = (
     (0, b"\xff\xd8\xff", "a JPEG image", "image"),
     (0, b"GIF8", "a GIF image", "image"),
     (0, b"RIFF", "a WebP image, or another RIFF file", "image"),
+    (4, b"ftypavi", "an AVIF image", "image"),
+    (4, b"ftyphei", "a HEIC image", "image"),
+    (4, b"ftyphev", "a HEIC image", "image"),
+    (4, b"ftypmif", "a HEIC image", "image"),
     (4, b"ftyp", "a video or an image (MP4, HEIC, AVIF)", "image"),
+    (0, b"\x00\x00\x00\x0cJXL ", "a JPEG XL image", "image"),
+    (0, b"\xff\x0a", "a JPEG XL image", "image"),
+    (0, b"\x00\x00\x00\x0cjP  ", "a JPEG 2000 image", "image"),
+    (0, b"\xff\x4f\xff\x51", "a JPEG 2000 image", "image"),
+    (0, b"II*\x00", "a TIFF image", "image"),
+    (0, b"MM\x00*", "a TIFF image", "image"),
+    (0, b"\x00\x00\x01\x00", "an ICO image", "image"),
+    (0, b"8BPS", "a Photoshop document", "image"),
+    (0, b"qoif", "a QOI image", "image"),
 )
 """Offset and bytes of formats, with their names and groups. Text that happens to begin so is none of them, such as a
 CSV whose first column is `ORCID`."""

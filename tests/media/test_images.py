@@ -1,3 +1,4 @@
+import base64
 import io
 import os
 import resource
@@ -85,6 +86,41 @@ def test_what_is_no_image_is_refused_and_its_first_bytes_are_named(data):
         decode(data)
 
     assert repr(data[:8]) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "got a HEIC image: 24 bytes"),
+        (b"\0\0\0\x18ftypavif\0\0\0\0mif1avif", "got an AVIF image: 24 bytes"),
+        (b"\xff\x0a\xfa\x7f" + bytes(20), "got a JPEG XL image"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(20), "got a JPEG XL image"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(20), "got a JPEG 2000 image"),
+        (b"II*\0" + bytes(20), "got a TIFF image"),
+        (b"qoif\0\0\0\1" + bytes(20), "got a QOI image"),
+    ],
+)
+def test_a_picture_in_another_format_is_refused_by_the_name_of_its_format(data, words):
+    with pytest.raises(ImageUnreadableError) as caught:
+        decode(data)
+
+    assert words in str(caught.value)
+    assert str(caught.value).endswith("; save it as PNG")
+
+
+@pytest.mark.parametrize("prefix", [b"", b"data:image/png;base64,"])
+def test_text_in_the_place_of_bytes_is_refused_with_the_remedy(prefix):
+    with pytest.raises(ImageUnreadableError, match=r"got text such as base64: .*; decode it to bytes$"):
+        decode(prefix + base64.b64encode(saved(picture(), "PNG")))
+
+
+@pytest.mark.parametrize(("at", "value"), [(24, 3), (25, 5), (29, 0)], ids=["depth", "colour type", "checksum"])
+def test_a_header_that_cannot_be_read_is_named_without_an_address_in_memory(at, value):
+    data = bytearray(saved(picture(), "PNG"))
+    data[at] = value if data[at] != value else value + 1
+
+    with pytest.raises(ImageUnreadableError, match="its header is damaged, or of a variant that is not read"):
+        decode(bytes(data))
 
 
 def test_no_bytes_at_all_are_called_empty():
