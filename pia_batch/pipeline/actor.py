@@ -16,9 +16,9 @@ from pia_batch.pipeline.animate import Animate, WorkerProcess
 from pia_batch.pipeline.heartbeat import Heartbeat
 from pia_batch.pipeline.metrics import RayMeter
 
-TASKS_IN_FLIGHT, LARGE_TASKS_IN_FLIGHT = 4, 3
-"""Tasks at or queued before one engine: two are in work, two wait, so that the device never waits. Of tasks with
-several batches it is enough that one waits; those that wait for a slow engine at the end leave the others idle."""
+TASKS_IN_FLIGHT, LARGE_TASKS_IN_FLIGHT = 4, 4
+"""Tasks of one batch, and of several, at or queued before one engine: two are in work, two wait. With three or fewer,
+Ray Data adds no engines: its pool grows from 1.75 times the calls that an engine takes at a time, which are two."""
 
 
 class AnimateActor:
