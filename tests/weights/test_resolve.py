@@ -390,37 +390,47 @@ def test_the_id_of_a_single_file_is_that_of_its_content_and_not_of_its_name(smal
     assert identify(ModelConfig(**(small | {"base": str(moved)}))) != before
 
 
-def test_other_configs_make_another_model_of_a_single_file(single, tmp_path):
+def test_the_packages_configs_are_those_of_a_single_file_that_names_none(single, tmp_path):
     other = shutil.copytree(sd15.PATH, tmp_path / "configs")
-    same = ModelConfig(**single, config=str(other))
-    before = identify(same)
-    assert before == identify(ModelConfig(**single))
+    before = identify(ModelConfig(**single))
+    assert before == identify(ModelConfig(**single, config=str(other)))
 
-    for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", "tokenizer/merges.txt"):
+    merges = other / "tokenizer/merges.txt"
+    merges.write_text(f"#version: 0.1\n{merges.read_text()}")
+    assert identify(ModelConfig(**single, config=str(other))) != before
+
+
+def test_other_configs_make_another_model_of_a_single_file(small, tmp_path):
+    other = shutil.copytree(tiny.PATH, tmp_path / "configs")
+    same = ModelConfig(**(small | {"config": str(other)}))
+    before = identify(same)
+    assert before == identify(ModelConfig(**small))
+
+    for name in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
         content = (other / name).read_text()
-        (other / name).write_text(f"#version: 0.1\n{content}" if name.endswith(".txt") else f"{content}\n")
+        (other / name).write_text(f"{content}\n")
         assert identify(same) != before
         (other / name).write_text(content)
 
 
-def test_a_single_file_may_come_from_the_hub_or_an_uri(single, tmp_path):
-    hub = FakeHub(tmp_path / "hub", files=Path(single["base"]).parent)
-    names = ["someone/files/realistic.safetensors", Path(single["base"]).as_uri()]
-    models = [ModelConfig(**(single | {"base": name, "revision": "v1"})) for name in names]
+def test_a_single_file_may_come_from_the_hub_or_an_uri(small, tmp_path):
+    hub = FakeHub(tmp_path / "hub", files=Path(small["base"]).parent)
+    names = ["someone/files/small.safetensors", Path(small["base"]).as_uri()]
+    models = [ModelConfig(**(small | {"base": name, "revision": "v1"})) for name in names]
 
     found = [resolve(model, hub) for model in models]
 
     assert hub.asked == [("someone/files", "v1")]
     assert found[0].components["unet"].commit == COMMIT
     assert found[0].components["unet"].identity()["commit"] == COMMIT
-    assert found[0].components["unet"].identity()["file"] == "realistic.safetensors"
-    assert found[1].components["unet"].path == Path(single["base"])
+    assert found[0].components["unet"].identity()["file"] == "small.safetensors"
+    assert found[1].components["unet"].path == Path(small["base"])
 
 
-def test_configs_may_come_from_the_hub(single, tmp_path):
-    hub = FakeHub(tmp_path / "hub", configs=sd15.PATH)
+def test_configs_may_come_from_the_hub(small, tmp_path):
+    hub = FakeHub(tmp_path / "hub", configs=tiny.PATH)
 
-    found = resolve(ModelConfig(**single, config="someone/configs"), hub)
+    found = resolve(ModelConfig(**(small | {"config": "someone/configs"})), hub)
 
     assert found.components["unet"].identity()["config"] == {"commit": COMMIT, "variant": None}
     assert found.components["tokenizer"].commit == COMMIT
