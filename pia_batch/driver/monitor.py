@@ -15,7 +15,7 @@ from typing import Protocol
 from pia_batch.config import RunConfig
 from pia_batch.driver.budget import Budget, LimitReached
 from pia_batch.driver.progress import Progress
-from pia_batch.errors import InterruptedRunError, LeaseHeldError, PiaBatchError, StorageError
+from pia_batch.errors import InterruptedRunError, LeaseHeldError, PiaBatchError
 from pia_batch.journal.lease import Lease
 from pia_batch.pipeline import worker_errors
 from pia_batch.pipeline.attempts import EngineActivity
@@ -255,9 +255,6 @@ def unwrapped(err: BaseException) -> BaseException:
             inner = cause  # the wrapper is of the cause's class too, but its text is a traceback
             continue
         if isinstance(inner, PiaBatchError):
-            message = worker_errors.own_message(inner)
-            if isinstance(inner, StorageError):
-                return InterruptedRunError(f"{message}; everything finished is committed. Start again to resume")
-            return type(inner)(message)
+            return worker_errors.interruption_by(inner) or type(inner)(worker_errors.own_message(inner))
         inner = inner.__cause__
     return worker_errors.explain_loss(err)

@@ -19,12 +19,13 @@ from pia_batch.driver.budget import Budget, LimitReached, selection_limit
 from pia_batch.driver.monitor import RunControls
 from pia_batch.driver.progress import Gauges, Progress
 from pia_batch.driver.run_record import RunRecordWriter
-from pia_batch.errors import ConfigError, PiaBatchError
+from pia_batch.errors import ConfigError, PiaBatchError, StorageError
 from pia_batch.journal import layout
 from pia_batch.journal.compaction import Compactor
 from pia_batch.journal.lease import Lease
 from pia_batch.journal.log import Journal
 from pia_batch.journal.results import is_published, publish
+from pia_batch.pipeline import worker_errors
 from pia_batch.pipeline.attempts_actor import start_attempt_tracker
 from pia_batch.pipeline.chain import chain
 from pia_batch.pipeline.engine_loader import LoadEngines
@@ -116,7 +117,7 @@ class Run:
         """Execute the run from its plan to its report page, and return its summary."""
         if published := self._make_plan():
             return self._writer.finish(self._plan.outcomes, published)
-        with self._leased() as lease:
+        with self._leased() as lease, self._interruptible():
             if lease.has_waited and (published := self._make_plan()):  # the other run may have done all of it
                 return self._writer.finish(self._plan.outcomes, published)
             self._begin(lease)
@@ -146,6 +147,25 @@ class Run:
             with self._writer.phase("waiting"):
                 stack.enter_context(lease)
             yield lease
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Interrupt the run where the store or this machine fails under way: started again, it continues.
+
+        What it still writes of its end then has one attempt: a disk that is full keeps nobody waiting once more.
+
+        Raises:
+            InterruptedRunError: They failed.
+        """
+        try:
+            yield
+        except Exception as err:
+            interruption = worker_errors.interruption_by(err)
+            if interruption is not None or isinstance(err.__cause__, StorageError):
+                self._store.stop_retrying()
+            if interruption is not None:
+                raise interruption from err
+            raise
 
     def _begin(self, lease: Lease) -> None:
         """Write run.json and the scan, now that this run is the only one that works on the output."""

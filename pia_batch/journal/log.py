@@ -210,7 +210,11 @@ class Journal:
         return self.store.each(lambda name: self._read(name, columns), names)
 
     def _read(self, name: str, columns: list[str] | None) -> pa.Table:
-        data = self.store.read(name)
+        try:
+            data = self.store.read(name)
+        except FileNotFoundError:
+            msg = f"journal fragment {self.store.uri_of(name)} was removed while it was read; start again"
+            raise StorageError(msg) from None
         try:
             # Not pq.read_table, which takes three times as long for a fragment.
             file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)

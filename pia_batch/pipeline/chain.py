@@ -16,6 +16,7 @@ import ray
 import ray.data
 
 from pia_batch.config import RunConfig
+from pia_batch.journal import layout
 from pia_batch.journal.log import Journal
 from pia_batch.pipeline import batching, datasource, ray_data, stages
 from pia_batch.pipeline.actor import AnimateActor, in_actor_pool
@@ -31,7 +32,8 @@ def chain(
     plan: Plan, run_id: str, control: AttemptControl, load_engines: LoadEngines | None = None
 ) -> ray.data.Dataset:
     """Return the whole job as a lazy Dataset of `outcomes.OUTCOME` rows, one for each pending request."""
-    config, folder, store = plan.config, plan.manifest.folder, Store(plan.config.output)
+    config, folder = plan.config, plan.manifest.folder
+    store = Store(config.output, layout.CREATE_ONLY_PROBE)
     fetch = stages.FetchImages(config.images, folder, config.original_models)
     animate = {
         "load_engines": load_engines or EngineLoader.of(config),

@@ -142,7 +142,7 @@ class ResultsActor:
     def __init__(self, *, store: bool, config: RunConfig, **arguments: Any) -> None:
         self._files = None if store else HeldFiles()
         self._results = CollectedResults()
-        objects = self._files or Store(config.output)
+        objects = self._files or Store(config.output, layout.CREATE_ONLY_PROBE)
         self._actor = AnimateActor(config=config, objects=objects, commits=self._results, **arguments)
 
     def __call__(self, requests: pa.Table) -> pa.Table:

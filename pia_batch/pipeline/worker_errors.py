@@ -14,6 +14,7 @@ from pia_batch.errors import (
     ConfigError,
     InterruptedRunError,
     PiaBatchError,
+    StorageError,
     environment_error,
     message_of,
 )
@@ -118,6 +119,19 @@ def own_message(err: PiaBatchError) -> str:
 
 
 _NOTES = re.compile(r"\nFailed to .* after \d+/\d+ attempts ")
+
+
+def interruption_by(err: BaseException) -> InterruptedRunError | None:
+    """Return the end of a run whose store, or whose own machine, failed under way; None for any other exception."""
+    if isinstance(err, StorageError):
+        reason = own_message(err)
+    elif isinstance(err, PiaBatchError) or (explained := environment_error(err)) is None:
+        return None
+    else:
+        reason = str(explained)
+    interruption = InterruptedRunError(f"{reason}; everything finished is committed. Start again to resume")
+    interruption.__cause__ = err
+    return interruption
 
 
 def explain_loss(err: BaseException) -> BaseException:

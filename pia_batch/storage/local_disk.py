@@ -13,24 +13,33 @@ import psutil
 from pia_batch.errors import ConfigError, StorageError, printable
 
 _LINKS = "choose a folder on a file system with hard links, such as ext4, XFS or NFS, or object storage"
-_DENIED = "choose another path, or give this user access to it"
+_NETWORK_DISK = "the network disk went away: mount it again"
+DENIED_REMEDY = "choose another path, or give this user access to it"
 
 DISK_REMEDIES = {
     errno.EDQUOT: "raise the quota, or remove files",
+    errno.EACCES: DENIED_REMEDY,
     errno.EFBIG: "raise the limit of a file's size (`ulimit -f unlimited`), or choose a disk with larger files",
+    errno.EIO: "the disk fails, or its network does: look into the system's log",
     errno.EISDIR: "a folder has the name of a file there; remove it or choose another path",
     errno.ELOOP: "a symbolic link there points to itself; choose another path",
     errno.ENAMETOOLONG: "choose a shorter path",
-    errno.ENOSPC: "free some space there, or choose another disk",
+    errno.ENOSPC: "free some space there, or choose another disk (`df -i` shows whether its inodes are used up)",
+    errno.ENOTCONN: _NETWORK_DISK,
     errno.ENOTDIR: "a file has the name of a folder there; remove it or choose another path",
     errno.ENOSYS: _LINKS,
     errno.ENOTSUP: _LINKS,
+    errno.EPERM: DENIED_REMEDY,
     errno.EROFS: "the disk is mounted read-only; choose another path, or mount it for writing",
+    errno.ESTALE: _NETWORK_DISK,
 }
 """Remedies for errors of a local disk, by their number."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Errors of a full disk, on which space may become free; no other error of `DISK_REMEDIES` ends by another attempt."""
+"""Errors of a full disk, on which space may become free."""
+
+PASSING = (*FULL, errno.EIO, errno.ENOTCONN, errno.ESTALE)
+"""Errors that may pass, such as those of a network disk; no other error of `DISK_REMEDIES` ends by another attempt."""
 
 WITHOUT_LINKS = frozenset(
     {
@@ -98,7 +107,7 @@ def find_obstacle(folder: Path, mounts: Iterable[tuple[str, str]] | None = None)
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         usage = os.statvfs(existing)
     except OSError as err:
-        return f"cannot read {folder.as_uri()}: {err.strerror}; {DISK_REMEDIES.get(err.errno or 0, _DENIED)}"
+        return f"cannot read {folder.as_uri()}: {err.strerror}; {DISK_REMEDIES.get(err.errno or 0, DENIED_REMEDY)}"
     number = None
     if not existing.is_dir():
         number = errno.ENOTDIR
@@ -109,7 +118,7 @@ def find_obstacle(folder: Path, mounts: Iterable[tuple[str, str]] | None = None)
     elif usage.f_blocks and not usage.f_bavail:
         number = errno.ENOSPC
     if number is not None:
-        return f"cannot write to {folder.as_uri()}: {os.strerror(number)}; {DISK_REMEDIES.get(number, _DENIED)}"
+        return f"cannot write to {folder.as_uri()}: {os.strerror(number)}; {DISK_REMEDIES.get(number, DENIED_REMEDY)}"
     kind = _type_of(existing.resolve(), _mounts() if mounts is None else mounts)
     return _without_links(folder, printable(kind)) if kind in WITHOUT_LINKS else None
 

@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,20 +22,13 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import (
-    AlreadyExistsError,
-    BaseError,
-    GenericError,
-    PermissionDeniedError,
-    PreconditionError,
-    UnauthenticatedError,
-)
+from obstore.exceptions import BaseError, PreconditionError
 from obstore.store import LocalStore, S3Store, from_url
 
-from pia_batch.errors import CERTIFICATE_REMEDY, ConfigError, ObjectExistsError, StorageError, message_of
-from pia_batch.storage import s3_config
+from pia_batch.errors import ConfigError, ObjectExistsError, StorageError, message_of
+from pia_batch.storage import s3_config, store_errors
 from pia_batch.storage.concurrency import map_in_threads
-from pia_batch.storage.local_disk import DISK_REMEDIES, FULL, check_disk, find_obstacle
+from pia_batch.storage.local_disk import check_disk, find_obstacle
 from pia_batch.storage.retries import retry
 from pia_batch.storage.schemes import LOCAL, SCHEMES, UnsupportedSchemeError, canonical, expected, find
 from pia_batch.storage.uris import access_point_problem, redacted, redacted_uri
@@ -73,12 +67,7 @@ MEDIA_TYPES = {
 }
 """Media types by file name extension. Stores give others `application/octet-stream`, which browsers save, not show."""
 
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _RETRIES: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=20)}  # a TypedDict of obstore's stubs
-_DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
-_DENIALS = re.compile(rf"<Code>(?:{'|'.join(sorted(s3_config.DENIALS))})</Code>")
-_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
-"""Part of obstore's error by which it does not trust a server."""
 _STAGED = re.compile(r".+#\d+")
 """Name that obstore gives a local file until it is complete."""
 _HAS_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
@@ -99,14 +88,33 @@ class ObjectInfo:
 
 
 class Store:
-    """Folder of objects on S3, GCS, Azure or a local disk. It can be used from several threads, and pickled."""
+    """Folder of objects on S3, GCS, Azure or a local disk. It can be used from several threads, and pickled.
 
-    def __init__(self, uri: str) -> None:
+    Args:
+        uri: URI or path of the folder.
+        anchor: Name of an object that exists as long as the folder is the one that was checked. Without it a local
+            folder was removed, replaced or unmounted: nothing more is read from it or written to it. None: not known.
+            `check` makes its probe the anchor.
+    """
+
+    def __init__(self, uri: str, anchor: str | None = None) -> None:
         self.uri = absolute(uri).rstrip("/")
+        self._anchor = anchor
         self._client: Any = None
+        self._ending = threading.Event()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"uri": self.uri, "_client": None}
+        return {"uri": self.uri, "_anchor": self._anchor}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_client": None, "_ending": threading.Event()}
+
+    def stop_retrying(self) -> None:
+        """Give every call of this object one attempt from now on; a call that waits for its next one has it at once.
+
+        For a run that ends because of this store, and then still writes how it ended.
+        """
+        self._ending.set()
 
     @property
     def _store(self) -> Any:  # obstore's stores share no public base class
@@ -294,6 +302,7 @@ class Store:
             try:
                 self.create(probe, b"this store creates only where nothing is\n")
             except ObjectExistsError:
+                self._anchor = probe
                 return
         msg = (
             f"{self.uri}: the store ignores conditional creation (If-None-Match), on which exact commits depend; "
@@ -316,7 +325,7 @@ class Store:
 
     def _is_absent(self) -> bool:
         """Return True for a local folder that does not exist yet; reading must not create it."""
-        return self._is_local and not Path(local_path(self.uri)).exists()
+        return self._is_local and self._anchor is None and not Path(local_path(self.uri)).exists()
 
     def _attempt(self, call: Callable[[], T], verb: str, name: str) -> T:
         shown = redacted_uri(self.uri_of(name))
@@ -325,66 +334,46 @@ class Store:
             reason = redacted(message_of(err))
             log.warning("store_retry verb=%s name=%s attempt=%d error=%s", verb, name, attempt, reason)
 
-        pauses_s = [min(2.0**k, MAX_PAUSE_S) for k in range(ATTEMPTS - 1)]
+        def attempt() -> T:
+            nonlocal attempts
+            attempts += 1
+            self._check_anchor(verb, shown)
+            return call()
+
+        attempts = 0
+        pauses_s = [] if self._ending.is_set() else [min(2.0**k, MAX_PAUSE_S) for k in range(ATTEMPTS - 1)]
         try:
-            return retry(call, is_transient=_is_transient, pauses_s=pauses_s, on_retry=warn)
+            return retry(attempt, is_transient=self._may_pass, pauses_s=pauses_s, on_retry=warn, hurry=self._ending)
         except (BaseError, OSError) as err:
-            cause, reason = _cause(err), redacted(message_of(err))
-            if cause == "absent" and verb in ("read", "delete"):
+            if verb in ("read", "delete") and store_errors.cause_of(err) == "absent":
+                self._check_anchor(verb, shown)
                 raise
-            if cause == "absent":
-                msg = f"cannot {verb} {shown}: no such bucket or folder; create it, or correct the URI"
-                raise StorageError(msg) from None
-            if cause == "exists":
-                msg = f"{shown} exists"
-                raise ObjectExistsError(msg) from None
-            if cause == "denied":
-                msg = f"may not {verb} {shown}: {reason}; check the credentials and the policy"
-                raise StorageError(msg) from None
-            if cause in DISK_REMEDIES:
-                msg = f"cannot {verb} {shown}: {os.strerror(cause)}; {DISK_REMEDIES[cause]}"
-                raise StorageError(msg) from None
-            if cause == "other region":
-                msg = f"cannot {verb} {shown}: {s3_config.OTHER_REGION_REMEDY}"
-                raise StorageError(msg) from None
-            if cause == "certificate":
-                found = _CERTIFICATE.search(str(err))
-                msg = f"cannot {verb} {shown}: invalid certificate ({found and found[1]}); {CERTIFICATE_REMEDY}"
-                raise StorageError(msg) from None
-            msg = f"cannot {verb} {shown} after {ATTEMPTS} attempts: {reason}"
+            raise store_errors.explain(err, verb, shown, attempts) from None
+
+    def _may_pass(self, err: Exception) -> bool:
+        return not self._ending.is_set() and store_errors.is_transient(err)
+
+    def _check_anchor(self, verb: str, shown: str) -> None:
+        """Refuse to go on in a local folder that is no longer there: obstore would create it again, empty.
+
+        Raises:
+            StorageError: The folder was removed, replaced or unmounted.
+        """
+        if self._anchor is None or not self._is_local:
+            return
+        folder = Path(local_path(self.uri))
+        try:
+            folder.joinpath(self._anchor).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            msg = (
+                f"cannot {verb} {shown}: the folder {folder} was removed, replaced or unmounted after the start; "
+                "restore or mount it, or choose another path"
+            )
             raise StorageError(msg) from None
 
 
 def _changed(uri: str) -> str:
     return f"{uri}: the object was replaced or removed while it was read; start again"
-
-
-def _cause(err: Exception) -> str | int:
-    """Classify a client's exception: `absent`, `exists`, `denied`, `certificate`, `other region`, or `transient`.
-
-    Another attempt is worthwhile after `transient` only.
-
-    An error of a local disk that lasts is classified by its number, a key of `DISK_REMEDIES`.
-    """
-    # A listing raises GenericError for every HTTP status.
-    status = re.search(r"status code: (\d+)", str(err)) if isinstance(err, GenericError) else None
-    if isinstance(err, FileNotFoundError) or (status and status[1] == "404"):
-        return "absent"
-    if isinstance(err, _DENIED) or (status and status[1] in ("401", "403")) or _DENIALS.search(str(err)):
-        return "denied"
-    if _CERTIFICATE.search(str(err)):
-        return "certificate"
-    if s3_config.OTHER_REGION.search(str(err)):
-        return "other region"
-    if isinstance(err, AlreadyExistsError):
-        return "exists"
-    number = _OS_ERROR.search(str(err))  # obstore repeats the text of the operating system
-    found = err.errno if isinstance(err, OSError) else int(number[1]) if number else None
-    return found if found in DISK_REMEDIES else "transient"
-
-
-def _is_transient(err: Exception) -> bool:
-    return isinstance(err, BaseError | OSError) and _cause(err) in ("transient", *FULL)
 
 
 def absolute(uri: str) -> str:

@@ -7,6 +7,7 @@ clients repeat credentials and signed URLs. Nor can it give each attempt what is
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -24,6 +25,7 @@ def retry(
     pauses_s: Iterable[float],
     deadline: float | None = None,
     on_retry: Callable[[int, Exception], None] | None = None,
+    hurry: threading.Event | None = None,
 ) -> T:
     """Return what `call` returns, after as many attempts as there are pauses and one more.
 
@@ -33,6 +35,7 @@ def retry(
         pauses_s: Pauses between the attempts, in seconds, before jitter.
         deadline: Time on the monotonic clock, in seconds, after which no attempt begins; None: no limit.
         on_retry: Called before each pause with the number of failed attempts and the last exception.
+        hurry: Event that ends a pause when it is set.
 
     Raises:
         Exception: The exception of the last attempt.
@@ -46,5 +49,8 @@ def retry(
                 raise
             if on_retry is not None:
                 on_retry(attempt, err)
-        time.sleep(wait_s)
+        if hurry is None:
+            time.sleep(wait_s)
+        else:
+            hurry.wait(wait_s)
     return call()
