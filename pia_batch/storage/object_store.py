@@ -334,13 +334,14 @@ class Store:
             reason = redacted(message_of(err))
             log.warning("store_retry verb=%s name=%s attempt=%d error=%s", verb, name, attempt, reason)
 
+        attempts = 0
+
         def attempt() -> T:
             nonlocal attempts
             attempts += 1
             self._check_anchor(verb, shown)
             return call()
 
-        attempts = 0
         pauses_s = [] if self._ending.is_set() else [min(2.0**k, MAX_PAUSE_S) for k in range(ATTEMPTS - 1)]
         try:
             return retry(attempt, is_transient=self._may_pass, pauses_s=pauses_s, on_retry=warn, hurry=self._ending)

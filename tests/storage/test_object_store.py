@@ -15,12 +15,12 @@ from typing import Self
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from obstore.exceptions import GenericError
+from obstore.exceptions import AlreadyExistsError, GenericError
 from servers import serving
 
 from pia_batch.errors import ConfigError, ObjectExistsError, StorageError
-from pia_batch.storage import filesystems, object_store
-from pia_batch.storage.local_disk import DISK_REMEDIES, FULL
+from pia_batch.storage import filesystems, object_store, store_errors
+from pia_batch.storage.local_disk import DISK_REMEDIES, PASSING
 from pia_batch.storage.object_store import Store, absolute
 from pia_batch.storage.uris import parse
 
@@ -229,7 +229,7 @@ def test_the_check_of_hard_links_leaves_nothing_but_the_probe(tmp_path: Path) ->
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["probe"]
 
 
-@pytest.mark.parametrize("number", sorted(set(DISK_REMEDIES) - set(FULL)))
+@pytest.mark.parametrize("number", sorted(set(DISK_REMEDIES) - set(PASSING)))
 def test_an_error_of_the_disk_that_lasts_is_one_line_with_a_remedy_at_once(store: Store, number: int) -> None:
     reason = os.strerror(number)
     texts = (
@@ -538,3 +538,75 @@ class _ReplySwallower:
 
 def _closed_is_fine() -> contextlib.suppress:
     return contextlib.suppress(OSError)
+
+
+# --- faults that begin after the start -------------------------------------------------------------------------------
+
+
+def test_a_checked_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "out"))
+    store.check("_journal/probe")
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+
+    worker = pickle.loads(pickle.dumps(store))  # noqa: S301 - our own bytes
+    calls = (
+        lambda: worker.create("x", b""),
+        lambda: store.replace("x", b""),
+        lambda: store.read("x"),
+        lambda: list(store.list("")),
+    )
+    for call in calls:
+        with pytest.raises(StorageError, match=r"/out was removed, replaced or unmounted after the start; restore"):
+            call()
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "elsewhere").rename(tmp_path / "out")
+    store.create("x", b"1")
+    assert store.read("x") == b"1"
+
+
+def test_a_run_that_ends_waits_for_no_further_attempt(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "MAX_PAUSE_S", 600.0)
+    calls = []
+
+    def full() -> None:
+        calls.append(1)
+        raise OSError(errno.ENOSPC, "full")
+
+    threading.Timer(0.2, store.stop_retrying).start()
+    started = time.monotonic()
+    for attempts in (2, 3):
+        with pytest.raises(StorageError, match="No space left on device; free some space there"):
+            store._attempt(full, "create", "x")
+        assert len(calls) == attempts
+    assert time.monotonic() - started < 5
+
+
+ANSWERS = [
+    ("RequestTimeTooSkewed", "403 Forbidden", "the clock of this machine differs too much"),
+    ("ExpiredToken", "400 Bad Request", "the temporary credentials have expired"),
+    ("AccessDenied", "403 Forbidden", "check the credentials and the policy"),
+    ("QuotaExceeded", "403 Forbidden", "raise its quota"),
+    ("XMinioStorageFull", "507 Insufficient Storage", "raise its quota"),
+    ("SlowDown", "503 Service Unavailable", "use fewer engines"),
+    ("InternalError", "500 Internal Server Error", "look into the log"),
+]
+
+
+@pytest.mark.parametrize(("code", "status", "remedy"), ANSWERS)
+def test_an_answer_of_a_store_is_one_line_with_its_remedy(code: str, status: str, remedy: str) -> None:
+    text = (
+        f"Generic S3 error: Server returned non-2xx status code: {status}: <Error><Code>{code}</Code></Error>\n\nDebug"
+    )
+
+    line = str(store_errors.explain(GenericError(text), "create", "s3://bucket/x", 1))
+
+    assert line.startswith(("cannot create s3://bucket/x", "may not create s3://bucket/x"))
+    assert remedy in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("code", ["ConditionalRequestConflict", "OperationAborted"])
+def test_a_conflict_of_two_writes_is_tried_again_and_no_existing_object(code: str) -> None:
+    text = f"Server returned non-2xx status code: 409 Conflict: <Error><Code>{code}</Code></Error>"
+
+    assert store_errors.is_transient(AlreadyExistsError(text))
