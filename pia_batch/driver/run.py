@@ -152,7 +152,7 @@ class Run:
     def _interruptible(self) -> Iterator[None]:
         """Interrupt the run where the store or this machine fails under way: started again, it continues.
 
-        What it still writes of its end then has one attempt: a disk that is full keeps nobody waiting once more.
+        What it still writes of its end then has one attempt, so that a full disk is waited for once only.
 
         Raises:
             InterruptedRunError: They failed.

@@ -29,7 +29,7 @@ _CONFLICTS = frozenset({"ConditionalRequestConflict", "OperationAborted"})
 """Codes of a create that met another write of its name: nothing is decided, and S3 asks for another attempt."""
 
 _CREDENTIALS = "check the credentials and the policy"
-_EXPIRED = "the temporary credentials have expired: renew them, or use a profile or a role that renews itself"
+_EXPIRED = f"{_CREDENTIALS}: the temporary ones have expired; renew them, or use a role that renews itself"
 _QUOTA = "free some space in the store, or raise its quota"
 
 _CODE_REMEDIES = {

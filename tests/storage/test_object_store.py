@@ -583,7 +583,7 @@ def test_a_run_that_ends_waits_for_no_further_attempt(store: Store, monkeypatch:
 
 ANSWERS = [
     ("RequestTimeTooSkewed", "403 Forbidden", "the clock of this machine differs too much"),
-    ("ExpiredToken", "400 Bad Request", "the temporary credentials have expired"),
+    ("ExpiredToken", "400 Bad Request", "the temporary ones have expired; renew them"),
     ("AccessDenied", "403 Forbidden", "check the credentials and the policy"),
     ("QuotaExceeded", "403 Forbidden", "raise its quota"),
     ("XMinioStorageFull", "507 Insufficient Storage", "raise its quota"),

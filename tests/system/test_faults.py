@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,30 @@ def test_a_full_disk_is_waited_for_and_leaves_no_half_files(everything: Stack, c
         assert code in FINISHED
         assert trial.problems_now() == []
         assert trial.problems_of_a_rerun() == []
+
+
+def test_an_output_that_goes_away_under_a_run_is_not_made_again_and_the_next_run_finishes(
+    everything: Stack, case: Case, tmp_path: Path
+) -> None:
+    output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    trial = Trial(everything, case, str(output))
+
+    def take_away() -> None:
+        while len(list(output.glob("_journal/*.parquet"))) < 2:
+            time.sleep(0.02)
+        output.rename(elsewhere)
+
+    thief = threading.Thread(target=take_away)
+    thief.start()
+    code = trial.run(seconds=0.5)
+    thief.join()
+
+    assert code == 4
+    assert not list(output.rglob("*.parquet"))
+    shutil.rmtree(output, ignore_errors=True)  # of a write that had begun
+    elsewhere.rename(output)
+    assert trial.run() in FINISHED
+    assert trial.problems_now() == []
 
 
 def test_a_file_that_cannot_be_written_whole_is_not_there(tmp_path: Path) -> None:
