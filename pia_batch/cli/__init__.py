@@ -6,7 +6,7 @@ import logging
 import sys
 import tempfile
 import traceback
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -108,6 +108,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _check_interpreter()
         app(arguments, prog_name="pia-batch")
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):
+            sys.exit(_code_without_reader(ended.__context__))
+        raise
     except errors.PiaBatchError as problem:
         _exit(problem)
     except Exception as problem:  # noqa: BLE001 - nothing is hidden: a bug ends the process with 1
@@ -125,6 +129,12 @@ def _check_interpreter(level: int = sys.flags.optimize) -> None:
     """
     if level > 1:
         raise errors.ConfigError("PYTHONOPTIMIZE or -OO: Ray does not work without docstrings; use level 1 at most")
+
+
+def _code_without_reader(broken: BrokenPipeError) -> int:
+    """Return the exit code of help, or of a wrong usage, whose reader has left; click and rich end with 1."""
+    usage: Any = broken.__context__  # click's exceptions, which have no common type in typer
+    return getattr(usage, "exit_code", 0)
 
 
 def _exit(problem: errors.PiaBatchError) -> NoReturn:

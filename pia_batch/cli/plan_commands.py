@@ -60,11 +60,13 @@ def plan(
 
     Needs neither a GPU nor a cluster. Example: `pia-batch plan nightly.yaml --price-per-hour 2.49`
     """
+    from pia_batch.driver.worker_modules import check_modules
     from pia_batch.planning.plan import Retry, make_plan
     from pia_batch.planning.statistics import Statistics
 
     dated = given({"run_date": run_date, "request_id_from": request_id_from}) | params_of(param) | columns_of(column)
     loaded = load(config, overrides(manifest, output, override) | dated).filled()
+    check_modules()
     statistics = Statistics()
     made = make_plan(loaded, retry=Retry() if retry_failed else None, statistics=statistics)
     price = loaded.budget.price_per_hour if price_per_hour is None else price_per_hour

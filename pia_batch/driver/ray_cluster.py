@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -16,9 +17,10 @@ from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled, without a stub
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import AuthenticationError
+from ray.job_config import JobConfig
 
 from pia_batch.config import PlacementConfig
-from pia_batch.driver import own_ray, ray_output
+from pia_batch.driver import own_ray, ray_output, worker_modules
 from pia_batch.driver.authentication import TOKEN_REMEDY, check_authentication, connect_once, host_and_port
 from pia_batch.driver.ray_address import check_address
 from pia_batch.errors import ConfigError, message_of
@@ -26,6 +28,17 @@ from pia_batch.planning import capacity
 from pia_batch.storage.uris import redacted_uri
 
 log = logging.getLogger(__name__)
+
+
+class _JobConfig(JobConfig):  # type: ignore[misc]  # Ray's own, without types
+    """Configuration of Ray's job whose workers search for modules where the driver does, and nowhere else."""
+
+    _py_driver_sys_path: list[str]
+    """Folders that Ray adds, and puts before those of each worker."""
+
+    def _get_proto_job_config(self) -> Any:
+        self._py_driver_sys_path = worker_modules.inherited_paths(self._py_driver_sys_path, sys.path)
+        return super()._get_proto_job_config()
 
 
 @contextmanager
@@ -44,6 +57,7 @@ def connect(place: PlacementConfig) -> Iterator[None]:
         return
     address = place.address
     check_address(address)
+    worker_modules.check_modules()
     options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR}
     if address == "local":
         own_ray.check_limits()
@@ -58,6 +72,8 @@ def connect(place: PlacementConfig) -> Iterator[None]:
         options |= {"include_dashboard": False, "log_to_driver": False, "num_cpus": capacity.local_cpus()}
         if place.object_store_mb is not None:
             options["object_store_memory"] = place.object_store_mb * 2**20
+    if "://" not in address:  # a Ray client's folders do not exist on the cluster, and Ray does not add them
+        options["job_config"] = _JobConfig()
     _check_answer(address)
     with own_ray.session_token() if address == "local" else nullcontext():
         AuthenticationTokenLoader.instance().reset_cache()  # it may keep the token of an earlier run of this process

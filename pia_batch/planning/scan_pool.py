@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 
 from pia_batch.errors import ManifestError
 from pia_batch.manifest.reader import Piece
+from pia_batch.planning.child_python import child_environment, module_command
 from pia_batch.planning.scan_validate import PieceValidator, ScanTask, ValidatedPiece
 
 MIN_ROWS = 250_000
@@ -76,15 +76,14 @@ class _Process:
 
     def __post_init__(self) -> None:
         ours, theirs = socket.socketpair()
-        searched = [path or str(Path.cwd()) for path in sys.path]
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603 - this package, in a process of its own
-                [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],  # -P: import nothing from the cwd
+                module_command(__name__, str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C goes to the driver only
-                env=os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(searched)},
+                env=child_environment(**_ENVIRONMENT),
             )
         self.connection = Connection(ours.detach())
         self._send(self.task)

@@ -41,6 +41,17 @@ def test_a_reader_that_leaves_early_changes_no_exit_code(plan: list[str]) -> Non
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("--help", 0), ("plan --help", 0), ("--version", 0), ("unknown", 2), ("plan --wrong", 2)],
+)
+def test_help_without_a_reader_ends_quietly_with_the_code_of_the_command(words: str, code: int) -> None:
+    with _pipe_without_reader() as nowhere:
+        done = _command([*CLI, *words.split()], stdout=nowhere, stderr=nowhere)
+
+    assert done.returncode == code
+
+
 def test_a_watch_ends_when_its_reader_leaves(tmp_path: Path) -> None:
     make_output(Store(str(tmp_path)), ["gif"])
     with _pipe_without_reader() as nowhere:

@@ -301,13 +301,6 @@ def test_auto_without_a_ray_on_this_machine_is_no_bug(monkeypatch: pytest.Monkey
     assert authentication("auto") == "unknown"
 
 
-@pytest.mark.slow
-def test_a_ray_starts_and_runs_a_task_also_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/proc/none")
-
-    assert cluster.find_obstacle(PlacementConfig(object_store_mb=80)) is None
-
-
 def test_a_low_limit_of_open_files_is_a_warning() -> None:
     assert not list(machine.check_process(machine.OPEN_FILES, "utf-8"))
     (finding,) = machine.check_process(machine.OPEN_FILES - 1, "utf-8")

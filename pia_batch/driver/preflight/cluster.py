@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 from pia_batch.config import PlacementConfig
@@ -13,6 +12,7 @@ from pia_batch.driver.preflight.finding import Finding, State
 from pia_batch.driver.ray_address import check_address
 from pia_batch.errors import MESSAGE_LENGTH, ConfigError, message_of, printable
 from pia_batch.planning.capacity import Node, find_shortage, local_cpus
+from pia_batch.planning.child_python import child_environment, module_command
 from pia_batch.storage.uris import redacted_uri
 
 _START_S = 180.0
@@ -24,10 +24,16 @@ _PROBE_S = 60.0
 
 def find_obstacle(place: PlacementConfig) -> str | None:
     """Return what keeps a run from connecting to Ray, or None; found by a process that connects as a run does."""
-    command = [sys.executable, "-m", "pia_batch.driver.probes.ray_connection"]
+    command = module_command("pia_batch.driver.probes.ray_connection")
     try:
         done = subprocess.run(  # noqa: S603 - ours
-            command, input=place.model_dump_json(), capture_output=True, text=True, timeout=_START_S, check=False
+            command,
+            input=place.model_dump_json(),
+            env=child_environment(),
+            capture_output=True,
+            text=True,
+            timeout=_START_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return f"Ray did not answer within {_START_S:g} s; look at the load, the memory and the limits of this machine"
@@ -130,9 +136,11 @@ def _nodes_of(address: str) -> list[Node]:
     """Return the nodes of a cluster; empty if it does not list them, or only its dashboard is known."""
     if "://" in address or address == "auto":
         return []
-    command = [sys.executable, "-m", "pia_batch.driver.probes.ray_nodes", address]
+    command = module_command("pia_batch.driver.probes.ray_nodes", address)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_S, check=True)  # noqa: S603 - ours
+        done = subprocess.run(  # noqa: S603 - ours
+            command, env=child_environment(), capture_output=True, text=True, timeout=_PROBE_S, check=True
+        )
         nodes = json.loads(done.stdout.strip().splitlines()[-1])
     except (OSError, ValueError, IndexError, subprocess.SubprocessError):
         return []

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 from pia_batch.config import ModelConfig, PlacementConfig
 from pia_batch.driver.preflight.finding import Finding, State
 from pia_batch.errors import printable
+from pia_batch.planning.child_python import child_environment, module_command
 from pia_batch.weights.identity import resolved_dtype
 
 AMPERE = 8
@@ -27,8 +27,10 @@ def torch_facts() -> dict[str, Any]:
     Raises:
         OSError, ValueError, subprocess.SubprocessError: Torch cannot be imported, or does not answer.
     """
-    command = [sys.executable, "-m", "pia_batch.driver.probes.torch_devices"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_S, check=False)  # noqa: S603 - ours
+    command = module_command("pia_batch.driver.probes.torch_devices")
+    done = subprocess.run(  # noqa: S603 - ours
+        command, env=child_environment(), capture_output=True, text=True, timeout=_PROBE_S, check=False
+    )
     if done.returncode:
         raise ValueError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
     facts: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
