@@ -228,11 +228,11 @@ def test_the_example_of_the_documentation_animates_a_dataset(
     monkeypatch.chdir(write_manifest(pa.concat_tables([table, table.slice(4, 1)])))
     Path("jobs").symlink_to(ROOT / "jobs")
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n([^`]*animate\(requests[^`]*)```", page)
+    (example,) = re.findall(r"```python\n([^`]*animate\(north[^`]*)```", page)
 
     for name in ("requests.parquet", "table"):  # the workers of this Ray were started in another folder
         example = example.replace(f'"{name}"', f'"{Path.cwd() / name}"')
-    exec(example, {})  # noqa: S102 - what a reader would do
+    exec(example.replace("ray.shutdown()", ""), {"RunConfig": RunConfig})  # noqa: S102 - what a reader would do
 
     rows = Rows(ds.dataset("table").to_table())
     assert rows.table.column_names == [*RESULT.names, "shop"]
