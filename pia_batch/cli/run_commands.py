@@ -137,7 +137,10 @@ def _backfill(flags: RunFlags, config: RunConfig, again: Retry | None, records: 
 @contextmanager
 def _running(*, as_json: bool = False, **options: Any) -> Iterator[Callable[[RunConfig], RunSummary]]:
     """Yield a function that runs one config after the other; the first SIGINT or SIGTERM stops all of them."""
-    from pia_batch.driver import run as driver_run
+    from pia_batch.pipeline.heavy_imports import garbage_collection_paused
+
+    with garbage_collection_paused():
+        from pia_batch.driver import run as driver_run
 
     with first_signal(_print_signal) as stop:
 

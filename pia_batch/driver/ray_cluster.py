@@ -20,7 +20,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_config import JobConfig
 
 from pia_batch.config import PlacementConfig
-from pia_batch.driver import own_ray, ray_output, worker_modules
+from pia_batch.driver import own_ray, own_ray_node, ray_output, worker_modules
 from pia_batch.driver.authentication import TOKEN_REMEDY, check_authentication, connect_once, host_and_port
 from pia_batch.driver.ray_address import check_address
 from pia_batch.errors import ConfigError, message_of
@@ -87,7 +87,8 @@ def _connected(place: PlacementConfig, options: Mapping[str, Any]) -> Iterator[N
     address = place.address
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with ray_output.without_level_line():
+        own_node = own_ray_node.started_by_init() if address == "local" else nullcontext()
+        with ray_output.without_level_line(), own_node:
             ray.init(**options)
     except AuthenticationError:
         msg = f"Ray at {redacted_uri(address)} refuses the token, or the lack of one: {TOKEN_REMEDY}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pia_batch.config import ModelConfig, RunConfig
+from pia_batch.pipeline.heavy_imports import garbage_collection_paused
 
 
 class Engine(Protocol):
@@ -64,6 +65,7 @@ class EngineLoader:
 
     def __call__(self) -> Engines:
         """Return an empty model cache: an engine is loaded when it is first used."""
-        from pia_batch.engine.model_cache import ModelCache
+        with garbage_collection_paused():
+            from pia_batch.engine.model_cache import ModelCache
 
         return ModelCache(self.models, self.device, max_models=self.max_models)
