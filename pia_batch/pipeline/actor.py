@@ -16,8 +16,8 @@ from pia_batch.pipeline.animate import Animate, WorkerProcess
 from pia_batch.pipeline.heartbeat import Heartbeat
 from pia_batch.pipeline.metrics import RayMeter
 
-TASKS_IN_FLIGHT, LARGE_TASKS_IN_FLIGHT = 4, 4
-"""Tasks of one batch, and of several, at or queued before one engine: two are in work, two wait. With three or fewer,
+TASKS_IN_FLIGHT = 4
+"""Tasks at or queued before one engine: two are in work, two wait, so that the device never waits. With three or fewer,
 Ray Data adds no engines: its pool grows from 1.75 times the calls that an engine takes at a time, which are two."""
 
 
@@ -56,7 +56,7 @@ class AnimateActor:
 
 
 def in_actor_pool(
-    requests: ray.data.Dataset, place: PlacementConfig, actor: type, arguments: Mapping[str, Any], batches: int = 1
+    requests: ray.data.Dataset, place: PlacementConfig, actor: type, arguments: Mapping[str, Any]
 ) -> ray.data.Dataset:
     """Pass requests, in batches, through a pool of actors.
 
@@ -65,7 +65,6 @@ def in_actor_pool(
         place: Size of a batch, resources of an actor, and number of actors.
         actor: Class of the actors, such as AnimateActor.
         arguments: Arguments of its constructor, without `driver_version`.
-        batches: Number of batches in a task.
     """
     return requests.map_batches(
         actor,
@@ -78,7 +77,7 @@ def in_actor_pool(
         compute=ray.data.ActorPoolStrategy(
             min_size=place.min_engines,
             max_size=place.max_engines,
-            max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT if batches == 1 else LARGE_TASKS_IN_FLIGHT,
+            max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT,
             # One batch is encoded and committed while the next one is on the device; Animate keeps the order.
             max_concurrent_calls_per_actor=2,
             enable_true_multi_threading=True,

@@ -112,4 +112,4 @@ def fetched_and_animated(
     requests = requests.map_batches(fetch, **ray_data.blocks(place.fetch_num_cpus))
     if together != task_rows:  # else the blocks are those of the tasks already, and another operator costs the driver
         requests = requests.repartition(target_num_rows_per_block=task_rows, strict=True)
-    return in_actor_pool(requests, place, actor, arguments, batches)
+    return in_actor_pool(requests, place, actor, arguments)
