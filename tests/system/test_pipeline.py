@@ -26,6 +26,7 @@ from pia_batch.config import RunConfig
 from pia_batch.driver import run as driver_run
 from pia_batch.driver.progress import Progress
 from pia_batch.errors import BrokenDeviceError, ConfigError, InterruptedRunError, ManifestError
+from pia_batch.journal import layout
 from pia_batch.journal.log import Journal
 from pia_batch.manifest.arrow_types import plain_column
 from pia_batch.pipeline import actor, batching, chain
@@ -153,6 +154,7 @@ def test_steps_from_the_first_on_are_operators_of_their_own_and_blocks_have_the_
     frames = [8, 4, 8, 4, 8, 4, 8] if mixed else [8] * 7
     config = make_config(requests_table(7, num_frames=frames), placement__batch_size=2)
     plan = make_plan(config)
+    Store(config.output).check(layout.CREATE_ONLY_PROBE)  # as a run does before its chain
     dataset = chain.chain(plan, "run", FakeControl(), FakeEngineLoader(plan.engine_ids["default"]))
 
     sizes = [len(block) for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow")]
