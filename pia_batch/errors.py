@@ -191,9 +191,10 @@ _ENVIRONMENT = {
 """Remedies for errors of the operating system that an operator causes and ends, by their number."""
 
 
-OUT_OF_MEMORY_MESSAGES = (
+_OUT_OF_MEMORY_MESSAGES = (
     "out of memory",
     "can't allocate memory",
+    "bad_alloc",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "was unable to find an engine to execute this computation",
@@ -203,6 +204,18 @@ OUT_OF_MEMORY_MESSAGES = (
 The last one comes from a convolution: torch tries one cuDNN algorithm after another, skips those whose workspace does
 not fit into memory, and finally reports only that no algorithm was left.
 """
+
+
+def is_out_of_memory(err: BaseException) -> bool:
+    """Return True if this exception means that memory ran out, of the device or of the machine.
+
+    An error of torch's allocator is recognised by the name of its class, so that the driver needs no torch.
+    """
+    if isinstance(err, MemoryError) or "OutOfMemory" in type(err).__name__:
+        return True
+    if isinstance(err, OSError):
+        return err.errno == errno.ENOMEM
+    return isinstance(err, RuntimeError) and any(words in str(err) for words in _OUT_OF_MEMORY_MESSAGES)
 
 
 _CERTIFICATE = re.compile(r"CERTIFICATE_VERIFY_FAILED.*?verify failed:? ?([^(\n\"]*)")

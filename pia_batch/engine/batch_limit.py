@@ -8,10 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, takewhile
 
-import torch
-
-from pia_batch.errors import OUT_OF_MEMORY_MESSAGES
-
 PATIENCE = 8
 """Number of batches at the limit that must succeed before a larger one is tried."""
 
@@ -81,10 +77,3 @@ class BatchLimit:
             self._patience = min(2 * self._patience, MAX_PATIENCE)
         if self._limit is None or load <= self._limit:
             self._limit = half
-
-
-def is_out_of_memory(err: Exception) -> bool:
-    """Return True if this exception means that memory ran out, whichever library raised it."""
-    if isinstance(err, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(err, RuntimeError) and any(sign in str(err) for sign in OUT_OF_MEMORY_MESSAGES)

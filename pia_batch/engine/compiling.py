@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 
-from pia_batch.engine.batch_limit import is_out_of_memory
+from pia_batch.errors import is_out_of_memory
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from pia_batch.config import ModelConfig, contexts
 from pia_batch.config.arithmetic import Arithmetic
 from pia_batch.config.speed_presets import EXACT, PRESETS, Speed
 from pia_batch.engine import compiling, loading, sampling, self_test
-from pia_batch.engine.batch_limit import CPU_BATCH_PIXELS, BatchLimit, is_out_of_memory
+from pia_batch.engine.batch_limit import CPU_BATCH_PIXELS, BatchLimit
 from pia_batch.engine.chaining import Film
 from pia_batch.engine.conditioning import ImageEncoder, Prompt, PromptEncoder
 from pia_batch.engine.decoding import FrameDecoder
@@ -27,7 +27,7 @@ from pia_batch.engine.image_prompts import ImagePrompt, ImagePromptEncoder
 from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.engine.shots import Clip, Shot
 from pia_batch.engine.windows import sliding_windows_of, windows_of
-from pia_batch.errors import DeviceMemoryError, NonFiniteError, RequestError
+from pia_batch.errors import DeviceMemoryError, NonFiniteError, RequestError, is_out_of_memory, message_of
 from pia_batch.schema.key_prompts import KeyPrompt
 from pia_batch.weights.identity import engine_id, resolved_dtype
 from pia_batch.weights.resolve import resolve
@@ -233,7 +233,7 @@ class PiaEngine:
         except (MemoryError, RuntimeError) as err:
             if not is_out_of_memory(err):
                 raise
-            reason = str(err)
+            reason = message_of(err)
         # Collect here, outside the handler: the exception's traceback holds the tensors that filled the memory.
         gc.collect()
         if self._parts.device.type == "cuda":

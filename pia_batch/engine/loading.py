@@ -22,12 +22,11 @@ from pia_batch.config.arithmetic import Arithmetic
 from pia_batch.config.speed_presets import EXACT, PRESETS, SpeedPreset
 from pia_batch.engine import adapters, arithmetic, compiling, image_prompts, network_files, offloading
 from pia_batch.engine import unet as layout
-from pia_batch.engine.batch_limit import is_out_of_memory
 from pia_batch.engine.lora_scales import Scales
 from pia_batch.engine.offloading import DeviceSlot, OnDemand
 from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.engine.shots import Limits, Shot
-from pia_batch.errors import ConfigError, message_of
+from pia_batch.errors import ConfigError, is_out_of_memory, message_of
 from pia_batch.schema.lora_scales import lora_scales
 from pia_batch.weights import conv_in
 from pia_batch.weights.components import Component

@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping
 import torch
 
 from pia_batch.config import ModelConfig
-from pia_batch.engine.batch_limit import is_out_of_memory
 from pia_batch.engine.engine import PiaEngine
 from pia_batch.engine.offloading import total_memory
 from pia_batch.engine.shared_weights import SharedParts
-from pia_batch.errors import ConfigError
+from pia_batch.errors import ConfigError, is_out_of_memory
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ import pyarrow as pa
 
 from pia_batch.config import RunConfig
 from pia_batch.errors import (
-    DeviceMemoryError,
     EncodingError,
     EngineError,
     ObjectExistsError,
@@ -26,6 +25,7 @@ from pia_batch.errors import (
 )
 from pia_batch.journal.layout import animation_name, poster_name
 from pia_batch.media import codecs, posters, provenance, quality
+from pia_batch.pipeline import worker_errors
 from pia_batch.pipeline.finishing import finish
 from pia_batch.pipeline.request_rows import INTERNAL, NSFW_INPUT, condition_image, is_rejected
 from pia_batch.pipeline.safety_guard import SafetyGuard
@@ -144,9 +144,9 @@ class Committer:
             result |= _failure(err, row)
         except PiaBatchError:
             raise
-        except MemoryError as err:
-            result |= _failure(DeviceMemoryError(f"the worker ran out of memory: {message_of(err)}"), row)
         except Exception as err:
+            if lack := worker_errors.memory_error(err):
+                return result | _failure(lack, row)
             log.exception("commit_failed request_id=%s", row["request_id"])
             result |= _failure(EngineError(f"the worker raised {type(err).__name__}: {message_of(err)}"), row)
         return result

@@ -18,6 +18,7 @@ from pia_batch.errors import (
     WorkerCrashError,
     message_of,
 )
+from pia_batch.pipeline import worker_errors
 from pia_batch.pipeline.attempts import AttemptControl, SoloAttempt
 from pia_batch.pipeline.engine_guard import EngineGuard
 from pia_batch.pipeline.outcomes import interrupted
@@ -76,9 +77,9 @@ class Isolation:
             return self._guard.generate([row])[0]
         except PiaBatchError:
             raise
-        except MemoryError as err:
-            return DeviceMemoryError(f"the worker ran out of memory: {message_of(err)}")
         except Exception as err:
+            if lack := worker_errors.memory_error(err):
+                return lack
             log.exception("request_raised request_id=%s", row["request_id"])
             self._guard.exit_if_broken([row])
             return EngineError(f"the engine raised {type(err).__name__}: {message_of(err)}")

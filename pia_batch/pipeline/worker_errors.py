@@ -9,13 +9,14 @@ import sys
 
 from pia_batch import __version__
 from pia_batch.errors import (
-    OUT_OF_MEMORY_MESSAGES,
     BrokenDeviceError,
     ConfigError,
+    DeviceMemoryError,
     InterruptedRunError,
     PiaBatchError,
     StorageError,
     environment_error,
+    is_out_of_memory,
     message_of,
 )
 
@@ -95,8 +96,7 @@ def explain(err: Exception) -> Exception:
     cause, here = f"{type(err).__name__}: {message_of(err)}", f"an engine cannot start on node {socket.gethostname()}"
     if isinstance(err, ImportError):
         return ConfigError(f"{here}: {cause}; install the versions of constraints.txt on every node")
-    is_memory = isinstance(err, MemoryError) or "OutOfMemory" in type(err).__name__
-    if is_memory or any(words in str(err) for words in OUT_OF_MEMORY_MESSAGES):
+    if is_out_of_memory(err):
         return ConfigError(
             f"{here}: {cause}; it needs a larger device or machine, `model.memory: low`, fewer engines on one GPU "
             "(placement.num_gpus), or fewer models (placement.max_models)"
@@ -111,6 +111,16 @@ def explain(err: Exception) -> Exception:
             "`python -m torch.utils.collect_env`), and repair the node or remove it"
         )
     return err
+
+
+def memory_error(err: Exception) -> DeviceMemoryError | None:
+    """Return the error of a request for which memory ran out, with the remedy; None for any other exception."""
+    if not is_out_of_memory(err):
+        return None
+    return DeviceMemoryError(
+        f"the worker ran out of memory: {message_of(err)}; lower its num_frames, width or height, or take a machine or "
+        "device with more memory"
+    )
 
 
 def own_message(err: PiaBatchError) -> str:

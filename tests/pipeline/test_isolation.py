@@ -36,7 +36,7 @@ def run_to_the_end(config: RunConfig, control: FakeControl | None = None, worker
     ("does", "kind", "attempts", "error"),
     [
         ("raises", "engine_error", 2, "the engine raised RuntimeError: weights are cursed"),
-        ("hungers", "out_of_memory", 2, "the worker ran out of memory"),
+        ("hungers", "out_of_memory", 2, "the worker ran out of memory: MemoryError; lower its num_frames"),
         ("kills", "worker_crash", 4, "its worker died in each of 2 attempts to animate it alone"),
     ],
 )

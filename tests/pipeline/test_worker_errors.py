@@ -1,3 +1,4 @@
+import errno
 import socket
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from ray.exceptions import RaySystemError, WorkerCrashedError
 
 from pia_batch import __version__
 from pia_batch.errors import BrokenDeviceError, ConfigError, InterruptedRunError, StorageError
-from pia_batch.pipeline.worker_errors import check_version, explain, explain_loss
+from pia_batch.pipeline.worker_errors import check_version, explain, explain_loss, memory_error
 
 
 class OutOfMemoryError(RuntimeError):
@@ -38,6 +39,34 @@ def test_what_a_node_lacks_is_reported_with_the_node_the_cause_and_the_remedy(
     assert type(explained) is kind
     assert f"an engine cannot start on node {socket.gethostname()}: {type(raised).__name__}" in str(explained)
     assert remedy in str(explained)
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 2.00 GiB for an array"),
+        OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
+        ),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_a_lack_of_memory_is_the_error_of_one_request_with_the_remedy(raised: Exception) -> None:
+    error = memory_error(raised)
+
+    assert error is not None
+    assert error.kind == "out_of_memory"
+    assert str(error).startswith("the worker ran out of memory: ")
+    assert "lower its num_frames, width or height" in str(error)
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("cursed"), KeyError("out of memory"), OSError(errno.ENOSPC, "full")])
+def test_another_error_is_no_lack_of_memory(raised: Exception) -> None:
+    assert memory_error(raised) is None
 
 
 @pytest.mark.parametrize("raised", [KeyError("unet"), TypeError("no such argument"), StorageError("S3 is down")])
