@@ -28,35 +28,10 @@ from pia_batch.engine.shared_weights import SharedParts
 from pia_batch.engine.shots import Limits, Shot
 from pia_batch.errors import ConfigError, is_out_of_memory, message_of
 from pia_batch.schema.lora_scales import lora_scales
-from pia_batch.weights import conv_in
+from pia_batch.weights import conv_in, scheduler_values
 from pia_batch.weights.components import Component
 from pia_batch.weights.identity import ENGINE_VERSION
 from pia_batch.weights.resolve import Weights
-
-_SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "pndm": "PNDMScheduler",
-    "lms": "LMSDiscreteScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_ancestral": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "lcm": "LCMScheduler",
-}
-
-_TRAINED = {"beta_schedule": "linear", "clip_sample": False}
-"""Noise schedule of PIA, which replaces that of Stable Diffusion bases.
-
-Source: open-mmlab/PIA `example/config/base.yaml`.
-"""
-
-_ORIGINAL = _TRAINED | {"beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1, "set_alpha_to_one": True}
-"""Scheduler of the original: these arguments, and diffusers' own defaults for all others.
-
-Source: open-mmlab/PIA `example/config/base.yaml`, and `i2v_pipeline.py` `build_pipeline`.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,11 +218,11 @@ def build_scheduler(config: SchedulerConfig, shipped: Any, calculates: Arithmeti
     if config.name == "checkpoint":
         chosen, start, trained = type(shipped), dict(shipped.config), dict[str, Any]()
     else:
-        chosen = getattr(diffusers, _SCHEDULERS[config.name])
-        start, trained = dict(shipped.config), _TRAINED
+        chosen = getattr(diffusers, scheduler_values.CLASSES[config.name])
+        start, trained = dict(shipped.config), scheduler_values.TRAINED
         if calculates == "original":
-            start = {key: value for key, value in start.items() if key in ("prediction_type", "num_train_timesteps")}
-            trained = _ORIGINAL
+            start = {key: value for key, value in start.items() if key in scheduler_values.KEPT_BY_ORIGINAL}
+            trained = scheduler_values.ORIGINAL
     known = set(inspect.signature(chosen.__init__).parameters) - {"self", "kwargs"}
     unknown = sorted(set(config.settings) - known)
     if unknown:
@@ -414,7 +389,7 @@ def _read_image_encoder(part: Component, dtype: torch.dtype) -> Any:
 
 
 def _shipped_scheduler(weights: Weights) -> Any:
-    path = weights.components["scheduler"].folder / "scheduler_config.json"
+    path = weights.components["scheduler"].folder / scheduler_values.FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = getattr(diffusers, config["_class_name"])

@@ -2,7 +2,7 @@
 
 Names and shapes of tensors do not show these settings.
 
-Sources: diffusers 0.42.1 `models` and `schedulers`; huggingface/transformers `CLIPTextConfig`, `activations.py`.
+Sources: diffusers 0.42.1 `models`; huggingface/transformers `CLIPTextConfig`, `activations.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pia_batch.weights import networks
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
+class Rule:
     """Values that a setting may have.
 
     Attributes:
@@ -36,7 +36,7 @@ def check(name: str, settings: Mapping[str, Any], path: Path) -> None:
     """Check the settings of one config.
 
     Args:
-        name: Name of the part: `unet`, `vae`, `text_encoder`, `motion_adapter` or `scheduler`.
+        name: Name of the part: `unet`, `vae`, `text_encoder` or `motion_adapter`.
         settings: Content of the config.
         path: Path of the config, for messages.
 
@@ -54,11 +54,13 @@ def check(name: str, settings: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Return True for a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Return True for a whole number above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
@@ -67,106 +69,87 @@ def _channels(settings: Mapping[str, Any]) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def _one_of(*values: str) -> _Rule:
-    return _Rule(f"one of {', '.join(values)}", lambda value, _: value in values)
+def one_of(*values: str) -> Rule:
+    """Return the rule for these texts."""
+    return Rule(f"one of {', '.join(values)}", lambda value, _: value in values)
 
 
-def _heads(width: str) -> _Rule:
+def _heads(width: str) -> Rule:
     def accepts(value: Any, settings: Mapping[str, Any]) -> bool:
         whole = settings.get(width)
-        return _is_count(value) and (not _is_count(whole) or whole % value == 0)
+        return is_count(value) and (not is_count(whole) or whole % value == 0)
 
-    return _Rule(f"a divisor of {width}", accepts)
+    return Rule(f"a divisor of {width}", accepts)
 
 
-_ACTIVATION = _one_of("silu", "swish", "mish", "gelu", "relu")
-_POSITIVE = _Rule("a number above 0", lambda value, _: _is_number(value) and value > 0)
-_FLOAT = _Rule(
+_ACTIVATION = one_of("silu", "swish", "mish", "gelu", "relu")
+POSITIVE = Rule("a number above 0", lambda value, _: is_number(value) and value > 0)
+_FLOAT = Rule(
     "a number above 0 with a decimal point, such as 1.0",  # transformers refuses 1 here
-    lambda value, _: isinstance(value, float) and _is_number(value) and value > 0,
+    lambda value, _: isinstance(value, float) and is_number(value) and value > 0,
 )
-_FRACTION = _Rule("a number from 0 to 1", lambda value, _: _is_number(value) and 0 <= value <= 1)
-_COUNT = _Rule("a whole number above 0", lambda value, _: _is_count(value))
-_MIN_STEPS = 10
-_WHOLE = _Rule("a whole number", lambda value, _: isinstance(value, int) and not isinstance(value, bool))
-_TOKEN = _Rule("null or a whole number", _WHOLE.accepts, nullable=True)
-_YES_OR_NO = _Rule("true or false", lambda value, _: isinstance(value, bool))
-_GROUPS = _Rule(
+_FRACTION = Rule("a number from 0 to 1", lambda value, _: is_number(value) and 0 <= value <= 1)
+COUNT = Rule("a whole number above 0", lambda value, _: is_count(value))
+WHOLE = Rule("a whole number", lambda value, _: isinstance(value, int) and not isinstance(value, bool))
+_TOKEN = Rule("null or a whole number", WHOLE.accepts, nullable=True)
+YES_OR_NO = Rule("true or false", lambda value, _: isinstance(value, bool))
+_GROUPS = Rule(
     "a divisor of all block_out_channels",
     lambda value, settings: (
-        _is_count(value) and all(_is_count(each) and each % value == 0 for each in _channels(settings))
+        is_count(value) and all(is_count(each) and each % value == 0 for each in _channels(settings))
     ),
 )
-_NONE = _Rule("null, as for Stable Diffusion 1.5", lambda *_: False, nullable=True)
+_NONE = Rule("null, as for Stable Diffusion 1.5", lambda *_: False, nullable=True)
 
-_RULES: dict[str, dict[str, _Rule]] = {
+_RULES: dict[str, dict[str, Rule]] = {
     "unet": {
         "act_fn": _ACTIVATION,
-        "conv_in_kernel": _COUNT,
-        "conv_out_kernel": _COUNT,
-        "downsample_padding": _WHOLE,
+        "conv_in_kernel": COUNT,
+        "conv_out_kernel": COUNT,
+        "downsample_padding": WHOLE,
         "dropout": _FRACTION,
-        "mid_block_scale_factor": _POSITIVE,
-        "norm_eps": _POSITIVE,
+        "mid_block_scale_factor": POSITIVE,
+        "norm_eps": POSITIVE,
         "norm_num_groups": _GROUPS,
-        "num_attention_heads": _Rule(
+        "num_attention_heads": Rule(
             "null, as attention_head_dim has their number",
             lambda _, settings: settings.get("_class_name") == "UNetMotionModel",
             nullable=True,
         ),
-        "only_cross_attention": _Rule("false", lambda value, _: value is not None),
-        "resnet_time_scale_shift": _one_of("default"),
-        "reverse_transformer_layers_per_block": _Rule(
+        "only_cross_attention": Rule("false", lambda value, _: value is not None),
+        "resnet_time_scale_shift": one_of("default"),
+        "reverse_transformer_layers_per_block": Rule(
             "null or a list", lambda value, _: isinstance(value, list), nullable=True
         ),
-        "time_embedding_type": _one_of("positional"),
+        "time_embedding_type": one_of("positional"),
     },
     "vae": {
         "act_fn": _ACTIVATION,
         "norm_num_groups": _GROUPS,
-        "sample_size": _Rule(
+        "sample_size": Rule(
             "a whole number above 0, or a list of these",
-            lambda value, _: all(map(_is_count, value)) if isinstance(value, list) and value else _is_count(value),
+            lambda value, _: all(map(is_count, value)) if isinstance(value, list) and value else is_count(value),
         ),
-        "scaling_factor": _POSITIVE,
+        "scaling_factor": POSITIVE,
         "shift_factor": _NONE,
         "latents_mean": _NONE,
         "latents_std": _NONE,
-        "force_upcast": _YES_OR_NO,
+        "force_upcast": YES_OR_NO,
     },
     "text_encoder": {
         "attention_dropout": _FRACTION,
-        "hidden_act": _one_of("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu"),
+        "hidden_act": one_of("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu"),
         "initializer_factor": _FLOAT,
         "initializer_range": _FLOAT,
         "layer_norm_eps": _FLOAT,
         "num_attention_heads": _heads("hidden_size"),
-        "projection_dim": _COUNT,
+        "projection_dim": COUNT,
         "bos_token_id": _TOKEN,
         "eos_token_id": _TOKEN,
         "pad_token_id": _TOKEN,
     },
     "motion_adapter": {
         "motion_norm_num_groups": _GROUPS,
-    },
-    "scheduler": {
-        "beta_end": _POSITIVE,
-        "beta_schedule": _one_of("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"),
-        "beta_start": _POSITIVE,
-        "clip_sample": _YES_OR_NO,
-        "num_train_timesteps": _Rule(
-            "a whole number from 10", lambda value, _: _is_count(value) and value >= _MIN_STEPS
-        ),
-        "prediction_type": _one_of("epsilon", "v_prediction", "sample"),
-        "rescale_betas_zero_snr": _YES_OR_NO,
-        "set_alpha_to_one": _YES_OR_NO,
-        "steps_offset": _WHOLE,
-        "trained_betas": _Rule(
-            "null or a list of numbers",
-            lambda value, _: isinstance(value, list) and len(value) >= _MIN_STEPS and all(map(_is_number, value)),
-            nullable=True,
-        ),
-        "timestep_spacing": _one_of("leading", "linspace", "trailing"),
     },
 }
 """Rules by part and setting."""

@@ -25,6 +25,7 @@ from pia_batch.weights import (
     motion_adapters,
     networks,
     safetensors,
+    scheduler_values,
     sd15,
     tensor_map,
     tokenizer_files,
@@ -105,7 +106,7 @@ def resolve(model: ModelConfig, hub: Hub | None = None) -> Weights:
     base, parts = _base(model, configs, hub)
     if model.vae is not None:
         parts["vae"] = _vae(model.vae, model, configs, hub)
-    _check_scheduler(parts["scheduler"])
+    scheduler_values.check(model, parts["scheduler"])
     for name in ("text_encoder", "unet", "vae"):
         _check_class(name, parts[name])
     _check_vae(parts["vae"])
@@ -323,26 +324,6 @@ _CLASSES = {
     "motion_adapter": ("MotionAdapter",),
 }
 _TEXT_TYPES = {"clip": "CLIPModel", "clip_text_model": "CLIPTextModel"}
-
-
-_SCHEDULERS = frozenset(
-    f"{name}Scheduler"
-    for name in (
-        "DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSDE",
-        "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete", "IPNDM",
-        "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD", "UniPCMultistep",
-    )
-)  # fmt: skip
-"""Schedulers of networks that predict noise at discrete steps, of diffusers 0.42.1."""
-
-
-def _check_scheduler(scheduler: Component) -> None:
-    path = scheduler.folder / "scheduler_config.json"
-    settings = components.read_json(path)
-    name = str(settings.get("_class_name"))
-    if name not in _SCHEDULERS:
-        raise ConfigError(f"{path}: {name} is not a scheduler of Stable Diffusion 1.5; use its folder of that family")
-    config_values.check("scheduler", settings, path)
 
 
 def _check_vae(vae: Component) -> None:
