@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import tempfile
 import traceback
@@ -107,6 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     try:
         _check_interpreter()
+        _check_folder()
         app(arguments, prog_name="pia-batch")
     except SystemExit as ended:
         if isinstance(ended.__context__, BrokenPipeError):
@@ -129,6 +131,20 @@ def _check_interpreter(level: int = sys.flags.optimize) -> None:
     """
     if level > 1:
         raise errors.ConfigError("PYTHONOPTIMIZE or -OO: Ray does not work without docstrings; use level 1 at most")
+
+
+def _check_folder() -> None:
+    """Refuse a working folder that was removed, which paths, Ray and child processes start from.
+
+    Raises:
+        ConfigError: It was.
+    """
+    try:
+        os.getcwd()  # noqa: PTH109 - quicker than importing pathlib
+    except FileNotFoundError:
+        raise errors.ConfigError(
+            "the working folder was removed: change to a folder that exists, and start again"
+        ) from None
 
 
 def _code_without_reader(broken: BrokenPipeError) -> int:

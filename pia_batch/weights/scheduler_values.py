@@ -125,7 +125,7 @@ def _is_only_one(_: Any, settings: Mapping[str, Any]) -> bool:
 
 
 def _ends_above_zero(settings: Mapping[str, Any]) -> bool:
-    return settings.get("final_sigmas_type", "zero") == "sigma_min"
+    return bool(settings.get("final_sigmas_type", "zero") == "sigma_min")
 
 
 def _solver(*kinds: str, above_zero: tuple[str, ...] = ()) -> Rule:

@@ -1,4 +1,4 @@
-"""Standard output and standard error that are closed, full, a pipe without a reader, or without UTF-8."""
+"""Standard output and standard error that are closed, full, a pipe without a reader, or without UTF-8; no folder."""
 
 from __future__ import annotations
 
@@ -120,3 +120,14 @@ def test_a_python_without_docstrings_is_refused() -> None:
 def test_the_consoles_are_those_of_the_process() -> None:
     assert isinstance(out, Stream)
     assert (out.stderr, err.stderr) == (False, True)
+
+
+@pytest.mark.parametrize("words", ["plan --manifest /m.parquet --output /o", "demo", "doctor", "status /o"])
+def test_a_working_folder_that_was_removed_is_one_line_with_the_remedy(words: str, tmp_path: Path) -> None:
+    script = "import os, sys; os.rmdir(os.getcwd()); from pia_batch.cli import main; main(sys.argv[1:])"
+    (tmp_path / "gone").mkdir()
+
+    done = _command([sys.executable, "-c", script, *words.split()], cwd=tmp_path / "gone", capture_output=True)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "pia-batch: the working folder was removed: change to a folder that exists, and start again\n"
