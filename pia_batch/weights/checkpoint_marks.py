@@ -21,7 +21,12 @@ _MARKS: dict[str, tuple[str, Any]] = {
 Source: comfyanonymous/ComfyUI `comfy/supported_models.py` `model_type`.
 """
 
-_METADATA = "modelspec.prediction_type"
+_METADATA = ("modelspec.prediction_type", "modelspec.predict_key")
+"""Names of the metadata with what a checkpoint predicts, as `epsilon` or `v`.
+
+Sources: Stability-AI/ModelSpec, whose name sd-scripts writes; comfyanonymous/ComfyUI
+`comfy_extras/nodes_model_merging.py` `save_checkpoint` for the second.
+"""
 
 _CONTINUOUS = re.compile(r"edm_(mean|std)|edm_vpred\.sigma_(max|min)")
 """Names of marks of a training on continuous noise levels. Source: the same."""
@@ -51,9 +56,6 @@ def check(model: ModelConfig, header: SafetensorsHeader, scheduler: Component) -
 
     Raises:
         ConfigError: The scheduler uses another prediction type or noise; the message has the settings to set.
-
-    Source of the metadata: Stability-AI/ModelSpec, `modelspec.prediction_type`, which sd-scripts writes as `epsilon` or
-    `v`.
     """
     name = header.path.name
     file = components.read_json(scheduler.folder / "scheduler_config.json")
@@ -89,7 +91,7 @@ def check(model: ModelConfig, header: SafetensorsHeader, scheduler: Component) -
 
 def _wanted(header: SafetensorsHeader) -> dict[str, Any]:
     """Return the settings of a scheduler that a checkpoint names, with their values."""
-    trained = str(header.metadata.get(_METADATA, "")).lower()
+    trained = next((str(header.metadata[name]).lower() for name in _METADATA if header.metadata.get(name)), "")
     wanted: dict[str, Any] = {}
     if trained[:1] in ("v", "e"):
         wanted["prediction_type"] = "v_prediction" if trained[:1] == "v" else "epsilon"
@@ -97,7 +99,7 @@ def _wanted(header: SafetensorsHeader) -> dict[str, Any]:
 
 
 def _sources(header: SafetensorsHeader) -> str:
-    metadata = ["its metadata"] if header.metadata.get(_METADATA) else []
+    metadata = ["its metadata"] if any(map(header.metadata.get, _METADATA)) else []
     return " and ".join([*metadata, *(f"its mark {mark}" for mark in _MARKS if mark in header.shapes)])
 
 

@@ -416,10 +416,11 @@ def test_the_vae_of_another_family_is_refused_by_its_metadata(kept, tensors, tmp
         assert resolve(ModelConfig(**settings)).components["vae"].path == tmp_path / "vae.safetensors"
 
 
+@pytest.mark.parametrize("name", ["modelspec.prediction_type", "modelspec.predict_key"])
 @pytest.mark.parametrize(("trained", "other"), [("v", "epsilon"), ("epsilon", "v_prediction")])
-def test_a_prediction_type_in_the_metadata_must_be_that_of_the_scheduler(kept, tensors, tmp_path, trained, other):
+def test_a_prediction_type_in_the_metadata_must_be_that_of_the_scheduler(kept, tensors, tmp_path, trained, other, name):
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    base = layouts.hollow(shapes, tmp_path / "base.safetensors", metadata={"modelspec.prediction_type": trained})
+    base = layouts.hollow(shapes, tmp_path / "base.safetensors", metadata={name: trained})
     settings = {"base": str(base), "config": str(kept), "motion_adapter": str(kept / "motion_adapter")}
     own = "v_prediction" if trained == "v" else "epsilon"
 
