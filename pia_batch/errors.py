@@ -275,9 +275,19 @@ MESSAGE_LENGTH = 300
 
 
 def message_of(err: BaseException) -> str:
-    """Return the first line of another library's exception, `printable`, or the name of its class if it has no text."""
-    lines = str(err).strip().splitlines()
-    return printable(lines[0][:MESSAGE_LENGTH] if lines else type(err).__name__)[:MESSAGE_LENGTH]
+    """Return the first line of an exception, `printable`, or the name of its class if it has no text.
+
+    Another library's is cut. One of this package ends with the remedy: only the middle of long paths in it is left out.
+    """
+    line = str(err).strip().split("\n", 1)[0] or type(err).__name__
+    if type(err).__module__.startswith(f"{__package__}."):
+        return " ".join(_shortened(word) for word in printable(line).split(" "))
+    return printable(line.splitlines()[0][:MESSAGE_LENGTH])[:MESSAGE_LENGTH]
+
+
+def _shortened(word: str) -> str:
+    half = MESSAGE_LENGTH // 2
+    return word if len(word) <= MESSAGE_LENGTH else f"{word[:half]}…{word[-half:]}"
 
 
 def printable(text: str) -> str:

@@ -7,10 +7,12 @@ import ssl
 from typing import NoReturn
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ray.exceptions import RayTaskError
 
 from pia_batch import cli
-from pia_batch.errors import ConfigError, InterruptedRunError, environment_error
+from pia_batch.errors import ConfigError, InterruptedRunError, environment_error, message_of
 from pia_batch.pipeline.worker_errors import explain_loss
 
 
@@ -86,3 +88,17 @@ def test_a_message_of_several_lines_is_printed_as_one(
         cli.main([])
 
     assert capsys.readouterr().err == "pia-batch: model.base: cannot load: missing keys more\n"
+
+
+@given(st.text(st.characters(exclude_characters=" \n", codec="utf-8"), max_size=4096))
+def test_a_message_of_our_own_keeps_its_remedy_after_a_path_of_any_length(name: str) -> None:
+    message = message_of(ConfigError(f"file:///data/{name}.png is not below the manifest; add it to `images.allow`"))
+
+    assert message.startswith("file:///data/")
+    assert message.endswith(".png is not below the manifest; add it to `images.allow`")
+    assert message.isprintable()
+    assert max(map(len, message.split(" "))) <= 301
+
+
+def test_a_message_of_another_library_is_cut() -> None:
+    assert message_of(ValueError("x" * 4096)) == "x" * 300
