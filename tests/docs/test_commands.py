@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -261,10 +262,25 @@ def test_the_readme_can_be_followed(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("outputs/photos/animations/*/*.mp4"))) == 1
 
 
+@contextmanager
+def head_of_its_own() -> Iterator[Callable[[str], str]]:
+    """Yield a function that gives a page's head node other ports and another folder than a Ray of this machine has."""
+    with tempfile.TemporaryDirectory(prefix="pb", dir="/tmp", ignore_cleanup_errors=True) as sessions:
+        places = {"6399": str(free_port()), "8265": str(free_port()), r"--temp-dir=\S+": f"--temp-dir={sessions}"}
+
+        def moved(script: str) -> str:
+            for here, there in places.items():
+                script = re.sub(here, there, script)
+            return script
+
+        yield moved
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_tutorial_can_be_followed(tmp_path: Path) -> None:
-    follow("docs/tutorial.md", tmp_path)
+    with head_of_its_own() as moved:
+        follow("docs/tutorial.md", tmp_path, moved)
 
     first = tmp_path / "first"
     assert {path.suffix for path in first.glob("out/animations/*/*")} == {".mp4", ".webp", ".gif"}
@@ -278,14 +294,7 @@ def test_the_tutorial_can_be_followed(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_a_run_is_submitted_to_a_cluster_as_the_page_says(tmp_path: Path) -> None:
     sample_of_three(tmp_path)
-    with tempfile.TemporaryDirectory(prefix="pb", dir="/tmp", ignore_cleanup_errors=True) as sessions:
-        places = {"6399": str(free_port()), "8265": str(free_port()), r"--temp-dir=\S+": f"--temp-dir={sessions}"}
-
-        def moved(script: str) -> str:
-            for here, there in places.items():
-                script = re.sub(here, there, script)
-            return script
-
+    with head_of_its_own() as moved:
         follow("docs/clusters.md", tmp_path, moved)
 
     assert len(list(tmp_path.glob("out/animations/*/*"))) == 3
