@@ -267,6 +267,7 @@ def head_of_its_own() -> Iterator[Callable[[str], str]]:
     """Yield a function that gives a page's head node other ports and another folder than a Ray of this machine has."""
     with tempfile.TemporaryDirectory(prefix="pb", dir="/tmp", ignore_cleanup_errors=True) as sessions:
         places = {"6399": str(free_port()), "8265": str(free_port()), r"--temp-dir=\S+": f"--temp-dir={sessions}"}
+        places["ray start --head"] = f"ray start --head --dashboard-agent-listen-port={free_port()}"
 
         def moved(script: str) -> str:
             for here, there in places.items():
