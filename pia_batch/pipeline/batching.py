@@ -11,9 +11,13 @@ TASKS_PER_ENGINE = 64
 """A task has several batches only where each engine still gets more tasks than these, because the driver's time grows
 with the tasks. Engines of equal speed that have no task left while others end theirs lose less than 1 % of the run."""
 
+FETCHES_PER_ROUND = 4
+"""Number of fetch tasks that give each engine one batch, where a run has very many engines: few, because engines may
+leave only a few CPUs to fetch with."""
+
 TASK_ROWS, TASK_BYTES = 64, 32 * 2**20
-"""Maximum number of requests in a task of several batches, and of the bytes of their pixels under the config's
-defaults."""
+"""Maximum number of requests in a task of several batches, or in a fetch task for many engines, and of the bytes of
+their pixels under the config's defaults."""
 
 
 def batches_per_task(config: RunConfig, num_requests: int) -> int:
@@ -21,16 +25,15 @@ def batches_per_task(config: RunConfig, num_requests: int) -> int:
 
     With priorities it is always one, because what is in a task is processed before everything after it.
     """
-    place, defaults = config.placement, config.defaults
+    place = config.placement
     if config.budget.priority is not None:
         return 1
-    row_bytes = 3 * (defaults.width * defaults.height if defaults.size == "fixed" else defaults.long_side**2)
-    rows = min(TASK_ROWS, TASK_BYTES // row_bytes, num_requests // (TASKS_PER_ENGINE * place.max_engines))
+    rows = min(_max_rows(config), num_requests // (TASKS_PER_ENGINE * place.max_engines))
     return max(1, rows // place.batch_size)
 
 
 def fetch_rows(config: RunConfig, task_rows: int) -> int:
-    """Return the number of requests that are fetched together: tasks enough to employ every thread.
+    """Return the number of requests that are fetched together: tasks enough to employ all threads and feed all engines.
 
     With priorities it is one task, because tasks overtake each other.
 
@@ -40,4 +43,13 @@ def fetch_rows(config: RunConfig, task_rows: int) -> int:
     """
     if config.budget.priority is not None:
         return task_rows
-    return task_rows * max(1, config.images.threads // task_rows)
+    place = config.placement
+    for_engines = min(_max_rows(config), place.batch_size * place.max_engines // FETCHES_PER_ROUND)
+    return task_rows * max(1, max(config.images.threads, for_engines) // task_rows)
+
+
+def _max_rows(config: RunConfig) -> int:
+    """Return the number of requests that several batches together may have, by TASK_ROWS and TASK_BYTES."""
+    defaults = config.defaults
+    row_bytes = 3 * (defaults.width * defaults.height if defaults.size == "fixed" else defaults.long_side**2)
+    return min(TASK_ROWS, TASK_BYTES // row_bytes)

@@ -108,8 +108,8 @@ def fetched_and_animated(
     place = config.placement
     task_rows = place.batch_size * batches
     together = batching.fetch_rows(config, task_rows)
-    requests = requests.repartition(target_num_rows_per_block=together, strict=True)
-    requests = requests.map_batches(fetch, **ray_data.blocks(place.fetch_num_cpus))
-    if together != task_rows:  # else the blocks are those of the tasks already, and another operator costs the driver
-        requests = requests.repartition(target_num_rows_per_block=task_rows, strict=True)
+    requests = ray_data.repartitioned(requests, together, ray_data.SPLIT_CPUS)
+    requests = requests.map_batches(fetch, **ray_data.blocks(place.fetch_num_cpus) | {"batch_size": together})
+    if together != task_rows:  # else the blocks are those of the tasks already
+        requests = ray_data.repartitioned(requests, task_rows, place.fetch_num_cpus)
     return in_actor_pool(requests, place, actor, arguments)

@@ -44,3 +44,13 @@ def test_tasks_enough_for_every_thread_are_fetched_together_unless_they_have_pri
     config = make_config(requests_table(1), images__threads=threads, budget__priority=priority)
 
     assert batching.fetch_rows(config, task_rows) == rows
+
+
+@pytest.mark.parametrize(("engines", "side_px", "rows"), [(16, 64, 16), (64, 64, 64), (1000, 64, 64), (1000, 512, 40)])
+def test_more_requests_are_fetched_together_for_many_engines(
+    make_config: MakeConfig, engines: int, side_px: int, rows: int
+) -> None:
+    place = {"placement__max_engines": engines, "placement__batch_size": 4}
+    config = make_config(requests_table(1), defaults__width=side_px, defaults__height=side_px, **place)
+
+    assert batching.fetch_rows(config, task_rows=4) == rows

@@ -10,6 +10,7 @@ import pytest
 import ray.data
 from fakes import FakeControl
 from inputs import requests_table
+from ray.data._internal.logical.optimizers import get_execution_plan
 
 from pia_batch.config import RunConfig
 from pia_batch.pipeline import batching
@@ -53,16 +54,24 @@ def test_ray_data_calls_the_limit_of_statistics_once_however_often_it_is_configu
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")  # a chain begins with blocks in Ray's store
-@pytest.mark.parametrize(("rows", "steps"), [(3, 2), (64 * 2 * 16, 1)])
-def test_tasks_that_are_fetched_as_they_are_need_no_step_that_cuts_them(
-    make_config: MakeConfig, context: Any, rows: int, steps: int
+@pytest.mark.parametrize(("rows", "tasks"), [(3, 1), (64 * 2 * 16, 4)])
+@pytest.mark.parametrize("fetch_cpus", [0.2, 0.25, 0.3, 0.35, 0.5, 1])
+def test_fetched_requests_are_cut_to_tasks_by_the_step_that_fetches_them(
+    make_config: MakeConfig, context: Any, rows: int, tasks: int, fetch_cpus: float
 ) -> None:
     assert context
-    config = make_config(requests_table(rows), placement__batch_size=4, placement__max_engines=2)
-    plan = make_plan(config)
-    tasks = batching.batches_per_task(config, rows)
+    place = {"placement__batch_size": 4, "placement__max_engines": 2, "placement__num_cpus": 2}
+    config = make_config(requests_table(rows), **place, placement__fetch_num_cpus=fetch_cpus)
+    assert batching.batches_per_task(config, rows) == tasks
 
-    described = chain(plan, "run", FakeControl())._logical_plan.dag.dag_str
+    steps, step = [], get_execution_plan(chain(make_plan(config), "run", FakeControl())._logical_plan)[0].dag
+    while step.input_dependencies:
+        steps.append(step.name)
+        (step,) = step.input_dependencies
 
-    assert tasks == (1 if rows == 3 else 4)
-    assert described.count("StreamingRepartition[num_rows") == steps
+    fetch = "MapBatches(FetchImages)" + (
+        "->StreamingRepartition[num_rows_per_block=4,strict=True]" if tasks == 1 else ""
+    )
+    cut = "StreamingRepartition[num_rows_per_block=16,strict=True]"
+    read = "ReadManifest->MapBatches(Validate)->MapBatches(DropFinished)"
+    assert steps == ["MapBatches(AnimateActor)", fetch, cut, read]
