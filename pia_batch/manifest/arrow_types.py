@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from typing import Any
 
@@ -55,6 +55,12 @@ _VIEWS = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary
 def is_nested(data_type: pa.DataType) -> bool:
     """Return True for lists, maps and structs."""
     return bool(pa.types.is_nested(data_type))
+
+
+def has_part(data_type: pa.DataType, test: Callable[[pa.DataType], bool]) -> bool:
+    """Return True if a plain type passes a test at any depth."""
+    children = (data_type.field(number).type for number in range(data_type.num_fields))
+    return test(data_type) or (is_nested(data_type) and any(has_part(child, test) for child in children))
 
 
 def has_lists(data_type: pa.DataType) -> bool:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pia_batch.errors import printable
 from pia_batch.manifest import key_prompts, lora_scales
 from pia_batch.manifest.arrow_types import plain_column
 from pia_batch.schema.columns import REQUEST, is_mixed, redacted
@@ -265,16 +266,16 @@ def _shown(values: pa.Array) -> pa.Array:
         text = pa.array([_python_text(value) for value in values], pa.string())
     textual = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
     quoted = pc.binary_join_element_wise("'", redacted(text), "'", "") if textual else text
-    for pattern, written in _LINE_ENDS.items():  # a message is one line
-        quoted = pc.replace_substring_regex(quoted, pattern, written)
+    control = pc.fill_null(pc.match_substring_regex(quoted, r"[\p{Cc}\p{Zl}\p{Zp}]"), False)
+    if pc.any(control).as_py():  # a message is one line
+        quoted = pc.replace_with_mask(
+            quoted, control, pa.array(map(printable, quoted.filter(control).to_pylist()), pa.string())
+        )
     return pc.utf8_slice_codeunits(quoted, 0, 80)
-
-
-_LINE_ENDS = {"\n": "\\\\n", "\r": "\\\\r"}
 
 
 def _python_text(value: pa.Scalar) -> str | None:
     try:
         return str(value.as_py())[:80] if value.is_valid else None
-    except OverflowError:  # a date beyond those of Python
+    except (ArithmeticError, LookupError, ValueError):  # a date beyond those of Python, an unknown time zone
         return f"a value of {value.type}"

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from pia_batch.config import ModelConfig, RunConfig
 from pia_batch.config.model_limits import Limits, ModelLimits
+from pia_batch.manifest.arrow_types import has_part
 from pia_batch.schema.lora_scales import LORA_SCALES_TYPE, LoraScale, is_read, lora_scales, problem_of
 
 NAME = "lora_scales"
@@ -21,6 +22,8 @@ def read(raw: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:
     Args:
         raw: Lists of structs with `name` and `scale`, maps, or JSON text of either.
     """
+    if has_part(raw.type, pa.types.is_temporal):  # some dates and time zones have no value in Python
+        return column_of([None] * len(raw)), raw.is_valid(), pa.repeat(False, len(raw))
     found = [None if value is None else lora_scales(value) for value in raw.to_pylist()]
     unread = [scales is not None and not is_read(scales) for scales in found]
     wrong = [is_read(scales) and problem_of(scales) is not None for scales in found]

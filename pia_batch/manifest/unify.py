@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pia_batch.config import RequestIdFrom
 from pia_batch.errors import ManifestError, message_of, printable
-from pia_batch.manifest.arrow_types import EXTENSION, is_nested, plain_column, plain_type
+from pia_batch.manifest.arrow_types import EXTENSION, has_part, is_nested, plain_column, plain_type
 from pia_batch.manifest.column_layout import MAX_COLUMNS
 from pia_batch.schema.columns import REQUEST, RESERVED, conformed, is_mixed, mixed
 
@@ -212,7 +212,7 @@ def _widened(column: pa.ChunkedArray, item: pa.Field) -> pa.ChunkedArray:
         return column.cast(pa.decimal128(_DIGITS, 0)).cast(wanted)
     found = column.cast(wanted)
     is_rounded = item.name in REQUEST.names and pa.types.is_floating(REQUEST.field(item.name).type)
-    if not is_rounded and _has(column.type, pa.types.is_decimal) and _has(wanted, pa.types.is_floating):
+    if not is_rounded and has_part(column.type, pa.types.is_decimal) and has_part(wanted, pa.types.is_floating):
         back = found.cast(column.type, safe=False)
         if not back.equals(column):
             msg = "a decimal number is not the same as a floating-point number"
@@ -222,9 +222,3 @@ def _widened(column: pa.ChunkedArray, item: pa.Field) -> pa.ChunkedArray:
 
 _DIGITS = 20
 """Number of decimal digits that hold any integer of 64 bits."""
-
-
-def _has(data_type: pa.DataType, test: Callable[[pa.DataType], bool]) -> bool:
-    """Return True if a plain type passes a test at any depth."""
-    children = (data_type.field(number).type for number in range(data_type.num_fields))
-    return test(data_type) or (is_nested(data_type) and any(_has(child, test) for child in children))

@@ -62,6 +62,7 @@ def check(table: pa.Table, config: RunConfig, engine_ids: Mapping[str, str], lim
         columns.check_ids()
     columns.check_prompts(config.defaults)
     columns.check_image()
+    columns.check_nul()
     columns.check_settings(config.defaults)
     columns.check_choices(config, limits)
     columns.check_motion(config.defaults)
@@ -138,6 +139,11 @@ class _Columns(Columns):
         prompts = self.typed["ip_adapter_image"]
         bad = pc.or_kleene(pc.less(pc.binary_length(prompts), 1), pc.greater(pc.binary_length(prompts), MAX_URI_BYTES))
         self.reject("ip_adapter_image", bad, "out_of_range", f"a URI of at most {MAX_URI_BYTES} bytes, or null")
+
+    def check_nul(self) -> None:
+        """Check that URIs and prompts have no NUL: no path can hold it, and it ends the text for many programs."""
+        for name in ("image", "ip_adapter_image", "prompt", "negative_prompt"):
+            self.reject(name, pc.match_substring(self.typed[name], "\0"), "invalid_value", key_prompts.NO_NUL)
 
     def check_settings(self, defaults: Defaults) -> None:
         """Check that every number is in its range."""
