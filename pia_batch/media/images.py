@@ -97,6 +97,9 @@ def decode(data: bytes, *, max_pixels: int, background: str) -> Image.Image:
         msg = "corrupt image: its header is damaged, or of a variant that is not read, such as JPEG with 12 bits"
         raise ImageUnreadableError(msg) from err
     except Exception as err:  # Pillow's readers raise almost anything on corrupt bytes, MemoryError included
+        if isinstance(err, OSError) and "truncated" in str(err):
+            msg = f"truncated image: its data ends before its pixels ({len(data)} bytes)"
+            raise ImageUnreadableError(msg) from err
         msg = f"corrupt or truncated image: {type(err).__name__}: {message_of(err)}"
         raise ImageUnreadableError(msg) from err
 
@@ -243,7 +246,11 @@ def _planes(data: bytes, header: ImageHeader) -> tuple[Image.Image, Image.Image 
             )
             raise ImageUnreadableError(msg)
         frame = image.tile[0].extents if header.format == "GIF" and image.tile else None
+        num_colours = _num_colours(image)
         image.load()
+        if png is not None:
+            png_samples.refuse_missing_pixels(image, data)
+        _refuse_missing_colours(image, frame, num_colours)
         profile = image.info.get("icc_profile") if png is None else png.profile
         if image.mode.startswith("I"):
             return *png_samples.decode_16_bit_grey(image, None if png is None else png.key), profile
@@ -254,6 +261,32 @@ def _planes(data: bytes, header: ImageHeader) -> tuple[Image.Image, Image.Image 
     if frame is not None and frame != (0, 0, *colour.size):
         alpha = _within(frame, colour.size, alpha)
     return colour, alpha, profile
+
+
+def _num_colours(image: Image.Image) -> int:
+    """Return the number of colours of a palette, as it is in the file before Pillow completes it."""
+    palette = image.palette
+    return 0 if palette is None else len(palette.palette) // len(palette.rawmode or palette.mode)
+
+
+def _refuse_missing_colours(image: Image.Image, frame: tuple[int, int, int, int] | None, num_colours: int) -> None:
+    """Refuse pixels, inside of a GIF's frame, whose palette has no colour for them.
+
+    Pillow shows them black, and browsers disagree.
+    """
+    if image.mode != "P":
+        return
+    counts = (image if frame is None else image.crop(frame)).histogram()
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # a GIF may name one beyond its palette
+        counts[transparent] = 0
+    num_missing = sum(counts[num_colours:])
+    if num_missing:
+        msg = (
+            f"corrupt image: {num_missing} of its pixels have a colour that its palette of {num_colours} lacks; "
+            "save it again"
+        )
+        raise ImageUnreadableError(msg)
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

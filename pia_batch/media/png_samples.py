@@ -83,6 +83,52 @@ def parts(data: bytes) -> Png:
     return Png(b"".join(kept), key, profile)
 
 
+def refuse_missing_pixels(image: Image.Image, data: bytes) -> None:
+    """Refuse a decoded picture whose file has fewer rows: Pillow leaves them 0 if the packed data ends between rows.
+
+    The data is unpacked once more only where one of the last two rows is 0, which also covers the last two passes of an
+    interlaced picture.
+
+    Raises:
+        ImageUnreadableError: The file ends its pixels early.
+    """
+    width, height = image.size
+    last = np.asarray(image.crop((0, max(0, height - 2), width, height)))
+    if last.reshape(len(last), -1).any(axis=1).all():
+        return
+    wanted = _num_unpacked(data, width, height)
+    found = 0
+    unpacker = zlib.decompressobj()
+    for name, start, end in image_headers.png_chunks(data):
+        packed = data[start:end] if name == b"IDAT" else b""
+        while packed and found < wanted:
+            part = unpacker.decompress(packed, _UNPACKED_BYTES)
+            found += len(part)
+            packed = unpacker.unconsumed_tail if len(part) == _UNPACKED_BYTES else b""
+    if found < wanted:
+        msg = f"truncated image: the PNG's pixels end after {found} of {wanted} bytes"
+        raise ImageUnreadableError(msg)
+
+
+_UNPACKED_BYTES = 2**20
+"""Largest number of bytes that are unpacked at a time."""
+
+_SAMPLES = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGBA: 4}
+"""Samples of a pixel by colour type."""
+
+_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""First column, first row, step of columns and step of rows of each pass of an interlaced picture."""
+
+
+def _num_unpacked(data: bytes, width: int, height: int) -> int:
+    """Return the number of bytes of all rows with their filters."""
+    depth, colour_type = layout(data)
+    bits, is_interlaced = depth * _SAMPLES[colour_type], data[28]
+    parts = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in _PASSES]
+    sizes = parts if is_interlaced else [(width, height)]
+    return sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0 and rows > 0)
+
+
 def _checked(data: bytes, name: bytes, start: int, end: int) -> bytes:
     """Return the payload of a chunk whose checksum is right."""
     if len(data) < end + 4:
@@ -144,13 +190,16 @@ def decode_16_bit(data: bytes, key: tuple[int, ...] | None) -> tuple[Image.Image
         # Four bytes a pixel are 8-bit RGBA to filters and interlacing alike.
         header = data[12:24] + bytes((8, RGBA)) + data[26:29]
         crc = zlib.crc32(header).to_bytes(4, "big")
-        with _open(data[:12] + header + crc + data[33:]) as image:
+        data = data[:12] + header + crc + data[33:]
+        with _open(data) as image:
             image.load()
+            refuse_missing_pixels(image, data)
             halves = image.split()
         return _joined(halves[0], halves[1]), _joined(halves[2], halves[3])
     mode = "RGB" if colour_type == RGB else "RGBA"
     with _open(data) as image:
         image.load()
+        refuse_missing_pixels(image, data)
         high = image.split()
     with _open(data) as image:
         # Read as if the bytes of each sample were swapped, of which Pillow keeps the low one.
