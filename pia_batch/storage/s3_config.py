@@ -12,8 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -23,15 +22,10 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from pia_batch.errors import ConfigError, message_of
+from pia_batch.errors import ConfigError
 from pia_batch.storage import s3_credentials
+from pia_batch.storage.s3_errors import NO_CREDENTIALS_REMEDY, explained
 from pia_batch.storage.uris import redacted
-
-REMEDY = (
-    "set AWS_ACCESS_KEY_ID with AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the machine a role; "
-    "for a public bucket set AWS_SKIP_SIGNATURE=true"
-)
-"""Remedy where no usable credentials were found."""
 
 DENIALS = frozenset({"ExpiredToken", "InvalidToken", "MalformedSecurity", "InvalidSecurity", "TokenRefreshRequired"})
 """Codes with which S3 refuses credentials by a status other than 401 and 403."""
@@ -86,8 +80,14 @@ class S3Config:
             ConfigError: The name cannot be that of a bucket.
         """
         key = "k"
-        with _explained():
-            url = self._client.head_object(Bucket=name, Key=key)["url"]
+        from botocore.exceptions import ParamValidationError  # noqa: PLC0415 - see `_resolve`
+
+        with explained():
+            try:
+                url = self._client.head_object(Bucket=name, Key=key)["url"]
+            except ParamValidationError as err:
+                reason = " ".join(str(err).split())
+                raise ConfigError(f"S3: {reason}; correct the name of the bucket") from None
         base = url.removesuffix(f"/{key}")
         if base.endswith(f"/{name}"):
             return BucketEndpoint(base.removesuffix(f"/{name}"), virtual=False)
@@ -115,7 +115,7 @@ class S3Config:
         Raises:
             ConfigError: They have expired, and cannot be refreshed.
         """
-        with _explained():
+        with explained(self._session.get_scoped_config()):
             return self.credentials.get_frozen_credentials()
 
     def aio_session(self) -> Any:  # aiobotocore is untyped
@@ -137,7 +137,13 @@ OTHER_REGION = re.compile(
 )
 """Pattern of S3's answers, and of obstore's errors, for a bucket that is in another region."""
 
-OTHER_REGION_REMEDY = "the bucket is in another region; set AWS_DEFAULT_REGION to it"
+
+def other_region_remedy() -> str:
+    """Return what to do about a bucket in another region, by what sets the region of this process."""
+    from botocore.session import Session  # noqa: PLC0415 - see `_resolve`
+
+    source, _ = _written_region(Session())
+    return f"the bucket is in another region; set {source} to it"
 
 
 def _refuse_other_region(response: Any = None, request_dict: Any = None, **_: object) -> None:  # botocore is untyped
@@ -150,7 +156,7 @@ def _refuse_other_region(response: Any = None, request_dict: Any = None, **_: ob
     has = answer.get("HTTPHeaders", {}).get("x-amz-bucket-region", asked)  # in place of a body where HEAD has none
     moved = answer.get("HTTPStatusCode") == HTTPStatus.MOVED_PERMANENTLY or has != asked
     if moved or OTHER_REGION.search(f"{error.get('Code')} {error.get('Message')}"):
-        raise PermissionError(OTHER_REGION_REMEDY)
+        raise PermissionError(other_region_remedy())
 
 
 class _Provider:
@@ -219,13 +225,16 @@ def forget() -> None:
 @lru_cache(maxsize=8)
 def _resolve(environment: tuple[tuple[str, str], ...]) -> S3Config:
     del environment  # the key of the cache
-    with _explained():
+    profile: dict[str, Any] = {}
+    with explained(profile):
         from botocore import UNSIGNED  # noqa: PLC0415 - slow, and local runs need none
         from botocore.config import Config  # noqa: PLC0415
         from botocore.session import Session  # noqa: PLC0415
 
         session = Session()
         _check_profile(session)
+        profile |= session.get_scoped_config()
+        _check_section(profile)
         endpoint = _endpoint(session)
         region = _region(session)
         ca_bundle = session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE") or None
@@ -238,8 +247,9 @@ def _resolve(environment: tuple[tuple[str, str], ...]) -> S3Config:
         proxies = _proxies(client.meta.endpoint_url)
         credentials = None if _is_anonymous() else s3_credentials.find(session)
         if credentials is None and not _is_anonymous():
+            s3_credentials.refuse_incomplete_sso(profile)
             _check_readable(session)
-            raise ConfigError(f"S3: no credentials were found; {REMEDY}")
+            raise ConfigError(f"S3: no credentials were found; {NO_CREDENTIALS_REMEDY}")
     return S3Config(region, endpoint, ca_bundle, proxies, credentials, session, client)
 
 
@@ -261,10 +271,40 @@ def _check_profile(session: Any) -> None:  # botocore is untyped
         raise ProfileNotFound(profile=wanted)
 
 
+def _check_section(profile: Mapping[str, Any]) -> None:
+    """Refuse a profile whose s3 is a text, which botocore takes for a group of settings."""
+    section = profile.get("s3", {})
+    if not isinstance(section, dict):
+        raise ConfigError(
+            f"S3: s3 of the profile is not a group of settings (got {redacted(str(section))!r}); write `s3 =`, and "
+            "below it lines such as `  addressing_style = path`"
+        )
+
+
 def _region(session: Any) -> str:  # botocore is untyped
+    from botocore.exceptions import InvalidRegionError  # noqa: PLC0415 - see `_resolve`
+    from botocore.utils import validate_region_name  # noqa: PLC0415
+
+    source, region = _written_region(session)
+    try:
+        validate_region_name(region)
+    except InvalidRegionError:
+        raise ConfigError(
+            f"S3: {source}: not the name of a region (got {region!r}); write one such as eu-west-1, without quotes and "
+            "spaces"
+        ) from None
+    return region
+
+
+def _written_region(session: Any) -> tuple[str, str]:  # botocore is untyped
+    """Return what sets the region, and the region; without any, the variable that sets it, and the default."""
     # botocore reads AWS_DEFAULT_REGION only; every other AWS program, and our own deployment files, use AWS_REGION.
-    region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
-    return str(region or session.get_config_variable("region") or DEFAULT_REGION)
+    for variable in ("AWS_DEFAULT_REGION", "AWS_REGION"):
+        if region := os.environ.get(variable):
+            return variable, region
+    if region := session.get_scoped_config().get("region"):
+        return f"the region of the profile {session.profile or 'default'!r}", region
+    return "AWS_DEFAULT_REGION", DEFAULT_REGION
 
 
 def _endpoint(session: Any) -> str | None:  # botocore is untyped
@@ -385,44 +425,3 @@ def _check_ca_bundle(path: str) -> None:
 
 def _config_file(session: Any) -> str:  # botocore is untyped
     return str(session.get_config_variable("config_file"))
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Turn the exceptions of botocore and of the programs and servers that it asks into a ConfigError with a remedy."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as err:  # noqa: BLE001 - botocore raises its own, RuntimeError, ValueError, OSError and UnicodeError
-        reason = redacted(message_of(err)).rstrip(".:")
-        if not type(err).__module__.startswith("botocore"):
-            reason = f"the credentials could not be obtained: {reason}"
-        raise ConfigError(f"S3: {reason}; {_remedy(err)}") from None
-
-
-def _remedy(err: Exception) -> str:
-    names = {kind.__name__ for kind in type(err).__mro__}
-    return next((remedy for kinds, remedy in _REMEDIES if names & kinds), REMEDY)
-
-
-_REMEDIES = (
-    (frozenset({"ProfileNotFound"}), "correct or unset AWS_PROFILE, or add the profile to ~/.aws/config"),
-    (
-        frozenset({"ConfigParseError", "ConfigNotFound", "InvalidConfigError"}),
-        "correct the file, which AWS_CONFIG_FILE or AWS_SHARED_CREDENTIALS_FILE may name, or is in ~/.aws",
-    ),
-    (frozenset({"PartialCredentialsError"}), "set both the access key id and the secret access key, or neither"),
-    (frozenset({"SSOError", "TokenRetrievalError"}), "run `aws sso login`"),
-    (frozenset({"InvalidRegionError"}), "correct AWS_DEFAULT_REGION, or the region of the profile"),
-    (frozenset({"ParamValidationError"}), "correct the name of the bucket"),
-    (
-        frozenset({"UnsupportedS3ConfigurationError", "InvalidS3AddressingStyleError"}),
-        "correct the section s3 of the profile",
-    ),
-    (
-        frozenset({"CredentialRetrievalError", "RuntimeError"}),
-        "renew them, or correct what the profile names as their source",
-    ),
-)
-"""Remedies by the names of botocore's exceptions and of their base classes."""

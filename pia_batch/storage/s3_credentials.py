@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from pia_batch.errors import ConfigError
+from pia_batch.storage.credential_program import CredentialProgram
 
 _TRUE = frozenset({"1", "true", "on", "yes", "y"})
 
@@ -17,14 +19,20 @@ _KEY = re.compile(r"[^\s\"'\x00-\x20\x7f-\uffff]+")
 def find(session: Any) -> Any:  # botocore is untyped
     """Return the credentials of botocore's session, or None if there are none.
 
-    A run does not ask for an MFA code. Every true value of AWS_EC2_METADATA_DISABLED keeps it from a metadata address;
-    botocore knows `true` only.
+    A run does not ask for an MFA code, nor does a `credential_process` of its profiles. Every true value of
+    AWS_EC2_METADATA_DISABLED keeps it from a metadata address; botocore knows `true` only.
 
     Raises:
-        ConfigError: A profile needs an MFA code, or a key has characters that no key has.
+        ConfigError: A profile needs an MFA code, its program prints no credentials, or a key has characters that no
+            key has.
     """
     providers = session.get_component("credential_provider")
-    providers.get_provider("assume-role")._prompter = _refuse_prompt  # noqa: SLF001 - botocore has no other way
+    roles = providers.get_provider("assume-role")
+    roles._prompter = _refuse_prompt  # noqa: SLF001 - botocore has no other way
+    of_source = roles._profile_provider_builder  # noqa: SLF001 - likewise
+    create = of_source._create_process_provider  # noqa: SLF001 - likewise
+    of_source._create_process_provider = lambda profile_name: _checked(create(profile_name))  # noqa: SLF001 - likewise
+    _checked(providers.get_provider("custom-process"))
     if is_switched_on("AWS_EC2_METADATA_DISABLED"):
         providers.remove("iam-role")
     found = session.get_credentials()
@@ -38,12 +46,31 @@ def is_switched_on(variable: str) -> bool:
     return os.environ.get(variable, "").strip().lower() in _TRUE
 
 
+def _checked(provider: Any) -> Any:  # botocore is untyped
+    """Return botocore's provider of a `credential_process`, which starts our `CredentialProgram` from now on."""
+    provider._popen = CredentialProgram  # noqa: SLF001 - botocore has no other way
+    return provider
+
+
 def _refuse_prompt(_: str) -> NoReturn:
     raise ConfigError(
         "S3: the profile asks for an MFA code (mfa_serial), which a run cannot ask for; get keys by "
         "`aws sts get-session-token` or `aws configure export-credentials`, and set AWS_ACCESS_KEY_ID, "
         "AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN"
     )
+
+
+def refuse_incomplete_sso(profile: Mapping[str, Any]) -> None:
+    """Refuse a profile of single sign-on without an account and a role, which botocore ignores.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    if any(name in profile for name in ("sso_session", "sso_start_url")) and "sso_account_id" not in profile:
+        raise ConfigError(
+            "S3: the profile has single sign-on without sso_account_id and sso_role_name; add them, or run "
+            "`aws configure sso`"
+        )
 
 
 def _check_keys(frozen: Any, method: str) -> None:  # botocore is untyped

@@ -103,7 +103,7 @@ def explain(err: Exception, verb: str, shown: str, attempts: int) -> StorageErro
         case int():
             msg = f"{subject}: {os.strerror(cause)}; {DISK_REMEDIES[cause]}"
         case "other region":
-            msg = f"{subject}: {s3_config.OTHER_REGION_REMEDY}"
+            msg = f"{subject}: {s3_config.other_region_remedy()}"
         case "certificate":
             found = _CERTIFICATE.search(str(err))
             msg = f"{subject}: invalid certificate ({found and found[1]}); {CERTIFICATE_REMEDY}"

@@ -6,15 +6,17 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 import s3_purposes
 import seaweedfs
+from s3_faults import PROFILES, PROGRAMS, REGIONS, VARIABLES, Files, Prepare, program, with_keys
 from s3_purposes import PURPOSES, as_image, as_output
 from s3_recorder import Recorder, recording
 from seaweedfs import SeaweedFS
@@ -23,7 +25,7 @@ from servers import free_port
 from pia_batch.config import ImagesConfig
 from pia_batch.driver.preflight.storage import check_images
 from pia_batch.errors import ConfigError, ImageUnavailableError, ManifestError, PiaBatchError, StorageError
-from pia_batch.storage import object_store, s3_config
+from pia_batch.storage import credential_program, object_store, s3_config
 from pia_batch.storage.object_store import Store
 
 KEYS = f"aws_access_key_id = {seaweedfs.KEY}\naws_secret_access_key = {seaweedfs.SECRET}\n"
@@ -47,9 +49,6 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 def recorder() -> Iterator[Recorder]:
     with recording() as found:
         yield found
-
-
-Files = Callable[..., None]
 
 
 @pytest.fixture
@@ -264,16 +263,6 @@ def wrong_process(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None
     files(f"[default]\ncredential_process = {sys.executable} -c 'raise SystemExit(\"the vault is closed\")'\n")
 
 
-def wrong_process_absent(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
-    del patch, folder
-    files("[default]\ncredential_process = /no/such/program\n")
-
-
-def wrong_process_output(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
-    del patch, folder
-    files("[default]\ncredential_process = echo hello\n")
-
-
 def wrong_sso(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
     del patch, folder
     files(
@@ -290,12 +279,6 @@ def wrong_services(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> Non
 def wrong_style(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
     del patch, folder
     files(f"[default]\n{KEYS}s3 =\n  addressing_style = sideways\n")
-
-
-def wrong_region(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
-    del files, folder
-    environment_keys(patch)
-    patch.setenv("AWS_DEFAULT_REGION", "us east 1")
 
 
 def wrong_ca_bundle(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
@@ -357,19 +340,13 @@ def wrong_services_text(patch: pytest.MonkeyPatch, files: Files, folder: Path) -
     files(f"[default]\nservices = local\n{KEYS}[services local]\ns3 = http://127.0.0.1:9000\n")
 
 
-def wrong_web_identity(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
-    del files, folder
-    patch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/absent")  # short: a long cause would be cut for images
-    patch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/me")
-
-
 def wrong_source_profile(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
     del folder
     files("[profile role]\nrole_arn = arn:aws:iam::123456789012:role/me\nsource_profile = absent\n")
     patch.setenv("AWS_PROFILE", "role")
 
 
-FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch, Files, Path], None], str]] = {
+FAULTS: dict[str, tuple[Prepare, str]] = {
     "no credentials": (wrong_nothing, "no credentials were found; set AWS_ACCESS_KEY_ID"),
     "unknown profile": (wrong_profile, r"profile \(absent\) could not be found; correct or unset AWS_PROFILE"),
     "unknown profile beside keys": (
@@ -387,12 +364,9 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch, Files, Path], None], str]]
     ),
     "expired credentials": (wrong_expired, "credentials are still expired; renew them"),
     "failing process": (wrong_process, "the vault is closed; renew them, or correct"),
-    "absent process": (wrong_process_absent, "credentials could not be obtained: .*/no/such/program"),
-    "process with other output": (wrong_process_output, "credentials could not be obtained: "),
     "SSO without a login": (wrong_sso, "; run `aws sso login`"),
     "unknown services section": (wrong_services, "services section 'absent', which does not exist; add"),
     "unknown addressing style": (wrong_style, "sideways.*; correct the section s3"),
-    "invalid region": (wrong_region, "us east 1.*; correct AWS_DEFAULT_REGION"),
     "absent CA bundle": (wrong_ca_bundle, "AWS_CA_BUNDLE: cannot read .*absent.pem: No such file"),
     "CA bundle without a certificate": (wrong_ca_bundle_content, "AWS_CA_BUNDLE: .* has no certificate in PEM format"),
     "MFA": (wrong_mfa, r"asks for an MFA code \(mfa_serial\), which a run cannot ask for; get keys"),
@@ -402,16 +376,47 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch, Files, Path], None], str]]
     "line break of a token": (wrong_token, r"session token \(from env\) has quotes, spaces, line breaks"),
     "byte order mark": (wrong_byte_order_mark, "Unable to parse config file: .*/config; correct the file"),
     "services section of text": (wrong_services_text, "services section 'local' is not a group of settings"),
-    "web identity without a token": (
-        wrong_web_identity,
-        "could not be obtained: .*No such file or directory: '/absent'; set AWS_ACCESS_KEY_ID",
-    ),
     "unknown source profile": (
         wrong_source_profile,
         'source_profile "absent" referenced in the profile "role" does not',
     ),
     "proxy of another kind": (wrong_proxy, "HTTPS_PROXY: not the URL of an HTTP proxy; write http://HOST:PORT"),
+    **{f"program that {name}": fault for name, fault in PROGRAMS.items()},
+    **{f"profile that {name}": fault for name, fault in PROFILES.items()},
+    **{f"wrong {name}": fault for name, fault in VARIABLES.items()},
 }
+
+
+def test_a_program_that_hangs_is_ended_with_its_children(
+    monkeypatch: pytest.MonkeyPatch, write_files: Files, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(credential_program, "TIMEOUT_S", 0.5)
+    program("sleep 300 & echo $! >child; wait")(monkeypatch, write_files, tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(ConfigError, match=r"sh has not ended within 0\.5 s; run it in a shell: it may ask"):
+        s3_config.resolve()
+
+    child = psutil.Process(int(Path("child").read_text())) if Path("child").read_text().strip() else None
+    assert child is None or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_an_empty_region_of_the_environment_leaves_that_of_the_profile(
+    monkeypatch: pytest.MonkeyPatch, write_files: Files, tmp_path: Path
+) -> None:
+    prepare = with_keys("[default]\nregion = eu-west-3\n", AWS_DEFAULT_REGION="", AWS_REGION="")
+    prepare(monkeypatch, write_files, tmp_path)
+
+    assert s3_config.resolve().region == "eu-west-3"
+
+
+@pytest.mark.parametrize("source", REGIONS)
+def test_a_bucket_in_another_region_names_what_sets_the_region(
+    source: str, monkeypatch: pytest.MonkeyPatch, write_files: Files, tmp_path: Path
+) -> None:
+    REGIONS[source](monkeypatch, write_files, tmp_path)
+
+    assert s3_config.other_region_remedy() == f"the bucket is in another region; set {source} to it"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
