@@ -70,5 +70,8 @@ def _no_text(head: bytes) -> tuple[str, str] | None:
     if wide is not None:
         return f"text in {wide}", "save it as UTF-8"
     if b"\0" in head and not file_kinds.is_text(head):
-        return "not text, and of no format that is known here", "JSONL and CSV are text in UTF-8; write it again"
+        remedy = (
+            "JSONL and CSV are text in UTF-8; decompress it (raw snappy and brotli have no mark), or write it again"
+        )
+        return "not text, and of no format that is known here", remedy
     return None

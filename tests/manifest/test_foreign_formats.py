@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import lzma
 import pickle
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +68,12 @@ FILES: dict[str, tuple[Callable[[], bytes], str]] = {
     "7z": (lambda: b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive"),
     "RAR": (lambda: b"Rar!\x1a\x07\x01\0", "a RAR archive"),
     "compress": (lambda: b"\x1f\x9d\x90rst", "compressed with compress"),
+    "lzma": (lambda: lzma.compress(b"x", lzma.FORMAT_ALONE), "compressed with lzma; decompress it, or write it as"),
+    "xz": (lambda: lzma.compress(b"x"), "compressed with xz; decompress it, or write it as Parquet"),
+    "lz4": (lambda: bytes(pa.compress(b"x", "lz4", asbytes=True)), "compressed with lz4"),
+    "old lz4": (lambda: b"\x02\x21\x4c\x18\x20\0\0\0" + bytes(9), "compressed with lz4"),
+    "lzip": (lambda: b"LZIP\1\x0c\0\xff", "compressed with lzip"),
+    **{f"zlib {n}": (lambda n=n: zlib.compress(b"x" * 99, n), "compressed with zlib") for n in (1, 6, 9)},
     "snappy": (lambda: b"\xff\x06\0\0sNaPpY\0", "compressed with snappy"),
     "lzop": (lambda: b"\x89LZO\0\r\n\x1a\n", "compressed with lzop"),
     "PNG": (png, "a PNG image; a manifest is a table"),
@@ -128,3 +137,14 @@ def test_a_format_under_the_name_of_another_is_named(
 )  # fmt: skip
 def test_text_that_begins_like_a_format_is_text(head: bytes) -> None:
     refuse_other_format(head, "m.csv", "text")
+
+
+def test_a_file_of_pzstd_is_read_and_named_where_it_is_no_text(tmp_path: Path) -> None:
+    packed = bytes(pa.compress(b"request_id,image,prompt\n1,a.png,p\n", "zstd", asbytes=True))
+    frame = b"\x50\x2a\x4d\x18" + struct.pack("<II", 4, len(packed)) + packed
+    for name in ("m.csv", "m.csv.zst"):
+        (tmp_path / name).write_bytes(frame)
+        assert Manifest.open(str(tmp_path / name)).schema.names == ["request_id", "image", "prompt"]
+    (tmp_path / "m.parquet").write_bytes(frame)
+    with pytest.raises(ManifestError, match="is compressed with zstd; name JSONL and CSV as such"):
+        Manifest.open(str(tmp_path / "m.parquet"))
