@@ -70,10 +70,11 @@ def has_lists(data_type: pa.DataType) -> bool:
         if is_nested(one):
             lists |= not pa.types.is_struct(one)
             leaves += [one.field(number).type for number in range(one.num_fields)]
-    return lists and not any(_is_bytes(one) for one in leaves)
+    return lists and not any(is_bytes(one) for one in leaves)
 
 
-def _is_bytes(data_type: pa.DataType) -> bool:
+def is_bytes(data_type: pa.DataType) -> bool:
+    """Return True for bytes of any length, which are no texts."""
     return bool(pa.types.is_binary(data_type) or pa.types.is_large_binary(data_type))
 
 

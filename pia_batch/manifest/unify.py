@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pia_batch.config import RequestIdFrom
 from pia_batch.errors import ManifestError, message_of, printable
-from pia_batch.manifest.arrow_types import EXTENSION, has_part, is_nested, plain_column, plain_type
+from pia_batch.manifest.arrow_types import EXTENSION, has_part, is_bytes, is_nested, plain_column, plain_type
 from pia_batch.manifest.column_layout import MAX_COLUMNS
 from pia_batch.schema.columns import REQUEST, RESERVED, conformed, is_mixed, mixed
 
@@ -33,10 +33,30 @@ def unify(schemas: list[pa.Schema], files: tuple[str, ...], label: Label = repr)
     _mix(schemas)
     for number, plain in enumerate(schemas):
         try:
-            unified = pa.unify_schemas([unified, plain], promote_options="permissive")
+            unified = _merged(unified, plain)
         except (pa.ArrowInvalid, pa.ArrowTypeError):
             raise ManifestError(_contradiction(schemas[: number + 1], files, label)) from None
     return unified
+
+
+def _merged(first: pa.Schema, second: pa.Schema) -> pa.Schema:
+    """Return a schema that holds the values of both.
+
+    Raises:
+        pa.ArrowException: They contradict each other, also by texts in one and bytes in the other, which Arrow joins.
+    """
+    merged = pa.unify_schemas([first, second], promote_options="permissive")
+    for item in merged:
+        types = [one.field(item.name).type for one in (first, second) if item.name in one.names]
+        has_lost_texts = has_part(item.type, is_bytes) and not has_part(item.type, _is_text)
+        if has_lost_texts and any(has_part(each, _is_text) for each in types):
+            msg = f"column {item.name!r} has texts and bytes"
+            raise pa.ArrowTypeError(msg)
+    return merged
+
+
+def _is_text(data_type: pa.DataType) -> bool:
+    return data_type in (pa.string(), pa.large_string())
 
 
 def _mix(schemas: list[pa.Schema]) -> None:
@@ -57,7 +77,7 @@ def _fits(data_type: pa.DataType, wanted: pa.DataType) -> bool:
     """Return True if values of a type are those of `wanted`: texts, or lists."""
     if pa.types.is_list(wanted):
         return bool(pa.types.is_list(data_type))
-    return data_type in (pa.string(), pa.large_string())
+    return _is_text(data_type)
 
 
 def _mixed(column: pa.ChunkedArray, item: pa.Field) -> pa.ChunkedArray:
@@ -104,7 +124,7 @@ def _contradiction(schemas: list[pa.Schema], files: tuple[str, ...], label: Labe
             if name not in schema.names:
                 continue
             try:
-                pa.unify_schemas([pa.schema([s.field(name)]) for s in (schema, last)], promote_options="permissive")
+                _merged(*(pa.schema([each.field(name)]) for each in (schema, last)))
             except (pa.ArrowInvalid, pa.ArrowTypeError):
                 return (
                     f"manifest files disagree on column {label(name)}: {schema.field(name).type} in {path}, "

@@ -366,3 +366,23 @@ def test_a_struct_with_two_fields_of_one_name_is_refused_by_name(column: pa.Arra
 
     with pytest.raises(ManifestError, match=r"column 'meta' has a struct with two fields 'a'.*; rename one of them"):
         Manifest.open(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["own", "prompt", "image"])
+@pytest.mark.parametrize("binary", [pa.binary(), pa.large_binary(), pa.binary(1), pa.binary_view()], ids=str)
+@pytest.mark.parametrize("texts_first", [True, False])
+def test_texts_in_one_file_and_bytes_in_another_are_refused_by_both_names(
+    name: str, binary: pa.DataType, texts_first: bool, tmp_path: Path
+) -> None:
+    columns = [pa.array(["x"]), pa.array([b"x"], binary)]
+    listed = [pa.array([["x"]]), pa.array([[b"x"]], pa.list_(pa.binary()))]
+    for pair in (columns, listed):
+        for number, column in enumerate(pair if texts_first else pair[::-1]):
+            pq.write_table(requests_table(1, **{name: column}), tmp_path / f"{number}.parquet")
+
+        with pytest.raises(ManifestError) as caught:
+            Manifest.open(str(tmp_path))
+
+        assert str(caught.value).startswith(f"manifest files disagree on column '{name}': ")
+        assert str(caught.value).endswith(f"{tmp_path}/1.parquet; write it with one type")
+        assert f" in {tmp_path}/0.parquet, " in str(caught.value)
