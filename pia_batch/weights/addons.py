@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
@@ -19,6 +19,7 @@ from pia_batch.weights import (
     image_prompt_files,
     inversion_files,
     lora_files,
+    lora_marks,
     lora_shapes,
     model_kinds,
     peft_config,
@@ -56,7 +57,7 @@ class Addons:
         words: Words that stand for textual inversions in prompts, those bundled with LoRAs included.
         ip_adapter: IP-Adapter, one file; None if the model has none.
         image_encoder: Folder of the IP-Adapter's image encoder; None if the model has no IP-Adapter.
-        notices: Sentences about tensors that are left out, one per file.
+        notices: Sentences about tensors that are left out, and about marks of a training for another base.
         are_adjustable: For each of `loras`, True if all its layers are plain, so that rows may change its scale.
     """
 
@@ -96,14 +97,15 @@ def find(
         _inversion(entry, f"model.textual_inversions[{k}]", text_encoder_width, words, hub)
         for k, entry in enumerate(model.textual_inversions)
     )
-    loras = [_lora(entry, f"model.loras[{k}]", widths, layers, words, hub) for k, entry in enumerate(model.loras)]
+    base = _Base(model, networks, layers, widths, words)
+    loras = [_lora(entry, f"model.loras[{k}]", base, hub) for k, entry in enumerate(model.loras)]
     return Addons(
         loras=tuple(part for part, _, _ in loras),
         textual_inversions=inversions,
         words=tuple(words.added),
         ip_adapter=None if image is None else image[0],
         image_encoder=None if image is None else image[1],
-        notices=tuple(notice for _, notice, _ in loras if notice is not None),
+        notices=tuple(notice for _, notices, _ in loras for notice in notices),
         are_adjustable=tuple(adjustable for _, _, adjustable in loras),
     )
 
@@ -126,15 +128,27 @@ def layers_of(networks: Mapping[str, Component]) -> dict[str, NetworkLayers]:
     }
 
 
-def _lora(
-    entry: LoraConfig,
-    key: str,
-    widths: tuple[int, int],
-    layers: Mapping[str, NetworkLayers],
-    words: inversion_files.Words,
-    hub: Hub,
-) -> tuple[Component, str | None, bool]:
-    """Return the file of a LoRA, a notice if some of its tensors are left out, and True if all layers are plain."""
+@dataclass(frozen=True)
+class _Base:
+    """Base that LoRAs must fit.
+
+    Attributes:
+        model: Config of the model.
+        parts: Parts of the base.
+        layers: Layers of UNet and text encoder.
+        widths: Width of the text embeddings that the UNet takes, and width of a token in the text encoder.
+        words: Words of textual inversions, to which those of bundled ones are added.
+    """
+
+    model: ModelConfig
+    parts: Mapping[str, Component]
+    layers: Mapping[str, NetworkLayers]
+    widths: tuple[int, int]
+    words: inversion_files.Words
+
+
+def _lora(entry: LoraConfig, key: str, base: _Base, hub: Hub) -> tuple[Component, list[str], bool]:
+    """Return the file of a LoRA, notices about it, and True if all layers are plain."""
     location, name = _choose(entry, key, "pytorch_lora_weights.safetensors", hub)
     found = components.single_file(location.fetch([name]), name)
     header = _header(found, key, location)
@@ -145,14 +159,22 @@ def _lora(
             "DoRA and full differences. Merge it into its base, and set model.base to the result"
         )
     model_kinds.expect(header, key, "LoRA")
-    text_width, token_width = widths
+    text_width, token_width = base.widths
     read = {shape[1] for each, shape in header.shapes.items() if _READS_TEXT.search(each) and len(shape) > 1}
-    if read - {text_width} or any(map(_OTHER_FAMILIES.search, header.shapes)):
-        found_width = f" (text embeddings: got {min(read)} dimensions, expected {text_width})" if read else ""
-        raise ConfigError(f"{key}: {name} is made for another family of models than the base{found_width}")
+    others = read - {text_width}
+    foreign = next(filter(_OTHER_FAMILIES.search, header.shapes), None)
+    if others or foreign is not None:
+        reason = (
+            f"text embeddings: got {min(others)} dimensions, expected {text_width}"
+            if others
+            else f"its tensor {foreign!r} is of a network that Stable Diffusion 1.5 does not have"
+        )
+        raise ConfigError(
+            f"{key}: {name} is made for another family of models than the base ({reason}); use one for the base"
+        )
     where = f"{key}: {name}"
     content = lora_files.contents(header.shapes, where)
-    for network, held in layers.items():
+    for network, held in base.layers.items():
         if held.is_known:
             for _ in lora_shapes.fit(content, network, header.shapes, held, where):
                 pass  # checks each layer
@@ -162,29 +184,36 @@ def _lora(
                 f"{where}: its textual inversion {word!r} is made for another family of models than the base "
                 f"(got shape {header.shapes[tensor]}, expected {token_width} dimensions)"
             )
-        words.add(word, header.shapes[tensor], f"{where}: its textual inversion", "rename its tensor in the file")
+        base.words.add(word, header.shapes[tensor], f"{where}: its textual inversion", "rename its tensor in the file")
     if content.left_out:
         log.info("tensors_left_out key=%s file=%s num_tensors=%d", key, name, len(content.left_out))
     _check_content(header, content, where)
     has_scale = any("alpha" in roles for each in content.layers.values() for roles in each.values())
     part = _with_record(name, key, location) if content.is_peft and not has_scale else found
-    return part, _left_out_of_middle(content, layers, where), content.is_adjustable
+    left_out = _left_out(content, base.layers, where)
+    marks = lora_marks.notices(base.model, header, base.parts["scheduler"], where)
+    return part, [*left_out, *marks], content.is_adjustable
 
 
-def _left_out_of_middle(content: lora_files.LoraContent, layers: Mapping[str, NetworkLayers], where: str) -> str | None:
-    """Return a notice if tensors for a motion module in the middle block are left out.
+def _left_out(content: lora_files.LoraContent, layers: Mapping[str, NetworkLayers], where: str) -> Iterator[str]:
+    """Yield a notice that counts the tensors without effect, and one for a motion module in the middle block.
 
     Raises:
         ConfigError: The LoRA changes nothing else.
     """
+    if content.left_out:
+        yield (
+            f"{where}: left out tensors that change no weight of this model ({len(content.left_out)}, such as "
+            f"{content.left_out[0]})"
+        )
     count = sum(lora_shapes.without_place(content, network, held) for network, held in layers.items())
     if not count:
-        return None
+        return
     if count == sum(len(roles) for held in content.layers.values() for roles in held.values()):
         raise ConfigError(
             f"{where} changes only the motion module of the middle block, which this model does not have; leave it out"
         )
-    return (
+    yield (
         f"{where}: left out {count} tensors for a motion module in the middle block, which this model does not have, "
         "as PIA has none there"
     )

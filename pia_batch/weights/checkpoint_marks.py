@@ -59,7 +59,7 @@ def check(model: ModelConfig, header: SafetensorsHeader, scheduler: Component) -
     """
     name = header.path.name
     file = components.read_json(scheduler.folder / "scheduler_config.json")
-    used = _NEUTRAL | {key: value for key, value in file.items() if value is not None} | dict(model.scheduler.settings)
+    used = used_by(model, scheduler)
     continuous = next(filter(_CONTINUOUS.fullmatch, header.shapes), None)
     if continuous is not None:
         raise ConfigError(
@@ -73,12 +73,12 @@ def check(model: ModelConfig, header: SafetensorsHeader, scheduler: Component) -
                 f"model.base: {name} was trained on other noise levels than the scheduler has ({level}: got shape "
                 f"{header.shapes[level]}, expected ({steps},)); set model.base to an ordinary checkpoint"
             )
-    wanted = _wanted(header)
+    wanted = trained_with(header)
     wrong = {key: value for key, value in wanted.items() if used[key] != value}
     if wrong:
         raise ConfigError(
-            f"model.base: {name} was trained with {_listed(wanted)} (by {_sources(header)}), but the scheduler uses "
-            f"{_listed({key: used[key] for key in wrong})}; set model.scheduler.settings to {{{_listed(wrong)}}}"
+            f"model.base: {name} was trained with {listed(wanted)} (by {_sources(header)}), but the scheduler uses "
+            f"{listed({key: used[key] for key in wrong})}; set model.scheduler.settings to {{{listed(wrong)}}}"
         )
     chosen = model.scheduler.name
     kind = file.get("_class_name") if chosen == "checkpoint" else _NEVER_RESCALED.get(chosen)
@@ -89,8 +89,14 @@ def check(model: ModelConfig, header: SafetensorsHeader, scheduler: Component) -
         )
 
 
-def _wanted(header: SafetensorsHeader) -> dict[str, Any]:
-    """Return the settings of a scheduler that a checkpoint names, with their values."""
+def used_by(model: ModelConfig, scheduler: Component) -> dict[str, Any]:
+    """Return the settings of the scheduler that a model uses: those of its file, overridden by those of the config."""
+    file = components.read_json(scheduler.folder / "scheduler_config.json")
+    return _NEUTRAL | {key: value for key, value in file.items() if value is not None} | dict(model.scheduler.settings)
+
+
+def trained_with(header: SafetensorsHeader) -> dict[str, Any]:
+    """Return the settings of a scheduler that a file names by its metadata and marks, with their values."""
     trained = next((str(header.metadata[name]).lower() for name in _METADATA if header.metadata.get(name)), "")
     wanted: dict[str, Any] = {}
     if trained[:1] in ("v", "e"):
@@ -103,6 +109,7 @@ def _sources(header: SafetensorsHeader) -> str:
     return " and ".join([*metadata, *(f"its mark {mark}" for mark in _MARKS if mark in header.shapes)])
 
 
-def _listed(settings: dict[str, Any]) -> str:
+def listed(settings: dict[str, Any]) -> str:
+    """Return settings as the config has them, for a message."""
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
     return ", ".join(f"{key}: {text}" for key, text in texts.items())

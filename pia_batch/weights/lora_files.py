@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pia_batch.errors import ConfigError
+from pia_batch.weights import spare_tensors
 
 UNET, TEXT_ENCODER = "unet", "text_encoder"
 
@@ -47,6 +48,7 @@ _FIRST_PARTS = (
     (UNET, ("down_blocks", "up_blocks", "mid_block", "conv_in", "conv_norm_out", "conv_out", "time_embed")),
     (UNET, ("input_blocks", "middle_block", "output_blocks", "out.", "out_")),
     (TEXT_ENCODER, ("text_model", "encoder.layers", "encoder_layers", "embeddings", "final_layer_norm")),
+    (TEXT_ENCODER, ("text_projection",)),
 )
 
 _ROLES = {
@@ -102,6 +104,9 @@ _UNSUPPORTED = (
     (r"\.lokr_t1$", "LoKr with lokr_t1"),
     (r"\.spectral_shifts$", "SVDiff"),
     (r"\.(to_\w+_)?custom_diffusion", "Custom Diffusion"),
+    (r"\.set_weight$", "patch that replaces whole weights (ComfyUI: set_weight)"),
+    (r"\.reshape_weight$", "LoRA that reshapes its layers (ComfyUI: reshape_weight)"),
+    (r"\.base_layer\.weight$", "LoRA together with the weights of its base (peft: base_layer)"),
     (r"\.modules_to_save\.", "LoRA with modules that were trained whole (peft: modules_to_save)"),
     (r"\.ln_tuning_layers\.", "LN tuning"),
     (r"(^|\.)(internal_)?xlora_", "X-LoRA"),
@@ -136,8 +141,11 @@ _CALLED_BY_KEYWORD = re.compile(r"motion_modules[._]\d+[._](temporal_transformer
 
 _EMBEDDING = re.compile(r"(token|position)_embedding$")
 
-_LEFT_OUT = ("position_ids",)
-"""Ends of names of constants that some trainers save; they change no weight."""
+_MARKS = re.compile(r"v_pred|ztsnr|edm_(mean|std)|edm_vpred\.sigma_(max|min)")
+"""Names of marks of a training, as in checkpoints. `lora_marks` compares them with the scheduler."""
+
+_UNUSED_LAYERS = ("text_projection", "text_model.text_projection", "logit_scale")
+"""Layers of CLIP after the text encoder that Stable Diffusion 1.5 reads; a change of them changes no clip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +256,8 @@ def contents(named: Mapping[str, Shape], where: str) -> LoraContent:
     """
     layers: dict[str, dict[str, dict[str, str]]] = {}
     embeddings: dict[str, str] = {}
-    left_out = [name for name in named if name.endswith(_LEFT_OUT)]
-    for name in (name for name in named if not name.endswith(_LEFT_OUT)):
+    left_out = [name for name in named if _is_spare(name)]
+    for name in (name for name in named if not _is_spare(name)):
         if name.startswith(_BUNDLED):
             word = _bundled(name, where)
             if word in embeddings:
@@ -257,6 +265,9 @@ def contents(named: Mapping[str, Shape], where: str) -> LoraContent:
             embeddings[word] = name
             continue
         key = _known(name, where)
+        if key.network == TEXT_ENCODER and key.layer in _UNUSED_LAYERS:
+            left_out.append(name)
+            continue
         roles = layers.setdefault(key.network, {}).setdefault(key.layer, {})
         if key.role in roles:
             raise ConfigError(f"{where}: {name!r} and {roles[key.role]!r} are the same tensor of the same layer")
@@ -270,10 +281,30 @@ def contents(named: Mapping[str, Shape], where: str) -> LoraContent:
     return LoraContent(layers, embeddings, tuple(left_out), is_peft=any(_PEFT in name for name in named))
 
 
+_WHOLE = {
+    ".weight": "the whole weight of a layer, as peft saves modules_to_save",
+    ".bias": "a trained bias of the base, as peft saves it with the setting `bias`",
+}
+"""Ends of names of parameters of the base itself, with what they are in a LoRA."""
+
+
+def _is_spare(name: str) -> bool:
+    """Return True for a tensor that belongs to no layer: a constant, a mark or state of a training."""
+    own = _unwrapped(name)
+    prefix = next((prefix for prefix, owner in _PREFIXES if owner == TEXT_ENCODER and own.startswith(prefix)), "")
+    return spare_tensors.left_out(own.removeprefix(prefix))[0] or _MARKS.fullmatch(own) is not None
+
+
 def _known(name: str, where: str) -> LoraTensorName:
     try:
         key = parse(name)
     except ValueError:
+        for ending, what in _WHOLE.items():
+            if name.endswith(ending):
+                raise ConfigError(
+                    f"{where}: {name!r} is {what}, which no engine applies; merge the LoRA into its base, and set "
+                    "model.base to the result"
+                ) from None
         raise ConfigError(
             f"{where}: {name!r} belongs to an unsupported kind of LoRA; supported are LoRA, LoCon, LoHa, LoKr, DoRA "
             "and full differences"

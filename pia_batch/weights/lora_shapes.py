@@ -92,6 +92,12 @@ def check(roles: Mapping[str, Shape], target: NetworkLayer, where: str) -> None:
     for role in NUMBERS:
         if math.prod(roles.get(role, ())) != 1:
             raise ConfigError(f"{where}: {role} must be one number (got shape {roles[role]}); the file is damaged")
+    empty = next((role for role, shape in roles.items() if 0 in shape), None)
+    if empty is not None:
+        raise ConfigError(
+            f"{where}: its rank is 0 ({empty} has shape {roles[empty]}), so it changes nothing; remove these tensors, "
+            "or train the LoRA with a rank of at least 1"
+        )
     misfit = _misfit(roles, channels(roles, target))
     if misfit is not None:
         raise ConfigError(f"{where}: invalid shapes ({misfit}); {_IS_ANOTHER_FAMILY}")

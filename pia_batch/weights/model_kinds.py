@@ -19,6 +19,7 @@ FileKind = Literal[
     "ControlNet",
     "LoRA",
     "LoRA of numbered layers (cloneofsimo/lora)",
+    "file of HCP-Diffusion",
     "textual inversion",
     "textual inversions of several words",
     "checkpoint with averaged weights only",
@@ -56,6 +57,7 @@ _BELONGS: dict[FileKind, str] = {
     "textual inversions of several words": "write a file for each word, with its tensor only, and list all of them",
     "LoRA of numbered layers (cloneofsimo/lora)": "its layers have no names: merge it into its base "
     "with the program that made it, and set model.base to the result",
+    "file of HCP-Diffusion": "convert it with the program that made it (hcpdiff.tools.lora_convert --to_webui)",
     "checkpoint with averaged weights only": "use the checkpoint whose UNet is in model.diffusion_model.*",
     "IP-Adapter": "it belongs in model.ip_adapter",
     "motion adapter": "it belongs in model.motion_adapter",
@@ -123,10 +125,17 @@ _IMAGE_PROMPTS = re.compile(
     r"((state_dict|module|_orig_mod)\.)*(ip_adapter\.|image_proj\.|image_proj_model\.|adapter_modules\.)"
 )
 
+_OF_HCP = re.compile(r"\.___\.|\.lora_block(_\d+)?\.|^(lora|base|base_ema|plugin|plugin_ema)(:|$)")
+"""Names of HCP-Diffusion's files. Source: IrisRainbowNeko/HCP-Diffusion `ckpt_manager`, `tools/lora_convert.py`."""
+
 _CONTROLS = ("control_model.", "controlnet_", "lora_controlnet", "lllite_", "input_hint_block.")
 
 # The first match wins: add-ons, which name tensors of networks, come before these networks.
 _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
+    (
+        "file of HCP-Diffusion",
+        lambda header: any(map(_OF_HCP.search, header.shapes)),
+    ),
     (
         "IP-Adapter",
         lambda header: any(map(_IMAGE_PROMPTS.match, header.shapes)) or _any(header, ".to_k_ip."),

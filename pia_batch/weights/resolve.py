@@ -27,6 +27,7 @@ from pia_batch.weights import (
     safetensors,
     scheduler_values,
     sd15,
+    spare_tensors,
     tensor_map,
     tokenizer_files,
 )
@@ -189,7 +190,7 @@ def _check_rest(path: Path) -> Counter[str]:
     for name in tensor_map.unwrapped(safetensors.read(path).shapes, path):
         if name.startswith((tensor_map.UNET_PREFIX, *tensor_map.VAE_PREFIXES, *tensor_map.TEXT_PREFIXES)):
             continue
-        known, reason = tensor_map.left_out(name)
+        known, reason = spare_tensors.left_out(name)
         if checkpoint_marks.is_mark(name):
             continue  # it was compared with the scheduler
         if not known:

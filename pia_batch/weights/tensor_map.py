@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pia_batch.errors import ConfigError
-from pia_batch.weights import networks, safetensors
+from pia_batch.weights import networks, safetensors, spare_tensors
 from pia_batch.weights.components import CONFIG, Component
 from pia_batch.weights.networks import POSITIONS, Settings, Shape
 
@@ -36,18 +36,6 @@ _MOST_LISTED = 5
 
 _WRAPPERS = ("state_dict.", "module.", "_orig_mod.")
 """Beginnings of names from trainers: of Lightning, of parallel training, and of torch.compile."""
-
-_GROUPS = (
-    (None, r"betas|alphas_cumprod\w*|(sqrt|log|posterior)_\w+|logvar|lvlb_weights|scale_factor|v_posterior"),
-    (None, r"model_ema\.(decay|num_updates)|(.+\.)?(position_ids|logit_scale|text_projection(\.weight)?)"),
-    ("averaged weights", r"(first_stage_model\.)?(model_)?ema\..+"),
-    ("image tower of CLIP", r"(.+\.)?(vision_model|visual_projection)\..+"),
-    ("safety checker", r"safety_checker\..+"),
-    ("state of a training", r"epoch|global_step|step|iteration|pytorch-lightning_version|(.+\.)?loss\..+"),
-    ("state of a training", r"(optimizer|lr_scheduler|callbacks|loops|hyper_parameters|embedding_manager)\w*(\..+)?"),
-)
-_REASONS = [(group, re.compile(pattern)) for group, pattern in _GROUPS]
-"""Reasons to leave a tensor out, by its name. None: a constant, which a notice need not name."""
 
 _SPATIAL = re.compile(
     r"time_embedding\..+|conv_norm_out\..+|conv_out\..+|(down_blocks\.\d+|up_blocks\.\d+|mid_block)\."
@@ -101,11 +89,6 @@ def unwrapped(names: Iterable[str], path: Path) -> dict[str, str]:
             raise ConfigError(f"{path}: tensors {found[inner]} and {name} have the same place; keep one of them")
         found[inner] = name
     return found
-
-
-def left_out(name: str) -> tuple[bool, str | None]:
-    """Return True for a tensor that has a known reason to be left out, and the reason if it is worth a notice."""
-    return next(((True, group) for group, pattern in _REASONS if pattern.fullmatch(name)), (False, None))
 
 
 def build(name: str, part: Component) -> TensorMap:
@@ -177,7 +160,7 @@ def _left_out(name: str, held: Iterable[str]) -> tuple[Counter[str], list[str]]:
         if whole and _SPATIAL.fullmatch(each):
             counts["UNet without motion modules"] += 1
             continue
-        known, reason = left_out(each)
+        known, reason = spare_tensors.left_out(each)
         if each.endswith(POSITIONS) and name in ("motion_adapter", "unet"):
             continue
         if not known:

@@ -835,6 +835,52 @@ REFUSED = {
         },
         r"modules that were trained whole \(peft: modules_to_save\)",
     ),
+    "whole modules, as peft names them in a file": (
+        {
+            f"base_model.model.{ATTENTION}.lora_A.weight": (2, 16),
+            f"base_model.model.{ATTENTION}.lora_B.weight": (16, 2),
+            "base_model.model.conv_out.weight": (4,),
+        },
+        "is the whole weight of a layer, as peft saves modules_to_save",
+    ),
+    **{
+        f"a trained bias, {name}": (
+            {f"{_NAME}.diff": (16, 16), f"{name}": (16,)},
+            "is a trained bias of the base, as peft saves it with the setting `bias`",
+        )
+        for name in (f"base_model.model.{ATTENTION}.bias", f"unet.{ATTENTION}.base_layer.bias")
+    },
+    "base layers": (
+        {f"base_model.model.{ATTENTION}.base_layer.weight": (16, 16), "b": (1,)},
+        r"LoRA together with the weights of its base \(peft: base_layer\)",
+    ),
+    **{
+        f"rank 0, {kind}": ({f"{_NAME}.{name}": shape for name, shape in shapes.items()}, "its rank is 0")
+        for kind, shapes in {
+            "LoRA": {"lora_down.weight": (0, 16), "lora_up.weight": (16, 0)},
+            "LoHa": {f"hada_w{one}_{two}": (16, 0) if two == "a" else (0, 16) for one in "12" for two in "ab"},
+            "LoKr": {"lokr_w1": (1, 1), "lokr_w2_a": (16, 0), "lokr_w2_b": (0, 16)},
+        }.items()
+    },
+    **{
+        f"names in {prefix}": (
+            {f"{prefix}{ATTENTION}.lora_A.weight": (2, 16), f"{prefix}{ATTENTION}.lora_B.weight": (16, 2)},
+            "is of a network that Stable Diffusion 1.5 does not have",
+        )
+        for prefix in ("transformer.", "base_model.model.transformer.", "lora_transformer_")
+    },
+    "ComfyUI's patch of a whole weight": ({f"unet.{ATTENTION}.set_weight": (16, 16), "b": (1,)}, "ComfyUI: set_weight"),
+    "ComfyUI's reshaped layer": ({f"{_NAME}.diff": (16, 16), f"{_NAME}.reshape_weight": (2,)}, "reshape_weight"),
+    **{
+        f"HCP-Diffusion, {name}": ({f"{name}.{each}": (2, 2) for each in ("a", "b")}, "file of HCP-Diffusion")
+        for name in (
+            f"lora:{ATTENTION}.___.layer",
+            f"{ATTENTION}.___.layer",
+            f"{ATTENTION}.lora_block_0.layer",
+            f"base:{ATTENTION}",
+            f"plugin:{ATTENTION}",
+        )
+    },
     "trained tokens": (
         {"base_model.model.embeddings.token_embedding.trainable_tokens_delta": (1, 16), "b": (1,)},
         "trainable tokens of peft",
@@ -913,6 +959,45 @@ def test_constants_that_change_nothing_are_left_out_and_counted(base, tmp_path, 
     assert [record.getMessage() for record in caplog.records if "left_out" in record.getMessage()] == [
         "tensors_left_out key=model.loras[0] file=a.safetensors num_tensors=2"
     ]
+
+
+SPARE = {
+    **dict.fromkeys(("epoch", "global_step", "step", "iteration", "logit_scale", "v_pred", "ztsnr"), ()),
+    "state_dict.global_step": (),
+    "optimizer_states.0": (3,),
+    "text_projection": (4, 4),
+    "text_projection.weight": (4, 4),
+    "text_encoder.text_projection.weight": (4, 4),
+    "lora_te_text_projection.lora_down.weight": (4, 4),
+    "text_encoder.text_projection.lora_A.weight": (2, 4),
+    "cond_stage_model.transformer.text_projection.weight": (4, 4),
+    "text_encoder.logit_scale": (),
+    "text_encoder.text_model.embeddings.position_ids": (1, 77),
+    "edm_mean": (),
+}
+
+
+@pytest.mark.parametrize("name", SPARE)
+def test_what_belongs_to_no_layer_is_left_out_and_counted_in_a_notice(base, tmp_path, name):
+    down, up = pair(ATTENTION)
+    held = {f"{_NAME}.lora_down.weight": down, f"{_NAME}.lora_up.weight": up, name: torch.ones(SPARE[name])}
+    save_file(held, tmp_path / "a.safetensors")
+
+    notices = resolve(ModelConfig(base=str(base), loras=(LoraConfig(source=str(tmp_path / "a.safetensors")),))).notices
+    wanted = "model.loras[0]: a.safetensors: left out tensors that change no weight of this model (1, such as " + name
+    assert notices[0] == wanted + ")"
+    found = load(base, (tmp_path / "a.safetensors", 1.0))
+    assert_weights(found, {ATTENTION: weight_of(ATTENTION) + product(down, up)})
+
+
+@pytest.mark.parametrize("name", ["network_args", "epochs", "lora_unet_step", "text_projector.weight", "v_pred2"])
+def test_a_name_that_only_resembles_a_leftover_is_refused(base, tmp_path, name):
+    down, up = pair(ATTENTION)
+    held = {f"{_NAME}.lora_down.weight": down, f"{_NAME}.lora_up.weight": up, name: torch.ones(4)}
+    save_file(held, tmp_path / "a.safetensors")
+
+    with pytest.raises(ConfigError, match=name):
+        resolve(ModelConfig(base=str(base), loras=(LoraConfig(source=str(tmp_path / "a.safetensors")),)))
 
 
 @pytest.mark.parametrize("motion", [False, True])
