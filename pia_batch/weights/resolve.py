@@ -24,6 +24,7 @@ from pia_batch.weights import (
     model_kinds,
     motion_adapters,
     networks,
+    pipeline_index,
     safetensors,
     scheduler_values,
     sd15,
@@ -240,7 +241,7 @@ def _base(model: ModelConfig, configs: FetchedFolder, hub: Hub) -> tuple[Path, d
 def _folder_base(model: ModelConfig, source: FetchedFolder) -> dict[str, Component]:
     index = source.root / "model_index.json"
     if index.is_file():
-        components.read_json(index)  # nothing is taken from it, but a damaged one means a damaged folder
+        pipeline_index.check(index)
     parts = {
         "scheduler": components.plain(source, "scheduler", ("scheduler_config.json",)),
         "tokenizer": tokenizer_files.find(source),
