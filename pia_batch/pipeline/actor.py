@@ -16,9 +16,13 @@ from pia_batch.pipeline.animate import Animate, WorkerProcess
 from pia_batch.pipeline.heartbeat import Heartbeat
 from pia_batch.pipeline.metrics import RayMeter
 
-TASKS_IN_FLIGHT = 4
-"""Tasks at or queued before one engine: two are in work, two wait, so that the device never waits. With three or fewer,
-Ray Data adds no engines: its pool grows from 1.75 times the calls that an engine takes at a time, which are two."""
+TASKS_IN_FLIGHT = 3
+"""Tasks at or queued before one engine: two are in work, and one waits, so that the device never does. With more, the
+faster engines would idle at the end of a run while tasks wait for slower ones."""
+
+
+CALLS_PER_ENGINE = 2
+"""Tasks that an engine has in work: one on the device, while the one before it is encoded and committed."""
 
 
 class AnimateActor:
@@ -79,7 +83,7 @@ def in_actor_pool(
             max_size=place.max_engines,
             max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT,
             # One batch is encoded and committed while the next one is on the device; Animate keeps the order.
-            max_concurrent_calls_per_actor=2,
+            max_concurrent_calls_per_actor=CALLS_PER_ENGINE,
             enable_true_multi_threading=True,
         ),
     )

@@ -79,6 +79,8 @@ def configure() -> None:
     context.max_consecutive_actor_init_deaths = 1  # of actors that Ray cannot create; we count the others
     context.execution_no_progress_timeout_s = -1  # the driver's monitor distinguishes a waiting run from a stuck one
     context.raise_original_map_exception = True  # otherwise only the text of our own errors would reach the driver
+    # Ray Data's 1.75 would need four tasks in flight before it adds engines; actor.TASKS_IN_FLIGHT are three.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.25
     context.memory_usage_poll_interval_s = None  # a thread in every task, for statistics that a run does not show
     context._max_num_blocks_in_streaming_gen_buffer = BLOCKS_IN_BUFFER  # noqa: SLF001 - Ray Data has no public way
     context.enable_progress_bars = False  # they count blocks of an operator; ours count requests

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from inputs import requests_table
-from node_engines import NodeEngineLoader
+from node_engines import NodeEngineLoader, calls_of
 from places import PYTHONPATH
 from ray.cluster_utils import Cluster
 
@@ -22,6 +22,7 @@ from pia_batch.driver import run as driver_run
 from pia_batch.driver.authentication import authentication
 from pia_batch.driver.preflight.cluster import check_capacity
 from pia_batch.errors import ConfigError, InterruptedRunError
+from pia_batch.pipeline.actor import TASKS_IN_FLIGHT
 from pia_batch.planning.plan import make_plan
 from pia_batch.schema.run_record import RunSummary
 
@@ -108,6 +109,29 @@ def test_a_node_that_joins_is_used_and_one_that_dies_with_a_batch_is_survived(
     assert 1 <= len(begun_again) <= 2 * config.placement.batch_size  # what was on the dead node, and nothing else
     assert {row["device"] for row in begun_again} <= {first, second}
     for node in gpus[:2]:
+        nodes.remove_node(node)
+
+
+@pytest.mark.long
+def test_no_node_idles_while_requests_wait_although_another_is_slower(
+    nodes: Cluster, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    place = {"placement__num_gpus": 1, "placement__min_engines": 2, "placement__max_engines": 2}
+    config = make_config(requests_table(160, format=["gif"] * 160), **place, placement__batch_size=2)
+    fast, slow = add_gpu(nodes), add_gpu(nodes)
+    seconds = {fast.node_id: 0.5, slow.node_id: 1.5}
+    loader = NodeEngineLoader(make_plan(config).engine_ids["default"], tmp_path, crowd=2, seconds_on=seconds)
+
+    summary = driver_run.run(config, load_engines=loader)
+
+    calls = {node: calls_of(tmp_path, node) for node in seconds}
+    busy = {node: seconds[node] * len(each) / (each[-1][1] - each[0][0]) for node, each in calls.items()}
+    idle_at_the_end = max(each[-1][1] for each in calls.values()) - calls[fast.node_id][-1][1]
+    assert summary.succeeded == 160
+    assert {node: len(list(tmp_path.glob(f"{node}.engine"))) for node in seconds} == dict.fromkeys(seconds, 1)
+    assert min(busy.values()) >= 0.85, busy  # 0.96 and more on idle cores
+    assert idle_at_the_end <= TASKS_IN_FLIGHT * seconds[slow.node_id] + 1
+    for node in (fast, slow):
         nodes.remove_node(node)
 
 

@@ -9,6 +9,7 @@ from ray.data import DataContext
 
 from pia_batch.config.execution import PlacementConfig
 from pia_batch.errors import ConfigError
+from pia_batch.pipeline import ray_data
 from pia_batch.pipeline.actor import AnimateActor, in_actor_pool
 
 
@@ -21,10 +22,13 @@ def test_an_error_of_the_start_is_raised_whole_by_every_call() -> None:
     assert actor._generating_seconds() is None
 
 
-def test_full_engines_reach_the_use_from_which_ray_data_adds_engines() -> None:
+def test_full_engines_reach_the_use_from_which_ray_data_adds_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = DataContext()
+    monkeypatch.setattr(DataContext, "get_current", lambda: context)
+    ray_data.configure()
     requests = SimpleNamespace(map_batches=lambda _, **options: options["compute"])
 
     pool: Any = in_actor_pool(requests, PlacementConfig(min_engines=1, max_engines=3), AnimateActor, {})
 
-    threshold = DataContext().autoscaling_config.actor_pool_util_upscaling_threshold
+    threshold = context.autoscaling_config.actor_pool_util_upscaling_threshold
     assert pool.max_tasks_in_flight_per_actor / pool.max_concurrent_calls_per_actor >= threshold > 1

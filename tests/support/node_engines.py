@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,36 @@ class NodeEngine(FakeEngine):
         if (self.folder / f"{self.device}.hold").exists():
             (self.folder / f"{self.device}.held").touch()
             time.sleep(3600)
-        return super().animate(shots)
+        began = time.time()
+        clips = super().animate(shots)
+        with (self.folder / f"{self.device}.calls").open("a") as calls:
+            calls.write(f"{began} {time.time()}\n")
+        return clips
+
+
+def calls_of(folder: Path, node: str) -> list[tuple[float, float]]:
+    """Return the beginning and the end of each call of the engine on a node, in seconds."""
+    lines = (folder / f"{node}.calls").read_text().splitlines()
+    return [(float(began), float(ended)) for began, ended in map(str.split, lines)]
 
 
 @dataclass(frozen=True)
 class NodeEngineLoader:
-    """Loader that notes in `folder` on which nodes engines were loaded."""
+    """Loader that notes in `folder` on which nodes engines were loaded.
+
+    A call takes `seconds`, or what `seconds_on` says of the node.
+    """
 
     engine_id: str
     folder: Path
     crowd: int
     seconds: float = 0.1
+    seconds_on: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self) -> FakeShelf:
         import ray  # noqa: PLC0415 - slow, and on a worker only
 
         node = ray.get_runtime_context().get_node_id()
         (self.folder / f"{node}.engine").touch()
-        return FakeShelf(NodeEngine(self.engine_id, node, self.seconds, folder=self.folder, crowd=self.crowd))
+        seconds = self.seconds_on.get(node, self.seconds)
+        return FakeShelf(NodeEngine(self.engine_id, node, seconds, folder=self.folder, crowd=self.crowd))
