@@ -16,6 +16,7 @@ Every class takes one message, so that it survives pickling between processes.
 """
 
 import errno
+import os
 import re
 import socket
 import ssl
@@ -252,6 +253,8 @@ def environment_error(err: BaseException) -> ConfigError | None:
     A missing file and a closed pipe are none of these: unless its caller expects them, they are bugs.
     """
     remedy = environment_remedy(err)
+    if remedy is None and isinstance(err, ValueError) and (name := _variable_quoted_by(str(err))) is not None:
+        remedy = f"correct or unset {name}"
     return None if remedy is None else ConfigError(f"{type(err).__name__}: {message_of(err)}; {remedy}")
 
 
@@ -268,6 +271,15 @@ def environment_remedy(err: BaseException) -> str | None:
     if isinstance(err, OSError) and err.errno is not None:
         return _ENVIRONMENT.get(err.errno)
     return _NETWORK if isinstance(err, ConnectionRefusedError | ConnectionResetError | TimeoutError) else None
+
+
+def _variable_quoted_by(message: str) -> str | None:
+    """Return the variable of Ray or of Hugging Face whose value a message quotes at its end; None if there is none.
+
+    They read numbers from the environment at import, as in `invalid literal for int() with base 10: 'many'`.
+    """
+    names = (name for name in os.environ if name.startswith(("RAY_", "HF_")))
+    return next((name for name in names if os.environ[name] and message.endswith(f": {os.environ[name]!r}")), None)
 
 
 MESSAGE_LENGTH = 300

@@ -25,6 +25,7 @@ from pia_batch.cli import (
 )
 from pia_batch.cli.console import err, out, print_any_text
 from pia_batch.cli.help_page import Command, Group
+from pia_batch.driver import own_ray
 
 log = logging.getLogger("pia_batch")
 
@@ -109,6 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _check_interpreter()
         _check_folder()
+        own_ray.check_variables()
         app(arguments, prog_name="pia-batch")
     except SystemExit as ended:
         if isinstance(ended.__context__, BrokenPipeError):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import secrets
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from pia_batch.errors import MESSAGE_LENGTH, ConfigError, message_of, printable
+from pia_batch.planning.child_python import child_environment, module_command
 
 _SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
 """Longest path of a socket, in bytes; a limit of the operating system."""
@@ -71,6 +74,34 @@ def check_temp_path(environment: Mapping[str, str] = os.environ) -> None:
             f"at most {longest}); {_MOVE}"
         )
         raise ConfigError(msg)
+
+
+def check_variables(environment: Mapping[str, str] = os.environ) -> None:
+    """Check the variables of Ray's own configuration, before Ray is imported. It is quick if there are none.
+
+    Their names have small letters, such as RAY_memory_usage_threshold. Ray ends the process that imports it by a signal
+    where such a value has another type.
+
+    Raises:
+        ConfigError: One has. The message names it.
+    """
+    names = sorted(name for name in environment if re.match("RAY_[a-z]", name))
+    if not names or _is_readable(names):
+        return
+    for name in names:
+        if not _is_readable([name]):
+            msg = (
+                f"{name}: Ray cannot read the value (got {printable(environment[name])!r}); correct it, or unset {name}"
+            )
+            raise ConfigError(msg)
+
+
+def _is_readable(names: Collection[str]) -> bool:
+    """Return True if Ray can be imported with these variables of its configuration, and no others."""
+    inherited = child_environment()
+    kept = {name: value for name, value in inherited.items() if name in names or not re.match("RAY_[a-z]", name)}
+    command = module_command("pia_batch.driver.probes.ray_configuration")
+    return subprocess.run(command, env=kept, capture_output=True, check=False).returncode >= 0  # noqa: S603 - ours
 
 
 MIN_OPEN_FILES = 256
@@ -203,7 +234,14 @@ def _remedy(err: Exception, cause: str) -> str:
     by_number = next((remedy for numbers, remedy in _BY_NUMBER if number in numbers), None)
     if by_number is None and isinstance(err, MemoryError):
         return _MEMORY
+    if by_number is None and isinstance(err, ValueError | ImportError | AttributeError) and (names := _set_hooks()):
+        return f"correct or unset {' and '.join(names)}"
     return by_number or next((remedy for words, remedy in _BY_WORD if any(word in cause for word in words)), _OTHERWISE)
+
+
+def _set_hooks(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the variables of this process by which Ray reads JSON, or imports a module, when it starts."""
+    return [name for name in ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_RUNTIME_ENV_HOOK") if environment.get(name)]
 
 
 _MEMORY = "raise the limits of memory and processes (`ulimit -a`), or use a larger machine"

@@ -102,3 +102,15 @@ def test_a_message_of_our_own_keeps_its_remedy_after_a_path_of_any_length(name: 
 
 def test_a_message_of_another_library_is_cut() -> None:
     assert message_of(ValueError("x" * 4096)) == "x" * 300
+
+
+@pytest.mark.parametrize("name", ["RAY_DATA_TRACE_ALLOCATIONS", "RAY_NUM_REDIS_GET_RETRIES", "HF_HUB_DOWNLOAD_TIMEOUT"])
+def test_a_variable_that_a_library_cannot_read_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "many")
+
+    with pytest.raises(ValueError, match="invalid literal") as raised:
+        int("many")
+
+    assert str(environment_error(raised.value)).endswith(f"base 10: 'many'; correct or unset {name}")
+    monkeypatch.delenv(name)
+    assert environment_error(raised.value) is None

@@ -14,6 +14,7 @@ from pia_batch.driver.own_ray import (
     check_limits,
     check_shared_memory,
     check_temp_folder,
+    check_variables,
     explain_end,
     explain_start,
     explain_task,
@@ -211,3 +212,38 @@ def test_a_token_or_a_place_for_one_is_left_to_ray(tmp_path: Path) -> None:
     assert given_token({"RAY_AUTH_TOKEN": "own"}) == "own"
     assert given_token({"RAY_AUTH_TOKEN_PATH": "/secrets/token"}) is None
     assert given_token({"RAY_AUTH_MODE": "disabled"}) is None
+
+
+# --- variables --------------------------------------------------------------------------------------------------------
+
+
+def test_without_variables_of_its_configuration_ray_is_not_asked() -> None:
+    check_variables({"RAY_ADDRESS": "auto", "RAY_TMPDIR": "/tmp"})  # noqa: S108 - a variable's value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["RAY_gcs_server_request_timeout_seconds", "RAY_memory_usage_threshold"])
+def test_a_variable_of_rays_configuration_that_it_cannot_read_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_enable_timeline", "false")
+    monkeypatch.setenv(name, "garbage")
+
+    with pytest.raises(ConfigError, match=rf"^{name}: Ray cannot read the value \(got 'garbage'\); correct"):
+        check_variables(os.environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "raised"),
+    [
+        ("RAY_JOB_CONFIG_JSON_ENV_VAR", ValueError("Expecting value: line 1 column 1 (char 0)")),
+        ("RAY_RUNTIME_ENV_HOOK", ModuleNotFoundError("No module named 'no_such_module'")),
+        ("RAY_RUNTIME_ENV_HOOK", AttributeError("module 'json' has no attribute 'hook'")),
+    ],
+)
+def test_a_variable_that_ray_follows_at_its_start_is_named(
+    name: str, raised: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "x")
+
+    assert str(explain_start(raised)).endswith(f"; correct or unset {name}")
