@@ -205,10 +205,12 @@ def reading(name: str) -> Iterator[None]:
     shown = redacted_uri(name)
     try:
         yield
-    except FileNotFoundError:
-        raise ManifestError(f"source {shown} does not exist; correct its path or URI") from None
+    except FileNotFoundError as err:
+        remedy = filesystems.remedy_for(err) or "correct its path or URI"
+        raise ManifestError(f"source {shown} does not exist; {remedy}") from None
     except (ImportError, OSError, EOFError, ValueError, tarfile.TarError, zlib.error, pa.ArrowException) as err:
-        raise ManifestError(f"source {shown} cannot be read: {redacted(message_of(err))}") from None
+        problem, known = redacted(message_of(err)), filesystems.remedy_for(err)
+        raise ManifestError(f"source {shown} cannot be read: {problem}{f'; {known}' if known else ''}") from None
 
 
 def check_version(filesystem: pyarrow.fs.FileSystem, file: FoundFile) -> None:

@@ -280,7 +280,7 @@ def reading(place: str) -> Iterator[None]:
         problem = redacted(message_of(err))
         remedy = next((f"; {remedy}" for words, remedy in _REMEDIES.items() if words in problem), "")
         is_local = "://" not in place or place.startswith("file://")
-        if is_local and (known := environment_remedy(err)):
+        if known := (is_local and environment_remedy(err)) or filesystems.remedy_for(err):
             remedy = f"; {known}"
         elif isinstance(err, PermissionError) and err.filename is None and "AWS_" not in problem:
             remedy = "; check the credentials and the policy"

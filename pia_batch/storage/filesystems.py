@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import fsspec
+import pyarrow as pa
 import pyarrow.fs
 from fsspec import asyn
 
-from pia_batch.storage import s3_config, schemes
+from pia_batch.storage import s3_config, schemes, store_errors
 from pia_batch.storage.object_store import absolute, local_path
 from pia_batch.storage.s3_config import S3Config
 from pia_batch.storage.uris import TooLargeError
@@ -40,7 +41,28 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     scheme = schemes.find(uri, "manifest")
     filesystem = _filesystem(scheme.store)
     path = filesystem._strip_protocol(schemes.canonical(uri))  # noqa: SLF001 - fsspec has no public name for it
-    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
+    return pyarrow.fs.PyFileSystem(_FSSpecHandler(filesystem)), path
+
+
+class _FSSpecHandler(pyarrow.fs.FSSpecHandler):  # type: ignore[misc] # pyarrow is untyped
+    """pyarrow's handler, which takes every failure of a store at the opening of a file for a missing file."""
+
+    def open_input_stream(self, path: str) -> pa.PythonFile:
+        return self.open_input_file(path)
+
+    def open_input_file(self, path: str) -> pa.PythonFile:
+        return pa.PythonFile(self.fs.open(path, mode="rb"), mode="r")
+
+
+def remedy_for(err: BaseException) -> str | None:
+    """Return what the operator can do about the answer of S3 behind an exception of s3fs; None for any other one."""
+    return store_errors.remedy_for(_code_of(err))
+
+
+def _code_of(err: BaseException) -> str:
+    """Return the code of S3's answer behind an exception of s3fs; empty if there is none."""
+    answered: Mapping[str, Any] = getattr(err.__cause__, "response", {})
+    return str(answered.get("Error", {}).get("Code", ""))
 
 
 def version_of(filesystem: pyarrow.fs.FileSystem, path: str) -> str:
@@ -230,8 +252,7 @@ async def _read_s3(filesystem: Any, uri: str, num_bytes: int, whole: bool) -> by
     except OSError as err:
         if not whole and "range" in str(err).lower():  # S3 refuses any range of an empty object
             return b""
-        answered: Mapping[str, Any] = getattr(err.__cause__, "response", {})
-        if answered.get("Error", {}).get("Code") in s3_config.DENIALS:  # s3fs knows some of these codes only
+        if _code_of(err) in s3_config.DENIALS:  # s3fs knows some of these codes only
             raise PermissionError(str(err)) from None
         raise
     body = answer["Body"]

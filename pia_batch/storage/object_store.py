@@ -280,7 +280,9 @@ class Store:
         wanted: obstore.GetOptions = {"range": (start, end), "if_match": found.etag}
         try:
             return bytes(obstore.get(self._store, found.name, options=wanted).bytes())
-        except (PreconditionError, FileNotFoundError):
+        except (PreconditionError, FileNotFoundError) as err:
+            if store_errors.cause_of(err) == "no bucket":
+                raise
             raise StorageError(_changed(self.uri_of(found.name))) from None
 
     def check(self, probe: str, link: Callable[[Path, Path], None] = os.link) -> None:
@@ -331,7 +333,7 @@ class Store:
         shown = redacted_uri(self.uri_of(name))
 
         def warn(attempt: int, err: Exception) -> None:
-            reason = redacted(message_of(err))
+            reason = store_errors.reason_of(err)
             log.warning("store_retry verb=%s name=%s attempt=%d error=%s", verb, name, attempt, reason)
 
         attempts = 0

@@ -13,14 +13,15 @@ from obstore.exceptions import (
     UnauthenticatedError,
 )
 
-from pia_batch.errors import CERTIFICATE_REMEDY, ObjectExistsError, StorageError, message_of
+from pia_batch.errors import CERTIFICATE_REMEDY, ObjectExistsError, StorageError, message_of, printable
 from pia_batch.storage import s3_config
 from pia_batch.storage.local_disk import DISK_REMEDIES, PASSING
 from pia_batch.storage.uris import redacted
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-_STATUS = re.compile(r"status code: (\d+)")
+_STATUS = re.compile(r"status code: (\d+)( [A-Za-z][A-Za-z -]*)?")
 _CODE = re.compile(r"<Code>\s*([\w.]+)\s*</Code>")
+_WORDS = re.compile(r"<Message>\s*([^<]{1,150})")
 _DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 """Part of obstore's error by which it does not trust a server."""
@@ -28,11 +29,27 @@ _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 _CONFLICTS = frozenset({"ConditionalRequestConflict", "OperationAborted"})
 """Codes of a create that met another write of its name: nothing is decided, and S3 asks for another attempt."""
 
+_GARBLED = frozenset({"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"})
+"""Codes by which a store refuses a request that did not arrive as it was sent; the next one may."""
+
+_PASSING_STATUSES = frozenset({"404", "408", "409", "412", "425", "429"})
+"""HTTP statuses of 400 to 499 that have a meaning of their own, or that end by another attempt."""
+
+_NO_BUCKET = frozenset({"NoSuchBucket", "ContainerNotFound"})
+
 _CREDENTIALS = "check the credentials and the policy"
 _EXPIRED = f"{_CREDENTIALS}: the temporary ones have expired; renew them, or use a role that renews itself"
 _QUOTA = "free some space in the store, or raise its quota"
 
+_CREATE = "no such bucket or folder; create it, or correct the URI"
+_BUSY = "the store is overloaded or down: wait, or use fewer engines (placement.max_engines)"
+
 _CODE_REMEDIES = {
+    **dict.fromkeys(("AccessDenied", "Forbidden"), _CREDENTIALS),
+    **dict.fromkeys(_NO_BUCKET, _CREATE),
+    **dict.fromkeys(("SlowDown", "ServiceUnavailable"), _BUSY),
+    "InvalidAccessKeyId": f"{_CREDENTIALS}: this store does not know the access key, or it is another store's",
+    "SignatureDoesNotMatch": f"{_CREDENTIALS}: the secret key does not belong to the access key",
     "RequestTimeTooSkewed": "the clock of this machine differs too much from that of the store: correct it",
     "ExpiredToken": _EXPIRED,
     "TokenRefreshRequired": _EXPIRED,
@@ -42,27 +59,32 @@ _CODE_REMEDIES = {
 
 _STATUS_REMEDIES = {
     "429": "the store asks for fewer requests: wait, or use fewer engines (placement.max_engines)",
-    "503": "the store is overloaded or down: wait, or use fewer engines (placement.max_engines)",
+    "503": _BUSY,
     "507": _QUOTA,
 }
 """Remedies by the HTTP status of the last attempt."""
 
+_NO_REASON = f"the store gives no reason; {_CREDENTIALS}: temporary ones may have expired"
 _FAILING = "look into the log and the documentation of the store for this answer"
 _SILENT = "check that the store runs, its address (AWS_ENDPOINT_URL), the network and the proxy settings"
 
 
 def cause_of(err: Exception) -> str | int:
-    """Classify a client's exception: `absent`, `exists`, `denied`, `certificate`, `other region`, or `transient`.
+    """Classify a client's exception.
 
-    An error of a local disk is classified by its number, a key of `DISK_REMEDIES`.
+    Returns:
+        `absent`, `no bucket`, `exists`, `denied`, `certificate`, `other region`, `refused` or `transient`.
+        An error of a local disk is classified by its number, a key of `DISK_REMEDIES`.
     """
     # A listing raises GenericError for every HTTP status.
     status = _STATUS.search(str(err)) if isinstance(err, GenericError) else None
     number, code = _os_error(err), _code(err)
     cause: str | int = "transient"
-    if isinstance(err, FileNotFoundError) or (status and status[1] == "404"):
+    if code in _NO_BUCKET:
+        cause = "no bucket"
+    elif isinstance(err, FileNotFoundError) or (status and status[1] == "404"):
         cause = "absent"
-    elif code in _CONFLICTS:
+    elif code in _CONFLICTS or code in _GARBLED:
         cause = "transient"
     elif number in DISK_REMEDIES:
         cause = number
@@ -74,7 +96,31 @@ def cause_of(err: Exception) -> str | int:
         cause = "other region"
     elif isinstance(err, AlreadyExistsError):
         cause = "exists"
+    elif status and code and _is_refusal(status[1]):
+        cause = "refused"
     return cause
+
+
+def _is_refusal(status: str) -> bool:
+    """Return True for an HTTP status that no other attempt changes."""
+    return status == "501" or (status.startswith("4") and status not in _PASSING_STATUSES)
+
+
+def reason_of(err: Exception) -> str:
+    """Return what went wrong, without credentials: the status, the code and the words of a store's answer, if any.
+
+    The client's own text repeats the name, and an answer is behind its first line.
+    """
+    answer, code, words = _STATUS.search(str(err)), _code(err), _WORDS.search(str(err))
+    if answer is None:
+        return redacted(message_of(err))
+    said = "".join((f", {code}" if code else "", f" ({printable(' '.join(words[1].split()))})" if words else ""))
+    return redacted(f"the store answers {answer[1]}{(answer[2] or '').rstrip()}{said}")
+
+
+def remedy_for(code: str) -> str | None:
+    """Return what the operator can do about the code of a store's answer; None for any other code."""
+    return _CODE_REMEDIES.get(code)
 
 
 def is_transient(err: Exception) -> bool:
@@ -91,15 +137,17 @@ def explain(err: Exception, verb: str, shown: str, attempts: int) -> StorageErro
         shown: URI of the object, without credentials.
         attempts: Number of attempts.
     """
-    cause, reason = cause_of(err), redacted(message_of(err))
+    cause, reason = cause_of(err), reason_of(err)
     subject = f"cannot {verb} {shown}"
     match cause:
         case "exists":
             return ObjectExistsError(f"{shown} exists")
-        case "absent":
-            msg = f"{subject}: no such bucket or folder; create it, or correct the URI"
+        case "absent" | "no bucket":
+            msg = f"{subject}: {_CREATE}"
         case "denied":
             msg = f"may not {verb} {shown}: {reason}; {_CODE_REMEDIES.get(_code(err) or '', _CREDENTIALS)}"
+        case "refused":
+            msg = f"{subject}: {reason}; {_remedy(err)}"
         case int():
             msg = f"{subject}: {os.strerror(cause)}; {DISK_REMEDIES[cause]}"
         case "other region":
@@ -116,7 +164,11 @@ def _remedy(err: Exception) -> str:
     status = _STATUS.search(str(err))
     if remedy := _CODE_REMEDIES.get(_code(err) or ""):
         return remedy
-    return _SILENT if status is None else _STATUS_REMEDIES.get(status[1], _FAILING)
+    if status is None:
+        return _SILENT
+    if status[1] == "400" and _code(err) is None:  # an answer to HEAD has no body
+        return _NO_REASON
+    return _STATUS_REMEDIES.get(status[1], _FAILING)
 
 
 def _code(err: Exception) -> str | None:

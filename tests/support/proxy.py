@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from random import Random
 from typing import Literal, Protocol, Self
 from urllib.parse import unquote, urlsplit
@@ -26,10 +27,11 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-Kind = Literal["pass", "500", "503", "reset", "lost", "slow", "cut", "frozen", "held", "careless"]
+Kind = Literal["pass", "error", "500", "503", "reset", "lost", "slow", "cut", "frozen", "held", "careless"]
 """Fates of a request:
 
 pass      forwarded
+error     answered by the status and the code of `answer`, and not forwarded
 500, 503  answered so, and not forwarded
 reset     the connection is reset, and the request is not forwarded
 lost      forwarded and carried out; then the connection is reset instead of an answer
@@ -40,10 +42,7 @@ held      forwarded once `release` is set
 careless  forwarded without its `If-None-Match`
 """
 
-_ERRORS = {
-    "500": (b"500 Internal Server Error", b"InternalError"),
-    "503": (b"503 Slow Down", b"SlowDown"),
-}
+_ERRORS: dict[Kind, tuple[int, str]] = {"500": (500, "InternalError"), "503": (503, "SlowDown")}
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,8 @@ class Fault:
 
     kind: Kind
     seconds: float = 0.0
+    answer: tuple[int, str] = (500, "InternalError")
+    """Status and code of an `error`."""
     act: Callable[[Request], None] = lambda _: None
     release: threading.Event = field(default_factory=threading.Event)
 
@@ -217,11 +218,8 @@ class Proxy:
             return
         await asyncio.to_thread(fault.act, request)
         match fault.kind:
-            case "500" | "503":
-                status, code = _ERRORS[fault.kind]
-                text = b"<Error><Code>" + code + b"</Code><Message>injected</Message></Error>"
-                lines = (b"HTTP/1.1 " + status, b"Content-Length: %d" % len(text), b"Connection: close", b"", text)
-                writer.write(b"\r\n".join(lines))
+            case "error" | "500" | "503":
+                writer.write(_error(verb, *_ERRORS.get(fault.kind, fault.answer)))
                 await writer.drain()
                 return
             case "reset":
@@ -270,6 +268,13 @@ class Proxy:
         lines = [f"{verb} {target} {version}", *(f"{name}: {value}" for name, value in signed.headers.items())]
         lines += [f"Host: {host}", f"Content-Length: {len(body)}"]
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def _error(verb: str, status: int, code: str) -> bytes:
+    """Return an answer as S3 gives it: one to HEAD has no body, and so no code."""
+    text = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>injected</Message></Error>'
+    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/xml\r\nConnection: close\r\n"
+    return f"{head}Content-Length: {len(text)}\r\n\r\n{'' if verb == 'HEAD' else text}".encode()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

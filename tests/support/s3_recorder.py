@@ -116,7 +116,9 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         if refusal is not None:
             status, code = refusal
-            self.answer(status, f"<Error><Code>{code}</Code><Message>refused as {code}</Message></Error>".encode())
+            declaration = '<?xml version="1.0" encoding="UTF-8"?>'  # AWS ends a line after it
+            error = f"<Error><Code>{code}</Code><Message>refused as {code}</Message></Error>"
+            self.answer(status, f"{declaration}\n{error}".encode())
         return refusal is not None
 
     def answer(self, status: int, body: bytes) -> None:

@@ -1,0 +1,137 @@
+"""Answers of a store that refuses, by real requests to a server on loopback: each is one line with its remedy."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from obstore.exceptions import GenericError
+from s3_recorder import Recorder, recording
+
+from pia_batch.datasets import sources
+from pia_batch.errors import ManifestError, StorageError
+from pia_batch.manifest import files
+from pia_batch.storage import filesystems, object_store, s3_config, store_errors
+from pia_batch.storage.object_store import ObjectInfo, Store
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    with recording() as recorder:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
+        for name, value in (keys | {"AWS_ENDPOINT_URL": recorder.url}).items():
+            monkeypatch.setenv(name, value)
+        s3_config.forget()
+        yield recorder
+    s3_config.forget()
+
+
+LONG = f"s3://bucket/{'a-long-prefix/' * 8}out"
+
+REFUSALS = [
+    (403, "AccessDenied", "check the credentials and the policy"),
+    (400, "ExpiredToken", "the temporary ones have expired; renew them"),
+    (403, "InvalidAccessKeyId", "this store does not know the access key"),
+    (403, "SignatureDoesNotMatch", "the secret key does not belong to the access key"),
+    (403, "RequestTimeTooSkewed", "the clock of this machine differs too much"),
+    (404, "NoSuchBucket", "create it, or correct the URI"),
+]
+
+CALLS: dict[str, Callable[[Store, Path], object]] = {
+    "create": lambda store, _: store.create("name", b"data"),
+    "write": lambda store, _: store.replace("name", b"data"),
+    "read": lambda store, _: store.read("name"),
+    "list": lambda store, _: list(store.list("")),
+    "read in parts": lambda store, folder: store.download(ObjectInfo("name", 4, "tag"), folder / "copy"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("status", "code", "remedy"), REFUSALS)
+def test_a_refusal_ends_each_call_at_once_with_its_code_and_its_remedy(
+    server: Recorder, tmp_path: Path, status: int, code: str, remedy: str, call: str
+) -> None:
+    server.refusal = (status, code)
+
+    with pytest.raises(StorageError) as refused:
+        CALLS[call](Store(LONG), tmp_path)
+
+    line = str(refused.value)
+    assert LONG in line
+    assert remedy in line
+    assert code == "NoSuchBucket" or f"the store answers {status} " in line
+    assert code == "NoSuchBucket" or f", {code} (refused as {code})" in line
+    assert not set("\n<>") & set(line)
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(400, "InvalidRequest"), (405, "MethodNotAllowed"), (501, "NotImplemented")]
+)
+def test_a_refusal_without_a_known_remedy_is_not_tried_again(server: Recorder, status: int, code: str) -> None:
+    server.refusal = (status, code)
+
+    with pytest.raises(StorageError, match=rf"answers {status} .*{code}.*; look into the log"):
+        Store(LONG).create("name", b"data")
+
+    assert len(server.seen) == (3 if status == 501 else 1)  # obstore's own attempts, within half a second
+
+
+def test_an_answer_to_head_has_no_code_and_its_remedy_says_so(
+    server: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "ATTEMPTS", 1)
+    server.refusal = (400, "ExpiredToken")
+
+    with pytest.raises(StorageError, match=r"the store gives no reason; check the credentials.*may have expired"):
+        Store(LONG).stat("name")
+
+
+@pytest.mark.parametrize(("status", "code"), [(500, "InternalError"), (503, "SlowDown"), (400, "RequestTimeout")])
+def test_an_answer_that_may_pass_is_tried_again(
+    server: Recorder, monkeypatch: pytest.MonkeyPatch, status: int, code: str
+) -> None:
+    monkeypatch.setattr(object_store, "ATTEMPTS", 2)
+    server.refusal = (status, code)
+
+    with pytest.raises(StorageError, match=rf"after 2 attempts: the store answers {status} .*{code}"):
+        Store(LONG).create("name", b"data")
+
+
+def test_a_token_in_the_words_of_a_store_is_not_repeated() -> None:
+    text = (
+        "Server returned non-2xx status code: 403 Forbidden: <?xml?>\n<Error><Code>AccessDenied</Code><Message>"
+        "no\nAWS_SECRET\x1b</Message><Token-0>hidden</Token-0></Error>"
+    )
+
+    reason = store_errors.reason_of(GenericError(text))
+
+    assert reason == r"the store answers 403 Forbidden, AccessDenied (no AWS_SECRET\x1b)"
+
+
+@pytest.mark.parametrize(("status", "code", "remedy"), REFUSALS)
+@pytest.mark.parametrize("reading", [files.reading, sources.reading])
+def test_a_listing_that_is_refused_is_one_line_with_the_remedy_of_its_code(
+    server: Recorder, status: int, code: str, remedy: str, reading: Callable[[str], object]
+) -> None:
+    server.refusal = (status, code)
+
+    with pytest.raises(ManifestError) as refused, reading(LONG):  # type: ignore[attr-defined]
+        filesystems.list_files(*filesystems.arrow_filesystem(LONG))
+
+    assert LONG in str(refused.value)
+    assert remedy in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_may_not_be_opened_is_not_called_missing(server: Recorder) -> None:
+    server.refusal = (403, "AccessDenied")
+    filesystem, path = filesystems.arrow_filesystem(f"{LONG}/requests.parquet")
+
+    with pytest.raises(PermissionError):
+        filesystem.open_input_file(path)
+    server.refusal = None
+    with pytest.raises(FileNotFoundError):
+        filesystem.open_input_file(path)
