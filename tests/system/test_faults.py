@@ -67,6 +67,21 @@ def test_a_store_that_overwrites_behind_our_back_is_found_out(trial: Trial) -> N
     assert [problem.partition(" ")[2] for problem in trial.problems_now()] == ["was written 2 times"]
 
 
+@pytest.mark.parametrize(
+    ("answer", "verb", "where"),
+    [((400, "ExpiredToken"), "PUT", "/animations/"), ((404, "NoSuchBucket"), "GET", "/_journal/.*parquet")],
+    ids=["expired", "vanished"],  # the name of the output has the test's own
+)
+def test_a_store_that_refuses_in_the_middle_ends_the_run_and_the_next_one_finishes(
+    trial: Trial, answer: tuple[int, str], verb: str, where: str
+) -> None:
+    trial.stack.proxy.set(Aimed(Fault("error", answer=answer), verb, where, nth=2, times=1000))
+
+    assert trial.run() == 4
+    assert trial.finish() == 1
+    assert trial.problems_now() == []
+
+
 def test_a_driver_that_is_killed_at_one_step_after_the_other_is_finished_by_the_next(trial: Trial) -> None:
     points = [
         ("lost", "/_journal/[0-9a-f]{32}", 2),  # a batch is committed, and the driver dies before it hears of that
