@@ -23,9 +23,6 @@ FORM = (
 )
 """Allowed forms in words, for messages."""
 
-NO_NUL = "text without NUL characters (U+0000); remove them"
-"""Allowed texts of prompts and URIs in words, for messages."""
-
 _LAST_FRAME = 2**31 - 1
 """Largest frame that KEY_PROMPTS_TYPE can hold."""
 
@@ -110,7 +107,6 @@ def check(name: str, column: pa.Array, num_frames: pa.Array, reject: Callable[[p
     if name == "prompts":  # an empty negative prompt means none
         blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(texts, "."))), 0)
         refuse(_flags(blank), "missing_value", "texts that are not empty")
-    refuse(_flags(pc.match_substring(pc.fill_null(texts, ""), "\0")), "invalid_value", NO_NUL)
     sizes = np.bincount(rows, np.asarray(pc.fill_null(pc.binary_length(texts), 0)), len(column))
     reject(pa.array(sizes > MAX_PROMPT_BYTES), "out_of_range", f"at most {MAX_PROMPT_BYTES} bytes of text together")
 

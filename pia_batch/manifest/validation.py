@@ -141,9 +141,10 @@ class _Columns(Columns):
         self.reject("ip_adapter_image", bad, "out_of_range", f"a URI of at most {MAX_URI_BYTES} bytes, or null")
 
     def check_nul(self) -> None:
-        """Check that URIs and prompts have no NUL: no path can hold it, and it ends the text for many programs."""
-        for name in ("image", "ip_adapter_image", "prompt", "negative_prompt"):
-            self.reject(name, pc.match_substring(self.typed[name], "\0"), "invalid_value", key_prompts.NO_NUL)
+        """Check that URIs have no NUL, which no path can hold. Prompts may: the tokenizer takes any text."""
+        for name in ("image", "ip_adapter_image"):
+            nul = pc.match_substring(self.typed[name], "\0")
+            self.reject(name, nul, "invalid_value", "a URI without NUL characters (U+0000); remove them")
 
     def check_settings(self, defaults: Defaults) -> None:
         """Check that every number is in its range."""
