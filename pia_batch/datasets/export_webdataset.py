@@ -13,6 +13,7 @@ from typing import Any
 
 from pia_batch.datasets.export_formats import ExportFormat, ShardTarget
 from pia_batch.datasets.export_rows import Batch
+from pia_batch.schema import python_values
 
 
 def write(batches: Iterator[Batch], target: ShardTarget) -> int:
@@ -20,7 +21,7 @@ def write(batches: Iterator[Batch], target: ShardTarget) -> int:
     path = target.folder / "shard.tar"
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for batch in batches:
-            for row, prompt, clip in zip(batch.rows.to_pylist(), batch.prompts, batch.clips, strict=True):
+            for row, prompt, clip in zip(python_values.of_rows(batch.rows), batch.prompts, batch.clips, strict=True):
                 _add(tar, clip.name, clip.data)
                 if clip.poster is not None:
                     _add(tar, f"{clip.key}.jpg", clip.poster)

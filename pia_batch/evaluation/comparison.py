@@ -17,6 +17,7 @@ from pia_batch.evaluation.bootstrap import Interval, interval
 from pia_batch.evaluation.publication import Evaluation
 from pia_batch.evaluation.selection import joined
 from pia_batch.evaluation.work import RunResults
+from pia_batch.schema import python_values
 from pia_batch.schema.columns import SUCCEEDED
 from pia_batch.storage.object_store import Store
 
@@ -115,7 +116,7 @@ def compare(a: Side, b: Side, pair_by: tuple[str, ...], group_by: tuple[str, ...
     measures = tuple(name for name in _measures(a) if name in _measures(b))
     groups = {ALL: np.arange(len(rows_a))}
     if group_by:
-        labels = list(zip(*(rows_a[name].to_pylist() for name in group_by), strict=True))
+        labels = list(zip(*(python_values.of_column(rows_a[name]) for name in group_by), strict=True))
         for label in sorted(set(labels), key=str):
             found = np.array([at for at, each in enumerate(labels) if each == label])
             groups[", ".join(f"{name} {value}" for name, value in zip(group_by, label, strict=True))] = found
@@ -159,7 +160,7 @@ def _places(side: Side, pair_by: tuple[str, ...], name: str) -> dict[tuple[Any, 
         ConfigError: Two rows have the same values.
     """
     places: dict[tuple[Any, ...], int] = {}
-    for at, key in enumerate(zip(*(side.table[each].to_pylist() for each in pair_by), strict=True)):
+    for at, key in enumerate(zip(*(python_values.of_column(side.table[each]) for each in pair_by), strict=True)):
         if key in places:
             shown = ", ".join(f"{column} {value!r}" for column, value in zip(pair_by, key, strict=True))
             msg = f"--pair-by: several animations of {name} have {shown}; add a column in which they differ"

@@ -22,6 +22,7 @@ from pia_batch.evaluation.work import RunResults
 from pia_batch.journal import layout
 from pia_batch.media import codecs
 from pia_batch.report.page import for_script, hash_of
+from pia_batch.schema import python_values
 from pia_batch.schema.columns import Row
 
 MAX_PAIRS = 60
@@ -46,7 +47,7 @@ def render(comparison: Comparison, title: tuple[str, str], max_pairs: int = MAX_
         max_pairs: Largest number of pairs on the page: those with the largest changes, in units of a measure's spread.
     """
     chosen = _largest(comparison, max_pairs)
-    rows_a, rows_b = (rows.take(chosen).to_pylist() for rows in (comparison.rows_a, comparison.rows_b))
+    rows_a, rows_b = (python_values.of_rows(rows.take(chosen)) for rows in (comparison.rows_a, comparison.rows_b))
     pairs = [
         {
             "key": ", ".join(str(a[name]) for name in comparison.pair_by),

@@ -205,6 +205,18 @@ def test_carried_columns_of_any_type_are_exported_in_every_format(tmp_path: Path
     assert {"scores": [{"key": "x", "value": 1}]} in delta
 
 
+def test_webdataset_has_texts_for_values_that_python_lacks(tmp_path: Path) -> None:
+    far, unknown_zone = pa.array([10**7], pa.int32()).cast(pa.date32()), pa.timestamp("s", "Mars/Olympus")
+    carried = pa.table({"day": far, "times": pa.array([[0]], pa.list_(unknown_zone))})
+    make_output(Store(str(tmp_path / "out")), ["gif"], carried=carried)
+
+    export(str(tmp_path / "out"), str(tmp_path / "webdataset"), "webdataset")
+
+    (sample,) = webdataset.WebDataset(str(tmp_path / "webdataset" / "part-00000.tar"), shardshuffle=False)
+    row = json.loads(sample["json"])
+    assert (row["day"], row["times"]) == ("29349-01-26", ["1970-01-01 00:00:00.000Z"])
+
+
 @pytest.mark.parametrize(("name", "data_type"), [("delta", pa.time64("us")), ("delta", pa.duration("s"))])
 def test_a_column_that_a_format_cannot_hold_is_named_before_anything_is_written(
     name: str, data_type: pa.DataType, tmp_path: Path
