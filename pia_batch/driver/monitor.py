@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from pia_batch.config import RunConfig
+from pia_batch.config import PlacementConfig, RunConfig
 from pia_batch.driver.budget import Budget, LimitReached
 from pia_batch.driver.progress import Progress
 from pia_batch.errors import InterruptedRunError, LeaseHeldError, PiaBatchError
@@ -168,19 +168,29 @@ class _EngineHealth:
         if activity.in_flight:
             self._moved_at = now
             return
-        waited_s = now - self._moved_at
-        available = self._resources()
-        state = (
-            f"one engine needs {self._place.num_gpus:g} GPUs and {self._place.num_cpus:g} CPUs, and the cluster has "
-            f"{available.get('GPU', 0):g} and {available.get('CPU', 0):g}"
-        )
-        if self._place.memory_mb is not None:
-            memory_mb = available.get("memory", 0) / 2**20
-            state += f"; and {self._place.memory_mb} MiB of memory (placement.memory_mb), of {memory_mb:.0f} MiB"
+        waited_s, state = now - self._moved_at, _room(self._place, self._resources())
         log.warning("engines_awaited waited_s=%.0f: %s", waited_s, state)
         if waited_s > self._place.wait_s:
             msg = f"no engine could start within {waited_s:.0f} s (placement.wait_s): {state}. Start again to continue"
             raise InterruptedRunError(msg)
+
+
+def _room(place: PlacementConfig, available: Mapping[str, float]) -> str:
+    """Return what one engine needs, and what the cluster has, in words.
+
+    Args:
+        place: The run's placement.
+        available: Sums over all nodes, with memory in bytes.
+    """
+    gpus, cpus, memory_mb = (available.get(name, 0) for name in ("GPU", "CPU", "memory"))
+    memory_mb /= 2**20
+    needed = f"{place.num_gpus:g} GPUs and {place.num_cpus:g} CPUs"
+    text = f"one engine needs {needed}, and the cluster has {gpus:g} and {cpus:g}"
+    if place.memory_mb is not None:
+        text += f"; and {place.memory_mb} MiB of memory (placement.memory_mb), of {memory_mb:.0f} MiB"
+    if gpus >= place.num_gpus and cpus >= place.num_cpus and memory_mb >= (place.memory_mb or 0):
+        text += "; if one node has them, an engine is starting there: its worker's log says how far it is"
+    return text
 
 
 class _Consumer:

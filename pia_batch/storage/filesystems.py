@@ -61,8 +61,8 @@ def remedy_for(err: BaseException) -> str | None:
 
 def _code_of(err: BaseException) -> str:
     """Return the code of S3's answer behind an exception of s3fs; empty if there is none."""
-    answered: Mapping[str, Any] = getattr(err.__cause__, "response", {})
-    return str(answered.get("Error", {}).get("Code", ""))
+    answered = getattr(err.__cause__, "response", None)  # botocore's is a mapping; an HTTP client's is none
+    return str(answered.get("Error", {}).get("Code", "")) if isinstance(answered, Mapping) else ""
 
 
 def version_of(filesystem: pyarrow.fs.FileSystem, path: str) -> str:

@@ -12,7 +12,8 @@ import pytest
 from fakes import FakeControl
 from ray.exceptions import RayTaskError
 
-from pia_batch.config import RunConfig
+from pia_batch.config import PlacementConfig, RunConfig
+from pia_batch.driver import monitor
 from pia_batch.driver.budget import Budget
 from pia_batch.driver.monitor import RunControls, consume
 from pia_batch.driver.progress import Progress
@@ -186,6 +187,26 @@ def test_crash_after_crash_stops_it_and_a_success_between_does_not(store: Store)
     doomed.chain.put(("crashed", "crashed"), ("crashed",), None)
     with pytest.raises(InterruptedRunError, match=r"3 requests in a row .* Last error: why"):
         doomed()
+
+
+@pytest.mark.parametrize(
+    ("available", "starts"),
+    [
+        ({"CPU": 1, "GPU": 1, "memory": 512 * 2**20}, True),
+        ({"CPU": 8, "GPU": 8, "memory": 2**40}, True),
+        ({"CPU": 0.9, "GPU": 1, "memory": 2**40}, False),
+        ({"CPU": 1, "memory": 2**40}, False),
+        ({"CPU": 1, "GPU": 1}, False),
+        ({}, False),
+    ],
+)
+def test_an_engine_for_which_there_is_room_is_said_to_be_starting(available: dict[str, float], starts: bool) -> None:
+    place = PlacementConfig(num_gpus=1, num_cpus=1, memory_mb=512)
+
+    text = monitor._room(place, available)
+
+    assert text.startswith(f"one engine needs 1 GPUs and 1 CPUs, and the cluster has {available.get('GPU', 0):g} and ")
+    assert ("an engine is starting there" in text) == starts
 
 
 def test_a_run_without_engines_says_what_one_needs(store: Store) -> None:

@@ -135,3 +135,12 @@ def test_a_file_that_may_not_be_opened_is_not_called_missing(server: Recorder) -
     server.refusal = None
     with pytest.raises(FileNotFoundError):
         filesystem.open_input_file(path)
+
+
+@pytest.mark.parametrize("response", [object(), None, {}, {"Error": {}}, {"Error": {"Code": "Unknown"}}])
+def test_the_answer_of_another_client_has_no_remedy_of_s3(response: object) -> None:
+    answered, err = OSError("404"), FileNotFoundError("no such dataset")
+    answered.response = response  # type: ignore[attr-defined]
+    err.__cause__ = answered
+
+    assert filesystems.remedy_for(err) is None
