@@ -108,7 +108,8 @@ def fetched_and_animated(
     place = config.placement
     task_rows = place.batch_size * batches
     together = batching.fetch_rows(config, task_rows)
-    requests = ray_data.repartitioned(requests, together, ray_data.SPLIT_CPUS)
+    at_once = None if config.budget.priority is None else 1
+    requests = ray_data.repartitioned(requests, together, ray_data.SPLIT_CPUS, at_once)
     requests = requests.map_batches(fetch, **ray_data.blocks(place.fetch_num_cpus) | {"batch_size": together})
     if together != task_rows:  # else the blocks are those of the tasks already
         requests = ray_data.repartitioned(requests, task_rows, place.fetch_num_cpus)

@@ -75,3 +75,19 @@ def test_fetched_requests_are_cut_to_tasks_by_the_step_that_fetches_them(
     cut = "StreamingRepartition[num_rows_per_block=16,strict=True]"
     read = "ReadManifest->MapBatches(Validate)->MapBatches(DropFinished)"
     assert steps == ["MapBatches(AnimateActor)", fetch, cut, read]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(("priority", "tasks"), [(None, None), ("urgency", 1)])
+def test_requests_with_priorities_are_cut_by_one_task_at_a_time_which_keeps_their_order(
+    make_config: MakeConfig, context: Any, priority: str | None, tasks: int | None
+) -> None:
+    assert context
+    config = make_config(requests_table(3, urgency=[3, 1, 2]), budget__priority=priority)
+
+    step = get_execution_plan(chain(make_plan(config), "run", FakeControl())._logical_plan)[0].dag
+    while not step.name.startswith("StreamingRepartition"):
+        (step,) = step.input_dependencies
+
+    assert step.get_max_concurrency_limit() == tasks
