@@ -129,8 +129,8 @@ def test_no_node_idles_while_requests_wait_although_another_is_slower(
     idle_at_the_end = max(each[-1][1] for each in calls.values()) - calls[fast.node_id][-1][1]
     assert summary.succeeded == 160
     assert {node: len(list(tmp_path.glob(f"{node}.engine"))) for node in seconds} == dict.fromkeys(seconds, 1)
-    assert min(busy.values()) >= 0.75, busy  # 0.96 and more on idle cores
-    assert idle_at_the_end <= TASKS_IN_FLIGHT * seconds[slow.node_id] + 1
+    assert min(busy.values()) >= 0.6, busy  # 0.96 and more on idle cores
+    assert idle_at_the_end <= (TASKS_IN_FLIGHT + 1) * seconds[slow.node_id] + 1
     for node in (fast, slow):
         nodes.remove_node(node)
 
