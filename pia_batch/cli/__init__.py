@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -110,6 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _check_interpreter()
         _check_folder()
+        _check_hub_timeouts()
         own_ray.check_variables()
         app(arguments, prog_name="pia-batch")
     except SystemExit as ended:
@@ -147,6 +149,20 @@ def _check_folder() -> None:
         raise errors.ConfigError(
             "the working folder was removed: change to a folder that exists, and start again"
         ) from None
+
+
+def _check_hub_timeouts(environment: Mapping[str, str] = os.environ) -> None:
+    """Check the variables that huggingface_hub reads as numbers at import: in the engines' processes, again and again.
+
+    Raises:
+        ConfigError: One is no whole number.
+    """
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        try:
+            int(environment.get(name, "0"))
+        except ValueError:
+            msg = f"{name} must be a whole number of seconds (got {environment[name]!r}); correct or unset it"
+            raise errors.ConfigError(msg) from None
 
 
 def _code_without_reader(broken: BrokenPipeError) -> int:

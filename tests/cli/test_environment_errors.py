@@ -114,3 +114,23 @@ def test_a_variable_that_a_library_cannot_read_is_named(name: str, monkeypatch: 
     assert str(environment_error(raised.value)).endswith(f"base 10: 'many'; correct or unset {name}")
     monkeypatch.delenv(name)
     assert environment_error(raised.value) is None
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"])
+@pytest.mark.parametrize("value", ["many", "", "1.5", "10s"])
+def test_a_timeout_of_the_hub_that_is_no_number_is_named_by_every_command(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "--manifest", "m.jsonl"])
+
+    assert ended.value.code == 2
+    assert f"{name} must be a whole number of seconds (got {value!r}); correct or unset it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["10", " 10 "])
+def test_a_timeout_of_the_hub_that_is_a_number_is_taken(value: str) -> None:
+    cli._check_hub_timeouts({"HF_HUB_DOWNLOAD_TIMEOUT": value})
+    cli._check_hub_timeouts({})
