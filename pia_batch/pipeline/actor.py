@@ -20,9 +20,9 @@ TASKS_IN_FLIGHT = 3
 """Tasks at or queued before one engine: two are in work, and one waits, so that the device never does. With more, the
 faster engines would idle at the end of a run while tasks wait for slower ones."""
 
-
 CALLS_PER_ENGINE = 2
-"""Tasks that an engine has in work: one on the device, while the one before it is encoded and committed."""
+"""Tasks that an engine has in work: one is encoded and committed while the next one is on the device; `Animate` keeps
+the order."""
 
 
 class AnimateActor:
@@ -82,7 +82,6 @@ def in_actor_pool(
             min_size=place.min_engines,
             max_size=place.max_engines,
             max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT,
-            # One batch is encoded and committed while the next one is on the device; Animate keeps the order.
             max_concurrent_calls_per_actor=CALLS_PER_ENGINE,
             enable_true_multi_threading=True,
         ),

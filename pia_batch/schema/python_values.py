@@ -29,7 +29,6 @@ def of_rows(table: pa.Table) -> list[dict[str, Any]]:
 _LACKS = (ArithmeticError, LookupError, ValueError)
 """Exceptions of `as_py`: OverflowError, the KeyError of a time zone, and Arrow's errors, which are ValueErrors."""
 
-
 _DAYS = {pa.date32(): "days", pa.date64(): "ms"}
 """Units of dates."""
 
