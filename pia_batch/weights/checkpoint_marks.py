@@ -46,6 +46,11 @@ def is_mark(name: str) -> bool:
     return name in _MARKS or any(pattern.fullmatch(name) for pattern in (_CONTINUOUS, _NOISE_LEVELS))
 
 
+def continuous_mark(header: SafetensorsHeader) -> str | None:
+    """Return the name of the mark of a training on continuous noise levels, or None."""
+    return next(filter(_CONTINUOUS.fullmatch, header.shapes), None)
+
+
 def check(model: ModelConfig, header: SafetensorsHeader, scheduler: Component) -> None:
     """Check that the scheduler reads what the checkpoint was trained to predict, on the noise that it was trained on.
 
@@ -60,7 +65,7 @@ def check(model: ModelConfig, header: SafetensorsHeader, scheduler: Component) -
     name = header.path.name
     file = components.read_json(scheduler.folder / "scheduler_config.json")
     used = used_by(model, scheduler)
-    continuous = next(filter(_CONTINUOUS.fullmatch, header.shapes), None)
+    continuous = continuous_mark(header)
     if continuous is not None:
         raise ConfigError(
             f"model.base: {name} has the mark {continuous}: it was trained on continuous noise levels (EDM), which PIA "

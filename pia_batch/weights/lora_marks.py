@@ -25,8 +25,6 @@ _OTHER_FAMILY = re.compile(
 
 _MOST_SHOWN = 80
 
-_CONTINUOUS = re.compile(r"edm_(mean|std)|edm_vpred\.sigma_(max|min)")
-
 _TRAINING = {
     "ss_v_parameterization": ("prediction_type", "v_prediction"),
     "ss_zero_terminal_snr": ("rescale_betas_zero_snr", True),
@@ -49,7 +47,7 @@ def notices(model: ModelConfig, header: SafetensorsHeader, scheduler: Component,
             f"{where}: its metadata says that it is for another family than Stable Diffusion 1.5 ({family}), though "
             "its tensors fit the base; compare a clip without it, or use a LoRA for Stable Diffusion 1.5"
         )
-    continuous = next(filter(_CONTINUOUS.fullmatch, header.shapes), None)
+    continuous = checkpoint_marks.continuous_mark(header)
     if continuous is not None:
         yield (
             f"{where} has the mark {continuous}: it was trained on continuous noise levels (EDM), which PIA does not "
