@@ -112,8 +112,9 @@ def read(part: Component, config: LoraConfig) -> Lora:
     if kind is not None:
         raise ConfigError(f"{path} belongs to an unsupported kind of adapter: {kind}")
     content = lora_files.contents(shapes, str(path))
+    left_out = set(content.left_out)
     for key, tensor in loaded.items():
-        if not bool(torch.isfinite(tensor.float()).all()):
+        if key not in left_out and not bool(torch.isfinite(tensor.float()).all()):
             raise ConfigError(f"{path}: {key!r} holds NaN or infinity; the file is damaged, or its training failed")
     record = None if part.config is None else components.read_json(part.config.folder / peft_config.PEFT_CONFIG)
     for network in content.layers:
@@ -207,10 +208,8 @@ def _fit(lora: Lora, network: str, layers: NetworkLayers, modules: Mapping[str, 
 
 def _rank(tensors: Mapping[str, torch.Tensor]) -> int | None:
     """Return the rank by which alpha is divided; None if there is none, as for two full factors of LoKr."""
-    for role in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
-        if role in tensors:
-            return len(tensors[role])
-    return None
+    role = lora_files.rank_role(tensors)
+    return None if role is None else len(tensors[role])
 
 
 def _inject(lora: Lora, name: str, network: str, target: Any, fitted: list[_Layer], *, all_plain: bool) -> None:

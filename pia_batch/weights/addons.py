@@ -20,6 +20,7 @@ from pia_batch.weights import (
     inversion_files,
     lora_files,
     lora_marks,
+    lora_numbers,
     lora_shapes,
     model_kinds,
     peft_config,
@@ -190,9 +191,10 @@ def _lora(entry: LoraConfig, key: str, base: _Base, hub: Hub) -> tuple[Component
     _check_content(header, content, where)
     has_scale = any("alpha" in roles for each in content.layers.values() for roles in each.values())
     part = _with_record(name, key, location) if content.is_peft and not has_scale else found
+    zeros = list(lora_numbers.notices(header, content, _networks_of_zero(part, header, content, where), where))
     left_out = _left_out(content, base.layers, where)
     marks = lora_marks.notices(base.model, header, base.parts["scheduler"], where)
-    return part, [*left_out, *marks], content.is_adjustable
+    return part, [*left_out, *zeros, *marks], content.is_adjustable
 
 
 def _left_out(content: lora_files.LoraContent, layers: Mapping[str, NetworkLayers], where: str) -> Iterator[str]:
@@ -232,6 +234,16 @@ def _with_record(name: str, key: str, location: Location) -> Component:
     peft_config.check_peft(components.read_json(path), f"{key}: {path}")
     record = Component(path.parent, None, (path.name,), source.commit)
     return replace(components.single_file(source, name), config=record)
+
+
+def _networks_of_zero(
+    part: Component, header: safetensors.SafetensorsHeader, content: lora_files.LoraContent, where: str
+) -> set[str]:
+    """Return the networks for which peft's record, next to the file or in its header, has the alpha 0."""
+    own = None if part.config is None else components.read_json(part.config.folder / peft_config.PEFT_CONFIG)
+    recorded = peft_config.in_metadata(header.metadata, where)
+    records = {network: own or peft_config.of_network(recorded, network) for network in content.layers}
+    return {network for network, record in records.items() if record is not None and peft_config.is_zero(record)}
 
 
 def _inversion(

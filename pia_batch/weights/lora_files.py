@@ -9,7 +9,7 @@ huggingface/peft `tuners`, huggingface/diffusers `loaders`, CompVis/stable-diffu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from pia_batch.errors import ConfigError
@@ -133,6 +133,9 @@ _VECTORS = (".string_to_param.*", ".string_to_param", ".emb_params", ".clip_l", 
 NUMBERS = ("alpha", "scalar")
 """Roles of single numbers by which a layer's delta is multiplied; LyCORIS before 2.0 stored a trained `scalar`."""
 
+_RANKED = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+"""Roles of the tensors whose first side is the rank of a layer, in the order in which they decide."""
+
 _PLAIN = {"down", "up", "alpha"}
 """Roles of the tensors of a layer that stays a layer of its own, as PEFT applies it."""
 
@@ -203,6 +206,14 @@ def unsupported(shapes: Mapping[str, Shape]) -> str | None:
 def is_plain(roles: Iterable[str]) -> bool:
     """Return True if a layer with these tensors is a plain low-rank product."""
     return {"down", "up"} <= set(roles) <= _PLAIN
+
+
+def rank_role(roles: Container[str]) -> str | None:
+    """Return the role whose first side is the rank, by which alpha is divided; None if alpha does not count.
+
+    Layers without a rank are full differences, norms and two full factors of LoKr.
+    """
+    return next((role for role in _RANKED if role in roles), None)
 
 
 def is_called_by_keyword(network: str, layer: str) -> bool:

@@ -188,6 +188,12 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
             raise ValueError(msg)
 
 
+def is_zero(config: Mapping[str, Any]) -> bool:
+    """Return True if every alpha of a record is 0, with which its matrices change nothing; `check_peft` is first."""
+    alpha = config.get("lora_alpha", config.get("alpha"))
+    return alpha is not None and not any(map(float, (alpha, *(config.get("alpha_pattern") or {}).values())))
+
+
 def scale_of(config: Mapping[str, Any], layer: str, rank: int | None) -> float:
     """Return the factor of a layer's delta by peft's record: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
 

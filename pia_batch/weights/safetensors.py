@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import struct
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -37,12 +39,14 @@ class SafetensorsHeader:
         shapes: Shapes by tensor name, in the file's order.
         dtypes: Dtypes by tensor name, as safetensors calls them, such as `F16`.
         metadata: Texts that the program that wrote the file left in it.
+        positions: Position of each tensor's first byte in the file, by tensor name.
     """
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
 
     def starting(self, *prefixes: str) -> list[str]:
         """Return the tensor names that begin with one of `prefixes`."""
@@ -95,8 +99,7 @@ def read(path: Path) -> SafetensorsHeader:
                 raise ConfigError(_why_invalid(path, num_bytes))
             text = file.read(length)
     except OSError as err:
-        remedy = environment_remedy(err) or "correct the path, or fetch the file again"
-        raise ConfigError(f"cannot read {path}: {message_of(err)}; {remedy}") from err
+        raise _unreadable(path, err) from err
     try:
         header = json.loads(text)
         metadata = {str(name): str(value) for name, value in (header.pop("__metadata__", None) or {}).items()}
@@ -114,7 +117,67 @@ def read(path: Path) -> SafetensorsHeader:
             "it was not copied in full, or it is damaged; fetch it again"
         )
     _check_spans(path, shapes, dtypes, spans)
-    return SafetensorsHeader(path, shapes, dtypes, metadata)
+    positions = {name: 8 + length + start for name, (start, _) in spans.items()}
+    return SafetensorsHeader(path, shapes, dtypes, metadata, positions)
+
+
+def numbers(header: SafetensorsHeader, names: Iterable[str]) -> dict[str, float]:
+    """Read tensors of one element each; no other bytes of the file are read.
+
+    Args:
+        header: Header of the file, from `read`.
+        names: Tensor names.
+
+    Raises:
+        ValueError: A dtype is not that of a number.
+        ConfigError: The file cannot be read.
+    """
+    found = {}
+    try:
+        with header.path.open("rb") as file:
+            for name in names:
+                dtype = header.dtypes[name]
+                if dtype not in _DECODERS:
+                    msg = f"tensor {name} has dtype {dtype}, expected a number"
+                    raise ValueError(msg)
+                file.seek(header.positions[name])
+                found[name] = _DECODERS[dtype](file.read(_BITS[dtype] // 8))
+    except OSError as err:
+        raise _unreadable(header.path, err) from err
+    return found
+
+
+def _unpacked(code: str, before: bytes = b"") -> Callable[[bytes], float]:
+    """Return a function that reads one number by its code in `struct`; `before`: lower bytes that the dtype lacks."""
+    return lambda content: float(struct.unpack(f"<{code}", before + content)[0])
+
+
+def _eight_bits(content: bytes) -> float:
+    """Return a number of dtype F8_E4M3: one bit of sign, four of exponent, three of mantissa, and no infinity."""
+    magnitude, sign = content[0] & 0x7F, -1.0 if content[0] & 0x80 else 1.0
+    if magnitude == 0x7F:  # noqa: PLR2004 - the only NaN
+        return math.nan
+    exponent, mantissa = divmod(magnitude, 8)
+    return sign * math.ldexp(mantissa + 8 * (exponent > 0), max(exponent, 1) - 10)
+
+
+_DECODERS: dict[str, Callable[[bytes], float]] = {
+    "F64": _unpacked("d"),
+    "F32": _unpacked("f"),
+    "F16": _unpacked("e"),
+    "BF16": _unpacked("f", bytes(2)),
+    "F8_E5M2": _unpacked("e", bytes(1)),
+    "F8_E4M3": _eight_bits,
+    "BOOL": _unpacked("?"),
+    **{f"I{bits}": _unpacked(code) for bits, code in zip((8, 16, 32, 64), "bhiq", strict=True)},
+    **{f"U{bits}": _unpacked(code) for bits, code in zip((8, 16, 32, 64), "BHIQ", strict=True)},
+}
+"""Functions that read one number, by its dtype. F8_E5M2 and BF16 are the upper halves of F16 and F32."""
+
+
+def _unreadable(path: Path, err: OSError) -> ConfigError:
+    remedy = environment_remedy(err) or "correct the path, or fetch the file again"
+    return ConfigError(f"cannot read {path}: {message_of(err)}; {remedy}")
 
 
 def _check_spans(

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -939,6 +940,123 @@ def test_a_number_that_is_not_finite_is_refused_with_its_tensor(base, tmp_path, 
 
     with pytest.raises(ConfigError, match=rf"a\.safetensors: '{_NAME}\.lora_up\.weight' holds NaN or infinity"):
         load(base, (tmp_path / "a.safetensors", 1.0))
+
+
+LORA = ("lora", "lokr, whole", "loha", "full")
+
+
+def numbered(path: Path, kind: str, role: str, *values: torch.Tensor, **more: torch.Tensor) -> Path:
+    """A file with one layer for each value, which is its alpha or scalar."""
+    tensors = dict(more)
+    for layer, value in zip(UNET_LAYERS, values, strict=False):
+        made, _ = KINDS[kind][0](weight_of(layer).shape, 3)
+        tensors |= {f"{kohya(layer)}.{name}": tensor for name, tensor in made.items()}
+        tensors[f"{kohya(layer)}.{role}"] = value.clone()
+    save_file(tensors, path)
+    return path
+
+
+def of_type(value: float, dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("kind", LORA)
+@pytest.mark.parametrize("role", ["alpha", "scalar"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *(of_type(math.nan, each) for each in (torch.float64, *DTYPES, torch.float8_e5m2)),
+        *(of_type(math.inf, each) for each in (torch.float64, torch.float16, torch.bfloat16, torch.float8_e5m2)),
+        of_type(-math.inf, torch.float32)[None],
+        of_type(1e300, torch.float64),
+    ],
+    ids=str,
+)
+def test_a_factor_that_is_no_finite_number_is_refused_before_a_run_by_file_and_tensor(base, tmp_path, kind, role, bad):
+    path = numbered(tmp_path / "a.safetensors", kind, role, torch.tensor(1.0), bad)
+
+    message = (
+        rf"a\.safetensors: tensor {kohya(UNET_LAYERS[1])}\.{role} is (nan|-?inf|1e\+300), expected a finite number"
+    )
+    with pytest.raises(ConfigError, match=message):
+        resolve(ModelConfig(base=str(base), loras=(LoraConfig(source=str(path)),)))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e8m0fnu])
+def test_a_factor_of_a_dtype_without_numbers_is_refused_before_a_run(base, tmp_path, dtype):
+    path = numbered(tmp_path / "a.safetensors", "lora", "alpha", torch.ones((), dtype=dtype))
+
+    with pytest.raises(
+        ConfigError, match=r"a\.safetensors: tensor .*\.alpha has dtype \w+, expected a number; save it"
+    ):
+        resolve(ModelConfig(base=str(base), loras=(LoraConfig(source=str(path)),)))
+
+
+@pytest.mark.parametrize("zero", [torch.tensor(0.0), torch.tensor([0]), torch.tensor(-0.0).half()], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "role"), [("lora", "alpha"), ("loha", "alpha"), ("lora", "scalar"), ("full", "scalar")]
+)
+def test_layers_with_the_factor_zero_are_counted_and_a_file_of_no_others_is_refused(base, tmp_path, kind, role, zero):
+    some = numbered(tmp_path / "some.safetensors", kind, role, zero, torch.tensor(3.0), zero)
+    every = numbered(tmp_path / "every.safetensors", kind, role, zero, zero)
+
+    (notice,) = resolve(ModelConfig(base=str(base), loras=(LoraConfig(source=str(some)),))).notices
+    assert re.search(
+        rf"some\.safetensors: layers without effect, .* is 0: 2, such as .*{kohya(UNET_LAYERS[0])}", notice
+    )
+    with pytest.raises(
+        ConfigError, match=r"every\.safetensors changes nothing: .* every layer is 0.*leave the LoRA out"
+    ):
+        resolve(ModelConfig(base=str(base), loras=(LoraConfig(source=str(every)),)))
+
+
+@pytest.mark.parametrize("kind", UNSCALED)
+def test_an_alpha_of_zero_does_not_count_in_a_layer_without_a_rank(base, tmp_path, kind):
+    path = numbered(tmp_path / "a.safetensors", kind, "alpha", torch.tensor(0.0))
+
+    assert resolve(ModelConfig(base=str(base), loras=(LoraConfig(source=str(path)),))).notices == ()
+
+
+@pytest.mark.parametrize("extra", ["dora_scale", "diff_b"])
+def test_a_layer_that_changes_besides_its_product_is_no_layer_of_zero(base, tmp_path, extra):
+    layer = UNET_LAYERS[0] if extra == "dora_scale" else RESNET
+    down, up = pair(layer)
+    value = torch.ones(len(up), 1) if extra == "dora_scale" else torch.ones(len(up))
+    held = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(0.0), extra: value}
+    save_file({f"{kohya(layer)}.{name}": tensor for name, tensor in held.items()}, tmp_path / "a.safetensors")
+
+    assert (
+        resolve(ModelConfig(base=str(base), loras=(LoraConfig(source=str(tmp_path / "a.safetensors")),))).notices == ()
+    )
+
+
+@pytest.mark.parametrize("in_header", [False, True])
+def test_a_record_of_peft_with_the_alpha_zero_is_refused_unless_a_pattern_has_another(base, tmp_path, in_header):
+    down, up = pair(ATTENTION)
+    name = f"{'unet' if in_header else 'base_model.model'}.{ATTENTION}"
+    path = tmp_path / "a.safetensors"
+    for patterns in ({}, {"to_k": 3}):
+        whole = {"r": 3, "lora_alpha": 0, "alpha_pattern": patterns}
+        metadata = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in whole.items()})}
+        save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, path, metadata if in_header else None)
+        (tmp_path / "adapter_config.json").write_text(json.dumps(whole))
+        expected = (
+            nullcontext() if patterns else pytest.raises(ConfigError, match=r"a\.safetensors changes nothing: the")
+        )
+        with expected:
+            resolve(ModelConfig(base=str(base), loras=(LoraConfig(source=str(path)),)))
+
+
+def test_a_number_that_is_left_out_may_be_anything(base, tmp_path):
+    path = numbered(
+        tmp_path / "a.safetensors",
+        "lora",
+        "alpha",
+        torch.tensor(1.0),
+        **{f"{kohya(TEXT)}.alpha": torch.tensor(math.nan)},
+    )
+
+    load(base, (path, 1.0))
 
 
 def test_constants_that_change_nothing_are_left_out_and_counted(base, tmp_path, caplog):

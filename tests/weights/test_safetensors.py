@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
+from safetensors.torch import save_file as save_torch_file
 
 from pia_batch.errors import ConfigError
 from pia_batch.weights import model_kinds, safetensors
@@ -281,3 +283,23 @@ def test_the_header_alone_is_read(tmp_path):
         file.truncate(8 + len(header) + 2**36)  # 64 GB that the disk need not have
 
     assert safetensors.read(path).shapes == {"a": (2**35,)}
+
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_number_is_read_as_torch_reads_it_alone(dtype, tmp_path):
+    """All values of the dtypes of eight bits, and 512 others."""
+    size = torch.empty((), dtype=dtype).element_size()
+    patterns = np.arange(256, dtype=np.uint8)[:, None] if size == 1 else np.random.default_rng(0).bytes(512 * size)
+    content = np.frombuffer(bytes(patterns), np.uint8).reshape(-1, size) & (1 if dtype == torch.bool else 255)
+    held = {f"t{k}": torch.from_numpy(row.copy()).view(dtype) for k, row in enumerate(content)}
+    save_torch_file(held | {"other": torch.zeros(9)}, tmp_path / "x.safetensors")
+
+    found = safetensors.numbers(safetensors.read(tmp_path / "x.safetensors"), held)
+
+    np.testing.assert_array_equal(list(found.values()), [float(value.item()) for value in held.values()])
