@@ -86,7 +86,7 @@ def _line_without_utf8(data: bytes) -> int:
     try:
         data.decode()
     except UnicodeDecodeError as err:
-        return len(data[: err.start].splitlines()) or 1
+        return len(data[: err.start + 1].splitlines())
     return 1
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import posixpath
+import re
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.fs
 
-from pia_batch.errors import ConfigError, message_of
+from pia_batch.errors import ConfigError, ManifestError, message_of
+from pia_batch.manifest.arrow_types import plain_column
+from pia_batch.manifest.files import ManifestFile
+from pia_batch.manifest.formats import FileFormat, format_of_file
 from pia_batch.storage import filesystems
 from pia_batch.storage.object_store import absolute
 from pia_batch.storage.uris import redacted_uri
 
 COLUMN = "request_id"
-
-_FORMATS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".ndjson": "json"}
 
 
 def read(uri: str) -> pa.Array:
@@ -29,14 +31,20 @@ def read(uri: str) -> pa.Array:
         ConfigError: The table cannot be read, or has no such column, or no ids.
     """
     shown = redacted_uri(uri)
-    file_format = _FORMATS.get(posixpath.splitext(uri)[1].lower(), "parquet")
     try:
         filesystem, path = filesystems.arrow_filesystem(absolute(uri))
-        table = ds.dataset(path, filesystem=filesystem, format=file_format)
+        if filesystem.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
+            raise ConfigError(f"--only: {shown} does not exist; correct its path or URI")
+        file_format = format_of_file(filesystem, path)
+        table = _parquet(filesystem, path) if file_format == "parquet" else _text(filesystem, path, file_format)
         if COLUMN not in table.schema.names:
             msg = f"--only: {shown} has no column {COLUMN}; it has {', '.join(table.schema.names)}"
             raise ConfigError(msg)
-        column = table.to_table([COLUMN])[COLUMN].cast(pa.string())
+        if table.schema.names.count(COLUMN) > 1:
+            raise ConfigError(f"--only: {shown} has more than one column {COLUMN}; rename or drop the others")
+        column = plain_column(table[COLUMN]).cast(pa.string())
+    except ManifestError as err:
+        raise ConfigError(f"--only: {_MANIFEST.sub('', str(err), count=1)}") from None
     except (OSError, ValueError, pa.ArrowException) as err:
         msg = (
             f"--only: cannot read {shown}: {message_of(err)}; give a Parquet, CSV or JSONL table with a column {COLUMN}"
@@ -47,6 +55,23 @@ def read(uri: str) -> pa.Array:
         msg = f"--only: {shown} has no ids in its column {COLUMN}"
         raise ConfigError(msg)
     return ids
+
+
+_MANIFEST = re.compile("manifest (?:file )?")
+"""Words before the path in messages of the manifest's readers."""
+
+
+def _parquet(filesystem: pyarrow.fs.FileSystem, path: str) -> pa.Table:
+    """Return the ids of a Parquet file, or of a folder of them; no column if they have none."""
+    found = ds.dataset(path, filesystem=filesystem, format="parquet")
+    names = found.schema.names
+    return found.to_table([COLUMN]) if COLUMN in names else found.schema.empty_table()
+
+
+def _text(filesystem: pyarrow.fs.FileSystem, path: str, file_format: FileFormat) -> pa.Table:
+    """Return the rows of CSV or JSONL as a manifest has them: the id "007" is a text there, not the number 7."""
+    _, contents = ManifestFile.open(filesystem, path, file_format, lambda _path, _version: None)
+    return pa.table({}) if contents.table is None else contents.table
 
 
 def digest_of(ids: pa.Array) -> str:
