@@ -116,14 +116,26 @@ def compare(a: Side, b: Side, pair_by: tuple[str, ...], group_by: tuple[str, ...
     measures = tuple(name for name in _measures(a) if name in _measures(b))
     groups = {ALL: np.arange(len(rows_a))}
     if group_by:
-        labels = list(zip(*(python_values.of_column(rows_a[name]) for name in group_by), strict=True))
-        for label in sorted(set(labels), key=str):
-            found = np.array([at for at, each in enumerate(labels) if each == label])
-            groups[", ".join(f"{name} {value}" for name, value in zip(group_by, label, strict=True))] = found
+        groups |= _groups(rows_a, group_by)
     columns = {name: (_values(rows_a, name), _values(rows_b, name)) for name in measures}
     intervals = {group: _intervals(columns, rows, seed) for group, rows in groups.items()}
     measures = tuple(name for name in measures if name in intervals[ALL])  # those that both clips of a pair have
     return Comparison(a, b, pair_by, measures, rows_a, rows_b, intervals)
+
+
+def _groups(rows: pa.Table, columns: Sequence[str]) -> dict[str, npt.NDArray[np.int64]]:
+    """Return the rows of each group of equal values, by its name."""
+    found: dict[Any, list[int]] = {}
+    labels = list(zip(*(python_values.of_column(rows[name]) for name in columns), strict=True))
+    for at, label in enumerate(labels):
+        found.setdefault(python_values.group_key(label), []).append(at)
+    named = {_name(columns, labels[places[0]]): np.array(places) for places in found.values()}
+    return dict(sorted(named.items()))
+
+
+def _name(columns: Sequence[str], label: tuple[Any, ...]) -> str:
+    pairs = zip(columns, label, strict=True)
+    return ", ".join(f"{column} is null" if value is None else f"{column} {value}" for column, value in pairs)
 
 
 def _intervals(
@@ -153,16 +165,17 @@ def _pairs(a: Side, b: Side, pair_by: tuple[str, ...]) -> tuple[list[int], list[
     return at_a, [places[key] for key in own if key in places]
 
 
-def _places(side: Side, pair_by: tuple[str, ...], name: str) -> dict[tuple[Any, ...], int]:
+def _places(side: Side, pair_by: tuple[str, ...], name: str) -> dict[Any, int]:
     """Return the row of each animation by its values of `pair_by`.
 
     Raises:
         ConfigError: Two rows have the same values.
     """
-    places: dict[tuple[Any, ...], int] = {}
-    for at, key in enumerate(zip(*(python_values.of_column(side.table[each]) for each in pair_by), strict=True)):
+    places: dict[Any, int] = {}
+    for at, values in enumerate(zip(*(python_values.of_column(side.table[each]) for each in pair_by), strict=True)):
+        key = python_values.group_key(values)
         if key in places:
-            shown = ", ".join(f"{column} {value!r}" for column, value in zip(pair_by, key, strict=True))
+            shown = ", ".join(f"{column} {value!r:.200}" for column, value in zip(pair_by, values, strict=True))
             msg = f"--pair-by: several animations of {name} have {shown}; add a column in which they differ"
             raise ConfigError(msg)
         places[key] = at

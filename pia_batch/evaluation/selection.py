@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,10 @@ from pia_batch.errors import ConfigError, message_of
 from pia_batch.evaluation import publication
 from pia_batch.evaluation.publication import Evaluation
 from pia_batch.evaluation.work import RunResults, read_table
+from pia_batch.manifest.arrow_types import plain_column
+from pia_batch.schema import python_values
 from pia_batch.schema.columns import SUCCEEDED
+from pia_batch.schema.dataset_columns import free_name
 from pia_batch.schema.expressions import RowFilter, RowNumber
 from pia_batch.storage.object_store import Store, absolute
 
@@ -65,6 +69,11 @@ class Choice:
         return sorted(read - set(_IDENTITY))
 
     @property
+    def renamed(self) -> dict[str, str]:
+        """New name of each column that is read whose name a column of the selection has."""
+        return {name: free_name(name, set(self.columns)) for name in (SCORE, RANK) if name in self.columns}
+
+    @property
     def limit(self) -> int | None:
         """Number of requests chosen of each group, or None for all."""
         return 1 if self.top is None and self.group_by else self.top
@@ -75,7 +84,8 @@ class Selection:
     """Requests that were chosen.
 
     Attributes:
-        table: `request_id`, `key`, the columns that were read, `score` and `rank` (from 1, in its group).
+        table: `request_id`, `key`, the columns that were read, `score` and `rank` (from 1, in its group). One that was
+            read as `score` or `rank` has an underscore after its name.
         evaluation: Evaluation that was read.
         num_requests: Number of requests of its run.
         num_accepted: Number of animations that `where` accepts.
@@ -112,9 +122,10 @@ def select(output: str, choice: Choice, evaluation_id: str | None = None) -> Sel
     accepted = []
     for part, measured in publication.pairs_of_parts(results, evaluation):
         rows = joined(store, part, measured, choice.columns)
-        rows = rows.filter(pc.equal(rows["status"], SUCCEEDED)).drop_columns(["status"])
+        rows = rows.filter(pc.equal(rows["status"], SUCCEEDED))
         rows = rows if choice.where is None else choice.where.keep(rows)
-        accepted.append(rows if choice.by is None else rows.append_column(SCORE, choice.by.of(rows)))
+        scores = None if choice.by is None else choice.by.of(rows)
+        accepted.append(rows if scores is None else rows.rename_columns(choice.renamed).append_column(SCORE, scores))
     table = pa.concat_tables(accepted).combine_chunks()
     num_accepted, num_groups = len(table), len(table)
     if choice.by is not None:
@@ -123,6 +134,7 @@ def select(output: str, choice: Choice, evaluation_id: str | None = None) -> Sel
         table, num_groups = _best(table, choice)
     else:
         num_scored = num_accepted
+    table = table.drop_columns(["status"])
     return Selection(table, evaluation, results.num_rows, num_accepted, num_accepted - num_scored, num_groups)
 
 
@@ -180,13 +192,15 @@ def write(selection: Selection, uri: str) -> str:
 
 def _best(table: pa.Table, choice: Choice) -> tuple[pa.Table, int]:
     """Return the highest scores of each group, in its order, with their ranks; and the number of groups."""
-    order = [*((name, "ascending") for name in choice.group_by), (SCORE, "descending"), ("request_id", "ascending")]
-    try:
-        table = table.sort_by(order).combine_chunks()
-    except (pa.ArrowNotImplementedError, pa.ArrowTypeError) as err:
-        msg = f"--group-by: cannot sort by {', '.join(choice.group_by)}: {message_of(err)}; name texts or numbers"
-        raise ConfigError(msg) from None
-    starts = _starts(table, choice.group_by)
+    names = [choice.renamed.get(name, name) for name in choice.group_by]
+    groups = {str(number): group_numbers(table[name]) for number, name in enumerate(names)}
+    keys = pa.table(groups | {SCORE: table[SCORE], "request_id": table["request_id"]})
+    ways = [*((name, "ascending") for name in groups), (SCORE, "descending"), ("request_id", "ascending")]
+    order = pc.sort_indices(keys, sort_keys=ways)
+    table = table.take(order)
+    starts = np.arange(len(table)) == 0
+    for numbers in groups.values():
+        starts[1:] |= np.diff(numbers[order.to_numpy()]) != 0
     places = np.arange(len(table))
     ranks = places - places[starts][np.cumsum(starts) - 1] + 1
     table = table.append_column(RANK, pa.array(ranks, pa.int64()))
@@ -195,14 +209,20 @@ def _best(table: pa.Table, choice: Choice) -> tuple[pa.Table, int]:
     return table, int(starts.sum())
 
 
-def _starts(table: pa.Table, columns: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Return True for each row of a sorted table with which a new group begins; bool, shape (n,)."""
-    starts = np.zeros(len(table), dtype=bool)
-    starts[:1] = True
-    for name in columns:
-        column = table[name].combine_chunks()
-        here, before = column.slice(1), column.slice(0, max(0, len(column) - 1))
-        both_null = pc.and_(pc.is_null(here), pc.is_null(before))
-        same = pc.or_(pc.fill_null(pc.equal(here, before), fill_value=False), both_null)
-        starts[1:] |= ~same.to_numpy(zero_copy_only=False)
-    return starts
+def group_numbers(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """Return the number of each row's group, rising with the values; of types without an order, with the first row.
+
+    Null is a group, and so is NaN.
+    """
+    array = plain_column(column).combine_chunks()
+    try:
+        coded = array.dictionary_encode()
+        order = pc.sort_indices(coded.dictionary).to_numpy()
+    except (pa.ArrowNotImplementedError, pa.ArrowTypeError):
+        found: dict[Any, int] = {}
+        keys = map(python_values.group_key, python_values.of_column(array))
+        return np.array([found.setdefault(key, len(found)) for key in keys], np.int64)
+    numbers = np.empty(len(order) + 1, np.int64)
+    numbers[order], numbers[-1] = np.arange(len(order)), len(order)
+    of_rows: npt.NDArray[np.int64] = numbers[pc.fill_null(coded.indices, len(order)).to_numpy()]
+    return of_rows

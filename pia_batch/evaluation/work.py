@@ -158,7 +158,8 @@ def read_table(store: Store, name: str, columns: Sequence[str] | None = None) ->
     try:
         file = pq.ParquetFile(pa.BufferReader(store.read(name)), page_checksum_verification=True)
         present = file.schema_arrow.names
-        return file.read(None if columns is None else [column for column in columns if column in present])
+        names = present if columns is None else [column for column in columns if column in present]
+        return file.read(names).select(names)  # for a column `a.b`, Arrow also reads the field `b` of a struct `a`
     except (FileNotFoundError, pa.ArrowException, OSError, KeyError) as err:
         msg = f"{store.uri_of(name)} is missing or damaged: {err}; publish or evaluate again under a new id"
         raise StorageError(msg) from None

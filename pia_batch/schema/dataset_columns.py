@@ -68,7 +68,7 @@ class DatasetColumns:
                 left_out[item.name] = str(item.type)
                 continue
             if item.name not in RESULT.names and (_means_a_file(item.name) or item.name == CONDITION_IMAGE):
-                renamed[item.name] = _free_name(item.name, taken)
+                renamed[item.name] = free_name(item.name, taken)
             fields.append(pa.field(renamed.get(item.name, item.name), held))
         fields.sort(key=lambda one: _FIRST.index(one.name) if one.name in _FIRST else len(_FIRST))
         for name, value in (("renamed", renamed), ("left_out", left_out), ("schema", pa.schema(fields))):
@@ -142,7 +142,8 @@ def _means_a_file(name: str) -> bool:
     return name in _RESERVED or name.endswith(_FILE_SUFFIXES)
 
 
-def _free_name(name: str, taken: set[str]) -> str:
+def free_name(name: str, taken: set[str]) -> str:
+    """Return `name`, with underscores after it until it is not `taken`, and add it to these."""
     while name in taken:
         name += "_"
     taken.add(name)

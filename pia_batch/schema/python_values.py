@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +25,18 @@ def of_rows(table: pa.Table) -> list[dict[str, Any]]:
     """Return the rows of a table, with values as `of_column` gives them."""
     columns = {name: of_column(table[name]) for name in table.column_names}
     return [{name: values[number] for name, values in columns.items()} for number in range(len(table))]
+
+
+def group_key(value: Any) -> Hashable:
+    """Return a key that is the same for equal values, of those that `of_column` gives; NaN is equal to itself."""
+    if isinstance(value, dict):
+        return frozenset((name, group_key(each)) for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(group_key, value))
+    return _NAN if value != value else value  # noqa: PLR0124 - what NaN is
+
+
+_NAN = object()
 
 
 _LACKS = (ArithmeticError, LookupError, ValueError)

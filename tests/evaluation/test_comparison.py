@@ -6,16 +6,23 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from browsers import faint, until
+from columns_of_types import types, values
 from evaluated import publish_evaluation, publish_output, shifted
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from playwright.sync_api import Browser
 
 from pia_batch import cli
+from pia_batch.config import ImagesConfig
 from pia_batch.errors import ConfigError
 from pia_batch.evaluation.bootstrap import MAX_UNITS, interval
-from pia_batch.evaluation.comparison import ALL, compare, open_side
+from pia_batch.evaluation.comparison import ALL, OF_RESULTS, Side, compare, open_side
 from pia_batch.evaluation.comparison_page import render
+from pia_batch.evaluation.work import RunResults
+from pia_batch.manifest.arrow_types import plain_column
 from pia_batch.storage.object_store import Store
 
 IDS = [f"r{k}" for k in range(6)]
@@ -83,6 +90,23 @@ def test_pairs_by_other_columns_must_be_unique(outputs: tuple[Store, Store]) -> 
         compare(a, b, ("kind",), ())
     with pytest.raises(ConfigError, match="no column 'shop' in the evaluation and its results"):
         open_side(outputs[0].uri, None, None, ["shop"], [])
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_columns_of_any_type_make_pairs_and_groups(data: st.DataObject) -> None:
+    one = data.draw(types)
+    column = pa.array([*data.draw(st.lists(values(one), min_size=3, max_size=3)), None], one)
+    column = plain_column(pa.chunked_array([column]))  # as results have it
+    own = {"request_id": list("abcd"), "x": column} | {name: [1.0, 2.0, 3.0, 4.0] for name in OF_RESULTS}
+    side = Side(RunResults(None, "r", "", (), "", ImagesConfig()), None, pa.table(own))  # type: ignore[arg-type]
+
+    found = compare(side, side, ("x", "request_id"), ("x",))
+
+    assert found.rows_a.column("request_id").to_pylist() == list("abcd")
+    assert found.rows_b.column("request_id").to_pylist() == list("abcd")
+    assert sum(each["motion"].count for name, each in found.groups.items() if name != ALL) == 4
+    assert "x is null" in found.groups
 
 
 def test_only_alike_animations_pair(outputs: tuple[Store, Store]) -> None:

@@ -10,12 +10,16 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from evaluated import Frames, publish_evaluation, publish_output
+from columns_of_types import EXTENSIONS, extension_column, types, values
+from evaluated import Frames, key_of, publish_evaluation, publish_output
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pia_batch import cli
 from pia_batch.errors import ConfigError
-from pia_batch.evaluation.selection import Choice, Selection, select, write
+from pia_batch.evaluation.selection import Choice, Selection, group_numbers, select, write
 from pia_batch.manifest import id_tables
+from pia_batch.schema import python_values
 from pia_batch.schema.expressions import RowFilter, RowNumber
 from pia_batch.storage.object_store import Store
 
@@ -51,6 +55,44 @@ def test_the_best_of_each_group_is_chosen_and_ties_go_by_id(output: Store) -> No
     assert found.table["score"].to_pylist() == [0.9, 0.5, 0.2]
     assert found.table["rank"].to_pylist() == [1, 1, 1]
     assert (found.num_requests, found.num_accepted, found.num_unscored, found.num_groups) == (8, 7, 1, 3)
+
+
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_groups_are_the_equal_values_of_any_type(data: st.DataObject) -> None:
+    one = data.draw(types)
+    drawn = data.draw(st.lists(values(one), min_size=3, max_size=3))
+    array = pa.array([*drawn, None, *drawn, None], one)
+    keys = [python_values.group_key(value) for value in python_values.of_column(array)]
+
+    numbers = group_numbers(pa.chunked_array([array.slice(0, 3), array.slice(3)])).tolist()
+
+    assert numbers[:4] == numbers[4:]
+    assert [[a == b for b in numbers] for a in numbers] == [[a == b for b in keys] for a in keys]
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS, ids=str)
+def test_groups_of_extension_types_are_those_of_what_they_store(extension: pa.DataType) -> None:
+    column = extension_column(extension, 4)
+
+    numbers = group_numbers(pa.chunked_array([column, column])).tolist()
+
+    assert numbers == group_numbers(pa.chunked_array([column.storage, column.storage])).tolist()
+    assert numbers[:4] == numbers[4:]
+
+
+def test_columns_named_score_and_rank_or_like_a_field_of_a_struct_are_selected_by(store: Store) -> None:
+    still: Frames = np.zeros((2, 16, 16, 3), dtype=np.uint8)
+    carried = {"score": [1, 1, 7], "rank": list("xxy"), "a": [{"b": 5}] * 3, "a.b": [1, 1, 2], "key.x": [3] * 3}
+    publish_output(store, dict.fromkeys(["r0", "r1", "r2"], still), carried=carried)
+    publish_evaluation(store, {"clip_t": [0.1, 0.2, 0.3]})
+
+    found = choose(store, by="clip_t", where='score < 5 and column("key.x") == 3', group_by=("rank", "a.b"))
+
+    assert found.table.to_pylist() == [
+        {"request_id": "r1", "key": key_of(f"{store.uri} r1"), "a.b": 1, "key.x": 3}
+        | {"rank_": "x", "score_": 1, "clip_t": 0.2, "score": 0.2, "rank": 1}
+    ]
 
 
 @pytest.mark.parametrize(
