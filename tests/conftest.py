@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -132,6 +133,30 @@ def _rank(file: str) -> tuple[int, int]:
         return 0, PROCESSES.index(file)
     folder = file.partition("/")[0]
     return 1, FIRST.index(folder) if folder in FIRST else len(FIRST)
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+_STATUS = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the process that ran tests, once all is reported, without taking its libraries down.
+
+    Their threads go on while the C++ of the others is destroyed. With those of Ray, Arrow, PyTorch, Lance, DuckDB and
+    Polars in one process, one of many runs ended in a segmentation fault after its last line, and was taken for failed.
+    The programs of this project end as all programs do, and tests compare their exit codes.
+    """
+    if _STATUS in config.stash and not hasattr(config, "workerinput"):  # pytest-xdist ends its workers
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[_STATUS])
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
