@@ -126,7 +126,7 @@ def _measure_here(rows: int, actors: int, batch_size: int, batch_seconds: float,
             batches = batches or batching.batches_per_task(plan.config, rows)
             arguments = {"control": tracker, "seconds": batch_seconds, "notes": str(notes), "crew": actors}
             dataset = fetched_and_animated(
-                pending_requests(plan), plan.config, _without_images, IdleActor, arguments, batches
+                pending_requests(plan), plan.config, _without_images, IdleActor, arguments, batches, rows
             )
             watch = _Watch(rows)
             outcomes = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)

@@ -18,10 +18,11 @@ import ray.data
 from pia_batch.config import RunConfig
 from pia_batch.journal import layout
 from pia_batch.journal.log import Journal
-from pia_batch.pipeline import batching, datasource, ray_data, stages
+from pia_batch.pipeline import batching, datasource, larger_tasks, ray_data, stages
 from pia_batch.pipeline.actor import AnimateActor, in_actor_pool
 from pia_batch.pipeline.attempts import AttemptControl
 from pia_batch.pipeline.engine_loader import EngineLoader, LoadEngines
+from pia_batch.pipeline.larger_tasks import Load
 from pia_batch.pipeline.request_rows import with_row_error
 from pia_batch.planning.plan import Plan
 from pia_batch.schema.columns import RANK
@@ -45,7 +46,9 @@ def chain(
         "commits": Journal(store),
     }
     batches = batching.batches_per_task(config, plan.num_selected)
-    return fetched_and_animated(pending_requests(plan), config, fetch, AnimateActor, animate, batches)
+    return fetched_and_animated(
+        pending_requests(plan), config, fetch, AnimateActor, animate, batches, plan.num_selected
+    )
 
 
 def pending_requests(plan: Plan) -> ray.data.Dataset:
@@ -94,6 +97,7 @@ def fetched_and_animated(
     actor: type,
     arguments: Mapping[str, Any],
     batches: int = 1,
+    num_requests: int | None = None,
 ) -> ray.data.Dataset:
     """Fetch the images of requests, and pass them in batches through a pool of actors.
 
@@ -104,13 +108,18 @@ def fetched_and_animated(
         actor: Class of the actors.
         arguments: Arguments of its constructor, by name.
         batches: Number of batches that an actor is given at a time.
+        num_requests: Number of requests, where an actor may be given more at a time if that makes it faster.
     """
     place = config.placement
     task_rows = place.batch_size * batches
     together = batching.fetch_rows(config, task_rows)
-    at_once = None if config.budget.priority is None else 1
-    requests = ray_data.repartitioned(requests, together, ray_data.SPLIT_CPUS, at_once)
+    requests = ray_data.repartitioned(requests, together, ray_data.SPLIT_CPUS)
     requests = requests.map_batches(fetch, **ray_data.blocks(place.fetch_num_cpus) | {"batch_size": together})
     if together != task_rows:  # else the blocks are those of the tasks already
         requests = ray_data.repartitioned(requests, task_rows, place.fetch_num_cpus)
-    return in_actor_pool(requests, place, actor, arguments)
+    animated = in_actor_pool(requests, place, actor, arguments)
+    if config.budget.priority is not None:
+        animated.context.execution_options.preserve_order = True
+    elif num_requests is not None:
+        larger_tasks.allow(animated, Load(num_requests, batching.max_rows(config)))
+    return animated

@@ -34,9 +34,7 @@ def blocks(num_cpus: float) -> dict[str, Any]:
     return {"batch_format": "pyarrow", "batch_size": None, "num_cpus": num_cpus}
 
 
-def repartitioned(
-    rows: ray.data.Dataset, num_rows: int, num_cpus: float, max_tasks: int | None = None
-) -> ray.data.Dataset:
+def repartitioned(rows: ray.data.Dataset, num_rows: int, num_cpus: float) -> ray.data.Dataset:
     """Return the rows in blocks of `num_rows`; only the last one may be smaller.
 
     Ray Data joins this step to a preceding `map_batches` of as many CPUs whose `batch_size` is a multiple of
@@ -46,12 +44,10 @@ def repartitioned(
         rows: Rows in blocks of any size.
         num_rows: Number of rows in a block.
         num_cpus: CPUs of a task. `Dataset.repartition` has no way to set them; they would be 1.
-        max_tasks: Maximum number of tasks at a time; with one, rows keep their order. None: as many as fit.
     """
     rows = rows.repartition(target_num_rows_per_block=num_rows, strict=True)
     step = rows._logical_plan.dag  # noqa: SLF001 - Ray Data has no public way
     step.ray_remote_args["num_cpus"] = num_cpus
-    object.__setattr__(step, "compute", ray.data.TaskPoolStrategy(size=max_tasks))  # of a frozen class
     return rows
 
 

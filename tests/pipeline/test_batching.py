@@ -35,13 +35,13 @@ def test_an_engine_is_given_several_batches_at_a_time_where_it_has_very_many(
 
 
 @pytest.mark.parametrize(
-    ("threads", "task_rows", "priority", "rows"),
-    [(16, 4, None, 16), (16, 5, None, 15), (8, 16, None, 16), (16, 4, "urgency", 4)],
+    ("threads", "task_rows", "rows"),
+    [(16, 4, 16), (16, 5, 15), (8, 16, 16)],
 )
-def test_tasks_enough_for_every_thread_are_fetched_together_unless_they_have_priorities(
-    make_config: MakeConfig, threads: int, task_rows: int, priority: str | None, rows: int
+def test_tasks_enough_for_every_thread_are_fetched_together(
+    make_config: MakeConfig, threads: int, task_rows: int, rows: int
 ) -> None:
-    config = make_config(requests_table(1), images__threads=threads, budget__priority=priority)
+    config = make_config(requests_table(1), images__threads=threads)
 
     assert batching.fetch_rows(config, task_rows) == rows
 

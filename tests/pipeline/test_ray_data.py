@@ -15,6 +15,7 @@ from ray.data._internal.logical.optimizers import get_execution_plan
 from pia_batch.config import RunConfig
 from pia_batch.pipeline import batching
 from pia_batch.pipeline.chain import chain
+from pia_batch.pipeline.larger_tasks import LargerTasks
 from pia_batch.pipeline.ray_data import MAX_BLOCK_STATISTICS, BoundedStatistics, configure
 from pia_batch.planning.plan import make_plan
 
@@ -79,15 +80,15 @@ def test_fetched_requests_are_cut_to_tasks_by_the_step_that_fetches_them(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(("priority", "tasks"), [(None, None), ("urgency", 1)])
-def test_requests_with_priorities_are_cut_by_one_task_at_a_time_which_keeps_their_order(
-    make_config: MakeConfig, context: Any, priority: str | None, tasks: int | None
+@pytest.mark.parametrize("priority", [None, "urgency"])
+def test_requests_with_priorities_keep_their_order_and_others_may_be_given_together(
+    make_config: MakeConfig, context: Any, priority: str | None
 ) -> None:
-    assert context
     config = make_config(requests_table(3, urgency=[3, 1, 2]), budget__priority=priority)
 
-    step = get_execution_plan(chain(make_plan(config), "run", FakeControl())._logical_plan)[0].dag
-    while not step.name.startswith("StreamingRepartition"):
-        (step,) = step.input_dependencies
+    mine = chain(make_plan(config), "run", FakeControl()).context
 
-    assert step.get_max_concurrency_limit() == tasks
+    assert mine.execution_options.preserve_order == (priority is not None)
+    assert (LargerTasks in mine.execution_callback_classes) == (priority is None)
+    assert not context.execution_options.preserve_order
+    assert LargerTasks not in context.execution_callback_classes

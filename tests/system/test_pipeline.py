@@ -430,7 +430,7 @@ def test_a_limited_run_animates_the_highest_priorities_first_and_the_next_run_th
     assert (rest.computed, rest.succeeded, rest.exit_code) == (98, 102, 0)
     rows = sorted(results_of(limited, rest).values(), key=lambda row: row["finished_at"])
     late = [row["score"] or 0.0 for row in rows if row["request_id"] not in best]
-    assert sum(late[:30]) / 30 > sum(late[-30:]) / 30 + 20  # 76 and 10 in order; what is fetched at once overtakes
+    assert sum(late[:30]) / 30 > sum(late[-30:]) / 30 + 50  # 76 and 10 in order, in which few batches are done at once
     assert "__rank__" not in rows[0]
 
 
