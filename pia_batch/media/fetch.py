@@ -1,6 +1,7 @@
 """Image bytes by URI: opens only what `uris.Policy` permits, bounded in time and size.
 
-Every failure is a RequestError with the column, the URI without its secrets, and the reason.
+Every failure has the column, the URI without its secrets, and the reason. It is a RequestError; where a store refuses
+every image, it is a StorageError, which ends the run instead of failing one request after the other.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pia_batch.errors import (
     ConfigError,
     ImageNotAllowedError,
     ImageUnavailableError,
+    RequestError,
+    StorageError,
     certificate_problem,
     message_of,
     printable,
@@ -47,6 +50,7 @@ _FINAL = (
     ImportError,
     ValueError,
     ConfigError,
+    StorageError,
 )
 _FINAL_NUMBERS = frozenset({errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EPERM})
 """Error numbers after which another attempt cannot succeed."""
@@ -67,7 +71,8 @@ def read_image(
 
     Raises:
         ImageNotAllowedError: The policy does not permit the location.
-        ImageUnavailableError: There are no bytes, for any other reason.
+        ImageUnavailableError: There are no bytes, for a reason that may be this image's own.
+        StorageError: The store refuses every image of its bucket, or this process lacks its credentials or its client.
     """
     wanted = f"column {column!r}: {printable(redacted_uri(uri))}"
     too_large = ImageUnavailableError(
@@ -77,7 +82,7 @@ def read_image(
         data = _read(uri, base_uri, images, http, images.max_bytes + 1, whole=True)
     except TooLargeError:
         raise too_large from None
-    except Exception as err:  # noqa: BLE001 - every client has its own classes; `_explain` maps them to two
+    except Exception as err:  # noqa: BLE001 - every client has its own classes; `_explain` maps them to ours
         raise _explain(wanted, err, images.timeout_s) from None
     if len(data) > images.max_bytes:
         raise too_large
@@ -185,7 +190,9 @@ def _is_final(err: Exception) -> bool:
     return certificate_problem(err) is not None
 
 
-def _explain(wanted: str, err: Exception, timeout_s: float) -> ImageNotAllowedError | ImageUnavailableError:
+def _explain(wanted: str, err: Exception, timeout_s: float) -> RequestError | StorageError:
+    if isinstance(err, StorageError | ConfigError | ImportError):
+        return StorageError(f"{wanted} cannot be opened: {redacted(message_of(err))}")
     if isinstance(err, NotAllowedError):
         return ImageNotAllowedError(f"{wanted} {redacted(message_of(err))}")
     if isinstance(err, RefusedError):
@@ -198,7 +205,10 @@ def _explain(wanted: str, err: Exception, timeout_s: float) -> ImageNotAllowedEr
     elif isinstance(err, PermissionError):
         problem = "may not be read"
     limit = "" if _is_final(err) else f" (images.timeout_s: {timeout_s:g} s)"
-    return ImageUnavailableError(f"{wanted} {problem}: {redacted(message_of(err))}{limit}")
+    remedy = filesystems.remedy_for(err)
+    return ImageUnavailableError(
+        f"{wanted} {problem}: {redacted(message_of(err))}{limit}{f'; {remedy}' if remedy else ''}"
+    )
 
 
 def _not_empty(wanted: str, data: bytes) -> bytes:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pia_batch.config import Format
-from pia_batch.errors import RequestError
+from pia_batch.errors import RequestError, StorageError
 from pia_batch.journal import layout
 from pia_batch.media import codecs, fetch, images
 from pia_batch.report.links import MediaLinks, extended
@@ -48,7 +48,7 @@ def _thumbnail(image: str, links: MediaLinks) -> str | None:
     try:
         data = fetch.read_image(image, links.folder, settings)
         picture = images.decode(data, max_pixels=settings.max_pixels, background=settings.background)
-    except RequestError:  # its request failed for the same reason, or the image has been removed since
+    except (RequestError, StorageError):  # its request failed for the same reason, or the image cannot be had any more
         return None
     picture.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
     return _data_uri(picture)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.fs
 from fsspec import asyn
 
+from pia_batch.errors import StorageError
 from pia_batch.storage import s3_config, schemes, store_errors
 from pia_batch.storage.object_store import absolute, local_path
 from pia_batch.storage.s3_config import S3Config
@@ -208,6 +209,7 @@ def read_object(uri: str, num_bytes: int, *, timeout_s: float, whole: bool = Tru
 
     Raises:
         TooLargeError: `whole` is set, and the store reports a longer object; nothing of it is read.
+        StorageError: The store refuses every object of this bucket, such as to credentials that have expired.
         OSError: The store's answer, as FileNotFoundError, PermissionError or IsADirectoryError.
         Exception: The client's own exception, for a transient fault.
     """
@@ -252,8 +254,9 @@ async def _read_s3(filesystem: Any, uri: str, num_bytes: int, whole: bool) -> by
     except OSError as err:
         if not whole and "range" in str(err).lower():  # S3 refuses any range of an empty object
             return b""
-        if _code_of(err) in s3_config.DENIALS:  # s3fs knows some of these codes only
-            raise PermissionError(str(err)) from None
+        code = _code_of(err)
+        if code in store_errors.REFUSED_TO_ALL and await _is_refused_otherwise(filesystem, bucket, code):
+            raise StorageError(store_errors.refused_to_all(code, err.strerror or str(err))) from None
         raise
     body = answer["Body"]
     try:
@@ -265,6 +268,22 @@ async def _read_s3(filesystem: Any, uri: str, num_bytes: int, whole: bool) -> by
     finally:
         body.close()
     return bytes(data)
+
+
+async def _is_refused_otherwise(filesystem: Any, bucket: str, code: str) -> bool:  # fsspec is untyped
+    """Return True if the bucket refuses another object by the same code, so that the first one is not the cause.
+
+    A proxy that writes a key in another way invalidates the signature of this key alone.
+    """
+    try:
+        await filesystem._call_s3("get_object", Bucket=bucket, Key=_OTHER_KEY, Range="bytes=0-0")  # noqa: SLF001 - see above
+    except OSError as err:
+        return _code_of(err) == code
+    return False
+
+
+_OTHER_KEY = "pia-batch"
+"""Key of plain letters, which needs not exist."""
 
 
 def _within(timeout_s: float, filesystem: Any, method: str, path: str, **options: int) -> Any:  # fsspec is untyped

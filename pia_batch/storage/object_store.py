@@ -245,8 +245,21 @@ class Store:
         """
         if self._is_absent():
             raise FileNotFoundError(self.uri_of(name))
-        item = self._attempt(lambda: obstore.head(self._store, name), "read", name)
+        item = self._attempt(lambda: self._head(name), "read", name)
         return ObjectInfo(name, item["size"], item["e_tag"], item["last_modified"].timestamp())
+
+    def _head(self, name: str) -> Any:  # obstore's own dictionaries
+        """Describe an object. A refusal of HEAD has no body, so a GET asks for its code.
+
+        Raises:
+            Exception: The refusal of the GET, or of the HEAD where the GET was not refused.
+        """
+        try:
+            return obstore.head(self._store, name)
+        except BaseError as err:
+            if store_errors.lacks_reason(err):
+                obstore.get(self._store, name)  # its body is not read
+            raise
 
     def download(self, found: ObjectInfo, path: Path, threads: int = 8) -> None:
         """Write an object to a local file, several parts at a time, all of them of the version `found`.

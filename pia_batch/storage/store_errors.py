@@ -21,7 +21,10 @@ from pia_batch.storage.uris import redacted
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _STATUS = re.compile(r"status code: (\d+)( [A-Za-z][A-Za-z -]*)?")
 _CODE = re.compile(r"<Code>\s*([\w.]+)\s*</Code>")
-_WORDS = re.compile(r"<Message>\s*([^<]{1,150})")
+_MOST_WORDS = 150
+"""Maximum number of characters kept of a store's own words."""
+
+_WORDS = re.compile(rf"<Message>\s*([^<]{{1,{_MOST_WORDS}}})")
 _DENIED = (PermissionDeniedError, UnauthenticatedError, PermissionError)
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
 """Part of obstore's error by which it does not trust a server."""
@@ -36,6 +39,11 @@ _PASSING_STATUSES = frozenset({"404", "408", "409", "412", "425", "429"})
 """HTTP statuses of 400 to 499 that have a meaning of their own, or that end by another attempt."""
 
 _NO_BUCKET = frozenset({"NoSuchBucket", "ContainerNotFound"})
+
+REFUSED_TO_ALL = (
+    s3_config.DENIALS | _NO_BUCKET | {"InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"}
+)
+"""Codes of a refusal that does not depend on the object. AccessDenied is none: it may be for one object only."""
 
 _CREDENTIALS = "check the credentials and the policy"
 _EXPIRED = f"{_CREDENTIALS}: the temporary ones have expired; renew them, or use a role that renews itself"
@@ -121,6 +129,18 @@ def reason_of(err: Exception) -> str:
 def remedy_for(code: str) -> str | None:
     """Return what the operator can do about the code of a store's answer; None for any other code."""
     return _CODE_REMEDIES.get(code)
+
+
+def lacks_reason(err: Exception) -> bool:
+    """Return True for the answer 400 or 403 without a code, which S3 gives to HEAD."""
+    status = _STATUS.search(str(err))
+    return status is not None and status[1] in ("400", "403") and _code(err) is None
+
+
+def refused_to_all(code: str, words: str) -> str:
+    """Return the reason and the remedy where a store refuses every object by a code of `REFUSED_TO_ALL`."""
+    said = redacted(printable(words)[:_MOST_WORDS])
+    return f"the store answers {code} ({said}); {_CODE_REMEDIES.get(code, _CREDENTIALS)}"
 
 
 def is_transient(err: Exception) -> bool:

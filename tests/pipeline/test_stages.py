@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 from animated import animated, fetched, stored, validated
 from inputs import png, requests_table
 from PIL import Image
+from s3_recorder import recording
 
 from pia_batch.config import RunConfig
+from pia_batch.errors import StorageError
 from pia_batch.manifest.reader import Manifest
 from pia_batch.media import codecs
 from pia_batch.pipeline.stages import Arrange, DropFinished, FetchImages
@@ -211,3 +214,18 @@ def test_images_in_the_manifest_have_the_same_cap_as_others(make_config: MakeCon
 
     assert [rows[name]["error_kind"] for name in sorted(rows)] == [None, "image_unavailable"]
     assert "images.max_bytes" in rows["r001"]["error"]
+
+
+def test_a_store_that_refuses_every_image_ends_the_stage_and_fails_no_request(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with recording() as server:
+        server.refusal = (400, "ExpiredToken")
+        keys = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+        for name, value in keys.items():
+            monkeypatch.setenv(name, value)
+        images = [f"s3://photos/{k}.png" for k in range(3)]
+        config = make_config(requests_table(3, image=images), images__allow=["s3://photos"])
+
+        with pytest.raises(StorageError, match=r"s3://photos/\d\.png .*ExpiredToken.*renew them"):
+            fetched(config)

@@ -1,16 +1,20 @@
 """Answers of a store that refuses, by real requests to a server on loopback: each is one line with its remedy."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from obstore.exceptions import GenericError
 from s3_recorder import Recorder, recording
 
+from pia_batch.config import ImagesConfig
 from pia_batch.datasets import sources
-from pia_batch.errors import ManifestError, StorageError
+from pia_batch.errors import ImageUnavailableError, ManifestError, StorageError, message_of
 from pia_batch.manifest import files
+from pia_batch.media.fetch import read_image, read_image_head
 from pia_batch.storage import filesystems, object_store, s3_config, store_errors
 from pia_batch.storage.object_store import ObjectInfo, Store
 
@@ -79,11 +83,24 @@ def test_a_refusal_without_a_known_remedy_is_not_tried_again(server: Recorder, s
     assert len(server.seen) == (3 if status == 501 else 1)  # obstore's own attempts, within half a second
 
 
-def test_an_answer_to_head_has_no_code_and_its_remedy_says_so(
+@pytest.mark.parametrize(("status", "code", "remedy"), REFUSALS[:-1])
+def test_the_refusal_of_a_head_is_asked_for_its_code_and_ends_the_call_at_once(
+    server: Recorder, status: int, code: str, remedy: str
+) -> None:
+    server.refusal = (status, code)
+
+    with pytest.raises(StorageError, match=rf"the store answers {status} .*, {code} .*{remedy}"):
+        Store(LONG).stat("name")
+
+    assert [seen.verb for seen in server.seen] == ["HEAD", "GET"]
+
+
+def test_a_head_that_is_refused_alone_says_that_the_store_gives_no_reason(
     server: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(object_store, "ATTEMPTS", 1)
-    server.refusal = (400, "ExpiredToken")
+    server.refusal, server.refused_verbs = (400, "ExpiredToken"), ("HEAD",)
+    Store(LONG).replace("name", b"data")
 
     with pytest.raises(StorageError, match=r"the store gives no reason; check the credentials.*may have expired"):
         Store(LONG).stat("name")
@@ -124,6 +141,56 @@ def test_a_listing_that_is_refused_is_one_line_with_the_remedy_of_its_code(
     assert LONG in str(refused.value)
     assert remedy in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+IMAGES = ImagesConfig(timeout_s=20)
+
+
+@pytest.mark.parametrize(("status", "code", "remedy"), [*REFUSALS[1:], (400, "InvalidToken", "check the credentials")])
+def test_what_is_refused_to_every_image_is_no_fault_of_a_request(
+    server: Recorder, status: int, code: str, remedy: str
+) -> None:
+    server.refusal = (status, code)
+
+    with pytest.raises(StorageError) as refused:
+        read_image("x.png", LONG, IMAGES)
+
+    line = str(refused.value)
+    assert line.startswith("column 'image': x.png cannot be opened: ")
+    assert f"{code} (refused as {code})" in line
+    assert remedy in line
+    assert len(server.seen) == 2  # of the image, and of another name
+    with pytest.raises(StorageError, match=remedy):
+        read_image_head("x.png", LONG, IMAGES, 100)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "problem"),
+    [
+        (403, "AccessDenied", "may not be read: refused as AccessDenied; check the credentials and the policy"),
+        (403, "InvalidObjectState", "may not be read: refused as InvalidObjectState"),
+        (403, "SignatureDoesNotMatch", "the secret key does not belong to the access key"),
+        (404, "NoSuchKey", "does not exist"),
+    ],
+)
+def test_what_is_refused_to_one_image_fails_its_request_alone(
+    server: Recorder, status: int, code: str, problem: str
+) -> None:
+    server.refusal, server.refused_key = (status, code), "x.png"
+    server.objects[urlsplit(server.url).netloc, f"{urlsplit(LONG).path.replace('/', '/bucket/', 1)}/y.png"] = b"picture"
+
+    with pytest.raises(ImageUnavailableError, match=re.escape(problem)):
+        read_image("x.png", LONG, IMAGES)
+    assert read_image("y.png", LONG, IMAGES) == b"picture"
+
+
+def test_the_message_about_an_image_with_a_long_key_ends_with_the_remedy(server: Recorder) -> None:
+    server.refusal = (403, "AccessDenied")
+
+    with pytest.raises(ImageUnavailableError) as refused:
+        read_image(f"{'long/' * 150}x.png", LONG, IMAGES)
+
+    assert message_of(refused.value).endswith("; check the credentials and the policy")
 
 
 def test_a_file_that_may_not_be_opened_is_not_called_missing(server: Recorder) -> None:

@@ -46,7 +46,10 @@ class Recorder:
     objects: dict[tuple[str, str], bytes] = field(default_factory=dict)
     seen: list[Recorded] = field(default_factory=list)
     refusal: tuple[int, str] | None = None
-    """Status and code with which every request is refused."""
+    """Status and code with which every request of `refused_verbs` is refused."""
+    refused_verbs: tuple[str, ...] = ("GET", "HEAD", "PUT")
+    refused_key: str = ""
+    """Part of the paths that are refused; empty: all."""
     region: str | None = None
     """Region in which the buckets are: requests for another one are refused, as AWS does."""
 
@@ -107,6 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def refused(self) -> bool:
         refusal, region = self.server_recorder.refusal, self.server_recorder.region
+        if self.command not in self.server_recorder.refused_verbs or self.server_recorder.refused_key not in self.path:
+            refusal = None
         signed = self.server_recorder.seen[-1].region
         if region is not None and signed != region and refusal is None:
             status, text = 400, f"the region '{signed}' is wrong; expecting '{region}'"
