@@ -38,10 +38,10 @@ from pia_batch.datasets.prepare_options import PrepareOptions
 from pia_batch.datasets.request_table import RequestTable
 from pia_batch.datasets.sources import Kind, Place, Source, changed
 from pia_batch.datasets.variations import Variations
-from pia_batch.driver import ray_cluster
+from pia_batch.driver import monitor, ray_cluster
 from pia_batch.errors import ConfigError, InterruptedRunError, ManifestError
 from pia_batch.manifest import unify
-from pia_batch.pipeline import ray_data, worker_errors
+from pia_batch.pipeline import ray_data
 from pia_batch.storage import object_store
 from pia_batch.storage.object_store import Store
 from pia_batch.storage.uris import redacted_uri
@@ -322,7 +322,7 @@ class _Preparation:
                 if self._stop.is_set():
                     raise InterruptedRunError("stopped; what was prepared is kept. Start again to continue")
         except ray.exceptions.RayError as err:
-            raise worker_errors.explain_loss(err) from None
+            raise monitor.unwrapped(err) from None
         finally:
             ray_cluster.end_execution(results)
 

@@ -50,6 +50,14 @@ WITHOUT_LINKS = frozenset(
 """Types of file systems that have no hard links, as Linux calls them. Others may lack them, too: `check_disk` tries."""
 
 
+def reason_of(err: OSError) -> str:
+    """Return why a folder cannot be used, with the remedy."""
+    remedy = DISK_REMEDIES.get(err.errno or 0, DENIED_REMEDY)
+    if err.errno == errno.EEXIST:  # none of DISK_REMEDIES: creating an object meets it, too
+        remedy = "a file, or a link to nothing, has its name; remove it or choose another path"
+    return f"{os.strerror(err.errno or 0)}; {remedy}"
+
+
 def check_disk(folder: Path, probe: str, link: Callable[[Path, Path], None] = os.link) -> None:
     """Check that a local disk has space and hard links, by which obstore creates a file only where none is.
 

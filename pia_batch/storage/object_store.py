@@ -26,9 +26,8 @@ from obstore.exceptions import BaseError, PreconditionError
 from obstore.store import LocalStore, S3Store, from_url
 
 from pia_batch.errors import ConfigError, ObjectExistsError, StorageError, message_of
-from pia_batch.storage import s3_config, store_errors
+from pia_batch.storage import local_disk, s3_config, store_errors
 from pia_batch.storage.concurrency import map_in_threads
-from pia_batch.storage.local_disk import check_disk, find_obstacle
 from pia_batch.storage.retries import retry
 from pia_batch.storage.schemes import LOCAL, SCHEMES, UnsupportedSchemeError, canonical, expected, find
 from pia_batch.storage.uris import access_point_problem, redacted, redacted_uri
@@ -312,7 +311,7 @@ class Store:
             StorageError: The store cannot be written, or ignores `If-None-Match` and so could lose finished work.
         """
         if self._is_local:
-            check_disk(Path(local_path(self.uri)), probe, link)
+            local_disk.check_disk(Path(local_path(self.uri)), probe, link)
         for _ in range(2):
             try:
                 self.create(probe, b"this store creates only where nothing is\n")
@@ -327,7 +326,7 @@ class Store:
 
     def find_obstacle(self) -> str | None:
         """Return what will keep a run from writing to a local disk, as far as it is seen without writing; else None."""
-        return find_obstacle(Path(local_path(self.uri))) if self._is_local else None
+        return local_disk.find_obstacle(Path(local_path(self.uri))) if self._is_local else None
 
     def _attributes(self, name: str) -> dict[str, str] | None:
         """Return the attributes with which a web server delivers the object; a local disk cannot store any."""
@@ -339,8 +338,17 @@ class Store:
         return self.uri.startswith("file://")
 
     def _is_absent(self) -> bool:
-        """Return True for a local folder that does not exist yet; reading must not create it."""
-        return self._is_local and self._anchor is None and not Path(local_path(self.uri)).exists()
+        """Return True for a local folder that does not exist yet; reading must not create it.
+
+        Raises:
+            StorageError: It cannot be known, such as below a folder that is closed to this user.
+        """
+        if not self._is_local or self._anchor is not None:
+            return False
+        try:
+            return not Path(local_path(self.uri)).exists()
+        except OSError as err:
+            raise StorageError(f"cannot read the folder {self.uri}: {local_disk.reason_of(err)}") from None
 
     def _attempt(self, call: Callable[[], T], verb: str, name: str) -> T:
         shown = redacted_uri(self.uri_of(name))
@@ -438,8 +446,7 @@ def _open_store(uri: str) -> Any:  # obstore's stores share no public base class
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as err:
-            msg = f"cannot create the folder {uri}: {err.strerror}; choose another path or fix its permissions"
-            raise StorageError(msg) from None
+            raise StorageError(f"cannot create the folder {uri}: {local_disk.reason_of(err)}") from None
         return LocalStore(path)
     client_options: Any = {  # a TypedDict of obstore's stubs
         "timeout": timedelta(seconds=REQUEST_TIMEOUT_S),

@@ -202,11 +202,30 @@ def test_a_failed_local_write_leaves_no_other_file(store: Store, tmp_path: Path)
     assert [path.name for path in (tmp_path / "out").rglob("*")] == ["name"]
 
 
-def test_an_output_below_a_file_is_refused_with_the_reason(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("folder", "problem"),
+    [
+        ("file/out", "cannot create .*: Not a directory; a file has the name of a folder there"),
+        ("file", "cannot create .*: File exists; a file, or a link to nothing, has its name"),
+        ("dangling", "cannot create .*: File exists; a file, or a link to nothing, has its name"),
+        ("loop/out", "cannot create .*: Too many levels of symbolic links; a symbolic link there points to itself"),
+        ("n" * 300, "cannot create .*: File name too long; choose a shorter path"),
+        ("/".join(["d" * 200] * 25), "cannot create .*: File name too long; choose a shorter path"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_refused_with_the_reason_and_its_remedy(
+    tmp_path: Path, folder: str, problem: str
+) -> None:
     (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at all")
+    store = Store(str(tmp_path / folder))
 
-    with pytest.raises(StorageError, match="cannot create the folder"):
-        Store(str(tmp_path / "file" / "out")).create("name", b"")
+    with pytest.raises(StorageError, match=problem) as refused:
+        store.create("name", b"")
+    assert store.uri in str(refused.value)
+    with pytest.raises((StorageError, FileNotFoundError)):
+        store.read("name")
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV])
