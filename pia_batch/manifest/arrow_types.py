@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterable
 from decimal import Decimal
@@ -14,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pia_batch.errors import ManifestError, message_of
+from pia_batch.schema.type_cache import cached_by_type
 
 EXTENSION = b"ARROW:extension:"
 """Prefix of the metadata by which a field names its extension type."""
@@ -221,7 +221,7 @@ def _repeated_name(data_type: pa.DataType) -> str | None:
     return next(filter(None, (_repeated_name(child.type) for child in children)), None)
 
 
-@functools.lru_cache(maxsize=4096)
+@cached_by_type
 def _is_carried(data_type: pa.DataType) -> bool:
     """Return True if two rows of this type, null and not null, survive everything that a run does to them."""
     try:
@@ -241,7 +241,7 @@ def _is_carried(data_type: pa.DataType) -> bool:
         return False
 
 
-@functools.lru_cache(maxsize=4096)
+@cached_by_type
 def _moves(data_type: pa.DataType) -> bool:
     try:
         table = pa.table({"column": pa.nulls(2, data_type)})

@@ -6,7 +6,6 @@ The Hugging Face library `datasets` cannot hold every Arrow type, and gives some
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pia_batch.schema.columns import RESULT, SUCCEEDED
+from pia_batch.schema.type_cache import cached_by_type
 
 Media = Literal["video", "image", "file"]
 """Role of a file for `datasets`: a video, a (moving) image, or a file that it cannot decode."""
@@ -87,7 +87,7 @@ def file_names(results: pa.Table) -> pa.ChunkedArray:
     return pc.replace_substring_regex(results["animation_uri"], r"^.*/([^/]+/[^/]+)$", r"animations/\1")
 
 
-@functools.cache
+@cached_by_type
 def held_type(data_type: pa.DataType) -> pa.DataType | None:
     """Return the nearest type that `datasets` holds, or None if there is none to which Arrow can convert.
 

@@ -17,7 +17,8 @@ LEAVES: tuple[pa.DataType, ...] = (
     pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(3), pa.date32(), pa.date64(), pa.time32("s"),
     pa.time32("ms"), pa.time64("us"), pa.time64("ns"), pa.decimal32(5, 2), pa.decimal64(10, 2), pa.decimal128(20, 3),
     pa.decimal256(60, 3), *(pa.timestamp(unit) for unit in UNITS),
-    *(pa.timestamp(unit, "Europe/Berlin") for unit in UNITS), *(pa.duration(unit) for unit in UNITS),
+    *(pa.timestamp(unit, zone) for unit in UNITS for zone in ("Europe/Berlin", "Mars/Olympus")),
+    *(pa.duration(unit) for unit in UNITS),
     pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int32(), pa.int64()),
 )  # fmt: skip
 """Types without children that Parquet can store, perhaps in another encoding."""
@@ -25,7 +26,26 @@ LEAVES: tuple[pa.DataType, ...] = (
 RUNS = tuple(one for one in LEAVES if not (pa.types.is_dictionary(one) or one in (pa.string_view(), pa.binary_view())))
 """Types that Arrow encodes as runs."""
 
-EXTENSIONS = (pa.uuid(), pa.json_(), pa.bool8(), pa.opaque(pa.binary(), "a", "b"))
+
+class Unhashed(pa.ExtensionType):
+    """An extension type as many libraries define theirs: with equality, and so without a hash."""
+
+    def __init__(self) -> None:
+        super().__init__(pa.int64(), "pia_batch.unhashed")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type: pa.DataType, serialized: bytes) -> pa.DataType:
+        return cls()
+
+    __hash__ = None
+
+
+pa.register_extension_type(Unhashed())
+
+EXTENSIONS = (pa.uuid(), pa.json_(), pa.bool8(), pa.opaque(pa.binary(), "a", "b"), Unhashed())
 
 REFUSED = (
     pa.struct([]),
@@ -115,5 +135,6 @@ def extension_column(data_type: pa.DataType, count: int) -> pa.Array:
         "arrow.uuid": [uuid.UUID(int=number).bytes for number in range(count)],
         "arrow.json": [f'{{"n": {number}}}' for number in range(count)],
         "arrow.bool8": [number % 2 for number in range(count)],
+        "pia_batch.unhashed": list(range(count)),
     }.get(data_type.extension_name, [bytes([number]) for number in range(count)])
     return pa.ExtensionArray.from_storage(data_type, pa.array([None, *stored[1:]], data_type.storage_type))
