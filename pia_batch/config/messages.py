@@ -24,7 +24,7 @@ def explain(err: ValidationError, root: type[BaseModel], source: str) -> str:
         source: Origin of the values, such as a file's path.
     """
     lines = []
-    for problem, *others in _by_value(err.errors()):
+    for problem, *others in _by_value(_causes(err.errors())):
         location = problem["loc"][:-1] if others else problem["loc"]
         key = ".".join(uris.redacted_uri(str(part)) for part in location)
         if problem["type"] == "extra_forbidden":
@@ -36,6 +36,12 @@ def explain(err: ValidationError, root: type[BaseModel], source: str) -> str:
             text = _alternatives([problem, *others]) if others else _problem_text(problem)
             lines.append(f"{key}: {text}" if key else text)
     return f"{source}: " + "; ".join(lines)
+
+
+def _causes(problems: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Return the errors without those of lists that are too short because pydantic left out their invalid items."""
+    lists = {problem["loc"][:-1] for problem in problems}
+    return [problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in lists]
 
 
 _TYPE_OF_UNION = re.compile(r"bool|int|float|str|literal\[.*\]")
@@ -80,6 +86,10 @@ def _problem_text(problem: ErrorDetails) -> str:
     expected, _, rest = kind.partition("_")
     if (expected, rest) == ("invalid", "key"):
         return f"a key must be a text; write it in quotes (got {_shown(problem['input'])})"
+    if kind in ("too_short", "too_long"):
+        way, limit = ("most", "max_length") if kind == "too_long" else ("least", "min_length")
+        allowed = problem["ctx"][limit]
+        return f"must have at {way} {allowed} item{'s' * (allowed > 1)} (got {len(problem['input'])})"
     if expected in _TYPES and rest in ("type", "parsing", "from_float", "attributes_type"):
         text = f"must be {_TYPES[expected]}"
     if expected == "string" and rest == "type" and not isinstance(problem["input"], list | dict):

@@ -11,6 +11,7 @@ from collections.abc import Set as AbstractSet
 from itertools import pairwise
 
 from pia_batch.errors import ManifestError, printable
+from pia_batch.manifest.foreign_formats import DECOMPRESS
 
 QUOTES = 'write a quote inside of a field as "" (Spark: .option("escape", \'"\'))'
 """Remedy where quotes inside of a field are not doubled."""
@@ -147,7 +148,7 @@ def _split(line: str, mark: str) -> list[str]:
 
 def _check_names(header: list[str], path: str, known: AbstractSet[str]) -> None:
     if not "".join(header).isascii() and any("\udc80" <= mark <= "\udcff" for mark in "".join(header)):
-        msg = f"manifest file {path} has a header line with invalid UTF8; save it as UTF-8"
+        msg = f"manifest file {path} has a header line with invalid UTF8; save it as UTF-8, or {DECOMPRESS}"
         raise ManifestError(msg)
     spaced = [name for name in header if name != name.strip() and name.strip() in known and name not in known]
     spaced = [name for name in spaced if name.strip() not in header]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pia_batch.errors import ManifestError
@@ -25,6 +26,11 @@ _REMEDIES: dict[Group, str] = {
     "pointer": "run: git lfs pull",
     "page": "a server may have answered with a page or an error; look into the file, and fetch it again",
 }
+DECOMPRESS = "decompress it (raw snappy, LZ4 and brotli have no mark)"
+
+_CONTROL = re.compile(rb"[\0-\x08\x0e-\x19\x1b-\x1f]")
+"""Characters that text in an older encoding has not, and compressed text nearly always."""
+
 _OWN_REMEDIES = {
     "Parquet with an encrypted footer": "write it without encryption",
     "compressed with gzip": _COMPRESSED,
@@ -69,9 +75,7 @@ def _no_text(head: bytes) -> tuple[str, str] | None:
     wide = file_kinds.wide_encoding(head)
     if wide is not None:
         return f"text in {wide}", "save it as UTF-8"
-    if b"\0" in head and not file_kinds.is_text(head):
-        remedy = (
-            "JSONL and CSV are text in UTF-8; decompress it (raw snappy and brotli have no mark), or write it again"
-        )
+    if _CONTROL.search(head) and not file_kinds.is_text(head):
+        remedy = f"JSONL and CSV are text in UTF-8; {DECOMPRESS}, or write it again"
         return "not text, and of no format that is known here", remedy
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,8 +70,10 @@ def _object(line: bytes, repeated: list[_Repeated]) -> dict[str, Any]:
         raise ValueError(f"not JSON: {message_of(err)}; save it as UTF-8") from None
     except json.JSONDecodeError as err:
         raise ValueError(f"not JSON: {err.msg} (column {err.colno}); {_ONE_A_LINE}") from None
-    except (ValueError, RecursionError) as err:
-        raise ValueError(f"not JSON: {message_of(err)}") from None
+    except RecursionError:
+        raise ValueError("lists or objects are nested too deeply; write them as text") from None
+    except ValueError:  # Python reads no number of more digits
+        raise ValueError(f"a number has more than {sys.get_int_max_str_digits()} digits; write it as text") from None
     if isinstance(row, _Repeated):
         msg = f"the object has the name {row.name!r} more than once; rename or drop the others"
         raise ValueError(msg)  # noqa: TRY004 - of the file, like the others

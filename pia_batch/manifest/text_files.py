@@ -73,6 +73,10 @@ def read_text(source: pa.NativeFile, path: str, budget: TextBudget) -> bytes:
     else:
         source.seek(0)
         data = _decompressed(source, compression, budget)
+        again = compression_of(data[:8])
+        if again is not None:
+            msg = f"manifest file {path} is compressed twice, with {compression} around {again}; compress it once"
+            raise ManifestError(msg)
     while data.startswith(codecs.BOM_UTF8):  # programs that join files, or save one twice, leave more than one
         data = data.removeprefix(codecs.BOM_UTF8)
     refuse_other_format(data[:HEAD_BYTES], path, "text")

@@ -50,6 +50,24 @@ def test_every_mistake_of_a_config_is_told_at_once_and_without_secrets() -> None
 
 
 @pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "defaults.motion_curve: must have at least 1 item (got 0)"),
+        ([0.5] * 2000, "defaults.motion_curve: must have at most 1024 items (got 2000)"),
+        ([2], "defaults.motion_curve.0: must be less than or equal to 1 (got 2)"),
+        ([0.5, None], "defaults.motion_curve.1: must be a number (got null)"),
+    ],
+)
+def test_a_list_is_refused_for_its_length_or_for_its_items_and_not_for_what_follows(
+    value: list[float | None], message: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        RunConfig.load(None, {"manifest": "m", "output": "o", "defaults.motion_curve": value})
+
+    assert str(refused.value) == f"command line: {message}"
+
+
+@pytest.mark.parametrize(
     ("key", "value", "told"),
     [
         ("placement.num_gpus", "none", "must be a number (got 'none')"),

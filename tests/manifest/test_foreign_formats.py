@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import io
 import lzma
 import pickle
@@ -127,12 +128,40 @@ def test_a_format_under_the_name_of_another_is_named(
         Manifest.open(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("codec", ["lz4_raw", "snappy", "brotli"])
+@pytest.mark.parametrize("num_rows", [1, 3, 50, 5000])
+@pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
+def test_compressions_without_a_mark_are_refused_with_the_remedy(
+    name: str, num_rows: int, codec: str, tmp_path: Path
+) -> None:
+    rows = [b'{"request_id": "%d", "image": "a.png", "prompt": "p"}' % row for row in range(num_rows)]
+    if name == "m.csv":
+        rows = [b"request_id,image,prompt", *(b"%d,a.png,p" % row for row in range(num_rows))]
+    (tmp_path / name).write_bytes(pa.compress(b"\n".join(rows), codec, asbytes=True))
+
+    with pytest.raises(
+        ManifestError, match=r"decompress it \(raw snappy, LZ4 and brotli have no mark\)|save it as UTF-8"
+    ):
+        Manifest.open(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("gzip", "gzip"), ("zstd", "gzip"), ("bz2", "zstd")])
+def test_a_file_that_is_compressed_twice_is_named(outer: str, inner: str, tmp_path: Path) -> None:
+    once = pa.compress(b"request_id,image,prompt\n1,a.png,p\n", "gzip" if inner == "gzip" else "zstd", asbytes=True)
+    twice = bz2.compress(once) if outer == "bz2" else pa.compress(once, outer, asbytes=True)
+    (tmp_path / "m.csv.gz").write_bytes(twice)
+
+    with pytest.raises(ManifestError, match=rf"is compressed twice, with {outer} around {inner}; compress it once"):
+        Manifest.open(str(tmp_path / "m.csv.gz"))
+
+
 @pytest.mark.parametrize(
     "head",
     [
         b"ORCID,image,prompt\n", b"PARENT,image\n", b"BZh,b\n", b"GIF89a,b\n", b"RIFF,b\n", b"Rare,b\n", b"SEQ,b\n",
         b"01234567DUCK,b\n", b"0123ftyp,b\n", b"ARROW1,b\n", b"FEA1,b\n", b"7z,b\n", b"<x>,b\n", b"", b"a",
         b"a\0b,c\n" + b"x" * 99, "é,b\n".encode(), "é".encode()[:1].rjust(4096, b"x"), b"caf\xe9,b\n",
+        b"caf\xe9,a\tb\x0b\x0c\r\n\x1a",
     ],
 )  # fmt: skip
 def test_text_that_begins_like_a_format_is_text(head: bytes) -> None:

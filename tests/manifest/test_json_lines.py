@@ -53,6 +53,8 @@ def test_json_in_another_layout_is_refused_by_line_with_the_remedy(text: str, me
         (r'{"prompt": "a\ud83d"}', r"line 1: \ud83d is half of a surrogate pair"),
         (r'{"a": [{"b\uDE00": 1}]}', r"line 1: \ude00 is half of a surrogate pair"),
         ('{"x": ' + "[" * 700 + "]" * 700 + "}", "lists or objects are nested too deeply; write them as text"),
+        ('{"x": ' + "[" * 99_999 + "]" * 99_999 + "}", "line 1: lists or objects are nested too deeply; write them as"),
+        ('{"x": ' + "9" * 5000 + "}", "line 1: a number has more than 4300 digits; write it as text"),
     ],
 )
 def test_what_would_be_lost_or_is_no_text_is_refused_by_line(text: str, message: str) -> None:
