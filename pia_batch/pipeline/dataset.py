@@ -10,7 +10,7 @@ import ray
 import ray.data
 
 from pia_batch.config import RunConfig
-from pia_batch.errors import ConfigError, ManifestError, ObjectExistsError
+from pia_batch.errors import ConfigError, ManifestError, ObjectExistsError, message_of
 from pia_batch.journal import layout
 from pia_batch.manifest import formats, unify
 from pia_batch.manifest.blocklist import with_blocklist
@@ -88,7 +88,7 @@ def animate(
     )  # workers have working directories of their own
     if not ray.is_initialized():  # as Ray Data itself would, a moment later
         ray.init()
-    schema = requests.schema()
+    schema = _schema(requests)
     if schema is not None and isinstance(schema.base_schema, pa.Schema):
         names = stages.checked_layout(schema.base_schema, ColumnMap.of(config)).schema.names
         _check_bytes_column(names, store=store)
@@ -115,6 +115,19 @@ def animate(
     requests = requests.repartition(target_num_rows_per_block=batching.SMALL_WINDOW, strict=True)
     requests = requests.map_batches(arrange, **ray_data.blocks(ray_data.ARRANGE_CPUS))
     return fetched_and_animated(requests, config, fetch, ResultsActor, arguments)
+
+
+def _schema(requests: ray.data.Dataset) -> ray.data.Schema | None:
+    """Return the columns of a Dataset, or None if it has no blocks.
+
+    Raises:
+        ManifestError: A column has one type in some blocks and another in others.
+    """
+    try:
+        return requests.schema()
+    except (pa.ArrowTypeError, pa.ArrowInvalid) as err:
+        msg = f"{stages.DATASET}: its blocks disagree: {message_of(err)}; write each column with one type"
+        raise ManifestError(msg) from None
 
 
 def _check_bytes_column(names: list[str], *, store: bool) -> None:

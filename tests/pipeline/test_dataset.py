@@ -316,6 +316,11 @@ def test_what_the_operator_has_to_fix_is_reported_before_anything_is_generated(
     assert unknown.schema(fetch_if_missing=False) is None
     with pytest.raises(ManifestError, match=r"^this Dataset of requests has no column 'prompt'.*NAME$"):
         animate(unknown, config)
+    several = ray.data.from_arrow([requests_table(1), requests_table(1, prompt=[7])])
+    with pytest.raises(
+        ManifestError, match=r"^this Dataset of requests: its blocks disagree: .*prompt.*string vs int64;"
+    ):
+        animate(several, config)
     named = requests_table(1, animation_bytes=[b"mine"])
     with pytest.raises(ManifestError, match="'animation_bytes' has the name of a result column"):
         animate(ray.data.from_arrow(named), config, store=False)
