@@ -127,6 +127,17 @@ def _target(data_type: pa.DataType) -> pa.DataType | None:  # noqa: PLR0911 - on
     if types.is_fixed_size_list(data_type):
         value = _target(data_type.value_type)
         return value and pa.list_(value, data_type.list_size)
+    return _in_known_zone(data_type)
+
+
+def _in_known_zone(data_type: pa.DataType) -> pa.DataType:
+    """Return the type, in UTC if it is of times in a zone that Python lacks: `datasets` reads no row with these."""
+    if not pa.types.is_timestamp(data_type) or data_type.tz is None:
+        return data_type
+    try:
+        pa.scalar(0, data_type).as_py()
+    except (LookupError, ValueError):
+        return pa.timestamp(data_type.unit, "UTC")
     return data_type
 
 

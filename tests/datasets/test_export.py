@@ -214,7 +214,19 @@ def test_webdataset_has_texts_for_values_that_python_lacks(tmp_path: Path) -> No
 
     (sample,) = webdataset.WebDataset(str(tmp_path / "webdataset" / "part-00000.tar"), shardshuffle=False)
     row = json.loads(sample["json"])
-    assert (row["day"], row["times"]) == ("29349-01-26", ["1970-01-01 00:00:00.000Z"])
+    assert (row["day"], row["times"]) == ("29349-01-26", ["1970-01-01T00:00:00+00:00"])
+
+
+@pytest.mark.parametrize("zone", ["Mars/Olympus", "ABC", "+24:00", "Europe/Berlin", "+05:30", "UTC"])
+def test_times_in_any_zone_have_one_that_python_knows(zone: str) -> None:
+    written = pa.array([1, None], pa.timestamp("us", zone))
+    listed = pa.array([[1], None], pa.list_(written.type))
+
+    own, inner = written.cast(held_type(written.type)), listed.cast(held_type(listed.type))
+
+    assert own.type.tz == inner.type.value_type.tz == ("UTC" if zone in ("Mars/Olympus", "ABC", "+24:00") else zone)
+    assert [value and value.timestamp() for value in own.to_pylist()] == [1e-6, None]
+    assert inner.to_pylist() == [[own[0].as_py()], None]
 
 
 @pytest.mark.parametrize(("name", "data_type"), [("delta", pa.time64("us")), ("delta", pa.duration("s"))])
