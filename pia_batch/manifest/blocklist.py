@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import unicodedata
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,7 @@ import pyarrow.compute as pc
 from pia_batch.config import RunConfig
 from pia_batch.config.safety import is_word
 from pia_batch.errors import ConfigError, PiaBatchError, message_of
-from pia_batch.storage import filesystems
+from pia_batch.storage import file_kinds, filesystems
 from pia_batch.storage.uris import redacted_uri
 
 MAX_BLOCKLIST_BYTES = 4 * 2**20
@@ -49,6 +51,10 @@ def _read(uri: str) -> list[str]:
     if len(data) > MAX_BLOCKLIST_BYTES:
         msg = f"{place} is larger than {MAX_BLOCKLIST_BYTES} bytes; give a text file with one word a line"
         raise ConfigError(msg)
+    what = _other_format(bytes(data))
+    if what is not None:
+        msg = f"{place} is {what}, and would block nothing; save it as UTF-8 text, one word a line"
+        raise ConfigError(msg)
     try:
         lines = bytes(data).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as err:
@@ -63,6 +69,21 @@ def _read(uri: str) -> list[str]:
             raise ConfigError(msg)
         words.append(word)
     return words
+
+
+def _other_format(data: bytes) -> str | None:
+    """Return the format of a file that is no text with one word a line, in words; None for such text."""
+    head = data[: file_kinds.HEAD_BYTES]
+    kind, wide = file_kinds.identify(head), file_kinds.wide_encoding(head)
+    if kind is not None:
+        return kind.what
+    if wide is not None:
+        return f"text in {wide}"
+    if b"\0" in data:
+        return "not text"
+    with suppress(ValueError, RecursionError):
+        return "JSON" if isinstance(json.loads(data), list | dict) else None
+    return None
 
 
 def blocked(prompts: pa.Array, blocked_words: tuple[str, ...]) -> pa.Array:

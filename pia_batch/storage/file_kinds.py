@@ -134,6 +134,6 @@ def wide_encoding(head: bytes) -> str | None:
             text = begin.decode(encoding)
         except UnicodeDecodeError:
             continue
-        if text and text.isascii() and text.isprintable():
+        if text and text.isascii() and "".join(text.split()).isprintable():
             return encoding[:6].upper()
     return None

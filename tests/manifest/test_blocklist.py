@@ -1,5 +1,6 @@
 """Words that no prompt may hold: how they are read, compared and reported."""
 
+import gzip
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,19 @@ def test_a_plan_reads_the_file_and_a_longer_file_scans_the_manifest_again(tmp_pa
     ("content", "problem"),
     [
         (None, "No such file"),
-        (b"\xff\xfe\x00g", "no UTF-8 text"),
+        (b"g\xfcn", "no UTF-8 text"),
+        *[
+            ("gun\nknife\n".encode(f"utf-16{end}"), "is text in UTF-16, and would block nothing")
+            for end in ("", "-le", "-be")
+        ],
+        ("gun".encode("utf-32-be"), "is text in UTF-32"),
+        (b"gun\nkni\0fe", "is not text"),
+        (b'["gun", "knife"]', "is JSON, and would block nothing; save it as UTF-8 text, one word a line"),
+        (b'\n{"words": ["gun"]}', "is JSON"),
+        (b"<!DOCTYPE html><html>Sign in", "is HTML or XML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS"),
+        (b"PK\x03\x04\x14\0", "is a zip archive or an Excel workbook"),
+        (gzip.compress(b"gun\n"), "is compressed with gzip"),
         (b"gun\n---\n", "line 2: '---' has neither letters nor digits"),
     ],
 )
