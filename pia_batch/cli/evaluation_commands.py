@@ -17,6 +17,7 @@ from pia_batch import errors
 from pia_batch.cli.console import LOG_EVERY_S, err, out, print_json
 from pia_batch.cli.options import AsJson, Output, OutputOrConfig, Overrides, load, overrides
 from pia_batch.cli.signals import first_signal
+from pia_batch.storage import local_disk
 
 if TYPE_CHECKING:
     from pia_batch.config import PlacementConfig
@@ -168,11 +169,7 @@ def compare(
     found = comparison.compare(side_a, side_b, keys, groups, seed)
     title = (name_a or side_a.results.run_id, name_b or side_b.results.run_id)
     page = comparison_page.render(found, title, max_pairs).encode()
-    try:
-        out_file.parent.mkdir(parents=True, exist_ok=True)
-        out_file.write_bytes(page)
-    except OSError as problem:
-        raise errors.ConfigError(f"--out: cannot write {out_file}: {problem.strerror or problem}") from None
+    local_disk.write_file(out_file, page, "--out")
     if as_json:
         print_json(found.record() | {"page": out_file.absolute().as_uri()})
         return

@@ -24,7 +24,7 @@ from pia_batch.report.links import MediaLinks, with_media
 from pia_batch.report.measured import Measured
 from pia_batch.schema.columns import REQUEST, SETTINGS
 from pia_batch.schema.run_record import RunRecord
-from pia_batch.storage import uris
+from pia_batch.storage import local_disk, uris
 from pia_batch.storage.object_store import Store
 
 MAX_RESULTS = 20_000
@@ -189,12 +189,7 @@ def _write(
     if path is None:
         store.replace(name, data)
     else:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        except OSError as err:
-            msg = f"cannot write {path}: {err.strerror or err}"
-            raise ConfigError(msg) from None
+        local_disk.write_file(path, data, "--out")
     return Report(counts.run_id, uri, counts.requests, len(shown), len(data))
 
 

@@ -54,8 +54,32 @@ def reason_of(err: OSError) -> str:
     """Return why a folder cannot be used, with the remedy."""
     remedy = DISK_REMEDIES.get(err.errno or 0, DENIED_REMEDY)
     if err.errno == errno.EEXIST:  # none of DISK_REMEDIES: creating an object meets it, too
-        remedy = "a file, or a link to nothing, has its name; remove it or choose another path"
+        remedy = "a file, or a link to nothing, has the name of the folder; remove it or choose another path"
     return f"{os.strerror(err.errno or 0)}; {remedy}"
+
+
+def write_file(path: Path, data: bytes, option: str) -> None:
+    """Write a local file that an option names, and its folder. A file of its name stays until this one is whole.
+
+    A pipe, a device, and a file in a folder that is closed to this user are written in place.
+
+    Raises:
+        StorageError: It cannot be written; the message has the option and the remedy.
+    """
+    real = Path(os.path.realpath(path))
+    partial = real.with_name(f"#{os.getpid()}")
+    try:
+        real.parent.mkdir(parents=True, exist_ok=True)
+        if real.exists() and not (real.is_file() and os.access(real.parent, os.W_OK)):
+            real.write_bytes(data)
+            return
+        try:
+            partial.write_bytes(data)
+            partial.replace(real)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as err:
+        raise StorageError(f"{option}: cannot write {path}: {reason_of(err)}") from None
 
 
 def check_disk(folder: Path, probe: str, link: Callable[[Path, Path], None] = os.link) -> None:

@@ -7,10 +7,65 @@ from pathlib import Path
 import mounts
 import pytest
 
-from pia_batch.storage.local_disk import WITHOUT_LINKS, find_obstacle
+from pia_batch.errors import StorageError
+from pia_batch.storage.local_disk import WITHOUT_LINKS, find_obstacle, write_file
 from pia_batch.storage.object_store import Store
 
 ROOT = ("/", "ext4")
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("file/page.html", "File exists; a file, or a link to nothing, has the name of the folder"),
+        ("folder", "Is a directory; a folder has the name of a file there"),
+        ("n" * 300, "File name too long; choose a shorter path"),
+        ("loop/page.html", "File exists; a file, or a link to nothing, has the name of the folder"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_named_with_its_option_and_a_remedy(
+    tmp_path: Path, name: str, problem: str
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+
+    with pytest.raises(StorageError) as refused:
+        write_file(tmp_path / name, b"page", "--out")
+
+    assert str(refused.value).startswith(f"--out: cannot write {tmp_path / name}: {problem}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "loop"]
+
+
+def test_a_page_replaces_the_one_before_only_when_it_is_whole(tmp_path: Path) -> None:
+    page, link = tmp_path / "a" / "page.html", tmp_path / "link.html"
+    write_file(page, b"first", "--out")
+    link.symlink_to(page)
+    if not mounts.are_possible():
+        pytest.skip("nothing may be mounted here")
+    program = (
+        "import sys, pathlib; from pia_batch.storage.local_disk import write_file\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "write_file(path, b'first', '--out')\n"
+        "try: write_file(path, bytes(200_000), '--out')\n"
+        "except Exception as err: print(err)\n"
+        "print(sorted(each.name for each in path.parent.iterdir()), path.read_bytes())\n"
+    )
+
+    write_file(link, b"second", "--out")
+    (tmp_path / "disk").mkdir()
+    command = [sys.executable, "-c", program, str(tmp_path / "disk" / "page.html")]
+    done = mounts.run_on(tmp_path / "disk", "size=64k", command, os.environ)
+
+    assert (page.read_bytes(), link.is_symlink()) == (b"second", True)
+    assert f"--out: cannot write {tmp_path / 'disk' / 'page.html'}: No space left on device; free some" in done.stdout
+    assert "['page.html'] b'first'" in done.stdout, done.stderr
+
+
+def test_a_page_may_go_to_a_device() -> None:
+    write_file(Path(os.devnull), b"page", "--out")
+
+    assert not Path(os.devnull).is_file()
 
 
 @pytest.mark.parametrize("kind", sorted(WITHOUT_LINKS))

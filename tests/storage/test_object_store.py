@@ -206,8 +206,8 @@ def test_a_failed_local_write_leaves_no_other_file(store: Store, tmp_path: Path)
     ("folder", "problem"),
     [
         ("file/out", "cannot create .*: Not a directory; a file has the name of a folder there"),
-        ("file", "cannot create .*: File exists; a file, or a link to nothing, has its name"),
-        ("dangling", "cannot create .*: File exists; a file, or a link to nothing, has its name"),
+        ("file", "cannot create .*: File exists; a file, or a link to nothing, has the name of the folder"),
+        ("dangling", "cannot create .*: File exists; a file, or a link to nothing, has the name of the folder"),
         ("loop/out", "cannot create .*: Too many levels of symbolic links; a symbolic link there points to itself"),
         ("n" * 300, "cannot create .*: File name too long; choose a shorter path"),
         ("/".join(["d" * 200] * 25), "cannot create .*: File name too long; choose a shorter path"),
