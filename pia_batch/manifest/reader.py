@@ -163,6 +163,8 @@ class Manifest:
             )
         )
         num_rows = sum(contents.num_rows for _, contents in opened)
+        if not num_rows and file_format == "csv":  # the only row may have been taken for the header line
+            check_columns(opened[0][1].schema.names, f"manifest {shown}", column_map.ids)
         if not 0 < num_rows <= MAX_ROWS:
             remedy = f"split it into manifests of at most {MAX_ROWS}" if num_rows else "give it one for each request"
             msg = f"manifest {shown} has {num_rows or 'no'} rows; {remedy}"

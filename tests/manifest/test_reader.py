@@ -717,8 +717,8 @@ def test_json_values_of_several_types_become_texts_to_be_judged(write: Callable[
         ("[1]", "line 2: each line must be one JSON object, such as"),
         ("null", "not a null"),
         (b"\xff", "line 2: not JSON"),
-        ("[" * 100_000, "line 2: not JSON"),
-        ("1" * 5000, "line 2: not JSON"),
+        ("[" * 100_000, "line 2: lists or objects are nested too deeply"),
+        ("1" * 5000, "line 2: a number has more than 4300 digits"),
         (r'{"prompt": "\ud800"}', "surrogates not allowed"),
     ],
 )
@@ -784,6 +784,7 @@ def test_a_csv_that_is_no_table_is_refused(write: Callable[..., str], content: s
         ({"a.csv": "x", "b.jsonl": LINE}, "has files of several formats, csv and jsonl"),
         ({"a.parquet": requests_table(0)}, "has no rows"),
         ({"a.csv": "request_id,image,prompt\n"}, "has no rows"),
+        ({"a.csv": '"1","a.png","a cat"\n'}, "has no column 'request_id' and no column 'prompt' and no"),
         (
             {"a.parquet": pa.table({f"c{k}": [1] for k in range(1001)})},
             "has 1001 columns; at most 1000 are read",
