@@ -34,15 +34,15 @@ lint: setup  ## check style, formatting, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# Two workers share the tests of `make test`; tests/conftest.py keeps those together that start processes.
+# Two workers share the tests; tests/conftest.py keeps those together that start processes.
 # Tests of real processes, servers and browsers run a second time if they fail, and are listed as reruns (-rR).
 PYTEST := $(QUIET) $(BIN)/python -m pytest -rR
 
 test: lint browser  ## run every check and every test but the long ones: at most 10 minutes on two cores
 	$(PYTEST) -n 2 --no-loadscope-reorder -m 'not gpu and not long'
 
-test-long: browser  ## run the whole-stack tests one by one: the pages' commands, faults, kills and jobs on real processes
-	$(PYTEST) -m 'long and not gpu'
+test-long: browser  ## run the whole-stack tests: the pages' commands, faults, kills and jobs on real processes
+	$(PYTEST) -n 2 --no-loadscope-reorder -m 'long and not gpu'
 
 RUNS ?= 1000
 STACK ?= 0

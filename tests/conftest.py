@@ -117,8 +117,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order tests by file, and repeat once those that other work on the machine can delay."""
+    """Order tests by file, repeat once those that other work on the machine can delay, and give long ones more time."""
     for item in items:
+        if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))
         if any(item.get_closest_marker(name) for name in ("slow", "s3", "long")):
             item.add_marker(pytest.mark.flaky(reruns=1))
     items.sort(key=lambda item: (*_rank(_file(item.nodeid)), _file(item.nodeid)))

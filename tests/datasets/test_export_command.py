@@ -84,6 +84,7 @@ for name in {list(FORMATS)}:
         assert "_SUCCESS.json" in found
 
 
+@pytest.mark.long
 def test_the_command_says_what_it_wrote_and_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_output(Store(str(tmp_path / "out")), ["gif"] * 3)
     arguments = [str(tmp_path / "out"), "--to", str(tmp_path / "to"), "--format", "folder", "--columns", "prompt, seed"]

@@ -191,6 +191,7 @@ def test_options_that_cannot_be_together_are_refused(folder: Path) -> None:
         PrepareOptions(allow=("photos/*",))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_list_of_uris_becomes_a_manifest_that_runs_and_is_finished_though_images_come_and_go(

@@ -246,7 +246,6 @@ def test_output_that_a_page_shows_is_compared_line_by_line(expected: str, missin
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_the_readme_can_be_followed(tmp_path: Path) -> None:
     # Ray looks for modules in the working folder first, so that a part of the package would hide the package.
     shutil.copytree(ROOT / "pia_batch", tmp_path / "pia_batch", ignore=shutil.ignore_patterns("__pycache__"))
@@ -278,7 +277,6 @@ def head_of_its_own() -> Iterator[Callable[[str], str]]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_the_tutorial_can_be_followed(tmp_path: Path) -> None:
     with head_of_its_own() as moved:
         follow("docs/tutorial.md", tmp_path, moved)
@@ -292,7 +290,6 @@ def test_the_tutorial_can_be_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_a_run_is_submitted_to_a_cluster_as_the_page_says(tmp_path: Path) -> None:
     sample_of_three(tmp_path)
     with head_of_its_own() as moved:
@@ -313,7 +310,6 @@ def test_what_a_page_on_a_cloud_shows_before_anything_is_started_is_printed(clou
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", ["models", "monitoring"])
 def test_a_run_prints_what_its_guide_shows(page: str, tmp_path: Path) -> None:
     sample_of_three(tmp_path)
@@ -333,7 +329,6 @@ def test_a_plan_refuses_words_as_the_guide_on_safety_shows(tmp_path: Path) -> No
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_photographs_are_animated_on_a_real_server(tmp_path: Path) -> None:
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
 
@@ -343,7 +338,6 @@ def test_photographs_are_animated_on_a_real_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_the_page_on_finishing_stores_what_it_says(tmp_path: Path) -> None:
     shutil.copytree(tiny.SAMPLE / "images", tmp_path / "images")
 
@@ -362,7 +356,6 @@ def test_the_page_on_finishing_stores_what_it_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_the_page_on_long_clips_generates_them(tmp_path: Path) -> None:
     shutil.copytree(tiny.SAMPLE / "images", tmp_path / "images")
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
@@ -376,7 +369,6 @@ def test_the_page_on_long_clips_generates_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_the_page_on_prompts_that_change_animates_one(tmp_path: Path) -> None:
     shutil.copytree(tiny.SAMPLE / "images", tmp_path / "images")
 
@@ -388,7 +380,6 @@ def test_the_page_on_prompts_that_change_animates_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_every_recipe_of_an_export_is_read_by_the_library_that_it_is_for(tmp_path: Path) -> None:
     count = pq.read_table(tiny.SAMPLE / "requests.parquet").num_rows
     printed = follow("docs/exporting.md", tmp_path).splitlines()
@@ -403,7 +394,6 @@ def test_every_recipe_of_an_export_is_read_by_the_library_that_it_is_for(tmp_pat
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_every_source_is_prepared_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     foreign.write_photographs(tmp_path / "photos")
     foreign.write_webdataset(tmp_path / "shards")
@@ -449,7 +439,6 @@ def test_every_source_is_prepared_as_the_page_says(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_a_dataset_of_the_hugging_face_library_is_animated_as_the_page_says(tmp_path: Path) -> None:
     printed = follow("docs/columns.md", tmp_path).splitlines()
 
@@ -473,7 +462,6 @@ def sample_of_three(folder: Path, image: str = "red-circle.png") -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_budgets_limit_a_run_as_the_page_says(tmp_path: Path) -> None:
     sample_of_three(tmp_path)
 
@@ -483,7 +471,6 @@ def test_budgets_limit_a_run_as_the_page_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_failures_are_retried_and_animations_verified_as_the_page_says(tmp_path: Path) -> None:
     sample_of_three(tmp_path, "late.png")
     first = "pia-batch run --manifest requests.parquet --output out || test $? = 3"
@@ -507,7 +494,6 @@ def requests(path: Path, request_id: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_dates_and_backfills_are_run_as_the_page_says(tmp_path: Path) -> None:
     yesterday = datetime.now(UTC).date() - timedelta(days=1)
     days = [f"2026-11-{day}" for day in range(20, 23)]
@@ -523,7 +509,6 @@ def test_dates_and_backfills_are_run_as_the_page_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_the_blocks_of_the_page_on_python_run_in_their_order(tmp_path: Path) -> None:
     script = "\n".join(blocks("docs/python.md", "python"))
     shown = "\n".join(blocks("docs/python.md", "text"))

@@ -29,6 +29,7 @@ def test_the_site_names_every_public_name() -> None:
         assert f":: pia_batch.{name}\n" in api, name
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", "docs"]

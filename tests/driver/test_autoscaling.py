@@ -157,7 +157,6 @@ def _listens(process: psutil.Process, port: int) -> bool:
     return any(each.laddr.port == port for each in process.net_connections("tcp") if each.status == "LISTEN")
 
 
-@pytest.mark.timeout(300)
 def test_nodes_come_for_a_run_one_that_is_killed_costs_its_batches_and_all_go_afterwards(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -142,6 +142,7 @@ def test_rows_without_scales_pay_nothing(files):
     assert [dict(layer.scaling) for _, layer, _, _ in lora_scales._adapters(network)] == before
 
 
+@pytest.mark.long
 def test_a_graph_serves_any_scales(files):
     """A LoRA of the motion modules alone: a graph of one in every layer takes a minute to trace."""
     one = LoraConfig(source=str(files["zoom"]), scale=0.7)

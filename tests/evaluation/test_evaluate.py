@@ -78,6 +78,7 @@ def test_every_request_gets_one_row_with_its_measures(output: Store) -> None:
     assert pia_batch.evaluate(output.uri) == found  # complete: nothing is measured again
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.slow
 def test_an_evaluation_that_was_killed_continues_and_ends_with_the_same_rows(output: Store) -> None:

@@ -97,7 +97,6 @@ def test_the_chain_is_measured_around_two_engines(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 def test_the_driver_does_not_grow_with_the_tasks_of_a_run_and_each_engine_is_loaded_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -128,7 +127,6 @@ def test_the_plain_script_draws_with_the_embedded_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)  # nine runs
 def test_the_plain_script_loses_what_a_run_keeps(tmp_path: Path) -> None:
     program("benchmark_plain.py", "--only", "events", "--json", str(tmp_path / "plain.json"))
 

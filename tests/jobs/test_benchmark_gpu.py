@@ -175,7 +175,6 @@ def test_a_part_that_does_not_exist_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)  # twenty processes that import torch
 def test_all_of_it_on_a_cpu_in_two_commands(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("RAY_ADDRESS", "local")

@@ -22,6 +22,7 @@ def told() -> dict[str, list[str]]:
     return {first: rest for first, *rest in rows}
 
 
+@pytest.mark.long
 def test_the_page_says_what_the_program_counts(capsys: pytest.CaptureFixture[str]) -> None:
     count_work.main()
 

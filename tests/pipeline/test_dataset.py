@@ -255,6 +255,7 @@ def test_the_example_of_the_documentation_animates_a_dataset(
         assert Path(uris[name]).stem == keys[name]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_row_that_kills_its_worker_fails_alone_each_time_it_is_asked_for(make_config: MakeConfig) -> None:
@@ -271,6 +272,7 @@ def test_a_row_that_kills_its_worker_fails_alone_each_time_it_is_asked_for(make_
         assert len(stored) == 3
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_files_come_with_their_results_where_nothing_is_to_be_stored(make_config: MakeConfig) -> None:
@@ -351,6 +353,7 @@ def test_views_and_runs_are_carried_in_a_plain_type(make_config: MakeConfig) -> 
     assert rows["views"].type == pa.list_(pa.string())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_columns_of_every_type_pass_through_and_what_is_no_text_is_no_prompt(make_config: MakeConfig) -> None:

@@ -27,7 +27,6 @@ def parts_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_killed_at_any_moment_the_rows_are_the_same(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "out"))
     clips = {f"{k:03d}": shifted(16, 256, (k % 3, 1), seed=k) if k % 7 else None for k in range(CLIPS)}

@@ -29,7 +29,6 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["webdataset", "folder"])
 def test_killed_at_any_moment_the_files_are_the_same(tmp_path: Path, name: str) -> None:
     output, dest = tmp_path / "out", tmp_path / "dest"
@@ -50,6 +49,7 @@ def test_killed_at_any_moment_the_files_are_the_same(tmp_path: Path, name: str) 
     assert files_of(dest) == files_of(tmp_path / "whole")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_results_that_change_meanwhile_are_refused(tmp_path: Path) -> None:

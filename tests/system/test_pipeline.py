@@ -242,6 +242,7 @@ def test_a_stopped_run_commits_what_is_in_flight_and_the_next_one_finishes(make_
     assert (rest.computed, rest.succeeded) == (12 - committed, 12)
 
 
+@pytest.mark.long
 def test_poison_of_every_sort_fails_alone_and_the_run_ends_by_itself(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +273,7 @@ def test_poison_of_every_sort_fails_alone_and_the_run_ends_by_itself(
     assert max(row["attempts"] for row in rows.values()) <= config.limits.max_attempts + 1
 
 
+@pytest.mark.long
 def test_a_request_that_hangs_fails_alone_after_its_deadline(make_config: MakeConfig) -> None:
     table = requests_table(4, prompt=["fine", "hangs", "fine", "fine"], format=["gif"] * 4)
     limits = {"limits__timeout_s": 10, "limits__max_attempts": 2}  # others must not take as long on a busy machine
@@ -296,6 +298,7 @@ class FailingLoader:
         raise ImportError("libtorch_cuda.so: cannot open shared object file")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("way", "raised", "says"),
     [
@@ -314,6 +317,7 @@ def test_an_engine_that_cannot_start_ends_the_run_with_the_cause(
     assert len(Journal(Store(config.output)).outcomes().keys) == 0
 
 
+@pytest.mark.long
 def test_a_node_with_another_version_of_the_package_ends_the_run(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +362,7 @@ def test_a_manifest_that_cannot_be_trusted_any_more_ends_the_run_with_the_file(
         driver_run.run(config, load_engines=FakeEngineLoader("0" * 32))
 
 
+@pytest.mark.long
 def test_a_worker_that_fails_every_request_stops_the_run_before_all_are_spent(make_config: MakeConfig) -> None:
     table = requests_table(200, prompt=["raises"] * 200)
     config = make_config(table, placement__batch_size=2, limits__max_crashes=4)
@@ -369,6 +374,7 @@ def test_a_worker_that_fails_every_request_stops_the_run_before_all_are_spent(ma
     assert 4 <= len(Journal(Store(config.output)).outcomes().keys) < 200
 
 
+@pytest.mark.long
 def test_several_models_and_sizes_are_animated_by_the_embedded_model(make_config: MakeConfig) -> None:
     table = requests_table(
         6,
@@ -434,6 +440,7 @@ def test_a_limited_run_animates_the_highest_priorities_first_and_the_next_run_th
     assert "__rank__" not in rows[0]
 
 
+@pytest.mark.long
 def test_engine_hours_that_are_spent_stop_a_run_and_what_is_in_flight_is_committed(make_config: MakeConfig) -> None:
     config = make_config(requests_table(60), placement__batch_size=2, budget__max_gpu_hours=3 / 3600)
     engine_id = make_plan(config).engine_ids["default"]

@@ -30,7 +30,6 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_killed_at_any_moment_the_manifest_is_the_same(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

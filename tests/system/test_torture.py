@@ -33,6 +33,7 @@ from pia_batch.storage.object_store import Store
 # --- by chance ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("first", range(0, 24, 12))
 def test_random_histories_lose_double_and_overwrite_nothing(tmp_path: Path, first: int) -> None:
     tallies = Counter[str]()
@@ -74,6 +75,7 @@ class Unadopted(FaultyStore):
                 raise
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("broken", "first"), [(Overwriting, 0), (Forgetful, 0), (Unadopted, 12)])
 def test_a_protocol_that_is_broken_is_found_out(
     tmp_path: Path, broken: Callable[[str, Process], FaultyStore], first: int
@@ -290,6 +292,7 @@ class Commits:
         return problems, len(ends)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("one_run", [True, False], ids=["one run", "two runs"])
 def test_two_workers_of_one_request_agree_in_every_order_and_after_every_death(tmp_path: Path, one_run: bool) -> None:
     search = Search(deaths=1)
@@ -300,6 +303,7 @@ def test_two_workers_of_one_request_agree_in_every_order_and_after_every_death(t
     assert len(search.states) > 200
 
 
+@pytest.mark.long
 def test_two_workers_of_one_batch_agree_in_every_order_of_few_switches(tmp_path: Path) -> None:
     search = Search(deaths=1, switches=1)
     commits = Commits(tmp_path, "a red circle", "a blue square", one_run=False)
@@ -310,6 +314,7 @@ def test_two_workers_of_one_batch_agree_in_every_order_of_few_switches(tmp_path:
     assert len(search.states) > 200
 
 
+@pytest.mark.long
 def test_two_workers_of_one_request_agree_whichever_answer_of_the_store_is_lost(tmp_path: Path) -> None:
     search = Search(faults=1, answers=("lost", "retried"))
     problems, num_ends = Commits(tmp_path, "a red circle", one_run=True).wrong_after(search, tmp_path)
@@ -354,6 +359,7 @@ class Publications:
             world.start(driver, partial(driver.carry_out, self.plan))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("deaths", "switches"), [(1, 0), (0, 1)])
 def test_two_runs_that_publish_leave_whole_results_in_every_order(tmp_path: Path, deaths: int, switches: int) -> None:
     search, publications = Search(deaths=deaths, switches=switches), Publications(tmp_path)
