@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pia_batch.datasets.request_table import REJECTS, Requests
 from pia_batch.datasets.sources import PART_BYTES
 from pia_batch.datasets.variations import Variations
-from pia_batch.errors import ObjectExistsError, StorageError
+from pia_batch.errors import ManifestError, ObjectExistsError
 from pia_batch.storage.object_store import Store
 from pia_batch.storage.uris import redacted_uri
 
@@ -103,7 +103,7 @@ class PieceWriter:
         name = record_name(self.number, prefix)
         try:
             create_same(self.store, name, as_json(record))
-        except StorageError:
+        except ManifestError:
             if not self.may_differ:
                 raise
             record = json.loads(self.store.read(name))
@@ -191,7 +191,7 @@ def create_same(store: Store, name: str, data: bytes) -> None:
     """Create an object, or check that it has these bytes already.
 
     Raises:
-        StorageError: It has others.
+        ManifestError: It has others.
     """
     try:
         store.create(name, data)
@@ -201,7 +201,7 @@ def create_same(store: Store, name: str, data: bytes) -> None:
                 f"{redacted_uri(store.uri_of(name))} exists with other contents: another version of the programs began "
                 "there, or another program wrote it. Delete the folder of --to, or choose another one"
             )
-            raise StorageError(msg) from None
+            raise ManifestError(msg) from None
 
 
 def as_json(payload: dict[str, Any]) -> bytes:

@@ -112,8 +112,8 @@ def prepare(
         ConfigError: An option, or a combination of options and the source, cannot work.
         ManifestError: The source cannot be read, has changed meanwhile, or has a value that cannot be a request's; or
             the folder `to` belongs to something else.
-        InterruptedRunError: `stop` was set.
-        StorageError: The folder `to` cannot be written.
+        InterruptedRunError: `stop` was set, or a store failed under way; start again to continue.
+        StorageError: The folder `to` cannot be written; raised before Ray starts.
     """
     try:
         chosen = PrepareOptions(**options)
@@ -314,7 +314,7 @@ class _Preparation:
         """Yield the results of tasks as they finish.
 
         Raises:
-            InterruptedRunError: `stop` was set, or Ray lost a worker for good.
+            InterruptedRunError: `stop` was set, Ray lost a worker for good, or a store failed.
         """
         try:
             for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

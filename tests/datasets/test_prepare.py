@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import foreign_datasets as foreign
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from inputs import png
+from ray.exceptions import RayTaskError
 
 from pia_batch import prepare
 from pia_batch.config import RunConfig
 from pia_batch.datasets import part_files
 from pia_batch.datasets.part_files import SUCCESS
-from pia_batch.datasets.prepare import PrepareSummary
+from pia_batch.datasets.prepare import PrepareSummary, _Preparation
+from pia_batch.datasets.prepare_options import PrepareOptions
 from pia_batch.errors import ConfigError, InterruptedRunError, ManifestError, StorageError
 from pia_batch.planning.plan import make_plan
 
@@ -222,13 +225,34 @@ def test_folders_that_belong_to_something_else_are_refused(tmp_path: Path) -> No
         prepare(source, source / "dest", **OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("raised", "kind", "line"),
+    [
+        (StorageError("the disk is full"), InterruptedRunError, "the disk is full; .*Start again to resume"),
+        (ManifestError("row 3: no text"), ManifestError, "row 3: no text"),
+    ],
+)
+def test_an_error_of_a_worker_is_one_line_without_the_traceback_of_ray(
+    tmp_path: Path, raised: Exception, kind: type[Exception], line: str
+) -> None:
+    class Failing:
+        def iter_batches(self, **_: object) -> NoReturn:
+            raise RayTaskError("each()", "Traceback\n  many lines", raised).as_instanceof_cause()
+
+    preparation = _Preparation(str(tmp_path), tmp_path.parent / "dest", PrepareOptions(), None, lambda *_: None)
+
+    with pytest.raises(kind) as ended:
+        list(preparation._batches(Failing()))  # type: ignore[arg-type]
+    assert re.fullmatch(line, str(ended.value))
+
+
 def test_another_file_under_a_name_of_ours_is_never_replaced(tmp_path: Path) -> None:
     source = write_parts(tmp_path / "source", files=1)
     prepare(source, tmp_path / "dest", **OPTIONS)
     for name in (SUCCESS, part_files.record_name(0)):
         (tmp_path / "dest" / name).unlink()
     (tmp_path / "dest" / "part-000000-000.parquet").write_bytes(b"something else")
-    with pytest.raises(StorageError, match="exists with other contents"):
+    with pytest.raises(ManifestError, match="exists with other contents"):
         prepare(source, tmp_path / "dest", **OPTIONS)
 
 
