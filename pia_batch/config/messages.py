@@ -89,7 +89,8 @@ def _problem_text(problem: ErrorDetails) -> str:
     if kind in ("too_short", "too_long"):
         way, limit = ("most", "max_length") if kind == "too_long" else ("least", "min_length")
         allowed = problem["ctx"][limit]
-        return f"must have at {way} {allowed} item{'s' * (allowed > 1)} (got {len(problem['input'])})"
+        found = len(problem["input"]) or "[]"
+        return f"must have at {way} {allowed} item{'s' * (allowed > 1)} (got {found})"
     if expected in _TYPES and rest in ("type", "parsing", "from_float", "attributes_type"):
         text = f"must be {_TYPES[expected]}"
     if expected == "string" and rest == "type" and not isinstance(problem["input"], list | dict):

@@ -52,7 +52,7 @@ def test_every_mistake_of_a_config_is_told_at_once_and_without_secrets() -> None
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([], "defaults.motion_curve: must have at least 1 item (got 0)"),
+        ([], "defaults.motion_curve: must have at least 1 item (got [])"),
         ([0.5] * 2000, "defaults.motion_curve: must have at most 1024 items (got 2000)"),
         ([2], "defaults.motion_curve.0: must be less than or equal to 1 (got 2)"),
         ([0.5, None], "defaults.motion_curve.1: must be a number (got null)"),

@@ -305,7 +305,7 @@ def test_a_table_of_ids_may_be_parquet_or_jsonl(output: str, tmp_path: Path, suf
         ({"columns": ["promt"]}, r"--columns: no column promt; there are request_id, prompt"),
         ({"shard_size": "0"}, r"--shard-size: invalid value \(got '0'"),
         ({"transcode": "avi"}, r"--transcode: invalid value \(got 'avi', expected one of mp4, gif, webp, webm\)"),
-        ({"only": "/nowhere/ids.parquet"}, r"--only: cannot read .*nowhere/ids.parquet"),
+        ({"only": "/nowhere/ids.parquet"}, r"--only: .*nowhere/ids.parquet does not exist; correct its path or URI"),
         ({"run_id": "run-9"}, r"--run: run-9 has no complete results in .*; the newest ones are run-1's"),
     ],
 )
