@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pia_batch.errors import ConfigError
-from pia_batch.weights import components, networks
+from pia_batch.weights import components, networks, token_ids
 from pia_batch.weights.components import Component
 from pia_batch.weights.fetching import FetchedFolder
+from pia_batch.weights.token_ids import ADDED, CONFIG, DECODER, SPECIAL, VOCAB, WHOLE, object_in
 
-_VOCAB, _MERGES, _WHOLE, _CONFIG = "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"
-_NAMES = (_WHOLE, _VOCAB, _MERGES, _CONFIG, "special_tokens_map.json")
-_ALSO_READ = ("added_tokens.json",)
+_MERGES = "merges.txt"
+_NAMES = (WHOLE, VOCAB, _MERGES, CONFIG, SPECIAL)
 
 _CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
-_SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
+_MARKS = ("<|startoftext|>", "<|endoftext|>")
+_NEEDED = ("bos_token", "eos_token", "pad_token")
 _WORD_END = "</w>"
 _POSITIONS, _VOCABULARY = 77, 49408
 """Defaults of `max_position_embeddings` and `vocab_size`. Source: transformers, `CLIPTextConfig`."""
@@ -32,28 +35,30 @@ def find(source: FetchedFolder) -> Component:
         ConfigError: It has no vocabulary, or a file of it is damaged, cut short or not what its name says.
     """
     found = components.plain(source, "tokenizer", _NAMES)
-    if _WHOLE not in found.files and not {_VOCAB, _MERGES} <= set(found.files):
+    if WHOLE not in found.files and not {VOCAB, _MERGES} <= set(found.files):
         raise ConfigError(f"{source.named} has no vocabulary in tokenizer/; it is not a complete checkpoint")
-    held = {
-        name: components.read_json(found.folder / name)
-        for name in (*found.files, *_ALSO_READ)
-        if name.endswith(".json") and (found.folder / name).is_file()
-    }
-    named = str(held.get(_CONFIG, {}).get("tokenizer_class") or _CLASSES[0])
+    held = _contents(found)
+    if DECODER not in held.get(CONFIG, {}) and (found.folder / ADDED).is_file():
+        held[ADDED] = components.read_json(found.folder / ADDED)
+    named = str(held.get(CONFIG, {}).get("tokenizer_class") or _CLASSES[0])
     if named not in _CLASSES:
         raise ConfigError(
-            f"{found.folder / _CONFIG}: this is a {named}, but the tokenizer must be a {_CLASSES[0]}; use the one of "
+            f"{found.folder / CONFIG}: this is a {named}, but the tokenizer must be a {_CLASSES[0]}; use the one of "
             "Stable Diffusion 1.5"
         )
-    if _VOCAB in held:
-        _check_ids(held[_VOCAB], found.folder / _VOCAB)
+    if VOCAB in held:
+        _check_ids(held[VOCAB], found.folder / VOCAB)
     if _MERGES in found.files:
-        _check_merges(found.folder / _MERGES, held.get(_VOCAB, {}))
-    if _WHOLE in held:
-        model = _object(held[_WHOLE].get("model"))
+        _check_merges(found.folder / _MERGES, held.get(VOCAB, {}))
+    if WHOLE in held:
+        model = object_in(held[WHOLE].get("model"))
         if model.get("type", "BPE") != "BPE":
-            raise ConfigError(f"{found.folder / _WHOLE} is a {model['type']} tokenizer, not that of CLIP, which is BPE")
-        _check_ids(_object(model.get("vocab")), found.folder / _WHOLE)
+            raise ConfigError(f"{found.folder / WHOLE} is a {model['type']} tokenizer, not that of CLIP, which is BPE")
+        _check_ids(object_in(model.get("vocab")), found.folder / WHOLE)
+    _check_added(held, found.folder)
+    if ADDED in held and token_ids.depends_on_added(held):
+        # Only then, so that models whose prompts have the same tokens without it keep their identity.
+        return dataclasses.replace(found, files=tuple(sorted((*found.files, ADDED))))
     return found
 
 
@@ -65,68 +70,92 @@ def check_fit(tokenizer: Component, text_encoder: Component) -> None:
     """
     settings = networks.text_settings(text_encoder.settings)
     rows, positions = settings.get("vocab_size", _VOCABULARY), settings.get("max_position_embeddings", _POSITIONS)
-    ids = _ids(tokenizer)
-    largest = max(ids.values(), default=0)
-    if largest >= rows:
+    held = _contents(tokenizer)
+    _check_special(held, tokenizer.folder)
+    ids = token_ids.assigned(held)
+    largest = max(ids, key=lambda token: ids[token])
+    if ids[largest] >= rows:
         raise ConfigError(
-            f"{tokenizer.folder} has tokens up to number {largest}, but the text encoder in {text_encoder.folder} has "
-            f"{rows} embeddings; use tokenizer and text encoder of one checkpoint"
+            f"{tokenizer.folder} has tokens up to number {ids[largest]} ({largest!r}), but the text encoder in "
+            f"{text_encoder.folder} has {rows} embeddings; use tokenizer and text encoder of one checkpoint"
         )
-    config = components.read_json(tokenizer.folder / _CONFIG) if _CONFIG in tokenizer.files else {}
-    length = config.get("model_max_length")
+    length = held.get(CONFIG, {}).get("model_max_length")
     if not isinstance(length, int) or not _MIN_TOKENS <= length <= positions:
         raise ConfigError(
-            f"{tokenizer.folder / _CONFIG}: invalid model_max_length (got {length}, expected {_MIN_TOKENS} to "
+            f"{tokenizer.folder / CONFIG}: invalid model_max_length (got {length}, expected {_MIN_TOKENS} to "
             f"{positions}, the positions of the text encoder); correct it, or fetch the file again"
         )
-    for key, usual in _SPECIAL.items():
-        token = config.get(key) or usual
-        text = str(token.get("content") if isinstance(token, dict) else token)
-        if text not in ids:
+
+
+def _check_special(held: token_ids.Contents, folder: Path) -> None:
+    """Check that every special token is a text, and that a prompt's beginning and end are in the vocabulary."""
+    named = token_ids.special(held)
+    for key in token_ids.NAMED:
+        token = named[key]
+        if token is None and key not in _NEEDED:
+            continue
+        is_typed = not isinstance(token, dict) or token.get("__type") == "AddedToken" or key in held.get(SPECIAL, {})
+        if token_ids.text_of(token) is None or not is_typed:
             raise ConfigError(
-                f"{tokenizer.folder} has no token {text!r} in its vocabulary, which is its {key}; use the tokenizer of "
-                "Stable Diffusion 1.5"
+                f"{folder}: invalid {key} (got {json.dumps(token)}, expected a text); use the tokenizer of Stable "
+                "Diffusion 1.5"
+            )
+    known = token_ids.vocabulary(held)
+    for key in ("bos_token", "eos_token"):
+        text = token_ids.text_of(named[key])
+        if text not in known:
+            raise ConfigError(
+                f"{folder} has no token {text!r} in its vocabulary, which is its {key}; use the tokenizer of Stable "
+                "Diffusion 1.5"
             )
 
 
 def longest_prompt(tokenizer: Component) -> int:
     """Return the largest number of tokens of a prompt, without those of its beginning and end; `check_fit` is first."""
-    length: int = components.read_json(tokenizer.folder / _CONFIG)["model_max_length"]
+    length: int = components.read_json(tokenizer.folder / CONFIG)["model_max_length"]
     return length - 2
 
 
 def vocabulary(tokenizer: Component) -> set[str]:
     """Return all tokens of a tokenizer, from its files."""
-    return set(_ids(tokenizer))
+    return set(token_ids.assigned(_contents(tokenizer)))
 
 
-def _ids(tokenizer: Component) -> dict[str, int]:
-    """Return the numbers of all tokens."""
-    found: dict[str, int] = {}
-    for name in (*tokenizer.files, *_ALSO_READ):
-        if not name.endswith(".json") or not (tokenizer.folder / name).is_file():
-            continue
-        content = components.read_json(tokenizer.folder / name)
-        if name in (_VOCAB, *_ALSO_READ):
-            found |= _numbers(content.items())
-        if name == _WHOLE:
-            found |= _numbers(_object(_object(content.get("model")).get("vocab")).items())
-            added = [_object(one) for one in content.get("added_tokens") or ()]
-            found |= _numbers((one.get("content"), one.get("id")) for one in added)
-        if name == _CONFIG:
-            added_tokens = _object(content.get("added_tokens_decoder")).items()
-            found |= _numbers((_object(one).get("content"), number) for number, one in added_tokens)
-    return found
+def _contents(tokenizer: Component) -> dict[str, dict[str, Any]]:
+    return {name: components.read_json(tokenizer.folder / name) for name in tokenizer.files if name.endswith(".json")}
 
 
-def _numbers(pairs: Iterable[tuple[Any, Any]]) -> dict[str, int]:
-    """Return tokens with their numbers, which some files have as text; what has no number is left out."""
-    return {str(token): int(number) for token, number in pairs if str(number).isdecimal()}
+def _check_added(held: token_ids.Contents, folder: Path) -> None:
+    """Check that all added tokens have numbers.
+
+    Raises:
+        ConfigError: One has none, or the config's added tokens are no objects by number.
+    """
+    _check_numbers(held.get(ADDED, {}), folder / ADDED)
+    entries = held.get(WHOLE, {}).get("added_tokens") or []
+    listed = entries if isinstance(entries, list) else [entries]
+    _check_numbers({str(object_in(one).get("content")): object_in(one).get("id") for one in listed}, folder / WHOLE)
+    decoder = held.get(CONFIG, {}).get(DECODER, {})
+    wrong = (
+        "it is no object"
+        if not isinstance(decoder, dict)
+        else next((f"{key!r} is no number of a token" for key, one in decoder.items() if not _is_added(key, one)), None)
+    )
+    if wrong is not None:
+        raise ConfigError(f"{folder / CONFIG}: invalid {DECODER} ({wrong}); fetch the file again")
+
+
+def _is_added(number: str, token: Any) -> bool:
+    return number.isdecimal() and isinstance(token, dict)
 
 
 def _check_ids(vocab: dict[str, Any], path: Path) -> None:
     if not vocab:
         raise ConfigError(f"{path} holds no tokens; it is not a vocabulary: fetch the file again")
+    _check_numbers(vocab, path)
+
+
+def _check_numbers(vocab: Mapping[str, Any], path: Path) -> None:
     wrong = next((token for token, number in vocab.items() if type(number) is not int or number < 0), None)
     if wrong is not None:
         raise ConfigError(f"{path}: token {wrong!r} has no number (got {vocab[wrong]!r}); fetch the file again")
@@ -148,7 +177,7 @@ def _check_merges(path: Path, vocab: dict[str, int]) -> None:
                 f"{path}, line {number}: not two tokens with one space ({line[:40]!r}); fetch the file again"
             )
         made.add("".join(parts))
-    first_special = min((vocab[token] for token in _SPECIAL.values() if token in vocab), default=len(vocab))
+    first_special = min((vocab[token] for token in _MARKS if token in vocab), default=len(vocab))
     missing = [
         token
         for token, number in vocab.items()
@@ -156,10 +185,6 @@ def _check_merges(path: Path, vocab: dict[str, int]) -> None:
     ]
     if missing:
         raise ConfigError(
-            f"{path} has no merge for {len(missing)} tokens of {_VOCAB}, such as {missing[0]!r}: it was cut short, or "
+            f"{path} has no merge for {len(missing)} tokens of {VOCAB}, such as {missing[0]!r}: it was cut short, or "
             "is of another tokenizer; fetch both files again"
         )
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 from pia_batch import tiny
 from pia_batch.config import LoraConfig, ModelConfig
 from pia_batch.errors import ConfigError
-from pia_batch.weights import components, sd15, tokenizer_files
+from pia_batch.weights import components, sd15, token_ids, tokenizer_files
 from pia_batch.weights.fetching import FetchedFolder
 from pia_batch.weights.resolve import resolve
 
@@ -194,11 +194,36 @@ def test_a_vocabulary_that_gives_other_tokens_is_refused(clip, case):
         (
             "tokenizer/tokenizer_config.json",
             {"added_tokens_decoder": {"720": {"content": "<x>"}}},
-            "tokens up to number 720, but the text encoder .* has 720 embeddings",
+            r"tokens up to number 720 \('<x>'\), but the text encoder .* has 720 embeddings",
         ),
         ("tokenizer/tokenizer_config.json", {"model_max_length": 77}, r"model_max_length \(got 77, expected 3 to 20"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": 10**30}, "invalid model_max_length"),
         ("tokenizer/tokenizer_config.json", {"model_max_length": None}, r"model_max_length \(got None"),
+        ("tokenizer/tokenizer_config.json", {"pad_token": "[PAD]"}, r"up to number 720 \('\[PAD\]'\), but the text"),
+        ("tokenizer/tokenizer_config.json", {"extra_special_tokens": ["<m>"]}, r"up to number 720 \('<m>'\)"),
+        ("tokenizer/tokenizer_config.json", {"pad_token": None}, r"invalid pad_token \(got null, expected a text\)"),
+        ("tokenizer/tokenizer_config.json", {"bos_token": None}, r"invalid bos_token \(got null, expected a text\)"),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"unk_token": {"content": "x"}},
+            r'invalid unk_token \(got \{"content": "x"\}',
+        ),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"added_tokens_decoder": None},
+            r"invalid added_tokens_decoder \(it is no ob",
+        ),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"added_tokens_decoder": {"5": "x"}},
+            r"invalid added_tokens_decoder \('5' is",
+        ),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"added_tokens_decoder": {"x": {}}},
+            r"invalid added_tokens_decoder \('x' is",
+        ),
+        ("tokenizer/tokenizer.json", {"added_tokens": [{"content": "<x>"}]}, r"token '<x>' has no number \(got None\)"),
         ("tokenizer/tokenizer_config.json", {"eos_token": "</s>"}, "has no token '</s>' .*which is its eos_token"),
     ],
 )
@@ -206,4 +231,91 @@ def test_a_tokenizer_fits_its_text_encoder(base, name, changes, message):
     edit(base / name, **changes)
 
     with pytest.raises(ConfigError, match=message):
+        resolve(ModelConfig(base=str(base)))
+
+
+# --- added tokens ----------------------------------------------------------------------------------------------------
+
+NUM = 720
+"""Number of tokens of the embedded tokenizer, and of rows in its text encoder."""
+PAD = {"content": "[PAD]", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+OWN = PAD | {"id": NUM, "content": "<own>", "special": False}
+ADDED: dict[str, dict[str, dict[str, Any]]] = {
+    "none": {},
+    "added_tokens": {"added_tokens.json": {"<x>": NUM, "<y>": NUM + 1}},
+    "with gaps, in another order": {"added_tokens.json": {"<y>": NUM + 9, "<x>": NUM + 5}},
+    "one of them in the vocabulary": {"added_tokens.json": {"moving</w>": 5, "<x>": NUM}},
+    "two of one number": {"added_tokens.json": {"<x>": NUM, "<y>": NUM}},
+    "an empty one": {"added_tokens.json": {"": NUM, "<x>": NUM + 1}},
+    "no tokens": {"added_tokens.json": {}},
+    "special ones of the vocabulary": {"added_tokens.json": {"<|endoftext|>": NUM - 1, "<|startoftext|>": NUM - 2}},
+    "not read": {"added_tokens.json": {"<x>": NUM}, "tokenizer_config.json": {"added_tokens_decoder": {}}},
+    "decoder": {
+        "tokenizer_config.json": {"added_tokens_decoder": {"729": {"content": "<b>"}, "721": {"content": "<a>"}}}
+    },
+    "in tokenizer.json too": {"added_tokens.json": {"<own>": NUM}, "tokenizer.json": {"added_tokens": [OWN]}},
+    "another of the same number": {"added_tokens.json": {"<x>": NUM}, "tokenizer.json": {"added_tokens": [OWN]}},
+    "padding": {"tokenizer_config.json": {"pad_token": "[PAD]", "mask_token": "<mask>", "cls_token": "<cls>"}},
+    "padding, as an object": {"tokenizer_config.json": {"pad_token": PAD | {"__type": "AddedToken"}}},
+    "map": {"special_tokens_map.json": {"additional_special_tokens": ["<m>"], "pad_token": PAD}},
+    "map, not read": {
+        "special_tokens_map.json": {"additional_special_tokens": ["<m>"], "pad_token": "[PAD]"},
+        "tokenizer_config.json": {"added_tokens_decoder": {}},
+    },
+    "extra": {"tokenizer_config.json": {"extra_special_tokens": ["<s>"]}, "added_tokens.json": {"<x>": NUM}},
+    "additional": {"tokenizer_config.json": {"additional_special_tokens": ["<s>", PAD | {"__type": "AddedToken"}]}},
+    "by name": {"tokenizer_config.json": {"extra_special_tokens": {"image_token": "<i>"}, "own_token": "<o>"}},
+}
+DECISIVE = {
+    "added_tokens",
+    "with gaps, in another order",
+    "one of them in the vocabulary",
+    "two of one number",
+    "an empty one",
+    "extra",
+}
+"""Cases in which prompts would have other tokens without added_tokens.json."""
+
+
+def add(folder: Path, case: str) -> None:
+    for name, changes in ADDED[case].items():
+        path = folder / "tokenizer" / name
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | changes))
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_added_tokens_have_the_numbers_that_transformers_assigns(base, case):
+    add(base, case)
+
+    expected = CLIPTokenizer.from_pretrained(base / "tokenizer", local_files_only=True).get_vocab()
+    found = find(base)
+
+    contents = {name: json.loads((base / "tokenizer" / name).read_text()) for name in found.files}
+    assert token_ids.assigned(contents) == expected
+    assert tokenizer_files.vocabulary(found) == set(expected)
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_added_tokens_json_is_part_of_the_identity_if_it_changes_the_tokens_of_prompts(base, case):
+    add(base, case)
+    found = find(base)
+    identity = found.identity()
+    (base / "tokenizer" / "added_tokens.json").unlink(missing_ok=True)
+
+    assert ("added_tokens.json" in found.files) == (case in DECISIVE)
+    assert (identity != find(base).identity()) == (case in DECISIVE)
+
+
+def test_an_added_token_needs_a_row_in_the_text_encoder(base):
+    add(base, "added_tokens")
+
+    with pytest.raises(ConfigError, match=r"tokens up to number 721 \('<y>'\), but the text encoder .* has 720 embedd"):
+        resolve(ModelConfig(base=str(base)))
+
+
+@pytest.mark.parametrize("number", ["720", None, 720.5, -1, True], ids=str)
+def test_an_added_token_without_a_number_is_refused(base, number):
+    (base / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<x>": number}))
+
+    with pytest.raises(ConfigError, match=r"added_tokens\.json: token '<x>' has no number"):
         resolve(ModelConfig(base=str(base)))
