@@ -78,6 +78,7 @@ class Adapters:
         Raises:
             ConfigError: A word is already in the vocabulary.
         """
+        long = [inversion.word.lower() for inversion in self.inversions if len(inversion.vectors) > 1]
         for inversion in self.inversions:
             known = tokenizer.get_vocab()
             taken = [token for token in inversion.tokens if token in known]
@@ -87,8 +88,9 @@ class Adapters:
                     "`token` in model.textual_inversions"
                 )
             # diffusers searches the prompt for a word of several vectors as it is written. Added tokens are lower-cased
-            # by default; then the word would not be found, and only the first vector would be used.
-            literal = len(inversion.vectors) > 1
+            # by default; then the word would not be found, and only the first vector would be used. The tokenizer finds
+            # literal words first, so that a word with one of them inside must be literal, too.
+            literal = any(word in inversion.word.lower() for word in long)
             tokenizer.add_tokens([AddedToken(token, normalized=not literal) for token in inversion.tokens])
 
     def apply_to_text_encoder(self, text_encoder: Any, tokenizer: Any) -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import itertools
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image
 
 from pia_batch.engine import lora_scales
@@ -84,26 +84,44 @@ class Prompt:
         return dataclasses.replace(self, embedding=part_of(self.embedding, frames))
 
 
-class _LiteralWords:
-    """Words of textual inversions that a tokenizer finds only as they are written, although CLIP folds case."""
+class _LongWords:
+    """Words of textual inversions of several vectors, which stand in a prompt for a token of each vector.
+
+    diffusers replaces one word after the other, in no fixed order, so that a word inside another one damages it. Here
+    all are replaced in one pass, the longest first, as the tokenizer finds them.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
-        added = tokenizer.added_tokens_decoder.values()
-        self._own = {str(token) for token in added if not token.normalized and not token.special}
+        added = tokenizer.added_tokens_encoder
+        # The tokenizer finds these only as they are written, although CLIP folds case. Others it finds in any case, but
+        # their tokens are added only where the case is the same, as in diffusers.
+        literal = {
+            str(token)
+            for token in tokenizer.added_tokens_decoder.values()
+            if not token.normalized and not token.special
+        }
+        long = {word for word in added if f"{word}_1" in added}
+        self._tokens = {word: " ".join(_chain(word, added)) for word in literal | long} if long else {}
         self._by_folded: dict[str, str] = {}
-        for word in self._own:
+        for word in literal:
             self._by_folded.setdefault(word.lower(), word)
-        longest_first = sorted(self._own, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)), re.IGNORECASE) if self._own else None
+        longest_first = sorted(self._tokens, key=len, reverse=True)
+        patterns = (f"(?i:{re.escape(word)})" if word in literal else re.escape(word) for word in longest_first)
+        self._pattern = re.compile("|".join(patterns))
 
-    def respelled(self, text: str) -> str:
-        """Return the text with each word spelled as the tokenizer has it."""
-        if self._pattern is None:
-            return text
-        return self._pattern.sub(lambda match: self._spelling(match[0]), text)
+    def expanded(self, text: str) -> str:
+        """Return the text with the tokens of all vectors in the place of each word."""
+        return self._pattern.sub(lambda match: self._tokens_of(match[0]), text) if self._tokens else text
 
-    def _spelling(self, found: str) -> str:
-        return found if found in self._own else self._by_folded.get(found.lower(), found)
+    def _tokens_of(self, found: str) -> str:
+        word = found if found in self._tokens else self._by_folded.get(found.lower(), found)
+        return self._tokens.get(word, found)
+
+
+def _chain(word: str, added: Container[str]) -> list[str]:
+    """Return the names of a word's tokens, as diffusers names them."""
+    further = itertools.takewhile(added.__contains__, (f"{word}_{k}" for k in itertools.count(1)))
+    return [word, *further]
 
 
 class PromptEncoder:
@@ -112,9 +130,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, text_encoder: Any) -> None:
         self._tokenizer = tokenizer
         self._text_encoder = text_encoder
-        added = tokenizer.added_tokens_encoder
-        self._has_long_words = any(f"{word}_1" in added for word in added)
-        self._words = _LiteralWords(tokenizer)
+        self._words = _LongWords(tokenizer)
         self._recent: LruCache[tuple[str, int | None, Scales | None], Prompt] = LruCache(MAX_PROMPTS)
 
     def encode(self, text: str, clip_skip: int | None = None, scales: Scales | None = None) -> Prompt:
@@ -176,8 +192,7 @@ class PromptEncoder:
 
     def _encode(self, text: str, clip_skip: int | None) -> Prompt:
         limit = self._tokenizer.model_max_length
-        if self._has_long_words:  # textual inversions of several vectors; the conversion warns about long prompts
-            text = TextualInversionLoaderMixin().maybe_convert_prompt(self._words.respelled(text), self._tokenizer)
+        text = self._words.expanded(text)
         num_tokens = len(self._tokenizer(text, verbose=False).input_ids)
         padded = self._tokenizer(text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
         embedding = self._embed(padded, clip_skip)

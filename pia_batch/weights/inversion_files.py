@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 from pia_batch.errors import ConfigError
@@ -38,6 +39,8 @@ class Words:
         self._tokenizer = tokenizer
         self._taken: set[str] = set()
         self._folded: set[str] = set()
+        self._ends: set[str] = set()
+        """For each added token the name that a token of one more vector would have."""
         self.added: list[str] = []
         """Words in the order in which they were added."""
 
@@ -51,13 +54,16 @@ class Words:
             remedy: Remedy for a word that is taken, for messages.
 
         Raises:
-            ConfigError: The word is blank, or a token is in the vocabulary or belongs to another textual inversion.
+            ConfigError: The word is blank, or a token is in the vocabulary or belongs to another textual inversion, or
+                has a name with which one of the words would seem to have more vectors.
         """
         if not word.strip():
             raise ConfigError(f"{where} has a blank word {word!r}, which no prompt can name; {remedy}")
         if any(ord(each) < ord(" ") for each in word):
             raise ConfigError(f"{where} has the word {word!r} with control characters, which no prompt has; {remedy}")
-        self._taken = self._taken or tokenizer_files.vocabulary(self._tokenizer)
+        if not self._taken:
+            self._taken = tokenizer_files.vocabulary(self._tokenizer)
+            self._ends = {self._end(token) for token in tokenizer_files.added(self._tokenizer)}
         longest = tokenizer_files.longest_prompt(self._tokenizer)
         if len(shape) > 1 and shape[0] > longest:
             raise ConfigError(
@@ -70,6 +76,17 @@ class Words:
                 f"{where} has the word {word!r}, but {taken!r} is already in the vocabulary of the tokenizer, or "
                 f"stands for another textual inversion; {remedy}"
             )
+        following = f"{word}_{len(tokens)}"
+        after = following if following in self._taken else next((each for each in tokens if each in self._ends), None)
+        if after is not None:
+            raise ConfigError(
+                f"{where} has the word {word!r}, but the token {after!r} would be one more vector of the textual "
+                f"inversion {after.rpartition('_')[0]!r}, as tokens of several vectors are named; {remedy}"
+            )
         self._taken.update(tokens)
+        self._ends.add(following)
         self._folded.update(token.lower() for token in tokens)
         self.added.append(word)
+
+    def _end(self, token: str) -> str:
+        return next(name for k in itertools.count(1) if (name := f"{token}_{k}") not in self._taken)

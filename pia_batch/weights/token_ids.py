@@ -36,7 +36,7 @@ def assigned(files: Contents) -> dict[str, int]:
     """Return the number of each token."""
     found = vocabulary(files)
     following = len(found)
-    for token in _added(files):
+    for token in added(files):
         number = found.setdefault(token, following)
         following = max(following, number + 1)
     return found
@@ -48,13 +48,30 @@ def vocabulary(files: Contents) -> dict[str, int]:
     return dict(object_in(vocab))
 
 
+def added(files: Contents) -> Iterator[str]:
+    """Yield the tokens that are added to the vocabulary, in their order; some may be in it."""
+    config = files.get(CONFIG, {})
+    if DECODER in config:
+        by_number = {int(number): text_of(token) for number, token in object_in(config[DECODER]).items()}
+    else:
+        by_number = {number: token for token, number in files.get(ADDED, {}).items()}
+        entries = files.get(WHOLE, {}).get("added_tokens") or ()
+        by_number |= {entry["id"]: text_of(entry) for entry in map(object_in, entries) if "id" in entry}
+    settings = _settings(files)
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+    tokens = [by_number[number] for number in sorted(by_number)]
+    tokens += [text_of(token) for token in special(files).values()]
+    tokens += [text_of(token) for token in extra] if isinstance(extra, list) else []
+    yield from (token for token in tokens if token)
+
+
 def depends_on_added(files: Contents) -> bool:
     """Return True if ADDED changes the tokens of a prompt.
 
     It does not if another file has the same tokens, or if they are special tokens of the vocabulary.
     """
     others = {name: content for name, content in files.items() if name != ADDED}
-    return assigned(files) != assigned(others) or set(_added(files)) != set(_added(others))
+    return assigned(files) != assigned(others) or set(added(files)) != set(added(others))
 
 
 def special(files: Contents) -> dict[str, Any]:
@@ -73,23 +90,6 @@ def text_of(token: Any) -> str | None:
 def _settings(files: Contents) -> dict[str, Any]:
     config = dict(files.get(CONFIG, {}))
     return config if DECODER in config else config | dict(files.get(SPECIAL, {}))
-
-
-def _added(files: Contents) -> Iterator[str]:
-    """Yield the tokens that are added to the vocabulary, in their order; some may be in it."""
-    config = files.get(CONFIG, {})
-    if DECODER in config:
-        by_number = {int(number): text_of(token) for number, token in object_in(config[DECODER]).items()}
-    else:
-        by_number = {number: token for token, number in files.get(ADDED, {}).items()}
-        entries = files.get(WHOLE, {}).get("added_tokens") or ()
-        by_number |= {entry["id"]: text_of(entry) for entry in map(object_in, entries) if "id" in entry}
-    settings = _settings(files)
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
-    tokens = [by_number[number] for number in sorted(by_number)]
-    tokens += [text_of(token) for token in special(files).values()]
-    tokens += [text_of(token) for token in extra] if isinstance(extra, list) else []
-    yield from (token for token in tokens if token)
 
 
 def object_in(value: Any) -> dict[str, Any]:

@@ -121,6 +121,11 @@ def vocabulary(tokenizer: Component) -> set[str]:
     return set(token_ids.assigned(_contents(tokenizer)))
 
 
+def added(tokenizer: Component) -> set[str]:
+    """Return the tokens that a tokenizer's files add to its vocabulary, special ones included."""
+    return set(token_ids.added(_contents(tokenizer)))
+
+
 def _contents(tokenizer: Component) -> dict[str, dict[str, Any]]:
     return {name: components.read_json(tokenizer.folder / name) for name in tokenizer.files if name.endswith(".json")}
 

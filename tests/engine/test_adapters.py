@@ -373,6 +373,40 @@ def test_two_words_that_differ_in_case_alone_keep_their_own_vectors(tmp_path):
     assert counts == [4, 5]
 
 
+ART = [("art", 2), ("artist", 3), ("Art_x", 4), ("artistic", 1), ("<a>", 2), ("<a_1>", 3)]
+"""Words with their numbers of vectors; some are inside others."""
+
+
+def test_a_word_inside_another_one_leaves_it_whole(tmp_path):
+    """diffusers replaces the words of a prompt in an order that changes from process to process."""
+    paths = [write_inversion(tmp_path / f"{k}.safetensors", vectors=n) for k, (_, n) in enumerate(ART)]
+    files = [(path, word) for path, (word, _) in zip(paths, ART, strict=True)]
+    every, reverse = (PiaEngine.from_pipeline(personalised(inversions=each)) for each in (files, files[::-1]))
+
+    for (path, word), (_, count) in zip(files, ART, strict=True):
+        alone = PiaEngine.from_pipeline(personalised(inversions=[(path, word)]))
+        for written in (word, word.upper()):
+            clips = [each.animate([shot(1, prompt=written)], keep_latents=True)[0] for each in (alone, every, reverse)]
+            assert [clip.prompt_tokens for clip in clips] == [count + 2] * 3
+            assert torch.equal(clips[0].latents, clips[1].latents)
+            assert torch.equal(clips[0].latents, clips[2].latents)
+    for prompt, count in {
+        "art, artist": 6,
+        "artist art ARTIST": 8,
+        "artistic artist": 4,
+        "<a><a_1>": 5,
+        "artart": 4,
+    }.items():
+        assert {each.animate([shot(1, prompt=prompt)])[0].prompt_tokens for each in (every, reverse)} == {count + 2}
+
+
+def test_words_that_a_stock_pipeline_loaded_draw_as_there(tmp_path):
+    files = [(write_inversion(tmp_path / f"{k}.safetensors", vectors=k), f"<{k}cat>") for k in (1, 2, 3)]
+
+    rows = [shot(1, prompt="a <2cat> and <3cat>, <1cat>", num_inference_steps=1), shot(2, prompt="<3CAT>")]
+    assert_draws_as(stock_with_words(*files), stock_with_words(*files), rows)
+
+
 def test_the_word_of_a_file_that_names_none_must_be_set(tmp_path):
     path = write_inversion(tmp_path / "easy.safetensors", "emb_params")
 

@@ -264,6 +264,23 @@ def test_what_is_no_list_of_vectors_of_one_word_is_refused(tmp_path, shapes, mes
         ),
         ([{"<cat>": (2, 64)}, {"<cat>_1": (1, 64)}], None, "'<cat>_1' is already"),
         ([{"<cat>": (1, 64)}, {"<CAT>": (1, 64)}], None, "'<CAT>' is already .* stands for another textual inversion"),
+        (
+            [{"<cat>": (1, 64)}, {"<cat>_1": (1, 64)}],
+            None,
+            "'<cat>_1' would be one more vector of .* '<cat>', as tokens",
+        ),
+        (
+            [{"<cat>_1": (1, 64)}, {"<cat>": (1, 64)}],
+            None,
+            "the token '<cat>_1' would be one more vector of .* '<cat>'",
+        ),
+        ([{"<cat>": (3, 64)}, {"<cat>_3": (2, 64)}], None, "'<cat>_3' would be one more vector of .* '<cat>'"),
+        (
+            [{"<cat>_3": (2, 64)}, {"<cat>": (3, 64)}],
+            None,
+            r"'<cat>_3' would be .*; set another word as .*\[1\]\.token",
+        ),
+        ([{"<|endoftext|>_1": (1, 64)}], None, r"'<\|endoftext\|>_1' would be one more vector"),
         ([{"<cat>": (1, 64)}], "<|endoftext|>", r"already in the vocabulary .*; set another word as .*\[0\]\.token"),
     ],
 )
@@ -275,6 +292,18 @@ def test_a_word_that_is_taken_is_refused_before_a_run(tmp_path, files, token, me
 
     with pytest.raises(ConfigError, match=rf"model\.textual_inversions\[{len(files) - 1}\].*{message}"):
         resolve(ModelConfig(textual_inversions=entries))
+
+
+@pytest.mark.parametrize(
+    "words", [("<a>", "<a>_2"), ("<a>", "<a_1>"), ("art", "artist"), ("<a>_1", "<b>"), ("small_1",)]
+)
+def test_words_that_are_alike_but_distinct_are_taken(tmp_path, words):
+    entries = tuple(
+        TextualInversionConfig(source=write(tmp_path / f"{number}.safetensors", {each: (1, 64)}))
+        for number, each in enumerate(words)
+    )
+
+    assert resolve(ModelConfig(textual_inversions=entries)).words == words
 
 
 def test_a_word_of_a_vocabulary_in_several_files_is_known(tmp_path):
