@@ -124,7 +124,11 @@ class ModelConfig(Section):
     revision: str | None = Field(
         None, description="Hub commit, tag or branch of `base`; a commit pins it. null: `main`."
     )
-    variant: str | None = Field(None, description="Hub file variant of `base`, such as `fp16`. null: none.")
+    variant: str | None = Field(
+        None,
+        description="File variant of `base`, such as `fp16`. A network that has no files of it is loaded without "
+        "variant. null: none.",
+    )
     config: str | None = Field(
         None,
         description="Folder or hub id with the tokenizer and the configs of a single-file `base`. null: those "

@@ -275,7 +275,7 @@ def _ip_adapter(
     key = "model.ip_adapter"
     location, name = _choose(entry, key, "ip-adapter_sd15.safetensors", hub)
     beside = (PurePosixPath(name).parent / "image_encoder").as_posix()
-    with_encoder = components.patterns(f"{beside}/", None) if entry.image_encoder is None else []
+    with_encoder = [f"{beside}/{CONFIG}"] if entry.image_encoder is None else []
     source = location.fetch([name, *with_encoder])
     adapter = components.single_file(source, name)
     header = _header(adapter, key, location)
@@ -303,7 +303,7 @@ def _ip_adapter(
     if entry.image_encoder is not None:
         encoder = _image_encoder(entry, entry.image_encoder, hub)
     elif (source.root / beside / CONFIG).is_file():
-        encoder = _encoder_folder(source, beside, f"{key}.image_encoder")
+        encoder = _encoder_folder(location, beside, f"{key}.image_encoder")
     else:
         raise ConfigError(
             f"{key}: there is no {beside}/ next to {name}; set {key}.image_encoder to a CLIPVisionModelWithProjection"
@@ -323,7 +323,7 @@ def _image_encoder(entry: IpAdapterConfig, name: str, hub: Hub) -> Component:
     key = "model.ip_adapter.image_encoder"
     location, file = locate(name, entry.image_encoder_revision, key, hub)
     if file is None:
-        return _encoder_folder(location.fetch(components.patterns("", None)), "", key)
+        return _encoder_folder(location, "", key)
     beside = (PurePosixPath(file).parent / CONFIG).as_posix()
     source = location.fetch([file, beside])
     header = _header(components.single_file(source, file), key, location)
@@ -339,8 +339,8 @@ def _image_encoder(entry: IpAdapterConfig, name: str, hub: Hub) -> Component:
     return found
 
 
-def _encoder_folder(source: FetchedFolder, part: str, key: str) -> Component:
-    found = components.weighted(source, part, MODEL, None)
+def _encoder_folder(location: Location, part: str, key: str) -> Component:
+    found = components.plain_or_only_variant(location, part, MODEL, key)
     header = components.header(found)
     image_prompt_files.check_encoder(header.shapes, found.settings, f"{key}: {found.folder}")
     used = {one.name for one in image_prompt_files.encoder_tensors(header.shapes).values()}

@@ -6,6 +6,8 @@ import codecs
 import functools
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +15,7 @@ from typing import Any, Literal
 from pia_batch.errors import ConfigError, environment_remedy, message_of
 from pia_batch.storage import file_kinds
 from pia_batch.weights import safetensors
-from pia_batch.weights.fetching import FetchedFolder
+from pia_batch.weights.fetching import FetchedFolder, Location
 
 MODEL, DIFFUSION_MODEL = "model", "diffusion_pytorch_model"
 """File name stems of weights in a folder, by transformers and by diffusers."""
@@ -119,6 +121,46 @@ def weighted(source: FetchedFolder, part: str, stem: str, variant: str | None) -
         safetensors.read(folder / name)
     used = {CONFIG, *names, *([index.name] if index.is_file() else [])}
     return Component(folder, variant, tuple(sorted(used)), source.commit)
+
+
+def plain_or_only_variant(location: Location, part: str, stem: str, key: str) -> Component:
+    """Fetch a network in a folder without variant, or in its only variant if it has no other weights.
+
+    Args:
+        location: Location of the folder.
+        part: Name of the folder in `location`; empty: `location` itself.
+        stem: File name stem of the weights, as in `weighted`.
+        key: Key of the config, for messages.
+
+    Raises:
+        ConfigError: A reason of `weighted`, or there are several variants to choose from.
+        StorageError: An object store refused or did not answer.
+    """
+    prefix = f"{part}/" if part else ""
+    source = location.fetch(patterns(prefix, None))
+    if None in variants(source, part, stem):
+        return weighted(source, part, stem, None)
+    held = _variants_of((name.removeprefix(prefix) for name in location.names() if name.startswith(prefix)), stem)
+    found = sorted(each for each in held if each is not None)
+    if len(found) > 1:
+        raise ConfigError(
+            f"{key}: {source.named} has only weights of the variants {', '.join(found)}; name the file of one, such as "
+            f"{prefix}{stem}.{found[0]}{safetensors.SUFFIX}"
+        )
+    variant = found[0] if found else None
+    return weighted(location.fetch(patterns(prefix, variant)), part, stem, variant)
+
+
+def variants(source: FetchedFolder, part: str, stem: str) -> set[str | None]:
+    """Return the variants of a network's weights in a folder on this machine; None: without variant."""
+    return _variants_of((path.name for path in (source.root / part).glob("*")), stem)
+
+
+def _variants_of(names: Iterable[str], stem: str) -> set[str | None]:
+    shard = r"(?:-\d+-of-\d+)?"
+    ending = re.escape(safetensors.SUFFIX)
+    pattern = re.compile(rf"{re.escape(stem)}(?:\.([^./]+?))?{shard}(?:\.([^./]+))?{ending}")
+    return {match[1] or match[2] for match in map(pattern.fullmatch, names) if match is not None}
 
 
 def single_file(source: FetchedFolder, name: str, config: Component | None = None) -> Component:

@@ -235,21 +235,32 @@ def _base(model: ModelConfig, configs: FetchedFolder, hub: Hub) -> tuple[Path, d
     if model.motion_adapter is None:
         wanted += components.patterns("motion_adapter/", model.motion_adapter_variant)
     source = location.fetch(wanted)
-    return source.root, _folder_base(model, source)
+    if model.variant is None:
+        return source.root, _folder_base(model, source)
+    without = [part for part in networks if model.variant not in components.variants(source, part, _STEMS[part])]
+    if not without or len(without) == len(networks):
+        return source.root, _folder_base(model, source)
+    # As in diffusers, parts without the variant are loaded without it.
+    source = location.fetch([*wanted, *(each for part in without for each in components.patterns(f"{part}/", None))])
+    return source.root, _folder_base(model, source, tuple(without))
 
 
-def _folder_base(model: ModelConfig, source: FetchedFolder) -> dict[str, Component]:
+_STEMS = {"text_encoder": MODEL, "unet": DIFFUSION_MODEL, "vae": DIFFUSION_MODEL}
+
+
+def _folder_base(
+    model: ModelConfig, source: FetchedFolder, without_variant: tuple[str, ...] = ()
+) -> dict[str, Component]:
     index = source.root / "model_index.json"
     if index.is_file():
         pipeline_index.check(index)
     parts = {
         "scheduler": components.plain(source, "scheduler", ("scheduler_config.json",)),
         "tokenizer": tokenizer_files.find(source),
-        "text_encoder": components.weighted(source, "text_encoder", MODEL, model.variant),
-        "unet": components.weighted(source, "unet", DIFFUSION_MODEL, model.variant),
     }
-    if model.vae is None:
-        parts["vae"] = components.weighted(source, "vae", DIFFUSION_MODEL, model.variant)
+    for part in ("text_encoder", "unet", *([] if model.vae else ["vae"])):
+        variant = None if part in without_variant else model.variant
+        parts[part] = components.weighted(source, part, _STEMS[part], variant)
     if model.motion_adapter is None and (source.root / "motion_adapter").is_dir():
         parts["motion_adapter"] = components.weighted(
             source, "motion_adapter", DIFFUSION_MODEL, model.motion_adapter_variant
@@ -282,7 +293,7 @@ def _check_checkpoint(header: safetensors.SafetensorsHeader, file: str, networks
 def _vae(name: str, model: ModelConfig, configs: FetchedFolder, hub: Hub) -> Component:
     location, file = locate(name, model.vae_revision, "model.vae", hub)
     if file is None:
-        found = components.weighted(location.fetch(components.patterns("", None)), "", DIFFUSION_MODEL, None)
+        found = components.plain_or_only_variant(location, "", DIFFUSION_MODEL, "model.vae")
     else:
         source = location.fetch([file, _beside(file)])
         header = _header(source, file, "model.vae")

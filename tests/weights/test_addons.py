@@ -446,6 +446,25 @@ def test_an_ip_adapter_has_its_image_encoder_beside_it(tmp_path, shapes, nested)
         assert [label for label, _ in found.parts()][-2:] == ["ip_adapter", "image_encoder"]
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_image_encoder_that_has_one_variant_alone_is_loaded(tmp_path, beside):
+    source = write(tmp_path / "ip-adapter.safetensors", PLAIN)
+    folder = tmp_path / "image_encoder"
+    name = None if beside else encoder(folder)
+    encoder(folder)
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    hub = FakeHub(tmp_path / "hub", adapters=tmp_path)
+
+    for found in (adapter(source, image_encoder=name), adapter("h94/adapters/ip-adapter.safetensors", hub)):
+        assert found.image_encoder is not None
+        assert found.image_encoder.files == ("config.json", "model.fp16.safetensors")
+
+    shutil.copy(folder / "model.fp16.safetensors", folder / "model.bf16.safetensors")
+    message = r"image_encoder: .* variants bf16, fp16; name the file of one, such as (image_encoder/)?model\.bf16\.safe"
+    with pytest.raises(ConfigError, match=message):
+        adapter(source, image_encoder=name)
+
+
 def test_an_image_encoder_may_be_elsewhere(tmp_path):
     source = write(tmp_path / "ip-adapter.safetensors", PLAIN)
 

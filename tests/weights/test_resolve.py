@@ -20,7 +20,9 @@ from safetensors.numpy import load_file, save_file
 from pia_batch import tiny
 from pia_batch.config import FreeUConfig, LoraConfig, ModelConfig, SchedulerConfig, TextualInversionConfig
 from pia_batch.errors import ConfigError
-from pia_batch.weights import sd15
+from pia_batch.storage.object_store import Store
+from pia_batch.weights import components, sd15
+from pia_batch.weights.fetching import FetchedFolder
 from pia_batch.weights.identity import engine_id, resolved_dtype
 from pia_batch.weights.networks import shapes_of
 from pia_batch.weights.resolve import resolve
@@ -179,6 +181,100 @@ def test_a_variant_is_taken_where_it_is_asked_for(base):
     assert found.components["text_encoder"].files == ("config.json", "model.fp16.safetensors")
     assert found.components["unet"].variant == "fp16"
     assert found.components["motion_adapter"].variant is None
+
+
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+def rename(folder: Path, *variants: str, stem: str = "diffusion_pytorch_model") -> None:
+    """Give the weights of a folder names of these variants instead of the plain one."""
+    for variant in variants:
+        shutil.copy(folder / f"{stem}.safetensors", folder / f"{stem}.{variant}.safetensors")
+    (folder / f"{stem}.safetensors").unlink()
+
+
+@pytest.mark.parametrize("place", ["here", "hub", pytest.param("store", marks=pytest.mark.s3)])
+@pytest.mark.parametrize("having", [{"unet"}, {"vae"}, {"unet", "text_encoder"}], ids="+".join)
+def test_networks_without_the_variant_are_loaded_without_it(base, tmp_path, having, place, request, monkeypatch):
+    for part in having:
+        rename(base / part, "fp16", stem=STEMS[part])
+    (base / "vae" / "diffusion_pytorch_model.bf16.safetensors").write_bytes(b"another variant")
+    name, hub = elsewhere(base, tmp_path, place, request, monkeypatch)
+
+    found = resolve(ModelConfig(base=name, variant="fp16"), hub)
+
+    for part, stem in STEMS.items():
+        variant = "fp16" if part in having else None
+        assert found.components[part].variant == variant
+        file = f"{stem}.fp16.safetensors" if variant else f"{stem}.safetensors"
+        assert found.components[part].files == ("config.json", file)
+
+
+def elsewhere(
+    folder: Path, tmp_path: Path, place: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, FakeHub | None]:
+    """Return the name of a folder, of a repository of the hub with its files, or of a prefix of a store."""
+    if place == "here":
+        return str(folder), None
+    if place == "hub":
+        return "someone/copy", FakeHub(tmp_path / "hub", copy=folder)
+    monkeypatch.setenv("PIA_BATCH_CACHE", str(tmp_path / "cache"))
+    uri = request.getfixturevalue("s3")
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        Store(uri).create(f"copy/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    return f"{uri}/copy", None
+
+
+def test_a_variant_that_no_network_has_is_refused(base):
+    with pytest.raises(ConfigError, match=r"has no text_encoder/model\.fp8\.safetensors, but model\.safetensors"):
+        resolve(ModelConfig(base=str(base), variant="fp8"))
+
+
+@pytest.mark.parametrize("place", ["here", "hub", pytest.param("store", marks=pytest.mark.s3)])
+def test_a_vae_that_has_one_variant_alone_is_loaded(base, tmp_path, place, request, monkeypatch):
+    folder = shutil.copytree(base / "vae", tmp_path / "vae")
+    rename(folder, "fp16")
+    name, hub = elsewhere(folder, tmp_path, place, request, monkeypatch)
+
+    vae = resolve(ModelConfig(vae=name), hub).components["vae"]
+
+    assert vae.files == ("config.json", "diffusion_pytorch_model.fp16.safetensors")
+    if place == "hub":
+        assert vae.identity() == {"commit": COMMIT, "variant": "fp16"}
+    shutil.copy(base / "vae" / "diffusion_pytorch_model.safetensors", folder)
+    plain = resolve(ModelConfig(vae=str(folder))).components["vae"]
+    assert plain.files == ("config.json", "diffusion_pytorch_model.safetensors")
+
+
+def test_a_vae_of_several_variants_asks_for_the_file_of_one(base, tmp_path):
+    folder = shutil.copytree(base / "vae", tmp_path / "vae")
+    rename(folder, "fp16", "bf16")
+
+    with pytest.raises(
+        ConfigError, match=r"model\.vae: .* variants bf16, fp16; name the file of one, such as diffusion_"
+    ):
+        resolve(ModelConfig(vae=str(folder)))
+    file = folder / "diffusion_pytorch_model.fp16.safetensors"
+    assert resolve(ModelConfig(vae=str(file))).components["vae"].files == (file.name,)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["model.safetensors", "config.json"], {None}),
+        (["model.fp16.safetensors"], {"fp16"}),
+        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], {None}),
+        (["model-00001-of-00002.fp16.safetensors"], {"fp16"}),
+        (["model.fp16-00001-of-00002.safetensors", "model.safetensors.index.fp16.json"], {"fp16"}),
+        (["model.fp16.bin", "model.fp16.safetensors.part", "other.safetensors", "model_2.safetensors"], set()),
+        (["model.fp16.safetensors", "model.non_ema.safetensors", "model.safetensors"], {"fp16", "non_ema", None}),
+    ],
+)
+def test_the_variants_of_a_folder_are_in_the_names_of_its_weights(tmp_path, names, expected):
+    for name in names:
+        (tmp_path / name).touch()
+
+    assert components.variants(FetchedFolder(tmp_path, None, ""), "", "model") == expected
 
 
 def test_shards_are_all_needed_and_all_part_of_the_id(base):
