@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, NoReturn
 
@@ -109,8 +110,10 @@ def main(arguments: list[str] | None = None) -> None:
     log.setLevel(logging.INFO)
     logging.getLogger().setLevel(logging.WARNING)
     try:
+        _ignore_warning_filters()
         _check_interpreter()
         _check_folder()
+        own_ray.check_threads()
         _check_hub_timeouts()
         own_ray.check_variables()
         app(arguments, prog_name="pia-batch")
@@ -125,6 +128,13 @@ def main(arguments: list[str] | None = None) -> None:
             _exit_by_bug(problem)
         else:
             _exit(explained)
+
+
+def _ignore_warning_filters() -> None:
+    """Turn no warning into an error: with PYTHONWARNINGS=error, one of a library's would end the command."""
+    if any(action == "error" for action, *_ in warnings.filters):
+        warnings.resetwarnings()
+        warnings.simplefilter("ignore")
 
 
 def _check_interpreter(level: int = sys.flags.optimize) -> None:

@@ -183,16 +183,17 @@ def _groups(work: pa.Table, batch_size: int) -> list[dict[str, Any]]:
 
 def _about_this_machine(config: RunConfig) -> list[str]:
     """Return what would keep a run on this machine from starting, as far as it is seen without writing anything."""
-    from pia_batch.driver.own_ray import check_temp_path
+    from pia_batch.driver.own_ray import check_limits, check_temp_path
     from pia_batch.errors import ConfigError
     from pia_batch.storage.object_store import Store
 
     found = []
     if config.placement.address == "local":
-        try:
-            check_temp_path()
-        except ConfigError as err:
-            found.append(str(err))
+        for check in (check_temp_path, check_limits):
+            try:
+                check()
+            except ConfigError as err:
+                found.append(str(err))
     if obstacle := Store(config.output).find_obstacle():
         found.append(obstacle)
     return [f"a run on this machine would not start: {each}" for each in found]

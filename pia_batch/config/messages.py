@@ -6,6 +6,7 @@ import difflib
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
@@ -84,6 +85,11 @@ def _problem_text(problem: ErrorDetails) -> str:
     if kind == "value_error":  # raised by validators here, which name the value
         return text.removeprefix("Value error, ")
     expected, _, rest = kind.partition("_")
+    if kind == "string_unicode":
+        return (
+            f"not text in the encoding of this process, {sys.getfilesystemencoding()} (got "
+            f"{_shown(problem['input'])}); set PYTHONUTF8=1, or LC_ALL to a locale such as C.UTF-8"
+        )
     if (expected, rest) == ("invalid", "key"):
         return f"a key must be a text; write it in quotes (got {_shown(problem['input'])})"
     if kind in ("too_short", "too_long"):

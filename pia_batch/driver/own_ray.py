@@ -10,6 +10,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,16 +112,29 @@ MIN_OPEN_FILES = 256
 MIN_ADDRESS_BYTES = 10 * 2**30
 """Smallest limit of a process's address space (`ulimit -v`). On a machine of 24 GB, Ray waited for ever with 8 GB."""
 
+MIN_PROCESSES = 128
+"""Smallest limit of a user's processes and threads (`ulimit -u`). With 100, Ray timed out; with 300, it starts."""
+
+MIN_FILE_BYTES = 256 * 2**20
+"""Smallest limit of a file's size (`ulimit -f`). Ray keeps its objects in one file; with 1 MB, it timed out."""
+
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - Ray's own path
 """Folder of Ray's objects on Linux. If it does not exist, Ray uses its temporary folder."""
 
 
-def check_limits(open_files: int | None = None, address_bytes: int | None = None) -> None:
+def check_limits(
+    open_files: int | None = None,
+    address_bytes: int | None = None,
+    file_bytes: int | None = None,
+    processes: int | None = None,
+) -> None:
     """Check the limits of this process that end a Ray of our own without a message, or let it wait for ever.
 
     Args:
         open_files: Limit of open files up to which a process may raise its own; None: that of this process.
         address_bytes: Limit of the address space, in bytes; None: that of this process.
+        file_bytes: Limit of a file's size, in bytes; None: that of this process.
+        processes: Limit of the user's processes and threads; None: that of this process, which root ignores.
 
     Raises:
         ConfigError: One is too low.
@@ -140,6 +154,45 @@ def check_limits(open_files: int | None = None, address_bytes: int | None = None
             f"at least {MIN_ADDRESS_BYTES / 2**30:g}); remove it by `ulimit -v unlimited`, and limit memory by a cgroup"
         )
         raise ConfigError(msg)
+    size = resource.getrlimit(resource.RLIMIT_FSIZE)[0] if file_bytes is None else file_bytes
+    if size != resource.RLIM_INFINITY and size < MIN_FILE_BYTES:
+        msg = (
+            f"the limit of a file's size is too low for a Ray on this machine (got {size / 2**20:.1f} MiB, expected at "
+            f"least {MIN_FILE_BYTES / 2**20:g}); remove it by `ulimit -f unlimited`"
+        )
+        raise ConfigError(msg)
+    if processes is None:
+        processes = resource.RLIM_INFINITY if os.geteuid() == 0 else resource.getrlimit(resource.RLIMIT_NPROC)[0]
+    if processes != resource.RLIM_INFINITY and processes < MIN_PROCESSES:
+        msg = (
+            f"the limit of processes and threads is too low for a Ray on this machine (got {processes}, expected at "
+            f"least {MIN_PROCESSES}); raise it, such as by `ulimit -u 4096`, or TasksMax in a service of systemd"
+        )
+        raise ConfigError(msg)
+
+
+def check_threads(limit: int | None = None) -> None:
+    """Check that this user may start the threads of one command; without them, obstore ends with a panic of Rust.
+
+    Args:
+        limit: Limit of the user's processes and threads, which does not hold for root; None: that of this process.
+
+    Raises:
+        RuntimeError: A thread cannot be started; `errors.environment_error` has the remedy.
+    """
+    most = resource.getrlimit(resource.RLIMIT_NPROC)[0] if limit is None else limit
+    if os.geteuid() == 0 or most == resource.RLIM_INFINITY:
+        return
+    ended = threading.Event()
+    threads = [threading.Thread(target=ended.wait) for _ in range(min(2 * (os.cpu_count() or 1) + 4, most + 1))]
+    try:
+        for thread in threads:
+            thread.start()
+    finally:
+        ended.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
 
 
 def check_shared_memory(folder: Path = SHARED_MEMORY) -> None:
@@ -178,6 +231,20 @@ def session_token(environment: MutableMapping[str, str] = os.environ) -> Iterato
             environment.pop("RAY_AUTH_TOKEN", None)
 
 
+@contextmanager
+def without_warning_filters(environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Start the processes of a Ray of our own without PYTHONWARNINGS.
+
+    With `error`, a warning of one of Ray's libraries would end its agent, and Ray would wait until it times out.
+    """
+    filters = environment.pop("PYTHONWARNINGS", None)
+    try:
+        yield
+    finally:
+        if filters is not None:
+            environment["PYTHONWARNINGS"] = filters
+
+
 def _lacks_token(environment: Mapping[str, str]) -> bool:
     """Return True where Ray asks for a token, and has none and no place for one."""
     is_set = any(environment.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
@@ -208,7 +275,8 @@ def explain_task(err: Exception) -> ConfigError:
     """Return the error of a Ray of our own that started, and on which no task ran."""
     is_late = "GetTimeoutError" in type(err).__name__
     cause = f"none within {TASK_S:g} s" if is_late else f"{type(err).__name__}: {message_of(err)}"
-    return ConfigError(f"Ray starts on this machine, and none of its workers does: {cause}; {_LOG}")
+    remedy = _LATE if is_late else _LOG
+    return ConfigError(f"Ray starts on this machine, and none of its workers does: {cause}; {remedy}")
 
 
 def explain_start(err: Exception) -> ConfigError:
@@ -265,14 +333,16 @@ _SHARED_MEMORY = (
 )
 _LOG = (
     "look into its logs in $RAY_TMPDIR/ray/session_latest/logs (/tmp/ray by default): too little memory or /dev/shm, a "
-    "limit of open files or processes (`ulimit -a`), or a taken port"
+    "limit of open files, of a file's size or of processes (`ulimit -a`), or a taken port"
 )
+_LATE = f"if this machine is busy, start again when it has less to do (`uptime`); otherwise {_LOG}"
 
 _BY_WORD = (
     (("can't start new thread", "resource temporarily unavailable", "bad_alloc", "cannot allocate memory"), _MEMORY),
     (("too many open files",), f"the limit of open files is too low; {_FILES}"),
     (("address already in use", " port"), _PORTS),
     (("object store", "object_store", "/dev/shm"), _SHARED_MEMORY),  # noqa: S108 - Ray's own words
-    (("died", "failed to start", "timed out", "timeout", "initialize", "connect", "exited", "gcs"), _LOG),
+    (("timed out", "timeout"), _LATE),
+    (("died", "failed to start", "initialize", "connect", "exited", "gcs"), _LOG),
 )
 """Remedies by words of Ray's own messages, in small letters; the first that fits."""

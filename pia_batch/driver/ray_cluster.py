@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -87,8 +87,11 @@ def _connected(place: PlacementConfig, options: Mapping[str, Any]) -> Iterator[N
     address = place.address
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        own_node = own_ray_node.started_by_init() if address == "local" else nullcontext()
-        with ray_output.without_level_line(), own_node:
+        with ExitStack() as started:
+            started.enter_context(ray_output.without_level_line())
+            if address == "local":
+                started.enter_context(own_ray_node.started_by_init())
+                started.enter_context(own_ray.without_warning_filters())
             ray.init(**options)
     except AuthenticationError:
         msg = f"Ray at {redacted_uri(address)} refuses the token, or the lack of one: {TOKEN_REMEDY}"

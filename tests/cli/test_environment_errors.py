@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import ssl
+import warnings
 from typing import NoReturn
 
 import pytest
@@ -134,3 +135,10 @@ def test_a_timeout_of_the_hub_that_is_no_number_is_named_by_every_command(
 def test_a_timeout_of_the_hub_that_is_a_number_is_taken(value: str) -> None:
     cli._check_hub_timeouts({"HF_HUB_DOWNLOAD_TIMEOUT": value})
     cli._check_hub_timeouts({})
+
+
+def test_filters_of_warnings_that_end_a_command_are_ignored() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cli._ignore_warning_filters()
+        warnings.warn("old", DeprecationWarning, stacklevel=1)

@@ -88,3 +88,8 @@ def test_a_wrong_value_is_told_in_the_words_of_a_config(key: str, value: object,
     with pytest.raises(ConfigError) as raised:
         RunConfig.load(None, {"manifest": "m", "output": "o", key: value})
     assert str(raised.value) == f"command line: {key}: {told}"
+
+
+def test_a_path_that_is_no_text_in_the_encoding_of_the_process_names_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"manifest: not text in the encoding of this process, .*; set PYTHONUTF8=1"):
+        RunConfig.load(None, {"manifest": "/gr\udcc3\udcb6.jsonl", "output": "out"})

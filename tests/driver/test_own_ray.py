@@ -10,7 +10,9 @@ from pia_batch.driver.own_ray import (
     _BELOW_BYTES,
     _SOCKET_BYTES,
     MIN_ADDRESS_BYTES,
+    MIN_FILE_BYTES,
     MIN_OPEN_FILES,
+    MIN_PROCESSES,
     check_limits,
     check_shared_memory,
     check_temp_folder,
@@ -20,6 +22,7 @@ from pia_batch.driver.own_ray import (
     explain_task,
     session_token,
     temp_folder,
+    without_warning_filters,
 )
 from pia_batch.errors import ConfigError
 
@@ -102,7 +105,8 @@ def os_error(number: int) -> OSError:
         (ValueError("Attempting to cap object store memory usage at 10 bytes, but the minimum"), "--shm-size"),
         (RuntimeError("Failed to start the raylet"), "session_latest/logs"),
         (TimeoutError("Timed out while waiting for the GCS"), "session_latest/logs"),
-        (Exception("The current node timed out during startup"), "session_latest/logs"),
+        (Exception("The current node timed out during startup"), "if this machine is busy, start again when it has"),
+        (Exception("The current node timed out during startup"), "a file's size or of processes (`ulimit -a`)"),
         (PermissionError("~/.ray"), "HOME"),
         (PermissionError(errno.EACCES, "Permission denied", sys.executable), "let this user run this Python"),
         (RuntimeError("can't start new thread"), "limits of memory and processes"),
@@ -169,6 +173,30 @@ def test_too_little_address_space_is_refused(space: int) -> None:
         check_limits(UNLIMITED, space)
 
 
+@pytest.mark.parametrize("size", [MIN_FILE_BYTES, MIN_FILE_BYTES + 1, UNLIMITED])
+def test_enough_of_a_files_size_is_accepted(size: int) -> None:
+    check_limits(UNLIMITED, UNLIMITED, size)
+
+
+@pytest.mark.parametrize("size", [0, 1024, MIN_FILE_BYTES - 1])
+def test_too_little_of_a_files_size_is_refused(size: int) -> None:
+    with pytest.raises(ConfigError, match=r"limit of a file's size is too low .*; remove it by `ulimit -f unlimited`$"):
+        check_limits(UNLIMITED, UNLIMITED, size)
+
+
+@pytest.mark.parametrize("processes", [MIN_PROCESSES, UNLIMITED])
+def test_enough_processes_are_accepted(processes: int) -> None:
+    check_limits(UNLIMITED, UNLIMITED, UNLIMITED, processes)
+
+
+@pytest.mark.parametrize("processes", [0, MIN_PROCESSES - 1])
+def test_too_few_processes_are_refused(processes: int) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"\(got {processes}, expected at least {MIN_PROCESSES}\); .*`ulimit -u 4096`"
+    ):
+        check_limits(UNLIMITED, UNLIMITED, UNLIMITED, processes)
+
+
 def test_shared_memory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     check_shared_memory(tmp_path)
     check_shared_memory(tmp_path / "missing")  # Ray uses its temporary folder
@@ -176,6 +204,26 @@ def test_shared_memory_that_cannot_be_written_is_refused(tmp_path: Path) -> None
 
     with pytest.raises(ConfigError, match=r"where Ray keeps its objects: .*; free space there, .*--shm-size=2g"):
         check_shared_memory(tmp_path / "file")
+
+
+# --- filters of warnings ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variables", [{"PYTHONWARNINGS": "error"}, {"PYTHONWARNINGS": ""}, {}])
+def test_a_ray_starts_without_filters_of_warnings_and_they_are_back_afterwards(variables: dict[str, str]) -> None:
+    environment = {"HOME": "/x"} | variables
+    with without_warning_filters(environment):
+        assert environment == {"HOME": "/x"}
+
+    assert environment == {"HOME": "/x"} | variables
+
+
+def test_filters_of_warnings_are_back_after_a_start_that_fails() -> None:
+    environment = {"PYTHONWARNINGS": "error"}
+    with pytest.raises(RuntimeError), without_warning_filters(environment):
+        raise RuntimeError
+
+    assert environment == {"PYTHONWARNINGS": "error"}
 
 
 # --- the token of a Ray of our own ------------------------------------------------------------------------------------
