@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from safetensors import SafetensorError, safe_open
+
 from pia_batch.errors import ConfigError, environment_remedy, message_of, printable
 from pia_batch.storage import file_kinds
 
@@ -117,6 +119,7 @@ def read(path: Path) -> SafetensorsHeader:
             "it was not copied in full, or it is damaged; fetch it again"
         )
     _check_spans(path, shapes, dtypes, spans)
+    _check_with_library(path)
     positions = {name: 8 + length + start for name, (start, _) in spans.items()}
     return SafetensorsHeader(path, shapes, dtypes, metadata, positions)
 
@@ -198,6 +201,19 @@ def _check_spans(
                 f"{start} to {end}, expected {position} to {position + wanted:.0f}); fetch the file again"
             )
         position = end
+
+
+def _check_with_library(path: Path) -> None:
+    """Open the file as the engine will: the library takes only some JSON, such as no fractions as sides of a shape."""
+    try:
+        with safe_open(path, "np"):
+            pass
+    except SafetensorError as err:
+        raise ConfigError(
+            f"{path} is not a safetensors file: its header cannot be read ({err}); fetch it again"
+        ) from err
+    except OSError as err:
+        raise _unreadable(path, err) from err
 
 
 def _why_invalid(path: Path, num_bytes: int) -> str:

@@ -104,6 +104,39 @@ def test_a_header_that_means_nothing_is_a_config_error(header, tmp_path):
         safetensors.read(path)
 
 
+TENSOR = {"dtype": "F16", "shape": [4], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\xef\xbb\xbf" + json.dumps({"a": TENSOR}).encode(),
+        json.dumps({"a": TENSOR}).encode("utf-16"),
+        {"a": TENSOR | {"shape": [4.0]}},
+        {"a": TENSOR | {"shape": ["4"]}},
+        {"a": TENSOR | {"shape": [True, 4]}},
+        {"a": TENSOR | {"shape": "4"}},
+        {"a": TENSOR | {"data_offsets": [0, 8, 9]}},
+        {"a": TENSOR | {"data_offsets": [0.0, 8.0]}},
+        {"a": TENSOR | {"data_offsets": "08"}},
+        {"a": TENSOR, "__metadata__": {"x": 1}},
+        {"a": TENSOR, "__metadata__": {"x": None}},
+        {"a": TENSOR, "__metadata__": []},
+        {"\ud800": TENSOR},
+        {"a": TENSOR, "b": {"dtype": "F16", "shape": [2**40, 2**40, 0], "data_offsets": [8, 8]}},
+    ],
+    ids=str,
+)
+def test_a_header_that_only_the_library_would_refuse_is_a_config_error(header, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(with_length(header if isinstance(header, bytes) else json.dumps(header).encode()) + bytes(8))
+
+    with pytest.raises(ConfigError, match=r"its header cannot be read .*fetch it again"):
+        safetensors.read(path)
+    with pytest.raises(SafetensorError), safe_open(path, "np"):
+        pass
+
+
 class RunsCode:
     """What a malicious checkpoint holds."""
 
