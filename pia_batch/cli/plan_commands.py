@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -188,8 +189,9 @@ def _about_this_machine(config: RunConfig) -> list[str]:
     from pia_batch.storage.object_store import Store
 
     found = []
-    if config.placement.address == "local":
-        for check in (check_temp_path, check_limits):
+    place = config.placement
+    if place.address == "local":
+        for check in (check_temp_path, partial(check_limits, object_store_mb=place.object_store_mb)):
             try:
                 check()
             except ConfigError as err:

@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from pia_batch.errors import MESSAGE_LENGTH, ConfigError, message_of, printable
 from pia_batch.planning.child_python import child_environment, module_command
 
@@ -115,8 +117,9 @@ MIN_ADDRESS_BYTES = 10 * 2**30
 MIN_PROCESSES = 128
 """Smallest limit of a user's processes and threads (`ulimit -u`). With 100, Ray timed out; with 300, it starts."""
 
-MIN_FILE_BYTES = 256 * 2**20
-"""Smallest limit of a file's size (`ulimit -f`). Ray keeps its objects in one file; with 1 MB, it timed out."""
+OBJECTS_SHARE = 0.3
+"""Share of this machine's memory that Ray takes for its objects, in one file, if no size is set: Ray's own maximum.
+With a limit of a file's size (`ulimit -f`) below that file, Ray timed out."""
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - Ray's own path
 """Folder of Ray's objects on Linux. If it does not exist, Ray uses its temporary folder."""
@@ -127,6 +130,7 @@ def check_limits(
     address_bytes: int | None = None,
     file_bytes: int | None = None,
     processes: int | None = None,
+    object_store_mb: int | None = None,
 ) -> None:
     """Check the limits of this process that end a Ray of our own without a message, or let it wait for ever.
 
@@ -135,6 +139,7 @@ def check_limits(
         address_bytes: Limit of the address space, in bytes; None: that of this process.
         file_bytes: Limit of a file's size, in bytes; None: that of this process.
         processes: Limit of the user's processes and threads; None: that of this process, which root ignores.
+        object_store_mb: The config's `placement.object_store_mb`.
 
     Raises:
         ConfigError: One is too low.
@@ -155,10 +160,13 @@ def check_limits(
         )
         raise ConfigError(msg)
     size = resource.getrlimit(resource.RLIMIT_FSIZE)[0] if file_bytes is None else file_bytes
-    if size != resource.RLIM_INFINITY and size < MIN_FILE_BYTES:
+    share = OBJECTS_SHARE * psutil.virtual_memory().total
+    objects = share if object_store_mb is None else object_store_mb * 2**20
+    if size != resource.RLIM_INFINITY and size < objects:
         msg = (
-            f"the limit of a file's size is too low for a Ray on this machine (got {size / 2**20:.1f} MiB, expected at "
-            f"least {MIN_FILE_BYTES / 2**20:g}); remove it by `ulimit -f unlimited`"
+            "the limit of a file's size is too low for the objects of a Ray on this machine "
+            f"(got {size / 2**20:.1f} MiB, expected at least {objects / 2**20:.0f}); remove it by `ulimit -f "
+            "unlimited`, or set placement.object_store_mb to less"
         )
         raise ConfigError(msg)
     if processes is None:

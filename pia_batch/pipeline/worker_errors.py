@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
 import sys
@@ -102,15 +103,26 @@ def explain(err: Exception) -> Exception:
             "(placement.num_gpus), or fewer models (placement.max_models)"
         )
     if isinstance(err, OSError):
-        return ConfigError(
-            f"{here}: {cause}; the model's files must be readable there, and its disk must have room for them"
-        )
+        remedy = "the model's files must be readable there, and its disk must have room for them"
+        if (name := _variable_of(err.filename)) is not None:
+            remedy = f"set {name} to a folder that can be read and written, or unset it"
+        return ConfigError(f"{here}: {cause}; {remedy}")
     if any(word in cause.lower() for word in _DRIVER_WORDS):
         return BrokenDeviceError(
             f"{here}: {cause}; compare its driver with the CUDA version that torch was built for (`nvidia-smi`, "
             "`python -m torch.utils.collect_env`), and repair the node or remove it"
         )
     return err
+
+
+_FOLDER_VARIABLES = ("_CACHE", "_CACHE_DIR", "_DIR", "_HOME", "TMPDIR")
+"""Endings of environment variables by which libraries of an engine find the folders that they write to."""
+
+
+def _variable_of(path: object) -> str | None:
+    """Return the environment variable that names the folder of a path, or the path itself; None if there is none."""
+    names = [name for name in os.environ if name.endswith(_FOLDER_VARIABLES) and os.environ[name]]
+    return next((name for name in names if f"{path}/".startswith(f"{os.environ[name].rstrip('/')}/")), None)
 
 
 def memory_error(err: Exception) -> DeviceMemoryError | None:

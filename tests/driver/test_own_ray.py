@@ -10,7 +10,6 @@ from pia_batch.driver.own_ray import (
     _BELOW_BYTES,
     _SOCKET_BYTES,
     MIN_ADDRESS_BYTES,
-    MIN_FILE_BYTES,
     MIN_OPEN_FILES,
     MIN_PROCESSES,
     check_limits,
@@ -173,15 +172,16 @@ def test_too_little_address_space_is_refused(space: int) -> None:
         check_limits(UNLIMITED, space)
 
 
-@pytest.mark.parametrize("size", [MIN_FILE_BYTES, MIN_FILE_BYTES + 1, UNLIMITED])
-def test_enough_of_a_files_size_is_accepted(size: int) -> None:
-    check_limits(UNLIMITED, UNLIMITED, size)
+@pytest.mark.parametrize(("size", "store_mb"), [(2**50, None), (2**29, 512), (UNLIMITED, None), (UNLIMITED, 2**30)])
+def test_enough_of_a_files_size_is_accepted(size: int, store_mb: int | None) -> None:
+    check_limits(UNLIMITED, UNLIMITED, size, object_store_mb=store_mb)
 
 
-@pytest.mark.parametrize("size", [0, 1024, MIN_FILE_BYTES - 1])
-def test_too_little_of_a_files_size_is_refused(size: int) -> None:
-    with pytest.raises(ConfigError, match=r"limit of a file's size is too low .*; remove it by `ulimit -f unlimited`$"):
-        check_limits(UNLIMITED, UNLIMITED, size)
+@pytest.mark.parametrize(("size", "store_mb"), [(0, None), (2**28, None), (2**29 - 1, 512)])
+def test_too_little_of_a_files_size_for_the_objects_is_refused(size: int, store_mb: int | None) -> None:
+    remedy = r"remove it by `ulimit -f unlimited`, or set placement\.object_store_mb to less$"
+    with pytest.raises(ConfigError, match=rf"limit of a file's size is too low .*; {remedy}"):
+        check_limits(UNLIMITED, UNLIMITED, size, object_store_mb=store_mb)
 
 
 @pytest.mark.parametrize("processes", [MIN_PROCESSES, UNLIMITED])

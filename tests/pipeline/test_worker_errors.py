@@ -42,6 +42,21 @@ def test_what_a_node_lacks_is_reported_with_the_node_the_cause_and_the_remedy(
 
 
 @pytest.mark.parametrize(
+    ("name", "folder"), [("TORCHINDUCTOR_CACHE_DIR", "/proc/x"), ("HF_HOME", "/data/"), ("TMPDIR", "/data/tmp")]
+)
+@pytest.mark.parametrize("raised", [FileNotFoundError, PermissionError])
+def test_a_folder_that_an_engine_cannot_write_is_named_by_the_variable_that_says_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, raised: type[OSError], name: str, folder: str
+) -> None:
+    monkeypatch.setenv(name, folder)
+    remedy = f"set {name} to a folder that can be read and written, or unset it"
+
+    assert str(explain(raised(1, "no", f"{folder.rstrip('/')}/kernels"))).endswith(remedy)
+    assert str(explain(raised(1, "no", folder.rstrip("/")))).endswith(remedy)
+    assert remedy not in str(explain(raised(1, "no", f"{folder.rstrip('/')}-other/kernels")))
+
+
+@pytest.mark.parametrize(
     "raised",
     [
         MemoryError(),
