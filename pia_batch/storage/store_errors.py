@@ -40,10 +40,8 @@ _PASSING_STATUSES = frozenset({"404", "408", "409", "412", "425", "429"})
 
 _NO_BUCKET = frozenset({"NoSuchBucket", "ContainerNotFound"})
 
-REFUSED_TO_ALL = (
-    s3_config.DENIALS | _NO_BUCKET | {"InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"}
-)
-"""Codes of a refusal that does not depend on the object. AccessDenied is none: it may be for one object only."""
+REFUSED_TO_ALL = s3_config.DENIALS | {"InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"}
+"""Codes of a refusal that depends on neither the object nor its bucket, as a misspelled bucket of one request does."""
 
 _CREDENTIALS = "check the credentials and the policy"
 _EXPIRED = f"{_CREDENTIALS}: the temporary ones have expired; renew them, or use a role that renews itself"

@@ -313,7 +313,7 @@ def test_images_on_s3_that_cannot_be_used_say_why(s3: str) -> None:
     started = time.monotonic()
 
     assert "does not exist" in refusal("absent", s3, timeout_s=60)
-    with pytest.raises(StorageError, match=r"NoSuchBucket.*create it, or correct the URI"):
+    with pytest.raises(ImageUnavailableError, match=r"does not exist.*create it, or correct the URI"):
         image("s3://no-such-bucket/x.png", s3, "s3://no-such-bucket", timeout_s=60)
     assert "more than 1000 bytes" in refusal("folder/big", s3, timeout_s=60)
     assert len(head("folder/big", 1001, s3, timeout_s=60)) == 1001

@@ -146,7 +146,9 @@ def test_a_listing_that_is_refused_is_one_line_with_the_remedy_of_its_code(
 IMAGES = ImagesConfig(timeout_s=20)
 
 
-@pytest.mark.parametrize(("status", "code", "remedy"), [*REFUSALS[1:], (400, "InvalidToken", "check the credentials")])
+@pytest.mark.parametrize(
+    ("status", "code", "remedy"), [*REFUSALS[1:-1], (400, "InvalidToken", "check the credentials")]
+)
 def test_what_is_refused_to_every_image_is_no_fault_of_a_request(
     server: Recorder, status: int, code: str, remedy: str
 ) -> None:
@@ -171,6 +173,7 @@ def test_what_is_refused_to_every_image_is_no_fault_of_a_request(
         (403, "InvalidObjectState", "may not be read: refused as InvalidObjectState"),
         (403, "SignatureDoesNotMatch", "the secret key does not belong to the access key"),
         (404, "NoSuchKey", "does not exist"),
+        (404, "NoSuchBucket", "no such bucket or folder; create it, or correct the URI"),
     ],
 )
 def test_what_is_refused_to_one_image_fails_its_request_alone(
