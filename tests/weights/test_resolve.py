@@ -194,7 +194,7 @@ def rename(folder: Path, *variants: str, stem: str = "diffusion_pytorch_model") 
 
 
 @pytest.mark.parametrize("place", ["here", "hub", pytest.param("store", marks=pytest.mark.s3)])
-@pytest.mark.parametrize("having", [{"unet"}, {"vae"}, {"unet", "text_encoder"}], ids="+".join)
+@pytest.mark.parametrize("having", [("unet",), ("vae",), ("unet", "text_encoder")], ids="+".join)
 def test_networks_without_the_variant_are_loaded_without_it(base, tmp_path, having, place, request, monkeypatch):
     for part in having:
         rename(base / part, "fp16", stem=STEMS[part])
