@@ -213,7 +213,7 @@ CASES = [
     ("run --manifest good.parquet --output s3://key:secret@bucket/x", "given with credentials"),
     (
         "run --manifest good.parquet --output notes.txt/out",
-        "notes.txt/out: Not a directory; choose another path",
+        "notes.txt/out: Not a directory; a file has the name of a folder there",
     ),
     ("status nowhere", "no run has ever written to"),
     ("verify s3:bucket/out", "write s3://, with two slashes"),
@@ -221,7 +221,7 @@ CASES = [
     ("inspect notes.txt", "notes.txt is not a GIF, an MP4, a WebM, a WebP, a PNG or a zip of PNGs"),
     ("inspect gone.gif", "gone.gif does not exist"),
     ("inspect folder", "folder is a folder; name one animation in it"),
-    ("demo --output notes.txt", "notes.txt: File exists; choose another path or fix"),
+    ("demo --output notes.txt", "notes.txt: File exists; a file, or a link to nothing, has the name"),
     (
         "jobs --address http://127.0.0.1:PORT",
         "no Ray dashboard answers at http://127.0.0.1:PORT; correct --address, or",
