@@ -38,7 +38,7 @@ lint: setup  ## check style, formatting, types and import contracts
 # Tests of real processes, servers and browsers run a second time if they fail, and are listed as reruns (-rR).
 PYTEST := $(QUIET) $(BIN)/python -m pytest -rR
 
-test: lint browser  ## run every check and every test but the long ones: at most 10 minutes on two cores
+test: lint browser  ## run every check and every test but the long ones: a quarter of an hour on two cores
 	$(PYTEST) -n 2 --no-loadscope-reorder -m 'not gpu and not long'
 
 test-long: browser  ## run the whole-stack tests: the pages' commands, faults, kills and jobs on real processes
