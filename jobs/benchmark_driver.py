@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--actors", type=int, default=2, help="number of engines (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="requests in a batch (default: %(default)s)")
     parser.add_argument("--batch-seconds", type=float, default=0, help="seconds for a batch (default: %(default)s)")
-    parser.add_argument("--batches-per-task", type=int, help="batches in a task (default: as many as a run gives)")
+    parser.add_argument("--batches-per-task", type=int, help="batches in each task (default: as many as a run gives)")
     parser.add_argument("--json", type=Path, help="JSON file for the figures")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -80,7 +80,7 @@ def measure(
         actors: Number of engines.
         batch_size: Number of requests in a batch.
         batch_seconds: Duration of a batch, in seconds.
-        batches: Number of batches in a task; None: as many as a run gives an engine at a time.
+        batches: Number of batches in each task; None: as many as a run gives an engine at a time.
 
     Returns:
         The case, and
@@ -123,10 +123,11 @@ def _measure_here(rows: int, actors: int, batch_size: int, batch_seconds: float,
         start_ray(actors)
         try:
             tracker = start_attempt_tracker(plan.config.limits.max_attempts)
+            may_grow = rows if batches is None else None
             batches = batches or batching.batches_per_task(plan.config, rows)
             arguments = {"control": tracker, "seconds": batch_seconds, "notes": str(notes), "crew": actors}
             dataset = fetched_and_animated(
-                pending_requests(plan), plan.config, _without_images, IdleActor, arguments, batches, rows
+                pending_requests(plan), plan.config, _without_images, IdleActor, arguments, batches, may_grow
             )
             watch = _Watch(rows)
             outcomes = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)

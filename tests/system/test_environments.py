@@ -107,7 +107,7 @@ def test_what_may_not_be_read_is_one_line_in_a_plan(tmp_path: Path, case: str) -
     )
 
     assert (code, message in line) == (2, True), line
-    assert "; give this user access to it" in line
+    assert "give this user access to it" in line
     for path in tmp_path.rglob("*"):  # so that the folder can be removed
         path.chmod(0o700)
 
