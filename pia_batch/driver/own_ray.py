@@ -146,14 +146,14 @@ def check_limits(
     """
     # Ray raises the soft limit of open files to the hard one.
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1] if open_files is None else open_files
-    if files != resource.RLIM_INFINITY and files < MIN_OPEN_FILES:
+    if _is_less(files, MIN_OPEN_FILES):
         msg = (
             f"the limit of open files is too low for a Ray on this machine (got {files}, expected at least "
             f"{MIN_OPEN_FILES}); {_FILES}"
         )
         raise ConfigError(msg)
     space = resource.getrlimit(resource.RLIMIT_AS)[0] if address_bytes is None else address_bytes
-    if space != resource.RLIM_INFINITY and space < MIN_ADDRESS_BYTES:
+    if _is_less(space, MIN_ADDRESS_BYTES):
         msg = (
             f"the limit of address space is too low for a Ray on this machine (got {space / 2**30:.1f} GiB, expected "
             f"at least {MIN_ADDRESS_BYTES / 2**30:g}); remove it by `ulimit -v unlimited`, and limit memory by a cgroup"
@@ -162,7 +162,7 @@ def check_limits(
     size = resource.getrlimit(resource.RLIMIT_FSIZE)[0] if file_bytes is None else file_bytes
     share = OBJECTS_SHARE * psutil.virtual_memory().total
     objects = share if object_store_mb is None else object_store_mb * 2**20
-    if size != resource.RLIM_INFINITY and size < objects:
+    if _is_less(size, objects):
         msg = (
             "the limit of a file's size is too low for the objects of a Ray on this machine "
             f"(got {size / 2**20:.1f} MiB, expected at least {objects / 2**20:.0f}); remove it by `ulimit -f "
@@ -171,12 +171,16 @@ def check_limits(
         raise ConfigError(msg)
     if processes is None:
         processes = resource.RLIM_INFINITY if os.geteuid() == 0 else resource.getrlimit(resource.RLIMIT_NPROC)[0]
-    if processes != resource.RLIM_INFINITY and processes < MIN_PROCESSES:
+    if _is_less(processes, MIN_PROCESSES):
         msg = (
             f"the limit of processes and threads is too low for a Ray on this machine (got {processes}, expected at "
             f"least {MIN_PROCESSES}); raise it, such as by `ulimit -u 4096`, or TasksMax in a service of systemd"
         )
         raise ConfigError(msg)
+
+
+def _is_less(limit: int, least: float) -> bool:
+    return limit != resource.RLIM_INFINITY and limit < least
 
 
 def check_threads(limit: int | None = None) -> None:
