@@ -15,7 +15,7 @@ from typing import Protocol
 from pia_batch.config import PlacementConfig, RunConfig
 from pia_batch.driver.budget import Budget, LimitReached
 from pia_batch.driver.progress import Progress
-from pia_batch.errors import InterruptedRunError, LeaseHeldError, PiaBatchError
+from pia_batch.errors import InterruptedRunError, LeaseHeldError
 from pia_batch.journal.lease import Lease
 from pia_batch.pipeline import worker_errors
 from pia_batch.pipeline.attempts import EngineActivity
@@ -259,12 +259,7 @@ def _drain(
 
 def unwrapped(err: BaseException) -> BaseException:
     """Return the exception that a worker raised, without the wrappers that Ray puts around it."""
-    inner: BaseException | None = err
-    while inner is not None:
-        if isinstance(cause := getattr(inner, "cause", None), BaseException):
-            inner = cause  # the wrapper is of the cause's class too, but its text is a traceback
-            continue
-        if isinstance(inner, PiaBatchError):
-            return worker_errors.interruption_by(inner) or type(inner)(worker_errors.own_message(inner))
-        inner = inner.__cause__
-    return worker_errors.explain_loss(err)
+    own = worker_errors.own_cause(err)
+    if own is None:
+        return worker_errors.explain_loss(err)
+    return worker_errors.interruption_by(own) or type(own)(worker_errors.own_message(own))

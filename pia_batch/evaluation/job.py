@@ -22,7 +22,7 @@ import ray.data
 from pia_batch import __version__
 from pia_batch.config.execution import PlacementConfig
 from pia_batch.driver import ray_cluster
-from pia_batch.errors import ConfigError, InterruptedRunError, PiaBatchError, StorageError
+from pia_batch.errors import ConfigError, InterruptedRunError, StorageError
 from pia_batch.evaluation import network_files, publication, work
 from pia_batch.evaluation.actor import MEASURED, PIECE, EvaluateActor, piece_row
 from pia_batch.evaluation.clips import ClipReader
@@ -242,18 +242,13 @@ class _Counter:
 
 def _explained(err: Exception) -> BaseException:
     """Return the exception that a worker raised, without the wrappers that Ray puts around it."""
-    inner: BaseException | None = err
-    while inner is not None:
-        if isinstance(cause := getattr(inner, "cause", None), BaseException):
-            inner = cause
-            continue
-        if isinstance(inner, PiaBatchError):
-            message = worker_errors.own_message(inner)
-            if isinstance(inner, StorageError):
-                return InterruptedRunError(f"{message}; what was measured is committed. Start again to continue")
-            return type(inner)(message)
-        inner = inner.__cause__
-    return worker_errors.explain_loss(err)
+    own = worker_errors.own_cause(err)
+    if own is None:
+        return worker_errors.explain_loss(err)
+    message = worker_errors.own_message(own)
+    if isinstance(own, StorageError):
+        return InterruptedRunError(f"{message}; what was measured is committed. Start again to continue")
+    return type(own)(message)
 
 
 def _checked(evaluation_id: str | None) -> str | None:

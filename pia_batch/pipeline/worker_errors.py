@@ -135,6 +135,19 @@ def memory_error(err: Exception) -> DeviceMemoryError | None:
     )
 
 
+def own_cause(err: BaseException) -> PiaBatchError | None:
+    """Return the error of ours that a worker raised, without the wrappers of Ray; None if there is none."""
+    inner: BaseException | None = err
+    while inner is not None:
+        if isinstance(cause := getattr(inner, "cause", None), BaseException):
+            inner = cause  # the wrapper is of the cause's class too, but its text is a traceback
+        elif isinstance(inner, PiaBatchError):
+            return inner
+        else:
+            inner = inner.__cause__
+    return None
+
+
 def own_message(err: PiaBatchError) -> str:
     """Return the message of an error of ours, without the notes about retries that Ray Data appends to it."""
     return _NOTES.split(str(err), maxsplit=1)[0].strip()
