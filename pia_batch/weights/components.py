@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pia_batch.errors import ConfigError, environment_remedy, message_of
 from pia_batch.storage import file_kinds
-from pia_batch.weights import safetensors
+from pia_batch.weights import safetensors, shard_index
 from pia_batch.weights.fetching import FetchedFolder, Location
 
 MODEL, DIFFUSION_MODEL = "model", "diffusion_pytorch_model"
@@ -109,17 +109,16 @@ def weighted(source: FetchedFolder, part: str, stem: str, variant: str | None) -
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{source.named} has no {label}{CONFIG}; it is not a complete diffusers checkpoint")
     middle = "" if variant is None else f".{variant}"
-    index = folder / f"{stem}.safetensors.index{middle}.json"
-    names = {f"{stem}{middle}.safetensors"}
-    if index.is_file():
-        shards = read_json(index).get("weight_map")
-        names = {str(name) for name in shards.values()} if isinstance(shards, dict) else set()
-    missing = sorted(name for name in names if not (folder / name).is_file())
-    if missing or not names:
-        raise ConfigError(_why_no_weights(source, folder, f"{label}{', '.join(missing)}"))
+    single = f"{stem}{middle}.safetensors"
+    index = shard_index.find(folder, stem, variant, single)
+    names = {single} if index is None else shard_index.shards(read_json(index), index)
+    if index is not None:
+        shard_index.check_present(names, index, single)
+    elif not (folder / single).is_file():
+        raise ConfigError(_why_no_weights(source, folder, stem, variant, f"{label}{single}"))
     for name in names:
         safetensors.read(folder / name)
-    used = {CONFIG, *names, *([index.name] if index.is_file() else [])}
+    used = {CONFIG, *names, *([] if index is None else [index.name])}
     return Component(folder, variant, tuple(sorted(used)), source.commit)
 
 
@@ -244,7 +243,10 @@ def _hash_file(path: Path, size: int, modified_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _why_no_weights(source: FetchedFolder, folder: Path, wanted: str) -> str:
+def _why_no_weights(source: FetchedFolder, folder: Path, stem: str, variant: str | None, wanted: str) -> str:
+    scattered = shard_index.without_index(folder, stem, variant)
+    if scattered is not None:
+        return f"{folder} {scattered}"
     message = f"{source.named} has no {wanted}"
     others = sorted(path.name for path in folder.glob(f"*{safetensors.SUFFIX}"))
     if others:
