@@ -38,10 +38,10 @@ lint: setup  ## check style, formatting, types and import contracts
 # Tests of real processes, servers and browsers run a second time if they fail, and are listed as reruns (-rR).
 PYTEST := $(QUIET) $(BIN)/python -m pytest -rR
 
-test: lint browser  ## run every check and every test but the long ones: a quarter of an hour on two cores
+test: lint browser  ## run every check and every test but the long ones: ten minutes on two cores
 	$(PYTEST) -n 2 --no-loadscope-reorder -m 'not gpu and not long'
 
-test-long: browser  ## run the whole-stack tests: the pages' commands, faults, kills and jobs on real processes
+test-long: browser  ## run the tests above some three seconds: the pages' commands, faults, kills and jobs on real processes
 	$(PYTEST) -n 2 --no-loadscope-reorder -m 'long and not gpu'
 
 RUNS ?= 1000

@@ -475,6 +475,7 @@ with first_signal() as stop:
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_that_has_left_ray_and_publishes_still_hears_a_signal() -> None:
     assert subprocess.run([sys.executable, "-c", SIGNALLED_LATE], check=False, timeout=120).returncode == 0

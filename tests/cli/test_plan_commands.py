@@ -145,6 +145,7 @@ print(sorted({"torch", "ray", "diffusers", "transformers", "tokenizers"} & set(s
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.long
 def test_a_doctor_that_finds_a_failure_ends_with_2_and_the_remedy(
     write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +163,7 @@ def test_a_doctor_that_finds_a_failure_ends_with_2_and_the_remedy(
     assert "/nowhere/model" in weights["message"]
 
 
+@pytest.mark.long
 def test_a_doctor_of_this_machine_alone_needs_no_config(capsys: pytest.CaptureFixture[str]) -> None:
     code = pia_batch("doctor")
 

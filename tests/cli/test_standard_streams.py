@@ -84,6 +84,7 @@ def test_closed_streams_keep_the_exit_code(plan: list[str]) -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.long
 def test_text_that_the_encoding_lacks_is_escaped(plan: list[str], tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     output = str(tmp_path / "é")

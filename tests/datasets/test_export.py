@@ -64,6 +64,7 @@ def number_of(request_id: str) -> int:
 # --- other people's libraries -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_webdataset_reads_each_animation_with_its_columns_and_its_prompt(output: str, tmp_path: Path) -> None:
     summary = export(output, str(tmp_path / "to"), "webdataset", shard_size="3")
 
@@ -378,6 +379,7 @@ def test_other_shard_sizes_are_refused(text: str) -> None:
         ShardSize.parse(text)
 
 
+@pytest.mark.long
 def test_shards_are_cut_by_bytes_and_cross_the_parts_of_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +403,7 @@ CHANGING = ("_transactions/", "_versions/", "_delta_log/")
 """Files into which other libraries write the time."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_an_export_that_was_stopped_is_continued_to_the_same_files(output: str, tmp_path: Path, name: str) -> None:
     export(output, str(tmp_path / "whole"), name, shard_size="2")

@@ -52,6 +52,7 @@ def images_of(uri: str) -> tuple[str, dict[str, bytes]]:
 EXPECTED = {f"row-{k}": png(k) for k in (0, 2, 3)}
 
 
+@pytest.mark.long
 def test_lance_and_delta_are_read_from_s3_without_their_deleted_rows(s3: str, tmp_path: Path) -> None:
     assert images_of(upload(foreign.write_lance(tmp_path / "a"), f"{s3}/a.lance")) == ("lance", EXPECTED)
     assert images_of(upload(foreign.write_delta(tmp_path / "b"), f"{s3}/b")) == ("delta", EXPECTED)
@@ -72,6 +73,7 @@ def test_iceberg_is_read_from_s3_without_its_deleted_rows(s3: str, tmp_path: Pat
     assert images_of(f"{s3}/shop/photos") == ("iceberg", EXPECTED)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("s3", "local_ray")  # in this order: workers need the keys of the server
 def test_lance_and_delta_are_written_to_s3_and_read_by_their_libraries(s3: str, tmp_path: Path) -> None:

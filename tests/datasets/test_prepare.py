@@ -48,6 +48,7 @@ def write_parts(folder: Path, files: int = 5, rows: int = 8) -> Path:
 OPTIONS: dict[str, Any] = {"prompt": "{caption}, cinematic", "columns": {"request_id": "id"}}
 
 
+@pytest.mark.long
 def test_the_same_call_writes_the_same_bytes_and_nothing_twice(tmp_path: Path) -> None:
     source = write_parts(tmp_path / "source")
     first = prepare(source, tmp_path / "one", **OPTIONS)
@@ -112,6 +113,7 @@ def test_variations_store_each_image_once(tmp_path: Path) -> None:
     assert {row["image_bytes"] for row in rows_of(tmp_path / "many")} == {png(k) for k in range(4)}
 
 
+@pytest.mark.long
 def test_a_call_that_was_stopped_is_continued(tmp_path: Path) -> None:
     source = write_parts(tmp_path / "source", files=12)
     whole = prepare(source, tmp_path / "whole", **OPTIONS)

@@ -94,6 +94,7 @@ def test_the_example_manifest_is_a_good_one(tmp_path: Path, monkeypatch: pytest.
 _IMPORTS = ast.Import | ast.ImportFrom
 
 
+@pytest.mark.long
 def test_the_example_of_the_engine_generates_two_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny.SAMPLE / "images", "photos")

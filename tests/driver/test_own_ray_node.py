@@ -26,6 +26,7 @@ with ray_cluster.connect(PlacementConfig(num_gpus=0, ray_address="local")):
 """
 
 
+@pytest.mark.long
 def test_a_ray_of_our_own_has_no_process_that_a_run_does_not_use() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],

@@ -59,6 +59,7 @@ def run(config: RunConfig, folder: Path, crowd: int, events: Iterator[None]) -> 
     return summary, pq.read_table(f"{config.output}/results/{summary.run_id}").to_pylist()
 
 
+@pytest.mark.long
 def test_a_run_that_is_given_no_engine_says_so_and_leaves_nothing_of_ray_data_behind(
     nodes: Cluster, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

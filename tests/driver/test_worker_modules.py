@@ -105,6 +105,7 @@ def test_a_process_of_ours_searches_where_this_one_does_and_not_in_the_working_f
     assert found.stdout == "1 queue\n"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_ray_starts_and_runs_a_task_next_to_such_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/proc/none")  # a home folder is not needed either

@@ -82,6 +82,7 @@ def assert_draws_as(stock: PIAPipeline, ours: PIAPipeline, rows: list[Any] = ROW
 # --- LoRAs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["kohya", "peft", "diffusers"])
 @pytest.mark.parametrize("fuse", [False, True])
 def test_a_lora_of_any_layout_draws_as_in_the_stock_pipeline(tmp_path, layout, fuse):

@@ -99,6 +99,7 @@ def test_presets_of_speed_leave_a_row_the_same_alone_and_in_a_batch(speed):
         assert torch.allclose(alone.latents, clip.latents, rtol=0, atol=1e-10)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_a_graph_of_it_is_one_graph():
     network, sample, timesteps, _ = small_networks.small()

@@ -55,6 +55,7 @@ def small(*arguments: str) -> Result:
     return bench("--batches", "1", "--no-compile", "--side", "32", "--frames", "2", "--steps", "2", *arguments)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_contestant_draws_the_same_clip_and_is_measured(tmp_path):
     path = tmp_path / "numbers" / "bench.json"
@@ -108,6 +109,7 @@ def test_what_compiles_is_compiled_once_and_told_apart():
     assert counters["stats"]["unique_graphs"] == 4
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_compiler_that_fails_does_not_end_the_engine():
     def broken(_graph: Any, _example: Any) -> Any:
@@ -120,6 +122,7 @@ def test_a_compiler_that_fails_does_not_end_the_engine():
     assert "no such instruction" in engine["not_compiled"]["run"]
 
 
+@pytest.mark.long
 def test_memory_that_runs_out_spoils_neither_what_was_measured_nor_the_others():
     left = iter(range(5))  # each of a' and b: one clip to warm up, one a turn; a has an encoder of its own
 

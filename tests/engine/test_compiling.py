@@ -58,6 +58,7 @@ def linear(network: nn.Module, values: torch.Tensor, names: dict[str, torch.Tens
     return result
 
 
+@pytest.mark.long
 def test_a_mixed_batch_of_graphs_equals_single_calls(pipe):
     compiler = Compiler("eager", usual_calls=0)
 
@@ -102,6 +103,7 @@ def test_weights_that_change_and_texts_are_no_part_of_a_graph():
     assert seen.graphs == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_image_prompts_of_any_weight_share_a_graph(tmp_path):
     own = adapted(tmp_path).pipe
@@ -115,6 +117,7 @@ def test_image_prompts_of_any_weight_share_a_graph(tmp_path):
     assert seen.graphs == 2
 
 
+@pytest.mark.long
 def test_what_cannot_be_compiled_is_called_as_it_is_with_one_warning(pipe, caplog):
     compiler = Compiler(Seen(RuntimeError("no C++ compiler found")), usual_calls=0)
 

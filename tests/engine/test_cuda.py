@@ -179,6 +179,7 @@ def full(cuda: FakeCuda) -> PIAPipeline:
     return moved(cuda, pipe)
 
 
+@pytest.mark.long
 def test_the_full_network_draws_what_a_gpu_can_count(cuda):
     """More pixels than heads of one kernel call; cuDNN is not used for them."""
     asked = {"num_frames": 16, "num_inference_steps": 1, "width": 768, "height": 768, "image": picture(1, 768, 768)}

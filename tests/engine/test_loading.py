@@ -385,6 +385,7 @@ print(sum(parameter.numel() for parameter in parts.unet.parameters()))
 """
 
 
+@pytest.mark.long
 def test_a_single_file_loads_without_asking_any_network(single, folder, tmp_path):
     """Not because a variable forbids it: HF_HUB_OFFLINE is unset, and any attempt would end the process."""
     model = ModelConfig(**(single | {"vae": single["base"]}))

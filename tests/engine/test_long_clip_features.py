@@ -87,6 +87,7 @@ def _free_init(_: Path) -> Case:
     return Case(build(), changed={"free_init_iters": 2, "free_init_temporal_stop": 0.4})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "case", [_freeu, _ip_adapter, _lora, _words, _original, _speed, _free_init], ids=lambda case: case.__name__[1:]
 )

@@ -387,6 +387,7 @@ def test_the_alpha_of_each_layer_counts_where_diffusers_takes_the_most_frequent_
     assert set(stock) == {0.5}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_every_kind_is_read_in_every_dtype(base, tmp_path, kind, dtype):

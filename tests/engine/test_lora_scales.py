@@ -65,6 +65,7 @@ def truth(pipe: PIAPipeline, row: Shot) -> Truth:
     return single_call(pipe, dataclasses.replace(row, lora_scales=None))
 
 
+@pytest.mark.long
 def test_rows_that_differ_share_a_batch_and_each_equals_set_adapters(files):
     pipe = stock_with(*((files[name], scale) for name, scale in CONFIGURED.items()))
     engine = PiaEngine.load(model(files), "cpu")
@@ -89,6 +90,7 @@ TRAVELS = [
 """The first two have the same texts, which a LoRA of the text encoder and of `to_k` makes different ones."""
 
 
+@pytest.mark.long
 def test_prompts_that_change_take_scales_too(files):
     pipe = stock_with(*((files[name], scale) for name, scale in CONFIGURED.items()))
     engine = PiaEngine.load(model(files), "cpu")

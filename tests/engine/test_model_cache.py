@@ -162,6 +162,7 @@ def test_engines_loaded_without_a_shelf_share_nothing(models):
     assert shared_parts(one, two) == set()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("max_models", [None, 1, 2, 3])
 def test_a_model_draws_what_it_draws_alone_in_any_order_of_loads_and_evictions(models, truths, max_models):
     cache = ModelCache(models, "cpu", max_models=max_models)
@@ -238,6 +239,7 @@ def num_bytes(*engines: PiaEngine) -> int:
     return sum(tensors.values())
 
 
+@pytest.mark.long
 def test_models_are_kept_for_as_long_as_their_weights_fit_the_budget(models):
     base, sibling, stranger = (PiaEngine.load(models[name], "cpu") for name in ("base", "sibling", "stranger"))
     together = ModelCache(models, "cpu")
@@ -331,6 +333,7 @@ def test_an_unknown_name_is_a_config_error_that_lists_the_models(models):
         ModelCache(models, "cpu").engine("nope")
 
 
+@pytest.mark.long
 def test_the_ids_of_engines_are_those_of_the_driver(models):
     cache = ModelCache(models, "cpu", max_models=2)
     names = ("base", "twin", "half", "low", "freeu", "style", "cat")

@@ -178,6 +178,7 @@ def plain(row: Any) -> Any:
     return dataclasses.replace(row, prompt="", prompts=None, negative_prompts=None)
 
 
+@pytest.mark.long
 def test_every_window_of_a_long_clip_has_the_texts_of_its_frames(pipe, engine):
     rows = [
         shot(1, prompt=None, prompts=LONG, **WINDOWS),

@@ -83,6 +83,7 @@ def counting(pipe: PIAPipeline) -> tuple[PiaEngine, CountingUnet]:
     return PiaEngine(dataclasses.replace(parts, unet=unet), lambda: "counted"), unet
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "settings"), SCHEDULERS, ids=str)
 def test_a_row_alone_equals_its_single_call_to_the_last_bit_with_any_scheduler_and_passes(pipe, name, settings):
     own = scheduled(pipe, name, **settings)
@@ -92,6 +93,7 @@ def test_a_row_alone_equals_its_single_call_to_the_last_bit_with_any_scheduler_a
         assert_same(engine.animate([row], keep_latents=True)[0], single_call(own, row), tolerance=0.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "settings"), SCHEDULERS, ids=str)
 def test_rows_at_different_passes_equal_their_single_calls_in_any_order(exact, name, settings):
     own = scheduled(exact, name, **settings)
@@ -258,6 +260,7 @@ def test_without_free_init_there_is_one_pass_of_the_steps_that_strength_leaves()
     assert shot(num_inference_steps=10, strength=0.35, free_init_fast=True).pass_steps == (3,)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["pndm", "lms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc", "lcm"])
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 def test_free_init_is_refused_where_a_single_call_fails_and_nowhere_else(pipe, name, spacing):

@@ -56,6 +56,7 @@ def truths(pipe: PIAPipeline) -> list[Truth]:
     return [by_brute_force(pipe, row) for row in LONG]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("order", range(3))
 def test_long_rows_of_any_mixture_equal_brute_force(engine, truths, order):
     indices = random.Random(order).sample(range(len(LONG)), k=[8, 5, 3][order])
@@ -225,6 +226,7 @@ FREE_NOISE = [
 ]
 
 
+@pytest.mark.long
 def test_free_noise_equals_the_stock_mixin_where_the_last_window_is_whole(pipe, engine):
     clips = engine.animate([*FREE_NOISE, LONG[0]], keep_latents=True)
 

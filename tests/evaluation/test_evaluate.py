@@ -99,6 +99,7 @@ def test_an_evaluation_that_was_killed_continues_and_ends_with_the_same_rows(out
     assert output.stat(kept).modified_s == before
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.slow
 def test_a_clip_that_cannot_be_read_is_a_row_with_its_kind(output: Store, tmp_path: Path) -> None:

@@ -141,6 +141,7 @@ def test_a_signal_ends_the_running_part_and_the_file_has_what_it_measured(tmp_pa
             time.sleep(0.02)
 
 
+@pytest.mark.long
 def test_a_part_that_fails_says_why(tmp_path):
     (tmp_path / "windows.json").write_text("no JSON")
 
@@ -150,6 +151,7 @@ def test_a_part_that_fails_says_why(tmp_path):
     assert "JSONDecodeError" in str(reason)
 
 
+@pytest.mark.long
 def test_results_of_another_device_are_refused_and_what_is_done_is_not_run_again(tmp_path, capsys):
     found = benchmark_gpu._opened(options(tmp_path))
     found["parts"] = {name: {"status": "done", "seconds": 1.0} for name in NAMES}

@@ -20,6 +20,7 @@ def test_measures_of_known_frames() -> None:
     assert found["lab"] == pytest.approx(1.6, abs=0.1)  # 4 of 255 in this grey
 
 
+@pytest.mark.long
 def test_every_setting_has_its_effect_on_clips_of_the_model() -> None:
     rows = dict(finishing.table(PiaEngine.load(ModelConfig()), (1,)))
 

@@ -25,6 +25,7 @@ def test_a_step_at_a_seam_is_told_from_one_inside() -> None:
     assert seams.ratio([(shot, frames)]) == pytest.approx(3.0)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_overlapping_windows_have_no_seams_where_something_moves_and_windows_without_overlap_have() -> None:
     shots = {

@@ -62,6 +62,7 @@ def same(read: pa.ChunkedArray, written: pa.ChunkedArray) -> bool:
     return bool(theirs.equals(ours)) or repr(theirs.to_pylist()) == repr(ours.to_pylist())
 
 
+@pytest.mark.long
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_columns_of_every_type_come_back_from_the_results(data: st.DataObject) -> None:

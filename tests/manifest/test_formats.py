@@ -200,6 +200,7 @@ def test_names_of_manifests_are_no_configs_and_no_folders(tmp_path: Path) -> Non
     assert RunConfig.load(tmp_path / "config.json").manifest == "m"
 
 
+@pytest.mark.long
 def test_images_as_text_are_refused_by_name_even_where_they_are_too_long_to_be_read(tmp_path: Path) -> None:
     long = [f"data:image/png;base64,iVBORw0KGgo{k}" + "A" * 400_000 for k in range(40)]
     rows = requests_table(40, image=long)

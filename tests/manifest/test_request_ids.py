@@ -97,6 +97,7 @@ def content_of(row: Mapping[str, Any]) -> str:
     return json.dumps({name: value for name, value in row.items() if name != "shop"}, sort_keys=True)
 
 
+@pytest.mark.long
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(CONTENT, min_size=1, max_size=8), seed=st.integers(0, 99), shards=st.integers(1, 3))
 def test_shards_order_and_carried_columns_do_not_change_an_id_and_equal_content_has_one(

@@ -962,6 +962,7 @@ print(good, bad, time.process_time() - started, grown)
 """
 
 
+@pytest.mark.long
 def test_a_million_rows_are_judged_in_seconds_and_little_memory(tmp_path: Path) -> None:
     number = pa.array(range(1_000_000))
     text = number.cast(pa.string())

@@ -172,6 +172,7 @@ others = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=30, deadline=None)
 @given(
     row=st.builds(lambda *parts: {k: v for part in parts for k, v in part.items()}, motions, sizes, others),

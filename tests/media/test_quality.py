@@ -52,6 +52,7 @@ def test_measures_of_a_still_a_single_and_a_perfect_clip() -> None:
     assert measures(black, white)["first_frame_psnr_db"] == pytest.approx(0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fmt", ["mp4", "gif"])
 def test_a_long_clip_is_decoded_measured_encoded_and_checked_frame_by_frame(fmt: str) -> None:
     """Beyond the frames themselves, less than twice what one copy of them in float32 would take."""

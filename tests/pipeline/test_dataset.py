@@ -380,6 +380,7 @@ def test_columns_of_every_type_pass_through_and_what_is_no_text_is_no_prompt(mak
     assert rows.column("negative_prompt") == {"r000": "blurry", "r001": "", "r002": ""}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("bad", REFUSED, ids=str)

@@ -14,6 +14,7 @@ NOT_NEEDED = ("cv2", "IPython", "matplotlib", "onnx", "sklearn", "tensorboard", 
 """Libraries that some dependency imports where they are installed, unless one takes care."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [

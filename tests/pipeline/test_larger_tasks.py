@@ -40,6 +40,7 @@ class Note:
         return batch.append_column("batch", [[len(batch)] * len(batch)])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("load", [None, Load(ROWS, 16)])

@@ -53,6 +53,7 @@ def test_ray_data_calls_the_limit_of_statistics_once_however_often_it_is_configu
     assert context.execution_callback_classes.count(BoundedStatistics) == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")  # a chain begins with blocks in Ray's store
 @pytest.mark.parametrize(("rows", "tasks"), [(3, 1), (64 * 2 * 16, 4)])

@@ -368,6 +368,7 @@ ROWS = st.lists(
 SCHEMA = pa.schema([("request_id", pa.string()), ("image", pa.string()), ("prompt", pa.string()), ("seed", pa.int64())])
 
 
+@pytest.mark.long
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rows=ROWS,

@@ -367,6 +367,7 @@ def table_of(rows: list[tuple[str, str, int | None]], kind: pa.DataType | None) 
     return pa.table(columns)
 
 
+@pytest.mark.long
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(EDITS, st.sampled_from([2, 5, 500_000]))
 def test_a_plan_is_the_same_with_and_without_what_was_scanned_before(

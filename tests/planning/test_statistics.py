@@ -105,6 +105,7 @@ def counted(plan: Plan, done: set[str]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None)
 @given(
     files=st.lists(st.tuples(st.sampled_from(range(8)), tables()), min_size=1, max_size=3),

@@ -38,6 +38,7 @@ from pia_batch.schema.columns import SETTINGS
 DRAWN = "[...document.querySelectorAll('.strip canvas')].every((canvas) => canvas.height < 100)"  # 150 at first
 
 
+@pytest.mark.long
 def test_a_result_has_an_address_of_its_own(site: Site, visit: Callable[..., Visit]) -> None:
     page = visit().open(f"{site.uri}#id=r00016")
     detail = page.locator("#detail")
@@ -83,6 +84,7 @@ def test_other_formats_bring_their_strip_along(
     assert len({page.locator(".strip canvas").nth(k).screenshot() for k in range(frames_shown)}) == frames_shown
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("index", [0, 4, 5])
 def test_the_copied_commands_ask_for_the_same_clip(
     site: Site, visit: Callable[..., Visit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int
@@ -170,6 +172,7 @@ HTMLVideoElement.prototype.requestVideoFrameCallback = function (callback) {
 SILENT = "delete HTMLVideoElement.prototype.requestVideoFrameCallback;"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("browser", ["", LATE], ids=["as it is", "late"])
 def test_a_plain_web_server_is_enough(site: Site, visit: Callable[..., Visit], browser: str) -> None:
     window = visit()

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 import av
 import numpy as np
 import numpy.typing as npt
+import pytest
 from browsers import until
 from report_visits import Site, Visit, build
 from reported import (
@@ -171,6 +172,7 @@ def test_everything_can_be_done_by_keyboard(site: Site, visit: Callable[..., Vis
     page.keyboard.press("Escape")
 
 
+@pytest.mark.long
 def test_ten_thousand_results_are_a_few_dozen_elements(large: Site, visit: Callable[..., Visit]) -> None:
     window = visit(missing=True)
     page = window.open(large.uri)
@@ -218,6 +220,7 @@ def test_what_is_missing_says_so(site: Site, visit: Callable[..., Visit]) -> Non
     moved.rename(clip)
 
 
+@pytest.mark.long
 def test_flagged_clips_are_covered_until_somebody_clicks(visit: Callable[..., Visit], tmp_path: Path) -> None:
     rows = [result(k, nsfw_frames=int(k == 1), nsfw_score=0.1 * k - 0.05, nsfw_input=False) for k in range(4)]
     rows[3] |= {"nsfw_input": True, "context": "windows", "num_frames": 8}

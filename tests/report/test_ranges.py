@@ -49,6 +49,7 @@ def evaluated_page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return store.uri_of("_runs/run-1/report.html")
 
 
+@pytest.mark.long
 def test_ends_of_a_range_are_typed_and_are_in_the_address(evaluated_page: str, visit: Callable[..., Visit]) -> None:
     window = visit(1280, 2400)  # all cards at once
     page = window.open(evaluated_page)

@@ -520,6 +520,7 @@ def test_an_access_point_is_refused_by_name(purpose: str, arn: str) -> None:
 # --- refresh ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.s3
 def test_credentials_are_obtained_once_for_both_clients_and_again_when_they_expire(
     s3_server: SeaweedFS, filled: str, write_files: Files, tmp_path: Path
@@ -591,6 +592,7 @@ def test_credentials_that_the_server_refuses_are_refused_at_once_with_the_remedy
 # --- addresses -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("style", "virtual"), [(None, False), ("auto", False), ("path", False), ("virtual", True)])
 @pytest.mark.parametrize("path", ["", "/", "/gateway/s3"])
 def test_both_clients_address_a_bucket_in_the_same_style(
@@ -642,6 +644,7 @@ def test_both_clients_sign_for_the_region_of_the_environment(
     assert {request.region for request in recorder.seen} == {"ap-south-1"}
 
 
+@pytest.mark.long
 @purposes
 @pytest.mark.usefixtures("quick_retries")
 @pytest.mark.parametrize("refusal", [None, (301, "PermanentRedirect"), (400, "IllegalLocationConstraintException")])
@@ -720,6 +723,7 @@ def test_variables_of_one_client_only_lead_nowhere(
         assert not other.seen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("disabled", ["true", "TRUE", "1", "yes", " on "])
 def test_no_metadata_address_is_asked_where_there_are_no_credentials(
     monkeypatch: pytest.MonkeyPatch, disabled: str

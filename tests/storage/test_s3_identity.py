@@ -256,6 +256,7 @@ def test_a_server_with_a_certificate_of_ones_own_authority_serves_every_purpose(
     assert set(asked) == ({f"CONNECT {urlsplit(url).netloc} HTTP/1.1"} if proxied else set())
 
 
+@pytest.mark.long
 @pytest.mark.s3
 @pytest.mark.parametrize("purpose", PURPOSES)
 def test_a_certificate_that_nobody_vouches_for_is_refused_for_every_purpose(

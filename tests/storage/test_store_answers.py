@@ -106,6 +106,7 @@ def test_a_head_that_is_refused_alone_says_that_the_store_gives_no_reason(
         Store(LONG).stat("name")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("status", "code"), [(500, "InternalError"), (503, "SlowDown"), (400, "RequestTimeout")])
 def test_an_answer_that_may_pass_is_tried_again(
     server: Recorder, monkeypatch: pytest.MonkeyPatch, status: int, code: str

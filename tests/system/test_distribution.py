@@ -59,6 +59,7 @@ def package_files() -> set[str]:
     return {path.relative_to(ROOT).as_posix() for path in paths if not any(part in path.as_posix() for part in BUILT)}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_wheel_has_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())

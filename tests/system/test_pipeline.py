@@ -85,6 +85,7 @@ def test_good_requests_succeed_and_bad_ones_fail_with_a_kind(make_config: MakeCo
     assert rows["r005"]["animation_uri"].endswith(".mp4")
 
 
+@pytest.mark.long
 def test_more_failures_than_allowed_end_with_exit_code_3(make_config: MakeConfig) -> None:
     config = make_config(requests_table(2, prompt=["fine", "not finite"]))
 
@@ -106,6 +107,7 @@ def test_a_second_run_writes_nothing_and_starts_no_engine(make_config: MakeConfi
     assert (second.run_id, second.computed, second.failed) == (first.run_id, 0, 1)
 
 
+@pytest.mark.long
 def test_failed_requests_come_back_only_when_asked_for(make_config: MakeConfig) -> None:
     config = make_config(requests_table(3, prompt=["fine", "fine", "not finite"]))
     run(config)
@@ -115,6 +117,7 @@ def test_failed_requests_come_back_only_when_asked_for(make_config: MakeConfig) 
     assert (again.computed, again.failed, again.succeeded) == (1, 1, 2)
 
 
+@pytest.mark.long
 def test_a_changed_row_is_pending_again_and_the_others_are_not(make_config: MakeConfig) -> None:
     config = make_config(requests_table(4))
     run(config)
@@ -126,6 +129,7 @@ def test_a_changed_row_is_pending_again_and_the_others_are_not(make_config: Make
     assert (summary.computed, summary.succeeded) == (1, 4)
 
 
+@pytest.mark.long
 def test_a_repeated_request_is_animated_once_and_a_contradicting_one_is_refused(make_config: MakeConfig) -> None:
     table = pa.concat_tables([requests_table(4), requests_table(2), requests_table(1, request_id=["r003"])])
     config = make_config(table, placement__batch_size=1)
@@ -138,6 +142,7 @@ def test_a_repeated_request_is_animated_once_and_a_contradicting_one_is_refused(
     assert (summary.duplicates, summary.computed) == (2, 3)
 
 
+@pytest.mark.long
 def test_jsonl_manifests_run_too(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config()
     manifest = Path(config.manifest) / "more.jsonl"
@@ -147,6 +152,7 @@ def test_jsonl_manifests_run_too(make_config: MakeConfig, tmp_path: Path) -> Non
     assert [row["seed"] for row in results_of(config, run(config)).values()] == [5]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mixed", [False, True])
 def test_steps_from_the_first_on_are_operators_of_their_own_and_blocks_have_the_size_of_a_batch(
     make_config: MakeConfig, *, mixed: bool
@@ -170,6 +176,7 @@ def test_steps_from_the_first_on_are_operators_of_their_own_and_blocks_have_the_
     assert max(sizes) <= 3  # Ray may hand the last, smaller block over together with the one before
 
 
+@pytest.mark.long
 def test_an_engine_that_is_not_the_drivers_ends_the_run_with_the_remedy(make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"weights on this node differ from the driver.*same weights"):
         run(make_config(), load_engines=FakeEngineLoader("0" * 32))
@@ -187,6 +194,7 @@ class LeavesItsPid:
         return FakeShelf(FakeEngine(engine_id=self.engine_id, seconds=0.4))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("batches", [1, 4])
 def test_a_killed_engine_is_replaced_and_nothing_is_lost_or_doubled(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int
@@ -215,6 +223,7 @@ def test_a_killed_engine_is_replaced_and_nothing_is_lost_or_doubled(
     assert Counter(row["attempts"] for row in rows.values())[1] >= 8  # only what was in flight was begun again
 
 
+@pytest.mark.long
 def test_a_stopped_run_commits_what_is_in_flight_and_the_next_one_finishes(make_config: MakeConfig) -> None:
     config = make_config(requests_table(12), placement__batch_size=2)
     engine_id = make_plan(config).engine_ids["default"]
@@ -327,6 +336,7 @@ def test_a_node_with_another_version_of_the_package_ends_the_run(
         run(make_config())
 
 
+@pytest.mark.long
 def test_a_node_without_the_code_of_the_run_ends_it(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,6 +465,7 @@ def test_engine_hours_that_are_spent_stop_a_run_and_what_is_in_flight_is_committ
     assert len(list(Path(config.output, "animations").rglob("*.mp4"))) == committed
 
 
+@pytest.mark.long
 def test_columns_of_every_type_are_in_the_results_as_they_were(make_config: MakeConfig) -> None:
     listed = [pa.list_(one) for one in LEAVES] + [pa.struct([("x", one)]) for one in LEAVES]
     own = {f"c{number}": pa.nulls(3, one) for number, one in enumerate([*LEAVES, *listed])}
@@ -474,6 +485,7 @@ def test_columns_of_every_type_are_in_the_results_as_they_were(make_config: Make
     assert [results[f"e{number}"].type for number in range(len(EXTENSIONS))] == list(EXTENSIONS)
 
 
+@pytest.mark.long
 def test_empty_objects_of_json_lines_are_in_the_results(make_config: MakeConfig) -> None:
     lines = [{"request_id": "a", "image": "images/0.png", "prompt": "p", "meta": value} for value in ({}, {"a": {}})]
     config = make_config()

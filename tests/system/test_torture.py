@@ -323,6 +323,7 @@ def test_two_workers_of_one_request_agree_whichever_answer_of_the_store_is_lost(
     assert num_ends == 2  # one animation or the other
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("broken", [Overwriting, Unadopted])
 def test_the_search_finds_a_broken_protocol(tmp_path: Path, broken: Callable[[str, Process], FaultyStore]) -> None:
     commits = Commits(tmp_path, "a red circle", one_run=False, make_store=broken)

@@ -83,6 +83,7 @@ def test_any_unet_has_the_tensors_of_diffusers(config):
     assert shapes_of("unet", config) == built("unet", config)
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None)
 @given(unets("Motion"))
 def test_any_unet_with_motion_modules_has_the_tensors_of_diffusers(config):

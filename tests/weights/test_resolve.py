@@ -486,6 +486,7 @@ def test_the_id_of_a_single_file_is_that_of_its_content_and_not_of_its_name(smal
     assert identify(ModelConfig(**(small | {"base": str(moved)}))) != before
 
 
+@pytest.mark.long
 def test_the_packages_configs_are_those_of_a_single_file_that_names_none(single, tmp_path):
     other = shutil.copytree(sd15.PATH, tmp_path / "configs")
     before = identify(ModelConfig(**single))
