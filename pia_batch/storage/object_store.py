@@ -479,6 +479,9 @@ def _open_s3(uri: str, client_options: Any) -> S3Store:
         "endpoint": bucket.url,
         "virtual_hosted_style_request": bucket.virtual,
         "skip_signature": config.credentials is None,
+        # Objects are deleted one by one; a bulk request reports a refusal inside of an answer of status 200, and not
+        # every store has it.
+        "disable_bulk_delete": True,
     }
     if "AWS_ENDPOINT_URL_S3" in os.environ:  # obstore would prefer it, even empty, to `endpoint`
         options["aws_endpoint_url_s3"] = bucket.url

@@ -47,6 +47,7 @@ CALLS: dict[str, Callable[[Store, Path], object]] = {
     "create": lambda store, _: store.create("name", b"data"),
     "write": lambda store, _: store.replace("name", b"data"),
     "read": lambda store, _: store.read("name"),
+    "delete": lambda store, _: store.delete("name"),
     "list": lambda store, _: list(store.list("")),
     "read in parts": lambda store, folder: store.download(ObjectInfo("name", 4, "tag"), folder / "copy"),
 }
@@ -69,6 +70,17 @@ def test_a_refusal_ends_each_call_at_once_with_its_code_and_its_remedy(
     assert code == "NoSuchBucket" or f", {code} (refused as {code})" in line
     assert not set("\n<>") & set(line)
     assert len(server.seen) == 1
+
+
+def test_an_object_is_deleted_by_a_request_that_every_store_has(server: Recorder) -> None:
+    store = Store(LONG)
+    store.replace("name", b"data")
+
+    store.delete("name")
+    store.delete("name")
+
+    assert server.objects == {}
+    assert [(seen.verb, urlsplit(seen.target).query) for seen in server.seen[1:]] == [("DELETE", "")] * 2
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ class Recorder:
     seen: list[Recorded] = field(default_factory=list)
     refusal: tuple[int, str] | None = None
     """Status and code with which every request of `refused_verbs` is refused."""
-    refused_verbs: tuple[str, ...] = ("GET", "HEAD", "PUT")
+    refused_verbs: tuple[str, ...] = ("DELETE", "GET", "HEAD", "PUT")
     refused_key: str = ""
     """Part of the paths that are refused; empty: all."""
     region: str | None = None
@@ -94,6 +94,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.do_GET()
+
+    def do_DELETE(self) -> None:
+        at = self.record()
+        if self.refused():
+            return
+        self.server_recorder.objects.pop(at, None)
+        self.answer(204, b"")
 
     def record(self) -> tuple[str, str]:
         """Record a request; return its host and path."""
