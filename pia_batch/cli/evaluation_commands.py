@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pia_batch import errors
 from pia_batch.cli.console import LOG_EVERY_S, err, out, print_json
-from pia_batch.cli.options import AsJson, Output, OutputOrConfig, Overrides, load, overrides
+from pia_batch.cli.options import AsJson, Output, OutputOrConfig, Overrides, load, names_in, overrides
 from pia_batch.cli.signals import first_signal
 from pia_batch.storage import local_disk
 
@@ -107,7 +107,7 @@ def select(
     choice = selection.Choice(
         None if by is None else RowNumber(by),
         None if where is None else RowFilter(where),
-        _names(group_by),
+        names_in(group_by, "--group-by") if group_by else (),
         top,
     )
     found = selection.select(output, choice, evaluation)
@@ -163,7 +163,7 @@ def compare(
     """
     from pia_batch.evaluation import comparison, comparison_page
 
-    keys, groups = _names(pair_by), _names(by)
+    keys, groups = names_in(pair_by, "--pair-by"), names_in(by, "--by") if by else ()
     side_a = comparison.open_side(a, run_a, evaluation_a, keys, groups)
     side_b = comparison.open_side(b, run_b, evaluation_b, keys, groups)
     found = comparison.compare(side_a, side_b, keys, groups, seed)
@@ -182,10 +182,6 @@ def compare(
             table.add_row(name, *numbers, f"{_number(each.low)} to {_number(each.high)}", str(each.count))
         out.print(table)
     out.print(f"page: {out_file.absolute().as_uri()} ({len(page) / 1e6:.1f} MB)", soft_wrap=True, markup=False)
-
-
-def _names(columns: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in columns.split(",")) if columns else ()
 
 
 def _placed(output: str, settings: list[str] | None) -> tuple[str, PlacementConfig]:

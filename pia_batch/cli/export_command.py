@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pia_batch import errors
 from pia_batch.cli.console import counting, err, out, print_json
-from pia_batch.cli.options import AsJson, OutputOrConfig, existing
+from pia_batch.cli.options import AsJson, OutputOrConfig, existing, names_in
 from pia_batch.cli.signals import first_signal
 
 
@@ -63,7 +62,7 @@ def export(
             to,
             format_name,
             where=where,
-            columns=_names(columns),
+            columns=None if columns is None else names_in(columns, "--columns"),
             shard_size=shard_size,
             transcode=transcode,
             only=only,
@@ -83,15 +82,6 @@ def export(
     )
     if summary.unknown:
         out.print(f"{summary.unknown} ids of --only have no animation in it", soft_wrap=True)
-
-
-def _names(columns: str | None) -> list[str] | None:
-    if columns is None:
-        return None
-    names = [name.strip() for name in columns.split(",")]
-    if not all(names):
-        raise errors.ConfigError(f"--columns: invalid value (got {columns!r}, expected names such as prompt,seed)")
-    return names
 
 
 def _print_signal(_: int) -> None:

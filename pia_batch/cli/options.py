@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -96,6 +97,31 @@ def columns_of(columns: list[str] | None) -> dict[str, Any]:
             raise errors.ConfigError(f"--column {column}: {name} has a source already; give it one")
         found[f"columns.{name}"] = source
     return found
+
+
+def names_in(columns: str, option: str) -> tuple[str, ...]:
+    """Return the column names in an option, which stand between commas.
+
+    A name with a comma, with spaces around it, or without a letter is written in double quotes, its own quotes twice.
+
+    Args:
+        columns: Text of the option.
+        option: Its name for messages.
+    """
+    names: list[str] = []
+    for quoted, plain in _NAME.findall(f"{columns},"):
+        name = quoted[1:-1].replace('""', '"') if quoted else plain.strip()
+        if not quoted and not name:
+            raise errors.ConfigError(
+                f"{option}: invalid value (got {columns!r}, expected names such as prompt,seed; one with a comma or "
+                "spaces around it in double quotes)"
+            )
+        names.append(name)
+    return tuple(names)
+
+
+_NAME = re.compile(r'\s*(?:("(?:[^"]|"")*")\s*|([^,]*)),')
+"""A column name with the comma after it."""
 
 
 def overrides(manifest: str | None, output: str | None, settings: list[str] | None) -> dict[str, Any]:
