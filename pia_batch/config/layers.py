@@ -9,6 +9,7 @@ from typing import Any
 from pia_batch.config import yaml_text
 from pia_batch.config.models import EMBEDDED, ModelConfig
 from pia_batch.errors import ConfigError, message_of
+from pia_batch.storage import file_kinds
 
 _MANIFEST = re.compile(
     r".+\.(parquet|pq|parq|jsonl|ndjson|csv|(jsonl|ndjson|json|csv)\.(gz|gzip|zst|zstd|bz2))", re.IGNORECASE
@@ -26,7 +27,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         msg = f"{path} is a manifest, not a config in YAML; write --manifest {path}"
         raise ConfigError(msg)
     try:
-        content = yaml_text.parse(path.read_text(encoding="utf-8"))
+        content = yaml_text.parse(_text(path.read_bytes()))
     except OSError as err:
         msg = f"cannot read config {path}: {err.strerror}; give a YAML file, or --manifest and --output alone"
         raise ConfigError(msg) from None
@@ -37,6 +38,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         problem = message_of(err)
         located = problem.startswith("line ")
         remedy = "correct the YAML there, or just before" if located else "it must be YAML in UTF-8"
+        remedy = "write spaces in place of tabs" if r"character '\t'" in problem else remedy
         msg = f"cannot read config {path}{', ' if located else ': '}{problem}; {remedy}"
         raise ConfigError(msg) from None
     if content is None:
@@ -48,6 +50,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
         )
         raise ConfigError(msg)
     return {key: value for key, value in content.items() if value is not None}  # a section with all lines commented out
+
+
+def _text(data: bytes) -> str:
+    """Return the text of a file, without its byte order marks: programs that join files leave more than one.
+
+    Raises:
+        ValueError: it is not text in UTF-8.
+    """
+    wide = file_kinds.wide_encoding(data)
+    if wide is not None:
+        msg = f"text in {wide}"
+        raise ValueError(msg)
+    return data.decode().lstrip("\ufeff")
 
 
 def embedded() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import date
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -154,6 +155,8 @@ def _shown(value: object) -> str:
     """Return a value for a message, without the credentials of the URIs in it."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
+    if isinstance(value, date):  # YAML reads a text such as 2026-11-22 as one
+        return str(value)
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_shown, value))}]"
     return uris.redacted(repr(uris.redacted_uri(value) if isinstance(value, str) else value))

@@ -6,13 +6,53 @@ import io
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
+from ruamel.yaml.constructor import BaseConstructor, ConstructorError, DuplicateKeyError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode
 
+MAX_DIGITS = 100
+"""Longest whole number, in characters; every key that holds one is satisfied with twenty."""
 
-class _Constructor(SafeConstructor):
-    """Constructor of plain Python values whose errors name both lines of a duplicate key."""
+
+class _Texts(BaseConstructor):
+    """Constructor of texts, in which the two halves of a character that JSON escapes are one character."""
+
+    def construct_scalar(self, node: ScalarNode) -> Any:
+        """Return the text of a scalar.
+
+        Raises:
+            ConstructorError: the text has half of a surrogate pair.
+        """
+        text = super().construct_scalar(node)
+        try:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16") if _has_surrogates(text) else text
+        except UnicodeDecodeError:
+            problem = "an escape such as \\ud83d is half of a surrogate pair, and no character"
+            raise ConstructorError(None, None, problem, node.start_mark) from None
+
+
+def _has_surrogates(text: Any) -> bool:
+    return isinstance(text, str) and any("\ud800" <= each <= "\udfff" for each in text)
+
+
+class _Constructor(_Texts, SafeConstructor):
+    """Constructor of plain Python values whose errors name the line, and both lines of a duplicate key."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """Return the value of a node, with the signature of the base class.
+
+        Raises:
+            ConstructorError: a scalar looks like a date or a number, and is none.
+        """
+        kind = str(node.tag).rpartition(":")[2] if isinstance(node, ScalarNode) else ""
+        if kind == "int" and len(node.value) > MAX_DIGITS:
+            problem = f"a whole number of {len(node.value)} digits, and at most {MAX_DIGITS} are read"
+            raise ConstructorError(None, None, problem, node.start_mark)
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, ArithmeticError, LookupError) as err:
+            problem = f"{node.value[:MAX_DIGITS]!r} is no valid {kind} ({err}), and not in quotes"
+            raise ConstructorError(None, None, problem, node.start_mark) from None
 
     def check_mapping_key(self, node: MappingNode, key_node: ScalarNode, mapping: Any, key: Any, value: Any) -> bool:
         """Return True for a new key, with the signature of the base class.
@@ -44,7 +84,9 @@ def parse_texts(text: str) -> Any:  # lists and mappings of texts
     Raises:
         ValueError: not YAML, or a duplicate key. The message has line and column where they are known.
     """
-    return _load(YAML(typ="base", pure=True), text)
+    reader = YAML(typ="base", pure=True)
+    reader.Constructor = _Texts
+    return _load(reader, text)
 
 
 def _load(reader: YAML, text: str) -> Any:  # any value that YAML can hold
