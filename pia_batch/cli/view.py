@@ -37,6 +37,12 @@ _KIND_LENGTH = 24
 _LINKED = re.compile(r"(?:file|https?)://[!-~]+")
 """URIs that a terminal can open, without characters that end an escape sequence."""
 
+_FEWEST_HOURS = 0.01
+"""Hours below which a frame shows no number: a minute of one engine is 0.02."""
+
+_RUNNING = ("starting", "generating")
+"""Phases in which the figures of the last minute are of use; later ones show those of the whole run."""
+
 _PHASE_STYLES = {"finished": "bold green", "stopped": "bold yellow", "silent": "bold red"}
 
 Facts = list[tuple[str, Text]]
@@ -53,7 +59,7 @@ class Frame:
 
     def __init__(self, snapshot: ProgressSnapshot, phase: str | None = None) -> None:
         self._snapshot, self._phase = snapshot, phase or snapshot.phase
-        self._is_running = self._phase in ("starting", "generating")
+        self._is_running = self._phase in _RUNNING
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(options.max_width, MAX_WIDTH)
@@ -199,7 +205,8 @@ def _lease(lease: dict[str, Any]) -> str:
 
 def line(snapshot: ProgressSnapshot) -> str:
     """Return the progress as `key=value` for a log, in a fixed order, without unknown values."""
-    busy = snapshot.busy if snapshot.recent_busy is None else snapshot.recent_busy
+    recent = snapshot.recent_busy if snapshot.phase in _RUNNING else None
+    busy = snapshot.busy if recent is None else recent
     fields = {
         "run_id": snapshot.run_id or None,
         "phase": snapshot.phase,
@@ -276,4 +283,7 @@ def _percent(share: float) -> str:
 
 
 def _hours(hours: float) -> str:
+    """Return hours with three digits."""
+    if 0 < hours < _FEWEST_HOURS:
+        return f"under {_FEWEST_HOURS}"
     return f"{hours:,.3g}" if hours < 1000 else f"{hours:,.0f}"  # noqa: PLR2004 - else 1e+03

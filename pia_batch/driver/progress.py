@@ -187,7 +187,7 @@ class Progress:
     def _recent_busy(self) -> float | None:
         if not self._marks:
             return None
-        first, last = self._marks[0], self._marks[-1]
+        first, last = self._marks[0], self._mark()
         return _share(
             last.generating_seconds - first.generating_seconds, last.reported_seconds - first.reported_seconds
         )

@@ -42,7 +42,7 @@ class AnimateActor:
         try:
             worker_errors.show_log()
             worker_errors.check_version(driver_version)
-            Heartbeat(control, self._generating_seconds)
+            self._heartbeat = Heartbeat(control, self._generating_seconds)
             process = WorkerProcess(ray.get_runtime_context().get_actor_id() or "", count=RayMeter().count)
             self._animate = Animate(control=control, process=process, **arguments)
         except Exception as err:  # noqa: BLE001 - every library has its own classes for a device that it cannot use
@@ -52,7 +52,9 @@ class AnimateActor:
         """Call `Animate`, or raise the error of the start."""
         if self._animate is None:
             raise self._start_error or AssertionError
-        return self._animate(requests)
+        outcomes = self._animate(requests)
+        self._heartbeat.send()
+        return outcomes
 
     def _generating_seconds(self) -> float | None:
         """Return the seconds of generation so far, or None while the engine loads."""

@@ -37,10 +37,17 @@ class Heartbeat:
         self._engine, self._began = uuid.uuid4().hex, time.monotonic()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
+    def send(self) -> bool:
+        """Send a heartbeat now; return False if the tracker is gone.
+
+        The worker calls it at the end of each task: a run may be over before the thread sends its next one.
+        """
+        try:
+            self._receiver.heartbeat(self._engine, time.monotonic() - self._began, self._generating_seconds())
+        except Exception:  # noqa: BLE001 - the tracker ends with the run; `begin` reports its loss otherwise
+            return False
+        return True
+
     def _beat(self) -> None:
-        while True:
-            try:
-                self._receiver.heartbeat(self._engine, time.monotonic() - self._began, self._generating_seconds())
-            except Exception:  # noqa: BLE001 - the tracker ends with the run; `begin` reports its loss otherwise
-                return
+        while self.send():
             self._wait(HEARTBEAT_S)

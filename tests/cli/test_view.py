@@ -26,7 +26,7 @@ from pia_batch.config import RunConfig
 from pia_batch.driver.progress import Progress
 from pia_batch.errors import InterruptedRunError
 from pia_batch.pipeline.attempts import EngineActivity, OutcomeCounts
-from pia_batch.schema.run_record import ProgressSnapshot
+from pia_batch.schema.run_record import Phase, ProgressSnapshot
 
 HALF_DONE = ProgressSnapshot(
     run_id="nightly-2026-11-22",
@@ -275,6 +275,20 @@ def test_a_line_has_key_and_value_and_leaves_out_what_is_not_known() -> None:
         "newest=s3://clips/out/animations/4f/4f3a9c0de1b25f60718293a4b5c6d7e8.mp4"
     )
     assert view.line(ProgressSnapshot(at=HALF_DONE.at)) == "phase=starting done=0 failed=0 clips_per_second=0"
+
+
+@pytest.mark.parametrize(
+    ("hours", "shown"), [(0.0, "0"), (6.9e-05, "under 0.01"), (0.0123, "0.0123"), (14.16, "14.2"), (12345.6, "12,346")]
+)
+def test_hours_are_never_in_scientific_notation(hours: float, shown: str) -> None:
+    frame = rendered(view.Frame(HALF_DONE.model_copy(update={"gpu_hours": hours})), 80)
+
+    assert re.search(f"GPU hours +{shown}\\s", frame)
+
+
+@pytest.mark.parametrize(("phase", "busy"), [("generating", "0.96"), ("publishing", "0.91"), ("finished", "0.91")])
+def test_a_line_shows_the_last_minute_while_engines_work_and_the_whole_run_later(phase: Phase, busy: str) -> None:
+    assert f" busy={busy} " in view.line(HALF_DONE.model_copy(update={"phase": phase}))
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,18 @@ def test_a_start_that_took_long_is_in_the_pace_of_all_and_not_in_the_recent_one(
     assert snapshot.recent_busy == pytest.approx(1.0, rel=0.05)
 
 
+def test_a_run_that_is_over_between_two_marks_was_busy() -> None:
+    run = Run(total=3)
+    for seconds, generating_s in ((0.5, None), (1.5, 0.9)):
+        run.time = 5000.0 + seconds
+        run.tracker.heartbeat("one", seconds, generating_s)
+        run.progress.update(run.tracker.activity())
+
+    snapshot = run.progress.snapshot()
+
+    assert (snapshot.busy, snapshot.recent_busy) == (0.6, 0.9)
+
+
 def test_the_pace_of_a_slow_device_covers_enough_clips() -> None:
     run = Run()
     snapshot = run.advance(3600, clips_per_second=1 / 90)
