@@ -28,7 +28,7 @@ def export(
         str, typer.Option(help="Largest size of a file: a number of animations, or bytes such as 500MB.")
     ] = "500MB",
     transcode: Annotated[
-        str | None, typer.Option(help="Write all animations as mp4, gif or webp; default: as they are.")
+        str | None, typer.Option(help="Write all animations as mp4, gif, webp or webm; default: as they are.")
     ] = None,
     only: Annotated[
         str | None,

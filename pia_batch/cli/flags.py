@@ -42,7 +42,9 @@ class RunFlags:
     override: Overrides = None
     run_id: Annotated[
         str | None,
-        typer.Option(help="Name of the results; may contain {date}. Default: made from the date or the time."),
+        typer.Option(
+            metavar="NAME", help="Name of the results; may contain {date}. Default: made from the date or the time."
+        ),
     ] = None
     run_date: RunDateText = None
     backfill: Annotated[
@@ -59,25 +61,31 @@ class RunFlags:
         ),
     ] = None
     max_gpu_hours: Annotated[
-        float | None, typer.Option(help="Stop after this many GPU-hours; on CPUs, engine-hours (exit code 4).")
+        float | None,
+        typer.Option(metavar="HOURS", help="Stop after this many GPU-hours; on CPUs, engine-hours (exit code 4)."),
     ] = None
     deadline: Annotated[
-        str | None, typer.Option(help="Stop at 06:00 (UTC), at an ISO time, or after 5h (exit code 4).")
+        str | None, typer.Option(metavar="TIME", help="Stop at 06:00 (UTC), at an ISO time, or after 5h (exit code 4).")
     ] = None
     limit: Annotated[
         int | None, typer.Option(min=1, help="Process at most this many requests (exit code 4 if some are left).")
     ] = None
     sample: Annotated[
-        str | None, typer.Option(help="Process 1% (or 0.01) of the requests, always the same ones (exit code 4).")
+        str | None,
+        typer.Option(metavar="SHARE", help="Process 1% (or 0.01) of the requests, always the same ones (exit code 4)."),
     ] = None
-    priority: Annotated[str | None, typer.Option(help="Column of numbers: process the highest first.")] = None
+    priority: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column of numbers: process the highest first.")
+    ] = None
     price_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="Price per GPU-hour; adds the cost to the summary.")
+        float | None, typer.Option(metavar="PRICE", min=0, help="Price per GPU-hour; adds the cost to the summary.")
     ] = None
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait while another run works on the output, instead of exit code 75.")
     ] = False
-    wait_for: Annotated[str | None, typer.Option(help="Wait at most this long, such as 2h; then exit code 75.")] = None
+    wait_for: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Wait at most this long, such as 2h; then exit code 75.")
+    ] = None
     as_json: AsJson = False
 
     def load(self, further: dict[str, Any]) -> RunConfig:

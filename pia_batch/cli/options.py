@@ -19,10 +19,17 @@ if TYPE_CHECKING:
     from pia_batch.storage.object_store import Store
 
 ConfigPath = Annotated[Path | None, typer.Argument(help="YAML config; docs/config.md lists every key.")]
-ManifestUri = Annotated[str | None, typer.Option("--manifest", help="URI of the manifest; overrides the config.")]
-OutputUri = Annotated[str | None, typer.Option("--output", help="URI of the output; overrides the config.")]
+ManifestUri = Annotated[
+    str | None, typer.Option("--manifest", metavar="URI", help="URI of the manifest; overrides the config.")
+]
+OutputUri = Annotated[
+    str | None, typer.Option("--output", metavar="URI", help="URI of the output; overrides the config.")
+]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a config key: section.key=value; repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a config key, such as placement.batch_size=4; repeatable."
+    ),
 ]
 ColumnSources = Annotated[
     list[str] | None,
@@ -35,8 +42,8 @@ ColumnSources = Annotated[
 RequestIdFrom = Annotated[
     str | None,
     typer.Option(
-        metavar="column|content|location",
-        help="Make request ids of a row's content, or of its file and number; default: the column request_id.",
+        metavar="KIND",
+        help="Make request ids of a row's content (content), or of its file and number (location); default: column.",
     ),
 ]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Also process requests that failed before.")]
@@ -44,6 +51,7 @@ RunDateText = Annotated[
     str | None,
     typer.Option(
         "--run-date",
+        metavar="DATE",
         help="Value of {date} and {hour}, UTC: 2026-11-22 or 2026-11-22T05; default: the last complete one.",
     ),
 ]

@@ -150,8 +150,9 @@ def gc(
             }
         )
         return
+    width = max(map(len, GARBAGE_KINDS.values()))
     for kind, (number, size) in counts.items():
-        out.print(f"{GARBAGE_KINDS[kind]:40}{number:>9} objects {size / 1e6:>12.2f} MB")
+        out.print(f"{GARBAGE_KINDS[kind]:{width}}{number:>9} objects {size / 1e6:>12.2f} MB", soft_wrap=True)
     if not delete and any(number for number, _ in counts.values()):
         out.print("nothing was changed; `--delete` deletes them")
 

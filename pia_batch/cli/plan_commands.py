@@ -262,6 +262,13 @@ def _print_devices(devices: list[dict[str, Any]]) -> None:
 
 
 def _range(numbers: list[float], digits: int) -> str:
-    """Two numbers as one or as a span, with as many decimals as make them differ from 0."""
-    low, high = (f"{number:.{digits}f}" if number < 10 else f"{number:,.0f}" for number in numbers)  # noqa: PLR2004
+    """Return two numbers as one or as a span; no number but 0 is shown as 0."""
+    low, high = (_decimals(number, digits) for number in numbers)
     return low if low == high else f"{low} to {high}"
+
+
+def _decimals(number: float, digits: int) -> str:
+    least = 10**-digits
+    if 0 < number < least:
+        return f"under {least:.{digits}f}"
+    return f"{number:.{digits}f}" if number < 10 else f"{number:,.0f}"  # noqa: PLR2004 - more digits say nothing

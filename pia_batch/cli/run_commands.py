@@ -72,27 +72,18 @@ def demo(
 
     from pia_batch import tiny
     from pia_batch.journal.layout import ANIMATIONS, report_name, results_folder
-    from pia_batch.schema.key_prompts import described
-    from pia_batch.storage.object_store import Store
 
-    settings = {"defaults.format": "gif"}
-    loaded = load(None, {"manifest": str(tiny.SAMPLE), "output": str(output), **settings})
+    loaded = load(None, {"manifest": str(tiny.SAMPLE), "output": str(output), "defaults.format": "gif"})
     with _running() as run_one:
         summary = run_one(loaded)
-    results = ds.dataset(output / results_folder(summary.run_id)).to_table(
-        ["request_id", "prompt", "prompts", "animation_uri", "error"]
-    )
-    lines = []
-    for row in results.sort_by("request_id").to_pylist():
-        place = str(row["animation_uri"] or row["error"]).replace(Store(loaded.output).uri, str(output))
-        lines.append((row["request_id"], row["prompt"] or described(row["prompts"] or ()), place))
-    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
-    for request_id, prompt, place in lines:
-        out.print(f"{request_id:{widths[0]}}  {prompt:{widths[1]}}  {place}", soft_wrap=True, markup=False)
-    out.print(
-        f"\nanimations: {output}/{ANIMATIONS}\nresults:    {output}/{results_folder(summary.run_id)}/", soft_wrap=True
-    )
-    out.print(f"report:     {output}/{report_name(summary.run_id)}", soft_wrap=True)
+    results = ds.dataset(output / results_folder(summary.run_id)).to_table(["request_id", "animation_uri", "error"])
+    rows = results.sort_by("request_id").to_pylist()
+    width = max(len(row["request_id"]) for row in rows)
+    out.print(f"animations in {output}/{ANIMATIONS}:", soft_wrap=True)
+    for row in rows:
+        place = "/".join(row["animation_uri"].split("/")[-2:]) if row["animation_uri"] else row["error"]
+        out.print(f"  {row['request_id']:{width}}  {place}", soft_wrap=True, markup=False)
+    out.print(f"report: {output}/{report_name(summary.run_id)}", soft_wrap=True)
     _print(summary)
     raise typer.Exit(summary.exit_code)
 

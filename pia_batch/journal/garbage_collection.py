@@ -32,7 +32,7 @@ GARBAGE_KINDS: dict[GarbageKind, str] = {
     "staged": "unfinished files of killed writers",
     "leases": "old generations of the lease",
     "results": "results that were never completed",
-    "evaluations": "evaluations that were never completed, and pieces of complete ones",
+    "evaluations": "unfinished evaluations and leftover pieces",
     "index": "replaced parts of the journal's index",
     "scans": "scans of manifests that have changed",
 }

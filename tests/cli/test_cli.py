@@ -244,7 +244,10 @@ def test_gc_lists_and_deletes_only_on_demand_and_never_during_a_run(store: Store
     store.create(orphan, b"orphan")
 
     assert pia_batch("gc", store.uri, "--delete") == 0
-    assert re.search(r"animations and posters that no result names +0 objects", capsys.readouterr().out)
+    listed = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" MB")]
+    assert re.search(r"animations and posters that no result names +0 objects", listed[0])
+    assert len({line.index(" objects ") for line in listed}) == 1  # numbers end below each other
+    assert max(map(len, listed)) <= 80
     assert pia_batch("gc", config_of(store, tmp_path), "--older-than", "0s") == 0
     printed = capsys.readouterr().out
     assert orphan in printed
@@ -421,7 +424,9 @@ def test_the_demo_makes_every_sample_animation_and_says_where(tmp_path: Path) ->
 
     files = list((tmp_path / "demo" / "animations").rglob("*.gif"))
     assert len(files) == count
-    assert all(str(path) in printed for path in files)
+    assert all(f"{path.parent.name}/{path.name}" in printed for path in files)
+    listed = printed[printed.index("animations in") : printed.index("report:")].splitlines()[1:]
+    assert (len(listed), max(map(len, listed)) <= 80) == (count, True)
     assert f"{count} requests: {count} succeeded, 0 failed; {count} computed" in printed
     assert "0 computed in this run" in finish(start("demo", "--output", str(tmp_path / "demo")), 0)
     assert f"{count} animations verified, 0 with a problem" in finish(start("verify", str(tmp_path / "demo")), 0)

@@ -14,6 +14,7 @@ import pytest
 from inputs import requests_table
 
 from pia_batch import cli
+from pia_batch.cli import plan_commands
 
 WriteManifest = Callable[..., str]
 REAL = ("--set", "defaults.width=512", "--set", "defaults.height=512")
@@ -103,6 +104,23 @@ def test_a_plan_of_a_real_model_estimates_hours_cost_and_bytes(
     assert payload["bytes"][0] == 100 * 16 * 512 * 512 * 3 // 100
     assert "output      12.6 MB to 33.6 MB" in printed
     assert payload["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("hours", "shown"),
+    [
+        ([0.0, 0.0], "0.000"),
+        ([2e-5, 3e-5], "under 0.001"),
+        ([2e-5, 0.0042], "under 0.001 to 0.004"),
+        ([82.3, 99.1], "82 to 99"),
+    ],
+)
+def test_hours_that_are_few_are_not_shown_as_none(
+    hours: list[float], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan_commands._print_devices([{"device": "cpu", "hours": hours, "cost": None, "source": "measured"}])
+
+    assert f"{shown} device hours  (measured)" in capsys.readouterr().out
 
 
 def test_a_plan_says_what_finishing_costs(
