@@ -8,11 +8,12 @@ QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0
 
 setup: $(READY)  ## create a virtual environment with the pinned versions of constraints.txt
 
+# cyclonedx-bom asks for rfc3987-syntax. Ray imports jsonschema, which builds its grammar: 0.8 s of CPU in each of Ray's processes.
 $(READY): pyproject.toml constraints.txt
+	@echo 'Setting up .venv; pip shows nothing for some two minutes.'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[test]'
 	$(BIN)/python -m pip install -qq -c constraints.txt --no-deps einops spandrel  # without torchvision; see `upscale`
-	# cyclonedx-bom asks for it. Ray imports jsonschema, which builds its grammar: 0.8 s of CPU in each of Ray's processes.
 	$(BIN)/python -m pip uninstall -qq -y rfc3987-syntax
 	touch $(READY)
 
