@@ -67,7 +67,7 @@ function detailBody(row, media, signal) {
     figure("Condition image", conditionImage(row, { eager: true })),
     figure(
       succeeded(row) ? "Animation" : "Failed",
-      media ?? make("span", { className: "picture reason" }, make("code", { textContent: value("error_kind", row) })),
+      media ?? reason(row),
     ),
   );
   return make(

@@ -132,9 +132,7 @@ function fill(card) {
     card.pictures.append(card.media);
     steer(card);
   } else {
-    card.pictures.append(
-      make("span", { className: "picture reason" }, make("code", { textContent: value("error_kind", card.row) })),
-    );
+    card.pictures.append(reason(card.row));
   }
 }
 

@@ -24,6 +24,13 @@ function conditionImage(row, { eager = false } = {}) {
   return box;
 }
 
+/** Build the tile of a failed result: its error kind, which breaks at underscores. */
+function reason(row) {
+  const parts = value("error_kind", row).split(/(?<=_)/);
+  const words = parts.flatMap((part, index) => (index ? [make("wbr"), part] : [part]));
+  return make("span", { className: "picture reason" }, make("code", {}, ...words));
+}
+
 const VIDEO_CODECS = {
   h264: ["H.264", 'video/mp4; codecs="avc1.640028"'],
   hevc: ["HEVC", 'video/mp4; codecs="hvc1.1.6.L93.B0"'],
