@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,14 @@ def options(folder: Path, *more: str) -> Any:
 
 def saved(folder: Path) -> Any:
     return json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
+
+
+def test_the_page_has_every_part_in_order_with_its_minutes() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "gpu-day.md").read_text(encoding="utf-8")
+    parts = [(number, part.name, f"{part.minutes:g}") for number, part in enumerate(benchmark_gpu.PARTS, 1)]
+
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \| ([\d.]+) \|", page, re.MULTILINE)
+    assert rows == [(str(number), name, minutes) for number, name, minutes in parts]
 
 
 def test_the_batches_that_compile_are_left_out():
