@@ -19,7 +19,7 @@ from pia_batch.journal.results import read_latest
 from pia_batch.storage.object_store import Store
 
 PICTURE = Path(__file__).with_name("demo.gif")
-COLUMNS, SIDE, CAPTION, MARGIN = 4, 104, 28, 8
+COLUMNS, SIDE, CAPTION, MARGIN = 4, 128, 32, 8
 COLOURS, STEP, FRAME_MS = 128, 6, 130
 
 
@@ -29,8 +29,8 @@ def caption(row: dict[str, Any]) -> str:
     shape, *motions = texts[0].removeprefix("a ").removeprefix("an ").rsplit(" moving ", 1)
     motions += [text.rsplit(" ", 1)[1] for text in texts[1:]]
     first = f"{shape} {', then '.join(motions)}".strip().replace("standing still", "still")
-    how = [f"({row['motion_scale']})", *["loop"] * bool(row["loop"]), *filter(None, [row["context"]])]
-    return f"{first}\n{' '.join(how)}"
+    how = [f"scale {row['motion_scale']}", *["loop"] * bool(row["loop"]), *filter(None, [row["context"]])]
+    return f"{first}\n{', '.join(how)}"
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
         for index, (row, clip) in enumerate(zip(sample, clips, strict=True)):
             left, top = index % COLUMNS * width + MARGIN, index // COLUMNS * height + MARGIN
             sheet.paste(clip[number % len(clip)], (left, top))
-            ImageDraw.Draw(sheet).text((left, top + SIDE + 2), caption(row), fill="black", font_size=9)
+            ImageDraw.Draw(sheet).text((left, top + SIDE + 2), caption(row), fill="black", font_size=11)
         sheets.append(sheet)
     palette = Image.new("RGB", (sheets[0].width, sheets[0].height * len(sheets[::STEP])))
     for part, sheet in enumerate(sheets[::STEP]):
