@@ -56,6 +56,7 @@ html_theme = "furo"
 html_title = f"pia_batch {release}"
 html_copy_source = False
 html_show_sourcelink = False
+html_show_copyright = False
 html_extra_path = ["site"]
 """Files of the site's root: `index.html`, which leads to the index of the pages."""
 
