@@ -36,6 +36,13 @@ DEFAULT_REGION = "us-east-1"
 FAILURE_TTL_S = 10.0
 """Time for which a failure is reported again without another attempt, in seconds: every row of a run asks."""
 
+ISSUER_TIMEOUTS_S = (5, 15)
+"""Seconds for a connection to a server that issues credentials, and for its answer; botocore makes five attempts.
+
+Its own are 60 and 60: a server that never answers would keep a run waiting for five minutes.
+"""
+
+_NO_METADATA = "AWS_EC2_METADATA_DISABLED"
 _RELEVANT = ("AWS_", "BOTO_", "HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "REQUESTS_CA_BUNDLE")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -202,6 +209,8 @@ def resolve() -> S3Config:
     Raises:
         ConfigError: There are no credentials, or something is malformed; the message names the remedy.
     """
+    if s3_credentials.is_switched_on(_NO_METADATA):
+        os.environ[_NO_METADATA] = "true"  # botocore knows no other value, and would ask a metadata address
     environment = tuple(sorted((k, v) for k, v in os.environ.items() if k.upper().startswith(_RELEVANT)))
     with _lock:
         until_s, message = _failed.get(environment, (0.0, ""))
@@ -232,6 +241,8 @@ def _resolve(environment: tuple[tuple[str, str], ...]) -> S3Config:
         from botocore.session import Session  # noqa: PLC0415
 
         session = Session()
+        connect_s, read_s = ISSUER_TIMEOUTS_S
+        session.set_default_client_config(Config(connect_timeout=connect_s, read_timeout=read_s))
         _check_profile(session)
         profile |= session.get_scoped_config()
         _check_section(profile)

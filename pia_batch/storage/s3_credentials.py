@@ -19,8 +19,7 @@ _KEY = re.compile(r"[^\s\"'\x00-\x20\x7f-\uffff]+")
 def find(session: Any) -> Any:  # botocore is untyped
     """Return the credentials of botocore's session, or None if there are none.
 
-    A run does not ask for an MFA code, nor does a `credential_process` of its profiles. Every true value of
-    AWS_EC2_METADATA_DISABLED keeps it from a metadata address; botocore knows `true` only.
+    A run does not ask for an MFA code, nor does a `credential_process` of its profiles.
 
     Raises:
         ConfigError: A profile needs an MFA code, its program prints no credentials, or a key has characters that no
@@ -33,8 +32,6 @@ def find(session: Any) -> Any:  # botocore is untyped
     create = of_source._create_process_provider  # noqa: SLF001 - likewise
     of_source._create_process_provider = lambda profile_name: _checked(create(profile_name))  # noqa: SLF001 - likewise
     _checked(providers.get_provider("custom-process"))
-    if is_switched_on("AWS_EC2_METADATA_DISABLED"):
-        providers.remove("iam-role")
     found = session.get_credentials()
     if found is not None:
         _check_keys(found.get_frozen_credentials(), found.method)

@@ -31,10 +31,21 @@ def explained(profile: Mapping[str, Any] | None = None) -> Iterator[None]:
         raise
     except Exception as err:  # noqa: BLE001 - botocore raises its own, RuntimeError, ValueError, OSError and UnicodeError
         words = " ".join(str(err).split()) or type(err).__name__
+        if _is_garbled(err, words):  # its text may repeat the answer, and so a secret
+            raise ConfigError(f"S3: {_GARBLED}; {_ISSUER_REMEDY}") from None
         reason = redacted(printable(words)[:MESSAGE_LENGTH]).rstrip(".:")
         if not type(err).__module__.startswith("botocore"):
             reason = f"the credentials could not be obtained: {reason}"
         raise ConfigError(f"S3: {reason}; {_remedy(err, words, profile or {})}") from None
+
+
+def _is_garbled(err: Exception, words: str) -> bool:
+    """Return True for an exception of botocore about an answer that no server of AWS gives.
+
+    It is a KeyError for a part that the answer lacks, and a ClientError without a code for one of another service.
+    """
+    names = {kind.__name__ for kind in type(err).__mro__}
+    return bool(names & {"KeyError", "ResponseParserError"}) or ("ClientError" in names and "(Unknown)" in words)
 
 
 def _remedy(err: Exception, words: str, profile: Mapping[str, Any]) -> str:
@@ -71,6 +82,12 @@ _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 
 _CONFIG_REMEDY = "correct the file, which AWS_CONFIG_FILE or AWS_SHARED_CREDENTIALS_FILE may name, or is in ~/.aws"
 
+_GARBLED = "the server that is asked for the credentials does not answer as AWS does"
+_ISSUER_REMEDY = (
+    "set AWS_ENDPOINT_URL_STS (for single sign-on AWS_ENDPOINT_URL_SSO and AWS_ENDPOINT_URL_SSO_OIDC), or endpoint_url "
+    "of sts in the profile's services; without them AWS_ENDPOINT_URL counts, and a store may issue no credentials"
+)
+
 _REMEDIES = (
     (frozenset({"ProfileNotFound"}), "correct or unset AWS_PROFILE, or add the profile to ~/.aws/config"),
     (frozenset({"ConfigParseError", "ConfigNotFound", "InvalidConfigError"}), _CONFIG_REMEDY),
@@ -98,6 +115,10 @@ _REMEDIES = (
     (
         frozenset({"InvalidChecksumConfigError"}),
         "correct AWS_REQUEST_CHECKSUM_CALCULATION and AWS_RESPONSE_CHECKSUM_VALIDATION, or their lines of the profile",
+    ),
+    (
+        frozenset({"MissingDependencyException"}),
+        "install it on every node, or write the output of `aws configure export-credentials` into the environment",
     ),
     (
         frozenset({"ClientError"}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from s3_recorder import Recorder, recording
 from seaweedfs import SeaweedFS
 from servers import serving
 
-from pia_batch.errors import CERTIFICATE_REMEDY, PiaBatchError
+from pia_batch.errors import CERTIFICATE_REMEDY, ConfigError, PiaBatchError
 from pia_batch.storage import object_store, s3_config
 from pia_batch.storage.object_store import Store
 
@@ -135,12 +136,24 @@ def assumed_role(url: str, folder: Path) -> dict[str, str]:
     return {"AWS_CONFIG_FILE": str(folder / "config"), "AWS_PROFILE": "mine", "AWS_ENDPOINT_URL_STS": url}
 
 
+def chain_of_roles(url: str, folder: Path) -> dict[str, str]:
+    """A role of a role of a pod, with the server in the services of the profile: the one of S3 is another."""
+    (folder / "token").write_text("of the pod")
+    (folder / "config").write_text(
+        f"[profile mine]\nservices = here\nrole_arn = arn:aws:iam::123456789012:role/last\nsource_profile = middle\n"
+        f"[profile middle]\nrole_arn = arn:aws:iam::123456789012:role/first\n"
+        f"web_identity_token_file = {folder / 'token'}\n[services here]\nsts =\n  endpoint_url = {url}\n"
+    )
+    return {"AWS_CONFIG_FILE": str(folder / "config"), "AWS_PROFILE": "mine"}
+
+
 ROLES = {
     "machine": (machine, "GET /latest/meta-data/iam/security-credentials/the-role a token"),
     "container": (container, "GET /creds a token"),
     "pod": (pod, "GET /v1/credentials a token"),
     "web identity": (web_identity, "AssumeRoleWithWebIdentity arn:aws:iam::123456789012:role/r of the pod"),
     "assumed role": (assumed_role, "AssumeRole arn:aws:iam::123456789012:role/r signed"),
+    "chain of roles": (chain_of_roles, "AssumeRole arn:aws:iam::123456789012:role/last signed"),
 }
 
 
@@ -163,6 +176,81 @@ def test_credentials_of_a_role_serve_every_purpose_and_are_asked_for_once(
     assert {request.access_key for request in recorder.seen} == {"ISSUED"}
     assert issuer[1].count(last) == 1
     assert issuer[1][-1] == last
+
+
+class _Garbling(BaseHTTPRequestHandler):
+    """Answers requests for credentials as other servers do."""
+
+    status = 200
+    text = ""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(self.text)))
+        self.end_headers()
+        self.wfile.write(self.text.encode())
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (200, ""),
+        (200, "{}"),
+        (200, "<html>Log in</html>"),
+        (404, "<html>Not found</html>"),
+        (405, "<Error><Code>MethodNotAllowed</Code><Message>a store</Message></Error>"),
+        (502, "Bad gateway"),
+        (200, "<AssumeRoleResponse><AssumeRoleResult/></AssumeRoleResponse>"),
+        (200, "<R><AssumeRoleResult><Credentials><SecretAccessKey>a secret</SecretAccessKey></Credentials>"),
+    ],
+)
+def test_what_no_server_of_credentials_answers_names_the_setting_of_its_address_and_shows_no_secret(
+    status: int, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with serving(type("_Own", (_Garbling,), {"status": status, "text": text})) as url:
+        for name, value in assumed_role(url, tmp_path).items():
+            monkeypatch.setenv(name, value)
+        s3_config.forget()
+
+        with pytest.raises(ConfigError, match="does not answer as AWS does; set AWS_ENDPOINT_URL_STS") as refused:
+            s3_config.resolve()
+
+    assert "secret" not in str(refused.value)
+
+
+def test_a_server_of_credentials_that_never_answers_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(s3_config, "ISSUER_TIMEOUTS_S", (1, 0.1))
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for name, value in assumed_role(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path).items():
+            monkeypatch.setenv(name, value)
+        s3_config.forget()
+
+        with pytest.raises(ConfigError, match=r"Read timeout on endpoint URL.*; it issues the credentials: check"):
+            s3_config.resolve()
+
+
+@pytest.mark.parametrize("disabled", ["true", "TRUE", "1", "yes", " on "])
+def test_a_role_of_the_machine_is_not_asked_for_where_that_is_disabled(
+    disabled: str, issuer: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config").write_text(
+        "[default]\nrole_arn = arn:aws:iam::123456789012:role/r\ncredential_source = Ec2InstanceMetadata\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", issuer[0])
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", disabled)
+    s3_config.forget()
+
+    with pytest.raises(ConfigError, match="No credentials found in credential_source"):
+        s3_config.resolve()
+    assert issuer[1] == []
 
 
 _PROGRAM = """
