@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
@@ -89,12 +90,8 @@ def animate(
     if not ray.is_initialized():  # as Ray Data itself would, a moment later
         ray.init()
     schema = _schema(requests)
-    if schema is not None and isinstance(schema.base_schema, pa.Schema):
-        names = stages.checked_layout(schema.base_schema, ColumnMap.of(config)).schema.names
-        _check_bytes_column(names, store=store)
-    elif schema is not None and not config.columns:
-        unify.check_columns(schema.names, stages.DATASET, config.request_id_from)
-        _check_bytes_column(schema.names, store=store)
+    if schema is not None:
+        _check(schema, config, store=store)
     engine_ids = engine_ids_of(config)
     if store:
         Store(config.output).check(layout.CREATE_ONLY_PROBE)
@@ -128,6 +125,44 @@ def _schema(requests: ray.data.Dataset) -> ray.data.Schema | None:
     except (pa.ArrowTypeError, pa.ArrowInvalid) as err:
         msg = f"{stages.DATASET}: its blocks disagree: {message_of(err)}; write each column with one type"
         raise ManifestError(msg) from None
+
+
+def _check(schema: ray.data.Schema, config: RunConfig, *, store: bool) -> None:
+    """Check the columns of a Dataset, as far as they are known before its rows.
+
+    Raises:
+        ManifestError: They cannot be those of requests.
+    """
+    if isinstance(schema.base_schema, pa.Schema):
+        names = stages.checked_layout(schema.base_schema, ColumnMap.of(config)).schema.names
+        _check_bytes_column(names, store=store)
+        return
+    _refuse_types_of_pandas(schema)
+    if not config.columns:
+        unify.check_columns(schema.names, stages.DATASET, config.request_id_from)
+        _check_bytes_column(schema.names, store=store)
+
+
+def _refuse_types_of_pandas(schema: ray.data.Schema) -> None:
+    """Refuse columns of types that numpy and pandas have and Arrow has not: sparse, complex, of foreign byte order.
+
+    Raises:
+        ManifestError: There is one; the message names the column and the remedy.
+    """
+    import pandas as pd  # type: ignore[import-untyped] # noqa: PLC0415 - there where a Dataset is of it
+
+    for name, kind in zip(schema.names, schema.base_schema.types, strict=True):
+        if not isinstance(kind, np.dtype | pd.SparseDtype | pd.CategoricalDtype):
+            continue
+        try:
+            pa.array(pd.Series([], dtype=kind), from_pandas=True)
+        except (pa.ArrowException, TypeError, ValueError) as err:
+            how = ".sparse.to_dense()" if isinstance(kind, pd.SparseDtype) else ".astype(str)"
+            msg = (
+                f"{stages.DATASET}: column {name!r} has the type {kind} of pandas, which Arrow lacks "
+                f"({message_of(err)}); drop the column, or convert it, such as by {how}"
+            )
+            raise ManifestError(msg) from None
 
 
 def _check_bytes_column(names: list[str], *, store: bool) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,6 +19,7 @@ import ray
 from columns_of_types import EXTENSIONS, LEAVES, REFUSED, extension_column
 from fakes import ENGINE_ID, FakeEngine, FakeEngineLoader, PoisonedEngine, RestlessEngine, animate_stage
 from inputs import png, requests_table
+from ray.data.block import BlockAccessor
 from ray.data.expressions import col
 
 from pia_batch import animate
@@ -389,6 +391,40 @@ def test_a_column_that_results_cannot_hold_is_refused_by_name(bad: pa.DataType, 
 
     with pytest.raises(ManifestError, match="this Dataset of requests: column 'mine' has the type"):
         animate(ray.data.from_arrow(table), make_config())
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (pd.arrays.SparseArray([0.0, 1.0]), r"type Sparse\[float64, nan\] of pandas, .* by \.sparse\.to_dense\(\)$"),
+        (pd.arrays.SparseArray([0, 1]), r"type Sparse\[int64, 0\] of pandas"),
+        (np.array([1j, 2]), r"type complex128 of pandas, which Arrow lacks .* by \.astype\(str\)$"),
+        (np.array([1, 2], "longdouble"), r"type float128 of pandas"),
+        (np.array([1, 2], ">i4"), r"type >i4 of pandas"),
+        (pd.Categorical([1, "a"]), r"type category of pandas"),
+        (pd.Categorical([1j, 2]), r"type category of pandas"),
+        (pd.Categorical(["a", None]), None),
+        (pd.Categorical(pd.interval_range(0, 2)), None),
+        (pd.period_range("2020-01", periods=2, freq="M"), None),
+        (pd.interval_range(0, 2), None),
+        (pd.array([1, None], "Int64"), None),
+        (pd.to_datetime(["2020-01-01", None]).tz_localize("Europe/Berlin"), None),
+        (pd.Series([{1}, "a"], dtype=object), None),
+        (pd.Series([[1], None], dtype=pd.ArrowDtype(pa.list_(pa.int64()))), None),
+    ],
+    ids=lambda value: str(getattr(value, "dtype", "")),
+)
+def test_a_column_of_pandas_that_arrow_lacks_is_refused_by_name_before_its_rows(
+    values: Any, problem: str | None, make_config: MakeConfig
+) -> None:
+    frame = pd.DataFrame({"request_id": ["a", "b"], "image": ["x.png"] * 2, "prompt": ["p"] * 2, "mine": values})
+    schema = ray.data.Schema(BlockAccessor.for_block(frame).schema())
+
+    if problem is None:
+        dataset._check(schema, make_config(), store=True)
+        return
+    with pytest.raises(ManifestError, match=f"this Dataset of requests: column 'mine' has the {problem}"):
+        dataset._check(schema, make_config(), store=True)
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), pd.NA, pd.NaT], ids=str)
