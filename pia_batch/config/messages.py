@@ -33,11 +33,16 @@ def explain(err: ValidationError, root: type[BaseModel], source: str) -> str:
             near = nearest([str(part) for part in location], root)
             lines.append(f"{key}: unknown key" + (f"; did you mean {near!r}?" if near else ""))
         elif problem["type"] == "missing":
-            lines.append(f"{key}: required, and not given")
+            flag = f"; give --{key}, or a config that has it" if key in _FLAGS else ""
+            lines.append(f"{key}: required, and not given{flag}")
         else:
             text = _alternatives([problem, *others]) if others else _problem_text(problem)
             lines.append(f"{key}: {text}" if key else text)
     return f"{source}: " + "; ".join(lines)
+
+
+_FLAGS = ("manifest", "output")
+"""Required keys that have a flag of their own."""
 
 
 def _causes(problems: list[ErrorDetails]) -> list[ErrorDetails]:

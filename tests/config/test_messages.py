@@ -43,7 +43,7 @@ def test_every_mistake_of_a_config_is_told_at_once_and_without_secrets() -> None
     text = str(told.value)
     assert text.startswith("command line: ")
     assert "placement.batchsize: unknown key; did you mean 'placement.batch_size'?" in text
-    assert "output: required, and not given" in text
+    assert "output: required, and not given; give --output, or a config that has it" in text
     assert "defaults.width: must be a multiple of 8 (got 65)" in text
     assert "model.loras.0.scal: unknown key; did you mean 'model.loras.0.scale'?" in text
     assert "hunter2" not in text
