@@ -185,7 +185,7 @@ def _room(place: PlacementConfig, available: Mapping[str, float]) -> str:
     gpus, cpus, memory_mb = (available.get(name, 0) for name in ("GPU", "CPU", "memory"))
     memory_mb /= 2**20
     needed = f"{place.num_gpus:g} GPUs and {place.num_cpus:g} CPUs"
-    text = f"one engine needs {needed}, and the cluster has {gpus:g} and {cpus:g}"
+    text = f"one engine needs {needed}, and the cluster has {gpus:g} GPUs and {cpus:g} CPUs"
     if place.memory_mb is not None:
         text += f"; and {place.memory_mb} MiB of memory (placement.memory_mb), of {memory_mb:.0f} MiB"
     if gpus >= place.num_gpus and cpus >= place.num_cpus and memory_mb >= (place.memory_mb or 0):

@@ -205,7 +205,9 @@ def test_an_engine_for_which_there_is_room_is_said_to_be_starting(available: dic
 
     text = monitor._room(place, available)
 
-    assert text.startswith(f"one engine needs 1 GPUs and 1 CPUs, and the cluster has {available.get('GPU', 0):g} and ")
+    assert text.startswith(
+        f"one engine needs 1 GPUs and 1 CPUs, and the cluster has {available.get('GPU', 0):g} GPUs and "
+    )
     assert ("an engine is starting there" in text) == starts
 
 

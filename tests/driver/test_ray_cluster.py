@@ -68,7 +68,9 @@ def test_a_run_that_is_given_no_engine_says_so_and_leaves_nothing_of_ray_data_be
 ) -> None:
     assert nodes.address
 
-    with pytest.raises(InterruptedRunError, match="one engine needs 1 GPUs and 1 CPUs, and the cluster has 0 and 2"):
+    with pytest.raises(
+        InterruptedRunError, match="one engine needs 1 GPUs and 1 CPUs, and the cluster has 0 GPUs and 2 CPUs"
+    ):
         driver_run.run(make_config(placement__num_gpus=1, placement__wait_s=2))
 
     assert "engines_awaited" in caplog.text
