@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +11,8 @@ from rich.table import Table
 
 from pia_batch.cli.console import err, out, print_json
 from pia_batch.cli.options import AsJson
+from pia_batch.errors import ConfigError
+from pia_batch.storage import local_disk
 
 _COLUMNS = ("turns", "clips/s", "least-most", "UNet ms", "of matmul", "of sheet", "peak GB", "compile s", "PSNR dB")
 
@@ -74,12 +75,14 @@ def bench(
         profiles=profile,
         mode=compile_mode,
     )
+    if to is not None and (obstacle := local_disk.find_obstacle(to.absolute().parent)):
+        raise ConfigError(f"--to: {obstacle}")
     known = _known(to, runner.conditions(options))
 
     def report(record: dict[str, Any], line: str) -> None:
         err.print(f"pia-batch: {line}", markup=False)
         if to is not None:
-            _write(to, runner.merged(known, record))
+            local_disk.write_file(to, (json.dumps(runner.merged(known, record), indent=2) + "\n").encode(), "--to")
 
     measured = runner.run(options, lambda frames: encode(frames, "mp4", 8, EncodingConfig()), report)
     record = runner.merged(known, measured)
@@ -153,14 +156,6 @@ def _known(to: Path | None, conditions: dict[str, Any]) -> dict[str, Any]:
             param_hint="--to",
         )
     return dict(known)
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    """Write the results atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
 
 
 def _table(record: dict[str, Any]) -> Table:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -200,12 +199,7 @@ def adopted_id(parts: Components) -> str:
 
 
 def build_scheduler(config: SchedulerConfig, shipped: Any, calculates: Arithmetic = "diffusers") -> Any:
-    """Return the scheduler that the config names, with the noise schedule that PIA was trained on.
-
-    `checkpoint` is the shipped scheduler itself. Any other starts from the shipped scheduler's config, with a linear
-    beta schedule and without clipping of samples. With the arithmetic of the original it starts from the defaults of
-    diffusers and the original's arguments; the shipped config then decides only what the UNet predicts. The config's
-    own settings override all of these.
+    """Return the scheduler that the config names, as `scheduler_values.recipe` has it.
 
     Args:
         config: Config of the scheduler.
@@ -215,28 +209,13 @@ def build_scheduler(config: SchedulerConfig, shipped: Any, calculates: Arithmeti
     Raises:
         ConfigError: The scheduler does not have a setting, or refuses its value.
     """
-    if config.name == "checkpoint":
-        chosen, start, trained = type(shipped), dict(shipped.config), dict[str, Any]()
-    else:
-        chosen = getattr(diffusers, scheduler_values.CLASSES[config.name])
-        start, trained = dict(shipped.config), scheduler_values.TRAINED
-        if calculates == "original":
-            start = {key: value for key, value in start.items() if key in scheduler_values.KEPT_BY_ORIGINAL}
-            trained = scheduler_values.ORIGINAL
-    known = set(inspect.signature(chosen.__init__).parameters) - {"self", "kwargs"}
-    unknown = sorted(set(config.settings) - known)
-    if unknown:
-        raise ConfigError(
-            f"model.scheduler.settings: {chosen.__name__} has no {', '.join(unknown)}; "
-            f"it has {', '.join(sorted(known))}"
-        )
-    overrides = {key: value for key, value in trained.items() if key in known} | config.settings
+    made = scheduler_values.recipe(config, calculates, type(shipped).__name__, shipped.config)
     try:
-        scheduler = chosen.from_config(start, **overrides)
+        scheduler = getattr(diffusers, made.name).from_config(made.start, **made.overrides)
         # Schedulers check some settings only here. LCM may have been distilled for fewer than ten steps.
         copy.deepcopy(scheduler).set_timesteps(min(10, scheduler.config.get("original_inference_steps", 10)))
     except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as err:
-        raise ConfigError(f"model.scheduler: {chosen.__name__} refuses these settings: {err}") from err
+        raise ConfigError(f"model.scheduler: {made.name} refuses these settings: {err}") from err
     return scheduler
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from pia_batch.config import ModelConfig
+from pia_batch.config import ModelConfig, SchedulerConfig
+from pia_batch.config.arithmetic import Arithmetic
 from pia_batch.errors import ConfigError
 from pia_batch.weights import components
 from pia_batch.weights.components import Component
@@ -84,19 +86,57 @@ def check(model: ModelConfig, scheduler: Component) -> None:
 
 
 def _check_chosen(model: ModelConfig, shipped: str, file: Mapping[str, Any], path: str) -> None:
-    config = model.scheduler
-    chosen = shipped if config.name == "checkpoint" else CLASSES[config.name]
-    unknown = sorted(config.settings.keys() - _RULES[chosen].keys())
-    if unknown:
-        known = ", ".join(sorted(_RULES[chosen]))
-        raise ConfigError(f"model.scheduler.settings: {chosen} has no {', '.join(unknown)}; it has {known}")
-    start, trained = dict(file), {} if config.name == "checkpoint" else TRAINED
-    if config.name != "checkpoint" and model.arithmetic == "original":
-        start, trained = {key: file[key] for key in KEPT_BY_ORIGINAL if key in file}, ORIGINAL
-    found = _invalid(chosen, start | trained | config.settings)
+    made = recipe(model.scheduler, model.arithmetic, shipped, file)
+    found = _invalid(made.name, made.start | made.overrides)
     if found is not None:
-        where = "model.scheduler.settings" if found.split(" ", 1)[0] in config.settings else path
-        raise ConfigError(f"{where}: {chosen}: invalid {found}; set another value in model.scheduler.settings")
+        where = "model.scheduler.settings" if found.split(" ", 1)[0] in model.scheduler.settings else path
+        raise ConfigError(f"{where}: {made.name}: invalid {found}; set another value in model.scheduler.settings")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Class and settings of a scheduler.
+
+    Attributes:
+        name: Class of diffusers.
+        start: Config from which it takes what it knows.
+        overrides: Arguments that replace those of `start`.
+    """
+
+    name: str
+    start: dict[str, Any]
+    overrides: dict[str, Any]
+
+
+def recipe(config: SchedulerConfig, calculates: Arithmetic, shipped: str, settings: Mapping[str, Any]) -> Recipe:
+    """Return what the scheduler that the config names is built from, with the noise schedule that PIA was trained on.
+
+    `checkpoint` is the shipped scheduler itself. Any other starts from the shipped scheduler's config, with a linear
+    beta schedule and without clipping of samples. With the arithmetic of the original it starts from the defaults of
+    diffusers and the original's arguments; the shipped config then decides only what the UNet predicts. The config's
+    own settings override all of these.
+
+    Args:
+        config: Config of the scheduler.
+        calculates: Implementation of PIA whose defaults it has.
+        shipped: Class of the scheduler that the base has.
+        settings: Config of that scheduler.
+
+    Raises:
+        ConfigError: The scheduler does not have one of the config's settings.
+    """
+    name, start, trained = shipped, dict(settings), dict[str, Any]()
+    if config.name != "checkpoint":
+        name, trained = CLASSES[config.name], TRAINED
+        if calculates == "original":
+            start, trained = {key: start[key] for key in KEPT_BY_ORIGINAL if key in start}, ORIGINAL
+    rules = _RULES[name]
+    unknown = sorted(config.settings.keys() - rules.keys())
+    if unknown:
+        known = ", ".join(sorted(rules))
+        raise ConfigError(f"model.scheduler.settings: {name} has no {', '.join(unknown)}; it has {known}")
+    overrides = {key: value for key, value in trained.items() if key in rules} | config.settings
+    return Recipe(name, start, overrides)
 
 
 def _invalid(name: str, settings: Mapping[str, Any]) -> str | None:

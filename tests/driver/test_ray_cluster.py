@@ -144,9 +144,10 @@ def test_no_node_idles_while_requests_wait_although_another_is_slower(
 @pytest.mark.long
 @pytest.mark.s3
 def test_engines_of_a_node_share_one_download_of_the_weights(
-    nodes: Cluster, make_config: MakeConfig, tmp_path: Path, s3: str
+    nodes: Cluster, make_config: MakeConfig, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two nodes with a cache and two engines each; that every engine drew shows that all four were loaded."""
+    """Two nodes with a cache and two engines each."""
+    monkeypatch.setenv("PIA_BATCH_CACHE", str(tmp_path / "cache-of-the-driver"))
     weights = Store(f"{s3}/tiny")
     for path in tiny.PATH.rglob("*"):
         if path.is_file():

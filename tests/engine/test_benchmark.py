@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from pia_batch import cli
 from pia_batch.engine.benchmark import baselines, calibration, runner
 from pia_batch.engine.benchmark.runner import BenchmarkOptions
+from pia_batch.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the documented use of the pipeline warns of much
 
@@ -180,6 +181,16 @@ def test_numbers_of_other_conditions_are_not_mixed(tmp_path):
     assert result.exit_code == 2
     assert "NVIDIA H100 80GB HBM3" in words(result.output)
     assert path.read_text() == before
+
+
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "notes").write_text("")
+
+    result = small("--to", str(tmp_path / "notes" / "bench.json"))
+
+    assert isinstance(result.exception, ConfigError)
+    assert "--to: cannot write to" in str(result.exception)
+    assert "a file has the name of a folder there" in str(result.exception)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"conditions": 3}', '{"conditions": {}}'])
