@@ -174,7 +174,8 @@ def compare(
         print_json(found.record() | {"page": out_file.absolute().as_uri()})
         return
     for group, intervals in found.groups.items():
-        table = Table(title=group, title_justify="left", box=None, pad_edge=False)
+        heading = group if len(found.groups) > 1 else None
+        table = Table(title=heading, title_justify="left", box=None, pad_edge=False)
         for head in ("measure", "A", "B", "B - A", "95 % interval", "pairs"):
             table.add_column(head, justify="left" if head == "measure" else "right", no_wrap=True)
         for name, each in intervals.items():

@@ -517,7 +517,7 @@ def test_the_blocks_of_the_page_on_python_run_in_their_order(tmp_path: Path) -> 
         done = subprocess.run(
             [sys.executable, "-c", script],
             cwd=tmp_path,
-            env=os.environ | {"RAY_TMPDIR": sessions, "RAY_ADDRESS": "local"},
+            env=os.environ | {"RAY_TMPDIR": sessions},
             capture_output=True,
             text=True,
             check=False,
