@@ -131,7 +131,10 @@ def _measure(options: argparse.Namespace) -> int:
             _save(results, part, options, began, "stopped", str(err))
             raise
         _save(results, part, options, began, status, reason)
-    return int(any(results["parts"][part.name]["status"] != "done" for part in options.parts))
+    num_left = sum(results["parts"][part.name]["status"] != "done" for part in options.parts)
+    rest = "; the same command again runs the rest" if num_left else ""
+    print(f"{options.to / 'gpu.json'}: {len(options.parts) - num_left} of {len(options.parts)} parts done{rest}")
+    return int(num_left > 0)
 
 
 def _opened(options: argparse.Namespace) -> dict[str, Any]:

@@ -168,6 +168,11 @@ def test_results_of_another_device_are_refused_and_what_is_done_is_not_run_again
     arguments = ["--to", str(tmp_path), "--size", "tiny", "--work", str(tmp_path / "work")]
 
     assert benchmark_gpu.main(arguments) == 0
+    assert f"{tmp_path / 'gpu.json'}: 9 of 9 parts done\n" in capsys.readouterr().out
+    del found["parts"]["windows"]
+    (tmp_path / "gpu.json").write_text(json.dumps(found))
+    assert benchmark_gpu.main([*arguments, "--minutes", "0.01"]) == 1
+    assert "8 of 9 parts done; the same command again runs the rest\n" in capsys.readouterr().out
     (tmp_path / "gpu.json").write_text(json.dumps(found | {"device": "NVIDIA L4"}))
     assert benchmark_gpu.main(arguments) == 1
 
