@@ -8,7 +8,7 @@ from typing import Any
 
 from pia_batch.config import yaml_text
 from pia_batch.config.models import EMBEDDED, ModelConfig
-from pia_batch.errors import ConfigError, message_of
+from pia_batch.errors import ConfigError, environment_remedy, message_of
 from pia_batch.storage import file_kinds
 
 _MANIFEST = re.compile(
@@ -29,8 +29,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml_text.parse(_text(path.read_bytes()))
     except OSError as err:
-        msg = f"cannot read config {path}: {err.strerror}; give a YAML file, or --manifest and --output alone"
-        raise ConfigError(msg) from None
+        remedy = environment_remedy(err) or "give a YAML file, or --manifest and --output alone"
+        raise ConfigError(f"cannot read config {path}: {err.strerror}; {remedy}") from None
     except UnicodeDecodeError as err:
         msg = f"cannot read config {path}: {message_of(err)}; it must be YAML in UTF-8"
         raise ConfigError(msg) from None

@@ -46,8 +46,8 @@ def _read(uri: str) -> list[str]:
     except PiaBatchError:
         raise
     except Exception as err:  # noqa: BLE001 - every file system has its own classes for what goes wrong
-        msg = f"cannot read {place}: {message_of(err)}; give the URI of a text file with one word a line"
-        raise ConfigError(msg) from None
+        remedy = filesystems.reading_remedy(uri, err) or "give the URI of a text file with one word a line"
+        raise ConfigError(f"cannot read {place}: {message_of(err)}; {remedy}") from None
     if len(data) > MAX_BLOCKLIST_BYTES:
         msg = f"{place} is larger than {MAX_BLOCKLIST_BYTES} bytes; give a text file with one word a line"
         raise ConfigError(msg)

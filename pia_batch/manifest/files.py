@@ -23,7 +23,6 @@ from pia_batch.errors import (
     ConfigError,
     InterruptedRunError,
     ManifestError,
-    environment_remedy,
     message_of,
 )
 from pia_batch.manifest import wide_integers
@@ -278,13 +277,9 @@ def reading(place: str) -> Iterator[None]:
         raise
     except Exception as err:  # noqa: BLE001 - every file system has its own classes for what goes wrong
         problem = redacted(message_of(err))
-        remedy = next((f"; {remedy}" for words, remedy in _REMEDIES.items() if words in problem), "")
-        is_local = "://" not in place or place.startswith("file://")
-        if known := (is_local and environment_remedy(err)) or filesystems.remedy_for(err):
-            remedy = f"; {known}"
-        elif isinstance(err, PermissionError) and err.filename is None and "AWS_" not in problem:
-            remedy = "; check the credentials and the policy"
-        msg = f"cannot read manifest {place}: {problem}{remedy}"
+        by_words = next((remedy for words, remedy in _REMEDIES.items() if words in problem), None)
+        remedy = filesystems.reading_remedy(place, err) or by_words
+        msg = f"cannot read manifest {place}: {problem}{f'; {remedy}' if remedy else ''}"
         raise ManifestError(msg) from None
 
 

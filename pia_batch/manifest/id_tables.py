@@ -46,10 +46,8 @@ def read(uri: str) -> pa.Array:
     except ManifestError as err:
         raise ConfigError(f"--only: {_MANIFEST.sub('', str(err), count=1)}") from None
     except (OSError, ValueError, pa.ArrowException) as err:
-        msg = (
-            f"--only: cannot read {shown}: {message_of(err)}; give a Parquet, CSV or JSONL table with a column {COLUMN}"
-        )
-        raise ConfigError(msg) from None
+        remedy = filesystems.reading_remedy(uri, err) or f"give a Parquet, CSV or JSONL table with a column {COLUMN}"
+        raise ConfigError(f"--only: cannot read {shown}: {message_of(err)}; {remedy}") from None
     ids = pc.unique(column).drop_null()
     if not len(ids):
         msg = f"--only: {shown} has no ids in its column {COLUMN}"

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.fs
 from fsspec import asyn
 
-from pia_batch.errors import StorageError
+from pia_batch.errors import StorageError, environment_remedy
 from pia_batch.storage import s3_config, schemes, store_errors
 from pia_batch.storage.object_store import absolute, local_path
 from pia_batch.storage.s3_config import S3Config
@@ -58,6 +58,21 @@ class _FSSpecHandler(pyarrow.fs.FSSpecHandler):  # type: ignore[misc] # pyarrow 
 def remedy_for(err: BaseException) -> str | None:
     """Return what the operator can do about the answer of S3 behind an exception of s3fs; None for any other one."""
     return store_errors.remedy_for(_code_of(err))
+
+
+def reading_remedy(place: str, err: BaseException) -> str | None:
+    """Return what the operator can do where a file that they named cannot be read; None where nothing is known.
+
+    Args:
+        place: URI or path of the file.
+        err: Exception of its file system.
+    """
+    if remedy := remedy_for(err):
+        return remedy
+    if "://" not in place or place.startswith("file://"):
+        return environment_remedy(err)
+    is_denied = isinstance(err, PermissionError) and err.filename is None
+    return "check the credentials and the policy" if is_denied and "AWS_" not in str(err) else None
 
 
 def _code_of(err: BaseException) -> str:

@@ -687,7 +687,10 @@ def test_both_clients_use_the_proxy_of_the_environment(
 
 @pytest.mark.parametrize(
     ("variable", "excluded"),
-    [("HTTP_PROXY", "127.0.0.1"), ("http_proxy", "*"), ("HTTPS_PROXY", ""), ("ALL_PROXY", ""), ("all_proxy", "")],
+    [
+        *(("HTTP_PROXY", "127.0.0.1"), ("HTTP_PROXY", "127.0.0.1:{port}"), ("HTTP_PROXY", "x.example, 127.0.0.1")),
+        *(("http_proxy", "*"), ("HTTPS_PROXY", ""), ("ALL_PROXY", ""), ("all_proxy", "")),
+    ],
 )
 def test_neither_client_uses_a_proxy_for_a_host_that_is_excluded_or_of_another_scheme(
     variable: str, excluded: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
@@ -696,13 +699,30 @@ def test_neither_client_uses_a_proxy_for_a_host_that_is_excluded_or_of_another_s
     monkeypatch.setenv("AWS_ENDPOINT_URL", recorder.url)
     monkeypatch.setenv(variable, f"http://127.0.0.1:{free_port()}")
     if excluded:
-        monkeypatch.setenv("NO_PROXY", excluded)
+        monkeypatch.setenv("NO_PROXY", excluded.format(port=urlsplit(recorder.url).port))
     recorder.objects[urlsplit(recorder.url).netloc, "/bucket/place/name"] = b"data"
 
     for purpose in PURPOSES.values():
         purpose("s3://bucket/place")
 
     assert all(request.target.startswith("/bucket/place/") for request in recorder.seen)
+
+
+@pytest.mark.parametrize("excluded", [".local", "localhost", "127.0.0.0/8", "127.0.0.1:1"])
+def test_both_clients_use_the_proxy_for_a_host_that_is_not_excluded(
+    excluded: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment_keys(monkeypatch)
+    endpoint = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{endpoint}")
+    monkeypatch.setenv("HTTP_PROXY", recorder.url)
+    monkeypatch.setenv("NO_PROXY", excluded)
+    recorder.objects[endpoint, "/bucket/place/name"] = b"data"
+
+    for purpose in PURPOSES.values():
+        purpose("s3://bucket/place")
+
+    assert all(request.target.startswith(f"http://{endpoint}/bucket/place/") for request in recorder.seen)
 
 
 @pytest.mark.usefixtures("quick_retries")
