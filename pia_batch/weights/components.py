@@ -247,13 +247,25 @@ def _why_no_weights(source: FetchedFolder, folder: Path, stem: str, variant: str
     scattered = shard_index.without_index(folder, stem, variant)
     if scattered is not None:
         return f"{folder} {scattered}"
+    path = source.root / wanted
+    if path.is_symlink() or path.exists():
+        what = f"is a link to {path.readlink()}, which is missing" if path.is_symlink() else "is no file"
+        return f"{path} {what}; copy the file itself there, or fetch the folder again"
     message = f"{source.named} has no {wanted}"
-    others = sorted(path.name for path in folder.glob(f"*{safetensors.SUFFIX}"))
+    names = sorted(each.name for each in folder.iterdir() if each.is_file())
+    others = [name for name in names if name.endswith(safetensors.SUFFIX)]
     if others:
         return f"{message}, but {', '.join(others)}; set or leave out the variant in the config"
-    pickles = sorted(path.name for ending in safetensors.PICKLED for path in folder.glob(f"*{ending}"))
-    found = f", only {', '.join(pickles)}" if pickles else ""
-    return (
-        f"{message}{found}; pickled weights are refused, because opening them runs their code. "
-        "Convert them to safetensors, or use a checkpoint that has safetensors"
-    )
+    pickles = [name for name in names if name.lower().endswith(safetensors.PICKLED)]
+    if pickles:
+        return (
+            f"{message}, only {', '.join(pickles)}; pickled weights are refused, because opening them runs their code. "
+            "Convert them to safetensors, or use a checkpoint that has safetensors"
+        )
+    foreign = [name for name in names if name.lower().endswith(_OTHER_FORMATS)]
+    found = f", only {', '.join(foreign)}" if foreign else ""
+    return f"{message}{found}; fetch the folder again, or use a checkpoint that has weights in safetensors"
+
+
+_OTHER_FORMATS = (".gguf", ".h5", ".mlpackage", ".msgpack", ".onnx", ".onnx_data", ".pb", ".tflite")
+"""Suffixes of weights that other programs read."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pia_batch.errors import ConfigError
+from pia_batch.weights.wrapped_names import unwrapped
 
 Shape = tuple[int, ...]
 
@@ -18,9 +19,6 @@ _GROUPS = {
     "adapter_modules": "ip_adapter",
 }
 """Groups of an adapter's tensors: those of published files, and those of tencent-ailab/IP-Adapter's training."""
-
-_WRAPPERS = re.compile(r"^((state_dict|module|_orig_mod)\.)+")
-"""Prefixes that Lightning, data-parallel training and torch.compile put before every name."""
 
 _FROZEN = "unet."
 """Prefix of the base's own weights, which training saves with the adapter."""
@@ -39,7 +37,7 @@ def adapter_tensors(names: Iterable[str]) -> dict[str, str]:
     """
     found = {}
     for name in names:
-        own = _WRAPPERS.sub("", name)
+        own = unwrapped(name)
         group, _, rest = own.partition(".")
         if not own.startswith(_FROZEN):
             found[f"{_GROUPS.get(group, group)}.{rest}"] = name
@@ -219,7 +217,7 @@ def encoder_tensors(names: Iterable[str]) -> dict[str, EncoderTensor]:
 
 
 def _bare(name: str) -> str:
-    return name.removeprefix("module.").removeprefix("image_encoder.")
+    return unwrapped(name).removeprefix("image_encoder.")
 
 
 def _of_open_clip(stored: str, own: str) -> dict[str, EncoderTensor]:

@@ -13,14 +13,14 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from pia_batch.errors import ConfigError
-from pia_batch.weights import spare_tensors
+from pia_batch.weights import spare_tensors, wrapped_names
 
 UNET, TEXT_ENCODER = "unet", "text_encoder"
 
 Shape = tuple[int, ...]
 
-_WRAPPERS = ("state_dict.", "module.", "_orig_mod.", "_orig_mod_", "base_model.model.")
-"""Prefixes that Lightning, data-parallel training, torch.compile and peft put before every name."""
+_OUTER = ("base_model.model.", "_orig_mod_")
+"""Beginnings of names by peft, and by torch.compile in names without dots; for others see `wrapped_names`."""
 
 _PEFT = "base_model.model."
 
@@ -102,6 +102,8 @@ _UNSUPPORTED = (
     (r"\.fourierft_", "FourierFT"),
     (r"\.vblora_", "VB-LoRA"),
     (r"\.lokr_t1$", "LoKr with lokr_t1"),
+    (r"\.(q_layer|p_layer)\.weight$|\.lambda_layer$", "T-LoRA"),
+    (r"\.abba_", "ABBA"),
     (r"\.spectral_shifts$", "SVDiff"),
     (r"\.(to_\w+_)?custom_diffusion", "Custom Diffusion"),
     (r"\.set_weight$", "patch that replaces whole weights (ComfyUI: set_weight)"),
@@ -250,8 +252,9 @@ def parse(name: str) -> LoraTensorName | None:
 
 
 def _unwrapped(name: str) -> str:
-    while name.startswith(_WRAPPERS):
-        name = next(name.removeprefix(wrapper) for wrapper in _WRAPPERS if name.startswith(wrapper))
+    name = wrapped_names.unwrapped(name)
+    while name.startswith(_OUTER):
+        name = wrapped_names.unwrapped(next(name.removeprefix(each) for each in _OUTER if name.startswith(each)))
     return name
 
 

@@ -122,7 +122,7 @@ _OTHER_ENCODERS = {"clip_g", "clip_h", "t5", "t5xxl", "t5_xxl", "text_encoders_1
 """Names of text encoders that Stable Diffusion 1.5 does not have, as tensors of a textual inversion."""
 
 _IMAGE_PROMPTS = re.compile(
-    r"((state_dict|module|_orig_mod)\.)*(ip_adapter\.|image_proj\.|image_proj_model\.|adapter_modules\.)"
+    r"((state_dict|module|_orig_mod|_fsdp_wrapped_module)\.)*(ip_adapter|image_proj|image_proj_model|adapter_modules)\."
 )
 
 _OF_HCP = re.compile(r"\.___\.|\.lora_block(_\d+)?\.|^(lora|base|base_ema|plugin|plugin_ema)(:|$)")
@@ -175,6 +175,8 @@ _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
         "checkpoint with averaged weights only",
         lambda header: bool(header.starting("model_ema.diffusion_model")) and _unet_input(header) is None,
     ),
+    # A training of PIA writes UNet and motion modules into one file.
+    ("motion adapter", lambda header: _any(header, "motion_modules.")),
     (
         "checkpoint of another family than Stable Diffusion 1.5",
         lambda header: bool(
@@ -188,8 +190,6 @@ _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
             )
         ),
     ),
-    # A training of PIA writes UNet and motion modules into one file.
-    ("motion adapter", lambda header: _any(header, "motion_modules.")),
     ("motion modules of HotShot-XL", lambda header: _any(header, ".temporal_attentions.")),
     ("UNet of Stable Diffusion XL", lambda header: _any(header, "add_embedding.", "label_emb.0.0.")),
     ("UNet of a diffusers folder", lambda header: _any(header, "down_blocks.0.resnets.") and _any(header, "time_emb")),

@@ -403,6 +403,7 @@ def _check_unet(unet: Component, model: ModelConfig) -> bool:
     """Check the UNet; return True if it already contains PIA's motion modules, as in a saved PIAPipeline."""
     config, named = unet.settings, unet.folder if unet.config is None else unet.path
     channels, width = config.get("in_channels", _LATENT_CHANNELS), config.get("cross_attention_dim")
+    tensor_map.refuse_quantized(components.header(unet).shapes, named)
     holds_motion = config.get("_class_name") == "UNetMotionModel"
     if holds_motion and channels != _PIA_CHANNELS:
         raise ConfigError(

@@ -98,12 +98,19 @@ def read(path: Path) -> SafetensorsHeader:
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= min(num_bytes - 8, MAX_HEADER_BYTES):
+                if file.read(1) == b"{" and 0 < length <= MAX_HEADER_BYTES:
+                    raise ConfigError(
+                        f"{path}: ends inside of its header (got {num_bytes} bytes, expected at least {8 + length}): "
+                        "it was not copied in full; fetch it again"
+                    )
                 raise ConfigError(_why_invalid(path, num_bytes))
             text = file.read(length)
     except OSError as err:
         raise _unreadable(path, err) from err
     try:
         header = json.loads(text)
+        if not isinstance(header, dict):
+            raise TypeError(f"it is {type(header).__name__}, expected an object")  # noqa: TRY301 - one message for all
         metadata = {str(name): str(value) for name, value in (header.pop("__metadata__", None) or {}).items()}
         shapes = {name: tuple(int(side) for side in tensor["shape"]) for name, tensor in header.items()}
         dtypes = {name: str(tensor["dtype"]) for name, tensor in header.items()}
@@ -238,8 +245,9 @@ def _why_invalid(path: Path, num_bytes: int) -> str:
 
 
 def _is_torch_archive(head: bytes) -> bool:
-    """Return True for the zip archive that torch.save writes, whose first member is a pickle."""
-    return head.startswith(b"PK\x03\x04") and b"data.pkl" in head
+    """Return True for an archive of torch.save: a zip whose first member is a pickle, or a tar before torch 0.1.10."""
+    is_tar = head.startswith((b"sys_info\0", b"pickle\0", b"storages\0", b"tensors\0"))
+    return is_tar or (head.startswith(b"PK\x03\x04") and b"data.pkl" in head)
 
 
 _MOST_SHOWN = 40

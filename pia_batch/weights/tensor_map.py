@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pia_batch.errors import ConfigError
-from pia_batch.weights import networks, safetensors, spare_tensors
+from pia_batch.weights import networks, safetensors, spare_tensors, wrapped_names
 from pia_batch.weights.components import CONFIG, Component
 from pia_batch.weights.networks import POSITIONS, Settings, Shape
 
@@ -33,9 +33,6 @@ TEXT_PREFIXES = (
 LCM_REMEDY = "use the ordinary checkpoint with an LCM LoRA in model.loras and scheduler `lcm`"
 
 _MOST_LISTED = 5
-
-_WRAPPERS = ("state_dict.", "module.", "_orig_mod.")
-"""Beginnings of names from trainers: of Lightning, of parallel training, and of torch.compile."""
 
 _SPATIAL = re.compile(
     r"time_embedding\..+|conv_norm_out\..+|conv_out\..+|(down_blocks\.\d+|up_blocks\.\d+|mid_block)\."
@@ -75,16 +72,14 @@ class TensorMap:
 
 
 def unwrapped(names: Iterable[str], path: Path) -> dict[str, str]:
-    """Return the names in a file by these names without the beginnings that trainers add.
+    """Return the names in a file by these names without the wrappers of trainers.
 
     Raises:
         ConfigError: Two names are the same without them.
     """
     found: dict[str, str] = {}
     for name in names:
-        inner = name
-        while inner.startswith(_WRAPPERS):
-            inner = inner.split(".", 1)[1]
+        inner = wrapped_names.unwrapped(name)
         if inner in found:
             raise ConfigError(f"{path}: tensors {found[inner]} and {name} have the same place; keep one of them")
         found[inner] = name
@@ -114,6 +109,12 @@ def build(name: str, part: Component) -> TensorMap:
             tensors[wanted] = Stored(path, stored, shape)
         elif not wanted.endswith(POSITIONS):
             missing.append(wanted)
+    outer = _outer_name(missing, candidates, held)
+    if outer is not None:
+        raise ConfigError(
+            f"{_named(part, headers)}: the names of its tensors have {outer!r} before those of the {_KINDS[name]}; "
+            "remove it from the names, or use a file without it"
+        )
     counts, unexpected = _left_out(name, held)
     _check(name, part, headers, missing, unexpected)
     _check_shapes(name, part, headers, tensors)
@@ -150,6 +151,21 @@ def _held(name: str, part: Component, headers: Sequence[safetensors.SafetensorsH
     return {inner.removeprefix(prefix): value for inner, value in every.items() if inner.startswith(prefix)}
 
 
+def _outer_name(missing: Sequence[str], candidates: Candidates, held: Iterable[str]) -> str | None:
+    """Return the same beginning before the names of all missing tensors in a file; None if there is none."""
+    names = set(held)
+    for candidate in candidates(missing[0]) if missing else ():
+        for stored in names:
+            outer = stored.removesuffix(candidate)
+            if (
+                outer.endswith(".")
+                and outer != stored
+                and all(any(outer + each in names for each in candidates(wanted)) for wanted in missing)
+            ):
+                return outer
+    return None
+
+
 def _left_out(name: str, held: Iterable[str]) -> tuple[Counter[str], list[str]]:
     """Return the counts of tensors with a reason to be left out, and the names of those without."""
     names = list(held)
@@ -178,6 +194,7 @@ def _check(
     unexpected: list[str],
 ) -> None:
     named = _named(part, headers)
+    refuse_quantized(unexpected, named)
     for each in unexpected:
         known = next((text for ending, text in _FOREIGN if re.search(ending, each)), None)
         if known is not None:
@@ -241,16 +258,35 @@ _FOREIGN = (
         "a tiny VAE (TAESD, AutoencoderTiny), which PIA cannot use; use an AutoencoderKL",
     ),
     (r"^quantize\.", "a VQ model; use an AutoencoderKL of Stable Diffusion 1.5"),
-    (
-        r"\.(absmax|quant_map|quant_state\..+|scale_weight|SCB|weight_format|qweight|qzeros)$|^scaled_fp8$",
-        "quantized weights, which are not supported; use a file in F16, BF16 or F32",
-    ),
-    (
-        r"\.(comfy_quant|(weight|input)_scale(_2|_inv)?)$",
-        "quantized weights, which are not supported; use a file in F16, BF16 or F32",
-    ),
 )
 """Names that occur in one kind of network only, with what to do."""
+
+_QUANTIZED = re.compile(
+    r"\.(\w*(scale|qdata|zero_point|qweight|qzeros|absmax)\w*|(nested_)?quant_(map|state)|SCB|weight_(format|packed)"
+    r"|comfy_quant|g_idx|_data|_shift|codebooks|codes|smooth(_orig)?|svd_(up|down))(\..+)?$|^scaled_fp8$"
+)
+"""Names of what quantized weights need beside them: scales, tables and their state.
+
+Sources: bitsandbytes, optimum-quanto, torchao, AWQ, GPTQ, compressed-tensors, nunchaku, SDNQ, ComfyUI.
+"""
+
+
+def refuse_quantized(names: Iterable[str], where: Path) -> None:
+    """Refuse a file with quantized weights by its first tensor that only such files have.
+
+    Args:
+        names: Names of tensors.
+        where: Path of the file or folder, for messages.
+
+    Raises:
+        ConfigError: There is such a tensor.
+    """
+    for name in names:
+        if _QUANTIZED.search(name) and not spare_tensors.left_out(name)[0]:
+            raise ConfigError(
+                f"{where}: tensor {name} belongs to quantized weights, which are not supported; use a file in F16, "
+                "BF16 or F32"
+            )
 
 
 def _remedy(part: Component) -> str:

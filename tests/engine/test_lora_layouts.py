@@ -899,6 +899,8 @@ REFUSED = {
         {f"{NORM}.hada_w{one}_{two}": (32, 1) if two == "a" else (1, 1) for one in "12" for two in "ab"},
         "a norm, whose weight is a vector, cannot have hada_w1_a",
     ),
+    "T-LoRA": ({f"lora_unet_{ATTENTION}.q_layer.weight": (4, 4), "lora_unet_x.lambda_layer": (1, 4)}, "kind T-LoRA"),
+    "ABBA": ({f"unet.{ATTENTION}.abba_a1": (4, 4)}, "kind ABBA"),
     "SVDiff": ({f"unet.{ATTENTION}.spectral_shifts": (4,), "b": (1,)}, "kind SVDiff"),
     "Custom Diffusion": (
         {f"{ATTENTION.rpartition('.')[0]}.processor.to_k_custom_diffusion.weight": (4, 4), "b": (1,)},

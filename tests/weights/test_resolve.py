@@ -230,6 +230,29 @@ def test_a_variant_that_no_network_has_is_refused(base):
         resolve(ModelConfig(base=str(base), variant="fp8"))
 
 
+@pytest.mark.parametrize("name", ["model.gguf", "model.onnx", "flax_model.msgpack", "tf_model.h5"])
+def test_weights_of_other_programs_are_named_and_not_called_pickled(base, name):
+    (base / "text_encoder" / "model.safetensors").rename(base / "text_encoder" / name)
+
+    with pytest.raises(ConfigError, match=rf"has no text_encoder/model\.safetensors, only {name}; .* in safetensors$"):
+        resolve(ModelConfig(base=str(base)))
+
+
+def test_a_link_to_a_missing_file_is_named_with_its_target(base):
+    weights = base / "text_encoder" / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to("../../blobs/0123")
+
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors is a link to \.\./\.\./blobs/0123, which is missing; copy"
+    ):
+        resolve(ModelConfig(base=str(base)))
+    weights.unlink()
+    weights.mkdir()
+    with pytest.raises(ConfigError, match=r"model\.safetensors is no file; copy"):
+        resolve(ModelConfig(base=str(base)))
+
+
 @pytest.mark.parametrize("place", ["here", "hub", pytest.param("store", marks=pytest.mark.s3)])
 def test_a_vae_that_has_one_variant_alone_is_loaded(base, tmp_path, place, request, monkeypatch):
     folder = shutil.copytree(base / "vae", tmp_path / "vae")

@@ -187,7 +187,15 @@ def test_a_torch_archive_under_the_name_of_safetensors_is_refused(tmp_path):
         (b"PK\x03\x04" + bytes(26) + b"model.safetensors" + bytes(99), "a zip archive .*; unpack it"),
         (b"\x89PNG\r\n\x1a\n" + bytes(99), "is a PNG image, not"),
         (bytes(5000), "holds only zeros"),
-        ((99).to_bytes(8, "little") + b'{"a": ', "or it is truncated: it has 14 bytes; fetch the file again"),
+        (
+            (99).to_bytes(8, "little") + b'{"a": ',
+            "ends inside of its header .got 14 bytes, expected at least 107.*again",
+        ),
+        ((9999).to_bytes(8, "little") + b'{"a":' + b" " * 5000, "ends inside of its header .*; fetch it again"),
+        (b"sys_info".ljust(257, b"\0") + b"ustar  \0" + bytes(99), "is a pickle, which is refused"),
+        (b"checkpoint/".ljust(257, b"\0") + b"ustar  \0" + bytes(99), "is a tar archive, .*; unpack it"),
+        (b"\6" + bytes(7) + b"[1, 2]", "its header cannot be read .it is list, expected an object"),
+        (b"\4" + bytes(7) + b"null", "its header cannot be read .it is NoneType, expected an object"),
     ],
     ids=[
         "empty",
@@ -206,6 +214,11 @@ def test_a_torch_archive_under_the_name_of_safetensors_is_refused(tmp_path):
         "PNG",
         "zeros",
         "cut",
+        "cut after much text",
+        "tar of torch",
+        "tar",
+        "list",
+        "null",
     ],
 )
 def test_another_file_under_the_name_of_safetensors_is_named_with_a_remedy(content, message, tmp_path):
