@@ -29,6 +29,7 @@ from pia_batch.engine.conditioning import LruCache, pixel_digest
 from pia_batch.errors import ConfigError, NonFiniteError
 from pia_batch.weights import image_prompt_files
 from pia_batch.weights.components import Component
+from pia_batch.weights.safetensors import SUFFIX
 
 MAX_IMAGE_PROMPTS = 32
 """Number of cached image prompts: 8 kB each in float32 for the plain adapter, 2.6 MB if it reads hidden states."""
@@ -181,10 +182,10 @@ def install(unet: Any, path: Path) -> None:
 
 
 def read_encoder(part: Component, dtype: torch.dtype) -> Any:
-    """Return the image encoder of a part with the layout `single_file`, on the CPU, in its own memory.
+    """Return the image encoder of a part, on the CPU, in its own memory.
 
     Args:
-        part: Single file, with the config that `weights.resolve` found.
+        part: Folder, or a single file with the config that `weights.resolve` found.
         dtype: Dtype of the loaded weights, whatever the dtype in the file.
 
     Raises:
@@ -194,16 +195,19 @@ def read_encoder(part: Component, dtype: torch.dtype) -> Any:
     with accelerate.init_empty_weights():
         network = CLIPVisionModelWithProjection(CLIPVisionConfig.from_pretrained(folder, local_files_only=True))
     names = {name.removeprefix("vision_model."): name for name in network.state_dict()}
+    paths = [part.folder / name for name in part.files if name.endswith(SUFFIX)]
     try:
-        with safe_open(part.path, "pt") as file:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
+            held = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - the file is no mapping
             # Copy: a tensor of the right dtype would otherwise remain a view of the file, which may change.
             own = {
-                names.get(name, name): _part(file.get_tensor(stored.name), stored).to(dtype, copy=True)
-                for name, stored in image_prompt_files.encoder_tensors(file.keys()).items()
+                names.get(name, name): _part(held[stored.name].get_tensor(stored.name), stored).to(dtype, copy=True)
+                for name, stored in image_prompt_files.encoder_tensors(held).items()
             }
         network.load_state_dict(own, assign=True)
     except (OSError, RuntimeError, SafetensorError) as err:
-        raise ConfigError(f"model.ip_adapter.image_encoder: {part.path} does not fit its config: {err}") from err
+        raise ConfigError(f"model.ip_adapter.image_encoder: {paths[0]} does not fit its config: {err}") from err
     return network.to(dtype)
 
 

@@ -304,9 +304,7 @@ class _Loader:
 
     def _image_encoder(self) -> Any:
         part = dict(self._weights.parts())["image_encoder"]
-        if part.layout == "single_file":
-            return self._ready("image_encoder", image_prompts.read_encoder(part, self._dtype))
-        return self._ready("image_encoder", _read_image_encoder(part, self._dtype))
+        return self._ready("image_encoder", image_prompts.read_encoder(part, self._dtype))
 
     def _read(self, name: str) -> Any:
         dtype = self._vae_dtype if name == "vae" else self._dtype
@@ -343,26 +341,6 @@ def _original(unet: Any) -> Any:
         raise ConfigError(
             "model.arithmetic: original supports only the UNet of Stable Diffusion 1.5 with ordinary attention; set it "
             "to diffusers"
-        )
-    return network
-
-
-def _read_image_encoder(part: Component, dtype: torch.dtype) -> Any:
-    """Return the encoder of image prompts, with exactly the weights of its files."""
-    kind = transformers.CLIPVisionModelWithProjection
-    network, report = kind.from_pretrained(
-        part.folder,
-        dtype=dtype,
-        variant=part.variant,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ConfigError(
-            f"{part.folder}: incomplete {kind.__name__}: missing tensor {missing[0]}{more}; download the folder again"
         )
     return network
 

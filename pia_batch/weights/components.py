@@ -255,7 +255,10 @@ def _why_no_weights(source: FetchedFolder, folder: Path, stem: str, variant: str
     names = sorted(each.name for each in folder.iterdir() if each.is_file())
     others = [name for name in names if name.endswith(safetensors.SUFFIX)]
     if others:
-        return f"{message}, but {', '.join(others)}; set or leave out the variant in the config"
+        remedy = "set or leave out the variant in the config"
+        if not _variants_of(others, stem):
+            remedy = f"give the one to use the name {path.name}"
+        return f"{message}, but {', '.join(others)}; {remedy}"
     pickles = [name for name in names if name.lower().endswith(safetensors.PICKLED)]
     if pickles:
         return (

@@ -457,8 +457,10 @@ class _OpenClipBlock(torch.nn.Module):
         return states + self.mlp(self.ln_2(states))
 
 
+@pytest.mark.parametrize("file", ["open_clip_model.safetensors", "model.safetensors"])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_an_encoder_with_the_names_of_open_clip_computes_what_open_clip_computes(tmp_path, prefix):
+def test_an_encoder_with_the_names_of_open_clip_computes_what_open_clip_computes(tmp_path, prefix, file):
+    """`model.safetensors` is found in its folder, which the config names."""
     torch.manual_seed(5)
     tower = _OpenClipTower(width=24, layers=3, heads=2, patch=8, grid=4, projected=12).eval()
     named = {f"{prefix}visual.{name}": tensor.contiguous() for name, tensor in tower.state_dict().items()}
@@ -466,15 +468,17 @@ def test_an_encoder_with_the_names_of_open_clip_computes_what_open_clip_computes
         f"{prefix}{name}": torch.ones(shape)
         for name, shape in {"logit_scale": (), "positional_embedding": (77, 9), "text_projection": (9, 9)}.items()
     }
-    save_file(named | spare, tmp_path / "open_clip_model.safetensors")
+    source = tmp_path / "encoder"
+    source.mkdir()
+    save_file(named | spare, source / file)
     settings = {
         "model_type": "clip_vision_model", "hidden_act": "gelu", "hidden_size": 24, "intermediate_size": 48,
         "image_size": 32, "patch_size": 8, "num_attention_heads": 2, "num_hidden_layers": 3, "projection_dim": 12,
     }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (source / "config.json").write_text(json.dumps(settings))
     path = ip_adapters.write(tmp_path / "a")
     model = adapted(tmp_path / "b").model
-    entry = IpAdapterConfig(source=str(path), image_encoder=str(tmp_path / "open_clip_model.safetensors"))
+    entry = IpAdapterConfig(source=str(path), image_encoder=str(source if file.startswith("model") else source / file))
     part = resolve(model.model_copy(update={"ip_adapter": entry})).image_encoder
     assert part is not None
 
@@ -483,3 +487,33 @@ def test_an_encoder_with_the_names_of_open_clip_computes_what_open_clip_computes
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(encoder(pixels).image_embeds, tower(pixels), atol=1e-5)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "state_dict.", "_fsdp_wrapped_module.", "image_encoder."])
+def test_an_encoder_in_a_folder_of_shards_has_the_numbers_of_its_files_under_any_names(tmp_path, wrapper):
+    model = adapted(tmp_path).model
+    assert model.ip_adapter is not None
+    folder = Path(model.ip_adapter.source).parent / "image_encoder"
+    own = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards: dict[str, dict[str, torch.Tensor]] = {
+        "model-00001-of-00002.safetensors": {},
+        "model-00002-of-00002.safetensors": {},
+    }
+    for number, (name, tensor) in enumerate(sorted(own.items())):
+        shards[sorted(shards)[number % 2]][wrapper + name] = tensor
+    for file, held in shards.items():
+        save_file(held, folder / file)
+    index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    part = resolve(model).image_encoder
+    assert part is not None
+
+    found = image_prompts.read_encoder(part, torch.float32).state_dict()
+
+    assert {name.removeprefix("vision_model.") for name in found} == {
+        name.removeprefix("vision_model.") for name in own
+    }
+    for name, tensor in own.items():
+        mine = found[name] if name in found else found[name.removeprefix("vision_model.")]
+        assert torch.equal(mine, tensor)

@@ -238,6 +238,15 @@ def test_weights_of_other_programs_are_named_and_not_called_pickled(base, name):
         resolve(ModelConfig(base=str(base)))
 
 
+def test_weights_of_another_name_are_not_called_a_variant(base):
+    (base / "text_encoder" / "model.safetensors").rename(base / "text_encoder" / "open_clip_model.safetensors")
+
+    with pytest.raises(
+        ConfigError, match=r"but open_clip_model\.safetensors; give the one to use the name model\.safe"
+    ):
+        resolve(ModelConfig(base=str(base)))
+
+
 def test_a_link_to_a_missing_file_is_named_with_its_target(base):
     weights = base / "text_encoder" / "model.safetensors"
     weights.unlink()
