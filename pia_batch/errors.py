@@ -192,19 +192,25 @@ _ENVIRONMENT = {
 """Remedies for errors of the operating system that an operator causes and ends, by their number."""
 
 
-_OUT_OF_MEMORY_MESSAGES = (
-    "out of memory",
-    "can't allocate memory",
+_OUT_OF_MEMORY_PATTERNS = (
+    "out.of.memory",
+    "(can't|cannot|failed to|could not) allocate",
+    "not enough memory",
     "bad_alloc",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+    "storage size calculation overflowed",
+    r"(cublas|cudnn|cusparse)_status_\w*alloc\w*_failed",
+    "could not create a (primitive(?! descriptor)|memory object)",
+    "could not execute a primitive",
     "was unable to find an engine to execute this computation",
 )
-"""Texts of a plain RuntimeError of torch that mean memory ran out outside of its own GPU allocator.
+"""Patterns, in small letters, of a plain RuntimeError of torch that means memory ran out outside its GPU allocator.
 
-The last one comes from a convolution: torch tries one cuDNN algorithm after another, skips those whose workspace does
-not fit into memory, and finally reports only that no algorithm was left.
+A primitive is oneDNN's: it has no other words for memory that it does not get, and reports a computation that it lacks
+by the descriptor. The last text comes from a convolution: torch tries one cuDNN algorithm after another, skips those
+whose workspace does not fit into memory, and finally reports only that no algorithm was left.
 """
+
+_OUT_OF_MEMORY = re.compile("|".join(_OUT_OF_MEMORY_PATTERNS), re.IGNORECASE)
 
 
 def is_out_of_memory(err: BaseException) -> bool:
@@ -216,7 +222,7 @@ def is_out_of_memory(err: BaseException) -> bool:
         return True
     if isinstance(err, OSError):
         return err.errno == errno.ENOMEM
-    return isinstance(err, RuntimeError) and any(words in str(err) for words in _OUT_OF_MEMORY_MESSAGES)
+    return isinstance(err, RuntimeError) and _OUT_OF_MEMORY.search(str(err)) is not None
 
 
 _CERTIFICATE = re.compile(r"CERTIFICATE_VERIFY_FAILED.*?verify failed:? ?([^(\n\"]*)")

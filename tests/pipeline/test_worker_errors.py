@@ -65,7 +65,14 @@ def test_a_folder_that_an_engine_cannot_write_is_named_by_the_variable_that_says
         RuntimeError(
             "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
         ),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: not enough memory: you tried 9 bytes"),
+        RuntimeError("unable to mmap 3438167540 bytes from file <unet.safetensors>: Cannot allocate memory (12)"),
+        RuntimeError("Storage size calculation overflowed with sizes=[4611686018427387904, 8]"),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("could not create a memory object"),
+        RuntimeError("could not execute a primitive"),
         RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],
@@ -79,7 +86,15 @@ def test_a_lack_of_memory_is_the_error_of_one_request_with_the_remedy(raised: Ex
     assert "lower its num_frames, width or height" in str(error)
 
 
-@pytest.mark.parametrize("raised", [RuntimeError("cursed"), KeyError("out of memory"), OSError(errno.ENOSPC, "full")])
+@pytest.mark.parametrize(
+    "raised",
+    [
+        RuntimeError("cursed"),
+        RuntimeError("could not create a primitive descriptor for the convolution forward propagation primitive"),
+        KeyError("out of memory"),
+        OSError(errno.ENOSPC, "full"),
+    ],
+)
 def test_another_error_is_no_lack_of_memory(raised: Exception) -> None:
     assert memory_error(raised) is None
 
