@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ray._private import node
+from ray._private import node, worker
 from ray._private.parameter import RayParams
+
+from pia_batch.errors import InterruptedRunError
 
 
 class OwnNode(node.Node):  # type: ignore[misc] # Ray is untyped here
@@ -37,3 +39,27 @@ def started_by_init() -> Iterator[None]:
         yield
     finally:
         node.Node = before
+
+
+def check_processes() -> None:
+    """Check that the programs of a Ray of our own still run, if this process has started one.
+
+    Some seconds after one has ended, Ray ends this process too, without a message.
+
+    Raises:
+        InterruptedRunError: One has ended.
+    """
+    ended = _ended_programs()
+    if ended:
+        msg = (
+            f"Ray has ended on this machine: {' and '.join(ended)}; everything finished is committed. Look for an "
+            "out-of-memory kill in the system's log, use a larger machine or fewer engines, and start again to resume"
+        )
+        raise InterruptedRunError(msg)
+
+
+def _ended_programs() -> list[str]:
+    own = worker._global_node  # noqa: SLF001 - the node that `ray.init` has started
+    if not isinstance(own, OwnNode):
+        return []
+    return [f"{name} (exit code {process.returncode})" for name, process in own.dead_processes()]

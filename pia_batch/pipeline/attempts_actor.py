@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -12,10 +13,28 @@ from pia_batch.schema.columns import Row
 
 
 class RemoteAttemptControl:
-    """`attempts.AttemptControl` by remote calls to the tracker's actor, plus the methods that the driver calls."""
+    """`attempts.AttemptControl` by remote calls to the tracker's actor, plus the methods that the driver calls.
 
-    def __init__(self, tracker: Any) -> None:
+    Args:
+        tracker: Handle of the actor.
+        check_ray: Function of the driver that raises if Ray has ended. Its calls would then wait until Ray ends this
+            process, without a message. A worker's copy has none.
+    """
+
+    def __init__(self, tracker: Any, check_ray: Callable[[], None] = lambda: None) -> None:
         self.tracker = tracker
+        self._check_ray = check_ray
+
+    def __reduce__(self) -> tuple[type[RemoteAttemptControl], tuple[Any]]:
+        """Return what a worker's copy is made of."""
+        return type(self), (self.tracker,)
+
+    def _answer(self, reference: Any) -> Any:
+        """Return the answer to a call of the driver, or raise if Ray ends meanwhile."""
+        self._check_ray()
+        while not ray.wait([reference], timeout=_CHECK_S)[0]:
+            self._check_ray()
+        return ray.get(reference)
 
     def start(self, worker: str) -> int:
         """Call `AttemptTracker.start`."""
@@ -28,7 +47,7 @@ class RemoteAttemptControl:
 
     def engine_summary(self) -> dict[str, Any]:
         """Call `AttemptTracker.engine_summary`."""
-        summary: dict[str, Any] = ray.get(self.tracker.engine_summary.remote())
+        summary: dict[str, Any] = self._answer(self.tracker.engine_summary.remote())
         return summary
 
     def heartbeat(self, engine: str, seconds: float, generating_seconds: float | None = None) -> None:
@@ -37,7 +56,7 @@ class RemoteAttemptControl:
 
     def activity(self) -> EngineActivity:
         """Call `AttemptTracker.activity`."""
-        activity: EngineActivity = ray.get(self.tracker.activity.remote())
+        activity: EngineActivity = self._answer(self.tracker.activity.remote())
         return activity
 
     def begin(self, keys: list[str]) -> list[int] | None:
@@ -60,10 +79,16 @@ class RemoteAttemptControl:
 
     def stop(self) -> None:
         """Call `AttemptTracker.stop`."""
-        ray.get(self.tracker.stop.remote())
+        self._answer(self.tracker.stop.remote())
 
 
-def start_attempt_tracker(max_attempts: int, *, returns_outcomes: bool = True) -> RemoteAttemptControl:
+_CHECK_S = 1.0
+"""Seconds between two checks of Ray during a call. It ends the driver some 10 seconds after its own end."""
+
+
+def start_attempt_tracker(
+    max_attempts: int, *, returns_outcomes: bool = True, check_ray: Callable[[], None] = lambda: None
+) -> RemoteAttemptControl:
     """Start the run's attempt tracker in a process on the driver's node, if that node has room for it.
 
     The process ends with the run, once no copy of the returned handle exists any more.
@@ -71,7 +96,8 @@ def start_attempt_tracker(max_attempts: int, *, returns_outcomes: bool = True) -
     Args:
         max_attempts: Maximum number of attempts per request, as `limits.max_attempts`.
         returns_outcomes: Hand out the outcome of a committed request that comes again.
+        check_ray: Function that raises if Ray has ended.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(AttemptTracker)
-    return RemoteAttemptControl(actor.remote(max_attempts, returns_outcomes=returns_outcomes))
+    return RemoteAttemptControl(actor.remote(max_attempts, returns_outcomes=returns_outcomes), check_ray)

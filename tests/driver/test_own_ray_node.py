@@ -45,6 +45,43 @@ def test_a_ray_of_our_own_has_no_process_that_a_run_does_not_use() -> None:
     assert "--listen-port=0" in raylet  # another Ray of this machine may have the default port
 
 
+KILL = """
+import sys, psutil
+from pia_batch.config import PlacementConfig
+from pia_batch.driver import ray_cluster
+from pia_batch.driver.own_ray_node import check_processes
+from pia_batch.errors import InterruptedRunError
+from pia_batch.pipeline.attempts_actor import start_attempt_tracker
+
+try:
+    with ray_cluster.connect(PlacementConfig(num_gpus=0, ray_address="local")):
+        tracker = start_attempt_tracker(3, check_ray=check_processes)
+        assert tracker.activity().in_flight == 0
+        (program,) = [each for each in psutil.Process().children() if sys.argv[1] in " ".join(each.cmdline())]
+        program.kill()
+        while True:
+            tracker.activity()
+except InterruptedRunError as err:
+    print(err)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("program", ["raylet", "gcs_server"])
+def test_a_program_of_ray_that_was_killed_interrupts_the_run_before_ray_ends_it(program: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILL, f"/{program} "],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"RAY_ADDRESS": "local"},
+    )
+
+    line = done.stdout.splitlines()[-1]  # Ray may print the last lines of the program's log before
+    assert line.startswith(f"Ray has ended on this machine: {program} (exit code -9); everything finished is committed")
+    assert line.endswith("start again to resume")
+
+
 def test_only_the_ray_of_a_run_is_changed() -> None:
     before = node.Node
     with started_by_init():
