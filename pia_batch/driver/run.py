@@ -17,9 +17,10 @@ from pia_batch.config import RunConfig
 from pia_batch.driver import monitor, notifications, ray_cluster
 from pia_batch.driver.budget import Budget, LimitReached, selection_limit
 from pia_batch.driver.monitor import RunControls
+from pia_batch.driver.own_ray_node import check_processes
 from pia_batch.driver.progress import Gauges, Progress
 from pia_batch.driver.run_record import RunRecordWriter
-from pia_batch.errors import ConfigError, PiaBatchError, StorageError
+from pia_batch.errors import ConfigError, InterruptedRunError, PiaBatchError, StorageError
 from pia_batch.journal import layout
 from pia_batch.journal.compaction import Compactor
 from pia_batch.journal.lease import Lease
@@ -112,6 +113,7 @@ class Run:
         self._config, self._writer, self._retry = config, writer, retry
         self._on_progress, self._stop, self._load_engines = on_progress, stop, load_engines
         self._budget, self._store = Budget(config), Store(config.output)
+        self._has_begun = False
 
     def execute(self) -> RunSummary:
         """Execute the run from its plan to its report page, and return its summary."""
@@ -152,7 +154,8 @@ class Run:
     def _interruptible(self) -> Iterator[None]:
         """Interrupt the run where the store or this machine fails under way: started again, it continues.
 
-        What it still writes of its end then has one attempt, so that a full disk is waited for once only.
+        Before its first record is written, the error stays what it is: nothing was started. What the run still writes
+        of its end then has one attempt, so that a full disk is waited for once only.
 
         Raises:
             InterruptedRunError: They failed.
@@ -163,7 +166,7 @@ class Run:
             interruption = worker_errors.interruption_by(err)
             if interruption is not None or isinstance(err.__cause__, StorageError):
                 self._store.stop_retrying()
-            if interruption is not None:
+            if interruption is not None and self._has_begun:
                 raise interruption from err
             raise
 
@@ -183,6 +186,7 @@ class Run:
         self._writer.begin(self._store, self._progress)
         plan.record_locations()
         plan.save_scan()
+        self._has_begun = True
 
     def _commit_rejections(self) -> None:
         """Commit a failed result for each request that the manifest's own values rule out."""
@@ -206,7 +210,7 @@ class Run:
             return self._consume_chain()
 
     def _consume_chain(self) -> LimitReached | None:
-        tracker = start_attempt_tracker(self._config.limits.max_attempts)
+        tracker = start_attempt_tracker(self._config.limits.max_attempts, check_ray=check_processes)
         dataset = chain(self._plan, self._run_id, tracker, self._load_engines)
         outcomes = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         self._progress.enter("generating")
@@ -222,7 +226,7 @@ class Run:
             return monitor.consume(outcomes, tracker, ray.cluster_resources, controls)
         finally:
             ray_cluster.end_execution(dataset)
-            with suppress(ray.exceptions.RayError):
+            with suppress(ray.exceptions.RayError, InterruptedRunError):
                 activity = tracker.activity()
                 self._progress.update(activity)
                 self._writer.set_engines(tracker.engine_summary(), activity.engine_seconds)

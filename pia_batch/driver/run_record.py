@@ -16,7 +16,14 @@ from pia_batch import __version__
 from pia_batch.config import RunConfig
 from pia_batch.driver.budget import LimitReached, gpu_hours
 from pia_batch.driver.progress import Progress
-from pia_batch.errors import InterruptedRunError, LeaseHeldError, PiaBatchError, StorageError, message_of
+from pia_batch.errors import (
+    InterruptedRunError,
+    LeaseHeldError,
+    PiaBatchError,
+    StorageError,
+    environment_error,
+    message_of,
+)
 from pia_batch.journal import layout
 from pia_batch.journal.log import Outcomes, to_json
 from pia_batch.planning.plan import Plan
@@ -162,6 +169,7 @@ class RunRecordWriter:
 
     def fail(self, err: Exception) -> None:
         """Complete the record of a run that ends by an error; write it if `begin` was called and the store answers."""
+        err = environment_error(err) or err
         reason = next((word for kind, word in _REASONS.items() if isinstance(err, kind)), "bug")
         message = str(err) if isinstance(err, PiaBatchError) else f"{type(err).__name__}: {message_of(err)}"
         exit_code = err.exit_code if isinstance(err, PiaBatchError) else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
@@ -145,6 +146,7 @@ def test_a_run_that_a_limit_stopped_says_which_and_what_is_left(make_config: Mak
         (LeaseHeldError("taken over"), "lease_held", 75),
         (AccountingError("one is missing"), "error", 1),
         (ConfigError("s3://user:hunter2@host/x"), "error", 2),
+        (OSError(errno.EFBIG, "File too large"), "error", 2),
         (ZeroDivisionError("division by zero"), "bug", 1),
     ],
 )
