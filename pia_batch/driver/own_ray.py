@@ -111,8 +111,12 @@ MIN_OPEN_FILES = 256
 """Smallest limit of open files with which a run of one engine was measured to work; with 64, Ray ends by itself."""
 
 
-MIN_ADDRESS_BYTES = 10 * 2**30
-"""Smallest limit of a process's address space (`ulimit -v`). On a machine of 24 GB, Ray waited for ever with 8 GB."""
+_RAYLET_BYTES, _WORKER_BYTES = 2**30, 4 * 2**30
+"""Address space (`ulimit -v`) that Ray's raylet, and a worker with the embedded model, need besides the objects.
+
+With 6.7 GiB of objects, 13.2 and 10.0 GiB were measured: the raylet has them twice, as the store and as a reader. With
+less, it ends during the run, or Ray waits for ever.
+"""
 
 MIN_PROCESSES = 128
 """Smallest limit of a user's processes and threads (`ulimit -u`). With 100, Ray timed out; with 300, it starts."""
@@ -152,16 +156,18 @@ def check_limits(
             f"{MIN_OPEN_FILES}); {_FILES}"
         )
         raise ConfigError(msg)
+    share = OBJECTS_SHARE * psutil.virtual_memory().total
+    objects = share if object_store_mb is None else object_store_mb * 2**20
     space = resource.getrlimit(resource.RLIMIT_AS)[0] if address_bytes is None else address_bytes
-    if _is_less(space, MIN_ADDRESS_BYTES):
+    least = max(2 * objects + _RAYLET_BYTES, objects + _WORKER_BYTES)
+    if _is_less(space, least):
         msg = (
             f"the limit of address space is too low for a Ray on this machine (got {space / 2**30:.1f} GiB, expected "
-            f"at least {MIN_ADDRESS_BYTES / 2**30:g}); remove it by `ulimit -v unlimited`, and limit memory by a cgroup"
+            f"at least {least / 2**30:.1f}); remove it by `ulimit -v unlimited`, and limit memory by a cgroup, or set "
+            "placement.object_store_mb to less"
         )
         raise ConfigError(msg)
     size = resource.getrlimit(resource.RLIMIT_FSIZE)[0] if file_bytes is None else file_bytes
-    share = OBJECTS_SHARE * psutil.virtual_memory().total
-    objects = share if object_store_mb is None else object_store_mb * 2**20
     if _is_less(size, objects):
         msg = (
             "the limit of a file's size is too low for the objects of a Ray on this machine "

@@ -1,15 +1,16 @@
 import errno
 import os
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import users
 
 from pia_batch.driver.own_ray import (
     _BELOW_BYTES,
     _SOCKET_BYTES,
-    MIN_ADDRESS_BYTES,
     MIN_OPEN_FILES,
     MIN_PROCESSES,
     check_limits,
@@ -161,15 +162,21 @@ def test_too_few_open_files_are_refused_by_their_number(files: int) -> None:
         check_limits(files, UNLIMITED)
 
 
-@pytest.mark.parametrize("space", [MIN_ADDRESS_BYTES, MIN_ADDRESS_BYTES + 1, UNLIMITED])
-def test_enough_address_space_is_accepted(space: int) -> None:
-    check_limits(UNLIMITED, space)
+GIB = 2**30
 
 
-@pytest.mark.parametrize("space", [2**31, MIN_ADDRESS_BYTES - 1])
-def test_too_little_address_space_is_refused(space: int) -> None:
-    with pytest.raises(ConfigError, match=r"limit of address space is too low .*`ulimit -v unlimited`"):
-        check_limits(UNLIMITED, space)
+@pytest.mark.parametrize(("space", "store_mb"), [(5 * GIB, 1024), (17 * GIB, 8192), (2**50, None), (UNLIMITED, 2**30)])
+def test_enough_address_space_for_the_objects_is_accepted(space: int, store_mb: int | None) -> None:
+    check_limits(UNLIMITED, space, object_store_mb=store_mb)
+
+
+@pytest.mark.parametrize(
+    ("space", "store_mb", "least"), [(5 * GIB - 1, 1024, "5.0"), (17 * GIB - 1, 8192, "17.0"), (2 * GIB, None, "")]
+)
+def test_too_little_address_space_for_the_objects_is_refused(space: int, store_mb: int | None, least: str) -> None:
+    words = rf"limit of address space is too low .* at least {least}.*`ulimit -v unlimited`, .*object_store_mb to less$"
+    with pytest.raises(ConfigError, match=words):
+        check_limits(UNLIMITED, space, object_store_mb=store_mb)
 
 
 @pytest.mark.parametrize(("size", "store_mb"), [(2**50, None), (2**29, 512), (UNLIMITED, None), (UNLIMITED, 2**30)])
@@ -195,6 +202,39 @@ def test_too_few_processes_are_refused(processes: int) -> None:
         ConfigError, match=rf"\(got {processes}, expected at least {MIN_PROCESSES}\); .*`ulimit -u 4096`"
     ):
         check_limits(UNLIMITED, UNLIMITED, UNLIMITED, processes)
+
+
+@pytest.mark.parametrize(
+    ("limit", "found"),
+    [
+        (3, "RuntimeError: can't start new thread; raise the limits of memory and processes (`ulimit -a`), or use"),
+        (2000, "None"),
+    ],
+)
+def test_threads_that_a_user_may_not_start_are_an_error_with_a_remedy(tmp_path: Path, limit: int, found: str) -> None:
+    program = (
+        "import threading\n"
+        "from pia_batch.driver.own_ray import check_threads\n"
+        "from pia_batch.errors import environment_error\n"
+        "error = None\n"
+        "try: check_threads()\n"
+        "except RuntimeError as err: error = environment_error(err)\n"
+        "print(threading.active_count(), error)"
+    )
+    command = [
+        "bash",
+        "-c",
+        f'ulimit -u {limit}; exec "$@"',
+        "bash",
+        *users.without_processes(tmp_path),
+        sys.executable,
+        "-c",
+        program,
+    ]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.stdout.startswith(f"1 {found}"), done.stderr  # and the threads that were started have ended
 
 
 def test_shared_memory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mounts
 import pyarrow.parquet as pq
 import pytest
 import torch
+import users
 from inputs import requests_table
 from ray.exceptions import RayTaskError
 
@@ -130,6 +133,74 @@ def test_a_home_that_is_missing_or_no_folder_keeps_nobody_from_planning(tmp_path
     )
 
     assert (line, code) == ("", 0)
+
+
+# --- limits, folders and addresses: `run` and `doctor`, which end alike -----------------------------------------------
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Environment in which no Ray of our own starts, or none answers.
+
+    Attributes:
+        words: What the commands print.
+        limits: Options of `ulimit`.
+        environment: Variables; `{}` stands for a folder of the test.
+        commands: Commands that are tried; `doctor` takes the longest, and has one check for all of these.
+    """
+
+    words: str
+    limits: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    commands: tuple[str, ...] = ("run",)
+
+
+BOTH = ("run", "doctor")
+
+SITUATIONS = {
+    "files of 2 KiB": Situation("File too large; raise the limit of a file's size", "-f 2"),
+    "files of 1 GB": Situation("limit of a file's size is too low for the objects of a Ray", "-f 100000"),
+    "64 open files": Situation("limit of open files is too low for a Ray", "-n 64"),
+    "address space of 6 GB": Situation("limit of address space is too low for a Ray", "-v 6000000", commands=BOTH),
+    "100 processes": Situation("limit of processes and threads is too low for a Ray", "-u 100", commands=BOTH),
+    "Ray's folder is a file": Situation("RAY_TMPDIR: cannot write to", environment={"RAY_TMPDIR": "/dev/null"}),
+    "Ray's folder is long": Situation("RAY_TMPDIR: too long", environment={"RAY_TMPDIR": "{}/" + "x" * 85}),
+    "nobody at the address": Situation("at 127.0.0.1:1", environment={"RAY_ADDRESS": "127.0.0.1:1"}),
+}
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_what_keeps_a_run_from_ray_ends_run_and_doctor_with_2_and_a_remedy(tmp_path: Path, name: str) -> None:
+    case = SITUATIONS[name]
+    pq.write_table(requests_table(1), tmp_path / "m.parquet")
+    variables = {key: value.replace("{}", str(tmp_path)) for key, value in case.environment.items()}
+    user = users.without_processes(tmp_path) if "-u" in case.limits else []
+    for command in case.commands:
+        done = subprocess.run(
+            [
+                *("bash", "-c", f'{case.limits and "ulimit"} {case.limits}\nexec "$@"', "bash", *user),
+                *(sys.executable, "-m", "pia_batch.cli", command),
+                *("--manifest", str(tmp_path / "m.parquet"), "--output", str(tmp_path / command)),
+                *("--set", "placement.num_gpus=0"),
+            ],
+            env=os.environ | {"RAY_ADDRESS": "local"} | variables,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+
+        problems = [line for line in done.stderr.splitlines() if not re.search(" (INFO|WARNING) ", line)]
+        assert done.returncode == 2, done.stderr
+        if command == "doctor":
+            assert case.words in done.stdout
+        else:
+            (line,) = problems
+            assert line.startswith("pia-batch: ")
+            assert case.words in line
+            assert "; " in line
 
 
 # --- what `doctor` meets ---------------------------------------------------------------------------------------------
