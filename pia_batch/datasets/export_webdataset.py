@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import datetime as dt
-import decimal
 import io
 import json
-import math
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
+from pia_batch.datasets import plain_values
 from pia_batch.datasets.export_formats import ExportFormat, ShardTarget
 from pia_batch.datasets.export_rows import Batch
 from pia_batch.schema import python_values
@@ -38,24 +36,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def to_json(row: dict[str, Any]) -> bytes:
     """Return a row as one line of JSON; times in ISO 8601, NaN and infinity as null, bytes in hexadecimal."""
-    return json.dumps(_plain(row), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-
-
-def _plain(value: Any) -> Any:  # any value that Arrow holds
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return next((convert(value) for kind, convert in _CONVERSIONS if isinstance(value, kind)), value)
-
-
-_CONVERSIONS: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
-    (float, lambda value: value if math.isfinite(value) else None),
-    (bytes, bytes.hex),
-    ((dt.date, dt.time), lambda value: value.isoformat()),
-    (dt.timedelta, dt.timedelta.total_seconds),
-    (decimal.Decimal, str),
-)
+    return json.dumps(plain_values.of_any(row), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 WEBDATASET: ExportFormat = ExportFormat(
