@@ -35,6 +35,7 @@ from pia_batch.storage.uris import (
     TooLargeError,
     redacted,
     redacted_uri,
+    remedy_for_missing,
 )
 
 HTTP = HttpReader()
@@ -83,7 +84,7 @@ def read_image(
     except TooLargeError:
         raise too_large from None
     except Exception as err:  # noqa: BLE001 - every client has its own classes; `_explain` maps them to ours
-        raise _explain(wanted, err, images.timeout_s) from None
+        raise _explain(wanted, uri, err, images.timeout_s) from None
     if len(data) > images.max_bytes:
         raise too_large
     return _not_empty(wanted, data)
@@ -100,7 +101,7 @@ def read_image_head(
     try:
         data = _read(uri, base_uri, images, http, num_bytes, whole=False)
     except Exception as err:  # noqa: BLE001 - as above
-        raise _explain(wanted, err, images.timeout_s) from None
+        raise _explain(wanted, uri, err, images.timeout_s) from None
     return _not_empty(wanted, data)
 
 
@@ -190,7 +191,7 @@ def _is_final(err: Exception) -> bool:
     return certificate_problem(err) is not None
 
 
-def _explain(wanted: str, err: Exception, timeout_s: float) -> RequestError | StorageError:
+def _explain(wanted: str, uri: str, err: Exception, timeout_s: float) -> RequestError | StorageError:
     if isinstance(err, StorageError | ConfigError | ImportError):
         return StorageError(f"{wanted} cannot be opened: {redacted(message_of(err))}")
     if isinstance(err, NotAllowedError):
@@ -205,7 +206,8 @@ def _explain(wanted: str, err: Exception, timeout_s: float) -> RequestError | St
     elif isinstance(err, PermissionError):
         problem = "may not be read"
     limit = "" if _is_final(err) else f" (images.timeout_s: {timeout_s:g} s)"
-    remedy = filesystems.remedy_for(err)
+    missing = isinstance(err, FileNotFoundError)
+    remedy = filesystems.remedy_for(err) or (remedy_for_missing(uri) if missing else None)
     return ImageUnavailableError(
         f"{wanted} {problem}: {redacted(message_of(err))}{limit}{f'; {remedy}' if remedy else ''}"
     )

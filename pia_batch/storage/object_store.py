@@ -410,6 +410,9 @@ def absolute(uri: str) -> str:
         if found := _LACKS_SLASHES.match(uri):
             msg = f"{redacted_uri(uri)} is not a URI, and an unlikely path; write {found[1]}://, with two slashes"
             raise ConfigError(msg)
+        if uri[:6].lower() == "file:/":
+            msg = f"{uri} is not read as a URI, and an unlikely path; write file:///FULL/PATH, or the path alone"
+            raise ConfigError(msg)
         return Path(uri).expanduser().absolute().as_uri()
     try:
         parts = urlsplit(uri)

@@ -128,6 +128,8 @@ class Policy:
         """
         if _SCHEME.match(uri) or uri.startswith("/"):
             return parse(uri)
+        if uri[:6].lower() == "file:/":  # as Java and Spark write it (RFC 8089)
+            return parse(f"file://{uri[5:]}")
         base = self._base
         if base is None:
             shown = redacted_uri(self._base_uri) or "rows without a place"
@@ -140,6 +142,21 @@ class Policy:
                 raise self.refusal()
             parts = parts[:-1] if part == ".." else [*parts, part] if part != "." else parts
         return parse(f"{base.scheme}://{base.authority}/{'/'.join(parts)}")
+
+
+def remedy_for_missing(uri: str) -> str | None:
+    """Return what to write in place of a local path that does not exist and looks like something else; or None."""
+    return next((remedy for pattern, remedy in _UNLIKELY.items() if re.match(pattern, uri)), None)
+
+
+_UNLIKELY = {
+    r"[A-Za-z]:[\\/]|\\\\|[^/]*\\": "it looks like a path of Windows; write one of this machine, with slashes",
+    r"~|\$|%[A-Z]+%": "home folders and variables are not filled in; write the full path",
+    r"(https?|s3a?|gcs|gs|az|abfss?):(?!//)": "it looks like a URI; write two slashes after the colon",
+    r"[\"'<]": "write it without quotes or brackets",
+    r"\s|.*\s$": "write it without spaces around it",
+}
+"""Remedies for local paths by the patterns of their text."""
 
 
 def parse(uri: str) -> Location:

@@ -218,6 +218,7 @@ def test_missing_empty_and_other_than_files_say_why(tmp_path: Path) -> None:
 
     assert "absent does not exist" in refusal("absent", base)
     assert "dangling does not exist" in refusal("dangling", base)
+    assert "; home folders and variables are not filled in; write the full path" in refusal("~/a.png", base)
     assert "empty is empty" in refusal("empty", base)
     assert "folder cannot be opened: not a regular file" in refusal("folder", base)
     assert "empty/x cannot be opened" in refusal("empty/x", base)

@@ -435,6 +435,9 @@ def test_credentials_in_a_uri_are_refused_without_repeating_them() -> None:
 def test_what_is_no_uri_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="is not a URI"):
         Store("s3://[bucket/x")
+    for uri in ("file:/tmp/x", "FILE:/tmp/x"):
+        with pytest.raises(ConfigError, match="an unlikely path; write file:///FULL/PATH, or the path alone"):
+            absolute(uri)
 
 
 def test_paths_become_file_uris_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,40 @@ def test_relative_paths_start_at_the_manifest_and_stay_in_its_bucket() -> None:
         policy.locate("../../../x.png")
 
 
+@pytest.mark.parametrize("base", ["file:///day/one", "s3://bucket/day/one", ""])
+@pytest.mark.parametrize("uri", ["file:/a%20b/c.png", "FILE:/a%20b/c.png?x#y", "file:///a%20b/c.png"])
+def test_the_uri_of_a_file_may_have_one_slash_as_java_writes_it(base: str, uri: str) -> None:
+    assert Policy(base).locate(uri).target == "/a b/c.png"
+
+
+@pytest.mark.parametrize(
+    ("uri", "remedy"),
+    [
+        ("C:\\photos\\a.png", "a path of Windows"),
+        ("c:/photos/a.png", "a path of Windows"),
+        ("\\\\server\\photos\\a.png", "a path of Windows"),
+        ("photos\\a.png", "a path of Windows"),
+        ("~/a.png", "write the full path"),
+        ("$HOME/a.png", "write the full path"),
+        ("%USERPROFILE%/a.png", "write the full path"),
+        ("http:/host/a.png", "two slashes"),
+        ("s3:bucket/a.png", "two slashes"),
+        ('"a.png"', "without quotes"),
+        ("<a.png>", "without quotes or brackets"),
+        (" a.png", "without spaces"),
+        ("a.png ", "without spaces"),
+        ("a b.png", None),
+        ("a/b~.png", None),
+        ("https://host/a.png", None),
+        ("x:y.png", None),
+    ],
+)
+def test_a_path_that_is_missing_has_a_remedy_by_what_it_looks_like(uri: str, remedy: str | None) -> None:
+    found = uris.remedy_for_missing(uri)
+
+    assert found is None if remedy is None else remedy in str(found)
+
+
 def test_folders_are_those_of_the_manifest_and_of_the_list(tmp_path: Path) -> None:
     policy = Policy(tmp_path.as_uri(), ("/mnt/a b", "file:///mnt/c%20d", "s3://b"))
 
