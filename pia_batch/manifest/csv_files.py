@@ -64,7 +64,14 @@ def read_csv(data: bytes, path: str, column_map: ColumnMap = NO_MAP) -> tuple[pa
         if ours and _NULL_FIELD.search(data):
             with_nulls, _ = _parsed(data, names, [str(number) for number in ours], ["", *NULL_WORDS])
     except pa.ArrowInvalid as err:
-        remedy = f" in line {_line_without_utf8(data)}; save it as UTF-8" if "invalid UTF8" in str(err) else ""
+        if "invalid UTF8" in str(err):
+            number = int(_COLUMN.findall(str(err))[0])
+            msg = (
+                f"manifest file {path}, line {_line_without_utf8(data)}: column {header[number]!r} has text that is "
+                "not UTF-8; save the file as UTF-8"
+            )
+            raise ManifestError(msg) from None
+        remedy = ""
         if "columns, got" in str(err):
             remedy = (
                 f"; {QUOTES}"
@@ -79,6 +86,10 @@ def read_csv(data: bytes, path: str, column_map: ColumnMap = NO_MAP) -> tuple[pa
         table = pa.Table.from_arrays(arrays, [name for name, _ in columns])
     table = _without_blank_rows(table)
     return _without_unnamed_columns(table, path), num_rows - len(table) + num_padded
+
+
+_COLUMN = re.compile("CSV column #([0-9]+)")
+"""Number of a column in Arrow's messages, from 0."""
 
 
 def _line_without_utf8(data: bytes) -> int:

@@ -293,6 +293,7 @@ _REMEDIES = {
     "credentials": "give this machine the store's, by AWS_PROFILE, AWS_ACCESS_KEY_ID and its secret, or a role",
     "Truncated compressed stream": "the file ends early; write or copy it again",
     "inflate failed": "the file is damaged; write or copy it again",
+    "deserialize thrift": "the file is damaged; write or copy it again",
     "Corrupt ": "the file is damaged; write or copy it again",
     "size reported by footer": "the file is damaged; write or copy it again",
     "file size is 0 bytes": "remove it, or write it again",

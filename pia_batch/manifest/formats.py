@@ -47,7 +47,12 @@ def formats_in(filesystem: pyarrow.fs.FileSystem, paths: Iterable[str]) -> dict[
     unnamed = [path for path in paths if path not in found and _is_unnamed(path)]
     by_content = zip(unnamed, map_in_threads(lambda path: _sniffed(filesystem, path), unnamed, _THREADS), strict=True)
     found |= {path: file_format for path, file_format in by_content if file_format is not None}
-    return found or {path: "jsonl" for path in paths if _extension(path) == ".json"}
+    return found or {path: "jsonl" for path in paths if _extension(path) == ".json" and not _is_note(path)}
+
+
+def _is_note(path: str) -> bool:
+    """Return True for the notes of a dataset that the library `datasets` has saved."""
+    return PurePosixPath(path).name in ("dataset_info.json", "dataset_dict.json", "state.json")
 
 
 def format_of_file(filesystem: pyarrow.fs.FileSystem, path: str) -> FileFormat:

@@ -50,6 +50,9 @@ def read_json_lines(data: bytes, path: str, column_map: ColumnMap) -> pa.Table:
         for name, values in columns.items():
             values.append(row.get(name))
         num_rows += 1
+    if num_rows and not columns:
+        msg = f"manifest file {path}: its objects are empty; give each a request_id, an image and a prompt"
+        raise ManifestError(msg)
     try:
         return pa.table({name: _infer(name, values) for name, values in columns.items()})
     except RecursionError:

@@ -29,13 +29,15 @@ from pia_batch.manifest.files import (
     ManifestFile,
     reading,
 )
+from pia_batch.manifest.foreign_formats import refuse_other_format
 from pia_batch.manifest.formats import EXTENSIONS, FileFormat, format_of_file, formats_in, is_expected
 from pia_batch.manifest.table_formats import refuse_part_of_table, refuse_table
 from pia_batch.manifest.text_files import MAX_TEXT_BYTES, TextBudget
 from pia_batch.manifest.unify import check_columns, conform, published, unify
 from pia_batch.schema.columns import REQUEST
-from pia_batch.storage import filesystems, object_store
+from pia_batch.storage import file_kinds, filesystems, object_store
 from pia_batch.storage.concurrency import map_in_threads
+from pia_batch.storage.file_kinds import HEAD_BYTES
 from pia_batch.storage.uris import redacted_uri
 
 MAX_ROWS = 200_000_000
@@ -442,6 +444,7 @@ def _discover(
     formats = sorted(set(format_by_path.values()))
     left_out = tuple(path for path in files if path not in format_by_path and not is_expected(path))
     if not formats:
+        _refuse_other_formats(filesystem, left_out)
         others = f", but {', '.join(str(_below(path, root)) for path in left_out[:3])}" if left_out else ""
         msg = (
             f"manifest {uri} has no file that ends in {', '.join(EXTENSIONS)}{others}; correct the folder, or the "
@@ -452,6 +455,15 @@ def _discover(
         msg = f"manifest {uri} has files of several formats, {' and '.join(formats)}; leave those of one"
         raise ManifestError(msg)
     return tuple(path for path in files if path in format_by_path), formats[0], left_out
+
+
+def _refuse_other_formats(filesystem: pyarrow.fs.FileSystem, paths: tuple[str, ...]) -> None:
+    """Refuse the first of a folder's files that is of a known format, none of which is ours."""
+    for path in paths[:SAMPLE_FILES]:
+        with filesystem.open_input_file(path) as source:
+            head = bytes(source.read_at(min(HEAD_BYTES, source.size()), 0))
+        if file_kinds.identify(head) is not None:
+            refuse_other_format(head, path, "parquet")
 
 
 def _below(path: str, root: str) -> PurePosixPath:

@@ -1,6 +1,7 @@
 """Tables with a log of their own, such as Delta, found by content and refused by name.
 
-Files of a Delta, Iceberg or Hudi table are Parquet, but only the table's log says which of their rows are current.
+Files of tables of Delta, Iceberg, Hudi, Paimon, DuckLake, and Hive with transactions are Parquet, but only a log says
+which of their rows are current.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ _REMEDIES = {
     "an Apache Iceberg table": "make a manifest of its current rows: pia-batch prepare {table} --to DEST",
     "an Apache Hudi table": "export its current rows to Parquet with Spark and Hudi's reader, and make a manifest of "
     "them: pia-batch prepare EXPORT --to DEST",
+    "an Apache Paimon table": "export its current rows to Parquet with Spark or Flink and Paimon's reader, and make a "
+    "manifest of them: pia-batch prepare EXPORT --to DEST",
+    "a transactional Hive table": "export its current rows to Parquet with Hive, and make a manifest of them: "
+    "pia-batch prepare EXPORT --to DEST",
+    "a DuckLake table": "export its current rows with DuckDB (COPY TABLE TO 'rows.parquet'), and make a manifest of "
+    "them: pia-batch prepare rows.parquet --to DEST",
     "a Lance dataset": "make a manifest of it: pia-batch prepare {table} --to DEST",
 }
 
@@ -46,10 +53,13 @@ def refuse_data_of_table(metadata: Mapping[bytes, bytes], columns: Iterable[str]
     Raises:
         ManifestError: It is such a file; the message names the table's format and the remedy.
     """
+    columns = tuple(columns)
     if any(key in metadata for key in (b"iceberg.schema", b"delete-type")):
         what = "an Apache Iceberg table"
     elif any(name.startswith(("_hoodie_commit_", "_hoodie_record_")) for name in columns):
         what = "an Apache Hudi table"
+    elif "_VALUE_KIND" in columns and "_SEQUENCE_NUMBER" in columns:
+        what = "an Apache Paimon table"
     else:
         return
     msg = (
@@ -139,7 +149,7 @@ def _holds(filesystem: pyarrow.fs.FileSystem, folder: str, name: str, content: b
 _HEAD_BYTES = 512
 
 
-def _table_at(parts: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
+def _table_at(parts: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:  # noqa: PLR0911 - one for each format
     """Return the format of the table that a path is a log of, and the segments of the table's folder."""
     for at, part in enumerate(parts):
         if part == "_delta_log":
@@ -152,7 +162,20 @@ def _table_at(parts: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
             return "a Lance dataset", parts[: at + 1]
         if part == "metadata" and parts[-1].endswith(".metadata.json"):
             return "an Apache Iceberg table", parts[:at]
+        if part == "snapshot" and _PAIMON_SNAPSHOT.fullmatch(parts[-1]):
+            return "an Apache Paimon table", parts[:at]
+        if _HIVE_TRANSACTION.fullmatch(part) and part != parts[-1]:
+            return "a transactional Hive table", parts[:at]
+        if _DUCKLAKE_FILE.fullmatch(part):
+            return "a DuckLake table", parts[:at]
     return None
+
+
+_PAIMON_SNAPSHOT = re.compile(r"snapshot-[0-9]+")
+_HIVE_TRANSACTION = re.compile(r"base_[0-9]{7,}(_v[0-9]+)?|(delta|delete_delta)(_[0-9]{7,}){2}(_[0-9]+)?(_v[0-9]+)?")
+"""Folders of a write into a Hive table with transactions; those that a later write replaces stay for a while."""
+
+_DUCKLAKE_FILE = re.compile(r"ducklake-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(-delete)?\.parquet")
 
 
 def _place(folder: str, uri: str) -> str:

@@ -131,13 +131,22 @@ def _format_of(data: bytes) -> ImageFormat:
             raise IncompleteError
     kind = file_kinds.identify(data[: file_kinds.HEAD_BYTES])
     if kind is not None:
-        found, remedy = kind.what, "; save it as PNG" if kind.group == "image" else ""
+        found, remedy = kind.what, _REMEDIES.get(kind.group, _OTHER_REMEDY)
     elif _BASE64.match(data):
-        found, remedy = "text such as base64", "; decode it to bytes"
+        found, remedy = "text such as base64", "decode it to bytes"
     else:
-        found, remedy = "bytes", ""
-    msg = f"not a readable {_ACCEPTED} image (got {found}: {len(data)} bytes that begin with {data[:8]!r}){remedy}"
+        found, remedy = "bytes", _OTHER_REMEDY
+    msg = f"not a readable {_ACCEPTED} image (got {found}: {len(data)} bytes that begin with {data[:8]!r}); {remedy}"
     raise ImageUnreadableError(msg)
+
+
+_REMEDIES: dict[file_kinds.Group, str] = {
+    "image": "save it as PNG",
+    "pointer": "run: git lfs pull",
+    "page": "a server may have answered with a page or an error; look at it",
+    "compressed": "decompress it",
+}
+_OTHER_REMEDY = "correct the URI, or save the image as PNG"
 
 
 def _need(data: bytes, end: int) -> None:

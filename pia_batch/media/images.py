@@ -100,6 +100,9 @@ def decode(data: bytes, *, max_pixels: int, background: str) -> Image.Image:
         if isinstance(err, OSError) and "truncated" in str(err):
             msg = f"truncated image: its data ends before its pixels ({len(data)} bytes)"
             raise ImageUnreadableError(msg) from err
+        if str(err).startswith("Unsupported BMP"):
+            msg = f"a BMP of a variant that is not read ({message_of(err)}); save it as PNG"
+            raise ImageUnreadableError(msg) from err
         msg = f"corrupt or truncated image: {type(err).__name__}: {message_of(err)}"
         raise ImageUnreadableError(msg) from err
 

@@ -30,6 +30,7 @@ _BINARY: tuple[tuple[int, bytes, str, Group], ...] = (
     (0, b"PARE", "Parquet with an encrypted footer", "table"),
     (0, b"ARROW1", "an Arrow IPC (Feather) file", "table"),
     (0, b"\xff\xff\xff\xff", "a stream of Arrow IPC, as Hugging Face datasets keep it", "table"),
+    (0, b"VTXF", "a Vortex file", "table"),
     (0, b"FEA1", "a Feather file", "table"),
     (0, b"ORC", "an ORC file", "table"),
     (0, b"Obj\x01", "an Avro file", "table"),

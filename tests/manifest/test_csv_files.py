@@ -123,13 +123,13 @@ def test_text_in_another_encoding_is_refused_by_name(encoding: str, tmp_path: Pa
 @pytest.mark.parametrize("row", ["2,é,c", "é,2,c", "2,c,é"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_the_line_with_latin_text_is_named(end: str, row: str) -> None:
-    with pytest.raises(ManifestError, match=r"invalid UTF8 data in line 3; save it as UTF-8"):
+    with pytest.raises(ManifestError, match=r"line 3: column '\w+' has text that is not UTF-8; save the file as UTF-8"):
         read_csv(end.join([HEADER, "1,a,b", row, "3,é,d"]).encode("latin1"), "a.csv")
 
 
 @pytest.mark.parametrize("text", [f"{HEADER}é\n1,a,b\n", f"{HEADER}\n1,a,é\n"])
 def test_latin_text_is_refused_by_name(text: str) -> None:
-    with pytest.raises(ManifestError, match=r"invalid UTF8.*; save it as UTF-8"):
+    with pytest.raises(ManifestError, match=r"invalid UTF8; save it as UTF-8|'prompt' has text that is not UTF-8"):
         read_csv(text.encode("latin1"), "a.csv")
 
 

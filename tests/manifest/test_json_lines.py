@@ -115,3 +115,9 @@ def test_integer_ids_are_texts_in_every_file(tmp_path: Path) -> None:
     assert found.schema.field("request_id").type == pa.string()
     read = [each for batch in found.batches() for each in batch.table["request_id"].to_pylist()]
     assert read == ["1", str(2**64), "0", "x", None, "7"]
+
+
+@pytest.mark.parametrize("data", [b"{}", b"{}\n\n{}\n"])
+def test_objects_without_names_are_not_called_no_rows(data: bytes) -> None:
+    with pytest.raises(ManifestError, match=r"m\.jsonl: its objects are empty; give each a request_id"):
+        read_json_lines(data, "m.jsonl", NO_MAP)

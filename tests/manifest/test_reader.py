@@ -765,7 +765,7 @@ def test_a_csv_larger_than_any_buffer_may_have_line_breaks_in_its_values(write: 
         ("request_id,image,prompt\n1,2\n", "Expected 3 columns, got 2: 1,2"),
         ("request_id,image,prompt\n1,2,3,4\n", "Expected 3 columns, got 4"),
         ("", "Empty CSV"),
-        ("request_id,image,prompt\n1,2,\xe9\n".encode("latin1"), "invalid UTF8"),
+        ("request_id,image,prompt\n1,2,\xe9\n".encode("latin1"), "line 2: column 'prompt' has text that is not UTF-8"),
         ("request_id,image,prompt,zone,zone\n1,2,3,4,5\n", "more than one column 'zone'"),
     ],
 )

@@ -8,6 +8,7 @@ from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.orc
@@ -26,6 +27,11 @@ TABLES = [
     ("metadata/00000-0b1c.gz.metadata.json", "data/day=1/a.parquet", "an Apache Iceberg table"),
     (".hoodie/hoodie.properties", "a.parquet", "an Apache Hudi table"),
     (".hoodie/hoodie.properties", "day=1/a.parquet", "an Apache Hudi table"),
+    ("snapshot/snapshot-12", "bucket-0/a.parquet", "an Apache Paimon table"),
+    ("base_0000003/bucket_00000.parquet", "delta_0000001_0000001_0000/a.parquet", "a transactional Hive table"),
+    ("delta_0000004_0000004/a.parquet", "base_0000003_v0000007/a.parquet", "a transactional Hive table"),
+    ("ducklake-018fd9a3-7c5b-7d3f-9b1e-0123456789ab-delete.parquet", "a.parquet", "a DuckLake table"),
+    ("ducklake-018fd9a3-7c5b-7d3f-9b1e-0123456789ab.parquet", "day=1/a.parquet", "a DuckLake table"),
     ("_versions/1.manifest", "data/a.lance", "a Lance dataset"),
 ]
 
@@ -50,8 +56,9 @@ def test_a_table_with_a_log_of_its_own_is_refused_by_name(log: str, data: str, n
     for place in (tmp_path / "x" / "t", tmp_path / "x", tmp_path):
         message = refusal(place)
         assert f"is {name} (folder {tmp_path}/x/t" in message
-        table = "EXPORT" if "Hudi" in name else f"{tmp_path}/x/t"
-        assert f"pia-batch prepare {table} --to DEST" in message
+        own = any(word in name for word in ("Delta", "Iceberg", "Lance"))
+        exported = "rows.parquet" if "DuckLake" in name else "EXPORT"
+        assert f"pia-batch prepare {f'{tmp_path}/x/t' if own else exported} --to DEST" in message
 
 
 @pytest.mark.parametrize(("log", "data", "name"), TABLES[:6])
@@ -70,13 +77,14 @@ def test_a_file_or_a_partition_of_a_table_is_refused_too(log: str, data: str, na
         ({"delete-type": "position"}, "shop", "an Apache Iceberg table"),
         ({}, "_hoodie_record_key", "an Apache Hudi table"),
         ({}, "_hoodie_commit_time", "an Apache Hudi table"),
+        ({}, "_VALUE_KIND", "an Apache Paimon table"),
     ],
 )
 def test_a_data_file_of_a_table_is_known_by_its_content_wherever_it_is(
     metadata: dict[str, str], column: str, name: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.parquet"
-    table = requests_table(1, **{column: ["x"]})
+    table = requests_table(1, **{column: ["x"]}, _SEQUENCE_NUMBER=[1])
     with pq.ParquetWriter(path, table.schema) as writer:
         writer.write_table(table)
         writer.add_key_value_metadata(metadata)
@@ -146,6 +154,30 @@ def test_a_folder_of_nothing_but_other_files_names_them(tmp_path: Path) -> None:
 
     assert ", but b.tar.gz; correct the folder" in refusal(tmp_path)
     assert "text may be compressed (.jsonl.gz, .csv.zst)" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("head", "what"),
+    [(b"PK\x03\x04000000", "a zip archive"), (b"Obj\x01\xff", "an Avro file"), (b"VTXF\xff\xfe", "a Vortex file")],
+)
+def test_a_folder_of_another_format_is_named_by_the_content_of_its_files(
+    head: bytes, what: str, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("of a person")
+    (tmp_path / "part-0.bin").write_bytes(head)
+
+    assert f"part-0.bin is {what}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("splits", [(), ("train", "test")])
+def test_a_dataset_that_hugging_face_saved_is_named_and_not_its_notes(splits: tuple[str, ...], tmp_path: Path) -> None:
+    dataset = datasets.Dataset.from_dict(requests_table(2).to_pydict())
+    saved = datasets.DatasetDict(dict.fromkeys(splits, dataset)) if splits else dataset
+    saved.save_to_disk(tmp_path / "saved")
+
+    assert ".arrow is a stream of Arrow IPC, as Hugging Face datasets keep it; write it as Parquet" in refusal(
+        tmp_path / "saved"
+    )
 
 
 def _orc(path: Path, table: pa.Table) -> None:

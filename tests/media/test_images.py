@@ -108,6 +108,34 @@ def test_a_picture_in_another_format_is_refused_by_the_name_of_its_format(data, 
     assert str(caught.value).endswith("; save it as PNG")
 
 
+@pytest.mark.parametrize(
+    ("data", "remedy"),
+    [
+        (b"<!DOCTYPE html><html>", "a server may have answered with a page or an error; look at it"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "run: git lfs pull"),
+        (b"\x1f\x8b\x08\x00\xff\xff", "decompress it"),
+        (b"P6\n64 64\n255\n\xff\xff", "correct the URI, or save the image as PNG"),
+        (b'{"error": "no such key"}', "correct the URI, or save the image as PNG"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_a_remedy(data, remedy):
+    with pytest.raises(ImageUnreadableError) as caught:
+        decode(data)
+
+    assert str(caught.value).endswith(f"; {remedy}")
+
+
+@pytest.mark.parametrize(("header_bytes", "bits"), [(16, 24), (40, 2), (99, 24)])
+def test_a_bmp_of_a_variant_that_is_not_read_is_not_called_corrupt(header_bytes, bits):
+    header = struct.pack("<IiiHHIIiiII", header_bytes, 2, 1, 1, bits, 0, 8, 0, 0, 0, 0)
+    header = struct.pack("<IIIHH", 16, 2, 1, 1, bits) if header_bytes == 16 else header.ljust(header_bytes, b"\0")
+    start = 14 + len(header) + 16
+    data = b"BM" + struct.pack("<IHHI", start + 8, 0, 0, start) + header + bytes(24)
+
+    with pytest.raises(ImageUnreadableError, match=r"^a BMP of a variant that is not read \(.*\); save it as PNG$"):
+        decode(data)
+
+
 @pytest.mark.parametrize("prefix", [b"", b"data:image/png;base64,"])
 def test_text_in_the_place_of_bytes_is_refused_with_the_remedy(prefix):
     with pytest.raises(ImageUnreadableError, match=r"got text such as base64: .*; decode it to bytes$"):
