@@ -173,7 +173,7 @@ CASES = [
     ("plan --manifest null.jsonl --output out", "line 1: each line must be one JSON object, such as {"),
     ("plan --manifest semicolons.csv --output out", "it has: request_id;image;prompt; write CSV with commas between"),
     ("plan --manifest prompts.csv --output out", "has more than one column 'prompt'; rename or drop the others"),
-    ("plan --manifest latin.csv --output out", "invalid UTF8 data in line 2; save it as UTF-8"),
+    ("plan --manifest latin.csv --output out", "line 2: column 'prompt' has text that is not UTF-8; save the file as"),
     ("plan --manifest latin.jsonl --output out", "invalid continuation byte; save it as UTF-8"),
     ("plan --manifest utf16.csv --output out", "utf16.csv is text in UTF-16; save it as UTF-8"),
     ("plan --manifest requests --output requests", "lies inside the folder of the manifest"),
