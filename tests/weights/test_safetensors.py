@@ -243,6 +243,17 @@ def test_other_names_than_safetensors_are_refused_and_safetensors_are_not():
         safetensors.refuse_pickle("x.gguf", "model.base")
 
 
+def test_a_header_of_more_tensors_than_any_model_has_is_refused_before_its_names_are_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors, "MAX_TENSORS", 3)
+    path = tmp_path / "model.safetensors"
+    for number in (3, 4):
+        save_file({str(k): np.zeros(1, np.float32) for k in range(number)}, path)
+        if number == 3:
+            assert len(safetensors.read(path).shapes) == number
+    with pytest.raises(ConfigError, match="it names 4 tensors, more than any model's 3"):
+        safetensors.read(path)
+
+
 def test_a_file_that_is_not_there_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read .*x\.safetensors"):
         safetensors.read(tmp_path / "x.safetensors")
