@@ -17,7 +17,7 @@ from pia_batch.storage import file_kinds
 SUFFIX = ".safetensors"
 
 MAX_HEADER_BYTES = 100_000_000
-"""FetchedFolder: huggingface/safetensors, `MAX_HEADER_SIZE`."""
+"""Source: huggingface/safetensors, `MAX_HEADER_SIZE`."""
 
 MAX_TENSORS = 100_000
 """Largest number of tensors of a file. A checkpoint of Stable Diffusion 1.5 has some 1,100, a LoRA of all its layers
