@@ -99,14 +99,33 @@ def _authentication_of_dashboard(address: str) -> Authentication:
 
 
 def _authentication_of_ray(address: str) -> Authentication:
-    """Make a call of Ray's own protocol that changes nothing."""
+    code = _code_of_ray(address)
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return "token"
+    return "none" if code is grpc.StatusCode.OK else "unknown"
+
+
+def _code_of_ray(address: str) -> grpc.StatusCode:
+    """Make a call of Ray's own protocol that changes nothing, without a token; return how it ends."""
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
         try:
             call(b"", timeout=ANSWER_S)
         except grpc.RpcError as err:
-            return "token" if err.code() == grpc.StatusCode.UNAUTHENTICATED else "unknown"
-    return "none"
+            code: grpc.StatusCode = err.code()
+            return code
+    return grpc.StatusCode.OK
+
+
+def is_another_program(address: str) -> bool:
+    """Return True if what listens at a cluster's address speaks another protocol than Ray: HTTP, SSH, Redis.
+
+    Ray itself would try for minutes. A Ray behind TLS is not asked. False, too, where nothing answers in time.
+    """
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return False
+    host, port = host_and_port(address)
+    return _code_of_ray(f"[{host}]:{port}" if ":" in (host or "") else f"{host}:{port}") is grpc.StatusCode.UNAVAILABLE
 
 
 def check_authentication(address: str, *, required: bool, ours: bool = False) -> None:

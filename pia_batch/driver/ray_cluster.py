@@ -21,7 +21,13 @@ from ray.job_config import JobConfig
 
 from pia_batch.config import PlacementConfig
 from pia_batch.driver import own_ray, own_ray_node, ray_output, worker_modules
-from pia_batch.driver.authentication import TOKEN_REMEDY, check_authentication, connect_once, host_and_port
+from pia_batch.driver.authentication import (
+    TOKEN_REMEDY,
+    check_authentication,
+    connect_once,
+    host_and_port,
+    is_another_program,
+)
 from pia_batch.driver.ray_address import check_address
 from pia_batch.errors import ConfigError, message_of
 from pia_batch.planning import capacity
@@ -165,7 +171,7 @@ def _check_capacity(place: PlacementConfig, *, ours: bool) -> None:
 
 
 def _check_answer(address: str) -> None:
-    """Fail at once if nothing listens at the address of a cluster; Ray would try for a minute and more."""
+    """Fail at once if no Ray listens at the address of a cluster; Ray would try for minutes."""
     try:
         if None in host_and_port(address):
             return
@@ -178,6 +184,12 @@ def _check_answer(address: str) -> None:
             "placement.ray_address or RAY_ADDRESS"
         )
         raise ConfigError(msg) from None
+    if is_another_program(address):
+        msg = (
+            f"another program than Ray answers at {redacted_uri(address)}; correct placement.ray_address or "
+            "RAY_ADDRESS (HEAD:6379)"
+        )
+        raise ConfigError(msg)
 
 
 def end_execution(dataset: ray.data.Dataset) -> None:

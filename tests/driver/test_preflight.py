@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,31 @@ def test_a_cluster_that_cannot_be_reached_is_one_line_with_a_remedy(
 
     assert explained.startswith(f"cannot reach Ray at {address}: {type(raised).__name__}: {raised}")
     assert remedy in explained
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.parametrize(
+    "said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b"-ERR unknown\r\n"]
+)
+def test_another_program_at_the_address_of_a_cluster_is_told_at_once(said: bytes, scheme: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet() -> None:
+            with suppress(OSError):
+                while True:
+                    client, _ = listener.accept()
+                    with client:
+                        client.sendall(said)
+
+        threading.Thread(target=greet, daemon=True).start()
+        address = f"{scheme}127.0.0.1:{listener.getsockname()[1]}"
+
+        with (
+            pytest.raises(ConfigError, match=f"another program than Ray answers at {address}; correct placement"),
+            ray_cluster.connect(PlacementConfig(ray_address=address)),
+        ):
+            pass
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 def test_auto_without_a_ray_on_this_machine_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
