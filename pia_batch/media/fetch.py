@@ -26,6 +26,7 @@ from pia_batch.errors import (
 )
 from pia_batch.storage import filesystems
 from pia_batch.storage.http_client import HttpReader
+from pia_batch.storage.local_disk import DENIED_REMEDY
 from pia_batch.storage.retries import retry
 from pia_batch.storage.uris import (
     Location,
@@ -200,14 +201,14 @@ def _explain(wanted: str, uri: str, err: Exception, timeout_s: float) -> Request
         return ImageUnavailableError(f"{wanted} {redacted(message_of(err))}")
     if untrusted := certificate_problem(err):
         return ImageUnavailableError(f"{wanted} cannot be opened: {untrusted}")
-    problem = "cannot be opened" if _is_final(err) else "could not be read in time"
+    problem, remedy = "cannot be opened" if _is_final(err) else "could not be read in time", filesystems.remedy_for(err)
     if isinstance(err, FileNotFoundError):
-        problem = "does not exist"
+        problem, remedy = "does not exist", remedy or remedy_for_missing(uri)
     elif isinstance(err, PermissionError):
         problem = "may not be read"
+        if err.filename is not None:  # a file of this machine
+            remedy = DENIED_REMEDY
     limit = "" if _is_final(err) else f" (images.timeout_s: {timeout_s:g} s)"
-    missing = isinstance(err, FileNotFoundError)
-    remedy = filesystems.remedy_for(err) or (remedy_for_missing(uri) if missing else None)
     return ImageUnavailableError(
         f"{wanted} {problem}: {redacted(message_of(err))}{limit}{f'; {remedy}' if remedy else ''}"
     )

@@ -149,7 +149,7 @@ def _refuse_types_of_pandas(schema: ray.data.Schema) -> None:
     Raises:
         ManifestError: There is one; the message names the column and the remedy.
     """
-    import pandas as pd  # type: ignore[import-untyped] # noqa: PLC0415 - there where a Dataset is of it
+    import pandas as pd  # type: ignore[import-untyped] # noqa: PLC0415 - a Dataset of pandas has loaded it
 
     for name, kind in zip(schema.names, schema.base_schema.types, strict=True):
         if not isinstance(kind, np.dtype | pd.SparseDtype | pd.CategoricalDtype):

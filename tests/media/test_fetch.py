@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import re
@@ -240,12 +241,16 @@ def test_a_pipe_and_a_socket_are_refused_and_not_waited_for(tmp_path: Path) -> N
     assert time.monotonic() - started < 30
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_says_so(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_bytes(b"picture")
-    (tmp_path / "secret").chmod(0)
+def test_a_file_without_permission_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(real: str) -> int:  # root may read everything
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), real)
 
-    assert "may not be read" in refusal("secret", tmp_path.as_uri())
+    monkeypatch.setattr(fetch, "_open_regular", refuse)
+
+    found = refusal("secret", tmp_path.as_uri())
+
+    assert "secret may not be read: " in found
+    assert found.endswith("; choose another path, or give this user access to it")
 
 
 def test_an_error_is_text_that_every_result_can_hold(tmp_path: Path) -> None:
