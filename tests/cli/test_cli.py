@@ -392,11 +392,9 @@ def test_a_driver_killed_at_random_moments_loses_and_doubles_nothing(
     assert sorted((path, path.stat().st_mtime_ns) for path in Path(output).rglob("*")) == before
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "send"),
-    [(signal.SIGTERM, os.kill), pytest.param(signal.SIGINT, os.killpg, marks=pytest.mark.long)],
-)
+@pytest.mark.parametrize(("number", "send"), [(signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)])
 def test_a_signal_commits_what_is_finished_and_exits_with_4(
     write_manifest: WriteManifest, tmp_path: Path, number: signal.Signals, send: Callable[[int, int], None]
 ) -> None:

@@ -80,6 +80,7 @@ def test_webdataset_reads_each_animation_with_its_columns_and_its_prompt(output:
         assert "." not in sample["__key__"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("formats", "column"), [(["mp4"] * 5, "video"), (["gif", "webp", "gif"], "image")])
 def test_datasets_reads_parquet_with_its_own_type_of_the_media(formats: list[str], column: str, tmp_path: Path) -> None:
     make_output(Store(str(tmp_path / "out")), formats)

@@ -65,6 +65,7 @@ def test_the_same_call_writes_the_same_bytes_and_nothing_twice(tmp_path: Path) -
     assert [file["name"] for file in success["files"]] == [f"part-{k:06d}-000.parquet" for k in range(5)]
 
 
+@pytest.mark.long
 def test_paths_go_into_objects_of_json(tmp_path: Path) -> None:
     rows = [{"meta": {"id": f"r{k}", "text": {"en": f"cat {k}"}}, "photo": f"s3://photos/{k}.png"} for k in range(2)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -159,6 +160,7 @@ def rows_of_prepared(source: Path, to: Path, **options: Any) -> list[dict[str, A
     return rows_of(to)
 
 
+@pytest.mark.long
 def test_a_limit_takes_the_first_rows_that_become_requests(tmp_path: Path) -> None:
     source = write_parts(tmp_path / "source")
     rows = rows_of_prepared(source, tmp_path / "dest", where="score >= 1", limit=9)

@@ -320,6 +320,7 @@ def test_a_run_prints_what_its_guide_shows(page: str, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("out/animations/*/*"))) == 3
 
 
+@pytest.mark.long
 def test_a_plan_refuses_words_as_the_guide_on_safety_shows(tmp_path: Path) -> None:
     sample_of_three(tmp_path)
 

@@ -172,6 +172,7 @@ def test_engines_of_a_node_share_one_download_of_the_weights(
         nodes.remove_node(node)
 
 
+@pytest.mark.long
 def test_a_cluster_without_authentication_is_refused_on_demand_and_reported_otherwise(
     nodes: Cluster, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -185,6 +186,7 @@ def test_a_cluster_without_authentication_is_refused_on_demand_and_reported_othe
     assert "open_cluster_found" in caplog.text or nodes.address.startswith("127.")
 
 
+@pytest.mark.long
 def test_a_cluster_that_cannot_read_in_addition_to_its_engines_is_reported_before_it_is_used(
     nodes: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:

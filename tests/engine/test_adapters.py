@@ -378,6 +378,7 @@ ART = [("art", 2), ("artist", 3), ("Art_x", 4), ("artistic", 1), ("<a>", 2), ("<
 """Words with their numbers of vectors; some are inside others."""
 
 
+@pytest.mark.long
 def test_a_word_inside_another_one_leaves_it_whole(tmp_path):
     """diffusers replaces the words of a prompt in an order that changes from process to process."""
     paths = [write_inversion(tmp_path / f"{k}.safetensors", vectors=n) for k, (_, n) in enumerate(ART)]

@@ -72,6 +72,7 @@ def draw(cuda: FakeCuda, engine: PiaEngine, shots: list[Shot]) -> None:
         assert clip.dtype == "uint8"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("speed", ["exact", "fast"])
 def test_rows_of_every_kind_are_drawn_together(cuda, speed):
     rows = [*ROWS, shot(4, num_frames=2, num_inference_steps=9 if speed == "fast" else 1, guidance_scale=2.0)]

@@ -107,6 +107,7 @@ def test_prompts_that_change_take_scales_too(files):
         assert torch.allclose(alone.latents, clip.latents, rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("speed", ["balanced", "fast"])
 def test_with_presets_of_speed_a_row_is_the_same_alone(files, speed):
     engine = PiaEngine.load(model(files, speed=speed), "cpu")

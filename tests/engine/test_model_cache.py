@@ -172,6 +172,7 @@ def test_a_model_draws_what_it_draws_alone_in_any_order_of_loads_and_evictions(m
         assert_generates(cache.engine(name), truths[name])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("other", ["sibling", "style", "motion", "fused", "voice", "cat", "freeu", "image", "low"])
 def test_loading_a_model_changes_no_weight_of_another(models, truths, other):
     cache = ModelCache(models, "cpu")

@@ -67,6 +67,7 @@ def test_long_rows_of_any_mixture_equal_brute_force(engine, truths, order):
         assert_same(clip, truths[index], tolerance=1e-10)
 
 
+@pytest.mark.long
 def test_long_rows_share_calls_with_rows_of_a_windows_length_and_change_nothing_in_them(pipe, engine, truths):
     short = shot(9, num_frames=6)
     clips = engine.animate([LONG[0], short, LONG[4]], keep_latents=True)
@@ -288,6 +289,7 @@ CHAINS = [
 ]
 
 
+@pytest.mark.long
 def test_chains_equal_one_call_after_the_other_with_one_generator(pipe, engine):
     short = shot(9, num_frames=5)
 

@@ -307,6 +307,7 @@ def test_a_compaction_that_fails_ends_no_run(record: Journal, caplog: pytest.Log
     assert "compaction_failed" in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.s3
 def test_two_that_compact_at_once_do_no_harm_on_s3(s3: str) -> None:
     store = Store(f"{s3}/compaction")

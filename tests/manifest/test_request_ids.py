@@ -119,6 +119,7 @@ def test_shards_order_and_carried_columns_do_not_change_an_id_and_equal_content_
     assert sorted(ids_in(put(folder, parts), "content")) == sorted(expected[content_of(row)] for row in shuffled)
 
 
+@pytest.mark.long
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(CONTENT, min_size=1, max_size=6), copies=st.lists(st.integers(0, 5), max_size=5))
 def test_a_plan_counts_equal_rows_as_duplicates_of_one_request(

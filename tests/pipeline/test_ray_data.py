@@ -79,6 +79,7 @@ def test_fetched_requests_are_cut_to_tasks_by_the_step_that_fetches_them(
     assert steps == ["MapBatches(AnimateActor)", fetch, cut, read]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("priority", [None, "urgency"])

@@ -541,6 +541,7 @@ def test_what_was_taken_back_is_planned_again_also_where_it_had_failed_before(
     assert left_for_ray(make_plan(config)) == sorted([made[0], made[1], made[5]])
 
 
+@pytest.mark.long
 def test_results_are_outdated_once_an_animation_was_generated_again(finished: Callable[[pa.Table], RunConfig]) -> None:
     config = finished(requests_table(2))
     log = Journal(Store(config.output))

@@ -81,6 +81,7 @@ def test_the_wheel_has_every_file_of_the_package_and_nothing_else(wheel: Path) -
     assert wheel.stat().st_size < 20e6
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_sdist_has_what_builds_the_wheel_and_nothing_else(dist: Path) -> None:
     (path,) = dist.glob("*.tar.gz")

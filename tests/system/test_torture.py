@@ -384,6 +384,7 @@ def test_two_runs_that_publish_leave_whole_results_in_every_order(tmp_path: Path
 # --- the lease ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dead", [False, True], ids=["free", "of a dead run"])
 def test_a_lease_is_never_held_twice_in_any_order(tmp_path: Path, dead: bool) -> None:
     """Two runs come for it. One answer of the store is bad, or one of them dies."""
