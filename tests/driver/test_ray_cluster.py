@@ -62,6 +62,12 @@ def run(config: RunConfig, folder: Path, crowd: int, events: Iterator[None]) -> 
     return summary, pq.read_table(f"{config.output}/results/{summary.run_id}").to_pylist()
 
 
+def words_of_workers() -> Counter[str]:
+    """Words that all workers of the cluster have logged."""
+    logs = Path(ray.nodes()[0]["RayletSocketName"]).parents[1] / "logs"
+    return Counter(word for log in logs.glob("worker-*") for word in log.read_text(errors="replace").split())
+
+
 @pytest.mark.long
 def test_a_run_that_is_given_no_engine_says_so_and_leaves_nothing_of_ray_data_behind(
     nodes: Cluster, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
@@ -160,11 +166,11 @@ def test_engines_of_a_node_share_one_download_of_the_weights(
     caches = [tmp_path / "cache-a", tmp_path / "cache-b"]
     pair = {"num_cpus": 2, "num_gpus": 2, "object_store_memory": STORE_BYTES}
     gpus = [nodes.add_node(**pair, env_vars={"PIA_BATCH_CACHE": str(cache)}) for cache in caches]
-    logs = Path(ray.nodes()[0]["RayletSocketName"]).parents[1] / "logs"
+    before = words_of_workers()
 
     summary = driver_run.run(config, load_engines=EngineLoader(config.all_models, "cpu", None))
 
-    told = Counter(word for log in logs.glob("worker-*") for word in log.read_text(errors="replace").split())
+    told = words_of_workers() - before
     assert summary.succeeded == 16
     assert (told["engine_ready"], told["weights_fetched"]) == (4, 2)
     assert all(len(list(cache.glob("*/unet/*.safetensors"))) == 1 for cache in caches)
