@@ -16,7 +16,6 @@ from node_engines import NodeEngineLoader, calls_of
 from places import PYTHONPATH
 from ray.cluster_utils import Cluster
 
-from pia_batch import tiny
 from pia_batch.config import PlacementConfig, RunConfig
 from pia_batch.driver import ray_cluster
 from pia_batch.driver import run as driver_run
@@ -24,10 +23,8 @@ from pia_batch.driver.authentication import authentication
 from pia_batch.driver.preflight.cluster import check_capacity
 from pia_batch.errors import ConfigError, InterruptedRunError
 from pia_batch.pipeline.actor import TASKS_IN_FLIGHT
-from pia_batch.pipeline.engine_loader import EngineLoader
 from pia_batch.planning.plan import make_plan
 from pia_batch.schema.run_record import RunSummary
-from pia_batch.storage.object_store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -60,12 +57,6 @@ def run(config: RunConfig, folder: Path, crowd: int, events: Iterator[None]) -> 
     loader = NodeEngineLoader(engine_id, folder, crowd)
     summary = driver_run.run(config, load_engines=loader, on_progress=lambda _: next(events, None))
     return summary, pq.read_table(f"{config.output}/results/{summary.run_id}").to_pylist()
-
-
-def words_of_workers() -> Counter[str]:
-    """Words that all workers of the cluster have logged."""
-    logs = Path(ray.nodes()[0]["RayletSocketName"]).parents[1] / "logs"
-    return Counter(word for log in logs.glob("worker-*") for word in log.read_text(errors="replace").split())
 
 
 @pytest.mark.long
@@ -144,37 +135,6 @@ def test_no_node_idles_while_requests_wait_although_another_is_slower(
     assert min(busy.values()) >= 0.6, busy  # 0.96 and more on idle cores
     assert idle_at_the_end <= (TASKS_IN_FLIGHT + 1) * seconds[slow.node_id] + 1
     for node in (fast, slow):
-        nodes.remove_node(node)
-
-
-@pytest.mark.long
-@pytest.mark.s3
-def test_engines_of_a_node_share_one_download_of_the_weights(
-    nodes: Cluster, make_config: MakeConfig, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two nodes with a cache and two engines each."""
-    monkeypatch.setenv("PIA_BATCH_CACHE", str(tmp_path / "cache-of-the-driver"))
-    weights = Store(f"{s3}/tiny")
-    for path in tiny.PATH.rglob("*"):
-        if path.is_file():
-            weights.create(path.relative_to(tiny.PATH).as_posix(), path.read_bytes())
-    place = {"placement__num_gpus": 1, "placement__min_engines": 4, "placement__max_engines": 4}
-    few = {"format": ["gif"] * 16, "num_frames": [2] * 16, "num_inference_steps": [1] * 16}
-    config = make_config(
-        requests_table(16, **few), **place, placement__batch_size=1, model__base=f"{s3}/tiny", model__dtype="float32"
-    )
-    caches = [tmp_path / "cache-a", tmp_path / "cache-b"]
-    pair = {"num_cpus": 2, "num_gpus": 2, "object_store_memory": STORE_BYTES}
-    gpus = [nodes.add_node(**pair, env_vars={"PIA_BATCH_CACHE": str(cache)}) for cache in caches]
-    before = words_of_workers()
-
-    summary = driver_run.run(config, load_engines=EngineLoader(config.all_models, "cpu", None))
-
-    told = words_of_workers() - before
-    assert summary.succeeded == 16
-    assert (told["engine_ready"], told["weights_fetched"]) == (4, 2)
-    assert all(len(list(cache.glob("*/unet/*.safetensors"))) == 1 for cache in caches)
-    for node in gpus:
         nodes.remove_node(node)
 
 
