@@ -24,6 +24,7 @@ from pia_batch.weights import (
     lora_shapes,
     model_kinds,
     peft_config,
+    quantized_names,
     safetensors,
     sd15,
 )
@@ -280,6 +281,7 @@ def _ip_adapter(
     adapter = components.single_file(source, name)
     header = _header(adapter, key, location)
     model_kinds.expect(header, key, "IP-Adapter")
+    quantized_names.refuse(header.shapes, f"{key}: {name}")
     named = image_prompt_files.adapter_tensors(header.shapes)
     if len(named) < len(header.shapes):
         num_left_out = len(header.shapes) - len(named)
@@ -333,19 +335,22 @@ def _image_encoder(entry: IpAdapterConfig, name: str, hub: Hub) -> Component:
         if "vision_config" in settings or settings.get("model_type") == "clip_vision_model":
             config = Component((source.root / beside).parent, None, (CONFIG,), source.commit)
     found = components.single_file(source, file, config)
-    image_prompt_files.check_encoder(header.shapes, found.settings, f"{key}: {file}")
-    used = {one.name for one in image_prompt_files.encoder_tensors(header.shapes).values()}
-    _check_dtypes(header, used, f"{key}: {file}")
+    _check_encoder_tensors(header, found, f"{key}: {file}")
     return found
 
 
 def _encoder_folder(location: Location, part: str, key: str) -> Component:
     found = components.plain_or_only_variant(location, part, MODEL, key)
-    header = components.header(found)
-    image_prompt_files.check_encoder(header.shapes, found.settings, f"{key}: {found.folder}")
-    used = {one.name for one in image_prompt_files.encoder_tensors(header.shapes).values()}
-    _check_dtypes(header, used, f"{key}: {found.folder}")
+    _check_encoder_tensors(components.header(found), found, f"{key}: {found.folder}")
     return found
+
+
+def _check_encoder_tensors(header: safetensors.SafetensorsHeader, encoder: Component, where: str) -> None:
+    """Check the tensors of an image encoder; quantized ones have other shapes, so that they are looked for first."""
+    tensors = image_prompt_files.encoder_tensors(header.shapes)
+    quantized_names.refuse(tensors, where)
+    _check_dtypes(header, {one.name for one in tensors.values()}, where)
+    image_prompt_files.check_encoder(header.shapes, encoder.settings, where)
 
 
 def _check_encoder(header: safetensors.SafetensorsHeader, encoder: Component, key: str) -> None:

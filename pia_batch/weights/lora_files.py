@@ -102,6 +102,7 @@ _UNSUPPORTED = (
     (r"\.fourierft_", "FourierFT"),
     (r"\.vblora_", "VB-LoRA"),
     (r"\.lokr_t1$", "LoKr with lokr_t1"),
+    (r"\.wd_for_diff$", "DoRA of the difference (LyCORIS: wd_for_diff)"),
     (r"\.(q_layer|p_layer)\.weight$|\.lambda_layer$", "T-LoRA"),
     (r"\.abba_", "ABBA"),
     (r"\.spectral_shifts$", "SVDiff"),

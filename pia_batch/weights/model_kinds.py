@@ -17,6 +17,7 @@ FileKind = Literal[
     "Stable Diffusion XL checkpoint",
     "checkpoint of another family than Stable Diffusion 1.5",
     "ControlNet",
+    "T2I-Adapter",
     "LoRA",
     "LoRA of numbered layers (cloneofsimo/lora)",
     "file of HCP-Diffusion",
@@ -63,6 +64,7 @@ _BELONGS: dict[FileKind, str] = {
     "motion adapter": "it belongs in model.motion_adapter",
     "VAE": "it belongs in model.vae",
     "ControlNet": "PIA uses no ControlNet and no SparseCtrl; leave it out",
+    "T2I-Adapter": "PIA uses no T2I-Adapter; leave it out",
     "motion modules of HotShot-XL": "they are made for Stable Diffusion XL; set model.motion_adapter to one of PIA",
     "UNet of Stable Diffusion XL": "PIA animates only Stable Diffusion 1.5",
     "UNet of a diffusers folder": "set the key to the parent folder, with tokenizer, text encoder and VAE",
@@ -130,6 +132,9 @@ _OF_HCP = re.compile(r"\.___\.|\.lora_block(_\d+)?\.|^(lora|base|base_ema|plugin
 
 _CONTROLS = ("control_model.", "controlnet_", "lora_controlnet", "lllite_", "input_hint_block.")
 
+_OF_T2I_ADAPTER = re.compile(r"(adapter\.)?body\.\d+\.(.+\.)?(block1|in_conv)\.weight$")
+"""Names of T2I-Adapters. Sources: TencentARC/T2I-Adapter `ldm/modules/encoders/adapter.py`; diffusers `T2IAdapter`."""
+
 # The first match wins: add-ons, which name tensors of networks, come before these networks.
 _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
     (
@@ -159,17 +164,24 @@ _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
     ),
     ("textual inversion", _is_inversion),
     ("textual inversions of several words", lambda header: _is_inversion(header, num_words=2)),
-    ("Stable Diffusion XL checkpoint", lambda header: bool(header.starting("conditioner.embedders."))),
-    ("Stable Diffusion 2 checkpoint", lambda header: bool(header.starting("cond_stage_model.model."))),
     (
         "checkpoint of another family than Stable Diffusion 1.5",  # of videos, such as Stable Video Diffusion
         lambda header: (
             _unet_input(header) is not None and _any(header, ".time_stack.", ".time_mixer.", ".temopral_conv.")
         ),
     ),
+    (
+        "Stable Diffusion 2 checkpoint",  # Turbo models of 2.1 have the names of XL, but no embedding of sizes
+        lambda header: (
+            bool(header.starting("cond_stage_model.model."))
+            or (bool(header.starting("conditioner.embedders.0.model.")) and not _any(header, ".label_emb."))
+        ),
+    ),
+    ("Stable Diffusion XL checkpoint", lambda header: bool(header.starting("conditioner.embedders."))),
     ("inpainting checkpoint", lambda header: _unet_input(header) == 9),  # noqa: PLR2004 - latents, mask, masked latents
     ("InstructPix2Pix checkpoint", lambda header: _unet_input(header) == 8),  # noqa: PLR2004 - latents of two images
     ("ControlNet", lambda header: bool(header.starting(*_CONTROLS))),
+    ("T2I-Adapter", lambda header: any(map(_OF_T2I_ADAPTER.match, header.shapes))),
     ("Stable Diffusion 1.5 checkpoint", lambda header: _unet_input(header) == 4),  # noqa: PLR2004 - latent channels
     (
         "checkpoint with averaged weights only",
@@ -199,9 +211,10 @@ _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
     ),
     ("text encoder", lambda header: _any(header, "token_embedding.weight")),
     (
-        "VAE",
-        lambda header: bool(
-            header.starting("first_stage_model.", "vae.encoder.", "vae.decoder.", "encoder.", "decoder.")
+        "VAE",  # also under names that no loader knows, which are named when its tensors are looked for
+        lambda header: (
+            bool(header.starting("first_stage_model.", "vae.encoder.", "vae.decoder.", "encoder.", "decoder."))
+            or _ends(header, ".encoder.conv_in.weight", ".decoder.conv_in.weight")
         ),
     ),
     ("file of unknown layout", lambda _: True),

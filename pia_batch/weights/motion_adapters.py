@@ -31,6 +31,12 @@ def check(adapter: Component, unet: Component) -> None:
             f"be {_PIA_CHANNELS} (got {', '.join(wrong)}); {_other_adapter(header)} does not read the image. "
             "Set model.motion_adapter to one of PIA"
         )
+    lengths = sorted({shape[1] for name, shape in header.shapes.items() if _is_positions(name, shape)})
+    if len(lengths) > 1:
+        raise ConfigError(
+            f"{header.path} has modules of {' and of '.join(map(str, lengths))} frame positions: two files are "
+            "mixed in it; use one whose modules all have the same number"
+        )
     found = positions(header)
     if found is not None and found != settings.get("motion_max_seq_length"):
         raise ConfigError(
@@ -51,6 +57,10 @@ def check(adapter: Component, unet: Component) -> None:
 def positions(header: safetensors.SafetensorsHeader) -> int | None:
     """Return the number of frame positions in a file; None if it leaves them to the config."""
     return safetensors.second_side(next(filter(None, map(header.shape_of, networks.POSITIONS)), None))
+
+
+def _is_positions(name: str, shape: networks.Shape) -> bool:
+    return name.endswith(networks.POSITIONS) and len(shape) > 1
 
 
 def _other_adapter(header: safetensors.SafetensorsHeader) -> str:

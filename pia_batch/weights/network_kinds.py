@@ -7,7 +7,7 @@ from typing import Any
 
 from pia_batch.config import ModelConfig
 from pia_batch.errors import ConfigError
-from pia_batch.weights import components, config_values, safetensors, tensor_map
+from pia_batch.weights import components, config_values, quantized_names, safetensors, tensor_map
 from pia_batch.weights.components import CONFIG, Component
 
 _PIA_CHANNELS = 9
@@ -103,7 +103,7 @@ def check_unet(unet: Component, model: ModelConfig) -> bool:
     """
     config, named = unet.settings, unet.folder if unet.config is None else unet.path
     channels, width = config.get("in_channels", _LATENT_CHANNELS), config.get("cross_attention_dim")
-    tensor_map.refuse_quantized(components.header(unet).shapes, named)
+    quantized_names.refuse(components.header(unet).shapes, named)
     holds_motion = config.get("_class_name") == "UNetMotionModel"
     if holds_motion and channels != _PIA_CHANNELS:
         raise ConfigError(
@@ -148,6 +148,9 @@ def check_unet(unet: Component, model: ModelConfig) -> bool:
     return holds_motion
 
 
+_OTHER_INPUTS = {5: "the UNet of a depth model", 7: "the UNet of an upscaler", 8: "the UNet of InstructPix2Pix"}
+"""Models of other tasks by their input channels. Source: configs of stabilityai and timbrooks on the hub."""
+
 _FAMILY_OF_WIDTH = {
     1024: "the UNet of Stable Diffusion 2",
     1280: "the UNet of Stable Diffusion XL's refiner",
@@ -162,6 +165,8 @@ def _other_family(config: dict[str, Any], width: Any) -> str | None:
             f"an LCM-distilled UNet (time_cond_proj_dim {config['time_cond_proj_dim']}), whose guidance embedding PIA "
             f"does not use: {tensor_map.LCM_REMEDY}"
         )
+    if config.get("in_channels") in _OTHER_INPUTS:
+        return f"{_OTHER_INPUTS[config['in_channels']]} ({config['in_channels']} input channels)"
     if config.get("addition_embed_type") == "text_time":
         return "the UNet of Stable Diffusion XL"
     if isinstance(width, int) and width in _FAMILY_OF_WIDTH:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pia_batch.errors import ConfigError
-from pia_batch.weights import networks, safetensors, spare_tensors, wrapped_names
+from pia_batch.weights import networks, quantized_names, safetensors, spare_tensors, wrapped_names
 from pia_batch.weights.components import CONFIG, Component
 from pia_batch.weights.networks import POSITIONS, Settings, Shape
 
@@ -194,7 +194,7 @@ def _check(
     unexpected: list[str],
 ) -> None:
     named = _named(part, headers)
-    refuse_quantized(unexpected, named)
+    quantized_names.refuse(unexpected, named)
     for each in unexpected:
         known = next((text for ending, text in _FOREIGN if re.search(ending, each)), None)
         if known is not None:
@@ -260,33 +260,6 @@ _FOREIGN = (
     (r"^quantize\.", "a VQ model; use an AutoencoderKL of Stable Diffusion 1.5"),
 )
 """Names that occur in one kind of network only, with what to do."""
-
-_QUANTIZED = re.compile(
-    r"\.(\w*(scale|qdata|zero_point|qweight|qzeros|absmax)\w*|(nested_)?quant_(map|state)|SCB|weight_(format|packed)"
-    r"|comfy_quant|g_idx|_data|_shift|codebooks|codes|smooth(_orig)?|svd_(up|down))(\..+)?$|^scaled_fp8$"
-)
-"""Names of what quantized weights need beside them: scales, tables and their state.
-
-Sources: bitsandbytes, optimum-quanto, torchao, AWQ, GPTQ, compressed-tensors, nunchaku, SDNQ, ComfyUI.
-"""
-
-
-def refuse_quantized(names: Iterable[str], where: Path) -> None:
-    """Refuse a file with quantized weights by its first tensor that only such files have.
-
-    Args:
-        names: Names of tensors.
-        where: Path of the file or folder, for messages.
-
-    Raises:
-        ConfigError: There is such a tensor.
-    """
-    for name in names:
-        if _QUANTIZED.search(name) and not spare_tensors.left_out(name)[0]:
-            raise ConfigError(
-                f"{where}: tensor {name} belongs to quantized weights, which are not supported; use a file in F16, "
-                "BF16 or F32"
-            )
 
 
 def _remedy(part: Component) -> str:

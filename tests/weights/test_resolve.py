@@ -333,7 +333,8 @@ def test_shards_are_all_needed_and_all_part_of_the_id(base):
     ("part", "changes", "message"),
     [
         ("unet", {"in_channels": 9}, "inpainting"),
-        ("unet", {"in_channels": 8}, "not the UNet of Stable Diffusion 1.5"),
+        ("unet", {"in_channels": 8}, r"is the UNet of InstructPix2Pix \(8 input channels\)"),
+        ("unet", {"in_channels": 3}, "not the UNet of Stable Diffusion 1.5"),
         ("unet", {"addition_embed_type": "text_time"}, "the UNet of Stable Diffusion XL"),
         ("unet", {"_class_name": "UNetMotionModel"}, "use a UNet of PIA"),
         ("motion_adapter", {"conv_in_channels": None}, "not a PIA motion adapter"),

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from pia_batch import tiny
 from pia_batch.config import ModelConfig
 from pia_batch.errors import ConfigError
-from pia_batch.weights import image_prompt_files, lora_files, tensor_map
+from pia_batch.weights import image_prompt_files, lora_files, quantized_names
 from pia_batch.weights.resolve import resolve
 from pia_batch.weights.wrapped_names import unwrapped
 
@@ -87,15 +87,15 @@ QUANTIZED = {
 def test_what_quantized_weights_need_is_refused_by_name(kind, ending):
     del kind
     with pytest.raises(ConfigError, match=r"tensor mid_block\S+ belongs to quantized weights"):
-        tensor_map.refuse_quantized(["conv_in.weight", LAYER + ending], Path("unet"))
+        quantized_names.refuse(["conv_in.weight", LAYER + ending], Path("unet"))
 
 
 def test_no_tensor_of_a_network_is_called_quantized():
     for part in ("unet", "vae", "text_encoder", "motion_adapter"):
         (path,) = (tiny.PATH / part).glob("*.safetensors")
-        tensor_map.refuse_quantized(load_file(path), path)
+        quantized_names.refuse(load_file(path), path)
     names = ["first_stage_model.quant_conv.weight", "first_stage_model.post_quant_conv.bias", "scale_factor"]
-    tensor_map.refuse_quantized([*names, "model.logit_scale", "conditioner.logit_scale"], Path("unet"))
+    quantized_names.refuse([*names, "model.logit_scale", "conditioner.logit_scale"], Path("unet"))
 
 
 def test_four_bit_weights_are_named_before_their_shapes_are_taken_for_another_familys(tmp_path):
