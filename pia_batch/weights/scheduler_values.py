@@ -91,6 +91,15 @@ def _check_chosen(model: ModelConfig, shipped: str, file: Mapping[str, Any], pat
     if found is not None:
         where = "model.scheduler.settings" if found.split(" ", 1)[0] in model.scheduler.settings else path
         raise ConfigError(f"{where}: {made.name}: invalid {found}; set another value in model.scheduler.settings")
+    if not file.get(_ZERO) or _ZERO in (made.start | made.overrides).keys() & _RULES[made.name].keys():
+        return
+    if _ZERO in _RULES[made.name]:
+        remedy = f"set model.scheduler.settings to {{{_ZERO}: true}}, or to false if the base was not trained with it"
+    elif made.name == shipped:
+        return  # the base's own scheduler, which has never read it
+    else:
+        remedy = f"{made.name} does not have it: set model.scheduler.name to ddim"
+    raise ConfigError(f"{path}: the base was trained with {_ZERO}, which the scheduler would leave out; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -218,7 +227,10 @@ _SPACING = {"timestep_spacing": one_of("leading", "linspace", "trailing"), "step
 _SPACED = _PREDICTION | _SPACING
 _CLIPPED = {"clip_sample": YES_OR_NO, "clip_sample_range": POSITIVE}
 _THRESHOLD = {"thresholding": YES_OR_NO, "dynamic_thresholding_ratio": _FRACTION, "sample_max_value": POSITIVE}
-_ZERO_SNR = {"rescale_betas_zero_snr": YES_OR_NO}
+_ZERO = "rescale_betas_zero_snr"
+"""Setting of bases that were trained up to noise without a signal; without it their clips have another brightness."""
+
+_ZERO_SNR = {_ZERO: YES_OR_NO}
 _FLOW = {"use_flow_sigmas": _FALSE, "flow_shift": POSITIVE}
 _SHIFTED = _FLOW | {"use_dynamic_shifting": _FALSE, "time_shift_type": one_of("exponential", "linear")}
 _ORDER = {"solver_order": _from_one_to(3), "lower_order_final": YES_OR_NO}
