@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pia_batch.errors import ConfigError, environment_remedy, message_of
@@ -252,7 +252,7 @@ def _why_no_weights(source: FetchedFolder, folder: Path, stem: str, variant: str
         what = f"is a link to {path.readlink()}, which is missing" if path.is_symlink() else "is no file"
         return f"{path} {what}; copy the file itself there, or fetch the folder again"
     message = f"{source.named} has no {wanted}"
-    names = sorted(each.name for each in folder.iterdir() if each.is_file())
+    names = source.names(PurePosixPath(wanted).parent.as_posix())
     others = [name for name in names if name.endswith(safetensors.SUFFIX)]
     if others:
         remedy = "set or leave out the variant in the config"

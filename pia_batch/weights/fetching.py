@@ -47,11 +47,20 @@ class FetchedFolder:
         root: Path of the folder.
         commit: Hub commit of the snapshot; None if it is not from the hub.
         named: Name in the config, for messages.
+        origin: Location that has more files than were requested; None: the folder has all.
     """
 
     root: Path
     commit: str | None
     named: str
+    origin: Location | None = None
+
+    def names(self, part: str) -> list[str]:
+        """Return the names of all files in a part's folder, fetched or not, without those of folders in it."""
+        origin = self.origin or LocalFolder(self.root, self.named)
+        folder = "" if part in ("", ".") else f"{part}/"
+        inside = (name.removeprefix(folder) for name in origin.names() if name.startswith(folder))
+        return sorted(name for name in inside if "/" not in name)
 
 
 class Location(Protocol):
@@ -158,7 +167,7 @@ class HubRepository:
     def fetch(self, patterns: Sequence[str]) -> FetchedFolder:
         """Download the matching files that are missing; return the snapshot in the hub's cache."""
         root = self.hub.download(self.repo_id, self.revision, [_glob(pattern) for pattern in patterns])
-        return FetchedFolder(root, root.name, self.repo_id)
+        return FetchedFolder(root, root.name, self.repo_id, self)
 
 
 class HuggingFaceHub:
@@ -224,7 +233,7 @@ class ObjectFolder:
                 f"cannot cache {redacted(self.store.uri)} in {cache_folder()}: {err}. "
                 "Free disk space, or set PIA_BATCH_CACHE to a writable folder"
             ) from err
-        return FetchedFolder(root, None, redacted(self.store.uri))
+        return FetchedFolder(root, None, redacted(self.store.uri), self)
 
     def _listing(self, patterns: Sequence[str]) -> list[ObjectInfo]:
         if not any("*" in pattern for pattern in patterns):
