@@ -415,11 +415,15 @@ def with_norm(changed: torch.Tensor, magnitude: torch.Tensor, axis: int) -> torc
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr, both split", "lokr, whole", "full"])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("scale", [1.0, 0.6])
-def test_dora_of_lycoris_takes_the_norm_of_the_changed_base(base, tmp_path, kind, axis, scale):
+@pytest.mark.parametrize("alpha", [None, 6.0])
+def test_dora_of_lycoris_takes_the_norm_of_the_changed_base(base, tmp_path, kind, axis, scale, alpha):
     tensors, expected = {}, {}
     for layer in (ATTENTION, RESNET, PROJECTION, TEXT, FEED):
         weight = weight_of(layer)
         made, delta = KINDS[kind][0](weight.shape, 3)
+        if alpha is not None:
+            made["alpha"] = torch.tensor(alpha)
+            delta = delta if kind in UNSCALED else delta * alpha / 3
         magnitude = 1 + numbers(weight.shape[axis], seed=9).abs()
         sides = [weight.shape[axis] if each == axis else 1 for each in range(weight.ndim)]
         tensors |= {f"{kohya(layer)}.{name}": tensor for name, tensor in made.items()}
