@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from inputs import requests_table
-from node_engines import NodeEngineLoader, calls_of
+from node_engines import NodeEngineLoader, calls_of, loaded_engine
 from places import PYTHONPATH
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pia_batch import tiny
 from pia_batch.config import PlacementConfig, RunConfig
 from pia_batch.driver import ray_cluster
 from pia_batch.driver import run as driver_run
@@ -23,8 +25,10 @@ from pia_batch.driver.authentication import authentication
 from pia_batch.driver.preflight.cluster import check_capacity
 from pia_batch.errors import ConfigError, InterruptedRunError
 from pia_batch.pipeline.actor import TASKS_IN_FLIGHT
+from pia_batch.pipeline.engine_loader import EngineLoader
 from pia_batch.planning.plan import make_plan
 from pia_batch.schema.run_record import RunSummary
+from pia_batch.storage.object_store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -136,6 +140,37 @@ def test_no_node_idles_while_requests_wait_although_another_is_slower(
     assert idle_at_the_end <= (TASKS_IN_FLIGHT + 1) * seconds[slow.node_id] + 1
     for node in (fast, slow):
         nodes.remove_node(node)
+
+
+@pytest.mark.long
+@pytest.mark.s3
+def test_engines_of_a_node_share_one_download_of_the_weights(
+    nodes: Cluster, make_config: MakeConfig, tmp_path: Path, s3: str
+) -> None:
+    """Two nodes with a cache each, and two workers on each that want the engine at the same time."""
+    weights = Store(f"{s3}/tiny")
+    for path in tiny.PATH.rglob("*"):
+        if path.is_file():
+            weights.create(path.relative_to(tiny.PATH).as_posix(), path.read_bytes())
+    config = make_config(model__base=f"{s3}/tiny", model__dtype="float32")
+    load, started = EngineLoader(config.all_models, "cpu", None), tmp_path / "started"
+    started.mkdir()
+    caches = [tmp_path / "cache-a", tmp_path / "cache-b"]
+    pair = [nodes.add_node(num_cpus=2, env_vars={"PIA_BATCH_CACHE": str(cache)}) for cache in caches]
+    try:
+        on_nodes = [
+            ray.remote(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)) for node in pair
+        ]
+        answers = [on_node(loaded_engine).remote(load, started, 4) for on_node in on_nodes for _ in range(2)]
+        engine_ids, messages = zip(*ray.get(answers), strict=True)
+    finally:
+        for node in pair:
+            nodes.remove_node(node)
+
+    assert len(set(engine_ids)) == 1
+    downloads = [sum(line.startswith("weights_fetched") for line in lines) for lines in messages]
+    assert (downloads[0] + downloads[1], downloads[2] + downloads[3]) == (1, 1)
+    assert all(len(list(cache.glob("*/unet/*.safetensors"))) == 1 for cache in caches)
 
 
 @pytest.mark.long

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fakes import FakeEngine, FakeShelf
+
+from pia_batch.pipeline.engine_loader import EngineLoader
 
 
 @dataclass
@@ -57,3 +61,21 @@ class NodeEngineLoader:
         (self.folder / f"{node}.engine").touch()
         seconds = self.seconds_on.get(node, self.seconds)
         return FakeShelf(NodeEngine(self.engine_id, node, seconds, folder=self.folder, crowd=self.crowd))
+
+
+def loaded_engine(load: EngineLoader, folder: Path, crowd: int) -> tuple[str, list[str]]:
+    """Load an engine as a worker does, once `crowd` workers want one; return its id and what was logged meanwhile."""
+    messages: list[str] = []
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger = logging.getLogger("pia_batch")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(Notes())
+    engines = load()
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < crowd:
+        time.sleep(0.05)
+    return engines.engine("default").engine_id, messages
