@@ -27,7 +27,7 @@ import psutil
 import pyarrow as pa
 import ray
 from benchmark_chain import ENGINE_CPUS, FETCH_CPUS, measured_in_own_process, start_ray
-from simulated_engine import batch_records, write_manifest
+from simulated_engine import batch_records, wait_for_crew, write_manifest
 
 from pia_batch.config import RunConfig
 from pia_batch.driver import monitor
@@ -166,9 +166,7 @@ class IdleActor:
         Heartbeat(control, lambda: 0.0)
         worker = ray.get_runtime_context().get_actor_id()
         control.start(worker)
-        (self._notes / str(os.getpid())).touch()
-        while len(list(self._notes.iterdir())) < crew:
-            time.sleep(0.1)
+        wait_for_crew(self._notes, crew)
         control.ready(worker, 0.0)
 
     def __call__(self, requests: pa.Table) -> pa.Table:

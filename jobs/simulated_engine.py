@@ -114,10 +114,26 @@ class SimulatedLoader:
 
     def __call__(self) -> _SingleEngine:
         """Return the engine of one worker, once all engines of the crew have started."""
-        (self.notes / str(os.getpid())).touch()
-        while len(list(self.notes.iterdir())) < self.crew:
-            time.sleep(0.1)
+        wait_for_crew(self.notes, self.crew)
         return _SingleEngine(SimulatedEngine(self.engine_id, self.seconds, self.notes))
+
+
+def wait_for_crew(notes: Path, crew: int) -> None:
+    """Wait until a number of engines have started, each of which calls this function.
+
+    The last one makes a file that the others look for. If each counted the others, hundreds of them would busy the CPU
+    that the last ones need to start.
+
+    Args:
+        notes: Folder of the engines' records, with a file for each engine.
+        crew: Number of engines.
+    """
+    (notes / str(os.getpid())).touch()
+    complete = notes.with_name(f"{notes.name}-complete")
+    if len(list(notes.iterdir())) >= crew:
+        complete.touch()
+    while not complete.exists():
+        time.sleep(0.1)
 
 
 def batch_records(notes: Path) -> list[npt.NDArray[np.float64]]:
