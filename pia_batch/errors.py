@@ -165,29 +165,36 @@ _MEMORY = "raise the limits of memory and processes (`ulimit -a`), or use a larg
 _ACCESS = "give this user access to it, or set HOME, TMPDIR or the path to another place"
 _ENCODING = "use names in UTF-8: set PYTHONUTF8=1, or LC_ALL to a locale such as C.UTF-8"
 _NETWORK = "check the name, the address, the network and the proxy settings (HTTPS_PROXY, NO_PROXY)"
+_REMEDIES = (
+    (_ROOM, "ENOSPC EDQUOT"),
+    ("raise the limit of a file's size (`ulimit -f unlimited`), or choose a disk with larger files", "EFBIG"),
+    ("a file has the name of a folder there: remove it, or set HOME, TMPDIR or the path to another place", "ENOTDIR"),
+    ("a folder has the name of a file there: remove it, or choose another path", "EISDIR"),
+    (_ACCESS, "EROFS EACCES EPERM"),
+    (_FILES, "EMFILE ENFILE"),
+    (_MEMORY, "ENOMEM EAGAIN"),
+    ("choose a shorter path or name", "ENAMETOOLONG"),
+    ("a symbolic link there points to itself: remove it, or choose another path", "ELOOP"),
+    ("that folder has too many entries: choose another one", "EMLINK"),
+    ("that disk does not take every name: choose another disk or name", "EILSEQ"),
+    ("unset large environment variables, or give fewer arguments", "E2BIG"),
+    ("look into the system's log: a disk fails", "EIO ENXIO ENODEV EUCLEAN EBADMSG ENOMEDIUM EMEDIUMTYPE"),
+    ("mount the network disk again", "ESTALE ENOTCONN EREMOTEIO ENONET ECOMM ENOLINK"),
+    ("mount the network disk with locks, or choose a local disk", "ENOLCK"),
+    (
+        "unlock the encrypted folder, or renew the key or the ticket of the network disk",
+        "ENOKEY EKEYEXPIRED EKEYREVOKED EKEYREJECTED",
+    ),
+    ("choose a disk with another file system, such as ext4 or XFS", "ENOSYS ENOTSUP"),
+    ("end the program that uses it, or choose another path", "EBUSY ETXTBSY"),
+    ("install the program for this machine's processor", "ENOEXEC"),
+    ("end the program that has the port, or choose another port", "EADDRINUSE"),
+    (_NETWORK, "EADDRNOTAVAIL ECONNREFUSED ECONNRESET ECONNABORTED ENETRESET ENOBUFS ETIMEDOUT"),
+    (_NETWORK, "EHOSTUNREACH EHOSTDOWN ENETUNREACH ENETDOWN"),
+)
 
 _ENVIRONMENT = {
-    errno.ENOSPC: _ROOM,
-    errno.EDQUOT: _ROOM,
-    errno.EFBIG: "raise the limit of a file's size (`ulimit -f unlimited`), or choose a disk with larger files",
-    errno.ENOTDIR: "a file has the name of a folder there: remove it, or set HOME, TMPDIR or the path to another place",
-    errno.EROFS: _ACCESS,
-    errno.EACCES: _ACCESS,
-    errno.EPERM: _ACCESS,
-    errno.EMFILE: _FILES,
-    errno.ENFILE: _FILES,
-    errno.ENOMEM: _MEMORY,
-    errno.EAGAIN: _MEMORY,
-    errno.ENAMETOOLONG: "choose a shorter path or name",
-    errno.EIO: "look into the system's log: a disk fails",
-    errno.ESTALE: "mount the network disk again",
-    errno.EADDRINUSE: "end the program that has the port, or choose another port",
-    errno.EADDRNOTAVAIL: _NETWORK,
-    errno.ECONNREFUSED: _NETWORK,
-    errno.ECONNRESET: _NETWORK,
-    errno.EHOSTUNREACH: _NETWORK,
-    errno.ENETUNREACH: _NETWORK,
-    errno.ETIMEDOUT: _NETWORK,
+    getattr(errno, name): remedy for remedy, names in _REMEDIES for name in names.split() if hasattr(errno, name)
 }
 """Remedies for errors of the operating system that an operator causes and ends, by their number."""
 

@@ -38,6 +38,10 @@ TABLE = [
     (of(errno.ENAMETOOLONG), "File name too long: '/data/x'; choose a shorter path or name"),
     (of(errno.EIO), "Input/output error: '/data/x'; look into the system's log"),
     (of(errno.ESTALE), "Stale file handle: '/data/x'; mount the network disk again"),
+    (of(errno.ENOLCK), "No locks available: '/data/x'; mount the network disk with locks"),
+    (of(errno.ELOOP), "Too many levels of symbolic links: '/data/x'; a symbolic link there points to itself"),
+    (of(errno.EISDIR), "Is a directory: '/data/x'; a folder has the name of a file there"),
+    (of(errno.EBUSY), "Device or resource busy: '/data/x'; end the program that uses it"),
     (of(errno.EADDRINUSE), "Address already in use: '/data/x'; end the program that has the port"),
     (of(errno.ECONNREFUSED), "ConnectionRefusedError: [Errno 111] Connection refused: '/data/x'; check the name"),
     (of(errno.ENETUNREACH), "Network is unreachable: '/data/x'; check the name, the address, the network"),
@@ -71,6 +75,38 @@ def test_in_a_worker_it_interrupts_the_run_which_can_be_started_again(raised: Ex
     assert isinstance(explained, InterruptedRunError)
     assert line in str(explained)
     assert str(explained).endswith("what was finished is committed. Start again to resume")
+
+
+NO_FAULTS = {
+    *("ENOENT", "EEXIST", "ENOTEMPTY", "EXDEV", "EINVAL", "EPIPE", "EBADF", "EFAULT", "ESPIPE", "ERANGE", "EDOM"),
+    *("EINTR", "ERESTART", "EALREADY", "EINPROGRESS", "ECANCELED", "EISCONN", "EMSGSIZE", "EOVERFLOW", "EDEADLOCK"),
+    *("ECHILD", "ESRCH", "ENOTTY", "ENOTSOCK", "ENOTBLK", "EDESTADDRREQ", "ENOPROTOOPT", "EPROTO", "EPROTOTYPE"),
+    *("EPROTONOSUPPORT", "ESOCKTNOSUPPORT", "EPFNOSUPPORT", "EAFNOSUPPORT", "ESHUTDOWN", "ETOOMANYREFS", "ETIME"),
+    *(
+        "EOWNERDEAD",
+        "ENOTRECOVERABLE",
+        "EIDRM",
+        "ENOMSG",
+        "ENODATA",
+        "ENOSR",
+        "ENOSTR",
+        "ESTRPIPE",
+        "EREMOTE",
+        "EUSERS",
+    ),
+    *("EADV", "EBADE", "EBADFD", "EBADR", "EBADRQC", "EBADSLT", "EBFONT", "ECHRNG", "EDOTDOT", "EISNAM", "EL2HLT"),
+    *("EL2NSYNC", "EL3HLT", "EL3RST", "ELIBACC", "ELIBBAD", "ELIBEXEC", "ELIBMAX", "ELIBSCN", "ELNRNG", "EMULTIHOP"),
+    *("ENAVAIL", "ENOANO", "ENOCSI", "ENOPKG", "ENOTNAM", "ENOTUNIQ", "EREMCHG", "ERFKILL", "ESRMNT", "EUNATCH"),
+    "EXFULL",
+}
+"""Errors of the operating system that only a bug meets, or none of this package's calls."""
+
+
+@pytest.mark.parametrize("number", errno.errorcode)
+def test_every_error_of_the_operating_system_has_a_remedy_or_is_a_bug(number: int) -> None:
+    explained = environment_error(of(number))
+
+    assert (explained is None) == (errno.errorcode[number] in NO_FAULTS)
 
 
 @pytest.mark.parametrize("raised", [FileNotFoundError(2, "x"), BrokenPipeError(32, "x"), OSError("x"), KeyError("x")])
