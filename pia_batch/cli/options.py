@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -185,15 +185,21 @@ def existing(output: str) -> tuple[Store, float]:
 
 
 @contextmanager
-def held(store: Store, command: str, ttl_s: float) -> Iterator[Lease]:
+def held(store: Store, command: str, ttl_s: float, make_room: Callable[[], None] | None = None) -> Iterator[Lease]:
     """Hold the lease of an output, so that no run works on it meanwhile.
+
+    Args:
+        store: Output.
+        command: Name of the command.
+        ttl_s: Duration of the lease, in seconds.
+        make_room: Function that frees space where the disk is too full for a lease; None: the command then fails.
 
     Raises:
         LeaseHeldError: A run works on the output.
     """
     from pia_batch.journal.lease import Lease
 
-    with Lease(store, f"{command}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}", ttl_s) as lease:
+    with Lease(store, f"{command}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}", ttl_s, make_room=make_room) as lease:
         yield lease
 
 

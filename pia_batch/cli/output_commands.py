@@ -117,7 +117,7 @@ def gc(
     Deletes only with `--delete`, and never while a run works there (exit code 75).
     Example: `pia-batch gc s3://bucket/out --older-than 30d --delete`
     """
-    from pia_batch.journal.garbage_collection import GARBAGE_KINDS, delete_garbage, find_garbage
+    from pia_batch.journal.garbage_collection import GARBAGE_KINDS, delete_garbage, find_garbage, make_room
     from pia_batch.journal.log import Journal
 
     store, ttl_s = existing(output)
@@ -135,7 +135,7 @@ def gc(
 
     found = find_garbage(Journal(store), before_s)
     if delete:
-        with held(store, "gc", ttl_s) as lease:
+        with held(store, "gc", ttl_s, lambda: count(make_room(store, found))) as lease:
             count(delete_garbage(store, found, lease.check))
     else:
         count(found)

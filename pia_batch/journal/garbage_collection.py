@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pia_batch.errors import StorageError
 from pia_batch.journal import layout, pack_index
 from pia_batch.journal.log import Journal
 from pia_batch.journal.results import read_latest
@@ -98,6 +99,24 @@ def delete_garbage(store: Store, garbage: Iterable[Garbage], check: Callable[[],
         for _ in store.each(store.delete, [item.info.name for item in batch], DELETE_THREADS):
             pass
         yield from batch
+
+
+def make_room(store: Store, garbage: Iterator[Garbage]) -> Iterator[Garbage]:
+    """Delete garbage where the disk is too full for a lease, until there is room; yield each object after it is gone.
+
+    Raises:
+        StorageError: There is still no room.
+    """
+    for item in garbage:
+        store.delete(item.info.name)
+        yield item
+        if not store.is_full(layout.CREATE_ONLY_PROBE):
+            return
+    msg = (
+        f"the disk of {store.uri} is full, and no more garbage is old enough; delete other files there, or lower "
+        "--older-than"
+    )
+    raise StorageError(msg)
 
 
 class _UsedKeys:

@@ -49,6 +49,7 @@ class Lease:
         sleep: Function that waits the given number of seconds; None: waits until `stop` is set, at most that long.
         wait_s: Seconds to wait for the end of another run; may be infinite.
         stop: Event that ends the wait.
+        make_room: Function that frees space where a local disk is too full for a lease, called while no run is alive.
     """
 
     def __init__(
@@ -60,10 +61,12 @@ class Lease:
         sleep: Callable[[float], object] | None = None,
         wait_s: float = 0.0,
         stop: threading.Event | None = None,
+        make_room: Callable[[], None] | None = None,
     ) -> None:
         self._store, self._run_id, self._ttl_s, self._wait_s, self._clock = store, run_id, ttl_s, wait_s, clock
         self._stop_waiting = stop or threading.Event()
         self._sleep = sleep or self._stop_waiting.wait
+        self._make_room = make_room
         self._generation = 0
         self._since = ""
         self._next_log_s = -math.inf
@@ -91,6 +94,8 @@ class Lease:
         if holder is not None and not holder["released"]:
             self.has_waited = True
             generation = self._wait_for_silence(generation, holder)
+        if self._make_room is not None and self._store.is_full(layout.CREATE_ONLY_PROBE):
+            self._make_room()
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
         try:
             self._write(generation + 1, released=False)

@@ -118,6 +118,24 @@ def check_disk(folder: Path, probe: str, link: Callable[[Path, Path], None] = os
         path.unlink(missing_ok=True)
 
 
+def is_full(folder: Path, probe: str) -> bool:
+    """Return True if the disk or the quota is too full for a small file. Leaves nothing behind.
+
+    Args:
+        folder: Root of the store.
+        probe: Name of an object in it, next to which the file is written.
+    """
+    path = Path(folder, f"{probe}#{os.getpid()}")
+    try:
+        path.write_bytes(bytes(4096))
+    except OSError as err:
+        return err.errno in FULL
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+    return False
+
+
 def _without_links(folder: Path, reason: str) -> str:
     return (
         f"output: the file system of {folder.as_uri()} has no hard links, by which a result is created only once "

@@ -328,6 +328,14 @@ class Store:
         """Return what will keep a run from writing to a local disk, as far as it is seen without writing; else None."""
         return local_disk.find_obstacle(Path(local_path(self.uri))) if self._is_local else None
 
+    def is_full(self, probe: str) -> bool:
+        """Return True if a local disk is too full for a small object; False for any other store.
+
+        Args:
+            probe: Name of an object, next to which a file is written for a moment.
+        """
+        return self._is_local and local_disk.is_full(Path(local_path(self.uri)), probe)
+
     def _attributes(self, name: str) -> dict[str, str] | None:
         """Return the attributes with which a web server delivers the object; a local disk cannot store any."""
         media_type = None if self._is_local else MEDIA_TYPES.get(name.rpartition(".")[2])

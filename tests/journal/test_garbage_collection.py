@@ -9,8 +9,9 @@ from journals import SHOP, commit, key, keys, keyset, results
 
 from pia_batch.errors import LeaseHeldError, StorageError
 from pia_batch.journal import layout
-from pia_batch.journal.garbage_collection import delete_garbage, find_garbage
+from pia_batch.journal.garbage_collection import delete_garbage, find_garbage, make_room
 from pia_batch.journal.layout import LEASES, animation_name, lease_name, poster_name
+from pia_batch.journal.lease import Lease, read_newest_lease
 from pia_batch.journal.log import Journal
 from pia_batch.journal.pack_index import Head, PackIndex
 from pia_batch.journal.results import publish
@@ -246,6 +247,64 @@ def test_deleting_ends_where_a_run_has_come(record: Journal) -> None:
     with pytest.raises(LeaseHeldError):
         list(delete_garbage(record.store, find_garbage(record, time.time() - 7 * DAY_S), overtaken))
     assert found(record) == before
+
+
+class FullStore(Store):
+    """A store whose disk has room for a lease only after some deletions."""
+
+    def __init__(self, uri: str, deletions: int) -> None:
+        super().__init__(uri)
+        self.deletions = deletions
+
+    def delete(self, name: str) -> None:
+        super().delete(name)
+        self.deletions -= 1
+
+    def is_full(self, probe: str) -> bool:
+        del probe
+        return self.deletions > 0
+
+    def create(self, name: str, data: bytes) -> None:
+        assert self.deletions <= 0
+        super().create(name, data)
+
+
+def make_orphans(record: Journal) -> None:
+    for number in range(4):
+        record.store.create(animation_name(key(number), "gif"), b"orphan")
+    age(record, 8)
+
+
+def test_a_disk_that_is_too_full_for_a_lease_has_room_after_as_few_deletions_as_that_takes(record: Journal) -> None:
+    make_orphans(record)
+    full, gone = FullStore(record.store.uri, deletions=2), []
+    garbage = find_garbage(record, time.time() - 7 * DAY_S)
+
+    with Lease(full, "gc", 60.0, make_room=lambda: gone.extend(make_room(full, garbage))):
+        assert len(gone) == 2
+        assert read_newest_lease(record.store)[1]["run_id"] == "gc"  # type: ignore[index]
+
+
+def test_a_full_disk_without_enough_garbage_is_an_error_with_a_remedy(record: Journal) -> None:
+    make_orphans(record)
+    full = FullStore(record.store.uri, deletions=1000)
+
+    with (
+        pytest.raises(StorageError, match="is full, and no more garbage is old enough; delete other files there"),
+        Lease(full, "gc", 60.0, make_room=lambda: list(make_room(full, find_garbage(record, time.time() + DAY_S)))),  # type: ignore[arg-type,return-value]
+    ):
+        pass
+    assert found(record, days=-1) == {}
+
+
+def test_no_room_is_made_while_a_run_is_alive(record: Journal) -> None:
+    make_orphans(record)
+    with (
+        Lease(record.store, "alive", 1.0),
+        pytest.raises(LeaseHeldError),
+        Lease(FullStore(record.store.uri, 1), "gc", 1.0, make_room=lambda: pytest.fail("deleted")),
+    ):
+        pass
 
 
 @pytest.mark.s3
