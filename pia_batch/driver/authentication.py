@@ -26,6 +26,9 @@ Authentication = Literal["token", "none", "unknown"]
 ANSWER_S = 5.0
 """Seconds that a cluster has to answer."""
 
+SILENCE_S = 15.0
+"""Seconds after which what answers nothing counts as no Ray; gRPC itself gives up the connection after 20."""
+
 TOKEN_REMEDY = (
     "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token, or put it into ~/.ray/auth_token; "  # noqa: S105
     "`ray get-auth-token` prints it on the head node"
@@ -105,27 +108,34 @@ def _authentication_of_ray(address: str) -> Authentication:
     return "none" if code is grpc.StatusCode.OK else "unknown"
 
 
-def _code_of_ray(address: str) -> grpc.StatusCode:
-    """Make a call of Ray's own protocol that changes nothing, without a token; return how it ends."""
+def _code_of_ray(address: str, seconds: float = ANSWER_S) -> grpc.StatusCode:
+    """Make a call of Ray's own protocol that changes nothing, without a token; return how it ends within `seconds`."""
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
         try:
-            call(b"", timeout=ANSWER_S)
+            call(b"", timeout=seconds)
         except grpc.RpcError as err:
             code: grpc.StatusCode = err.code()
             return code
     return grpc.StatusCode.OK
 
 
-def is_another_program(address: str) -> bool:
-    """Return True if what listens at a cluster's address speaks another protocol than Ray: HTTP, SSH, Redis.
+def program_at(address: str, seconds: float = SILENCE_S) -> Literal["ray", "another", "silent"]:
+    """Return what listens at a cluster's address: `another` for HTTP, SSH or Redis, `silent` if it answers nothing.
 
-    Ray itself would try for minutes. A Ray behind TLS is not asked. False, too, where nothing answers in time.
+    Ray itself would try for minutes. A Ray behind TLS is not asked, and counts as Ray.
+
+    Args:
+        address: Address with host and port.
+        seconds: Time that it has to answer, in seconds.
     """
     if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-        return False
+        return "ray"
     host, port = host_and_port(address)
-    return _code_of_ray(f"[{host}]:{port}" if ":" in (host or "") else f"{host}:{port}") is grpc.StatusCode.UNAVAILABLE
+    code = _code_of_ray(f"[{host}]:{port}" if ":" in (host or "") else f"{host}:{port}", seconds)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return "silent"
+    return "another" if code is grpc.StatusCode.UNAVAILABLE else "ray"
 
 
 def check_authentication(address: str, *, required: bool, ours: bool = False) -> None:

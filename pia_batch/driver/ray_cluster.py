@@ -22,11 +22,12 @@ from ray.job_config import JobConfig
 from pia_batch.config import PlacementConfig
 from pia_batch.driver import own_ray, own_ray_node, ray_output, worker_modules
 from pia_batch.driver.authentication import (
+    SILENCE_S,
     TOKEN_REMEDY,
     check_authentication,
     connect_once,
     host_and_port,
-    is_another_program,
+    program_at,
 )
 from pia_batch.driver.ray_address import check_address
 from pia_batch.errors import ConfigError, message_of
@@ -184,12 +185,15 @@ def _check_answer(address: str) -> None:
             "placement.ray_address or RAY_ADDRESS"
         )
         raise ConfigError(msg) from None
-    if is_another_program(address):
-        msg = (
-            f"another program than Ray answers at {redacted_uri(address)}; correct placement.ray_address or "
-            "RAY_ADDRESS (HEAD:6379)"
-        )
-        raise ConfigError(msg)
+    found = program_at(address)
+    if found == "ray":
+        return
+    shown, remedy = redacted_uri(address), "correct placement.ray_address or RAY_ADDRESS (HEAD:6379)"
+    problem = f"another program than Ray answers at {shown}"
+    if found == "silent":
+        problem = f"a program listens at {shown}, and does not answer within {SILENCE_S:g} s"
+        remedy = f"if it is Ray, start the cluster again; otherwise {remedy}"
+    raise ConfigError(f"{problem}; {remedy}")
 
 
 def end_execution(dataset: ray.data.Dataset) -> None:

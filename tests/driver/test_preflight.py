@@ -12,7 +12,7 @@ import pytest
 
 from pia_batch.config import PlacementConfig, RunConfig
 from pia_batch.driver import ray_cluster
-from pia_batch.driver.authentication import authentication
+from pia_batch.driver.authentication import authentication, program_at
 from pia_batch.driver.preflight import Finding, cluster, devices, examine, machine, storage
 from pia_batch.errors import ConfigError
 from pia_batch.storage.object_store import Store
@@ -316,6 +316,31 @@ def test_another_program_at_the_address_of_a_cluster_is_told_at_once(said: bytes
         ):
             pass
         listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The address of a program that accepts connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_program_that_says_nothing_is_not_taken_for_ray(silent: str) -> None:
+    assert program_at(silent, seconds=0.5) == program_at(f"ray://{silent}", seconds=0.5) == "silent"
+
+
+@pytest.mark.long
+def test_a_program_that_says_nothing_at_the_address_of_a_cluster_is_one_line_within_seconds(silent: str) -> None:
+    began = time.monotonic()
+
+    with (
+        pytest.raises(
+            ConfigError, match=f"a program listens at {silent}, and does not answer within 15 s; if it is Ray"
+        ),
+        ray_cluster.connect(PlacementConfig(ray_address=silent)),
+    ):
+        pass
+    assert time.monotonic() - began < 60
 
 
 def test_auto_without_a_ray_on_this_machine_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
