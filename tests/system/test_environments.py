@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import users
+from finished_outputs import make_output
 from inputs import requests_table
 from ray.exceptions import RayTaskError
 
@@ -32,8 +33,10 @@ from pia_batch.driver.preflight import Finding
 from pia_batch.driver.preflight.examination import guarded
 from pia_batch.driver.preflight.storage import check_weights
 from pia_batch.errors import ConfigError, PiaBatchError
+from pia_batch.journal.layout import animation_name
 from pia_batch.pipeline.worker_errors import explain, explain_loss
 from pia_batch.storage import s3_config
+from pia_batch.storage.object_store import Store
 from pia_batch.weights.resolve import resolve
 
 WITHOUT_RIGHTS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
@@ -371,6 +374,32 @@ def test_a_folder_of_ray_on_a_disk_that_cannot_be_written_is_one_line(options: s
     assert line.startswith(f"RAY_TMPDIR: cannot write to {short}, where Ray keeps its session:")
     assert reason in line
     assert line.endswith("set RAY_TMPDIR to a short path on a local disk, such as /tmp")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not mounts.are_possible(), reason="needs the right to mount")
+@pytest.mark.parametrize("orphans", [1, 0])
+def test_gc_frees_a_disk_that_is_too_full_for_its_lease(tmp_path: Path, orphans: int) -> None:
+    made = Store(str(tmp_path / "made"))
+    make_output(made, ["gif"])
+    for number in range(orphans):
+        made.create(animation_name(f"{number:032x}", "gif"), bytes(2**16))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = [sys.executable, "-m", "pia_batch.cli", "gc", str(disk), "--older-than", "0s", "--delete"]
+    fill = f"cp -r {tmp_path}/made/. . && (cat /dev/zero > filled 2>/dev/null; true)"
+
+    done = mounts.run_on(disk, "size=1m", command, os.environ, fill)
+
+    if orphans:
+        assert (done.stderr, done.returncode) == ("", 0)
+        assert re.search("animations and posters that no result names +1 objects", done.stdout)
+    else:
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.endswith(
+            "is full, and no more garbage is old enough; delete other files there, or lower --older-than"
+        )
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOMEM])
