@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 
@@ -13,7 +14,14 @@ from obstore.exceptions import (
     UnauthenticatedError,
 )
 
-from pia_batch.errors import CERTIFICATE_REMEDY, ObjectExistsError, StorageError, message_of, printable
+from pia_batch.errors import (
+    CERTIFICATE_REMEDY,
+    ObjectExistsError,
+    StorageError,
+    environment_remedy,
+    message_of,
+    printable,
+)
 from pia_batch.storage import s3_config
 from pia_batch.storage.local_disk import DISK_REMEDIES, PASSING
 from pia_batch.storage.uris import redacted
@@ -72,6 +80,7 @@ _STATUS_REMEDIES = {
 
 _NO_REASON = f"the store gives no reason; {_CREDENTIALS}: temporary ones may have expired"
 _FAILING = "look into the log and the documentation of the store for this answer"
+_DISK = "look into the system's log, or choose another path"
 _SILENT = "check that the store runs, its address (AWS_ENDPOINT_URL), the network and the proxy settings"
 
 
@@ -165,7 +174,7 @@ def explain(err: Exception, verb: str, shown: str, attempts: int) -> StorageErro
         case "denied":
             msg = f"may not {verb} {shown}: {reason}; {_CODE_REMEDIES.get(_code(err) or '', _CREDENTIALS)}"
         case "refused":
-            msg = f"{subject}: {reason}; {_remedy(err)}"
+            msg = f"{subject}: {reason}; {_remedy(err, shown)}"
         case int():
             msg = f"{subject}: {os.strerror(cause)}; {DISK_REMEDIES[cause]}"
         case "other region":
@@ -174,16 +183,23 @@ def explain(err: Exception, verb: str, shown: str, attempts: int) -> StorageErro
             found = _CERTIFICATE.search(str(err))
             msg = f"{subject}: invalid certificate ({found and found[1]}); {CERTIFICATE_REMEDY}"
         case _:
-            msg = f"{subject} after {attempts} attempt{'s' if attempts > 1 else ''}: {reason}; {_remedy(err)}"
+            msg = f"{subject} after {attempts} attempt{'s' if attempts > 1 else ''}: {reason}; {_remedy(err, shown)}"
     return StorageError(msg)
 
 
-def _remedy(err: Exception) -> str:
+_OF_PROCESS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
+"""Errors of this process or machine, which it also meets on its way to another store."""
+
+
+def _remedy(err: Exception, shown: str) -> str:
     status = _STATUS.search(str(err))
     if remedy := _CODE_REMEDIES.get(_code(err) or ""):
         return remedy
+    number, is_local = _os_error(err), shown.startswith("file:")
+    if number in _OF_PROCESS or (is_local and number):
+        return environment_remedy(OSError(number, os.strerror(number))) or _DISK
     if status is None:
-        return _SILENT
+        return _DISK if is_local else _SILENT
     if status[1] == "400" and _code(err) is None:  # an answer to HEAD has no body
         return _NO_REASON
     return _STATUS_REMEDIES.get(status[1], _FAILING)

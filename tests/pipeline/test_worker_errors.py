@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import ray.exceptions
+import torch
 from ray.exceptions import RaySystemError, WorkerCrashedError
 
 from pia_batch import __version__
@@ -183,3 +184,28 @@ def test_memory_that_ray_ends_work_for_is_reported_with_the_keys_that_help(name:
     kind = type(name, (RuntimeError,), {"__module__": "ray.exceptions"})
 
     assert key in str(explain_loss(kind("a node is low on memory")))
+
+
+NO_FAULTS_OF_TORCH = {
+    *("FatalError", "Error", "_LinAlgError"),
+    *("DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "QueueEmptyError"),
+}
+"""Errors of torch that only a use of torch that this package does not make can raise."""
+
+OF_TORCH = {
+    kind.__name__: kind
+    for module in (torch, torch.cuda, torch._C)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, Exception) and kind.__module__.startswith("torch")
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(OF_TORCH) - NO_FAULTS_OF_TORCH))
+def test_every_error_of_torch_about_a_device_is_one_line_with_a_remedy(name: str) -> None:
+    raised = OF_TORCH[name].__new__(OF_TORCH[name], "CUDA error: an illegal memory access\nsecond")
+
+    explained = explain(raised)
+
+    assert isinstance(explained, ConfigError | BrokenDeviceError)
+    assert "; " in str(explained)
+    assert "\n" not in str(explained)

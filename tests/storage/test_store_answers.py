@@ -1,11 +1,13 @@
 """Answers of a store that refuses, by real requests to a server on loopback: each is one line with its remedy."""
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import obstore.exceptions
 import pytest
 from obstore.exceptions import GenericError
 from s3_recorder import Recorder, recording
@@ -227,3 +229,42 @@ def test_the_answer_of_another_client_has_no_remedy_of_s3(response: object) -> N
     err.__cause__ = answered
 
     assert filesystems.remedy_for(err) is None
+
+
+# --- every error ------------------------------------------------------------------------------------------------------
+
+OF_OBSTORE = {
+    name: kind
+    for name, kind in vars(obstore.exceptions).items()
+    if isinstance(kind, type) and issubclass(kind, Exception) and name != "AlreadyExistsError"  # its callers expect it
+}
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/out/x", "file:///data/out/x"])
+@pytest.mark.parametrize("name", sorted(OF_OBSTORE))
+def test_every_error_of_obstore_is_one_line_with_a_remedy(name: str, uri: str) -> None:
+    line = str(store_errors.explain(OF_OBSTORE[name]("first\nsecond"), "create", uri, 2))
+
+    assert uri in line
+    assert "; " in line
+    assert "\n" not in line
+    assert uri.startswith("s3") or "AWS_" not in line
+
+
+@pytest.mark.parametrize("number", sorted(errno.errorcode))
+def test_every_error_of_a_disk_is_one_line_with_a_remedy_for_disks(number: int) -> None:
+    raised = GenericError(
+        f"Generic LocalFileSystem error: Unable to open file: {os.strerror(number)} (os error {number})"
+    )
+
+    line = str(store_errors.explain(raised, "create", "file:///data/out/x", 2))
+
+    assert os.strerror(number) in line
+    assert "; " in line
+    assert "AWS_" not in line
+
+
+def test_too_many_open_files_on_the_way_to_a_store_are_no_silent_store() -> None:
+    raised = GenericError("Generic S3 error: tcp open error: Too many open files (os error 24)")
+
+    assert "raise the limit of open files" in str(store_errors.explain(raised, "create", "s3://bucket/x", 2))
