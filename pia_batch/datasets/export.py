@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-import queue
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -34,8 +33,9 @@ from pia_batch.datasets.export_plan import (
 )
 from pia_batch.datasets.export_rows import RowReader
 from pia_batch.datasets.export_table import FORMATS
-from pia_batch.driver import monitor, ray_cluster
-from pia_batch.errors import AccountingError, ConfigError, InterruptedRunError, ObjectExistsError
+from pia_batch.driver import ray_cluster
+from pia_batch.driver.job_batches import batches_of
+from pia_batch.errors import AccountingError, ConfigError, ObjectExistsError
 from pia_batch.journal.log import to_json
 from pia_batch.manifest import id_tables
 from pia_batch.pipeline.ray_data import configure
@@ -48,9 +48,6 @@ log = logging.getLogger(__name__)
 
 TRANSCODED: tuple[Format, ...] = ("mp4", "gif", "webp", "webm")
 """Formats into which animations are transcoded."""
-
-STOP_CHECK_S = 0.5
-"""Interval at which an export looks whether it is stopped, in seconds."""
 
 SUCCESS = "_SUCCESS.json"
 _OPTIONS = f"{PROGRESS}options.json"
@@ -279,44 +276,14 @@ def run_shards(task: WriteShard, shards: Sequence[Shard], stop: threading.Event)
 
     Raises:
         PiaBatchError: A task failed; its own error, without Ray's wrappers.
-        InterruptedRunError: `stop` was set.
+        InterruptedRunError: `stop` was set, Ray has ended or lost a worker for good, or a store failed.
     """
     configure()
     items = [pa.table({"shard": pa.array([pickle.dumps(shard)], pa.large_binary())}) for shard in shards]
     dataset = ray.data.from_arrow(items).map_batches(task, batch_format="pyarrow", batch_size=None, num_cpus=1)
-    done: queue.Queue[Written | BaseException | None] = queue.Queue()
-
-    def consume() -> None:
-        try:
-            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for text in batch["written"].to_pylist():
-                    done.put(Written(**json.loads(text)))
-        except BaseException as err:  # noqa: BLE001 - handed to the thread that waits
-            done.put(err)
-        done.put(None)
-
-    threading.Thread(target=consume, name="export", daemon=True).start()
-    try:
-        yield from _until_stopped(done, stop)
-    finally:
-        ray_cluster.end_execution(dataset)
-
-
-def _until_stopped(done: queue.Queue[Written | BaseException | None], stop: threading.Event) -> Iterable[Written]:
-    """Yield shards until there is None, an error, or `stop` is set; a shard may take minutes."""
-    while True:
-        if stop.is_set():
-            msg = "the export was stopped; start it again to continue"
-            raise InterruptedRunError(msg)
-        try:
-            item = done.get(timeout=STOP_CHECK_S)
-        except queue.Empty:
-            continue
-        if item is None:
-            return
-        if isinstance(item, BaseException):
-            raise monitor.unwrapped(item) from None
-        yield item
+    for batch in batches_of(dataset, stop, "the export was stopped; start it again to continue"):
+        for text in batch["written"].to_pylist():
+            yield Written(**json.loads(text))
 
 
 def _refuse_overlap(source: Store, target: Store) -> None:

@@ -38,8 +38,9 @@ from pia_batch.datasets.prepare_options import PrepareOptions
 from pia_batch.datasets.request_table import RequestTable
 from pia_batch.datasets.sources import Kind, Place, Source, changed
 from pia_batch.datasets.variations import Variations
-from pia_batch.driver import monitor, ray_cluster
-from pia_batch.errors import ConfigError, InterruptedRunError, ManifestError
+from pia_batch.driver import ray_cluster
+from pia_batch.driver.job_batches import batches_of
+from pia_batch.errors import ConfigError, ManifestError
 from pia_batch.manifest import unify
 from pia_batch.pipeline import ray_data
 from pia_batch.storage import object_store
@@ -311,20 +312,8 @@ class _Preparation:
         return ray.data.from_arrow(blocks)
 
     def _batches(self, results: ray.data.Dataset) -> Iterator[pa.Table]:
-        """Yield the results of tasks as they finish.
-
-        Raises:
-            InterruptedRunError: `stop` was set, Ray lost a worker for good, or a store failed.
-        """
-        try:
-            for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                yield batch
-                if self._stop.is_set():
-                    raise InterruptedRunError("stopped; what was prepared is kept. Start again to continue")
-        except ray.exceptions.RayError as err:
-            raise monitor.unwrapped(err) from None
-        finally:
-            ray_cluster.end_execution(results)
+        """Yield the results of tasks as they finish."""
+        return batches_of(results, self._stop, "stopped; what was prepared is kept. Start again to continue")
 
     def _check_unchanged(self, source: Source) -> None:
         """Check that the source is what it was when this call began.

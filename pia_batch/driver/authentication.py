@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -96,9 +97,20 @@ def _authentication_of_dashboard(address: str) -> Authentication:
     try:
         with urllib.request.urlopen(url, timeout=ANSWER_S) as answer:  # noqa: S310 - http or https, see above
             mode = json.load(answer)["authentication_mode"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, HTTPException, ValueError, KeyError, TypeError):
         return "unknown"
     return {"token": "token", "disabled": "none"}.get(mode, "unknown")  # type: ignore[return-value]
+
+
+def is_silent(dashboard: str, seconds: float = SILENCE_S) -> bool:
+    """Return True if a program listens at a dashboard's URL and answers nothing; Ray's client would wait for ever."""
+    try:
+        urllib.request.urlopen(f"{dashboard.rstrip('/')}/api/version", timeout=seconds).close()  # noqa: S310 - http or https
+    except OSError as err:
+        return isinstance(getattr(err, "reason", err), TimeoutError)
+    except (HTTPException, ValueError):
+        pass
+    return False
 
 
 def _authentication_of_ray(address: str) -> Authentication:

@@ -31,7 +31,14 @@ from ray.job_submission import JobDetails, JobErrorType, JobStatus, JobSubmissio
 
 from pia_batch import __version__
 from pia_batch.config import RunConfig, yaml_text
-from pia_batch.driver.authentication import TOKEN_REMEDY, authentication, check_authentication, token
+from pia_batch.driver.authentication import (
+    SILENCE_S,
+    TOKEN_REMEDY,
+    authentication,
+    check_authentication,
+    is_silent,
+    token,
+)
 from pia_batch.driver.job_log import FollowedLog
 from pia_batch.errors import ConfigError, InterruptedRunError, LeaseHeldError, message_of
 from pia_batch.storage.retries import retry
@@ -204,6 +211,11 @@ class Jobs:
         for name in _NOISY_LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
         found = authentication(self.address)
+        if found == "unknown" and is_silent(self.address):
+            raise _NoAnswerError(
+                f"a program listens at {redacted_uri(self.address)}, and does not answer within {SILENCE_S:g} s; "
+                "correct --address, or start the cluster again"
+            )
         headers = {"Authorization": f"Bearer {token()}"} if found == "token" else None
         with self._operator_errors(), _address_in_environment(self.address):
             self._client = JobSubmissionClient(self.address, headers=headers)

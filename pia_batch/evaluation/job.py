@@ -22,7 +22,8 @@ import ray.data
 from pia_batch import __version__
 from pia_batch.config.execution import PlacementConfig
 from pia_batch.driver import ray_cluster
-from pia_batch.errors import ConfigError, InterruptedRunError, StorageError
+from pia_batch.driver.job_batches import batches_of
+from pia_batch.errors import ConfigError
 from pia_batch.evaluation import network_files, publication, work
 from pia_batch.evaluation.actor import MEASURED, PIECE, EvaluateActor, piece_row
 from pia_batch.evaluation.clips import ClipReader
@@ -33,7 +34,7 @@ from pia_batch.evaluation.network_files import NetworkFiles, NetworkSource
 from pia_batch.evaluation.publication import Evaluation
 from pia_batch.evaluation.work import Piece, RunResults
 from pia_batch.journal import layout
-from pia_batch.pipeline import ray_data, worker_errors
+from pia_batch.pipeline import ray_data
 from pia_batch.pipeline.attempts_actor import RemoteAttemptControl, start_attempt_tracker
 from pia_batch.storage.object_store import Store
 
@@ -99,7 +100,7 @@ def evaluate(  # noqa: PLR0913 - one for each choice of the caller, by keyword
     Raises:
         ConfigError: There are no such results, a network is unsuitable, or OpenCV is missing; raised before Ray starts.
         StorageError: The store refused or did not answer, or results are damaged.
-        InterruptedRunError: Ray lost workers for good; start again to continue.
+        InterruptedRunError: Ray has ended or lost workers for good, or the store went away; start again to continue.
         AccountingError: The evaluation does not have one row for each request.
     """
     if not 0 < clip_timeout_s < math.inf:
@@ -153,17 +154,12 @@ def _measure(
     """Measure and commit these pieces.
 
     Raises:
-        InterruptedRunError: Ray lost workers for good, or the store went away.
+        InterruptedRunError: Ray has ended or lost workers for good, or the store went away.
     """
     control = start_attempt_tracker(MAX_ATTEMPTS, returns_outcomes=False)
     dataset = _chain(results, pending, place, dict(arguments), control)
-    try:
-        for measured in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            on_measured(measured)
-    except Exception as err:  # noqa: BLE001 - Ray wraps what a worker raises, in classes of its own
-        raise _explained(err) from None
-    finally:
-        ray_cluster.end_execution(dataset)
+    for measured in batches_of(dataset):
+        on_measured(measured)
 
 
 def _chain(
@@ -238,17 +234,6 @@ class _Counter:
     def progress(self) -> EvaluationProgress:
         """Return the progress so far."""
         return EvaluationProgress(self._requests, self._done, self._errors, self.frames / max(self.seconds, 1e-9))
-
-
-def _explained(err: Exception) -> BaseException:
-    """Return the exception that a worker raised, without the wrappers that Ray puts around it."""
-    own = worker_errors.own_cause(err)
-    if own is None:
-        return worker_errors.explain_loss(err)
-    message = worker_errors.own_message(own)
-    if isinstance(own, StorageError):
-        return InterruptedRunError(f"{message}; what was measured is committed. Start again to continue")
-    return type(own)(message)
 
 
 def _checked(evaluation_id: str | None) -> str | None:

@@ -4,7 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import pytest
 
 from pia_batch.config import PlacementConfig, RunConfig
 from pia_batch.driver import ray_cluster
-from pia_batch.driver.authentication import authentication, program_at
+from pia_batch.driver.authentication import authentication, is_silent, program_at
 from pia_batch.driver.preflight import Finding, cluster, devices, examine, machine, storage
+from pia_batch.driver.submission import Jobs
 from pia_batch.errors import ConfigError
 from pia_batch.storage.object_store import Store
 
@@ -298,6 +299,17 @@ def test_a_cluster_that_cannot_be_reached_is_one_line_with_a_remedy(
     "said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b"-ERR unknown\r\n"]
 )
 def test_another_program_at_the_address_of_a_cluster_is_told_at_once(said: bytes, scheme: str) -> None:
+    with (
+        _greeting(said) as listening,
+        pytest.raises(ConfigError, match=f"another program than Ray answers at {scheme}{listening}; correct placement"),
+        ray_cluster.connect(PlacementConfig(ray_address=f"{scheme}{listening}")),
+    ):
+        pass
+
+
+@contextmanager
+def _greeting(said: bytes) -> Iterator[str]:
+    """A program that says something to everyone who connects, and hangs up; its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def greet() -> None:
@@ -308,13 +320,7 @@ def test_another_program_at_the_address_of_a_cluster_is_told_at_once(said: bytes
                         client.sendall(said)
 
         threading.Thread(target=greet, daemon=True).start()
-        address = f"{scheme}127.0.0.1:{listener.getsockname()[1]}"
-
-        with (
-            pytest.raises(ConfigError, match=f"another program than Ray answers at {address}; correct placement"),
-            ray_cluster.connect(PlacementConfig(ray_address=address)),
-        ):
-            pass
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
         listener.shutdown(socket.SHUT_RDWR)
 
 
@@ -327,6 +333,18 @@ def silent() -> Iterator[str]:
 
 def test_a_program_that_says_nothing_is_not_taken_for_ray(silent: str) -> None:
     assert program_at(silent, seconds=0.5) == program_at(f"ray://{silent}", seconds=0.5) == "silent"
+    assert is_silent(f"http://{silent}", seconds=0.5)
+
+
+def test_a_dashboard_that_answers_something_is_not_silent(dashboard: Callable[[str], str]) -> None:
+    assert not is_silent(dashboard("<html>"))
+    assert not is_silent("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("said", [b"", b"SSH-2.0-OpenSSH_9.2\r\n", b"-ERR unknown\r\n"])
+def test_another_program_at_the_address_of_a_dashboard_is_one_line(said: bytes) -> None:
+    with _greeting(said) as address, pytest.raises(ConfigError, match=f"no Ray dashboard answers at http://{address}"):
+        Jobs(f"http://{address}").ours()
 
 
 @pytest.mark.long
