@@ -145,7 +145,7 @@ def _running(*, as_json: bool = False, **options: Any) -> Iterator[Callable[[Run
 
 
 def _print(summary: RunSummary, again: Retry | None = None) -> None:
-    """Print the outcome of a run."""
+    """Print the outcome of a run, and what can be done about requests that failed."""
     if again is not None and summary.rejected:
         out.print(
             f"{summary.rejected} rows were rejected because of their values, and no retry helps: `pia-batch plan` "
@@ -159,6 +159,12 @@ def _print(summary: RunSummary, again: Retry | None = None) -> None:
     )
     for kind, count in summary.failures.items():
         out.print(f"  {kind}  {count}")
+    if again is None and summary.failed > summary.rejected:
+        out.print(
+            "the column error of the results says why; once that is mended, `pia-batch retry` with the same options "
+            "processes them again",
+            soft_wrap=True,
+        )
     if summary.cost is not None and summary.computed:
         out.print(f"cost: {summary.cost:,.2f} ({summary.gpu_hours:.3g} hours)", soft_wrap=True)
     if summary.message:

@@ -438,7 +438,7 @@ def test_requests_that_are_retried_or_repaired_are_processed_again_and_no_others
     pictures = ["images/0.png", "images/1.png", "images/2.png", "images/late.png", "images/3.png"]
     manifest = write_manifest(requests_table(5, image=pictures, seed=[0, 1, 2, 3, -1]))
     where = ["--manifest", manifest, "--output", output, "--set", "defaults.num_inference_steps=2"]
-    finish(start("run", *where), 3)
+    assert "`pia-batch retry` with the same options" in finish(start("run", *where), 3)
     log = Journal(Store(output))
     rows = [row for table in log.winning_rows(log.outcomes()) for row in table.to_pylist()]
     (late,) = [row["error_kind"] for row in rows if row["image"] == "images/late.png"]
