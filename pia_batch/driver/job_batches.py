@@ -62,7 +62,6 @@ def _next(
             check_processes()
             continue
         if isinstance(item, BaseException):
-            check_processes()  # Ray's own error of a Ray that has ended names no cause
             raise monitor.unwrapped(item) from None
         return item
     raise InterruptedRunError(stopped)

@@ -56,6 +56,7 @@ def connect(place: PlacementConfig) -> Iterator[None]:
         ConfigError: Nothing answers at the address; Ray cannot start here; the cluster refuses our token; this machine
             has too few resources for the engines and the manifest's reader; or the cluster is open to everyone and
             `placement.require_auth` is set.
+        InterruptedRunError: A Ray of our own has ended, whatever error that caused meanwhile.
     """
     if ray.is_initialized():
         check_authentication(ray.get_runtime_context().gcs_address, required=place.require_auth)
@@ -110,17 +111,14 @@ def _connected(place: PlacementConfig, options: Mapping[str, Any]) -> Iterator[N
         raise _unreachable(address, err) from None
     _restore(handlers)  # Ray's own handlers would end the process with nothing committed
     try:
-        gcs = ray.get_runtime_context().gcs_address
-        check_authentication(gcs, required=place.require_auth, ours=address == "local")
-        gpus = ray.cluster_resources().get("GPU", 0)
-        if address == "local" and gpus < place.num_gpus:
-            msg = (
-                f"placement.num_gpus: this machine has too few (got {place.num_gpus:g}, expected at most {gpus:g}); 0 "
-                "runs on the CPU"
-            )
-            raise ConfigError(msg)
+        check_authentication(
+            ray.get_runtime_context().gcs_address, required=place.require_auth, ours=address == "local"
+        )
         _check_capacity(place, ours=address == "local")
         yield
+    except Exception:
+        own_ray_node.check_processes()  # Ray's own error of a Ray that has ended names no cause
+        raise
     finally:
         ray.shutdown()
         _restore(handlers)  # Ray leaves the system's default handlers: SIGTERM would end the rest of the run
@@ -161,6 +159,13 @@ def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
 
 def _check_capacity(place: PlacementConfig, *, ours: bool) -> None:
     """Refuse a Ray of our own that would block the run; only warn of a cluster, because it may grow by itself."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if ours and gpus < place.num_gpus:
+        msg = (
+            f"placement.num_gpus: this machine has too few (got {place.num_gpus:g}, expected at most {gpus:g}); 0 "
+            "runs on the CPU"
+        )
+        raise ConfigError(msg)
     nodes = [capacity.Node.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     shortage = capacity.find_shortage(place, nodes)
     if shortage is None:
