@@ -118,7 +118,7 @@ def resolve(model: ModelConfig, hub: Hub | None = None) -> Weights:
         network_kinds.check_class("motion_adapter", parts["motion_adapter"])
         motion_adapters.check(parts["motion_adapter"], parts["unet"])
     conv_in.is_from_adapter(model, parts)  # checks the config
-    notices = _check_tensors(parts)
+    notices = (*scheduler_values.notices(model, parts["scheduler"]), *_check_tensors(parts))
     tokenizer_files.check_fit(parts["tokenizer"], parts["text_encoder"])
     if model.config is not None and all(part.config is None for part in parts.values()):
         raise ConfigError(

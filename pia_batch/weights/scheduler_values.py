@@ -6,7 +6,7 @@ Sources: diffusers 0.42.1 `schedulers`: `__init__` of each class, and the branch
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,15 +91,27 @@ def _check_chosen(model: ModelConfig, shipped: str, file: Mapping[str, Any], pat
     if found is not None:
         where = "model.scheduler.settings" if found.split(" ", 1)[0] in model.scheduler.settings else path
         raise ConfigError(f"{where}: {made.name}: invalid {found}; set another value in model.scheduler.settings")
-    if not file.get(_ZERO) or _ZERO in (made.start | made.overrides).keys() & _RULES[made.name].keys():
+
+
+def notices(model: ModelConfig, scheduler: Component) -> Iterator[str]:
+    """Yield a sentence if the base was trained with zero SNR and the scheduler that the config makes leaves that out.
+
+    It is no error: clips that are finished with such a config would be refused.
+    """
+    path = scheduler.folder / FILE
+    file = components.read_json(path)
+    shipped = str(file["_class_name"])
+    made = recipe(model.scheduler, model.arithmetic, shipped, file)
+    known = _RULES[made.name].keys()
+    if not file.get(_ZERO) or _ZERO in (made.start | made.overrides).keys() & known:
         return
-    if _ZERO in _RULES[made.name]:
-        remedy = f"set model.scheduler.settings to {{{_ZERO}: true}}, or to false if the base was not trained with it"
-    elif made.name == shipped:
+    if made.name == shipped and _ZERO not in known:
         return  # the base's own scheduler, which has never read it
+    if _ZERO in known:
+        remedy = f"model.scheduler.settings {{{_ZERO}: true}} keeps it"
     else:
-        remedy = f"{made.name} does not have it: set model.scheduler.name to ddim"
-    raise ConfigError(f"{path}: the base was trained with {_ZERO}, which the scheduler would leave out; {remedy}")
+        remedy = f"{made.name} does not have it, and model.scheduler.name ddim does"
+    yield f"{path}: the base was trained with {_ZERO}, which the scheduler leaves out; {remedy}"
 
 
 @dataclass(frozen=True)

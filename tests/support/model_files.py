@@ -298,12 +298,10 @@ BASES: dict[str, ModelFiles] = {
     "folder, v-prediction": ModelFiles(base(edited("scheduler/scheduler_config.json", **V))),
     "folder, zero SNR": ModelFiles(base(edited("scheduler/scheduler_config.json", **V, **ZERO))),
     "folder, zero SNR that is not used": ModelFiles(
-        base(edited("scheduler/scheduler_config.json", **V, **ZERO), scheduler={"name": "pndm"}),
-        "rescale_betas_zero_snr.*set model.scheduler.name to ddim",
+        base(edited("scheduler/scheduler_config.json", **V, **ZERO), scheduler={"name": "pndm"})
     ),
     "folder, zero SNR that the original leaves out": ModelFiles(
-        base(edited("scheduler/scheduler_config.json", **V, **ZERO), arithmetic="original"),
-        "rescale_betas_zero_snr.*model.scheduler.settings to {rescale_betas_zero_snr: true}",
+        base(edited("scheduler/scheduler_config.json", **V, **ZERO), arithmetic="original")
     ),
     "folder, zero SNR with the original": ModelFiles(
         base(

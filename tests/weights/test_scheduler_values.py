@@ -143,3 +143,29 @@ def test_what_no_engine_builds_is_refused_by_plan_and_doctor(base, monkeypatch, 
         resolve(model)
     (finding,) = check_weights({"default": model})
     assert finding.state == "fail"
+
+
+ZERO = {"rescale_betas_zero_snr": True}
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "said"),
+    [
+        (ZERO, {}, None),  # diffusers' arithmetic starts from the base's file
+        (ZERO, {"scheduler": {"name": "checkpoint"}}, None),
+        (ZERO, {"scheduler": {"name": "pndm"}}, "PNDMScheduler does not have it, and model.scheduler.name ddim does"),
+        (ZERO, {"arithmetic": "original"}, "model.scheduler.settings {rescale_betas_zero_snr: true} keeps it"),
+        (ZERO, {"arithmetic": "original", "scheduler": {"settings": ZERO}}, None),
+        (ZERO, {"arithmetic": "original", "scheduler": {"settings": {"rescale_betas_zero_snr": False}}}, None),
+        (ZERO | {"_class_name": "PNDMScheduler"}, {"scheduler": {"name": "checkpoint"}}, None),
+        ({"rescale_betas_zero_snr": False}, {"arithmetic": "original"}, None),
+        ({"rescale_betas_zero_snr": False}, {"scheduler": {"name": "pndm"}}, None),
+    ],
+)
+def test_zero_snr_that_a_scheduler_leaves_out_is_told(base, file, model, said):
+    path = base / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | file))
+
+    notices = resolve(ModelConfig(base=str(base), **model)).notices
+
+    assert [said in notice for notice in notices if "zero_snr" in notice] == [True] * bool(said)
