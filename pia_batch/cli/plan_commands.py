@@ -244,7 +244,7 @@ def _print_manifest(manifest: dict[str, Any]) -> None:
     left_out = manifest["left_out"]
     if left_out["count"]:
         names = ", ".join(left_out["first"]) + (", ..." if left_out["count"] > len(left_out["first"]) else "")
-        words = f"{left_out['count']} files (not Parquet, JSONL or CSV by name: {names})"
+        words = f"{left_out['count']} files (not Parquet, JSONL or CSV by name, or left by a broken write: {names})"
         out.print(f"left out    {words}", soft_wrap=True, markup=False, style="yellow")
     if manifest["blank"]:
         words = f"{manifest['blank']} (CSV lines without any value; skipped)"

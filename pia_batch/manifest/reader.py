@@ -18,8 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs
 
-from pia_batch.errors import ConfigError, ManifestError, message_of
-from pia_batch.manifest import hive
+from pia_batch.errors import ConfigError, ManifestError, message_of, printable
+from pia_batch.manifest import commit_logs, hive
 from pia_batch.manifest.arrow_types import has_lists, is_nested, plain_type, refuse_unsupported
 from pia_batch.manifest.column_map import NO_MAP, ColumnMap
 from pia_batch.manifest.files import (
@@ -180,6 +180,8 @@ class Manifest:
             contents = ManifestFile.open(filesystem, files[0], file_format, lambda _path, _version: None)[1]
             raise column_map.not_found(schema.names, contents.schema, f"manifest {shown}")
         check_columns(schema.names, f"manifest {shown}", column_map.ids)
+        if file_format == "csv":
+            _check_header_lines(stored, named, files)
         for contents, path in zip(stored, files, strict=True):
             refuse_unsupported(_carried(contents), f"manifest file {path}")
         refuse_unsupported(_carried(schema), f"manifest {shown}")
@@ -440,7 +442,8 @@ def _discover(
     found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
     refuse_table([item.path for item in found], root, uri)
     files = sorted(item.path for item in found if item.is_file and not hive.is_hidden(_below(item.path, root).parts))
-    format_by_path = formats_in(filesystem, files)
+    broken = commit_logs.uncommitted(filesystem, (item.path for item in found if item.is_file), files)
+    format_by_path = formats_in(filesystem, [path for path in files if path not in broken])
     formats = sorted(set(format_by_path.values()))
     left_out = tuple(path for path in files if path not in format_by_path and not is_expected(path))
     if not formats:
@@ -464,6 +467,18 @@ def _refuse_other_formats(filesystem: pyarrow.fs.FileSystem, paths: tuple[str, .
             head = bytes(source.read_at(min(HEAD_BYTES, source.size()), 0))
         if file_kinds.identify(head) is not None:
             refuse_other_format(head, path, "parquet")
+
+
+def _check_header_lines(stored: Sequence[pa.Schema], named: Sequence[Iterable[str]], files: Sequence[str]) -> None:
+    """Refuse a CSV file with neither images nor prompts: its first row has been taken for a header line."""
+    wanted = {"image", "image_bytes", "prompt", "prompts"}
+    for schema, partitions, path in zip(stored, named, files, strict=True):
+        if wanted.isdisjoint([*schema.names, *partitions]):
+            msg = (
+                f"manifest file {path}, line 1: no header line (got {printable(', '.join(schema.names))[:200]}), and "
+                "other files have the columns of requests; give it the same header line"
+            )
+            raise ManifestError(msg)
 
 
 def _below(path: str, root: str) -> PurePosixPath:

@@ -56,7 +56,11 @@ def refuse_data_of_table(metadata: Mapping[bytes, bytes], columns: Iterable[str]
     columns = tuple(columns)
     if any(key in metadata for key in (b"iceberg.schema", b"delete-type")):
         what = "an Apache Iceberg table"
-    elif any(name.startswith(("_hoodie_commit_", "_hoodie_record_")) for name in columns):
+    elif {"_change_type", "_commit_version", "_commit_timestamp"} <= {*columns}:
+        what = "a Delta table"
+    elif any(name.startswith(("_hoodie_commit_", "_hoodie_record_")) for name in columns) or any(
+        key.startswith((b"org.apache.hudi.", b"hoodie_")) for key in metadata
+    ):
         what = "an Apache Hudi table"
     elif "_VALUE_KIND" in columns and "_SEQUENCE_NUMBER" in columns:
         what = "an Apache Paimon table"
@@ -103,9 +107,15 @@ def refuse_part_of_table(filesystem: pyarrow.fs.FileSystem, root: str, uri: str,
             for path in _logs_in(filesystem, folder):
                 refuse_table([path], folder, uri)
         name = posixpath.basename(folder)
-        if "=" not in name and name != "data":
+        if _HIVE_TRANSACTION.fullmatch(name):
+            raise ManifestError(_refusal("a transactional Hive table", posixpath.dirname(folder), uri))
+        if _INSIDE.fullmatch(name) is None:
             return
         folder = posixpath.dirname(folder)
+
+
+_INSIDE = re.compile(r".*=.*|data|_change_data|bucket-[0-9]+|[0-9A-Za-z]{1,4}|[0-9-]+")
+"""Names of folders inside tables: partitions, changes, buckets, dates, and the random prefixes of object storage."""
 
 
 def _logs_in(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[str]:
@@ -118,9 +128,10 @@ def _logs_in(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[str]:
         ]
     try:
         paths = [info.path for info in filesystem.get_file_info(logs) if info.type != pyarrow.fs.FileType.NotFound]
-        metadata = posixpath.join(folder, "metadata")
-        if filesystem.get_file_info(metadata).type == directory:
-            paths += [info.path for info in filesystem.get_file_info(pyarrow.fs.FileSelector(metadata))]
+        for name in ("metadata", "snapshot"):
+            inside = posixpath.join(folder, name)
+            if filesystem.get_file_info(inside).type == directory:
+                paths += [info.path for info in filesystem.get_file_info(pyarrow.fs.FileSelector(inside))]
     except Exception:  # noqa: BLE001 - every file system has its own classes; a parent may be forbidden
         return []
     return paths
@@ -160,7 +171,7 @@ def _table_at(parts: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:  # 
             return "a Lance dataset", parts[:at]
         if part.endswith(".lance"):
             return "a Lance dataset", parts[: at + 1]
-        if part == "metadata" and parts[-1].endswith(".metadata.json"):
+        if part == "metadata" and _ICEBERG_METADATA.search(parts[-1]):
             return "an Apache Iceberg table", parts[:at]
         if part == "snapshot" and _PAIMON_SNAPSHOT.fullmatch(parts[-1]):
             return "an Apache Paimon table", parts[:at]
@@ -171,6 +182,7 @@ def _table_at(parts: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:  # 
     return None
 
 
+_ICEBERG_METADATA = re.compile(r"\.metadata\.json(\.gz)?$|^snap-[0-9]+-.*\.avro$|-m[0-9]+\.avro$")
 _PAIMON_SNAPSHOT = re.compile(r"snapshot-[0-9]+")
 _HIVE_TRANSACTION = re.compile(r"base_[0-9]{7,}(_v[0-9]+)?|(delta|delete_delta)(_[0-9]{7,}){2}(_[0-9]+)?(_v[0-9]+)?")
 """Folders of a write into a Hive table with transactions; those that a later write replaces stay for a while."""

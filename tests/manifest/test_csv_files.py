@@ -169,3 +169,12 @@ def test_whatever_is_quoted_as_the_standard_says_comes_back(written: list[tuple[
     assert [list(row.values()) for row in table.to_pylist()] == kept
     assert num_blank == len(written) - len(kept)
     assert set(table.schema.types) == {pa.string()}
+
+
+@pytest.mark.parametrize("second", ["2,a.png,y\n", "2,a.png,y\n3,a.png,z\n", "2\n"])
+def test_a_part_without_a_header_line_is_refused_rather_than_its_first_row_lost(second: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("request_id,image,prompt\n1,a.png,x\n")
+    (tmp_path / "b.csv").write_text(second)
+
+    with pytest.raises(ManifestError, match=r"b\.csv, line 1: no header line"):
+        Manifest.open(str(tmp_path))

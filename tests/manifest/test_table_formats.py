@@ -28,6 +28,13 @@ TABLES = [
     (".hoodie/hoodie.properties", "a.parquet", "an Apache Hudi table"),
     (".hoodie/hoodie.properties", "day=1/a.parquet", "an Apache Hudi table"),
     ("snapshot/snapshot-12", "bucket-0/a.parquet", "an Apache Paimon table"),
+    ("snapshot/snapshot-12", "day=1/bucket-0/a.parquet", "an Apache Paimon table"),
+    ("_delta_log/00000000000000000000.json", "Xy/a.parquet", "a Delta table"),
+    ("_delta_log/00000000000000000000.json", "_change_data/a.parquet", "a Delta table"),
+    ("metadata/v1.metadata.json", "data/0110/1010/00000011/day=1/a.parquet", "an Apache Iceberg table"),
+    ("metadata/snap-12-1-0b1c.avro", "data/a.parquet", "an Apache Iceberg table"),
+    ("metadata/0b1c-m0.avro", "data/a.parquet", "an Apache Iceberg table"),
+    (".hoodie/hoodie.properties", "2026/11/22/a.parquet", "an Apache Hudi table"),
     ("base_0000003/bucket_00000.parquet", "delta_0000001_0000001_0000/a.parquet", "a transactional Hive table"),
     ("delta_0000004_0000004/a.parquet", "base_0000003_v0000007/a.parquet", "a transactional Hive table"),
     ("ducklake-018fd9a3-7c5b-7d3f-9b1e-0123456789ab-delete.parquet", "a.parquet", "a DuckLake table"),
@@ -61,7 +68,7 @@ def test_a_table_with_a_log_of_its_own_is_refused_by_name(log: str, data: str, n
         assert f"pia-batch prepare {f'{tmp_path}/x/t' if own else exported} --to DEST" in message
 
 
-@pytest.mark.parametrize(("log", "data", "name"), TABLES[:6])
+@pytest.mark.parametrize(("log", "data", "name"), TABLES[:15])
 def test_a_file_or_a_partition_of_a_table_is_refused_too(log: str, data: str, name: str, tmp_path: Path) -> None:
     table_in(tmp_path / "t", log, data)
 
@@ -90,6 +97,25 @@ def test_a_data_file_of_a_table_is_known_by_its_content_wherever_it_is(
         writer.add_key_value_metadata(metadata)
 
     assert f"a.parquet is a data file of {name}: it may also have rows that were deleted" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "columns", "name"),
+    [
+        ({}, {"_change_type": ["delete"], "_commit_version": [1], "_commit_timestamp": [1]}, "a Delta table"),
+        ({"org.apache.hudi.bloomfilter": "x"}, {}, "an Apache Hudi table"),
+        ({"hoodie_min_record_key": "a"}, {}, "an Apache Hudi table"),
+    ],
+)
+def test_so_is_one_without_the_columns_of_its_format(
+    metadata: dict[str, str], columns: dict[str, list[object]], name: str, tmp_path: Path
+) -> None:
+    table = requests_table(1, **columns)
+    with pq.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata(metadata)
+
+    assert f"is a data file of {name}" in refusal(tmp_path / "a.parquet")
 
 
 class _Everything(SimpleHTTPRequestHandler):
