@@ -310,6 +310,18 @@ def message_of(err: BaseException) -> str:
     return printable(line.splitlines()[0][:MESSAGE_LENGTH])[:MESSAGE_LENGTH]
 
 
+def problem_of(err: BaseException) -> str:
+    """Return what went wrong, for a message that names the file: of an error of the system nothing but its words."""
+    if not isinstance(err, OSError) or not err.errno or not err.strerror:
+        return message_of(err)
+    detail = _DETAIL.search(err.strerror)
+    return printable((detail[1] if detail else err.strerror).splitlines()[0][:MESSAGE_LENGTH])
+
+
+_DETAIL = re.compile(r"Detail: \[errno [0-9]+\] (.+)")
+"""End of Arrow's message about an error of the system, which has the path in its middle."""
+
+
 def _shortened(word: str) -> str:
     half = MESSAGE_LENGTH // 2
     return word if len(word) <= MESSAGE_LENGTH else f"{word[:half]}…{word[-half:]}"

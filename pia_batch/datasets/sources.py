@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.fs
 
-from pia_batch.errors import ManifestError, message_of
+from pia_batch.errors import ManifestError, problem_of
 from pia_batch.manifest import hive
 from pia_batch.storage import filesystems, object_store
 from pia_batch.storage.filesystems import FoundFile
@@ -209,7 +209,7 @@ def reading(name: str) -> Iterator[None]:
         remedy = filesystems.remedy_for(err) or "correct its path or URI"
         raise ManifestError(f"source {shown} does not exist; {remedy}") from None
     except (ImportError, OSError, EOFError, ValueError, tarfile.TarError, zlib.error, pa.ArrowException) as err:
-        problem, known = redacted(message_of(err)), filesystems.reading_remedy(name, err)
+        problem, known = redacted(problem_of(err)), filesystems.reading_remedy(name, err)
         raise ManifestError(f"source {shown} cannot be read: {problem}{f'; {known}' if known else ''}") from None
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from pia_batch.errors import MESSAGE_LENGTH, ConfigError, message_of, printable
+from pia_batch.errors import MESSAGE_LENGTH, ConfigError, message_of, printable, problem_of
 from pia_batch.planning.child_python import child_environment, module_command
 
 _SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
@@ -51,7 +51,7 @@ def check_temp_folder(environment: Mapping[str, str] = os.environ) -> None:
             file.write(b"\0" * 4096)
     except OSError as err:
         msg = (
-            f"{variable}: cannot write to {printable(folder)}, where Ray keeps its session: {message_of(err)}; {_MOVE}"
+            f"{variable}: cannot write to {printable(folder)}, where Ray keeps its session: {problem_of(err)}; {_MOVE}"
         )
         raise ConfigError(msg if folder != "/tmp" else msg.replace("such as /tmp", "such as /var/tmp")) from None  # noqa: S108
 
@@ -226,7 +226,7 @@ def check_shared_memory(folder: Path = SHARED_MEMORY) -> None:
             file.write(b"\0" * 4096)
     except OSError as err:
         msg = (
-            f"cannot write to {folder}, where Ray keeps its objects: {message_of(err)}; free space there, or give the "
+            f"cannot write to {folder}, where Ray keeps its objects: {problem_of(err)}; free space there, or give the "
             "container a shared memory that can be written (docker run --shm-size=2g)"
         )
         raise ConfigError(msg) from None

@@ -30,7 +30,7 @@ from pia_batch.driver.authentication import (
     program_at,
 )
 from pia_batch.driver.ray_address import check_address
-from pia_batch.errors import ConfigError, message_of
+from pia_batch.errors import ConfigError, message_of, problem_of
 from pia_batch.planning import capacity
 from pia_batch.storage.uris import redacted_uri
 
@@ -186,7 +186,7 @@ def _check_answer(address: str) -> None:
         return  # Ray reports what is wrong with it
     except OSError as err:
         msg = (
-            f"no Ray answers at {redacted_uri(address)}: {message_of(err)}; start the cluster, or correct "
+            f"no Ray answers at {redacted_uri(address)}: {problem_of(err)}; start the cluster, or correct "
             "placement.ray_address or RAY_ADDRESS"
         )
         raise ConfigError(msg) from None

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from pia_batch.config import RunConfig
 from pia_batch.config.safety import is_word
-from pia_batch.errors import ConfigError, PiaBatchError, message_of
+from pia_batch.errors import ConfigError, PiaBatchError, message_of, problem_of
 from pia_batch.storage import file_kinds, filesystems
 from pia_batch.storage.uris import redacted_uri
 
@@ -47,7 +47,7 @@ def _read(uri: str) -> list[str]:
         raise
     except Exception as err:  # noqa: BLE001 - every file system has its own classes for what goes wrong
         remedy = filesystems.reading_remedy(uri, err) or "give the URI of a text file with one word a line"
-        raise ConfigError(f"cannot read {place}: {message_of(err)}; {remedy}") from None
+        raise ConfigError(f"cannot read {place}: {problem_of(err)}; {remedy}") from None
     if len(data) > MAX_BLOCKLIST_BYTES:
         msg = f"{place} is larger than {MAX_BLOCKLIST_BYTES} bytes; give a text file with one word a line"
         raise ConfigError(msg)

@@ -23,7 +23,7 @@ from pia_batch.errors import (
     ConfigError,
     InterruptedRunError,
     ManifestError,
-    message_of,
+    problem_of,
 )
 from pia_batch.manifest import wide_integers
 from pia_batch.manifest.arrow_types import first_invalid
@@ -276,7 +276,7 @@ def reading(place: str) -> Iterator[None]:
     except (ManifestError, ConfigError):
         raise
     except Exception as err:  # noqa: BLE001 - every file system has its own classes for what goes wrong
-        problem = redacted(message_of(err))
+        problem = redacted(problem_of(err))
         by_words = next((remedy for words, remedy in _REMEDIES.items() if words in problem), None)
         remedy = filesystems.reading_remedy(place, err) or by_words
         msg = f"cannot read manifest {place}: {problem}{f'; {remedy}' if remedy else ''}"

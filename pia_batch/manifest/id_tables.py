@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.fs
 
-from pia_batch.errors import ConfigError, ManifestError, message_of
+from pia_batch.errors import ConfigError, ManifestError, problem_of
 from pia_batch.manifest.arrow_types import plain_column
 from pia_batch.manifest.files import ManifestFile
 from pia_batch.manifest.formats import FileFormat, format_of_file
@@ -47,7 +47,7 @@ def read(uri: str) -> pa.Array:
         raise ConfigError(f"--only: {_MANIFEST.sub('', str(err), count=1)}") from None
     except (OSError, ValueError, pa.ArrowException) as err:
         remedy = filesystems.reading_remedy(uri, err) or f"give a Parquet, CSV or JSONL table with a column {COLUMN}"
-        raise ConfigError(f"--only: cannot read {shown}: {message_of(err)}; {remedy}") from None
+        raise ConfigError(f"--only: cannot read {shown}: {problem_of(err)}; {remedy}") from None
     ids = pc.unique(column).drop_null()
     if not len(ids):
         msg = f"--only: {shown} has no ids in its column {COLUMN}"

@@ -23,6 +23,7 @@ from pia_batch.errors import (
     certificate_problem,
     message_of,
     printable,
+    problem_of,
 )
 from pia_batch.storage import filesystems
 from pia_batch.storage.http_client import HttpReader
@@ -208,10 +209,9 @@ def _explain(wanted: str, uri: str, err: Exception, timeout_s: float) -> Request
         problem = "may not be read"
         if err.filename is not None:  # a file of this machine
             remedy = DENIED_REMEDY
+    reason = "" if isinstance(err, FileNotFoundError) and err.errno else f": {redacted(problem_of(err))}"
     limit = "" if _is_final(err) else f" (images.timeout_s: {timeout_s:g} s)"
-    return ImageUnavailableError(
-        f"{wanted} {problem}: {redacted(message_of(err))}{limit}{f'; {remedy}' if remedy else ''}"
-    )
+    return ImageUnavailableError(f"{wanted} {problem}{reason}{limit}{f'; {remedy}' if remedy else ''}")
 
 
 def _not_empty(wanted: str, data: bytes) -> bytes:

@@ -53,7 +53,8 @@ def warnings_of(config: RunConfig, statistics: Statistics) -> list[str]:
 
 
 def _about_seeds(statistics: Statistics) -> Iterator[str]:
-    if statistics.only_seed is not None and statistics.num_pending > 1:
+    is_given = statistics.num_given["seed"] > 0  # else they are copies of one request, whose id decides the seed
+    if is_given and statistics.only_seed is not None and statistics.num_pending > 1:
         yield (
             f"all {statistics.num_pending} pending requests have the seed {statistics.only_seed}: they start from the "
             "same noise, so an artefact of one may appear in many; leave column 'seed' empty to give each its own seed"

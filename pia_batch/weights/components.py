@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pia_batch.errors import ConfigError, environment_remedy, message_of
+from pia_batch.errors import ConfigError, environment_remedy, problem_of
 from pia_batch.storage import file_kinds
 from pia_batch.weights import safetensors, shard_index
 from pia_batch.weights.fetching import FetchedFolder, Location
@@ -194,7 +194,7 @@ def read_text(path: Path) -> str:
         content = path.read_bytes()
     except OSError as err:
         remedy = environment_remedy(err) or "correct the path, or fetch the file again"
-        raise ConfigError(f"cannot read {path}: {message_of(err)}; {remedy}") from err
+        raise ConfigError(f"cannot read {path}: {problem_of(err)}; {remedy}") from err
     head = content[: file_kinds.HEAD_BYTES]
     found = file_kinds.identify(head)
     if found is not None:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
 
-from pia_batch.errors import ConfigError, environment_remedy, message_of, printable
+from pia_batch.errors import ConfigError, environment_remedy, printable, problem_of
 from pia_batch.storage import file_kinds
 
 SUFFIX = ".safetensors"
@@ -193,7 +193,7 @@ _DECODERS: dict[str, Callable[[bytes], float]] = {
 
 def _unreadable(path: Path, err: OSError) -> ConfigError:
     remedy = environment_remedy(err) or "correct the path, or fetch the file again"
-    return ConfigError(f"cannot read {path}: {message_of(err)}; {remedy}")
+    return ConfigError(f"cannot read {path}: {problem_of(err)}; {remedy}")
 
 
 def _check_spans(

@@ -31,6 +31,7 @@ def test_an_ordinary_run_gives_nothing_to_warn_of() -> None:
     assert warnings(requests_table(5)) == []
     assert warnings(requests_table(5), model__base="embedded") == []
     assert warnings(requests_table(1, seed=[7])) == []
+    assert warnings(pa.concat_tables([requests_table(1)] * 2)) == []
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def _unreadable_output(folder: Path) -> dict[str, str]:
 
 DENIED = {
     "credentials": (_unreadable_credentials, r"/.aws/credentials cannot be read: Permission denied; give this user"),
-    "weights": (_unreadable_weights, "model.safetensors: [Errno 13] Permission denied"),
+    "weights": (_unreadable_weights, "model.safetensors: Permission denied"),
     "folder of weights": (_unreadable_folder_of_weights, "Permission denied"),
     "manifest": (_unreadable_manifest, "cannot read manifest"),
     "output": (_unreadable_output, "Permission denied"),

@@ -226,7 +226,7 @@ CASES = [
         "jobs --address http://127.0.0.1:PORT",
         "no Ray dashboard answers at http://127.0.0.1:PORT; correct --address, or",
     ),
-    (f"run {GOOD} --set placement.ray_address=127.0.0.1:PORT", "no Ray answers at 127.0.0.1:PORT: [Errno 111]"),
+    (f"run {GOOD} --set placement.ray_address=127.0.0.1:PORT", "no Ray answers at 127.0.0.1:PORT: Connection refused"),
 ]
 
 
