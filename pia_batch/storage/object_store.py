@@ -25,12 +25,12 @@ import obstore
 from obstore.exceptions import BaseError, PreconditionError
 from obstore.store import LocalStore, S3Store, from_url
 
-from pia_batch.errors import ConfigError, ObjectExistsError, StorageError, message_of
+from pia_batch.errors import ConfigError, ObjectExistsError, StorageError, message_of, printable
 from pia_batch.storage import local_disk, s3_config, store_errors
 from pia_batch.storage.concurrency import map_in_threads
 from pia_batch.storage.retries import retry
-from pia_batch.storage.schemes import LOCAL, SCHEMES, UnsupportedSchemeError, canonical, expected, find
-from pia_batch.storage.uris import access_point_problem, redacted, redacted_uri
+from pia_batch.storage.schemes import LOCAL, SCHEMES, UnsupportedSchemeError, canonical, find
+from pia_batch.storage.uris import BUCKET, bucket_problem, redacted, redacted_uri
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,7 @@ class Store:
 
     def __init__(self, uri: str, anchor: str | None = None) -> None:
         self.uri = absolute(uri).rstrip("/")
+        _check_prefix(self.uri)
         self._anchor = anchor
         self._client: Any = None
         self._ending = threading.Event()
@@ -429,7 +430,7 @@ def absolute(uri: str) -> str:
         raise ConfigError(msg) from None
     scheme = SCHEMES.get(parts.scheme)
     is_bucket = scheme is not None and scheme.committer == "obstore"
-    if problem := access_point_problem(scheme, uri.partition("://")[2]):
+    if problem := bucket_problem(scheme, uri.partition("://")[2]):
         raise ConfigError(f"{redacted_uri(uri)} {problem}")
     # An S3 secret key may contain a slash, at which urlsplit ends the netloc.
     if ":" in (parts.netloc if scheme and scheme.store == "s3" else parts.netloc.rpartition("@")[0]):
@@ -444,7 +445,40 @@ def absolute(uri: str) -> str:
     if is_bucket and not parts.netloc:
         msg = f"{uri} names no bucket; write {parts.scheme}://BUCKET/PATH"
         raise ConfigError(msg)
+    if scheme and scheme.store == "s3" and not BUCKET.fullmatch(name := uri.partition("://")[2].partition("/")[0]):
+        msg = f"{redacted_uri(uri)}: {redacted(name)!r} is no name of a bucket; write letters, digits, '.', '-' and '_'"
+        raise ConfigError(msg)
     return canonical(uri) if parts.scheme == LOCAL else uri
+
+
+def _check_prefix(uri: str) -> None:
+    """Refuse a prefix that the clients of one store take for different keys, or that none of them can write below.
+
+    Raises:
+        ConfigError: It is one; the message has the part to correct.
+    """
+    scheme = SCHEMES.get(uri.partition("://")[0].lower())
+    if scheme is None or scheme.committer != "obstore":
+        return
+    key = uri.partition("://")[2].partition("/")[2]
+    for pattern, problem in _UNUSABLE if scheme.store == "s3" else (*_UNUSABLE, _NOT_OF_A_URL):
+        if found := re.search(pattern, key):
+            msg = f"{printable(redacted_uri(uri))} cannot be a folder: '{printable(found[0])}' in it {problem}"
+            raise ConfigError(msg)
+
+
+_UNUSABLE = (
+    (r"%[0-9A-Fa-f]{2}", "is percent-encoded, and keys are not; write the character that it stands for"),
+    (r"//|(?<![^/])\.\.?(?![^/])|(?<![^/])/", "is an empty part, '.' or '..'; write the path without it"),
+    (r"[\x00-\x1f\x7f\\]", "is a control character or a backslash; choose another path"),
+)
+"""Patterns of what the keys of an output or of weights cannot have, with the problem and the remedy.
+
+One client decodes `%20`, and others do not: what is written would be found by none of them.
+"""
+
+_NOT_OF_A_URL = (r"[?#]", "ends the path of a URL; choose another path")
+"""The same of stores whose client takes the URI for a URL."""
 
 
 def _open_store(uri: str) -> Any:  # obstore's stores share no public base class
@@ -468,8 +502,17 @@ def _open_store(uri: str) -> Any:  # obstore's stores share no public base class
             return _open_s3(canonical(uri), client_options)
         return from_url(canonical(uri), client_options=client_options, retry_config=_RETRIES)
     except (BaseError, ValueError) as err:
-        msg = f"cannot open {redacted_uri(uri)}: {redacted(message_of(err))}; use {expected('output')}"
-        raise ConfigError(msg) from None
+        reason = re.sub(r"^Generic \w+ error: ", "", redacted(message_of(err))).rstrip(".")
+        raise ConfigError(f"cannot open {redacted_uri(uri)}: {reason}; {_OPENING_REMEDIES[scheme.store]}") from None
+
+
+_OPENING_REMEDIES = {
+    "s3": "correct the URI, the AWS_ variables or the profile",
+    "gs": "correct the URI, or GOOGLE_APPLICATION_CREDENTIALS, or unset that and give the machine a service account",
+    "abfs": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or give the machine an identity, or write "
+    "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH",
+}
+"""Remedies where a client refuses its configuration, by the store."""
 
 
 def _open_s3(uri: str, client_options: Any) -> S3Store:
@@ -498,7 +541,7 @@ def _open_s3(uri: str, client_options: Any) -> S3Store:
         options["aws_endpoint_url_s3"] = bucket.url
     return S3Store(
         name,
-        prefix=unquote(prefix) or None,
+        prefix=prefix or None,
         client_options=client_options,
         retry_config=_RETRIES,
         credential_provider=None if config.credentials is None else config.provide,

@@ -42,8 +42,11 @@ ISSUER_TIMEOUTS_S = (5, 15)
 Its own are 60 and 60: a server that never answers would keep a run waiting for five minutes.
 """
 
+_BUNDLES = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+"""Variables of other programs for a file of CA certificates. obstore would read the second one, and s3fs neither."""
+
 _NO_METADATA = "AWS_EC2_METADATA_DISABLED"
-_RELEVANT = ("AWS_", "BOTO_", "HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "REQUESTS_CA_BUNDLE")
+_RELEVANT = ("AWS_", "BOTO_", "HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", *_BUNDLES)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -248,9 +251,8 @@ def _resolve(environment: tuple[tuple[str, str], ...]) -> S3Config:
         _check_section(profile)
         endpoint = _endpoint(session)
         region = _region(session)
-        ca_bundle = session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE") or None
-        if ca_bundle is not None:
-            _check_ca_bundle(ca_bundle)
+        ca_bundle = _ca_bundle(session)
+        session.set_config_variable("ca_bundle", ca_bundle)  # also for the servers that issue credentials
         client = session.create_client(
             "s3", region_name=region, endpoint_url=endpoint, config=Config(signature_version=UNSIGNED)
         )
@@ -279,6 +281,7 @@ def _check_profile(session: Any) -> None:  # botocore is untyped
     if wanted and wanted not in session.available_profiles:
         from botocore.exceptions import ProfileNotFound  # noqa: PLC0415 - see `_resolve`
 
+        _check_readable(session)
         raise ProfileNotFound(profile=wanted)
 
 
@@ -405,33 +408,53 @@ def _proxies(endpoint: str) -> dict[str, str]:
 
 
 def _check_readable(session: Any) -> None:  # botocore is untyped
-    """Refuse a file of credentials or configuration that this user may not read; botocore would ignore it.
+    """Refuse a file of credentials or configuration that botocore ignored: it may not be read, or is named and no file.
 
     Raises:
         ConfigError: There is such a file.
     """
-    for variable in ("credentials_file", "config_file"):
-        path = Path(session.get_config_variable(variable)).expanduser()
+    for variable, name in (("credentials_file", "AWS_SHARED_CREDENTIALS_FILE"), ("config_file", "AWS_CONFIG_FILE")):
+        path = Path(os.path.expandvars(session.get_config_variable(variable))).expanduser()
         try:
-            path.open("rb").close()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
+            is_file = path.is_file()
+            if is_file:
+                path.open("rb").close()
         except OSError as err:
             msg = (
                 f"S3: no credentials were found, and {path} cannot be read: {err.strerror}; give this user access to it"
             )
             raise ConfigError(msg) from None
+        if not is_file and name in os.environ and str(path) != os.devnull:
+            problem = "is no regular file" if path.exists() else "does not exist"
+            raise ConfigError(f"{name}: {path} {problem}, so S3 has no credentials of it; correct or unset {name}")
 
 
-def _check_ca_bundle(path: str) -> None:
+def _ca_bundle(session: Any) -> str | None:  # botocore is untyped
+    """Return the file of CA certificates that both clients get; None: the usual certificates of each.
+
+    Raises:
+        ConfigError: It is no file of certificates.
+    """
+    found = (
+        ("AWS_CA_BUNDLE", os.environ.get("AWS_CA_BUNDLE")),
+        (f"ca_bundle of the profile {session.profile or 'default'!r}", session.get_scoped_config().get("ca_bundle")),
+        *((name, os.environ.get(name)) for name in _BUNDLES),
+    )
+    source, path = next(((name, path) for name, path in found if path), ("", None))
+    if path is None or (source == "SSL_CERT_FILE" and not Path(path).exists()):  # OpenSSL ignores an absent one
+        return None
+    remedy = "name a file of certificates in PEM format"
+    if source in _BUNDLES:
+        remedy += f" there, or by AWS_CA_BUNDLE, which counts before {source}"
+    if Path(path).exists() and not Path(path).is_file():
+        raise ConfigError(f"{source}: {path} is no regular file; {remedy}")
     try:
         text = Path(path).read_bytes()
     except OSError as err:
-        raise ConfigError(
-            f"AWS_CA_BUNDLE: cannot read {path}: {err.strerror}; name a file of certificates in PEM format"
-        ) from None
+        raise ConfigError(f"{source}: cannot read {path}: {err.strerror}; {remedy}") from None
     if b"-----BEGIN CERTIFICATE-----" not in text:
-        raise ConfigError(f"AWS_CA_BUNDLE: {path} has no certificate in PEM format; name a file that has")
+        raise ConfigError(f"{source}: {path} has no certificate in PEM format; {remedy}")
+    return str(path)
 
 
 def _config_file(session: Any) -> str:  # botocore is untyped

@@ -23,9 +23,17 @@ DECODINGS = 4
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://(.*)", re.DOTALL)
 _URL = re.compile(r"(\[[^\]/?#]*\]|[^:/?#]*)(?::([^/?#]*))?([^?#]*)(\?[^#]*)?(?:#.*)?", re.DOTALL)
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
-_BUCKET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+BUCKET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+"""Name of a bucket."""
 _CONTAINER = re.compile(r"[a-z0-9$][a-z0-9-]*(@[a-z0-9-]+(\.[a-z0-9-]+)*)?")
 _ARN = re.compile(r"(?i)arn:aws[a-z-]*:")
+_EXPRESS = "is in a directory bucket (S3 Express One Zone), which is not supported; use a general purpose bucket"
+_OTHER_BUCKETS = {
+    "--x-s3": _EXPRESS,
+    "--xa-s3": _EXPRESS,
+    "--op-s3": "is on S3 on Outposts, which is not supported; use a bucket of a region",
+}
+"""Problems of buckets by the endings of their names, which AWS reserves: requests for them are signed in other ways."""
 _LEGAL = "%:/?#[]@!$&'()*+,;=-._~"
 """Characters allowed in a URL besides letters and digits (RFC 3986); others are percent-encoded before it is sent."""
 
@@ -203,19 +211,22 @@ def parse_prefix(entry: str) -> Location:
     return place
 
 
-def access_point_problem(scheme: schemes.Scheme | None, rest: str) -> str | None:
-    """Return why an S3 URI with an ARN in place of its bucket is refused, and the remedy; None for any other URI.
+def bucket_problem(scheme: schemes.Scheme | None, rest: str) -> str | None:
+    """Return why a kind of bucket of S3 is refused, and the remedy; None for any other URI.
 
     Args:
         scheme: Scheme of the URI.
         rest: URI without its scheme.
     """
-    if scheme is None or scheme.store != "s3" or not _ARN.match(rest):
+    if scheme is None or scheme.store != "s3":
         return None
-    return (
-        "names an access point by its ARN, which is not supported; "
-        "write the access point's alias, such as NAME-...-s3alias, in place of the bucket"
-    )
+    if _ARN.match(rest):
+        return (
+            "names an access point by its ARN, which is not supported; "
+            "write the access point's alias, such as NAME-...-s3alias, in place of the bucket"
+        )
+    name = rest.partition("/")[0]
+    return next((problem for ending, problem in _OTHER_BUCKETS.items() if name.endswith(ending)), None)
 
 
 def redacted(text: str) -> str:
@@ -296,11 +307,11 @@ def _file(rest: str) -> Location:
 
 def _object(scheme: schemes.Scheme, rest: str) -> Location:
     authority, _, key = rest.partition("/")
-    if problem := access_point_problem(scheme, rest):
+    if problem := bucket_problem(scheme, rest):
         raise RefusedError(problem)
     if ":" in authority or ("@" in authority and not scheme.account_in_authority):
         raise RefusedError("was given with credentials; pass them in the environment of the workers")
-    if not (_CONTAINER if scheme.store == "abfs" else _BUCKET).fullmatch(authority):
+    if not (_CONTAINER if scheme.store == "abfs" else BUCKET).fullmatch(authority):
         raise RefusedError("cannot be opened: invalid name of a bucket or container")
     parts = tuple(key.split("/"))
     _forbid_dots(parts)

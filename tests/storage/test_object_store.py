@@ -337,6 +337,58 @@ def test_spaces_and_percent_signs_in_the_name_of_the_output_are_kept(tmp_path: P
     assert parse(store.uri_of("name")).target == str(tmp_path / "100% mine #1" / "name")
 
 
+@pytest.mark.parametrize(
+    ("key", "part", "remedy"),
+    [
+        ("a%20b", "%20", "percent-encoded"),
+        ("day%3D1/x", "%3D", "percent-encoded"),
+        ("a%2fb", "%2f", "percent-encoded"),
+        ("a//b", "//", "an empty part"),
+        ("/a", "/", "an empty part"),
+        ("a/./b", ".", "write the path without it"),
+        ("a/..", "..", "write the path without it"),
+        ("a\\b", "\\", "backslash"),
+        ("a\tb", r"\t", "control character"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["s3", "s3a", "gs", "az", "S3"])
+def test_a_prefix_that_clients_take_for_different_keys_is_refused_by_its_part(
+    scheme: str, key: str, part: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Store(f"{scheme}://bucket/{key}")
+
+    assert f"cannot be a folder: '{part}' in it" in str(refused.value)
+    assert remedy in str(refused.value)
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/a#b", "az://bucket/a?b"])
+def test_what_ends_the_path_of_a_url_is_refused_where_the_client_takes_the_uri_for_one(uri: str) -> None:
+    with pytest.raises(ConfigError, match="ends the path of a URL; choose another path"):
+        Store(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "variable", "remedy"),
+    [
+        ("az://container/x", "", "Account must be specified; set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT"),
+        ("abfss://c@account/x", "", "pattern for scheme: abfs://c@account/x; .* abfss://CONTAINER@ACCOUNT.dfs.core"),
+        ("gs://b/x", "GOOGLE_APPLICATION_CREDENTIALS", "No such file .*; correct the URI, or GOOGLE_APPLICATION_CRED"),
+    ],
+)
+def test_a_client_that_refuses_its_configuration_has_the_remedy_of_its_store(
+    uri: str, variable: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("AZURE_", "GOOGLE_"))]:
+        monkeypatch.delenv(name)
+    if variable:
+        monkeypatch.setenv(variable, "/absent")
+
+    with pytest.raises(ConfigError, match=rf"^cannot open {uri}: (?!Generic).*{remedy}"):
+        Store(uri).create("name", b"")
+
+
 def test_an_unknown_scheme_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="carrier-pigeon://coop/out"):
         Store("carrier-pigeon://coop/out").create("name", b"")

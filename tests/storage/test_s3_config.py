@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import botocore.session
 import psutil
 import pytest
 import s3_purposes
 import seaweedfs
-from s3_faults import PROFILES, PROGRAMS, REGIONS, VARIABLES, Files, Prepare, program, with_keys
+from s3_faults import FILES, PROFILES, PROGRAMS, REGIONS, VARIABLES, Files, Prepare, program, with_keys
 from s3_purposes import PURPOSES, as_image, as_output
 from s3_recorder import Recorder, recording
 from seaweedfs import SeaweedFS
@@ -384,6 +385,7 @@ FAULTS: dict[str, tuple[Prepare, str]] = {
     **{f"program that {name}": fault for name, fault in PROGRAMS.items()},
     **{f"profile that {name}": fault for name, fault in PROFILES.items()},
     **{f"wrong {name}": fault for name, fault in VARIABLES.items()},
+    **FILES,
 }
 
 
@@ -515,6 +517,72 @@ def test_an_access_point_is_refused_by_name(purpose: str, arn: str) -> None:
         with pytest.raises((ConfigError, ImageUnavailableError, ValueError), match="access point's alias") as caught:
             PURPOSES[purpose](f"{scheme}://{arn}/key")
         assert "with credentials" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("b--use1-az4--x-s3", "directory bucket"),
+        ("point--use1-az4--xa-s3", "directory bucket"),
+        ("point-x--op-s3", "Outposts"),
+        *((name, "no name of a bucket") for name in ("my bucket", "b\u00fccket", "buck%65t", "-b", ".b")),
+    ],
+)
+@pytest.mark.parametrize("purpose", [purpose for purpose in PURPOSES if purpose != "image"])
+def test_a_bucket_that_no_client_can_ask_is_refused_by_name_and_nothing_is_sent(
+    purpose: str, name: str, problem: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment_keys(monkeypatch)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", recorder.url)
+
+    with pytest.raises((ConfigError, ManifestError, ValueError)) as refused:
+        PURPOSES[purpose](f"s3://{name}/place")
+
+    assert problem in str(refused.value) or "invalid name of a bucket" in str(refused.value)
+    assert not recorder.seen
+
+
+SAME_KEYS = [
+    "a b",
+    "a+b",
+    "100%",
+    "a%zz",
+    "a&b=c",
+    "a'b",
+    "ünï",
+    "日本",
+    "a~b",
+    "a:b@c",
+    "a;b,c",
+    "..a",
+    "a..",
+    "[a]{b}",
+]
+"""Folders that every client finds under the same key."""
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("folder", [*SAME_KEYS, "a#b", "a?b", "a*b"])
+def test_a_folder_has_the_same_key_for_every_purpose(
+    folder: str, s3_server: SeaweedFS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    prefix = f"keys-{time.time_ns()}/{folder}"
+    place = f"s3://{s3_server.bucket}/{prefix}"
+    s3: Any = botocore.session.Session().create_client("s3", endpoint_url=s3_server.url)
+    s3.put_object(Bucket=s3_server.bucket, Key=f"{prefix}/name", Body=b"data")
+
+    for purpose, use in PURPOSES.items():
+        if purpose == "images.allow" and folder not in SAME_KEYS:
+            with pytest.raises(ValueError, match="has a wildcard, a query or a fragment"):
+                use(place)
+        else:
+            use(place)
+
+    listed = s3.list_objects_v2(Bucket=s3_server.bucket, Prefix=f"{prefix.partition('/')[0]}/")["Contents"]
+    assert len(listed) == 2
+    assert all(each["Key"].startswith(f"{prefix}/") for each in listed)
 
 
 # --- refresh ---------------------------------------------------------------------------------------------------------

@@ -316,8 +316,13 @@ def by_requests(bundle: Path, folder: Path) -> dict[str, str]:
     return {"REQUESTS_CA_BUNDLE": str(bundle)}
 
 
+def by_openssl(bundle: Path, folder: Path) -> dict[str, str]:
+    del folder
+    return {"SSL_CERT_FILE": str(bundle)}
+
+
 @pytest.mark.s3
-@pytest.mark.parametrize("configure", [by_variable, by_profile, by_requests])
+@pytest.mark.parametrize("configure", [by_variable, by_profile, by_requests, by_openssl])
 @pytest.mark.parametrize("proxied", [False, True])
 def test_a_server_with_a_certificate_of_ones_own_authority_serves_every_purpose(
     configure: Callable[[Path, Path], dict[str, str]],

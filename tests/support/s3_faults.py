@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ def environment(config: str = "", **variables: str) -> Prepare:
     def prepare(patch: pytest.MonkeyPatch, files: Files, folder: Path) -> None:
         (folder / "empty").write_text("")
         (folder / "binary").write_bytes(b"\xff\xfe")
+        os.mkfifo(folder / "pipe")
         files(config.replace("{folder}", str(folder)))
         for name, value in variables.items():
             patch.setenv(name, value.replace("{folder}", str(folder)))
@@ -172,6 +174,50 @@ VARIABLES: dict[str, tuple[Prepare, str]] = {
     ),
 }
 """Values of variables that no client can use."""
+
+
+def _files(name: str, regular: str) -> dict[str, tuple[Prepare, str]]:
+    """Return places of a file that is none: a pipe that nobody writes to would be opened without end."""
+    problems = {"pipe": regular, "": regular, "absent": "does not exist"}
+    return {
+        f"{name} of {place or 'a folder'}": (
+            environment(**{name: f"{{folder}}/{place}"}),
+            f"^{name}: .*{place} {problem}, so S3 has no credentials of it; correct or unset {name}",
+        )
+        for place, problem in problems.items()
+    }
+
+
+FILES: dict[str, tuple[Prepare, str]] = {
+    **_files("AWS_SHARED_CREDENTIALS_FILE", "is no regular file"),
+    **_files("AWS_CONFIG_FILE", "is no regular file"),
+    "AWS_CONFIG_FILE of a profile": (
+        environment(AWS_CONFIG_FILE="{folder}/absent", AWS_PROFILE="me"),
+        "^AWS_CONFIG_FILE: .*absent does not exist",
+    ),
+    **{
+        f"{name} of {place}": (
+            with_keys(**{name: f"{{folder}}/{place}"}),
+            f"^{name}: .*{problem}; name a file .*{more}",
+        )
+        for name, more in (
+            ("AWS_CA_BUNDLE", "in PEM format$"),
+            ("REQUESTS_CA_BUNDLE", "by AWS_CA_BUNDLE, which counts before REQUESTS_CA_BUNDLE$"),
+        )
+        for place, problem in (
+            ("pipe", "is no regular file"),
+            (".", "is no regular file"),
+            ("absent", "No such file or directory"),
+            ("empty", "has no certificate in PEM format"),
+        )
+    },
+    "SSL_CERT_FILE of empty": (with_keys(SSL_CERT_FILE="{folder}/empty"), "^SSL_CERT_FILE: .*no certificate in PEM"),
+    "ca_bundle": (
+        profile(f"ca_bundle = /absent\n{KEYS}"),
+        "^ca_bundle of the profile 'me': cannot read /absent: No such file",
+    ),
+}
+"""Files that variables and a profile name, and that are none."""
 
 REGIONS = {
     "AWS_REGION": with_keys(AWS_REGION="us-east-1"),

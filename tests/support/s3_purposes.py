@@ -16,11 +16,13 @@ from pia_batch.storage import filesystems
 from pia_batch.storage.object_store import Store
 from pia_batch.weights.fetching import ObjectFolder, locate
 
+_BUNDLES = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+
 
 def bare_environment(patch: pytest.MonkeyPatch, home: Path) -> None:
     """Remove every key, profile and proxy from the environment, and forbid requests to a metadata address."""
     for name in list(os.environ):
-        if name.startswith(("AWS_", "BOTO")) or name.upper().endswith("_PROXY") or name == "REQUESTS_CA_BUNDLE":
+        if name.startswith(("AWS_", "BOTO")) or name.upper().endswith("_PROXY") or name in _BUNDLES:
             patch.delenv(name)
     home.mkdir()
     patch.setenv("HOME", str(home))
