@@ -332,6 +332,6 @@ def _remove_progress(target: Store) -> None:
 
 def _read_json(target: Store, name: str) -> dict[str, Any] | None:
     try:
-        return dict(json.loads(target.read(name)))
+        return target.read_json(name)
     except FileNotFoundError:
         return None

@@ -106,7 +106,7 @@ class PieceWriter:
         except ManifestError:
             if not self.may_differ:
                 raise
-            record = json.loads(self.store.read(name))
+            record = self.store.read_json(name)
         return record
 
     def _create(self, stem: str, data: bytes) -> str:

@@ -186,7 +186,7 @@ class _Preparation:
         if not isinstance(self._given, str):
             return DATASET, DatasetSource.of(self._given), ""
         try:  # a table or a hub that has changed since is read in the version with which this folder was begun
-            pinned = json.loads(self._store.read(PLAN)).get("pinned", {})
+            pinned = self._store.read_json(PLAN).get("pinned", {})
         except FileNotFoundError:
             pinned = {}
         place = Place.of(lakes.of_catalog(self._given), pinned.get("commit"))
@@ -216,7 +216,7 @@ class _Preparation:
             "versions": {"pia_batch": pia_batch.__version__, "pyarrow": pa.__version__},
         }
         try:
-            found = json.loads(self._store.read(PLAN))
+            found = self._store.read_json(PLAN, ("pieces",))
         except FileNotFoundError:
             if next(iter(self._store.list("")), None) is not None:
                 raise ManifestError(
@@ -289,7 +289,7 @@ class _Preparation:
         return records
 
     def _read_records(self, numbers: Sequence[int], prefix: str) -> list[dict[str, Any]]:
-        return [json.loads(data) for data in self._store.read_all([record_name(n, prefix) for n in numbers])]
+        return list(self._store.each(self._store.read_json, [record_name(n, prefix) for n in numbers]))
 
     def _over(self, function: Callable[[int], Any], numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Yield what a function returns for each piece, as Ray Data's tasks finish it."""

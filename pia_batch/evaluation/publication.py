@@ -5,7 +5,6 @@ Repeating it writes the same files, so it may be killed at any moment.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -110,8 +109,8 @@ def publish(
 def read(store: Store, evaluation_id: str) -> Evaluation | None:
     """Return a complete evaluation, or None if there is none of this id."""
     try:
-        success = dict(json.loads(store.read(layout.evaluation_success(evaluation_id))))
-        summary = dict(json.loads(store.read(layout.evaluation_summary(evaluation_id))))
+        success = store.read_json(layout.evaluation_success(evaluation_id), ("evaluation_id", "run_id", "parts"))
+        summary = store.read_json(layout.evaluation_summary(evaluation_id), ("measures",))
     except FileNotFoundError:
         return None
     return _evaluation(store, success, summary)

@@ -131,7 +131,7 @@ def begin(store: Store, evaluation_id: str, request: EvaluationRequest, num_rows
     try:
         store.create(name, to_json(record))
     except ObjectExistsError:
-        record = dict(json.loads(store.read(name)))
+        record = store.read_json(name, ("piece_rows",))
     found = {key: record.get(key) for key in request.content()}
     if found != request.content():
         differing = next(key for key, value in request.content().items() if found[key] != value)

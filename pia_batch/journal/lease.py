@@ -200,7 +200,7 @@ def read_newest_lease(store: Store) -> tuple[int, dict[str, Any] | None]:
     generation = max((number for number in listed if number is not None), default=0)
     if not generation:
         return 0, None
-    return generation, dict(json.loads(store.read(layout.lease_name(generation))))
+    return generation, store.read_json(layout.lease_name(generation))
 
 
 def _died_here(holder: dict[str, Any]) -> bool:

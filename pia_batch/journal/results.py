@@ -7,7 +7,6 @@ fragment, and what is compared with the listing of the animations is kept in a f
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -165,7 +164,7 @@ def _settle_dataset(journal: Journal, stored: StoredDataset | None) -> None:
 def read_success_marker(store: Store, run_id: str) -> dict[str, Any] | None:
     """Return the content of a run's `_SUCCESS.json`, or None if the run has no complete results."""
     try:
-        return dict(json.loads(store.read(layout.success_marker(run_id))))
+        return store.read_json(layout.success_marker(run_id))
     except FileNotFoundError:
         return None
 
@@ -178,7 +177,7 @@ def is_published(store: Store, run_id: str) -> bool:
 def read_latest(store: Store) -> dict[str, Any] | None:
     """Return the content of `results/LATEST.json`, or None before the first complete run."""
     try:
-        return dict(json.loads(store.read(layout.LATEST_RESULTS)))
+        return store.read_json(layout.LATEST_RESULTS, ("run_id",))
     except FileNotFoundError:
         return None
 

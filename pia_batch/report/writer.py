@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.errors import ConfigError, StorageError
+from pia_batch.errors import ConfigError
 from pia_batch.journal import layout
 from pia_batch.journal.log import Journal
 from pia_batch.journal.results import is_published, read_latest
@@ -278,9 +277,6 @@ def _run_record(store: Store, run_id: str) -> RunRecord | None:
 
 def _json_object(store: Store, name: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(store.read(name)))
+        return store.read_json(name)
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError) as err:
-        msg = f"{store.uri_of(name)} is damaged: {err}; run again, or choose another --run-id"
-        raise StorageError(msg) from None

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -172,6 +173,28 @@ class Store:
         if self._is_absent():
             raise FileNotFoundError(self.uri_of(name))
         return bytes(self._attempt(lambda: obstore.get(self._store, name).bytes(), "read", name))
+
+    def read_json(self, name: str, fields: Sequence[str] = ()) -> dict[str, Any]:
+        """Return an object that holds one JSON object.
+
+        Args:
+            name: Name of the object.
+            fields: Names that the JSON object must have.
+
+        Raises:
+            FileNotFoundError: There is no such object.
+            StorageError: It is damaged, such as by a power failure, or the store refused or did not answer.
+        """
+        data = self.read(name)
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+            found = None
+        if isinstance(found, dict) and all(field in found for field in fields):
+            return found
+        problem = "is empty" if not data else "is not the JSON object that it should be"
+        msg = f"{redacted_uri(self.uri_of(name))} is damaged: it {problem}; restore it, or delete it and start again"
+        raise StorageError(msg)
 
     def read_all(self, names: list[str], threads: int = 16) -> Iterator[bytes]:
         """Yield the objects in the order of `names`: `threads` requests at a time, and as many objects held ahead."""

@@ -389,6 +389,16 @@ def test_a_client_that_refuses_its_configuration_has_the_remedy_of_its_store(
         Store(uri).create("name", b"")
 
 
+@pytest.mark.parametrize("data", [b"", b"{", b"<html>Log in</html>", b"[]", b"null", b"{}", b"\xff", b"[" * 100_000])
+def test_a_damaged_json_object_is_one_line_with_its_uri(store: Store, data: bytes) -> None:
+    store.replace("state.json", data)
+
+    with pytest.raises(StorageError, match=r"state.json is damaged: it is (empty|not the JSON .*); restore it, or del"):
+        store.read_json("state.json", ("run_id",))
+    store.replace("state.json", b'{"run_id": "r"}')
+    assert store.read_json("state.json", ("run_id",)) == {"run_id": "r"}
+
+
 def test_an_unknown_scheme_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="carrier-pigeon://coop/out"):
         Store("carrier-pigeon://coop/out").create("name", b"")
