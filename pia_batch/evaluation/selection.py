@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from pia_batch.schema import python_values
 from pia_batch.schema.columns import SUCCEEDED
 from pia_batch.schema.dataset_columns import free_name
 from pia_batch.schema.expressions import RowFilter, RowNumber
-from pia_batch.storage.object_store import Store, absolute
+from pia_batch.storage import local_disk
+from pia_batch.storage.object_store import Store, absolute, local_path
 
 SCORE, RANK = "score", "rank"
 
@@ -185,9 +186,11 @@ def write(selection: Selection, uri: str) -> str:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as err:
         msg = f"--out: cannot write {name} as CSV: {message_of(err)}; name a .parquet file"
         raise ConfigError(msg) from None
-    store = Store(parent)
-    store.replace(name, sink.getvalue())
-    return store.uri_of(name)
+    if parent.startswith("file://"):
+        local_disk.write_file(Path(local_path(f"{parent}/{name}")), sink.getvalue(), "--out")
+    else:
+        Store(parent).replace(name, sink.getvalue())
+    return f"{parent}/{name}"
 
 
 def _best(table: pa.Table, choice: Choice) -> tuple[pa.Table, int]:

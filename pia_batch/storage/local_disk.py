@@ -29,7 +29,7 @@ DISK_REMEDIES = {
     errno.ENOTDIR: "a file has the name of a folder there; remove it or choose another path",
     errno.ENOSYS: _LINKS,
     errno.ENOTSUP: _LINKS,
-    errno.EPERM: DENIED_REMEDY,
+    errno.EPERM: "give this user access to it, or choose a folder on a disk with hard links, such as ext4 or NFS",
     errno.EROFS: "the disk is mounted read-only; choose another path, or mount it for writing",
     errno.ESTALE: _NETWORK_DISK,
 }

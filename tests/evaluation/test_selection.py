@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pia_batch import cli
-from pia_batch.errors import ConfigError
+from pia_batch.errors import ConfigError, StorageError
+from pia_batch.evaluation.publication import Evaluation
 from pia_batch.evaluation.selection import Choice, Selection, group_numbers, select, write
 from pia_batch.manifest import id_tables
 from pia_batch.schema import python_values
@@ -27,6 +30,39 @@ IDS = ["a-0", "a-1", "a-2", "b-0", "b-1", "c-0", "d-0", "e-0"]
 BASES = ["a", "a", "a", "b", "b", "c", None, "e"]
 SCORES = [0.1, 0.9, 0.9, 0.4, 0.5, None, 0.2, None]
 FLICKER = [0.99, 0.98, 0.99, 0.5, 0.99, 0.99, 0.99, None]
+
+
+def selection() -> Selection:
+    table = pa.table({"request_id": ["a"], "key": ["k"]})
+    return Selection(table, Evaluation("e", "r", "", (), {"measures": {}}), 1, 1, 0, 1)
+
+
+def test_a_table_goes_through_a_link_and_into_a_pipe(tmp_path: Path) -> None:
+    file, link, pipe = tmp_path / "real.csv", tmp_path / "link.csv", tmp_path / "pipe.csv"
+    file.write_text("before")
+    link.symlink_to(file)
+    os.mkfifo(pipe)
+
+    write(selection(), str(link))
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_bytes)
+        write(selection(), str(pipe))
+        data = read.result(20)
+
+    assert link.is_symlink()
+    assert data == file.read_bytes()
+    assert b"request_id" in data
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link.csv", "pipe.csv", "real.csv"]
+
+
+def test_a_table_that_cannot_be_written_names_the_option_and_leaves_the_one_before(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("before")
+
+    with pytest.raises(StorageError, match=r"--out: cannot write .*file/x.csv: File exists; a file, or a link"):
+        write(selection(), str(tmp_path / "file" / "x.csv"))
+    with pytest.raises(StorageError, match=r"--out: cannot write .*: File name too long; choose a shorter path"):
+        write(selection(), str(tmp_path / f"{'n' * 300}.csv"))
+    assert (tmp_path / "file").read_text() == "before"
 
 
 @pytest.fixture
