@@ -42,17 +42,31 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     scheme = schemes.find(uri, "manifest")
     filesystem = _filesystem(scheme.store)
     path = filesystem._strip_protocol(schemes.canonical(uri))  # noqa: SLF001 - fsspec has no public name for it
-    return pyarrow.fs.PyFileSystem(_FSSpecHandler(filesystem)), path
+    return pyarrow.fs.PyFileSystem(_FSSpecHandler(filesystem, scheme.store)), path
 
 
 class _FSSpecHandler(pyarrow.fs.FSSpecHandler):  # type: ignore[misc] # pyarrow is untyped
-    """pyarrow's handler, which takes every failure of a store at the opening of a file for a missing file."""
+    """pyarrow's handler, which takes every failure of a store at the opening of a file for a missing file.
+
+    It can be pickled: where it arrives, it has the client of that process, which has the credentials of that machine.
+    """
+
+    def __init__(self, filesystem: Any, store: str) -> None:  # fsspec is untyped
+        super().__init__(filesystem)
+        self._store = store
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _handler_of, (self._store,)
 
     def open_input_stream(self, path: str) -> pa.PythonFile:
         return self.open_input_file(path)
 
     def open_input_file(self, path: str) -> pa.PythonFile:
         return pa.PythonFile(self.fs.open(path, mode="rb"), mode="r")
+
+
+def _handler_of(store: str) -> _FSSpecHandler:
+    return _FSSpecHandler(_filesystem(store), store)
 
 
 def remedy_for(err: BaseException) -> str | None:

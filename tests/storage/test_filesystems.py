@@ -6,8 +6,11 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+from ray import cloudpickle
+from s3_recorder import recording
 
 from pia_batch.config import RunConfig, layers
 from pia_batch.datasets.sources import Place
@@ -58,3 +61,19 @@ def test_the_remedy_is_that_of_the_place(place: str, raised: Exception, remedy: 
     found = filesystems.reading_remedy(place, raised)
 
     assert (found is None, remedy is None or remedy in str(found)) == (remedy is None, True)
+
+
+def test_a_file_system_that_was_read_from_is_sent_to_a_worker_without_its_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    with recording() as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        server.objects[urlsplit(server.url).netloc, "/bucket/name"] = b"data"
+        filesystem, path = filesystems.arrow_filesystem("s3://bucket/name")
+        with filesystem.open_input_file(path) as file:
+            assert file.read() == b"data"
+
+        copy = cloudpickle.loads(cloudpickle.dumps(filesystem))
+        with copy.open_input_file(path) as file:
+            assert file.read() == b"data"
