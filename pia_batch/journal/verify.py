@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from pia_batch.errors import RequestError
+from pia_batch.errors import RequestError, StorageError
 from pia_batch.journal import layout
 from pia_batch.journal.log import Journal, Outcomes
 from pia_batch.schema.columns import RESULT, conformed
 from pia_batch.schema.keys import keys_from_hex
 from pia_batch.storage.object_store import Store
+from pia_batch.storage.uris import redacted_uri
 
 VERIFY_THREADS = 16
 """Animations that `find_problems` reads and decodes at a time; each is a few MB."""
@@ -98,14 +100,34 @@ def repair(journal: Journal, seen: Outcomes, problems: Iterable[Problem], check:
         seen: Its outcomes when the problems were found.
         problems: Problems, as `find_problems` found them.
         check: Function to call before every deletion; it raises if another run has taken over.
+
+    Raises:
+        StorageError: The store now lists an object that it did not find; nothing was changed.
     """
     broken = list(problems)
+    _check_missing(journal.store, {problem.names[0] for problem in broken if problem.kind == "missing"})
     for problem in broken:
         check()
         for name in problem.names:
             journal.store.delete(name)
     check()
     journal.add_tombstones(keys_from_hex(pa.array([problem.key for problem in broken], pa.string())), seen)
+
+
+def _check_missing(store: Store, names: AbstractSet[str]) -> None:
+    """Check that no listing has these objects. A gateway in front of a store that is down may answer 404 for each.
+
+    Raises:
+        StorageError: One is there, or the store lists nothing at all.
+    """
+    for folder in sorted({name.rpartition("/")[0] for name in names}):
+        found = next((item.name for item in store.list(f"{folder}/") if item.name in names), None)
+        if found is not None:
+            msg = (
+                f"{redacted_uri(store.uri_of(found))}: the store answered that it does not exist, and now lists it; "
+                "nothing was changed, start again"
+            )
+            raise StorageError(msg)
 
 
 def _examine(store: Store, row: dict[str, Any], decode: Decode, decode_poster: Decode) -> Problem | None:
