@@ -29,6 +29,7 @@ from pia_batch.datasets.export_plan import (
     Selection,
     Shard,
     ShardSize,
+    carried_times,
     chosen_columns,
 )
 from pia_batch.datasets.export_rows import RowReader
@@ -151,7 +152,8 @@ def export(  # noqa: PLR0913 - one for each option of the command
         return ExportSummary(
             target.uri, format, published.run_id, done["rows"], done["num_bytes"], done["shards"], 0, done["unknown"]
         )
-    plan = make_plan(published, condition, columns, ids, ShardSize.parse(shard_size), target_format)
+    size = ShardSize.parse(shard_size)
+    plan = make_plan(published, condition, columns, ids, size, target_format, texts=chosen.times_as_texts)
     media = chosen.media_of(plan)
     chosen.check(plan)
     _claim(target, identity)
@@ -165,6 +167,8 @@ def make_plan(
     only: pa.Array | None,
     size: ShardSize,
     transcode: Format | None,
+    *,
+    texts: bool = False,
 ) -> ExportPlan:
     """Select the rows and cut them into shards.
 
@@ -174,7 +178,7 @@ def make_plan(
     """
     available = DatasetColumns(published.schema)
     names = chosen_columns(available, columns)
-    selection = Selection(published, where, only)
+    selection = Selection(published, where, only, available, carried_times(available, names) if texts else ())
     shards = tuple(selection.shards(size))
     if not shards:
         reasons = [text for text, given in (("--where", where), ("--only", only)) if given is not None]
@@ -182,7 +186,17 @@ def make_plan(
         msg = f"{left} to export from run {published.run_id} of {redacted_uri(published.store.uri)}"
         raise ConfigError(msg)
     formats, models = dict(selection.formats.most_common()), dict(selection.models.most_common())
-    return ExportPlan(published, available, names, transcode, shards, formats, models, selection.num_unknown)
+    return ExportPlan(
+        published,
+        available,
+        names,
+        transcode,
+        shards,
+        formats,
+        models,
+        selection.num_unknown,
+        tuple(sorted(selection.far)),
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pia_batch.datasets import far_times
 from pia_batch.datasets.export_formats import PROGRESS, ExportFormat, Finish, ShardTarget, write_card
 from pia_batch.datasets.export_plan import ExportPlan
 from pia_batch.datasets.export_rows import Batch, RowReader
@@ -105,21 +104,14 @@ def write(batches: Iterator[Batch], target: ShardTarget) -> int:
 def finish(finish: Finish) -> None:
     """Write the table of all files, then the dataset card, unless there is one: it is a person's to complete."""
     path = finish.folder / "metadata.parquet"
-    far = {name for rows in _rows(finish) for name in far_times.columns_with(rows)}
     schema = pa.schema([pa.field(FILE_NAME, pa.string()), *finish.plan.schema])
-    with pq.ParquetWriter(path, far_times.schema_with_texts(schema, far), compression="zstd") as writer:
-        for rows in _rows(finish):
-            writer.write_table(far_times.with_texts(rows, far))
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for shard in finish.written:
+            part = finish.store.read(_table_part(shard.number))
+            for batch in pq.ParquetFile(pa.BufferReader(part)).iter_batches(ROW_GROUP_ROWS):
+                writer.write_batch(batch)
     finish.store.replace_file(layout.DATASET_TABLE, path)
     write_card(finish, [layout.DATASET_TABLE, *_patterns(finish)])
-
-
-def _rows(finish: Finish) -> Iterator[pa.Table]:
-    """Yield the rows of the table in order."""
-    for shard in finish.written:
-        part = finish.store.read(_table_part(shard.number))
-        for batch in pq.ParquetFile(pa.BufferReader(part)).iter_batches(ROW_GROUP_ROWS):
-            yield pa.Table.from_batches([batch])
 
 
 def _patterns(finish: Finish) -> list[str]:
@@ -140,6 +132,7 @@ FOLDER: ExportFormat = ExportFormat(
     None,
     one_media=False,
     posters=True,
+    times_as_texts=True,
     check=check,
     finish=finish,
 )

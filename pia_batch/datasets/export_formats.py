@@ -132,6 +132,7 @@ class ExportFormat:
             animation.
         one_media: True if all animations must be of one media that `datasets` decodes.
         posters: True if `write` writes the posters, too.
+        times_as_texts: True if columns with times that Python lacks become texts, because its readers cannot read them.
         check: Check of a plan before anything is written; raises ConfigError.
         finish: Writer of what stands next to the shards; it may be called again after a crash.
         module: Module that the format needs beyond this package's own; empty: none.
@@ -144,6 +145,7 @@ class ExportFormat:
     object_name: Callable[[int, int], str] | None
     one_media: bool = True
     posters: bool = False
+    times_as_texts: bool = False
     check: Callable[[ExportPlan], None] = nothing_to_check
     finish: Callable[[Finish], None] = nothing_to_finish
     module: str = ""

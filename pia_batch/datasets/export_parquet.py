@@ -87,6 +87,7 @@ PARQUET: ExportFormat = ExportFormat(
     "Parquet files `part-00000.parquet` with a column `video` (or `image`): a struct of `bytes` and `path`",
     write,
     lambda number, _: f"part-{number:05d}.parquet",
+    times_as_texts=True,
 )
 
 HUGGINGFACE: ExportFormat = ExportFormat(
@@ -94,5 +95,6 @@ HUGGINGFACE: ExportFormat = ExportFormat(
     "folder for `hf upload-large-folder`: Parquet files in `data/`, and a dataset card `README.md`",
     write,
     _train_name,
+    times_as_texts=True,
     finish=lambda finish: write_card(finish, ["data/*.parquet"]),
 )

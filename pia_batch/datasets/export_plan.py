@@ -17,7 +17,8 @@ from pia_batch.errors import ConfigError
 from pia_batch.journal import layout
 from pia_batch.journal.log import Journal
 from pia_batch.journal.results import read_latest, read_success_marker
-from pia_batch.schema.columns import SUCCEEDED
+from pia_batch.schema import far_times
+from pia_batch.schema.columns import RESULT, SUCCEEDED
 from pia_batch.schema.dataset_columns import DatasetColumns, Media, media_of
 from pia_batch.schema.expressions import RowFilter
 from pia_batch.storage.object_store import Store
@@ -139,6 +140,7 @@ class ExportPlan:
         formats: Number of exported animations by their format in the output.
         models: Number of exported animations by model.
         num_unknown: Number of ids of `--only` without an animation.
+        texts: Names of the chosen columns that are exported as texts: they have times that Python lacks.
     """
 
     published: Published
@@ -149,6 +151,7 @@ class ExportPlan:
     formats: dict[str, int]
     models: dict[str, int]
     num_unknown: int
+    texts: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -168,7 +171,8 @@ class ExportPlan:
     @property
     def schema(self) -> pa.Schema:
         """Chosen columns."""
-        return pa.schema([self.columns.schema.field(name) for name in self.names])
+        schema = pa.schema([self.columns.schema.field(name) for name in self.names])
+        return far_times.schema_with_texts(schema, self.texts)
 
 
 def chosen_columns(columns: DatasetColumns, wanted: Sequence[str] | None) -> tuple[str, ...]:
@@ -197,6 +201,12 @@ def chosen_columns(columns: DatasetColumns, wanted: Sequence[str] | None) -> tup
     return tuple(dict.fromkeys(["request_id", *renamed]))
 
 
+def carried_times(columns: DatasetColumns, names: Sequence[str]) -> tuple[str, ...]:
+    """Return those of `names` that are carried columns with dates, times or durations."""
+    carried = [name for name in names if columns.source_of(name) not in RESULT.names]
+    return tuple(name for name in carried if far_times.can_have(columns.schema.field(name).type))
+
+
 class Selection:
     """Rows of results that an export takes.
 
@@ -204,10 +214,21 @@ class Selection:
         published: The results.
         where: Condition on the results' columns; None: all succeeded rows.
         only: Ids of requests, unique; None: all.
+        columns: Columns of the export.
+        times: Names of columns of the export; those with times that Python lacks are added to `far`.
     """
 
-    def __init__(self, published: Published, where: RowFilter | None, only: pa.Array | None) -> None:
+    def __init__(
+        self,
+        published: Published,
+        where: RowFilter | None,
+        only: pa.Array | None,
+        columns: DatasetColumns,
+        times: Sequence[str] = (),
+    ) -> None:
         self._published, self._where, self._only = published, where, only
+        self._columns, self._times = columns, times
+        self.far = set[str]()
         if where is not None:
             where.bind(published.schema)  # unknown columns are refused before anything is read
         self.formats, self.models = Counter[str](), Counter[str]()
@@ -224,7 +245,8 @@ class Selection:
         Raises:
             StorageError: The store refused or did not answer.
         """
-        names = {*NEEDED, *(self._where.columns if self._where else ())} & set(self._published.schema.names)
+        names = {*NEEDED, *(self._where.columns if self._where else ()), *map(self._columns.source_of, self._times)}
+        names &= set(self._published.schema.names)
         for part in self._published.parts:
             table = self._published.read(part, [name for name in self._published.schema.names if name in names])
             table = table.append_column(_ROW, pa.array(np.arange(len(table), dtype=np.int32)))
@@ -237,6 +259,8 @@ class Selection:
                 self._found[at.drop_null().to_numpy()] = True
             self.formats.update(_counts(table["format"]))
             self.models.update(_counts(table["model"]))
+            if self._times:
+                self.far.update(far_times.columns_with(self._columns.rows(table, self._times)))
             yield part, table
 
     def shards(self, size: ShardSize) -> Iterator[Shard]:

@@ -16,6 +16,7 @@ from pia_batch.errors import AccountingError, ConfigError, EncodingError, printa
 from pia_batch.journal import layout
 from pia_batch.media import codecs
 from pia_batch.media.provenance import Provenance
+from pia_batch.schema import far_times
 from pia_batch.schema.dataset_columns import DatasetColumns
 from pia_batch.schema.key_prompts import described
 from pia_batch.storage.object_store import Store
@@ -75,6 +76,7 @@ class RowReader:
         published: Results that are exported.
         columns: Columns of the export.
         names: Names of the chosen columns.
+        texts: Names of the chosen columns that are exported as texts.
         transcode: Format of the exported animations; None: as they are.
         posters: True to read the posters too.
     """
@@ -82,13 +84,14 @@ class RowReader:
     published: Published
     columns: DatasetColumns
     names: tuple[str, ...]
+    texts: tuple[str, ...]
     transcode: Format | None
     posters: bool = False
 
     @classmethod
     def of(cls, plan: ExportPlan, *, posters: bool = False) -> RowReader:
         """Return the reader of a plan's shards."""
-        return cls(plan.published, plan.columns, plan.names, plan.transcode, posters)
+        return cls(plan.published, plan.columns, plan.names, plan.texts, plan.transcode, posters)
 
     def results(self, shard: Shard) -> pa.Table:
         """Return the rows of a shard with the columns of the results."""
@@ -97,7 +100,7 @@ class RowReader:
 
     def chosen(self, results: pa.Table) -> pa.Table:
         """Return the chosen columns of these rows of results."""
-        return self.columns.rows(results).select(list(self.names))
+        return far_times.with_texts(self.columns.rows(results, self.names), self.texts)
 
     def batches(self, shard: Shard) -> Iterator[Batch]:
         """Yield the rows of a shard, in order, with their animations.

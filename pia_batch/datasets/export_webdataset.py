@@ -8,10 +8,9 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
-from pia_batch.datasets import plain_values
 from pia_batch.datasets.export_formats import ExportFormat, ShardTarget
 from pia_batch.datasets.export_rows import Batch
-from pia_batch.schema import python_values
+from pia_batch.schema import plain_values, python_values
 
 
 def write(batches: Iterator[Batch], target: ShardTarget) -> int:

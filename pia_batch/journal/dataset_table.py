@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pia_batch.schema import far_times
 from pia_batch.schema.columns import SUCCEEDED
 from pia_batch.schema.dataset_columns import FILE_NAME, DatasetColumns, Media, file_names, media_of
 
@@ -63,6 +64,7 @@ class DatasetTableWriter:
         self._schema = pa.schema(fields, metadata={"pia_batch": json.dumps(identity, sort_keys=True)})
         self._formats, self._models = Counter[str](), Counter[str]()
         self._writers: dict[Media, pq.ParquetWriter] = {}
+        self._far: dict[Media, set[str]] = {}
         self._extensions: dict[Media, set[str]] = {}
 
     def add(self, part: pa.Table) -> None:
@@ -77,13 +79,13 @@ class DatasetTableWriter:
             names, table = file_names(rows), self._columns.rows(rows)
             extensions = pc.unique(pc.replace_substring_regex(names, r"^.*\.", "")).to_pylist()
             self._extensions.setdefault(media, set()).update(extensions)
+            self._far.setdefault(media, set()).update(far_times.columns_with(table))
             table = pa.table([names, *table.columns], schema=self._schema)
             self._writer(media).write_table(table, row_group_size=ROW_GROUP_ROWS)
 
     def _writer(self, media: Media) -> pq.ParquetWriter:
         if media not in self._writers:
-            path = self._folder / f"{media}.parquet"
-            self._writers[media] = pq.ParquetWriter(path, self._schema, compression="zstd", write_page_checksum=True)
+            self._writers[media] = _writer(self._folder / f"{media}.parquet", self._schema)
         return self._writers[media]
 
     def finish(self) -> DatasetTable:
@@ -98,7 +100,23 @@ class DatasetTableWriter:
         formats, models = dict(self._formats.most_common()), dict(self._models.most_common())
         extensions = tuple(sorted(self._extensions.get(media, ())))
         path = self._folder / f"{media}.parquet"
+        if self._far.get(media):
+            path = _with_texts(path, self._far[media])
         return DatasetTable(path, media, self._columns, extensions, formats, models, num_rows=rows[media])
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
+
+
+def _with_texts(path: Path, names: set[str]) -> Path:
+    """Write a table again with columns as texts: that they have such times is known after the last row only."""
+    table, other = pq.ParquetFile(path), path.with_suffix(".texts.parquet")
+    with _writer(other, far_times.schema_with_texts(table.schema_arrow, names)) as writer:
+        for group in range(table.num_row_groups):
+            rows = far_times.with_texts(table.read_row_group(group), names)
+            writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
+    return other
 
 
 def _counted(column: pa.ChunkedArray) -> dict[str, int]:

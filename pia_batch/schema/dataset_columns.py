@@ -6,6 +6,7 @@ The Hugging Face library `datasets` cannot hold every Arrow type, and gives some
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -74,12 +75,15 @@ class DatasetColumns:
         for name, value in (("renamed", renamed), ("left_out", left_out), ("schema", pa.schema(fields))):
             object.__setattr__(self, name, value)
 
-    def rows(self, results: pa.Table) -> pa.Table:
-        """Return the succeeded rows of a table of results, with the columns of `schema`."""
+    def source_of(self, name: str) -> str:
+        """Return the name in the results of a column of `schema`."""
+        return next((old for old, new in self.renamed.items() if new == name), name)
+
+    def rows(self, results: pa.Table, names: Sequence[str] | None = None) -> pa.Table:
+        """Return the succeeded rows of a table of results, with the columns `names` of `schema`; None: all."""
         done = results.filter(pc.equal(results["status"], SUCCEEDED))
-        original = {new: old for old, new in self.renamed.items()}
-        columns = [done[original.get(item.name, item.name)].cast(item.type) for item in self.schema]
-        return pa.table(columns, schema=self.schema)
+        schema = self.schema if names is None else pa.schema([self.schema.field(name) for name in names])
+        return pa.table([done[self.source_of(item.name)].cast(item.type) for item in schema], schema=schema)
 
 
 def file_names(results: pa.Table) -> pa.ChunkedArray:

@@ -8,9 +8,7 @@ from collections.abc import Collection
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pia_batch.datasets import plain_values
-from pia_batch.manifest.arrow_types import has_part
-from pia_batch.schema import python_values
+from pia_batch.schema import plain_values, python_values
 
 _DAY_S = 86_400
 _FIRST_S, _LAST_S = -62_135_596_800 + _DAY_S, 253_402_300_799 - _DAY_S
@@ -22,9 +20,14 @@ _LONGEST_S = 999_999_999 * _DAY_S
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
+def can_have(data_type: pa.DataType) -> bool:
+    """Return True if values of a type have dates, times or durations at any depth."""
+    return _is_time(data_type) or any(can_have(data_type.field(at).type) for at in range(data_type.num_fields))
+
+
 def columns_with(table: pa.Table) -> list[str]:
     """Return the names of columns of a table that have such a value, at any depth."""
-    return [item.name for item in table.schema if has_part(item.type, _is_time) and _has(table[item.name])]
+    return [item.name for item in table.schema if can_have(item.type) and _has(table[item.name])]
 
 
 def with_texts(table: pa.Table, names: Collection[str]) -> pa.Table:
@@ -38,7 +41,8 @@ def with_texts(table: pa.Table, names: Collection[str]) -> pa.Table:
 
 def schema_with_texts(schema: pa.Schema, names: Collection[str]) -> pa.Schema:
     """Return the schema of `with_texts`."""
-    return pa.schema([field.with_type(pa.string()) if field.name in names else field for field in schema])
+    fields = [field.with_type(pa.string()) if field.name in names else field for field in schema]
+    return pa.schema(fields, metadata=schema.metadata)
 
 
 def _text(value: object) -> str | None:

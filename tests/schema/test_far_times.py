@@ -10,7 +10,7 @@ import pytest
 from finished_outputs import make_output
 
 from pia_batch import export
-from pia_batch.datasets import far_times
+from pia_batch.schema import far_times
 from pia_batch.storage.object_store import Store
 
 DAY = 86_400
@@ -79,14 +79,28 @@ def test_the_values_become_texts_and_json_and_other_columns_stay() -> None:
     assert texts.select(["c", "d"]).equals(rows.select(["c", "d"]))
 
 
+FAR = pa.array([FIRST - DAY, LAST + DAY, 0], pa.timestamp("s"))
+SHOWN = ["0000-12-31 00:00:00.000", "10000-01-01 23:59:59.000", "1970-01-01T00:00:00"]
+
+
+def check_dataset(folder: Path, cache: Path) -> None:
+    rows = datasets.load_dataset(str(folder), split="train", cache_dir=str(cache))
+    assert rows["far"][:] == SHOWN
+    assert [value.year for value in rows["near"]] == [1970] * 3
+
+
+def test_datasets_reads_a_published_output_whatever_years_its_columns_have(tmp_path: Path) -> None:
+    make_output(Store(str(tmp_path / "out")), ["gif"] * 3, carried=pa.table({"far": FAR, "near": FAR.take([2, 2, 2])}))
+
+    check_dataset(tmp_path / "out", tmp_path / "cache")
+
+
 @pytest.mark.long
 @pytest.mark.usefixtures("local_ray")
-def test_datasets_reads_a_folder_whatever_years_its_columns_have(tmp_path: Path) -> None:
-    far = pa.array([FIRST - DAY, LAST + DAY, 0], pa.timestamp("s"))
-    make_output(Store(str(tmp_path / "out")), ["gif"] * 3, carried=pa.table({"far": far, "near": far.take([2, 2, 2])}))
+@pytest.mark.parametrize("file_format", ["folder", "parquet", "huggingface"])
+def test_datasets_reads_an_export_whatever_years_its_columns_have(file_format: str, tmp_path: Path) -> None:
+    make_output(Store(str(tmp_path / "out")), ["gif"] * 3, carried=pa.table({"far": FAR, "near": FAR.take([2, 2, 2])}))
 
-    export(str(tmp_path / "out"), str(tmp_path / "to"), "folder", shard_size="1")
+    export(str(tmp_path / "out"), str(tmp_path / "to"), file_format, shard_size="1")
 
-    rows = datasets.load_dataset(str(tmp_path / "to"), split="train", cache_dir=str(tmp_path / "cache"))
-    assert rows["far"][:] == ["0000-12-31 00:00:00.000", "10000-01-01 23:59:59.000", "1970-01-01T00:00:00"]
-    assert [value.year for value in rows["near"]] == [1970] * 3
+    check_dataset(tmp_path / "to", tmp_path / "cache")
