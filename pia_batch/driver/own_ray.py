@@ -213,6 +213,32 @@ def check_threads(limit: int | None = None) -> None:
                 thread.join()
 
 
+def check_memory_threshold(environment: Mapping[str, str] = os.environ, used: float | None = None) -> None:
+    """Check that the threshold is a share, and above the memory in use: Ray would end every worker again and again.
+
+    Args:
+        environment: Variables of this process.
+        used: Share of this machine's memory that is in use; None: that of this moment.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    name = "RAY_memory_usage_threshold"
+    try:
+        threshold = float(environment[name])
+    except (KeyError, ValueError):  # `check_variables` has refused what Ray cannot read
+        return
+    if threshold > 1:
+        raise ConfigError(f"{name}: must be a share of the memory (got {threshold:g}, expected at most 1); correct it")
+    share = psutil.virtual_memory().percent / 100 if used is None else used
+    if threshold <= share:
+        msg = (
+            f"{name}: Ray would end every worker, as {share:.0%} of this machine's memory is in use (got "
+            f"{threshold:g}); raise it, such as to Ray's own 0.95, or unset it"
+        )
+        raise ConfigError(msg)
+
+
 def check_shared_memory(folder: Path = SHARED_MEMORY) -> None:
     """Check that Ray can write its objects, if this machine has a folder of shared memory.
 

@@ -69,6 +69,7 @@ def connect(place: PlacementConfig) -> Iterator[None]:
     options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR}
     if address == "local":
         own_ray.check_limits(object_store_mb=place.object_store_mb)
+        own_ray.check_memory_threshold()
         own_ray.check_shared_memory()
         own_ray.check_temp_folder()
         # Under `uv run`, Ray would pack the working folder for its workers. Ours are on this machine, and need no copy.

@@ -14,6 +14,7 @@ from pia_batch.driver.own_ray import (
     MIN_OPEN_FILES,
     MIN_PROCESSES,
     check_limits,
+    check_memory_threshold,
     check_shared_memory,
     check_temp_folder,
     check_variables,
@@ -144,6 +145,19 @@ def test_a_ray_on_which_no_task_runs_is_one_line_with_a_remedy(name: str) -> Non
     assert explained.startswith("Ray starts on this machine, and none of its workers does: ")
     assert "session_latest/logs" in explained
     assert "\n" not in explained
+
+
+@pytest.mark.parametrize("value", ["0", "0.01", "0.4", "-1"])
+def test_a_threshold_of_memory_that_is_reached_already_is_refused_by_its_name(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"^RAY_memory_usage_threshold: .*40% of this machine's memory .*; raise it"):
+        check_memory_threshold({"RAY_memory_usage_threshold": value}, used=0.4)
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"RAY_memory_usage_threshold": "0.95"}, {"RAY_memory_usage_threshold": ""}]
+)
+def test_a_threshold_of_memory_above_what_is_used_is_none(environment: dict[str, str]) -> None:
+    check_memory_threshold(environment, used=0.4)
 
 
 # --- limits and shared memory -----------------------------------------------------------------------------------------
