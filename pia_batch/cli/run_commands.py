@@ -161,7 +161,7 @@ def _print(summary: RunSummary, again: Retry | None = None) -> None:
         out.print(f"  {kind}  {count}")
     if again is None and summary.failed > summary.rejected:
         out.print(
-            "the column error of the results says why; once that is mended, `pia-batch retry` with the same options "
+            "the column error of the results says why; once that is fixed, `pia-batch retry` with the same options "
             "processes them again",
             soft_wrap=True,
         )
