@@ -329,6 +329,7 @@ def _image_encoder(entry: IpAdapterConfig, name: str, hub: Hub) -> Component:
     beside = (PurePosixPath(file).parent / CONFIG).as_posix()
     source = location.fetch([file, beside])
     header = _header(components.single_file(source, file), key, location)
+    model_kinds.expect(header, key, "image encoder", "text encoder", "file of unknown layout")  # CLIP may be whole
     config = components.only_config(FetchedFolder(sd15.PATH, None, "CLIP-ViT-H"), "image_encoder")
     if (source.root / beside).is_file():
         settings = components.read_json(source.root / beside)
@@ -402,7 +403,7 @@ def _refuse_choice(source: str, key: str, names: list[str], usable: list[str]) -
             f"{key}: {source} has no {safetensors.SUFFIX} file, only {_listed(pickles)}; pickled weights are refused, "
             "because opening them runs their code. Convert them to safetensors"
         )
-    raise ConfigError(f"{key}: {source} has no {safetensors.SUFFIX} file")
+    raise ConfigError(f"{key}: {source} has no {safetensors.SUFFIX} file; name the file, or the folder that has it")
 
 
 def _header(part: Component, key: str, location: Location) -> safetensors.SafetensorsHeader:

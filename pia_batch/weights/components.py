@@ -88,7 +88,7 @@ def plain(source: FetchedFolder, part: str, names: tuple[str, ...]) -> Component
     folder = source.root / part
     files = tuple(sorted(name for name in names if (folder / name).is_file()))
     if not files:
-        raise ConfigError(f"{source.named} has no {part}/{names[0]}; it is not a complete diffusers checkpoint")
+        raise ConfigError(_why_no_part(source, f"{part}/{names[0]}"))
     return Component(folder, None, files, source.commit)
 
 
@@ -107,7 +107,7 @@ def weighted(source: FetchedFolder, part: str, stem: str, variant: str | None) -
     folder = source.root / part
     label = f"{part}/" if part else ""
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{source.named} has no {label}{CONFIG}; it is not a complete diffusers checkpoint")
+        raise ConfigError(_why_no_part(source, f"{label}{CONFIG}"))
     middle = "" if variant is None else f".{variant}"
     single = f"{stem}{middle}.safetensors"
     index = shard_index.find(folder, stem, variant, single)
@@ -243,6 +243,30 @@ def _hash_file(path: Path, size: int, modified_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _why_no_part(source: FetchedFolder, wanted: str) -> str:
+    """Return a message about a folder without a part, whose parent or whose own folder may be the one to name."""
+    inner = [part for part in _PARTS if CONFIG in source.names(part)]
+    if wanted == CONFIG and inner:
+        return f"{source.named} has no {CONFIG}, but the folders {', '.join(inner)}; name the one of the network"
+    if wanted != CONFIG and CONFIG in source.names(""):
+        return f"{source.named} has no {wanted}: it is the folder of one network; name the folder that has all parts"
+    return f"{source.named} has no {wanted}; it is not a complete diffusers checkpoint: fetch the rest of the folder"
+
+
+_PARTS = ("unet", "vae", "text_encoder", "motion_adapter", "image_encoder")
+"""Folders of networks inside the folders of pipelines and IP-Adapters."""
+
+
+def _other_network(folder: Path, stem: str) -> str | None:
+    """Return the class of a config of the other library than the one whose weights have this stem, or None."""
+    settings = read_json(folder / CONFIG)
+    of_diffusers, named = settings.get("_class_name"), settings.get("architectures")
+    if stem == MODEL:
+        return None if of_diffusers is None else str(of_diffusers)
+    named = named[0] if isinstance(named, list) and named else settings.get("model_type")
+    return None if of_diffusers is not None or named is None else str(named)
+
+
 def _why_no_weights(source: FetchedFolder, folder: Path, stem: str, variant: str | None, wanted: str) -> str:
     scattered = shard_index.without_index(folder, stem, variant)
     if scattered is not None:
@@ -252,6 +276,9 @@ def _why_no_weights(source: FetchedFolder, folder: Path, stem: str, variant: str
         what = f"is a link to {path.readlink()}, which is missing" if path.is_symlink() else "is no file"
         return f"{path} {what}; copy the file itself there, or fetch the folder again"
     message = f"{source.named} has no {wanted}"
+    other = _other_network(folder, stem)
+    if other is not None:
+        return f"{message}: its {CONFIG} is of a {other}; name the folder of the right network"
     names = source.names(PurePosixPath(wanted).parent.as_posix())
     others = [name for name in names if name.endswith(safetensors.SUFFIX)]
     if others:

@@ -34,6 +34,7 @@ FileKind = Literal[
     "UNet of a diffusers folder",
     "UNet without VAE and text encoder",
     "text encoder",
+    "image encoder",
     "file of unknown layout",
 ]
 
@@ -67,9 +68,10 @@ _BELONGS: dict[FileKind, str] = {
     "T2I-Adapter": "PIA uses no T2I-Adapter; leave it out",
     "motion modules of HotShot-XL": "they are made for Stable Diffusion XL; set model.motion_adapter to one of PIA",
     "UNet of Stable Diffusion XL": "PIA animates only Stable Diffusion 1.5",
-    "UNet of a diffusers folder": "set the key to the parent folder, with tokenizer, text encoder and VAE",
-    "UNet without VAE and text encoder": "use the complete checkpoint",
-    "text encoder": "use the complete checkpoint",
+    "UNet of a diffusers folder": "set model.base to the folder that has it, a text encoder, a VAE and a tokenizer",
+    "UNet without VAE and text encoder": "set model.base to the complete checkpoint",
+    "text encoder": "set model.base to the complete checkpoint",
+    "image encoder": "it belongs in model.ip_adapter.image_encoder",
     "file of unknown layout": "its tensor names match no supported kind of file",
 }
 
@@ -210,6 +212,7 @@ _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
         lambda header: bool(header.starting("input_blocks.")) and bool(header.starting("time_embed.")),
     ),
     ("text encoder", lambda header: _any(header, "token_embedding.weight")),
+    ("image encoder", lambda header: _ends(header, "embeddings.class_embedding", "visual.class_embedding")),
     (
         "VAE",  # also under names that no loader knows, which are named when its tensors are looked for
         lambda header: (

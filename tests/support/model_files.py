@@ -16,6 +16,7 @@ from typing import Any
 
 import ip_adapters
 import layouts
+import pipelines
 import torch
 from layouts import TEXT, UNET, VAE, Tensors
 from safetensors.torch import load_file
@@ -144,6 +145,23 @@ def renamed(part: str, suffix: str) -> Callable[[Path], object]:
     return rename
 
 
+def beside(part: str, suffix: str) -> Callable[[Path], object]:
+    """Add a file next to the weights of a network that is none of its weights."""
+
+    def write(folder: Path) -> None:
+        path = next((folder / part).glob("*.safetensors"))
+        path.with_name(path.name.replace(".safetensors", suffix)).write_bytes(b"not read")
+
+    return write
+
+
+def with_motion(folder: Path) -> None:
+    """Replace the UNet by that of a saved PIAPipeline, which has the motion modules."""
+    shutil.rmtree(folder / "unet")
+    shutil.rmtree(folder / "motion_adapter")
+    pipelines.build().unet.save_pretrained(folder / "unet")
+
+
 def cast(dtype: torch.dtype) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {
         name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()
@@ -261,7 +279,26 @@ BASES: dict[str, ModelFiles] = {
     ),
     "file, no VAE": ModelFiles(file(without(VAE)), r"has no VAE .*set model\.vae"),
     "file, no text encoder": ModelFiles(file(without(TEXT)), "has no text encoder"),
+    "file, ComfyUI's names": ModelFiles(
+        file(lambda tensors: moved(VAE, "vae.")(moved(TEXT, "text_encoders.clip_l.transformer.text_model.")(tensors)))
+    ),
+    "file, ComfyUI's scaled float8": ModelFiles(
+        file(more(**{f"{UNET}middle_block.1.proj_in.scale_weight": (1,)})), "scale_weight belongs to quantized weights"
+    ),
     "folder": ModelFiles(base()),
+    "folder, other files too": ModelFiles(
+        base(beside("unet", ".non_ema.safetensors"), beside("unet", ".bin"), beside("vae", ".fp16.safetensors"))
+    ),
+    "folder, saved pipeline": ModelFiles(base(with_motion)),
+    "folder, saved pipeline in shards": ModelFiles(base(with_motion, sharded("unet"))),
+    "folder, saved pipeline and an adapter": ModelFiles(
+        base(with_motion, motion_adapter="adapter"), "already contains motion modules; leave model.motion_adapter out"
+    ),
+    "folder, GGUF": ModelFiles(base(renamed("unet", ".gguf")), "only diffusion_pytorch_model.gguf; fetch .*"),
+    "folder, shards without an index": ModelFiles(
+        base(sharded("unet"), lambda folder: next((folder / "unet").glob("*.index.json")).unlink()),
+        r"has shards of weights .*but no index \(diffusion_pytorch_model\.safetensors\.index\.json\); fetch that file",
+    ),
     "folder, shards": ModelFiles(base(*(sharded(part) for part in ("unet", "vae", "text_encoder", "motion_adapter")))),
     "folder, float16": ModelFiles(base(stored("unet", cast(torch.float16)))),
     "folder, float8": ModelFiles(base(stored("unet", cast(torch.float8_e5m2)))),
@@ -353,6 +390,16 @@ def motion(change: Callable[[Tensors, Tensors], Tensors], name: str = "pia.safet
     return make
 
 
+def adapter_folder(*changes: Callable[[Path], object], **settings: Any) -> Make:
+    def make(folder: Path, tensors: Tensors) -> Settings:
+        del tensors
+        for change in changes:
+            change(folder)
+        return {"base": "small", "motion_adapter": "adapter"} | settings
+
+    return make
+
+
 def with_positions(second: int, other: str = "up_blocks") -> Callable[[Tensors, Tensors], Tensors]:
     """Positions of another length in some modules."""
     return lambda own, _: {
@@ -394,6 +441,18 @@ PARTS: dict[str, ModelFiles] = {
     "adapter": ModelFiles(motion(lambda own, _: own)),
     "adapter, trainer's names": ModelFiles(motion(lambda own, _: prefixed("module.")(own))),
     "adapter, training": ModelFiles(motion(lambda own, unet: prefixed("state_dict.module.")(unet | own))),
+    "adapter, float16": ModelFiles(motion(lambda own, _: cast(torch.float16)(own))),
+    "adapter, int8": ModelFiles(motion(lambda own, _: cast(torch.int8)(own)), "has dtype I8; quantized"),
+    "adapter folder": ModelFiles(lambda *_: {"base": "small", "motion_adapter": "adapter"}),
+    "adapter folder, shards": ModelFiles(adapter_folder(sharded("adapter"))),
+    "adapter folder, variant": ModelFiles(
+        adapter_folder(renamed("adapter", ".fp16.safetensors"), motion_adapter_variant="fp16")
+    ),
+    "adapter folder, unasked variant": ModelFiles(
+        adapter_folder(renamed("adapter", ".fp16.safetensors")),
+        r"but .*\.fp16\.safetensors; set or leave out the variant",
+    ),
+    "adapter folder, pickled": ModelFiles(adapter_folder(renamed("adapter", ".ckpt")), "pickled weights are refused"),
     "adapter, training in one UNet": ModelFiles(motion(lambda own, unet: prefixed("module.unet.")(unet | own))),
     "adapter, positions of two lengths": ModelFiles(
         motion(with_positions(24)), "modules of 12 and of 24 frame positions"
@@ -441,6 +500,15 @@ def pair(prefix: str, down: str = "lora_down.weight", up: str = "lora_up.weight"
     return {f"{prefix}.{down}": torch.randn(2, _TEXT_WIDTH) / 4, f"{prefix}.{up}": torch.randn(_WIDTH, 2) / 4}
 
 
+def two_loras(suffix: str = ".safetensors", **more: str) -> Make:
+    def make(folder: Path, _: Tensors) -> Settings:
+        for name in "ab":
+            layouts.write(pair(_KOHYA), folder / "lora" / f"{name}{suffix}")
+        return {"base": "small", "loras": [{"source": "lora"} | more]}
+
+    return make
+
+
 _DOTTED = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 _KOHYA = f"lora_unet_{_LAYER}"
 _PEFT = pair(f"base_model.model.{_DOTTED}", "lora_A.weight", "lora_B.weight")
@@ -471,6 +539,33 @@ def image_prompt(layout: ip_adapters.Layout, change: Callable[[Path], object] | 
     return make
 
 
+def ip_file(tensors: Tensors) -> Make:
+    """An adapter of any content, with a whole image encoder next to it."""
+
+    def make(folder: Path, _: Tensors) -> Settings:
+        (folder / "ip").mkdir()
+        path = ip_adapters.write(folder / "ip")
+        layouts.write(tensors, path)
+        return {"base": "small", "ip_adapter": {"source": f"ip/{path.name}"}}
+
+    return make
+
+
+def encoder_file(change: Callable[[Tensors], Tensors] = dict) -> Make:
+    """An image encoder in one file with its config next to it."""
+
+    def make(folder: Path, tensors: Tensors) -> Settings:
+        settings = ip_file(ip_adapters.weights("plain"))(folder, tensors)
+        held = load_file(folder / "ip" / "image_encoder" / "model.safetensors")
+        layouts.write(change(held), folder / "encoder" / "clip_vision.safetensors")
+        shutil.copy(folder / "ip" / "image_encoder" / "config.json", folder / "encoder")
+        shutil.rmtree(folder / "ip" / "image_encoder")
+        settings["ip_adapter"]["image_encoder"] = "encoder/clip_vision.safetensors"
+        return settings
+
+    return make
+
+
 def quantized(tensors: Tensors) -> Tensors:
     """Weights of an image encoder as bitsandbytes writes them: flat bytes, with tables beside them."""
     name = "vision_model.encoder.layers.0.mlp.fc1.weight"
@@ -489,6 +584,26 @@ ADD_ONS: dict[str, ModelFiles] = {
             | {f"{_KOHYA}.dora_scale": torch.ones(_WIDTH, 1), f"{_KOHYA}.wd_for_diff": torch.ones(1, dtype=torch.bool)}
         ),
         r"kind DoRA of the difference \(LyCORIS: wd_for_diff\)",
+    ),
+    "LoRA, DoRA": ModelFiles(lora(pair(_KOHYA) | {f"{_KOHYA}.dora_scale": torch.ones(1, _TEXT_WIDTH)}, scale=0.5)),
+    "LoRA, text encoder": ModelFiles(
+        lora(pair("text_encoder.text_model.encoder.layers.1.self_attn.q_proj", "lora_A.weight", "lora_B.weight"))
+    ),
+    "LoRA, LoHa": ModelFiles(
+        lora(
+            {
+                f"{_KOHYA}.hada_w{each}": torch.full((2, 16) if each.endswith("b") else (16, 2), 0.3)
+                for each in ("1_a", "1_b", "2_a", "2_b")
+            }
+        )
+    ),
+    "LoRA, LoKr": ModelFiles(
+        lora({f"{_KOHYA}.lokr_w1": torch.full((4, 4), 0.3), f"{_KOHYA}.lokr_w2": torch.full((4, 4), 0.3)})
+    ),
+    "LoRA, one of several": ModelFiles(two_loras(), r"has several files; set model\.loras\[0\]\.weight_name to one of"),
+    "LoRA, one of several by name": ModelFiles(two_loras(weight_name="b.safetensors")),
+    "LoRA, pickles only": ModelFiles(
+        two_loras(".bin"), r"has no \.safetensors file, only a\.bin, b\.bin; pickled weights are refused.*Convert them"
     ),
     "LoRA, IA3": ModelFiles(lora({f"{_KOHYA}.on_input": torch.ones(1), f"{_KOHYA}.weight": torch.ones(2)}), "IA3"),
     "LoRA, SDXL": ModelFiles(
@@ -524,6 +639,36 @@ ADD_ONS: dict[str, ModelFiles] = {
     "IP-Adapter, FaceID": ModelFiles(
         image_prompt("plain", **{"ip_adapter.0.to_q_lora.down.weight": (4, 16)}), "FaceID adapter"
     ),
+    "IP-Adapter, FaceID Portrait": ModelFiles(
+        ip_file(
+            {
+                "image_proj.proj.0.weight": torch.ones(24, 12),
+                "image_proj.proj.2.weight": torch.ones(16, 24),
+                "image_proj.norm.weight": torch.ones(16),
+                "ip_adapter.1.to_k_ip.weight": torch.ones(16, 16),
+            }
+        ),
+        "FaceID adapter",
+    ),
+    "IP-Adapter, FaceID Plus": ModelFiles(
+        ip_file(
+            {
+                "image_proj.perceiver_resampler.proj_in.weight": torch.ones(8, 24),
+                "ip_adapter.1.to_k_ip.weight": torch.ones(16, 16),
+            }
+        ),
+        "FaceID adapter",
+    ),
+    "IP-Adapter, SDXL": ModelFiles(
+        ip_file(ip_adapters.weights("plain") | {"ip_adapter.1.to_k_ip.weight": torch.ones(16, 2048)}),
+        "for another family of models than the base; use one for `sd15`",
+    ),
+    "IP-Adapter, quantized": ModelFiles(
+        ip_file(ip_adapters.weights("plain") | {"image_proj.proj.weight.absmax": torch.ones(4)}),
+        "absmax belongs to quantized weights",
+    ),
+    "IP-Adapter, encoder in a file": ModelFiles(encoder_file()),
+    "IP-Adapter, encoder in a trainer's file": ModelFiles(encoder_file(prefixed("module."))),
     "IP-Adapter, another encoder": ModelFiles(
         image_prompt("plain", **{"image_proj.proj.weight": (4 * _TEXT_WIDTH, 20)}),
         r"takes image embeddings of 20 dimensions.*set model\.ip_adapter\.image_encoder",
@@ -537,3 +682,69 @@ ADD_ONS: dict[str, ModelFiles] = {
 }
 
 ALL = BASES | PARTS | ADD_ONS
+
+
+# --- files in the place of others -----------------------------------------------------------------------------------
+
+
+def write_kinds(folder: Path, tensors: Tensors) -> dict[str, str]:
+    """Write a file or folder of each kind, and return its place by its kind."""
+    ip_adapters.write(folder / "ip")
+    small = folder / "small"
+    unet = load_file(small / "unet" / WEIGHTS)
+    held = {
+        "checkpoint": tensors,
+        "VAE": load_file(small / "vae" / WEIGHTS),
+        "motion adapter": layouts.original_adapter(load_file(small / "motion_adapter" / WEIGHTS)),
+        "UNet": unet,
+        "original UNet": {name.removeprefix(UNET): each for name, each in tensors.items() if name.startswith(UNET)},
+        "text encoder": load_file(small / "text_encoder" / "model.safetensors"),
+        "image encoder": load_file(folder / "ip" / "image_encoder" / "model.safetensors"),
+        "IP-Adapter": ip_adapters.weights("plain"),
+        "LoRA": pair(_KOHYA),
+        "textual inversion": {"<cat>": torch.ones(_TEXT_WIDTH)},
+        "ControlNet": unet | {"controlnet_cond_embedding.conv_in.weight": torch.ones(4, 3, 3, 3)},
+        "FLUX": {"double_blocks.0.img_attn.qkv.weight": torch.ones(2, 2), "img_in.weight": torch.ones(2, 2)},
+        "another network": {"layers.0.weight": torch.ones(2, 2), "layers.1.weight": torch.ones(2, 2)},
+    }
+    configs = {
+        "VAE": small / "vae",
+        "motion adapter": small / "motion_adapter",
+        "image encoder": folder / "ip" / "image_encoder",
+    }
+    places = {kind: f"kinds/{number}/{kind}.safetensors" for number, kind in enumerate(held)}
+    for kind, place in places.items():
+        layouts.write(held[kind], folder / place)
+        if kind in configs:
+            shutil.copy(configs[kind] / "config.json", (folder / place).parent)
+    parts = {
+        f"folder {part}": f"small/{part}" for part in ("unet", "vae", "text_encoder", "motion_adapter", "tokenizer")
+    }
+    return (
+        places
+        | parts
+        | {"folder": "small", "folder of an IP-Adapter": "ip", "folder image_encoder": "ip/image_encoder"}
+    )
+
+
+def _as_base(place: str) -> Settings:
+    single = {"config": "small", "motion_adapter": "adapter"}
+    return {"base": place} | (single if place.endswith(".safetensors") else {})
+
+
+KEYS: dict[str, tuple[Callable[[str], Settings], set[str]]] = {
+    "base": (_as_base, {"checkpoint", "folder"}),
+    "vae": (lambda place: {"vae": place}, {"VAE", "folder vae"}),
+    "motion_adapter": (lambda place: {"motion_adapter": place}, {"motion adapter", "folder motion_adapter"}),
+    "loras": (lambda place: {"loras": [{"source": place}]}, {"LoRA"}),
+    "textual_inversions": (lambda place: {"textual_inversions": [{"source": place}]}, {"textual inversion"}),
+    "ip_adapter": (
+        lambda place: {"ip_adapter": {"source": place, "image_encoder": "ip/image_encoder"}},
+        {"IP-Adapter", "folder of an IP-Adapter"},
+    ),
+    "image_encoder": (
+        lambda place: {"ip_adapter": {"source": "ip/ip-adapter_plain.safetensors", "image_encoder": place}},
+        {"image encoder", "folder image_encoder"},
+    ),
+}
+"""Settings that name a place under each key, and the kinds that fit there."""

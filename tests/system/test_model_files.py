@@ -23,7 +23,7 @@ from inputs import requests_table
 from layouts import Tensors
 
 from pia_batch import cli
-from pia_batch.config import RunConfig
+from pia_batch.config import ModelConfig, RunConfig
 from pia_batch.driver.preflight.storage import check_weights
 from pia_batch.engine import loading
 from pia_batch.errors import ConfigError
@@ -138,6 +138,24 @@ def test_plan_and_doctor_refuse_exactly_what_no_engine_loads(tensors, folder, tm
     assert "\n" not in refusal
     assert refusal in said
     assert refusal in finding.message
+
+
+@pytest.mark.parametrize("key", model_files.KEYS)
+def test_what_belongs_elsewhere_is_refused_in_one_line_that_helps(tensors, folder, key):
+    kinds = model_files.write_kinds(folder, tensors)
+    put, fitting = model_files.KEYS[key]
+
+    for kind, place in kinds.items():
+        model = ModelConfig(**model_files.placed({"base": "small"} | put(place), here(folder)))
+        refusal = refusal_of(lambda model=model: resolve(model))
+        assert (refusal is None) == (kind in fitting), (kind, refusal)
+        if refusal is not None:
+            assert "\n" not in refusal
+            assert Path(place).name in refusal or (kind.startswith("folder") and ".safetensors" in refusal), refusal
+            assert re.search(
+                r"[;:,] (it belongs|set|use|leave|fetch|name|they are made|PIA|its tensor names)\b", refusal
+            ), refusal
+            assert "give the one to use the name" not in refusal
 
 
 @pytest.mark.parametrize("name", model_files.ALL)

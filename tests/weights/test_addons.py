@@ -618,7 +618,9 @@ def test_an_ip_adapter_without_image_encoder_asks_for_one(tmp_path):
         ConfigError, match=r"there is no image_encoder/ next to .*; set model\.ip_adapter\.image_encoder"
     ):
         adapter(source)
-    with pytest.raises(ConfigError, match=r"image_encoder: ip-adapter\.safetensors is not the expected image encoder"):
+    with pytest.raises(
+        ConfigError, match=r"image_encoder: ip-adapter\.safetensors is of the wrong kind: IP-Adapter; it be"
+    ):
         adapter(source, image_encoder=source)
 
 
