@@ -169,7 +169,7 @@ _REMEDIES = (
     (_ROOM, "ENOSPC EDQUOT"),
     ("raise the limit of a file's size (`ulimit -f unlimited`), or choose a disk with larger files", "EFBIG"),
     ("a file has the name of a folder there: remove it, or set HOME, TMPDIR or the path to another place", "ENOTDIR"),
-    ("a folder has the name of a file there: remove it, or choose another path", "EISDIR"),
+    ("give the path of a file, not that of a folder", "EISDIR"),
     (_ACCESS, "EROFS EACCES EPERM"),
     (_FILES, "EMFILE ENFILE"),
     (_MEMORY, "ENOMEM EAGAIN"),

@@ -29,7 +29,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml_text.parse(_text(path.read_bytes()))
     except OSError as err:
-        remedy = environment_remedy(err) or "give a YAML file, or --manifest and --output alone"
+        found = None if isinstance(err, IsADirectoryError) else environment_remedy(err)
+        remedy = found or "give a YAML file, or --manifest and --output alone"
         raise ConfigError(f"cannot read config {path}: {err.strerror}; {remedy}") from None
     except UnicodeDecodeError as err:
         msg = f"cannot read config {path}: {message_of(err)}; it must be YAML in UTF-8"

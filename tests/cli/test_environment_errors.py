@@ -40,7 +40,7 @@ TABLE = [
     (of(errno.ESTALE), "Stale file handle: '/data/x'; mount the network disk again"),
     (of(errno.ENOLCK), "No locks available: '/data/x'; mount the network disk with locks"),
     (of(errno.ELOOP), "Too many levels of symbolic links: '/data/x'; a symbolic link there points to itself"),
-    (of(errno.EISDIR), "Is a directory: '/data/x'; a folder has the name of a file there"),
+    (of(errno.EISDIR), "Is a directory: '/data/x'; give the path of a file, not that of a folder"),
     (of(errno.EBUSY), "Device or resource busy: '/data/x'; end the program that uses it"),
     (of(errno.EADDRINUSE), "Address already in use: '/data/x'; end the program that has the port"),
     (of(errno.ECONNREFUSED), "ConnectionRefusedError: [Errno 111] Connection refused: '/data/x'; check the name"),

@@ -128,7 +128,9 @@ def test_a_signal_ends_the_running_part_and_the_file_has_what_it_measured(tmp_pa
     program = shutil.copy(benchmark_gpu.__file__, tmp_path)
     (tmp_path / "gpu_parts.py").write_text(SLOW_PARTS)
     command = [sys.executable, program, "--to", str(tmp_path / "gpu"), "--work", str(tmp_path / "work")]
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup the program would ignore SIGHUP
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    signal.signal(number, before)
     while not (tmp_path / "gpu" / "tests.json").exists():
         assert process.poll() is None
         time.sleep(0.02)

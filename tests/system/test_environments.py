@@ -420,5 +420,5 @@ def test_unreadable_credentials_are_no_missing_ones(tmp_path: Path, monkeypatch:
         monkeypatch.delenv(name, raising=False)
     s3_config.forget()
 
-    with pytest.raises(ConfigError, match=r"credentials cannot be read: Is a directory; give this user access"):
+    with pytest.raises(ConfigError, match=r"credentials is no regular file.* unset AWS_SHARED_CREDENTIALS_FILE"):
         s3_config.resolve()
