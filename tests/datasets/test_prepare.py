@@ -87,6 +87,7 @@ def test_paths_go_into_objects_of_json(tmp_path: Path) -> None:
         prepare(tmp_path / "rows.jsonl", tmp_path / "other", prompt="{meta.tekst}", columns=columns)
 
 
+@pytest.mark.long
 def test_a_manifest_runs_as_it_is(tmp_path: Path) -> None:
     summary = prepare(
         foreign.write_photographs(tmp_path / "my photos"),

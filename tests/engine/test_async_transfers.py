@@ -40,6 +40,7 @@ def started(pipe: PIAPipeline, row: Shot, **elsewhere: Any) -> sampling.Row:
     return sampling.start(row, parts, posterior, prompt, negative, None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "settings"), SCHEDULERS, ids=str)
 @torch.inference_mode()
 def test_no_step_of_any_scheduler_waits_for_the_device_and_the_numbers_are_those_of_a_cpu(pipe, name, settings):

@@ -412,6 +412,7 @@ def with_norm(changed: torch.Tensor, magnitude: torch.Tensor, axis: int) -> torc
     return magnitude.double().reshape(sides) / changed.pow(2).sum(others, keepdim=True).sqrt()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr, both split", "lokr, whole", "full"])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("scale", [1.0, 0.6])

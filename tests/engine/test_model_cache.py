@@ -126,6 +126,7 @@ def shared_parts(one: PiaEngine, two: PiaEngine) -> set[str]:
 ALL = {"tokenizer", "text_encoder", "vae", "unet", "motion"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("other", "expected"),
     [
@@ -191,6 +192,7 @@ def test_loading_a_model_changes_no_weight_of_another(models, truths, other):
     assert_generates(cache.engine("base"), truths["base"])
 
 
+@pytest.mark.long
 def test_what_is_shared_stays_when_one_of_its_models_is_put_away(models, truths):
     cache = ModelCache({name: models[name] for name in ("base", "sibling", "style")}, "cpu", max_models=2)
     cache.engine("base")

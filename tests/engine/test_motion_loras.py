@@ -80,6 +80,7 @@ def stock(scale: float) -> PIAPipeline:
     return pipe
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_changes_the_motion_modules_that_there_are(base, tmp_path, layout):
     file = write(tmp_path / "zoom.safetensors", layout)

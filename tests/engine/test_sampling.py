@@ -118,6 +118,7 @@ def test_half_precision_mixes_frequencies_in_full_precision_as_the_single_call_d
         assert_same(engine.animate([row], keep_latents=True)[0], single_call(own, row), tolerance=0.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "setting",
     [
@@ -322,6 +323,7 @@ def test_a_pass_that_the_scheduler_cannot_take_fails_its_row_alone_with_the_reme
     assert_same(good, single_call(own, rows[1]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 @pytest.mark.parametrize(
     ("steps", "strength"), [(1, 1.0), (2, 1.0), (3, 1.0), (2, 0.5), (5, 0.5), (6, 0.5), (7, 0.9), (4, 0.25)]

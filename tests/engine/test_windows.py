@@ -77,6 +77,7 @@ def test_long_rows_share_calls_with_rows_of_a_windows_length_and_change_nothing_
     assert_same(clips[2], truths[4], tolerance=1e-10)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["euler_ancestral", "heun", "unipc"])
 def test_solvers_with_a_history_or_noise_of_their_own_equal_brute_force(pipe, name):
     own = scheduled(pipe, name)
@@ -96,6 +97,7 @@ def test_in_float32_every_frame_is_within_one_of_255_of_brute_force():
         assert_same(clip, by_brute_force(pipe, row))
 
 
+@pytest.mark.long
 def test_the_networks_own_call_predicts_the_same_windows(pipe, truths):
     clips = stock_engine(pipe).animate(LONG[:3], keep_latents=True)
 

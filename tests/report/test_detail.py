@@ -75,6 +75,7 @@ def test_the_detail_shows_every_frame_and_stops_at_one(site: Site, visit: Callab
     assert page.locator("#detail a", has_text="download").get_attribute("href").endswith(f"{site.rows[0]['key']}.mp4")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("position", "frames_shown"), [(1, 8), (2, 8), (3, 8)])
 def test_other_formats_bring_their_strip_along(
     site: Site, visit: Callable[..., Visit], position: int, frames_shown: int

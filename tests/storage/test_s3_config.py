@@ -184,6 +184,7 @@ def filled(s3_server: SeaweedFS) -> str:
     return place
 
 
+@pytest.mark.long
 @pytest.mark.s3
 @purposes
 @pytest.mark.parametrize("source", SOURCES)
@@ -561,6 +562,7 @@ SAME_KEYS = [
 """Folders that every client finds under the same key."""
 
 
+@pytest.mark.long
 @pytest.mark.s3
 @pytest.mark.parametrize("folder", [*SAME_KEYS, "a#b", "a?b", "a*b"])
 def test_a_folder_has_the_same_key_for_every_purpose(

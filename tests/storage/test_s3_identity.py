@@ -321,6 +321,7 @@ def by_openssl(bundle: Path, folder: Path) -> dict[str, str]:
     return {"SSL_CERT_FILE": str(bundle)}
 
 
+@pytest.mark.long
 @pytest.mark.s3
 @pytest.mark.parametrize("configure", [by_variable, by_profile, by_requests, by_openssl])
 @pytest.mark.parametrize("proxied", [False, True])

@@ -61,6 +61,7 @@ def test_the_settings_of_each_class_are_those_of_diffusers(name):
     assert set(scheduler_values._RULES[name]) == parameters
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # schedulers give their own tables to numpy in a form that it deprecates
 @pytest.mark.parametrize("name", CLASSES)
 def test_what_is_accepted_makes_a_finite_clip(name):
