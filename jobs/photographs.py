@@ -21,7 +21,7 @@ import pyarrow.dataset as ds
 import skimage.data
 from PIL import Image
 
-from pia_batch.storage import object_store
+from pia_batch.storage import store_uris
 
 SUBJECTS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "hubble_deep_field")
 """Photographs in the scikit-image wheel; others would be downloads. `camera` is grey, the others are RGB."""
@@ -44,7 +44,7 @@ VARIATIONS: tuple[dict[str, Any], ...] = (
 
 def main(folder_uri: str) -> None:
     """Write images and manifest under `folder_uri`, and print the manifest's URI."""
-    folder_uri = object_store.absolute(folder_uri).rstrip("/")
+    folder_uri = store_uris.absolute(folder_uri).rstrip("/")
     filesystem, root = fsspec.url_to_fs(folder_uri)
     rows = []
     for subject in SUBJECTS:

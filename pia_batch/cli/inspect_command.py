@@ -49,7 +49,8 @@ def inspect(
 
 
 def _read(file: str) -> bytes:
-    from pia_batch.storage.object_store import Store, absolute
+    from pia_batch.storage.object_store import Store
+    from pia_batch.storage.store_uris import absolute
 
     uri = absolute(file)
     try:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pia_batch.datasets.sources import PART_BYTES, PART_ROWS, Piece, Place, ReadOptions, Rows, reading
 from pia_batch.errors import ConfigError, ManifestError, message_of
 from pia_batch.storage import s3_config, schemes
-from pia_batch.storage.object_store import local_path
+from pia_batch.storage.store_uris import local_path
 from pia_batch.storage.uris import redacted, redacted_uri
 
 _ROWS_PER_BATCH = 1024

@@ -43,7 +43,7 @@ from pia_batch.driver.job_batches import batches_of
 from pia_batch.errors import ConfigError, ManifestError
 from pia_batch.manifest import unify
 from pia_batch.pipeline import ray_data
-from pia_batch.storage import object_store
+from pia_batch.storage import store_uris
 from pia_batch.storage.object_store import Store
 from pia_batch.storage.uris import redacted_uri
 
@@ -149,7 +149,7 @@ class _Preparation:
         self._store = Store(os.fspath(to))
         self._stop, self._on_progress = stop or threading.Event(), on_progress
         if isinstance(source, str) and not source.startswith("iceberg://"):
-            uri = object_store.absolute(source).rstrip("/")
+            uri = store_uris.absolute(source).rstrip("/")
             if f"{self._store.uri}/".startswith(f"{uri}/"):
                 raise ConfigError(
                     f"--to {redacted_uri(self._store.uri)} is inside of the source, and would be read as a part of "

@@ -16,7 +16,7 @@ import pyarrow.fs
 
 from pia_batch.errors import ManifestError, problem_of
 from pia_batch.manifest import hive
-from pia_batch.storage import filesystems, object_store
+from pia_batch.storage import filesystems, store_uris
 from pia_batch.storage.filesystems import FoundFile
 from pia_batch.storage.uris import redacted, redacted_uri
 
@@ -116,7 +116,7 @@ class Place:
         """
         shown = redacted_uri(uri)
         with reading(shown):
-            uri, commit = filesystems.pinned(object_store.absolute(uri).rstrip("/"), commit)
+            uri, commit = filesystems.pinned(store_uris.absolute(uri).rstrip("/"), commit)
             filesystem, root = filesystems.arrow_filesystem(uri)
             files = tuple(filesystems.list_files(filesystem, root))
         if not files:

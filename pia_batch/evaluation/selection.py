@@ -25,7 +25,8 @@ from pia_batch.schema.columns import SUCCEEDED
 from pia_batch.schema.dataset_columns import free_name
 from pia_batch.schema.expressions import RowFilter, RowNumber
 from pia_batch.storage import local_disk
-from pia_batch.storage.object_store import Store, absolute, local_path
+from pia_batch.storage.object_store import Store
+from pia_batch.storage.store_uris import absolute, local_path
 
 SCORE, RANK = "score", "rank"
 

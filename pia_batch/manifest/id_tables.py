@@ -15,7 +15,7 @@ from pia_batch.manifest.arrow_types import plain_column
 from pia_batch.manifest.files import ManifestFile
 from pia_batch.manifest.formats import FileFormat, format_of_file
 from pia_batch.storage import filesystems
-from pia_batch.storage.object_store import absolute
+from pia_batch.storage.store_uris import absolute
 from pia_batch.storage.uris import redacted_uri
 
 COLUMN = "request_id"

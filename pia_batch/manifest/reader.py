@@ -35,7 +35,7 @@ from pia_batch.manifest.table_formats import refuse_part_of_table, refuse_table
 from pia_batch.manifest.text_files import MAX_TEXT_BYTES, TextBudget
 from pia_batch.manifest.unify import check_columns, conform, published, unify
 from pia_batch.schema.columns import REQUEST
-from pia_batch.storage import file_kinds, filesystems, object_store
+from pia_batch.storage import file_kinds, filesystems, store_uris
 from pia_batch.storage.concurrency import map_in_threads
 from pia_batch.storage.file_kinds import HEAD_BYTES
 from pia_batch.storage.uris import redacted_uri
@@ -139,7 +139,7 @@ class Manifest:
                 each other; a required column or a mapped source is absent, or a column has the name of a result column.
             ConfigError: `uri` is not a URI.
         """
-        uri = object_store.absolute(uri).rstrip("/")
+        uri = store_uris.absolute(uri).rstrip("/")
         shown = redacted_uri(uri)
         with reading(shown):
             filesystem, root = filesystems.arrow_filesystem(uri)
@@ -384,7 +384,7 @@ def refuse_output_inside(manifest: Manifest, output: str) -> None:
     Raises:
         ConfigError: the output is inside it, and the next run would read its results as requests.
     """
-    place = object_store.absolute(output).rstrip("/")
+    place = store_uris.absolute(output).rstrip("/")
     inside = _below(place, manifest.uri) if f"{place}/".startswith(f"{manifest.uri}/") else None
     if inside is None or hive.is_hidden(inside.parts):
         return

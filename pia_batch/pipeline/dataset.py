@@ -25,7 +25,7 @@ from pia_batch.pipeline.engine_loader import EngineLoader, LoadEngines
 from pia_batch.planning.model_limits import limits_of
 from pia_batch.planning.plan import engine_ids_of
 from pia_batch.schema.columns import RESULT
-from pia_batch.storage import object_store
+from pia_batch.storage import store_uris
 from pia_batch.storage.object_store import Store
 from pia_batch.weights.upscaler_files import with_upscaler
 
@@ -85,7 +85,7 @@ def animate(
         msg = "request_id_from: location: rows of a Dataset are in no file; set content, or name a column"
         raise ConfigError(msg)
     config = config.model_copy(
-        update={"output": object_store.absolute(config.output)}
+        update={"output": store_uris.absolute(config.output)}
     )  # workers have working directories of their own
     if not ray.is_initialized():  # as Ray Data itself would, a moment later
         ray.init()
@@ -174,7 +174,7 @@ def _check_bytes_column(names: list[str], *, store: bool) -> None:
 
 def _folder(uri: str) -> str:
     """Return the folder that a manifest names, or that its file is in, without reading it."""
-    uri = object_store.absolute(uri).rstrip("/")
+    uri = store_uris.absolute(uri).rstrip("/")
     return uri.rsplit("/", 1)[0] if formats.names_file(uri) else uri
 
 

@@ -27,7 +27,7 @@ from pia_batch.journal.pack_index import Head, PackIndex
 from pia_batch.manifest.files import Contents, ManifestFile, reading
 from pia_batch.manifest.reader import Manifest
 from pia_batch.schema.keys import KEY_BYTES, Keys
-from pia_batch.storage import filesystems, object_store
+from pia_batch.storage import filesystems, store_uris
 from pia_batch.storage.object_store import Store
 from pia_batch.storage.uris import redacted_uri
 
@@ -218,7 +218,7 @@ def _identity(run: RunConfig, engine_ids: Mapping[str, str]) -> str:
     inputs = {
         "code": [hashlib.blake2b(source, digest_size=16).hexdigest() for source in code],
         "arrow": pa.__version__,
-        "manifest": object_store.absolute(run.manifest).rstrip("/"),
+        "manifest": store_uris.absolute(run.manifest).rstrip("/"),
         "columns": run.columns,
         "request_id_from": run.request_id_from,
         "defaults": run.defaults.model_dump(mode="json"),

@@ -18,7 +18,8 @@ from pia_batch.journal import layout
 from pia_batch.media import codecs
 from pia_batch.schema.columns import SUCCEEDED
 from pia_batch.storage import schemes, uris
-from pia_batch.storage.object_store import Store, absolute
+from pia_batch.storage.object_store import Store
+from pia_batch.storage.store_uris import absolute
 
 _TITLE = re.compile(r"<title>(.*?)</title>", re.DOTALL)
 

@@ -18,8 +18,8 @@ from fsspec import asyn
 
 from pia_batch.errors import StorageError, environment_remedy
 from pia_batch.storage import s3_config, schemes, store_errors
-from pia_batch.storage.object_store import absolute, local_path
 from pia_batch.storage.s3_config import S3Config
+from pia_batch.storage.store_uris import absolute, local_path
 from pia_batch.storage.uris import TooLargeError
 
 T = TypeVar("T")

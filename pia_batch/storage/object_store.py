@@ -17,21 +17,18 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
 
 import obstore
 from obstore.exceptions import BaseError, PreconditionError
-from obstore.store import LocalStore, S3Store, from_url
 
-from pia_batch.errors import ConfigError, ObjectExistsError, StorageError, message_of, printable
-from pia_batch.storage import local_disk, s3_config, store_errors
+from pia_batch.errors import ObjectExistsError, StorageError
+from pia_batch.storage import local_disk, store_clients, store_errors
 from pia_batch.storage.concurrency import map_in_threads
 from pia_batch.storage.retries import retry
-from pia_batch.storage.schemes import LOCAL, SCHEMES, UnsupportedSchemeError, canonical, find
-from pia_batch.storage.uris import BUCKET, bucket_problem, redacted, redacted_uri
+from pia_batch.storage.store_uris import absolute, check_prefix, local_path
+from pia_batch.storage.uris import redacted_uri
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +41,12 @@ ATTEMPTS = 6
 MAX_PAUSE_S = 10.0
 """Longest pause between two attempts, in seconds; the first one is 1 s, and each is twice the one before."""
 
-REQUEST_TIMEOUT_S = 30.0
-"""Time limit of one request to the store, in seconds; an animation is a few MB."""
-
 PAGE_OBJECTS = 1000
 """Number of objects in one page of a listing; S3 returns no more."""
 
 PART_BYTES = 4 * 2**20
-"""Size of one request of `Store.download`, in bytes; eight of them arrive within `REQUEST_TIMEOUT_S` at 9 Mbit/s."""
+"""Size of one request of `Store.download`, in bytes; eight of them arrive within `store_clients.REQUEST_TIMEOUT_S`
+at 9 Mbit/s."""
 
 MEDIA_TYPES = {
     "gif": "image/gif",
@@ -67,11 +62,8 @@ MEDIA_TYPES = {
 }
 """Media types by file name extension. Stores give others `application/octet-stream`, which browsers save, not show."""
 
-_RETRIES: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=20)}  # a TypedDict of obstore's stubs
 _STAGED = re.compile(r".+#\d+")
 """Name that obstore gives a local file until it is complete."""
-_HAS_SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
-_LACKS_SLASHES = re.compile(rf"^({'|'.join(name for name in SCHEMES if name != LOCAL)}):(?!//)")
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,7 @@ class Store:
 
     def __init__(self, uri: str, anchor: str | None = None) -> None:
         self.uri = absolute(uri).rstrip("/")
-        _check_prefix(self.uri)
+        check_prefix(self.uri)
         self._anchor = anchor
         self._client: Any = None
         self._ending = threading.Event()
@@ -120,7 +112,7 @@ class Store:
     @property
     def _store(self) -> Any:  # obstore's stores share no public base class
         if self._client is None:
-            self._client = _open_store(self.uri)
+            self._client = store_clients.open_store(self.uri)
         return self._client
 
     def uri_of(self, name: str) -> str:
@@ -430,148 +422,3 @@ class Store:
 
 def _changed(uri: str) -> str:
     return f"{uri}: the object was replaced or removed while it was read; start again"
-
-
-def absolute(uri: str) -> str:
-    """Return a URI with its scheme; paths become absolute `file://` URIs.
-
-    Raises:
-        ConfigError: The text is not a URI, lacks a bucket or a path, or contains credentials.
-    """
-    if not _HAS_SCHEME.match(uri):
-        if found := _LACKS_SLASHES.match(uri):
-            msg = f"{redacted_uri(uri)} is not a URI, and an unlikely path; write {found[1]}://, with two slashes"
-            raise ConfigError(msg)
-        if uri[:6].lower() == "file:/":
-            msg = f"{uri} is not read as a URI, and an unlikely path; write file:///FULL/PATH, or the path alone"
-            raise ConfigError(msg)
-        return Path(uri).expanduser().absolute().as_uri()
-    try:
-        parts = urlsplit(uri)
-    except ValueError:
-        msg = f"{redacted_uri(uri)} is not a URI"
-        raise ConfigError(msg) from None
-    scheme = SCHEMES.get(parts.scheme)
-    is_bucket = scheme is not None and scheme.committer == "obstore"
-    if problem := bucket_problem(scheme, uri.partition("://")[2]):
-        raise ConfigError(f"{redacted_uri(uri)} {problem}")
-    # An S3 secret key may contain a slash, at which urlsplit ends the netloc.
-    if ":" in (parts.netloc if scheme and scheme.store == "s3" else parts.netloc.rpartition("@")[0]):
-        msg = (
-            f"{redacted_uri(uri)} was given with credentials, which results and logs would repeat; "
-            "pass them in the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
-        raise ConfigError(msg)
-    if parts.scheme == "file" and parts.netloc not in ("", "localhost"):
-        msg = f"{uri} has a host before the path; write file:///FULL/PATH, or the path alone"
-        raise ConfigError(msg)
-    if is_bucket and not parts.netloc:
-        msg = f"{uri} names no bucket; write {parts.scheme}://BUCKET/PATH"
-        raise ConfigError(msg)
-    if scheme and scheme.store == "s3" and not BUCKET.fullmatch(name := uri.partition("://")[2].partition("/")[0]):
-        msg = f"{redacted_uri(uri)}: {redacted(name)!r} is no name of a bucket; write letters, digits, '.', '-' and '_'"
-        raise ConfigError(msg)
-    return canonical(uri) if parts.scheme == LOCAL else uri
-
-
-def _check_prefix(uri: str) -> None:
-    """Refuse a prefix that the clients of one store take for different keys, or that none of them can write below.
-
-    Raises:
-        ConfigError: It is one; the message has the part to correct.
-    """
-    scheme = SCHEMES.get(uri.partition("://")[0].lower())
-    if scheme is None or scheme.committer != "obstore":
-        return
-    key = uri.partition("://")[2].partition("/")[2]
-    for pattern, problem in _UNUSABLE if scheme.store == "s3" else (*_UNUSABLE, _NOT_OF_A_URL):
-        if found := re.search(pattern, key):
-            msg = f"{printable(redacted_uri(uri))} cannot be a folder: '{printable(found[0])}' in it {problem}"
-            raise ConfigError(msg)
-
-
-_UNUSABLE = (
-    (r"%[0-9A-Fa-f]{2}", "is percent-encoded, and keys are not; write the character that it stands for"),
-    (r"//|(?<![^/])\.\.?(?![^/])|(?<![^/])/", "is an empty part, '.' or '..'; write the path without it"),
-    (r"[\x00-\x1f\x7f\\]", "is a control character or a backslash; choose another path"),
-)
-"""Patterns of what the keys of an output or of weights cannot have, with the problem and the remedy.
-
-One client decodes `%20`, and others do not: what is written would be found by none of them.
-"""
-
-_NOT_OF_A_URL = (r"[?#]", "ends the path of a URL; choose another path")
-"""The same of stores whose client takes the URI for a URL."""
-
-
-def _open_store(uri: str) -> Any:  # obstore's stores share no public base class
-    try:
-        scheme = find(uri, "output")
-    except UnsupportedSchemeError as err:
-        raise ConfigError(f"cannot open {redacted_uri(uri)}: {err}") from None
-    if scheme.committer == "local":
-        path = Path(local_path(uri))
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as err:
-            raise StorageError(f"cannot create the folder {uri}: {local_disk.reason_of(err)}") from None
-        return LocalStore(path)
-    client_options: Any = {  # a TypedDict of obstore's stubs
-        "timeout": timedelta(seconds=REQUEST_TIMEOUT_S),
-        "connect_timeout": timedelta(seconds=5),
-    }
-    try:
-        if scheme.store == "s3":
-            return _open_s3(canonical(uri), client_options)
-        return from_url(canonical(uri), client_options=client_options, retry_config=_RETRIES)
-    except (BaseError, ValueError) as err:
-        reason = re.sub(r"^Generic \w+ error: ", "", redacted(message_of(err))).rstrip(".")
-        raise ConfigError(f"cannot open {redacted_uri(uri)}: {reason}; {_OPENING_REMEDIES[scheme.store]}") from None
-
-
-_OPENING_REMEDIES = {
-    "s3": "correct the URI, the AWS_ variables or the profile",
-    "gs": "correct the URI, or GOOGLE_APPLICATION_CREDENTIALS, or unset that and give the machine a service account",
-    "abfs": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or give the machine an identity, or write "
-    "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH",
-}
-"""Remedies where a client refuses its configuration, by the store."""
-
-
-def _open_s3(uri: str, client_options: Any) -> S3Store:
-    """Open a bucket with the configuration that s3fs has too. Everything that obstore would look up itself is set."""
-    config = s3_config.resolve()
-    name, _, prefix = uri.removeprefix("s3://").partition("/")
-    bucket = config.bucket(name)
-    client_options["allow_http"] = bucket.url.startswith("http://")
-    if config.proxy:
-        client_options |= {"proxy_url": config.proxy, "proxy_excludes": ""}
-    elif any(name.upper().endswith("_PROXY") for name in os.environ):
-        # obstore's own rules differ from botocore's, and nothing but a proxy without any host switches them off.
-        client_options |= {"proxy_url": "http://proxy.invalid", "proxy_excludes": "*,0.0.0.0/0,::/0"}
-    if config.ca_bundle:
-        client_options["root_certificate"] = Path(config.ca_bundle).read_bytes()
-    options: dict[str, Any] = {
-        "region": config.region,
-        "endpoint": bucket.url,
-        "virtual_hosted_style_request": bucket.virtual,
-        "skip_signature": config.credentials is None,
-        # Objects are deleted one by one; a bulk request reports a refusal inside of an answer of status 200, and not
-        # every store has it.
-        "disable_bulk_delete": True,
-    }
-    if "AWS_ENDPOINT_URL_S3" in os.environ:  # obstore would prefer it, even empty, to `endpoint`
-        options["aws_endpoint_url_s3"] = bucket.url
-    return S3Store(
-        name,
-        prefix=prefix or None,
-        client_options=client_options,
-        retry_config=_RETRIES,
-        credential_provider=None if config.credentials is None else config.provide,
-        **options,
-    )
-
-
-def local_path(uri: str) -> str:
-    """Return the path of a `file://` URI."""
-    return unquote(urlsplit(uri).path)

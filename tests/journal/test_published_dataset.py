@@ -18,7 +18,8 @@ from pia_batch.journal import dataset_table
 from pia_batch.journal.garbage_collection import find_garbage
 from pia_batch.journal.log import Journal
 from pia_batch.journal.results import find_dataset_difference, read_latest, restore_dataset
-from pia_batch.storage.object_store import Store, local_path
+from pia_batch.storage.object_store import Store
+from pia_batch.storage.store_uris import local_path
 
 datasets = pytest.importorskip("datasets")
 

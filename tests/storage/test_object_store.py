@@ -19,9 +19,10 @@ from obstore.exceptions import AlreadyExistsError, GenericError
 from servers import serving
 
 from pia_batch.errors import ConfigError, ObjectExistsError, StorageError
-from pia_batch.storage import filesystems, object_store, store_errors
+from pia_batch.storage import filesystems, object_store, store_clients, store_errors
 from pia_batch.storage.local_disk import DISK_REMEDIES, PASSING
-from pia_batch.storage.object_store import Store, absolute
+from pia_batch.storage.object_store import Store
+from pia_batch.storage.store_uris import absolute
 from pia_batch.storage.uris import parse
 
 
@@ -33,7 +34,7 @@ def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "ATTEMPTS", 2)
-    monkeypatch.setattr(object_store, "REQUEST_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(store_clients, "REQUEST_TIMEOUT_S", 1.0)
 
 
 # --- objects ---------------------------------------------------------------------------------------------------------
