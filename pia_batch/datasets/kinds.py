@@ -8,6 +8,7 @@ from types import MappingProxyType
 from pia_batch.datasets import animatebench, archives, folders, lakes, table_files
 from pia_batch.datasets.sources import Kind, Place, ReadOptions, Source
 from pia_batch.errors import ConfigError, ManifestError
+from pia_batch.manifest.table_formats import refuse_part_of_table, refuse_table
 from pia_batch.storage.uris import redacted_uri
 
 
@@ -99,27 +100,28 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 """Every kind by name, in the order in which they are tried: the first that a place holds is its kind."""
 
 
+_FILES = ("parquet", "jsonl", "csv", "img2dataset")
+"""Kinds that read every row of their files: of a table with a log, also rows that were deleted or replaced."""
+
+
 def kind_of(place: Place, name: str | None) -> Kind:
     """Return the kind called `name`, or the kind of a place by its contents.
 
     Raises:
         ConfigError: There is no such kind.
-        ManifestError: The contents are of no kind, or of two.
+        ManifestError: The contents are of no kind, or of two, or files of a table whose log is not read.
     """
-    if any(place.name_of(file.path).startswith((".hoodie/", ".hoodie_partition_metadata")) for file in place.files):
-        raise ManifestError(
-            f"source {redacted_uri(place.uri)} is an Apache Hudi table, whose files also have rows that were deleted "
-            "or replaced; export its current rows to Parquet with Spark and Hudi's reader, and prepare these"
-        )
-    if name is not None:
-        if name not in KINDS:
-            raise ConfigError(f"--kind {name}: unknown; write one of {', '.join(KINDS)}")
-        return KINDS[name]
-    found = [kind for kind in KINDS.values() if kind.detect(place)]
+    if name is not None and name not in KINDS:
+        raise ConfigError(f"--kind {name}: unknown; write one of {', '.join(KINDS)}")
+    found = [KINDS[name]] if name is not None else [kind for kind in KINDS.values() if kind.detect(place)]
+    if not found or found[0].name in _FILES:
+        shown = redacted_uri(place.uri)
+        refuse_table((file.path for file in place.files), place.root, shown, "source")
+        refuse_part_of_table(place.filesystem, place.root, shown, "source", is_file=place.is_file)
     if not found:
-        shown = ", ".join(place.name_of(file.path) for file in place.files[:3])
+        some = ", ".join(place.name_of(file.path) for file in place.files[:3])
         raise ManifestError(
-            f"source {redacted_uri(place.uri)} holds none of {', '.join(KINDS)} (files: {shown}); correct it, or "
+            f"source {redacted_uri(place.uri)} holds none of {', '.join(KINDS)} (files: {some}); correct it, or "
             "choose by --kind"
         )
     plain = [kind.name for kind in found if kind.name in ("parquet", "jsonl", "csv")]

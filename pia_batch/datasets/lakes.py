@@ -209,9 +209,12 @@ def is_iceberg(place: Place) -> bool:
 
 
 def _newest_metadata(place: Place) -> str | None:
-    """Return the path of the table's newest metadata, by the number in its name."""
-    paths = (f"metadata/{posixpath.basename(file.path)}" if place.is_file else file.path for file in place.files)
-    numbered = [(_METADATA.search(path), file.path) for path, file in zip(paths, place.files, strict=True)]
+    """Return the path of the newest metadata of the table that the place is, by the number in its name."""
+    names = (
+        f"metadata/{posixpath.basename(place.root)}" if place.is_file else place.name_of(file.path)
+        for file in place.files
+    )
+    numbered = [(_METADATA.match(name), file.path) for name, file in zip(names, place.files, strict=True)]
     found = [(int(match[1] or match[2]), path) for match, path in numbered if match]
     return max(found)[1] if found else None
 
@@ -242,8 +245,15 @@ class IcebergSource:
         tables = _library("pyiceberg.table", "pyiceberg", "iceberg")
         options = (_s3_options(metadata) or {}).items()
         properties = {f"s3.{_ICEBERG_NAMES[name]}": value for name, value in options if name in _ICEBERG_NAMES}
+        invalid = _library("pyiceberg.exceptions", "pyiceberg", "iceberg").ValidationError
         with reading(metadata):
-            table = tables.StaticTable.from_metadata(_table_uri(metadata), properties)
+            try:
+                table = tables.StaticTable.from_metadata(_table_uri(metadata), properties)
+            except invalid as err:
+                raise ManifestError(
+                    f"source {redacted_uri(metadata)} is damaged, or of a format that pyiceberg does not read: "
+                    f"{message_of(err)}; restore it, or upgrade pyiceberg"
+                ) from None
             scan = table.scan(snapshot_id=snapshot)
             return scan, {task.file.file_path: task for task in scan.plan_files()}
 

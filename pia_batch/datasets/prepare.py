@@ -148,6 +148,7 @@ class _Preparation:
         self._given, self._options = source, options
         self._store = Store(os.fspath(to))
         self._stop, self._on_progress = stop or threading.Event(), on_progress
+        self._notes: list[str] = []
         if isinstance(source, str) and not source.startswith("iceberg://"):
             uri = store_uris.absolute(source).rstrip("/")
             if f"{self._store.uri}/".startswith(f"{uri}/"):
@@ -191,6 +192,10 @@ class _Preparation:
             pinned = {}
         place = Place.of(lakes.of_catalog(self._given), pinned.get("commit"))
         kind = kind_of(place, self._options.kind)
+        if place.broken:
+            self._notes.append(
+                f"{len(place.broken)} files are left out: a writer of Spark did not commit them, or replaced them"
+            )
         version = next((value for name, value in pinned.items() if name != "commit"), None)
         reading = self._options.for_reading()
         source = kind.open(place, reading if reading.version else replace(reading, version=version))
@@ -364,7 +369,7 @@ class _Preparation:
             num_bytes=sum(file["bytes"] for file in files),
             counts=counts,
             rejects_uri=self._store.uri_of(REJECTED) if rejected else None,
-            notes=make.notes,
+            notes=[*self._notes, *make.notes],
         )
 
     def _remedy(self, records: Mapping[int, dict[str, Any]]) -> str:

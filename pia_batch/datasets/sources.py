@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from pia_batch.errors import ManifestError, problem_of
-from pia_batch.manifest import hive
+from pia_batch.manifest import commit_logs, hive
 from pia_batch.storage import filesystems, store_uris
 from pia_batch.storage.filesystems import FoundFile
 from pia_batch.storage.uris import redacted, redacted_uri
@@ -94,12 +94,14 @@ class Place:
         root: Path inside the file system.
         files: Every file, sorted by path, hidden ones included.
         commit: Commit of the Hugging Face hub; empty for other places.
+        broken: Paths of files that a writer of Spark left without committing them, or replaced.
     """
 
     uri: str
     root: str
     files: tuple[FoundFile, ...]
     commit: str = ""
+    broken: frozenset[str] = frozenset()
     filesystem: pyarrow.fs.FileSystem = field(compare=False, repr=False, default=None)
 
     @classmethod
@@ -119,10 +121,13 @@ class Place:
             uri, commit = filesystems.pinned(store_uris.absolute(uri).rstrip("/"), commit)
             filesystem, root = filesystems.arrow_filesystem(uri)
             files = tuple(filesystems.list_files(filesystem, root))
+            paths = [file.path for file in files]
+            shown_paths = (path for path in paths if not hive.is_hidden(path.removeprefix(root).split("/")))
+            broken = frozenset(commit_logs.uncommitted(filesystem, paths, shown_paths))
         if not files:
             msg = f"source {shown}: there is no file; correct its path or URI"
             raise ManifestError(msg)
-        return cls(uri, root.rstrip("/"), files, commit, filesystem)
+        return cls(uri, root.rstrip("/"), files, commit, broken, filesystem)
 
     @property
     def is_file(self) -> bool:
@@ -139,11 +144,13 @@ class Place:
         return posixpath.basename(path) if path == self.root else path.removeprefix(self.root).lstrip("/")
 
     def visible(self, *extensions: str) -> list[FoundFile]:
-        """Return the files with one of these extensions, without those whose path has a part beginning with _ or ."""
+        """Return the files with one of these extensions, without broken ones, and without paths with a hidden part."""
         return [
             file
             for file in self.files
-            if file.path.lower().endswith(extensions) and not hive.is_hidden(self.name_of(file.path).split("/"))
+            if file.path.lower().endswith(extensions)
+            and file.path not in self.broken
+            and not hive.is_hidden(self.name_of(file.path).split("/"))
         ]
 
     def head(self, file: FoundFile, num_bytes: int = 16) -> bytes:

@@ -27,8 +27,10 @@ from pia_batch.datasets.sources import (
 )
 from pia_batch.errors import ManifestError, message_of
 from pia_batch.manifest import hive
+from pia_batch.manifest.table_formats import refuse_data_of_table
 from pia_batch.storage.concurrency import map_in_threads
 from pia_batch.storage.filesystems import FoundFile
+from pia_batch.storage.uris import redacted_uri
 
 PARQUET = (".parquet", ".pq")
 JSONL = tuple(f"{name}{end}" for name in (".jsonl", ".ndjson") for end in ("", ".gz", ".zst"))
@@ -68,6 +70,7 @@ class ParquetSource:
         for file, metadata in zip(files, footers, strict=True):
             partitions = _partitions(place.name_of(file.path))
             schema = metadata.schema.to_arrow_schema().remove_metadata()
+            refuse_data_of_table(metadata.metadata or {}, schema.names, f"source {redacted_uri(file.path)}")
             schemas.append(schema)
             for groups, first_row in _neighbours(metadata):
                 name = f"{place.name_of(file.path)}, row {first_row}"

@@ -323,7 +323,7 @@ def _opened(source: pa.NativeFile, path: str) -> pq.ParquetFile:
         if wide_integers.REFUSAL in str(err):
             wide_integers.refuse(source, path)
         raise
-    refuse_data_of_table(file.metadata.metadata or {}, file.schema_arrow.names, path)
+    refuse_data_of_table(file.metadata.metadata or {}, file.schema_arrow.names, f"manifest file {path}")
     _check_expansion(file.metadata, num_bytes, path)
     return file
 

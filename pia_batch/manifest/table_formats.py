@@ -42,13 +42,13 @@ _PARENT_LEVELS = 8
 """Number of parent folders that are looked at."""
 
 
-def refuse_data_of_table(metadata: Mapping[bytes, bytes], columns: Iterable[str], path: str) -> None:
+def refuse_data_of_table(metadata: Mapping[bytes, bytes], columns: Iterable[str], file: str) -> None:
     """Refuse a Parquet file that an Iceberg or Hudi table has written, wherever it is now.
 
     Args:
         metadata: Keys and values of the file's footer.
         columns: Names of its columns.
-        path: Path of the file for the message.
+        file: Name of the file for the message, such as `manifest file PATH`.
 
     Raises:
         ManifestError: It is such a file; the message names the table's format and the remedy.
@@ -67,19 +67,20 @@ def refuse_data_of_table(metadata: Mapping[bytes, bytes], columns: Iterable[str]
     else:
         return
     msg = (
-        f"manifest file {path} is a data file of {what}: it may also have rows that were deleted or replaced, and only "
+        f"{file} is a data file of {what}: it may also have rows that were deleted or replaced, and only "
         f"the table's log says which; {_REMEDIES[what].format(table='TABLE')}"
     )
     raise ManifestError(msg)
 
 
-def refuse_table(found: Iterable[str], root: str, uri: str) -> None:
+def refuse_table(found: Iterable[str], root: str, uri: str, use: str = "manifest") -> None:
     """Refuse a folder that is, or contains, a table with a log of its own.
 
     Args:
         found: Paths of everything in the folder, hidden names included.
         root: Path of the folder.
-        uri: URI of the manifest for the message.
+        uri: URI of the folder for the message.
+        use: Noun for the message: what the folder is read as.
 
     Raises:
         ManifestError: There is such a table; the message names its format, folder and remedy.
@@ -88,12 +89,14 @@ def refuse_table(found: Iterable[str], root: str, uri: str) -> None:
     tables = [table for parts in relative if (table := _table_at(parts)) is not None]
     if tables:
         what, folder = min(tables, key=lambda table: len(table[1]))  # data files of Lance are named like datasets
-        raise ManifestError(_refusal(what, posixpath.join(root, *folder), uri))
+        raise ManifestError(_refusal(what, posixpath.join(root, *folder), uri, use))
     if root.endswith(".lance"):
-        raise ManifestError(_refusal("a Lance dataset", root, uri))
+        raise ManifestError(_refusal("a Lance dataset", root, uri, use))
 
 
-def refuse_part_of_table(filesystem: pyarrow.fs.FileSystem, root: str, uri: str, *, is_file: bool) -> None:
+def refuse_part_of_table(
+    filesystem: pyarrow.fs.FileSystem, root: str, uri: str, use: str = "manifest", *, is_file: bool
+) -> None:
     """Refuse a file or folder inside a table: a data file, a partition, or the folder `data`.
 
     Raises:
@@ -105,10 +108,10 @@ def refuse_part_of_table(filesystem: pyarrow.fs.FileSystem, root: str, uri: str,
     for _ in range(_PARENT_LEVELS):
         if is_file or folder != root:
             for path in _logs_in(filesystem, folder):
-                refuse_table([path], folder, uri)
+                refuse_table([path], folder, uri, use)
         name = posixpath.basename(folder)
         if _HIVE_TRANSACTION.fullmatch(name):
-            raise ManifestError(_refusal("a transactional Hive table", posixpath.dirname(folder), uri))
+            raise ManifestError(_refusal("a transactional Hive table", posixpath.dirname(folder), uri, use))
         if _INSIDE.fullmatch(name) is None:
             return
         folder = posixpath.dirname(folder)
@@ -197,8 +200,8 @@ def _place(folder: str, uri: str) -> str:
     return shlex.quote(f"{scheme}://{folder}" if is_remote else folder)
 
 
-def _refusal(what: str, folder: str, uri: str) -> str:
+def _refusal(what: str, folder: str, uri: str, use: str) -> str:
     return (
-        f"manifest {uri} is {what} (folder {folder}): its files also have rows that were deleted or replaced, and only "
+        f"{use} {uri} is {what} (folder {folder}): its files also have rows that were deleted or replaced, and only "
         f"its log says which; {_REMEDIES[what].format(table=_place(folder, uri))}"
     )

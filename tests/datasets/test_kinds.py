@@ -334,6 +334,64 @@ def test_a_hudi_table_is_refused_with_the_remedy(tmp_path: Path) -> None:
             opened(tmp_path, kind)
 
 
+@pytest.mark.parametrize(
+    ("log", "data", "words"),
+    [
+        ("_delta_log/00000000000000000000.json", "day=1/a.parquet", "a Delta table .*pia-batch prepare .*/x/t --to"),
+        ("metadata/v1.metadata.json", "data/a.parquet", "an Apache Iceberg table .*pia-batch prepare .*/x/t --to"),
+        (".hoodie/hoodie.properties", "2026/11/22/a.parquet", "an Apache Hudi table .*Hudi's reader"),
+        ("snapshot/snapshot-12", "bucket-0/a.parquet", "an Apache Paimon table .*Paimon's reader"),
+        ("base_0000003/b.parquet", "delta_0000001_0000001_0000/a.parquet", "a transactional Hive table .*with Hive"),
+    ],
+)
+@pytest.mark.parametrize("kind", [None, "parquet"])
+def test_files_of_a_table_whose_log_says_which_rows_are_current_are_refused(tmp_path, log, data, words, kind) -> None:
+    table = tmp_path / "x" / "t"
+    for name in (log, data):
+        (table / name).parent.mkdir(parents=True, exist_ok=True)
+    (table / log).write_text("{}")
+    pq.write_table(foreign.image_table(1), table / data)
+
+    for place in (tmp_path, tmp_path / "x", (table / data).parent, table / data):
+        with pytest.raises(ManifestError, match=f"source .* is {words}"):
+            opened(place, kind)
+
+
+@pytest.mark.parametrize("content", ["{}", "", "[]", '{"format-version": 9}', '{"format-version": 2}'])
+def test_damaged_metadata_of_iceberg_are_named(tmp_path, content) -> None:
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "v1.metadata.json").write_text(content)
+
+    with pytest.raises(ManifestError, match=r"source .*v1\.metadata\.json (is damaged|cannot be read)"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("footer", "column", "words"),
+    [
+        ({"iceberg.schema": "{}"}, "x", "an Apache Iceberg table"),
+        ({"org.apache.hudi.bloomfilter": ""}, "x", "an Apache Hudi table"),
+        ({}, "_hoodie_commit_time", "an Apache Hudi table"),
+    ],
+)
+def test_a_data_file_of_a_table_is_refused_wherever_it_is(tmp_path, footer, column, words) -> None:
+    table = foreign.image_table(1).append_column(column, pa.array(["x"])).replace_schema_metadata(footer)
+    pq.write_table(table, tmp_path / "a.parquet")
+
+    with pytest.raises(ManifestError, match=rf"source .*/a\.parquet is a data file of {words}"):
+        opened(tmp_path)
+
+
+def test_files_that_a_stream_of_spark_did_not_commit_are_left_out(tmp_path) -> None:
+    (tmp_path / "_spark_metadata").mkdir()
+    (tmp_path / "_spark_metadata" / "0").write_text('v1\n{"path": "file:///was/there/a.parquet", "action": "add"}\n')
+    for name in ("a.parquet", "b.parquet"):
+        pq.write_table(foreign.image_table(1), tmp_path / name)
+
+    assert [row["place"] for row in rows_of(opened(tmp_path)[1])] == ["a.parquet:0"]
+    assert Place.of(str(tmp_path)).broken == {str(tmp_path / "b.parquet")}
+
+
 def test_a_delta_table_with_deletion_vectors_is_refused_with_the_remedy(tmp_path: Path) -> None:
     log = foreign.write_delta(tmp_path / "table") / "_delta_log"
     features = {"readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors"]}
