@@ -164,7 +164,7 @@ def _settle_dataset(journal: Journal, stored: StoredDataset | None) -> None:
 def read_success_marker(store: Store, run_id: str) -> dict[str, Any] | None:
     """Return the content of a run's `_SUCCESS.json`, or None if the run has no complete results."""
     try:
-        return store.read_json(layout.success_marker(run_id))
+        return store.read_json(layout.success_marker(run_id), ("parts",))
     except FileNotFoundError:
         return None
 

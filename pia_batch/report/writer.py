@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from pia_batch.errors import ConfigError
 from pia_batch.journal import layout
 from pia_batch.journal.log import Journal
-from pia_batch.journal.results import is_published, read_latest
+from pia_batch.journal.results import is_published, read_latest, read_success_marker
 from pia_batch.manifest import id_tables
 from pia_batch.media.codecs import CODECS
 from pia_batch.report import page, results
@@ -111,10 +111,10 @@ def write(
     """
     options = options or ReportOptions()
     measured = options.measured
-    run_id = _published(store, measured.run_id if run_id is None and measured else run_id)
+    run_id, parts = _published(store, measured.run_id if run_id is None and measured else run_id)
     counts = results.ResultCounts(run_id)
     sample = results.ResultSample(options.max_results, measured.fields if measured else ())
-    for part in _json_object(store, layout.success_marker(run_id))["parts"]:
+    for part in parts:
         name = f"{layout.results_folder(run_id)}/{part['name']}"
         rows = results.read_part(store, name)
         rows = measured.joined(rows, name) if measured else rows
@@ -192,20 +192,21 @@ def _write(
     return Report(counts.run_id, uri, counts.requests, len(shown), len(data))
 
 
-def _published(store: Store, run_id: str | None) -> str:
-    """Return the id of the published run to show."""
+def _published(store: Store, run_id: str | None) -> tuple[str, list[dict[str, Any]]]:
+    """Return the id of the published run to show, and the files of its results."""
     if run_id is None:
         newest = read_latest(store)
         if newest is None:
             msg = f"{store.uri} has no results yet; `pia-batch run` publishes them when every request is finished"
             raise ConfigError(msg)
-        return str(newest["run_id"])
-    if not is_published(store, run_id):
+        run_id = str(newest["run_id"])
+    marker = read_success_marker(store, run_id)
+    if marker is None:
         names = {item.name: layout.results_run_id(item.name) for item in store.list(layout.RESULTS)}
         known = ", ".join(sorted(run for name, run in names.items() if run and name == layout.success_marker(run)))
         msg = f"run {run_id!r} has no published results in {store.uri}; published runs: {known or 'none'}"
         raise ConfigError(msg)
-    return run_id
+    return run_id, marker["parts"]
 
 
 def _render(
@@ -273,10 +274,3 @@ def _run_record(store: Store, run_id: str) -> RunRecord | None:
         return RunRecord.parse(store.read(name), store.uri_of(name))
     except FileNotFoundError:
         return None
-
-
-def _json_object(store: Store, name: str) -> dict[str, Any]:
-    try:
-        return store.read_json(name)
-    except FileNotFoundError:
-        return {}

@@ -39,6 +39,18 @@ def test_there_is_no_page_before_there_are_results(store: Store, capsys: pytest.
         report.write(store, "other")
 
 
+def test_results_that_are_gone_or_damaged_since_they_were_published_are_named(store: Store) -> None:
+    publish(store, [result(0)])
+    name = layout.success_marker(RUN)
+    store.replace(name, b"{}")
+    with pytest.raises(StorageError, match=f"{name} is damaged"):
+        report.write(store)
+
+    store.delete(name)
+    with pytest.raises(ConfigError, match=f"run '{RUN}' has no published results"):
+        report.write(store)
+
+
 def test_damaged_results_are_named(store: Store) -> None:
     publish(store, [result(0)])
     store.replace(f"_runs/{RUN}/run.json", b"{")
