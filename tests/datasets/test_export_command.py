@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 from finished_outputs import make_output
 
@@ -28,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 @dataclass
 class Export:
-    """A started command; it prints into a file, because what Ray leaves behind after a kill would keep a pipe open."""
+    """A started command, which prints into a file."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -36,15 +33,6 @@ class Export:
     def finish(self, code: int) -> str:
         assert self.process.wait(120) == code, self.log.read_text()
         return self.log.read_text()
-
-    def kill(self) -> None:
-        """End the command and all that it has started, as a machine that loses its power does."""
-        with suppress(psutil.NoSuchProcess):
-            driver = psutil.Process(self.process.pid)
-            for each in [*driver.children(recursive=True), driver]:
-                with suppress(psutil.NoSuchProcess):
-                    each.kill()
-        self.process.wait(30)
 
 
 def start(folder: Path, *arguments: str) -> Export:
@@ -104,29 +92,6 @@ def test_the_command_says_what_it_wrote_and_where(tmp_path: Path, capsys: pytest
         cli.main(["export", *arguments[:-1], "prompt,,seed"])
     assert end.value.code == 2
     assert "--columns: invalid value" in capsys.readouterr().err
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["webdataset", "lance", "folder"])
-def test_an_export_that_is_killed_twice_gives_the_same_files(tmp_path: Path, name: str) -> None:
-    make_output(Store(str(tmp_path / "out")), ["mp4"] * 30)
-    arguments = [str(tmp_path / "out"), "--format", name, "--shard-size", "1"]
-    start(tmp_path, *arguments, "--to", str(tmp_path / "whole")).finish(0)
-    luck, to = random.Random(name), tmp_path / "to"
-    for _ in range(2):
-        wanted = number_of_files(to) + luck.randrange(2, 20)
-        export = start(tmp_path, *arguments, "--to", str(to))
-        while export.process.poll() is None and number_of_files(to) < wanted:
-            time.sleep(0.002)
-        export.kill()
-
-    start(tmp_path, *arguments, "--to", str(to)).finish(0)
-
-    assert steady(files(to)) == steady(files(tmp_path / "whole"))
-
-
-def number_of_files(folder: Path) -> int:
-    return sum(1 for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.mark.long
