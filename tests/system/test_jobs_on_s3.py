@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import io
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
+import local_ray
 import pytest
 import seaweedfs
 from finished_outputs import make_output
@@ -17,6 +17,7 @@ from inputs import png
 from proxy import Fault, Proxy, Request
 from seaweedfs import SeaweedFS
 
+from pia_batch import cli
 from pia_batch.storage import s3_config
 from pia_batch.storage.object_store import Store
 
@@ -40,13 +41,15 @@ class ExpiresAt:
         return EXPIRED if self.is_over else None
 
 
-@pytest.fixture
-def proxy(s3_server: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    with Proxy(s3_server.url, (seaweedfs.KEY, seaweedfs.SECRET)) as found:
+@pytest.fixture(scope="module")
+def proxy(s3_server: SeaweedFS) -> Iterator[Proxy]:
+    """A way to the store that fails on demand, and a Ray whose workers go that way."""
+    with Proxy(s3_server.url, (seaweedfs.KEY, seaweedfs.SECRET)) as found, pytest.MonkeyPatch.context() as patch:
         for name, value in s3_server.environment(found.url).items():
-            monkeypatch.setenv(name, value)
+            patch.setenv(name, value)
         s3_config.forget()
-        yield found
+        with local_ray.started(num_cpus=4, object_store_memory=200 * 2**20):
+            yield found
 
 
 JOBS = {
@@ -55,6 +58,13 @@ JOBS = {
     "prepare": (["prepare", "{images}", "--to", "{to}"], "PUT", "/to/part"),
 }
 """Commands, and the requests at which the credentials expire."""
+
+
+def run(arguments: list[str]) -> tuple[int, str]:
+    """Run a command in this process; return its exit code and what it printed to stderr."""
+    with redirect_stderr(io.StringIO()) as said, redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    return int(left.value.code or 0), said.getvalue()
 
 
 @pytest.mark.long
@@ -69,18 +79,15 @@ def test_a_job_whose_credentials_expire_is_resumed(name: str, proxy: Proxy, s3_s
         images.create(f"{number}.txt", b"a picture")
     arguments, verb, where = JOBS[name]
     places = {place: f"{base}/{place}" for place in ("out", "to", "images")}
-    command = [sys.executable, "-m", "pia_batch.cli", *(each.format(**places) for each in arguments)]
-
-    def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False, timeout=240)
+    command = [each.format(**places) for each in arguments]
 
     proxy.set(ExpiresAt(verb, where, 1))
-    stopped = run()
+    stopped, printed = run(command)
     proxy.set()
-    finished = run()
+    finished, last = run(command)
 
-    lines = [line for line in stopped.stderr.splitlines() if line and not LOG_LINE.match(line)]
-    assert stopped.returncode == 4, stopped.stderr[-2000:]
+    lines = [line for line in printed.splitlines() if line and not LOG_LINE.match(line)]
+    assert stopped == 4, printed[-2000:]
     assert len(lines) == 1
     assert re.search(r"ExpiredToken .* have expired; renew them, .* Start again to (resume|continue)$", lines[0])
-    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert finished == 0, last[-2000:]
