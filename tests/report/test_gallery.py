@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
@@ -14,6 +15,7 @@ import pytest
 from browsers import until
 from report_visits import Site, Visit, build
 from reported import (
+    BEGAN,
     RUN,
     begin,
     commit,
@@ -247,6 +249,18 @@ def test_flagged_clips_are_covered_until_somebody_clicks(visit: Callable[..., Vi
     page.keyboard.press("Escape")
     page.select_option("select[name=safety]", "flagged")
     assert page.locator("#count").inner_text() == "2 of 4 results"
+
+
+@pytest.mark.parametrize(("spacing_s", "unit"), [(1, "second"), (60, "minute"), (3600, "hour")])
+def test_clips_over_time_are_a_rate_in_a_unit_that_a_bar_lasts(
+    visit: Callable[..., Visit], tmp_path: Path, spacing_s: int, unit: str
+) -> None:
+    rows = [result(k, finished_at=BEGAN + timedelta(seconds=k * spacing_s)) for k in range(12)]
+    page = visit().open(build(tmp_path, rows).uri)
+
+    chart = page.locator(".chart").first
+    assert chart.locator("figcaption").inner_text() == f"Clips a{'n' * (unit == 'hour')} {unit}"
+    assert chart.locator("text").first.text_content() == "peak 1.3"  # 2 in one of 7 bars, which last 11 / 7 of a unit
 
 
 def test_a_chosen_point_of_a_chart_opens_its_result(site: Site, visit: Callable[..., Visit]) -> None:

@@ -2,6 +2,7 @@
 
 const CHART = { width: 320, height: 180, left: 8, right: 8, top: 10, bottom: 24 };
 const MOST_BARS = 40;
+const RATE_UNITS = [["an hour", 3600e3], ["a minute", 60e3], ["a second", 1e3]]; // of a rate, in ms
 const PICK_PX = 14; // largest distance of the pointer from a point that it selects
 
 function svg(tag, attributes = {}, ...children) {
@@ -46,12 +47,13 @@ function overTime(rows) {
   const last = ends.reduce((a, b) => Math.max(a, b));
   if (last - first < 1000) return null;
   const bars = Math.min(MOST_BARS, Math.max(4, Math.ceil(Math.sqrt(times.length) * 2)));
-  const minutes = (last - first) / bars / 60000;
+  const barMs = (last - first) / bars;
+  const [unit, unitMs] = RATE_UNITS.find(([, ms]) => ms <= barMs) ?? RATE_UNITS.at(-1); // a rate that held for all of its unit
   const good = new Float64Array(bars);
   const bad = new Float64Array(bars);
   for (const [time, fine] of times) {
     const bar = Math.min(bars - 1, Math.floor(((time - first) / (last - first)) * bars));
-    (fine ? good : bad)[bar] += page.weights[fine ? "succeeded" : "failed"] / minutes;
+    (fine ? good : bad)[bar] += (page.weights[fine ? "succeeded" : "failed"] * unitMs) / barMs;
   }
   const highest = good.reduce((most, rate, bar) => Math.max(most, rate + bad[bar]), 0);
   const [floor, step] = [CHART.height - CHART.bottom, (CHART.width - CHART.left - CHART.right) / bars];
@@ -64,9 +66,9 @@ function overTime(rows) {
     if (high) shapes.push(svg("rect", { ...at, y: floor - low - high, height: high, class: "bad" }));
   }
   const day = moment(first).slice(0, 10) === moment(last).slice(0, 10) ? 11 : 5; // with the date if it changes
-  const spoken = `Clips a minute from ${moment(first)} to ${moment(last)} UTC, at most ${number(highest)}`;
+  const spoken = `Clips ${unit} from ${moment(first)} to ${moment(last)} UTC, at most ${number(highest)}`;
   return chartFigure(
-    "Clips a minute",
+    `Clips ${unit}`,
     spoken,
     svg("path", { class: "axis", d: `M${CHART.left} ${floor}H${CHART.width - CHART.right}` }),
     ...shapes,
