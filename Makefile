@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0
+# Bytecode is kept even where the environment says otherwise: else every process compiles the package, and pytest every test.
+QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 RAY_USAGE_STATS_ENABLED=0 PYTHONDONTWRITEBYTECODE=
 
 .PHONY: setup browser docs tables demo test test-long torture bench-check lint format lock dist release clean
 
