@@ -82,8 +82,8 @@ def test_every_request_gets_one_row_with_its_measures(output: Store) -> None:
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.slow
 def test_an_evaluation_that_was_killed_continues_and_ends_with_the_same_rows(output: Store) -> None:
-    whole = rows_of(output, job.evaluate(output.uri, evaluation_id="whole").evaluation_id)
-    job.evaluate(output.uri, evaluation_id="killed")
+    job.evaluate(output.uri, evaluation_id="killed", flow=False)
+    whole = rows_of(output, "killed")
     for name in ("_SUCCESS.json", "summary.json", "part-00000.parquet"):
         output.delete(f"evaluations/killed/{name}")
     kept = layout.evaluation_piece("killed", 2)
@@ -92,7 +92,7 @@ def test_an_evaluation_that_was_killed_continues_and_ends_with_the_same_rows(out
         output.delete(layout.evaluation_piece("killed", number))
 
     seen = []
-    job.evaluate(output.uri, evaluation_id="killed", on_progress=seen.append)
+    job.evaluate(output.uri, evaluation_id="killed", flow=False, on_progress=seen.append)
 
     assert rows_of(output, "killed") == whole
     assert seen[0].done == 3
