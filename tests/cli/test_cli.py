@@ -364,32 +364,76 @@ def check_by_hand(output: str, request_ids: set[str]) -> None:
 
 
 @pytest.mark.long
-def test_a_driver_killed_at_random_moments_loses_and_doubles_nothing(
-    write_manifest: WriteManifest, tmp_path: Path
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_driver_killed_at_a_random_moment_loses_and_doubles_nothing(
+    write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    count, batch = 20, 2
+    count, batch = 16, 2
     output = str(tmp_path / "out")
     arguments = ["run", "--manifest", write_manifest(requests_table(count)), "--output", output]
-    arguments += ["--set", "defaults.num_inference_steps=4", "--set", f"placement.batch_size={batch}"]
-    committed = []
-    for fragments in (1, 4):
-        process = start(*arguments)
-        wait_for_fragments(output, fragments, process)
-        time.sleep(random.uniform(0, 0.5))  # any moment will do
-        process.kill()
-        process.communicate()
-        committed.append(len(Journal(Store(output)).outcomes().keys))
+    arguments += ["--set", "defaults.num_inference_steps=2", "--set", f"placement.batch_size={batch}"]
+    process = start(*arguments)
+    wait_for_fragments(output, 2, process)
+    time.sleep(random.Random(3).uniform(0, 0.5))  # any moment will do
+    process.kill()
+    process.communicate()
+    committed = len(Journal(Store(output)).outcomes().keys)
 
-    printed = finish(start(*arguments), 0)
+    assert pia_batch(*arguments) == 0
 
-    assert committed[0] < committed[1] <= count
+    printed = capsys.readouterr().out
+    assert 2 * batch <= committed < count
     assert f"{count} requests: {count} succeeded, 0 failed" in printed
     computed = int(re.search(r"(\d+) computed", printed)[1])  # engines outlive a driver a little, and commit
-    assert count - committed[1] - 2 * batch <= computed <= count - committed[1]
+    assert count - committed - 2 * batch <= computed <= count - committed
     check_by_hand(output, {f"r{k:03d}" for k in range(count)})
     before = sorted((path, path.stat().st_mtime_ns) for path in Path(output).rglob("*"))
-    assert "0 computed in this run" in finish(start(*arguments), 0)
+    assert pia_batch(*arguments) == 0
+    assert "0 computed in this run" in capsys.readouterr().out
     assert sorted((path, path.stat().st_mtime_ns) for path in Path(output).rglob("*")) == before
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_requests_that_are_retried_or_repaired_are_processed_again_and_no_others(
+    write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed_by(*arguments: str, code: int) -> str:
+        assert pia_batch(*arguments) == code
+        captured = capsys.readouterr()
+        return captured.out + captured.err
+
+    output = str(tmp_path / "out")
+    pictures = ["images/0.png", "images/1.png", "images/2.png", "images/late.png", "images/3.png"]
+    manifest = write_manifest(requests_table(5, image=pictures, seed=[0, 1, 2, 3, -1]))
+    where = ["--manifest", manifest, "--output", output, "--set", "defaults.num_inference_steps=2"]
+    assert "`pia-batch retry` with the same options" in printed_by("run", *where, code=3)
+    log = Journal(Store(output))
+    rows = [row for table in log.winning_rows(log.outcomes()) for row in table.to_pylist()]
+    (late,) = [row["error_kind"] for row in rows if row["image"] == "images/late.png"]
+    (tmp_path / "manifest" / "images" / "late.png").write_bytes(png(9))
+
+    printed = printed_by("retry", *where, "--kind", late, code=3)  # the rejected row stays failed
+
+    assert "5 requests: 4 succeeded, 1 failed; 1 computed in this run" in printed
+    assert "1 rows were rejected" in printed
+
+    files = sorted(Path(output, "animations").rglob("*.mp4"))
+    untouched = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files[2:]}
+    files[0].unlink()
+    files[1].write_bytes(files[2].read_bytes())
+    printed_by("verify", output, "--repair", code=3)
+    printed = printed_by("run", *where, code=3)
+    assert "5 requests: 4 succeeded, 1 failed; 2 computed in this run" in printed
+    assert "4 animations verified, 0 with a problem" in printed_by("verify", output, code=0)
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files[2:]} == untouched
+    newest = json.loads(Path(output, "results", "LATEST.json").read_bytes())["run_id"]
+    shown = pq.read_table(Path(output, "results", newest)).to_pylist()
+    assert {row["animation_uri"]: row["sha256"] for row in shown if row["status"] == "succeeded"} == {
+        path.as_uri(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
 
 
 @pytest.mark.long
@@ -401,7 +445,7 @@ def test_a_signal_commits_what_is_finished_and_exits_with_4(
     # Ctrl-C reaches every process of the terminal, a scheduler's SIGTERM the driver alone.
     output = str(tmp_path / "out")
     arguments = ["run", "--manifest", write_manifest(requests_table(30)), "--output", output]
-    process = start(*arguments)
+    process = start(*arguments, "--set", "defaults.num_inference_steps=2")
     wait_for_fragments(output, 1, process)
 
     asked = time.monotonic()
@@ -416,7 +460,9 @@ def test_a_signal_commits_what_is_finished_and_exits_with_4(
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_the_demo_makes_every_sample_animation_and_says_where(tmp_path: Path) -> None:
+def test_the_demo_makes_every_sample_animation_and_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     count = pq.read_table(tiny.SAMPLE / "requests.parquet").num_rows
     printed = finish(start("demo", "--output", str(tmp_path / "demo")), 0)
 
@@ -426,43 +472,10 @@ def test_the_demo_makes_every_sample_animation_and_says_where(tmp_path: Path) ->
     listed = printed[printed.index("animations in") : printed.index("report:")].splitlines()[1:]
     assert (len(listed), max(map(len, listed)) <= 80) == (count, True)
     assert f"{count} requests: {count} succeeded, 0 failed; {count} computed" in printed
-    assert "0 computed in this run" in finish(start("demo", "--output", str(tmp_path / "demo")), 0)
-    assert f"{count} animations verified, 0 with a problem" in finish(start("verify", str(tmp_path / "demo")), 0)
-
-
-@pytest.mark.long
-def test_requests_that_are_retried_or_repaired_are_processed_again_and_no_others(
-    write_manifest: WriteManifest, tmp_path: Path
-) -> None:
-    output = str(tmp_path / "out")
-    pictures = ["images/0.png", "images/1.png", "images/2.png", "images/late.png", "images/3.png"]
-    manifest = write_manifest(requests_table(5, image=pictures, seed=[0, 1, 2, 3, -1]))
-    where = ["--manifest", manifest, "--output", output, "--set", "defaults.num_inference_steps=2"]
-    assert "`pia-batch retry` with the same options" in finish(start("run", *where), 3)
-    log = Journal(Store(output))
-    rows = [row for table in log.winning_rows(log.outcomes()) for row in table.to_pylist()]
-    (late,) = [row["error_kind"] for row in rows if row["image"] == "images/late.png"]
-    (tmp_path / "manifest" / "images" / "late.png").write_bytes(png(9))
-
-    printed = finish(start("retry", *where, "--kind", late), 3)  # the rejected row stays failed
-
-    assert "5 requests: 4 succeeded, 1 failed; 1 computed in this run" in printed
-    assert "1 rows were rejected" in printed
-
-    files = sorted(Path(output, "animations").rglob("*.mp4"))
-    untouched = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files[2:]}
-    files[0].unlink()
-    files[1].write_bytes(files[2].read_bytes())
-    finish(start("verify", output, "--repair"), 3)
-    printed = finish(start("run", *where), 3)
-    assert "5 requests: 4 succeeded, 1 failed; 2 computed in this run" in printed
-    assert "4 animations verified, 0 with a problem" in finish(start("verify", output), 0)
-    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files[2:]} == untouched
-    newest = json.loads(Path(output, "results", "LATEST.json").read_bytes())["run_id"]
-    shown = pq.read_table(Path(output, "results", newest)).to_pylist()
-    assert {row["animation_uri"]: row["sha256"] for row in shown if row["status"] == "succeeded"} == {
-        path.as_uri(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-    }
+    assert pia_batch("demo", "--output", str(tmp_path / "demo")) == 0
+    assert "0 computed in this run" in capsys.readouterr().out
+    assert pia_batch("verify", str(tmp_path / "demo")) == 0
+    assert f"{count} animations verified, 0 with a problem" in capsys.readouterr().out
 
 
 SIGNALLED_LATE = """
