@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from evaluated import publish_output, shifted
 from kills import was_killed
 
+from pia_batch.evaluation import job
 from pia_batch.storage.object_store import Store
 
 CLIPS = 40
@@ -27,28 +27,29 @@ def parts_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
 def test_killed_at_any_moment_the_rows_are_the_same(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "out"))
-    clips = {f"{k:03d}": shifted(16, 256, (k % 3, 1), seed=k) if k % 7 else None for k in range(CLIPS)}
+    clips = {f"{k:03d}": shifted(8, 128, (k % 3, 1), seed=k) if k % 7 else None for k in range(CLIPS)}
     publish_output(store, clips)
-    subprocess.run(command(store.uri, "whole"), check=True, capture_output=True)
+    job.evaluate(store.uri, evaluation_id="whole")
     evaluations = tmp_path / "out" / "evaluations"
     killed, whole = evaluations / "killed", parts_of(evaluations / "whole")
-    rng, measured = random.Random(17), [0]
+    luck, measured = random.Random(17), [0]
 
     def count() -> int:
         return len(list(killed.glob("_pieces/*.parquet")))
 
-    kills = int(
-        was_killed(command(store.uri, "killed"), lambda: True, rng.uniform(1, 3))
-    )  # before anything is measured
-    for _ in range(2):
-        measured.append(count())
-        kills += was_killed(command(store.uri, "killed"), lambda: count() > measured[-1], rng.uniform(0, 0.3))
+    early = was_killed(command(store.uri, "killed"), lambda: True, luck.uniform(1, 3))  # before anything is measured
     measured.append(count())
-    subprocess.run(command(store.uri, "killed"), check=True, capture_output=True)
+    late = was_killed(command(store.uri, "killed"), lambda: count() > measured[-1], luck.uniform(0, 0.3))
+    measured.append(count())
+    assert (early, late) == (True, True)
+    assert not (killed / "_SUCCESS.json").exists()
 
-    assert kills >= 2
+    job.evaluate(store.uri, evaluation_id="killed")
+
     assert measured == sorted(measured)
     assert (killed / "_SUCCESS.json").exists()
     assert parts_of(killed) == whole
