@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import fsspec
@@ -42,12 +43,12 @@ VARIATIONS: tuple[dict[str, Any], ...] = (
 """Settings of the four requests for each photograph; the values differ so that batches are mixed."""
 
 
-def main(folder_uri: str) -> None:
+def main(folder_uri: str, subjects: Sequence[str] = SUBJECTS) -> None:
     """Write images and manifest under `folder_uri`, and print the manifest's URI."""
     folder_uri = store_uris.absolute(folder_uri).rstrip("/")
     filesystem, root = fsspec.url_to_fs(folder_uri)
     rows = []
-    for subject in SUBJECTS:
+    for subject in subjects:
         image = f"{root}/images/{subject}.png"
         filesystem.makedirs(f"{root}/images", exist_ok=True)
         filesystem.pipe_file(image, _png(getattr(skimage.data, subject)()))

@@ -1,23 +1,23 @@
-"""Real input: photographs, a partitioned manifest on a real S3 server, real Ray, the embedded model."""
+"""Photographs in colour and grey, a partitioned manifest on a real S3 server, real Ray, the embedded model."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import subprocess
-import sys
+import os
 import zipfile
-from pathlib import Path
 
 import av
+import local_ray
 import numpy as np
+import photographs
 import pyarrow.dataset as ds
 import pyarrow.fs
 import pytest
 from PIL import Image
 from seaweedfs import KEY, SECRET
 
-ROOT = Path(__file__).parents[2]
+from pia_batch import cli
 
 pytestmark = [pytest.mark.s3, pytest.mark.long]
 
@@ -38,16 +38,17 @@ def frames_of(data: bytes, file_format: str) -> list[tuple[int, int]]:
         return sizes
 
 
-def test_photographs_become_animations_with_the_settings_of_their_rows(s3: str) -> None:
-    command = [sys.executable, str(ROOT / "jobs" / "photographs.py"), s3]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    arguments = ["--manifest", f"{s3}/manifest", "--output", f"{s3}/out", "--run-id", "photographs"]
-    run = [sys.executable, "-m", "pia_batch.cli", "run", *arguments, "--set", "placement.batch_size=3"]
+def test_photographs_become_animations_with_the_settings_of_their_rows(
+    s3: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photographs.main(s3, ("astronaut", "camera"))
+    arguments = ["run", "--manifest", f"{s3}/manifest", "--output", f"{s3}/out", "--run-id", "photographs"]
+    arguments += ["--set", "placement.batch_size=3"]
 
-    done = subprocess.run(run, check=False, capture_output=True, text=True)
+    with local_ray.started(num_cpus=3, object_store_memory=200 * 2**20):  # its workers have the store's variables
+        assert pia_batch(*arguments) == 0
 
-    assert done.returncode == 0, done.stderr
-    assert "24 requests: 24 succeeded, 0 failed" in done.stdout
+    assert "8 requests: 8 succeeded, 0 failed" in capsys.readouterr().out
     filesystem = pyarrow.fs.S3FileSystem(
         access_key=KEY, secret_key=SECRET, endpoint_override=_endpoint(), scheme="http", region="us-east-1"
     )
@@ -55,7 +56,7 @@ def test_photographs_become_animations_with_the_settings_of_their_rows(s3: str) 
     results = ds.dataset(f"{folder}/out/results/photographs", filesystem=filesystem).to_table().to_pylist()
     asked = ds.dataset(f"{folder}/manifest", filesystem=filesystem, partitioning="hive").to_table().to_pylist()
     by_id = {row["request_id"]: row for row in asked}
-    assert len(results) == len(by_id) == 24
+    assert len(results) == len(by_id) == 8
     for row in results:
         wanted = by_id[row["request_id"]]
         for name in ("prompt", "num_frames", "width", "height", "format", "guidance_scale", "strength", "subject"):
@@ -66,11 +67,15 @@ def test_photographs_become_animations_with_the_settings_of_their_rows(s3: str) 
         assert len(data) == row["num_bytes"]
         assert frames_of(data, row["format"]) == [(row["width"], row["height"])] * row["num_frames"]
         assert np.isfinite(row["motion"])
-    again = subprocess.run(run, check=True, capture_output=True, text=True)
-    assert "0 computed in this run" in again.stdout
+    assert pia_batch(*arguments) == 0
+    assert "0 computed in this run" in capsys.readouterr().out
+
+
+def pia_batch(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        cli.main(list(arguments))
+    return int(left.value.code or 0)
 
 
 def _endpoint() -> str:
-    import os  # noqa: PLC0415
-
     return os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
