@@ -134,11 +134,11 @@ def test_a_call_that_was_stopped_is_continued(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shuffle", [None, pytest.param(7, marks=pytest.mark.long)])
 def test_files_that_are_missing_are_written_again(tmp_path: Path, shuffle: int | None) -> None:
-    source = write_parts(tmp_path / "source", files=4, rows=20)
+    source = write_parts(tmp_path / "source", files=3, rows=20)
     prepare(source, tmp_path / "dest", shuffle=shuffle, **OPTIONS)
     before = files_of(tmp_path / "dest")
     for name in before:
-        if name.endswith(("000001-000.parquet", "000001.json", "000003.json", SUCCESS)):
+        if name.endswith(("000001-000.parquet", "000001.json", "000002.json", SUCCESS)):
             (tmp_path / "dest" / name).unlink()
     prepare(source, tmp_path / "dest", shuffle=shuffle, **OPTIONS)
     assert files_of(tmp_path / "dest") == before
@@ -146,13 +146,13 @@ def test_files_that_are_missing_are_written_again(tmp_path: Path, shuffle: int |
 
 @pytest.mark.long
 def test_a_shuffle_is_a_permutation_by_its_seed(tmp_path: Path) -> None:
-    source = write_parts(tmp_path / "source", files=3)
-    plain = [row["request_id"] for row in rows_of_prepared(source, tmp_path / "a")]
-    one = [row["request_id"] for row in rows_of_prepared(source, tmp_path / "b", shuffle=1)]
-    other = [row["request_id"] for row in rows_of_prepared(source, tmp_path / "d", shuffle=2)]
+    source = write_parts(tmp_path / "source", files=2, rows=12)
+    plain = [f"{k}-{row}" for k in range(2) for row in range(12)]
+    one = [row["request_id"] for row in rows_of_prepared(source, tmp_path / "a", shuffle=1)]
+    other = [row["request_id"] for row in rows_of_prepared(source, tmp_path / "b", shuffle=2)]
     assert sorted(plain) == sorted(one) == sorted(other)
     assert len({tuple(plain), tuple(one), tuple(other)}) == 3
-    first = [row["request_id"] for row in rows_of_prepared(source, tmp_path / "e", shuffle=1, limit=7)]
+    first = [row["request_id"] for row in rows_of_prepared(source, tmp_path / "c", shuffle=1, limit=7)]
     assert first == one[:7]
 
 
