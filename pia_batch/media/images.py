@@ -229,8 +229,6 @@ def _planes(data: bytes, header: ImageHeader) -> tuple[Image.Image, Image.Image 
     Pillow's own notion of transparency is used only where it is that of browsers and of the format's specification.
     """
     png: png_samples.Png | None = None
-    alpha: Image.Image | None
-    depth, colour_type = 8, png_samples.RGB
     if header.format == "BMP":
         planes = bitmaps.decode(data)
         if planes is not None:
@@ -240,7 +238,7 @@ def _planes(data: bytes, header: ImageHeader) -> tuple[Image.Image, Image.Image 
         png = png_samples.parts(data)
         data = png.data
         if depth == 16 and colour_type in _16_BIT_COLOUR:  # noqa: PLR2004
-            return *png_samples.decode_16_bit(data, png.key), png.profile
+            return *png_samples.decode_16_bit(png), png.profile
     with Image.open(io.BytesIO(data), formats=(header.format,)) as image:
         if image.size != (header.width, header.height):
             msg = (
@@ -256,11 +254,8 @@ def _planes(data: bytes, header: ImageHeader) -> tuple[Image.Image, Image.Image 
         _refuse_missing_colours(image, frame, num_colours)
         profile = image.info.get("icc_profile") if png is None else png.profile
         if image.mode.startswith("I"):
-            return *png_samples.decode_16_bit_grey(image, None if png is None else png.key), profile
-        if png is not None and png.key is not None:
-            alpha = png_samples.alpha_of_key(image, png.key, depth)
-            return image.convert("L" if colour_type == png_samples.GREY else "RGB"), alpha, profile
-        colour, alpha = _split_alpha(image)
+            return *png_samples.decode_16_bit_grey(image, png), profile
+        colour, alpha = _split_alpha(image) if png is None else _colour_of_png(image, png)
     if frame is not None and frame != (0, 0, *colour.size):
         alpha = _within(frame, colour.size, alpha)
     return colour, alpha, profile
@@ -301,6 +296,17 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         # No copy: it would double the memory of a large photograph. Pillow has already undone Adobe's inverted inks.
         return image, None
     return image.convert("L" if is_grey else "RGB"), None
+
+
+def _colour_of_png(image: Image.Image, png: png_samples.Png) -> tuple[Image.Image, Image.Image | None]:
+    """Return colour, encoded as in sRGB or as the profile has it, and alpha of a PNG of up to 8 bits per sample."""
+    depth, colour_type = png_samples.layout(png.data)
+    if png.key is None:
+        colour, alpha = _split_alpha(image)
+    else:
+        alpha = png_samples.alpha_of_key(image, png.key, depth)
+        colour = image.convert("L" if colour_type == png_samples.GREY else "RGB")
+    return colour if png.colours is None else png.colours.encoded(colour), alpha
 
 
 def _within(frame: tuple[int, int, int, int], size: tuple[int, int], alpha: Image.Image | None) -> Image.Image:

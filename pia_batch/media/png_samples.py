@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, PngImagePlugin
 
 from pia_batch.errors import ImageUnreadableError
-from pia_batch.media import image_headers
+from pia_batch.media import image_headers, png_colours
+from pia_batch.media.png_colours import PngColours
 
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
 """Colour types of IHDR."""
@@ -28,6 +29,12 @@ _KEY_BYTES = {GREY: 2, RGB: 6}
 
 _PICTURE = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
 """Chunks that Pillow gets. Without those of an animation it shows the picture that other programs show."""
+
+_COLOURS = frozenset({b"gAMA", b"cHRM", b"sRGB"})
+"""Chunks that say what colours are, where there is no profile; damaged ones are ignored."""
+
+_INTENTS = frozenset({b"\0", b"\1", b"\2", b"\3"})
+"""Payloads of a valid sRGB chunk."""
 
 _TO_8_BITS = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
@@ -45,12 +52,15 @@ class Png:
         data: File of nothing but header, palette, transparency of the palette, and pixels. Pillow refuses a file for
             more than 1 MiB of packed text or profile, and misreads colour keys.
         key: Colour key as stored samples, or None.
-        profile: ICC profile, or None.
+        profile: ICC profile of the decoded picture, or None.
+        colours: Colours that other chunks give, by which samples are decoded; None: these are encoded as in sRGB, or
+            as the profile has it.
     """
 
     data: bytes
     key: tuple[int, ...] | None
     profile: bytes | None
+    colours: PngColours | None = None
 
 
 def parts(data: bytes) -> Png:
@@ -65,6 +75,7 @@ def parts(data: bytes) -> Png:
     profile: bytes | None = None
     kept = [data[:8]]
     names: set[bytes] = set()
+    colours: dict[bytes, bytes] = {}
     for name, start, end in image_headers.png_chunks(data):
         is_first, has_pixels = name not in names, b"IDAT" in names
         names.add(name)
@@ -76,11 +87,16 @@ def parts(data: bytes) -> Png:
                 kept.append(data[start - 8 : end + 4])
         elif name == b"iCCP" and is_first and not has_pixels:
             profile = _profile(data[start:end])
+        elif name in _COLOURS and is_first and not has_pixels and _is_whole(data, name, start, end):
+            colours[name] = data[start:end]
         elif name in _PICTURE:
             kept.append(data[start - 8 : end + 4])
         if name == b"IEND":
             break
-    return Png(b"".join(kept), key, profile)
+    if profile is not None or colours.get(b"sRGB") in _INTENTS:
+        return Png(b"".join(kept), key, profile)
+    found = png_colours.read(colours.get(b"gAMA"), colours.get(b"cHRM"))
+    return Png(b"".join(kept), key, None if found is None else found.profile, found)
 
 
 def refuse_missing_pixels(image: Image.Image, data: bytes) -> None:
@@ -133,10 +149,15 @@ def _checked(data: bytes, name: bytes, start: int, end: int) -> bytes:
     """Return the payload of a chunk whose checksum is right."""
     if len(data) < end + 4:
         raise image_headers.IncompleteError
-    if zlib.crc32(data[start:end], zlib.crc32(name)) != int.from_bytes(data[end : end + 4], "big"):
+    if not _is_whole(data, name, start, end):
         msg = f"corrupt or truncated image: the checksum of the PNG's {name.decode()} chunk is wrong"
         raise ImageUnreadableError(msg)
     return data[start:end]
+
+
+def _is_whole(data: bytes, name: bytes, start: int, end: int) -> bool:
+    """Return True if the checksum of a chunk is right."""
+    return zlib.crc32(data[start:end], zlib.crc32(name)) == int.from_bytes(data[end : end + 4], "big")
 
 
 def _key(payload: bytes, depth: int, colour_type: int) -> tuple[int, ...] | None:
@@ -176,15 +197,12 @@ def alpha_of_key(image: Image.Image, key: tuple[int, ...], depth: int) -> Image.
     return alpha
 
 
-def decode_16_bit(data: bytes, key: tuple[int, ...] | None) -> tuple[Image.Image, Image.Image | None]:
-    """Return colour in mode L or RGB, and alpha in mode L or None.
+def decode_16_bit(png: Png) -> tuple[Image.Image, Image.Image | None]:
+    """Return colour in mode L or RGB, encoded as in sRGB, and alpha in mode L or None.
 
     Reads 16-bit RGB, grey with alpha, and RGBA.
-
-    Args:
-        data: Data of `parts`.
-        key: Colour key as stored samples.
     """
+    data, key, levels = png.data, png.key, _levels(png)
     _, colour_type = layout(data)
     if colour_type == GREY_ALPHA:
         # Four bytes a pixel are 8-bit RGBA to filters and interlacing alike.
@@ -195,7 +213,7 @@ def decode_16_bit(data: bytes, key: tuple[int, ...] | None) -> tuple[Image.Image
             image.load()
             refuse_missing_pixels(image, data)
             halves = image.split()
-        return _joined(halves[0], halves[1]), _joined(halves[2], halves[3])
+        return _joined(halves[0], halves[1], levels), _joined(halves[2], halves[3])
     mode = "RGB" if colour_type == RGB else "RGBA"
     with _open(data) as image:
         image.load()
@@ -206,7 +224,7 @@ def decode_16_bit(data: bytes, key: tuple[int, ...] | None) -> tuple[Image.Image
         image.tile = [tile._replace(args=f"{mode};16L") for tile in image.tile]
         image.load()
         low = image.split()
-    colour = Image.merge("RGB", [_joined(*halves) for halves in zip(high[:3], low[:3], strict=True)])
+    colour = Image.merge("RGB", [_joined(*halves, levels) for halves in zip(high[:3], low[:3], strict=True)])
     if colour_type == RGBA:
         return colour, _joined(high[3], low[3])
     if key is None:
@@ -217,24 +235,29 @@ def decode_16_bit(data: bytes, key: tuple[int, ...] | None) -> tuple[Image.Image
     return colour, Image.fromarray(differs.astype(np.uint8) * np.uint8(255))
 
 
-def decode_16_bit_grey(image: Image.Image, key: tuple[int, ...] | None) -> tuple[Image.Image, Image.Image | None]:
+def decode_16_bit_grey(image: Image.Image, png: Png | None) -> tuple[Image.Image, Image.Image | None]:
     """Return grey and alpha of Pillow's modes I;16 and I, scaled to 8 bits. Pillow's own conversion clips at 255."""
     samples = np.asarray(image)
     if samples.dtype != np.uint16:
         samples = np.clip(samples, 0, 65535).astype(np.uint16)
-    grey = Image.fromarray(_TO_8_BITS[samples])
-    if key is None:
+    grey = Image.fromarray((_TO_8_BITS if png is None else _levels(png))[samples])
+    if png is None or png.key is None:
         return grey, None
-    return grey, Image.fromarray(np.where(samples == key[0], 0, 255).astype(np.uint8))
+    return grey, Image.fromarray(np.where(samples == png.key[0], 0, 255).astype(np.uint8))
+
+
+def _levels(png: Png) -> NDArray[np.uint8]:
+    """Return the level of 8 bits, encoded as in sRGB, of every 16-bit sample of colour."""
+    return _TO_8_BITS if png.colours is None else png.colours.levels(16)
 
 
 def _open(data: bytes) -> PngImagePlugin.PngImageFile:
     return PngImagePlugin.PngImageFile(io.BytesIO(data))
 
 
-def _joined(high: Image.Image, low: Image.Image) -> Image.Image:
-    """Return 8-bit samples, rounded, from the two bytes of 16-bit samples."""
+def _joined(high: Image.Image, low: Image.Image, levels: NDArray[np.uint8] = _TO_8_BITS) -> Image.Image:
+    """Return the levels of 8 bits of 16-bit samples, from their two bytes."""
     samples: NDArray[np.uint16] = np.asarray(high).astype(np.uint16)
     samples <<= 8
     samples |= np.asarray(low)
-    return Image.fromarray(_TO_8_BITS[samples])
+    return Image.fromarray(levels[samples])
