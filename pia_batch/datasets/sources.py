@@ -123,7 +123,7 @@ class Place:
             files = tuple(filesystems.list_files(filesystem, root))
             paths = [file.path for file in files]
             shown_paths = (path for path in paths if not hive.is_hidden(path.removeprefix(root).split("/")))
-            broken = frozenset(commit_logs.uncommitted(filesystem, paths, shown_paths))
+            broken = frozenset(commit_logs.uncommitted(filesystem, root, paths, shown_paths))
         if not files:
             msg = f"source {shown}: there is no file; correct its path or URI"
             raise ManifestError(msg)

@@ -7,10 +7,12 @@ have rows that were written again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 from urllib.parse import unquote
 
@@ -25,11 +27,12 @@ _WRITE = re.compile(r"-tid-([0-9]+)-")
 """Number of the write in the name of a data file of Databricks."""
 
 
-def uncommitted(filesystem: pyarrow.fs.FileSystem, found: Iterable[str], files: Iterable[str]) -> set[str]:
+def uncommitted(filesystem: pyarrow.fs.FileSystem, root: str, found: Iterable[str], files: Iterable[str]) -> set[str]:
     """Return those of `files` that belong to no completed write, or that a later write replaced.
 
     Args:
         filesystem: File system of the manifest.
+        root: Path of the folder; if it is a partition of a stream's folder, the log above it counts.
         found: Paths of everything in the folder, hidden names included.
         files: Paths of the data files.
 
@@ -39,7 +42,7 @@ def uncommitted(filesystem: pyarrow.fs.FileSystem, found: Iterable[str], files: 
     """
     streams: dict[str, list[str]] = {}
     writes: dict[str, list[str]] = {}
-    for path in found:
+    for path in itertools.chain(found, _logs_above(filesystem, root)):
         folder, name = posixpath.split(path)
         if posixpath.basename(folder) == _STREAM_FOLDER and _BATCH.fullmatch(name):
             streams.setdefault(posixpath.dirname(folder), []).append(path)
@@ -55,6 +58,17 @@ def uncommitted(filesystem: pyarrow.fs.FileSystem, found: Iterable[str], files: 
         inside = (path for path in files if posixpath.dirname(path) == folder)
         left_out.update(_broken(filesystem, logs, inside))
     return left_out
+
+
+def _logs_above(filesystem: pyarrow.fs.FileSystem, root: str) -> Iterator[str]:
+    """Yield the files of the logs of streams of which a folder is a partition; none where they may not be read."""
+    folder = root
+    while "=" in posixpath.basename(folder):
+        folder = posixpath.dirname(folder)
+        log = posixpath.join(folder, _STREAM_FOLDER)
+        with suppress(Exception):  # every file system has its own classes; a parent may be forbidden
+            if filesystem.get_file_info(log).type == pyarrow.fs.FileType.Directory:
+                yield from (info.path for info in filesystem.get_file_info(pyarrow.fs.FileSelector(log)))
 
 
 def _written(filesystem: pyarrow.fs.FileSystem, logs: Iterable[str]) -> dict[str, list[str]]:

@@ -40,9 +40,10 @@ def formats_in(filesystem: pyarrow.fs.FileSystem, paths: Iterable[str]) -> dict[
     """Return the format of each file of a folder that has one, by path.
 
     Files without an extension, as Athena, Hive and Spark write them, have it by their first bytes. Files named `.json`,
-    as Spark writes JSON lines, count only where nothing else does: elsewhere they are notes about a dataset.
+    as Spark writes JSON lines, count only where nothing else does: elsewhere they are notes about a dataset. Temporary
+    files of editors, browsers and programs that copy have none.
     """
-    paths = list(paths)
+    paths = [path for path in paths if not _is_temporary(path)]
     found = {path: file_format for path in paths if (file_format := format_of(path)) is not None}
     unnamed = [path for path in paths if path not in found and _is_unnamed(path)]
     by_content = zip(unnamed, map_in_threads(lambda path: _sniffed(filesystem, path), unnamed, _THREADS), strict=True)
@@ -77,6 +78,19 @@ def _is_unnamed(path: str) -> bool:
 
 
 _NO_EXTENSION = re.compile(r"|\.|\.[0-9]+|\.c[0-9]{3}|\.snappy|.*[^.a-z0-9].*|.{10,}")
+
+
+def _is_temporary(path: str) -> bool:
+    """Return True for a file that is being written or fetched, for a lock, or for an editor's copy, by its name."""
+    return _TEMPORARY.fullmatch(PurePosixPath(path).name) is not None
+
+
+_TEMPORARY = re.compile(
+    r"~\$.*|#.*#|.*~|"
+    r".*\.(_copying_|crdownload|opdownload|downloading|filepart|incomplete|in-?progress|part|partial|tmp|temp)",
+    re.IGNORECASE,
+)
+"""Names of temporary files: of Office, Emacs and Vim, of `hdfs dfs -put`, browsers, WinSCP, the hub and Flink."""
 
 
 def is_expected(path: str) -> bool:

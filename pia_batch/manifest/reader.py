@@ -442,7 +442,7 @@ def _discover(
     found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
     refuse_table([item.path for item in found], root, uri)
     files = sorted(item.path for item in found if item.is_file and not hive.is_hidden(_below(item.path, root).parts))
-    broken = commit_logs.uncommitted(filesystem, (item.path for item in found if item.is_file), files)
+    broken = commit_logs.uncommitted(filesystem, root, (item.path for item in found if item.is_file), files)
     format_by_path = formats_in(filesystem, [path for path in files if path not in broken])
     formats = sorted(set(format_by_path.values()))
     left_out = tuple(path for path in files if path not in format_by_path and not is_expected(path))

@@ -98,3 +98,15 @@ def test_a_damaged_log_is_refused_by_name(logs: dict[str, str], tmp_path: Path) 
 
     with pytest.raises(ManifestError, match=f"{next(iter(logs))} is no log of Spark's writes"):
         Manifest.open(str(tmp_path))
+
+
+@pytest.mark.parametrize(("root", "read"), [("k=1", ["d", "f"]), ("k=1/j=3", ["f"]), ("plain/k=1", ["g"])])
+def test_a_partition_of_a_stream_keeps_to_the_log_above_it(root: str, read: list[str], tmp_path: Path) -> None:
+    make_folder(tmp_path, {"_spark_metadata/0": batch("k=1/d.parquet", "k=1/j=3/f.parquet")})
+    for name in ("k=1/lost", "k=1/j=3/f", "k=1/j=3/lost", "plain/k=1/g"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(requests_table(1), tmp_path / f"{name}.parquet")
+
+    found = Manifest.open(str(tmp_path / root))
+
+    assert sorted(Path(path).stem for path in found.files) == read

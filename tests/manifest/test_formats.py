@@ -116,6 +116,24 @@ def test_parquet_without_an_extension_is_found_by_content(name: str, tmp_path: P
     assert ids(tmp_path / name) == ALL[:3]
 
 
+TEMPORARY = [
+    *("b.parquet._COPYING_", "b.parquet.crdownload", "b.parquet.incomplete", "b.parquet.inprogress", "b.parquet.tmp"),
+    *("part-0.in-progress", "b.parquet~", "~$b.parquet", "#b.parquet#", "b.parquet.part", "B.PARQUET.DOWNLOADING"),
+]
+
+
+@pytest.mark.parametrize("name", TEMPORARY)
+def test_a_temporary_file_is_no_part_of_a_manifest(name: str, tmp_path: Path) -> None:
+    pq.write_table(requests_table(4), tmp_path / "a.parquet")
+    pq.write_table(requests_table(4), tmp_path / name)
+
+    found = Manifest.open(str(tmp_path))
+
+    assert ids(tmp_path) == ALL
+    assert [Path(path).name for path in found.left_out] == [name]
+    assert ids(tmp_path / name) == ALL  # who names it means it
+
+
 def test_formats_that_only_content_shows_are_not_mixed_either(tmp_path: Path) -> None:
     pq.write_table(requests_table(1), tmp_path / "000000_0")
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(text(requests_table(1), "csv")))
