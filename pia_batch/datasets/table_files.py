@@ -54,6 +54,8 @@ class ParquetSource:
     schema: pa.Schema
     status: str | None = None
     """Column of img2dataset that is `success` for rows that have an image; None: every row counts."""
+    int96_unit: str | None = None
+    """Unit in which the old timestamps of Spark and Impala are read; None: nanoseconds, in which all of them fit."""
 
     @classmethod
     def open(cls, place: Place, options: ReadOptions, *, status: str | None = None) -> ParquetSource:
@@ -61,15 +63,24 @@ class ParquetSource:
         del options
         files = place.visible(*PARQUET) or list(place.files[:1] if place.is_file else ())
 
-        def footer(file: FoundFile) -> pq.FileMetaData:
+        def footer(file: FoundFile, unit: str | None = None) -> tuple[pq.FileMetaData, pa.Schema]:
             with reading(file.path), place.filesystem.open_input_file(file.path) as stream:
-                return pq.read_metadata(stream)
+                opened = pq.ParquetFile(stream, coerce_int96_timestamp_unit=unit)
+                return opened.metadata, opened.schema_arrow
+
+        def has_far_times(file: FoundFile) -> bool:
+            with reading(file.path), place.filesystem.open_input_file(file.path) as stream:
+                return _has_far_int96(stream)
 
         footers = list(map_in_threads(footer, files, _OPEN_THREADS))
+        old = [file for file, (metadata, _) in zip(files, footers, strict=True) if _int96_columns(metadata)]
+        unit = "us" if any(map_in_threads(has_far_times, old, _OPEN_THREADS)) else None
+        if unit is not None:
+            footers = [footer(file, unit) for file in files]
         pieces, schemas = [], []
-        for file, metadata in zip(files, footers, strict=True):
+        for file, (metadata, stored) in zip(files, footers, strict=True):
             partitions = _partitions(place.name_of(file.path))
-            schema = metadata.schema.to_arrow_schema().remove_metadata()
+            schema = stored.remove_metadata()
             refuse_data_of_table(metadata.metadata or {}, schema.names, f"source {redacted_uri(file.path)}")
             schemas.append(schema)
             for groups, first_row in _neighbours(metadata):
@@ -81,7 +92,7 @@ class ParquetSource:
             unified = pa.unify_schemas(schemas, promote_options="permissive")
         for name in sorted(names - set(unified.names)):
             unified = unified.append(pa.field(name, pa.string()))
-        return cls(place.filesystem, tuple(pieces), _pinned(place), unified, status)
+        return cls(place.filesystem, tuple(pieces), _pinned(place), unified, status, unit)
 
     def read(self, piece: Piece) -> Iterator[Rows]:
         """Yield the rows of some row groups."""
@@ -90,7 +101,9 @@ class ParquetSource:
         check_version(self.filesystem, file)
         skipped = 0
         with reading(file.path), self.filesystem.open_input_file(file.path) as stream:
-            opened = pq.ParquetFile(stream, page_checksum_verification=True)
+            opened = pq.ParquetFile(
+                stream, page_checksum_verification=True, coerce_int96_timestamp_unit=self.int96_unit
+            )
             for table in _parts(opened, groups):
                 for column, value in partitions.items():
                     if column not in table.column_names:
@@ -103,6 +116,24 @@ class ParquetSource:
                     table, places = table.filter(done), places.filter(done.combine_chunks())  # noqa: PLW2901
                 yield Rows(table, places, skipped, _folder_of_images(name))
         check_version(self.filesystem, file)
+
+
+def _int96_columns(metadata: pq.FileMetaData) -> list[str]:
+    """Return the paths of columns with INT96 timestamps, whose days and nanoseconds hold more years than Arrow's."""
+    columns = (metadata.schema.column(number) for number in range(metadata.num_columns))
+    return [column.path for column in columns if column.physical_type == "INT96"]
+
+
+def _has_far_int96(stream: pa.NativeFile) -> bool:
+    """Return True if a file has INT96 timestamps before 1678 or after 2262, which would wrap in nanoseconds."""
+    exact, wide = pq.ParquetFile(stream), pq.ParquetFile(stream, coerce_int96_timestamp_unit="us")
+    columns = _int96_columns(exact.metadata)
+    for some, same in zip(exact.iter_batches(columns=columns), wide.iter_batches(columns=columns), strict=True):
+        try:
+            same.cast(some.schema)
+        except pa.ArrowInvalid:
+            return True
+    return False
 
 
 def _parts(file: pq.ParquetFile, groups: Sequence[int]) -> Iterator[pa.Table]:

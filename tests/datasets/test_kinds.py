@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import gzip
 import json
 import os
@@ -159,6 +160,24 @@ def test_parquet_is_read_in_pieces_of_row_groups(tmp_path: Path, monkeypatch: py
     parts = [len(found.table) for found in source.read(source.pieces[0])]
     assert max(parts) <= 5
     assert sum(parts) == 20
+
+
+@pytest.mark.parametrize(("last", "unit"), [(2200, "ns"), (9999, "us")])
+def test_old_timestamps_have_one_unit_that_holds_every_year(last: int, unit: str, tmp_path: Path) -> None:
+    years = {"a": [1800, 2026], "b": [1900, last]}
+    for name, values in years.items():
+        column = pa.array([dt.datetime(year, 1, 2, 3, 4, 5, 6) for year in values], pa.timestamp("us"))  # noqa: DTZ001
+        table = pa.table({"when": column, "in": pa.StructArray.from_arrays([column], ["x"]), "n": [1, 2]})
+        pq.write_table(table, tmp_path / f"{name}.parquet", use_deprecated_int96_timestamps=True, store_schema=False)
+    pq.write_table(pa.table({"n": [3]}), tmp_path / "c.parquet")
+
+    _, source = opened(tmp_path)
+
+    assert source.schema.field("when").type == pa.timestamp(unit)
+    tables = [rows.table for piece in source.pieces for rows in source.read(piece)]
+    assert [row["when"].year for table in tables[:2] for row in table.to_pylist()] == [1800, 2026, 1900, last]
+    assert [row["in"]["x"].year for row in tables[1].to_pylist()] == [1900, last]
+    assert {table["when"].type for table in tables[:2]} == {pa.timestamp(unit)}
 
 
 def test_parquet_files_may_differ_in_their_columns(tmp_path: Path) -> None:
