@@ -134,6 +134,9 @@ _OF_HCP = re.compile(r"\.___\.|\.lora_block(_\d+)?\.|^(lora|base|base_ema|plugin
 
 _CONTROLS = ("control_model.", "controlnet_", "lora_controlnet", "lllite_", "input_hint_block.")
 
+_OTHER_EMBEDDER = re.compile(r"conditioner\.embedders\.(?!0\.transformer\.)")
+"""Names of text encoders of generative-models that Stable Diffusion 1.5 does not have."""
+
 _OF_T2I_ADAPTER = re.compile(r"(adapter\.)?body\.\d+\.(.+\.)?(block1|in_conv)\.weight$")
 """Names of T2I-Adapters. Sources: TencentARC/T2I-Adapter `ldm/modules/encoders/adapter.py`; diffusers `T2IAdapter`."""
 
@@ -179,7 +182,13 @@ _KINDS: tuple[tuple[FileKind, Callable[[SafetensorsHeader], bool]], ...] = (
             or (bool(header.starting("conditioner.embedders.0.model.")) and not _any(header, ".label_emb."))
         ),
     ),
-    ("Stable Diffusion XL checkpoint", lambda header: bool(header.starting("conditioner.embedders."))),
+    (
+        "Stable Diffusion XL checkpoint",  # whose first text encoder is that of 1.5
+        lambda header: (
+            bool(header.starting("conditioner.embedders."))
+            and (_any(header, ".label_emb.") or any(map(_OTHER_EMBEDDER.match, header.shapes)))
+        ),
+    ),
     ("inpainting checkpoint", lambda header: _unet_input(header) == 9),  # noqa: PLR2004 - latents, mask, masked latents
     ("InstructPix2Pix checkpoint", lambda header: _unet_input(header) == 8),  # noqa: PLR2004 - latents of two images
     ("ControlNet", lambda header: bool(header.starting(*_CONTROLS))),

@@ -27,8 +27,10 @@ UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "first_stage_mo
 VAE_PREFIXES = (VAE_PREFIX, "vae.")
 TEXT_PREFIXES = (
     f"{TEXT_PREFIX}transformer.", f"{TEXT_PREFIX}clip_l.transformer.", "text_encoders.clip_l.transformer.",
+    "conditioner.embedders.0.transformer.",
 )  # fmt: skip
-"""Beginnings of the VAE's and the text encoder's names, in the original layout and in files that ComfyUI saved."""
+"""Beginnings of the VAE's and the text encoder's names: in the original layout, in files that ComfyUI saved, and in
+those of Stability-AI/generative-models (`sgm/models/diffusion.py` `DiffusionEngine`)."""
 
 LCM_REMEDY = "use the ordinary checkpoint with an LCM LoRA in model.loras and scheduler `lcm`"
 

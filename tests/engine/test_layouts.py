@@ -154,6 +154,7 @@ CHECKPOINTS: dict[str, Callable[[Tensors], Tensors]] = {
     "ComfyUI's text encoder": renamed_prefixes(
         ("cond_stage_model.transformer.", "cond_stage_model.clip_l.transformer.")
     ),
+    "generative-models'": renamed_prefixes(("cond_stage_model.", "conditioner.embedders.0.")),
     "noise levels": with_more(sigmas=(1000,), log_sigmas=(1000,), denoiser__sigmas=(1000,)),
     "image tower outside": with_more(vision_model__post_layernorm__weight=(4,)),
     "matrices and convolutions": reshaped,

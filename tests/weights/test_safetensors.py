@@ -267,7 +267,12 @@ def test_a_file_that_is_not_there_is_a_config_error(tmp_path):
         (unet(8), "InstructPix2Pix checkpoint"),
         (unet(4) | tensors("cond_stage_model.model.ln_final.weight"), "Stable Diffusion 2 checkpoint"),
         (unet(9) | tensors("cond_stage_model.model.ln_final.weight"), "Stable Diffusion 2 checkpoint"),
-        (unet(4) | tensors("conditioner.embedders.0.transformer.x"), "Stable Diffusion XL checkpoint"),
+        (unet(4) | tensors("conditioner.embedders.0.transformer.x"), "Stable Diffusion 1.5 checkpoint"),
+        (unet(9) | tensors("conditioner.embedders.0.transformer.x"), "inpainting checkpoint"),
+        *(
+            (unet(4) | tensors("conditioner.embedders.0.transformer.x", other), "Stable Diffusion XL checkpoint")
+            for other in ("conditioner.embedders.1.model.x", "model.diffusion_model.label_emb.0.0.weight")
+        ),
         (
             tensors("model.diffusion_model.double_blocks.0.x", "b"),
             OTHER_FAMILY,
