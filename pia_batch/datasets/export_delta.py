@@ -27,14 +27,44 @@ def write(batches: Iterator[Batch], target: ShardTarget) -> int:
         for batch in batches:
             files = pa.array([clip.name for clip in batch.clips], pa.string())
             data = pa.array([clip.data for clip in batch.clips], pa.binary())
-            table = pa.table([*batch.rows.columns, files, data], schema=schema)
+            columns = zip(batch.rows.columns, schema, strict=False)
+            rows = [column.cast(item.type, safe=False) for column, item in columns]  # only digits below 1 us are lost
+            table = pa.table([*rows, files, data], schema=schema)
             writer.write_table(table, row_group_size=len(table))
     return target.put(path)
 
 
 def with_media(columns: pa.Schema, media: Media) -> pa.Schema:
-    """Return the schema with the file's name and the column of the animations."""
-    return pa.schema([*columns, pa.field(FILE_NAME, pa.string()), pa.field(media, pa.binary())])
+    """Return the schema in the types that Delta has, with the file's name and the column of the animations."""
+    held = [item.with_type(_held(item.type)) for item in columns]
+    return pa.schema([*held, pa.field(FILE_NAME, pa.string()), pa.field(media, pa.binary())])
+
+
+def _held(data_type: pa.DataType) -> pa.DataType:
+    """Return the type in which Delta has the values of another one.
+
+    Delta has no unsigned and no 16-bit floating-point numbers; its times are in microseconds, in UTC or in no zone. The
+    library writes tables with columns of such types, and readers refuse them.
+    """
+    types = pa.types
+    if data_type in _WIDER:
+        return _WIDER[data_type]
+    if types.is_timestamp(data_type):
+        return pa.timestamp("us", data_type.tz and "UTC")
+    if types.is_struct(data_type):
+        return pa.struct([item.with_type(_held(item.type)) for item in data_type])
+    if types.is_list(data_type) or types.is_large_list(data_type) or types.is_fixed_size_list(data_type):
+        return pa.list_(data_type.value_field.with_type(_held(data_type.value_type)))
+    return data_type
+
+
+_WIDER = {
+    pa.uint8(): pa.int16(),
+    pa.uint16(): pa.int32(),
+    pa.uint32(): pa.int64(),
+    pa.uint64(): pa.decimal128(20, 0),
+    pa.float16(): pa.float32(),
+}
 
 
 def check(plan: ExportPlan) -> None:
@@ -47,7 +77,7 @@ def check(plan: ExportPlan) -> None:
 
     for item in plan.schema:
         try:
-            Schema.from_arrow(pa.schema([item]))
+            Schema.from_arrow(pa.schema([item.with_type(_held(item.type))]))
         except Exception as err:  # noqa: BLE001 - deltalake raises several classes
             msg = (
                 f"--format delta cannot hold the column {item.name} ({item.type}): {message_of(err)}; leave it out by "
@@ -83,6 +113,7 @@ DELTA: ExportFormat = ExportFormat(
     "Delta table with a binary column `video` (or `image`)",
     write,
     lambda number, _: f"part-{number:05d}.parquet",
+    times_as_texts=True,
     check=check,
     finish=commit,
     module="deltalake",

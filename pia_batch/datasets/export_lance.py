@@ -111,6 +111,7 @@ LANCE: ExportFormat = ExportFormat(
     "Lance dataset with a blob column `video` (or `image`)",
     write,
     lambda number, _: f"data/part-{number:05d}.lance",
+    times_as_texts=True,
     check=check,
     finish=commit,
     module="lance",

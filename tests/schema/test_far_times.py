@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import datasets
+import lance
 import pyarrow as pa
 import pytest
-from finished_outputs import make_output
+from deltalake import DeltaTable
+from finished_outputs import export_here, make_output
 
 from pia_batch import export
 from pia_batch.schema import far_times
@@ -93,6 +95,18 @@ def test_datasets_reads_a_published_output_whatever_years_its_columns_have(tmp_p
     make_output(Store(str(tmp_path / "out")), ["gif"] * 3, carried=pa.table({"far": FAR, "near": FAR.take([2, 2, 2])}))
 
     check_dataset(tmp_path / "out", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("file_format", ["lance", "delta"])
+def test_tables_have_texts_for_times_that_their_readers_lack(file_format: str, tmp_path: Path) -> None:
+    make_output(Store(str(tmp_path / "out")), ["gif"] * 3, carried=pa.table({"far": FAR, "near": FAR.take([2, 2, 2])}))
+
+    export_here(str(tmp_path / "out"), tmp_path, file_format)
+
+    opened = lance.dataset if file_format == "lance" else lambda path: DeltaTable(path).to_pyarrow_dataset()
+    rows = opened(str(tmp_path / "to")).to_table(columns=["far", "near"])
+    assert rows["far"].to_pylist() == SHOWN
+    assert [value.year for value in rows["near"].to_pylist()] == [1970] * 3
 
 
 @pytest.mark.long

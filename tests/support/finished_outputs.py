@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,11 @@ import pyarrow as pa
 from journals import key, keyset
 
 from pia_batch.config import EncodingConfig
+from pia_batch.datasets.export import WriteShard, make_plan
+from pia_batch.datasets.export_formats import Finish
+from pia_batch.datasets.export_plan import Published, ShardSize
+from pia_batch.datasets.export_rows import RowReader
+from pia_batch.datasets.export_table import FORMATS
 from pia_batch.journal.layout import animation_name, poster_name
 from pia_batch.journal.log import Journal
 from pia_batch.journal.results import publish
@@ -107,3 +113,16 @@ def make_output(
         record, record.outcomes(), keyset(*numbers), extra.schema, run_id, {"models": {"default": {"base": "embedded"}}}
     )
     return record
+
+
+def export_here(output: str, folder: Path, file_format: str) -> None:
+    """Export an output to `folder / "to"` in this process, without Ray."""
+    chosen, target = FORMATS[file_format], Store(str(folder / "to"))
+    published = Published.find(Store(output), None)
+    plan = make_plan(published, None, None, None, ShardSize(rows=2), None, texts=chosen.times_as_texts)
+    media, reader = chosen.media_of(plan), RowReader.of(plan)
+    chosen.check(plan)
+    task = WriteShard(chosen, reader, target, plan.schema, media, len(plan.shards))
+    (folder / "finish").mkdir()
+    written = [task.write(shard) for shard in plan.shards]
+    chosen.finish(Finish(target, plan, reader, written, media, folder / "finish"))
