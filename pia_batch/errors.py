@@ -4,7 +4,8 @@ PiaBatchError
 ├── ConfigError        the operator fixes the config or the command; exit code 2
 ├── ManifestError      the operator fixes the manifest; exit code 2, before Ray starts
 ├── StorageError       the operator fixes the store, or starts again once it is back
-│   └── ObjectExistsError   a create lost the race; the caller compares
+│   ├── ObjectExistsError   a create lost the race; the caller compares
+│   └── UnwritableStoreError   the operator frees space, raises the quota, or looks into the store's log
 ├── BrokenDeviceError  the operator removes the machine or repairs its drivers; raised before anything is generated
 ├── LeaseHeldError     another run works on this output; exit code 75
 ├── InterruptedRunError     SIGINT or SIGTERM; everything finished is committed; exit code 4
@@ -50,6 +51,10 @@ class StorageError(PiaBatchError):
 
 class ObjectExistsError(StorageError):
     """Name that `Store.create` found taken, perhaps by its own earlier attempt."""
+
+
+class UnwritableStoreError(StorageError):
+    """Store that takes no object, for want of room or by an error of its own. It may still list and delete."""
 
 
 class BrokenDeviceError(PiaBatchError):

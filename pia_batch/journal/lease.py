@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import psutil
 
-from pia_batch.errors import InterruptedRunError, LeaseHeldError, ObjectExistsError, StorageError
+from pia_batch.errors import InterruptedRunError, LeaseHeldError, ObjectExistsError, StorageError, UnwritableStoreError
 from pia_batch.journal import layout
 from pia_batch.storage.object_store import Store
 
@@ -50,6 +50,8 @@ class Lease:
         wait_s: Seconds to wait for the end of another run; may be infinite.
         stop: Event that ends the wait.
         make_room: Function that frees space where a local disk is too full for a lease, called while no run is alive.
+            With it, a store that takes no writes, such as for its quota, is used without a lease, as no run can begin:
+            `check` then looks for other runs.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Lease:
         self._sleep = sleep or self._stop_waiting.wait
         self._make_room = make_room
         self._generation = 0
+        self._unwritten_after: int | None = None  # newest generation of a store that takes no other
         self._since = ""
         self._next_log_s = -math.inf
         self._stop_renewing = threading.Event()
@@ -86,7 +89,8 @@ class Lease:
                 self.has_waited = True
                 self._wait_for_release(held, give_up_s)
             else:
-                self._thread.start()
+                if self._unwritten_after is None:
+                    self._thread.start()
                 return self
 
     def _acquire(self) -> None:
@@ -102,6 +106,11 @@ class Lease:
         except ObjectExistsError:
             msg = f"another run has just taken the lease of {self._store.uri}; start again later"
             raise LeaseHeldError(msg) from None
+        except UnwritableStoreError as err:
+            if self._make_room is None:
+                raise
+            log.warning("lease_skipped run_id=%s: the store takes no writes: %s", self._run_id, err)
+            self._unwritten_after = generation
 
     def _wait_for_release(self, held: LeaseHeldError, give_up_s: float) -> None:
         """Sleep for a moment; raise `held` if the time to wait is over."""
@@ -126,6 +135,8 @@ class Lease:
             raise InterruptedRunError(msg)
 
     def __exit__(self, *_: object) -> None:
+        if self._unwritten_after is not None:
+            return
         self._stop_renewing.set()
         self._thread.join()
         if not self.lost.is_set():
@@ -138,11 +149,18 @@ class Lease:
         """Make sure that the lease is still held, as far as this process knows.
 
         Raises:
-            LeaseHeldError: another run has taken over.
+            LeaseHeldError: another run has taken over, or has begun where there was no room for this lease.
         """
+        if self._unwritten_after is not None and self._has_another_begun():
+            self.lost.set()
         if self.lost.is_set():
             msg = f"another run has taken over {self._store.uri}; start again later"
             raise LeaseHeldError(msg)
+
+    def _has_another_begun(self) -> bool:
+        generation, holder = read_newest_lease(self._store)
+        is_own = holder is not None and holder["run_id"] == self._run_id  # written although the store reported an error
+        return generation != self._unwritten_after and not is_own
 
     def _wait_for_silence(self, generation: int, holder: dict[str, Any]) -> int:
         """Return the generation to follow: once the holder released it, was silent for too long, or died here."""

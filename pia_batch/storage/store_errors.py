@@ -18,12 +18,13 @@ from pia_batch.errors import (
     CERTIFICATE_REMEDY,
     ObjectExistsError,
     StorageError,
+    UnwritableStoreError,
     environment_remedy,
     message_of,
     printable,
 )
 from pia_batch.storage import s3_config
-from pia_batch.storage.local_disk import DISK_REMEDIES, PASSING
+from pia_batch.storage.local_disk import DISK_REMEDIES, FULL, PASSING
 from pia_batch.storage.uris import redacted
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -55,6 +56,14 @@ _CREDENTIALS = "check the credentials and the policy"
 _EXPIRED = f"{_CREDENTIALS}: the temporary ones have expired; renew them, or use a role that renews itself"
 _QUOTA = "free some space in the store, or raise its quota"
 
+_NO_ROOM = frozenset(
+    {
+        *("QuotaExceeded", "ServiceQuotaExceeded", "InsufficientStorage"),
+        *("XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"),
+    }
+)
+"""Codes of a store that has no room for an object, by its disks or by a quota."""
+
 _CREATE = "no such bucket or folder; create it, or correct the URI"
 _BUSY = "the store is overloaded or down: wait, or use fewer engines (placement.max_engines)"
 
@@ -67,7 +76,7 @@ _CODE_REMEDIES = {
     "RequestTimeTooSkewed": "the clock of this machine differs too much from that of the store: correct it",
     "ExpiredToken": _EXPIRED,
     "TokenRefreshRequired": _EXPIRED,
-    **dict.fromkeys(("QuotaExceeded", "ServiceQuotaExceeded", "XMinioStorageFull", "InsufficientStorage"), _QUOTA),
+    **dict.fromkeys(_NO_ROOM, _QUOTA),
 }
 """Remedies by the code with which a store refuses a request."""
 
@@ -79,9 +88,9 @@ _STATUS_REMEDIES = {
 """Remedies by the HTTP status of the last attempt."""
 
 _NO_REASON = f"the store gives no reason; {_CREDENTIALS}: temporary ones may have expired"
-_FAILING = "look into the log and the documentation of the store for this answer"
+FAILING = "look into the log and the documentation of the store for this answer"
 _DISK = "look into the system's log, or choose another path"
-_SILENT = "check that the store runs, its address (AWS_ENDPOINT_URL), the network and the proxy settings"
+SILENT = "check that the store runs, its address (AWS_ENDPOINT_URL), the network and the proxy settings"
 
 
 def cause_of(err: Exception) -> str | int:
@@ -174,7 +183,7 @@ def explain(err: Exception, verb: str, shown: str, attempts: int) -> StorageErro
         case "denied":
             msg = f"may not {verb} {shown}: {reason}; {_CODE_REMEDIES.get(_code(err) or '', _CREDENTIALS)}"
         case "refused":
-            msg = f"{subject}: {reason}; {_remedy(err, shown)}"
+            msg = f"{subject}: {reason}; {_remedy(err, shown, verb)}"
         case int():
             msg = f"{subject}: {os.strerror(cause)}; {DISK_REMEDIES[cause]}"
         case "other region":
@@ -183,15 +192,26 @@ def explain(err: Exception, verb: str, shown: str, attempts: int) -> StorageErro
             found = _CERTIFICATE.search(str(err))
             msg = f"{subject}: invalid certificate ({found and found[1]}); {CERTIFICATE_REMEDY}"
         case _:
-            msg = f"{subject} after {attempts} attempt{'s' if attempts > 1 else ''}: {reason}; {_remedy(err, shown)}"
-    return StorageError(msg)
+            tried = f"after {attempts} attempt{'s' if attempts > 1 else ''}"
+            msg = f"{subject} {tried}: {reason}; {_remedy(err, shown, verb)}"
+    return UnwritableStoreError(msg) if verb in _WRITES and _takes_nothing(err) else StorageError(msg)
 
+
+def _takes_nothing(err: Exception) -> bool:
+    """Return True where no write can succeed; SeaweedFS answers 500 once the quota of a bucket is used up."""
+    status = _STATUS.search(str(err))
+    failed = status is not None and status[1].startswith("5")
+    return failed or _os_error(err) in FULL or _code(err) in _NO_ROOM
+
+
+_WRITES = ("create", "write")
+"""Verbs of what may need room."""
 
 _OF_PROCESS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 """Errors of this process or machine, which it also meets on its way to another store."""
 
 
-def _remedy(err: Exception, shown: str) -> str:
+def _remedy(err: Exception, shown: str, verb: str) -> str:
     status = _STATUS.search(str(err))
     if remedy := _CODE_REMEDIES.get(_code(err) or ""):
         return remedy
@@ -199,10 +219,12 @@ def _remedy(err: Exception, shown: str) -> str:
     if number in _OF_PROCESS or (is_local and number):
         return environment_remedy(OSError(number, os.strerror(number))) or _DISK
     if status is None:
-        return _DISK if is_local else _SILENT
+        return _DISK if is_local else SILENT
     if status[1] == "400" and _code(err) is None:  # an answer to HEAD has no body
         return _NO_REASON
-    return _STATUS_REMEDIES.get(status[1], _FAILING)
+    if status[1] == "500" and verb in _WRITES:
+        return f"{FAILING}: its disks or a quota may be full"
+    return _STATUS_REMEDIES.get(status[1], FAILING)
 
 
 def _code(err: Exception) -> str | None:

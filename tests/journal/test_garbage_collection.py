@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from journals import SHOP, commit, key, keys, keyset, results
 
-from pia_batch.errors import LeaseHeldError, StorageError
+from pia_batch.errors import LeaseHeldError, StorageError, UnwritableStoreError
 from pia_batch.journal import layout
 from pia_batch.journal.garbage_collection import delete_garbage, find_garbage, make_room
 from pia_batch.journal.layout import LEASES, animation_name, lease_name, poster_name
@@ -304,6 +304,47 @@ def test_no_room_is_made_while_a_run_is_alive(record: Journal) -> None:
         pytest.raises(LeaseHeldError),
         Lease(FullStore(record.store.uri, 1), "gc", 1.0, make_room=lambda: pytest.fail("deleted")),
     ):
+        pass
+
+
+class StoreWithQuota(Store):
+    """A store whose quota has no room for any object, and that counts what was deleted only later."""
+
+    def create(self, name: str, data: bytes) -> None:
+        del data
+        msg = f"{name}: QuotaExceeded"
+        raise UnwritableStoreError(msg)
+
+
+def test_a_store_without_room_for_a_lease_is_freed_without_one(
+    record: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_orphans(record)
+    full = StoreWithQuota(record.store.uri)
+
+    with Lease(full, "gc", 60.0, make_room=lambda: pytest.fail("no disk is full")) as lease:
+        gone = list(delete_garbage(full, find_garbage(record, time.time() - 7 * DAY_S), lease.check))
+
+    assert len(gone) == 4
+    assert read_newest_lease(record.store) == (0, None)
+    assert "lease_skipped run_id=gc" in caplog.text
+
+
+def test_deleting_without_a_lease_ends_where_a_run_has_begun(record: Journal) -> None:
+    make_orphans(record)
+    full = StoreWithQuota(record.store.uri)
+
+    with (
+        Lease(full, "gc", 60.0, make_room=lambda: pytest.fail("no disk is full")) as lease,
+        Lease(record.store, "begun", 60.0),
+        pytest.raises(LeaseHeldError, match="another run has taken over"),
+    ):
+        list(delete_garbage(full, find_garbage(record, time.time() - 7 * DAY_S), lease.check))
+    assert len(found(record)["animations"]) == 4
+
+
+def test_a_command_that_frees_no_space_does_not_begin_without_a_lease(record: Journal) -> None:
+    with pytest.raises(UnwritableStoreError), Lease(StoreWithQuota(record.store.uri), "verify", 60.0):
         pass
 
 

@@ -14,7 +14,7 @@ from s3_recorder import Recorder, recording
 
 from pia_batch.config import ImagesConfig
 from pia_batch.datasets import sources
-from pia_batch.errors import ImageUnavailableError, ManifestError, StorageError, message_of
+from pia_batch.errors import ImageUnavailableError, ManifestError, StorageError, UnwritableStoreError, message_of
 from pia_batch.manifest import files
 from pia_batch.media.fetch import read_image, read_image_head
 from pia_batch.storage import filesystems, object_store, s3_config, store_errors
@@ -95,6 +95,37 @@ def test_a_refusal_without_a_known_remedy_is_not_tried_again(server: Recorder, s
         Store(LONG).create("name", b"data")
 
     assert len(server.seen) == (3 if status == 501 else 1)  # obstore's own attempts, within half a second
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(403, "QuotaExceeded"), (400, "XMinioAdminBucketQuotaExceeded"), (507, "XMinioStorageFull"), (507, "Other")],
+)
+def test_a_store_without_room_says_how_there_is_some(
+    server: Recorder, monkeypatch: pytest.MonkeyPatch, status: int, code: str
+) -> None:
+    monkeypatch.setattr(object_store, "ATTEMPTS", 1)
+    server.refusal, server.refused_verbs = (status, code), ("PUT",)
+
+    with pytest.raises(
+        UnwritableStoreError, match=rf"answers {status} .*{code}.*; free some space in the store, or raise"
+    ):
+        Store(LONG).create("name", b"data")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "is_unwritable"), [(500, "InternalError", True), (403, "AccessDenied", False)]
+)
+def test_a_store_that_fails_is_not_one_that_refuses_these_credentials(
+    server: Recorder, monkeypatch: pytest.MonkeyPatch, status: int, code: str, is_unwritable: bool
+) -> None:
+    monkeypatch.setattr(object_store, "ATTEMPTS", 1)
+    server.refusal, server.refused_verbs = (status, code), ("PUT",)
+
+    with pytest.raises(StorageError) as refused:
+        Store(LONG).create("name", b"data")
+
+    assert isinstance(refused.value, UnwritableStoreError) == is_unwritable
 
 
 @pytest.mark.parametrize(("status", "code", "remedy"), REFUSALS[:-1])
@@ -262,6 +293,13 @@ def test_every_error_of_a_disk_is_one_line_with_a_remedy_for_disks(number: int) 
     assert os.strerror(number) in line
     assert "; " in line
     assert "AWS_" not in line
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_and_a_full_quota_of_a_disk_are_a_full_store(number: int) -> None:
+    raised = GenericError(f"Generic LocalFileSystem error: {os.strerror(number)} (os error {number})")
+
+    assert isinstance(store_errors.explain(raised, "create", "file:///data/out/x", 2), UnwritableStoreError)
 
 
 def test_too_many_open_files_on_the_way_to_a_store_are_no_silent_store() -> None:
