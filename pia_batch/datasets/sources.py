@@ -215,7 +215,9 @@ def reading(name: str) -> Iterator[None]:
     except FileNotFoundError as err:
         remedy = filesystems.remedy_for(err) or "correct its path or URI"
         raise ManifestError(f"source {shown} does not exist; {remedy}") from None
-    except (ImportError, OSError, EOFError, ValueError, tarfile.TarError, zlib.error, pa.ArrowException) as err:
+    except filesystems.unreadable(
+        ImportError, EOFError, ValueError, tarfile.TarError, zlib.error, pa.ArrowException
+    ) as err:
         problem, known = redacted(problem_of(err)), filesystems.reading_remedy(name, err)
         raise ManifestError(f"source {shown} cannot be read: {problem}{f'; {known}' if known else ''}") from None
 

@@ -278,7 +278,7 @@ def reading(place: str) -> Iterator[None]:
     except Exception as err:  # noqa: BLE001 - every file system has its own classes for what goes wrong
         problem = redacted(problem_of(err))
         by_words = next((remedy for words, remedy in _REMEDIES.items() if words in problem), None)
-        remedy = filesystems.reading_remedy(place, err) or by_words
+        remedy = filesystems.remedy_for(err) or by_words or filesystems.reading_remedy(place, err)
         msg = f"cannot read manifest {place}: {problem}{f'; {remedy}' if remedy else ''}"
         raise ManifestError(msg) from None
 

@@ -45,7 +45,7 @@ def read(uri: str) -> pa.Array:
         column = plain_column(table[COLUMN]).cast(pa.string())
     except ManifestError as err:
         raise ConfigError(f"--only: {_MANIFEST.sub('', str(err), count=1)}") from None
-    except (OSError, ValueError, pa.ArrowException) as err:
+    except filesystems.unreadable(ValueError, pa.ArrowException) as err:
         remedy = filesystems.reading_remedy(uri, err) or f"give a Parquet, CSV or JSONL table with a column {COLUMN}"
         raise ConfigError(f"--only: cannot read {shown}: {problem_of(err)}; {remedy}") from None
     ids = pc.unique(column).drop_null()

@@ -6,6 +6,7 @@ They go through fsspec and s3fs, which have a client for every scheme that a man
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ import pyarrow as pa
 import pyarrow.fs
 from fsspec import asyn
 
-from pia_batch.errors import StorageError, environment_remedy
+from pia_batch.errors import CERTIFICATE_REMEDY, StorageError, certificate_problem, environment_remedy
 from pia_batch.storage import s3_config, schemes, store_errors
 from pia_batch.storage.s3_config import S3Config
-from pia_batch.storage.store_uris import absolute, local_path
+from pia_batch.storage.store_uris import absolute, check_segments, local_path
 from pia_batch.storage.uris import TooLargeError
 
 T = TypeVar("T")
@@ -39,6 +40,7 @@ def arrow_filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
     uri = absolute(uri)
     if uri.startswith("file://"):
         return pyarrow.fs.LocalFileSystem(), local_path(uri)
+    check_segments(uri)
     scheme = schemes.find(uri, "manifest")
     filesystem = _filesystem(scheme.store)
     path = filesystem._strip_protocol(schemes.canonical(uri))  # noqa: SLF001 - fsspec has no public name for it
@@ -85,8 +87,33 @@ def reading_remedy(place: str, err: BaseException) -> str | None:
         return remedy
     if "://" not in place or place.startswith("file://"):
         return environment_remedy(err)
-    is_denied = isinstance(err, PermissionError) and err.filename is None
-    return "check the credentials and the policy" if is_denied and "AWS_" not in str(err) else None
+    if isinstance(err, PermissionError):
+        is_explained = err.filename is not None or "AWS_" in str(err)
+        return None if is_explained else "check the credentials and the policy"
+    if certificate_problem(err):
+        return CERTIFICATE_REMEDY
+    if _code_of(err) and not isinstance(err, FileNotFoundError):
+        return store_errors.FAILING
+    is_s3 = place.startswith(("s3://", "s3a://"))
+    return (store_errors.SILENT if is_s3 else _SILENT) if isinstance(err, (TimeoutError, *_client_errors())) else None
+
+
+_SILENT = "check the name and the address, that the server runs, the network and the proxy settings"
+
+_OF_CLIENTS = (
+    *(("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError"), ("aiohttp", "ClientError")),
+    *(("azure.core.exceptions", "AzureError"), ("google.auth.exceptions", "GoogleAuthError"), ("httpx", "HTTPError")),
+)
+"""Modules and base classes of the exceptions that the clients of stores let through, and that are no OSError."""
+
+
+def unreadable(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """Return `others` with the classes of what the system and the clients raise where a file cannot be read."""
+    return (OSError, *_client_errors(), *others)
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    return tuple(getattr(sys.modules[module], name) for module, name in _OF_CLIENTS if module in sys.modules)
 
 
 def _code_of(err: BaseException) -> str:

@@ -56,6 +56,20 @@ def absolute(uri: str) -> str:
     return canonical(uri) if parts.scheme == LOCAL else uri
 
 
+def check_segments(uri: str) -> None:
+    """Refuse `.` and `..` in the key of an object: servers resolve them, and then call the signature wrong.
+
+    Raises:
+        ConfigError: The URI has one.
+    """
+    scheme = SCHEMES.get(uri.partition("://")[0].lower())
+    if scheme is None or scheme.committer != "obstore":
+        return
+    if {".", ".."} & set(uri.partition("://")[2].split("/")[1:]):
+        msg = f"{redacted_uri(uri)} cannot be opened: a segment of the path is '.' or '..'; write the path without them"
+        raise ConfigError(msg)
+
+
 def check_prefix(uri: str) -> None:
     """Refuse a prefix that the clients of one store take for different keys, or that none of them can write below.
 
