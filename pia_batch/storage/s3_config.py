@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -45,6 +46,14 @@ Its own are 60 and 60: a server that never answers would keep a run waiting for 
 _BUNDLES = ("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 """Variables of other programs for a file of CA certificates. obstore would read the second one, and s3fs neither."""
 
+SYSTEM_BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt",  # Debian, Ubuntu, Arch
+    "/etc/pki/tls/certs/ca-bundle.crt",  # Fedora, RHEL, Amazon Linux
+    "/etc/ssl/ca-bundle.pem",  # SUSE
+    "/etc/ssl/cert.pem",  # Alpine, macOS
+)
+"""Certificates that the system trusts, by the systems that keep them there."""
+
 _NO_METADATA = "AWS_EC2_METADATA_DISABLED"
 _RELEVANT = ("AWS_", "BOTO_", "HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", *_BUNDLES)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -67,8 +76,8 @@ class S3Config:
     region: str
     endpoint: str | None
     """Configured endpoint, without a final slash; None: AWS's own."""
-    ca_bundle: str | None
-    """Path of a file of CA certificates in PEM format; None: the usual ones."""
+    ca_bundle: str
+    """Path of a file of CA certificates in PEM format."""
     proxies: Mapping[str, str]
     """Proxy URLs by the scheme of the endpoint; empty if the endpoint is reached directly."""
     credentials: Any = field(repr=False)  # botocore is untyped
@@ -377,6 +386,8 @@ def _normal_endpoint(source: str, written: str) -> str:
         raise refusal("invalid URL: no host, or no port after the colon")
     if parts.query or parts.fragment:
         raise refusal("invalid URL: an endpoint has no query and no fragment")
+    if "%" in parts.path or ";" in parts.path:  # botocore encodes the first again, and cuts the path at the second
+        raise refusal("invalid URL: the path of an endpoint has no '%' and no ';'")
     from botocore.utils import is_valid_endpoint_url, is_valid_ipv6_endpoint_url  # noqa: PLC0415 - see `_resolve`
 
     if not (is_valid_endpoint_url(written) or is_valid_ipv6_endpoint_url(written)):
@@ -429,8 +440,8 @@ def _check_readable(session: Any) -> None:  # botocore is untyped
             raise ConfigError(f"{name}: {path} {problem}, so S3 has no credentials of it; correct or unset {name}")
 
 
-def _ca_bundle(session: Any) -> str | None:  # botocore is untyped
-    """Return the file of CA certificates that both clients get; None: the usual certificates of each.
+def _ca_bundle(session: Any) -> str:  # botocore is untyped
+    """Return the file of CA certificates that both clients get: the configured one, or that of the system.
 
     Raises:
         ConfigError: It is no file of certificates.
@@ -442,7 +453,7 @@ def _ca_bundle(session: Any) -> str | None:  # botocore is untyped
     )
     source, path = next(((name, path) for name, path in found if path), ("", None))
     if path is None or (source == "SSL_CERT_FILE" and not Path(path).exists()):  # OpenSSL ignores an absent one
-        return None
+        return _system_bundle()
     remedy = "name a file of certificates in PEM format"
     if source in _BUNDLES:
         remedy += f" there, or by AWS_CA_BUNDLE, which counts before {source}"
@@ -455,6 +466,17 @@ def _ca_bundle(session: Any) -> str | None:  # botocore is untyped
     if b"-----BEGIN CERTIFICATE-----" not in text:
         raise ConfigError(f"{source}: {path} has no certificate in PEM format; {remedy}")
     return str(path)
+
+
+def _system_bundle() -> str:
+    """Return the file of CA certificates that the system trusts; that of botocore, if the system has none.
+
+    s3fs by itself would use botocore's, and obstore the system's: what is read could not be written, or the reverse.
+    """
+    from botocore.httpsession import where  # noqa: PLC0415 - see `_resolve`
+
+    candidates = (*SYSTEM_BUNDLES, ssl.get_default_verify_paths().cafile)
+    return next((path for path in candidates if path and os.path.isfile(path)), None) or str(where())  # noqa: PTH113
 
 
 def _config_file(session: Any) -> str:  # botocore is untyped

@@ -77,8 +77,7 @@ def _open_s3(uri: str, client_options: Any) -> S3Store:
     elif any(name.upper().endswith("_PROXY") for name in os.environ):
         # obstore's own rules differ from botocore's, and nothing but a proxy without any host switches them off.
         client_options |= {"proxy_url": "http://proxy.invalid", "proxy_excludes": "*,0.0.0.0/0,::/0"}
-    if config.ca_bundle:
-        client_options["root_certificate"] = Path(config.ca_bundle).read_bytes()
+    client_options["root_certificate"] = Path(config.ca_bundle).read_bytes()
     options: dict[str, Any] = {
         "region": config.region,
         "endpoint": bucket.url,

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
+import botocore.exceptions
+import botocore.httpsession
 import botocore.session
 import psutil
 import pytest
 import s3_purposes
 import seaweedfs
+import tls
 from s3_faults import FILES, PROFILES, PROGRAMS, REGIONS, VARIABLES, Files, Prepare, program, with_keys
 from s3_purposes import PURPOSES, as_image, as_output
 from s3_recorder import Recorder, recording
@@ -26,7 +31,7 @@ from servers import free_port
 from pia_batch.config import ImagesConfig
 from pia_batch.driver.preflight.storage import check_images
 from pia_batch.errors import ConfigError, ImageUnavailableError, ManifestError, PiaBatchError, StorageError
-from pia_batch.storage import credential_program, object_store, s3_config
+from pia_batch.storage import credential_program, object_store, s3_config, s3_errors
 from pia_batch.storage.object_store import Store
 
 KEYS = f"aws_access_key_id = {seaweedfs.KEY}\naws_secret_access_key = {seaweedfs.SECRET}\n"
@@ -471,6 +476,8 @@ def test_what_is_wrong_is_one_message_with_a_remedy_whatever_the_uri_is_for(
         "http://user:secret@127.0.0.1:9000",
         "http://127.0.0.1:9000/?x=1",
         "http://127.0.0.1:9000/#x",
+        "http://127.0.0.1:9000/a%20b",
+        "http://127.0.0.1:9000/a;b",
         "ftp://127.0.0.1:9000",
         "s3://bucket",
         "http://höst:9000",
@@ -489,6 +496,45 @@ def test_an_endpoint_that_is_no_url_is_refused_by_the_name_of_its_variable(
             purpose("s3://bucket/place")
         assert "secret@" not in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+OF_BOTOCORE = {
+    name: kind
+    for name, kind in vars(botocore.exceptions).items()
+    if isinstance(kind, type) and issubclass(kind, Exception) and kind.__module__.startswith("botocore")
+}
+
+
+@pytest.mark.parametrize("name", sorted(OF_BOTOCORE))
+def test_every_exception_of_botocore_about_credentials_is_one_line_with_a_remedy(name: str) -> None:
+    kind = OF_BOTOCORE[name]
+    named = type(name, (kind,), {"__str__": lambda _: "first\nsecond", "__module__": kind.__module__})
+
+    with pytest.raises(ConfigError, match=r"^S3: first second; \w") as refused, s3_errors.explained():
+        raise named.__new__(named)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_certificates_of_the_system_serve_every_purpose_where_none_are_configured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environment_keys(monkeypatch)
+    bundle, context = tls.authority(tmp_path)
+    with recording() as recorder, tls.ending_tls(context, urlsplit(recorder.url).port or 0) as url:
+        recorder.objects[urlsplit(url).netloc, "/bucket/place/name"] = b"data"
+        monkeypatch.setattr(s3_config, "SYSTEM_BUNDLES", ("/absent.pem", str(bundle)))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+
+        for purpose in PURPOSES.values():
+            purpose("s3://bucket/place")
+
+
+def test_a_system_without_certificates_has_those_of_botocore_for_both_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment_keys(monkeypatch)
+    monkeypatch.setattr(s3_config, "SYSTEM_BUNDLES", ())
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: SimpleNamespace(cafile=None))
+
+    assert s3_config.resolve().ca_bundle == botocore.httpsession.where()
 
 
 def test_an_endpoint_in_a_profile_that_is_no_url_is_refused_by_the_name_of_the_profile(
