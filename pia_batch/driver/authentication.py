@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import ssl
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
@@ -135,19 +136,42 @@ def _code_of_ray(address: str, seconds: float = ANSWER_S) -> grpc.StatusCode:
 def program_at(address: str, seconds: float = SILENCE_S) -> Literal["ray", "another", "silent"]:
     """Return what listens at a cluster's address: `another` for HTTP, SSH or Redis, `silent` if it answers nothing.
 
-    Ray itself would try for minutes. A Ray behind TLS is not asked, and counts as Ray.
+    Ray itself would try for minutes. Where this process uses TLS (RAY_USE_TLS), all that answers in TLS counts as Ray.
 
     Args:
         address: Address with host and port.
         seconds: Time that it has to answer, in seconds.
     """
-    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
-        return "ray"
     host, port = host_and_port(address)
+    if uses_tls():
+        return _program_behind_tls(host or "", port or 0, seconds)
     code = _code_of_ray(f"[{host}]:{port}" if ":" in (host or "") else f"{host}:{port}", seconds)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return "silent"
     return "another" if code is grpc.StatusCode.UNAVAILABLE else "ray"
+
+
+def uses_tls() -> bool:
+    """Return True if Ray connects by TLS in this process."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
+def _program_behind_tls(host: str, port: int, seconds: float) -> Literal["ray", "another", "silent"]:
+    """Begin TLS as any client does. A server that refuses this client by an alert of TLS is left to Ray."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # nothing is sent
+    context.set_alpn_protocols(["h2"])
+    try:
+        with socket.create_connection((host, port), timeout=seconds) as connected:
+            context.wrap_socket(connected).close()
+    except TimeoutError:
+        return "silent"
+    except ssl.SSLError as err:
+        return "ray" if "ALERT" in (err.reason or "") else "another"
+    except OSError:
+        return "another"
+    return "ray"
 
 
 def check_authentication(address: str, *, required: bool, ours: bool = False) -> None:

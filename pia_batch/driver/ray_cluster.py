@@ -28,6 +28,7 @@ from pia_batch.driver.authentication import (
     connect_once,
     host_and_port,
     program_at,
+    uses_tls,
 )
 from pia_batch.driver.ray_address import check_address
 from pia_batch.errors import ConfigError, message_of, problem_of
@@ -199,6 +200,8 @@ def _check_answer(address: str) -> None:
     if found == "silent":
         problem = f"a program listens at {shown}, and does not answer within {SILENCE_S:g} s"
         remedy = f"if it is Ray, start the cluster again; otherwise {remedy}"
+    if uses_tls():
+        remedy = f"unset RAY_USE_TLS if the cluster has no TLS; {remedy}"
     raise ConfigError(f"{problem}; {remedy}")
 
 

@@ -4,11 +4,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+import tls
 
 from pia_batch.config import PlacementConfig, RunConfig
 from pia_batch.driver import ray_cluster
@@ -334,6 +337,44 @@ def silent() -> Iterator[str]:
 def test_a_program_that_says_nothing_is_not_taken_for_ray(silent: str) -> None:
     assert program_at(silent, seconds=0.5) == program_at(f"ray://{silent}", seconds=0.5) == "silent"
     assert is_silent(f"http://{silent}", seconds=0.5)
+
+
+def test_a_program_that_says_nothing_is_not_taken_for_a_ray_with_tls(
+    silent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+
+    assert program_at(silent, seconds=0.5) == program_at(f"ray://{silent}", seconds=0.5) == "silent"
+
+
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n"])
+def test_a_program_without_tls_is_not_taken_for_a_ray_with_tls(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+
+    with (
+        _greeting(said) as listening,
+        pytest.raises(ConfigError, match=f"answers at {listening}; unset RAY_USE_TLS if the cluster has no TLS; corr"),
+        ray_cluster.connect(PlacementConfig(ray_address=listening)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("asks_for_a_certificate", [False, True])
+def test_a_server_of_grpc_with_tls_is_left_to_ray(
+    asks_for_a_certificate: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    bundle, _ = tls.authority(tmp_path)
+    chain = (tmp_path / "server.pem").read_bytes()
+    credentials = grpc.ssl_server_credentials(
+        [(chain, chain)], root_certificates=bundle.read_bytes(), require_client_auth=asks_for_a_certificate
+    )
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+
+    assert program_at(f"127.0.0.1:{port}", seconds=10) == "ray"
+    server.stop(None)
 
 
 def test_a_dashboard_that_answers_something_is_not_silent(dashboard: Callable[[str], str]) -> None:
