@@ -248,6 +248,6 @@ class OnFinishConfig(Section):
     @classmethod
     def _is_a_place_to_post_to(cls, text: str | None) -> str | None:
         if text is not None and not re.match(r"https?://|\$[A-Za-z_]", text):
-            msg = f"{uris.redacted_uri(text)!r} is no URL with http:// or https://, and no $NAME of a variable"
+            msg = f"must be a URL with http:// or https://, or $NAME of a variable (got {uris.redacted_uri(text)!r})"
             raise ValueError(msg)
         return text

@@ -119,7 +119,8 @@ class RunConfig(Section):
         try:
             schemes.find(text, "output")
         except schemes.UnsupportedSchemeError as err:
-            raise ValueError(f"{uris.redacted_uri(text)}: {err}") from None
+            problem, _, remedy = str(err).partition("; ")
+            raise ValueError(f"{problem} (got {uris.redacted_uri(text)!r}); {remedy}") from None
         return text
 
     @field_validator("run_date")
@@ -132,10 +133,10 @@ class RunConfig(Section):
     def _names_can_stand_in_braces(cls, params: dict[str, str]) -> dict[str, str]:
         for name, value in params.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name in ("date", "hour"):
-                msg = f"{name!r}: a name has letters, digits and '_', and is neither date nor hour"
+                msg = f"a name has letters, digits and '_', and is neither date nor hour (got {name!r})"
                 raise ValueError(msg)
             if not value or not value.isprintable():
-                msg = f"{name}: a value is a text without control characters, and not empty"
+                msg = f"{name}: must be a text without control characters, and not empty (got {value!r})"
                 raise ValueError(msg)
         return params
 
@@ -144,14 +145,17 @@ class RunConfig(Section):
     def _map_known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
         for name, source in columns.items():
             if not source.strip() or not name.strip():
-                msg = f"{name}: neither the name nor the source of a column may be empty"
+                msg = f"neither the name nor the source of a column may be empty (got {{{name!r}: {source!r}}})"
                 raise ValueError(msg)
             if name in RESERVED:
-                msg = f"{name}: results have a column with this name; choose another, such as source_{name}"
+                msg = f"results have a column with this name (got {name!r}); choose another, such as source_{name}"
                 raise ValueError(msg)
             near = difflib.get_close_matches(name, REQUEST.names, n=1, cutoff=_ALIKE)
             if near and near[0] != name:
-                msg = f"{name}: no column of a request; did you mean {near[0]!r}? A column to carry needs another name"
+                msg = (
+                    f"no column of a request (got {name!r}); did you mean {near[0]!r}? A column to carry needs "
+                    "another name"
+                )
                 raise ValueError(msg)
         return columns
 

@@ -54,6 +54,6 @@ class SafetyConfig(Section):
     def _hold_letters(cls, words: tuple[str, ...]) -> tuple[str, ...]:
         for word in words:
             if not is_word(word):
-                msg = f"{word!r}: a word has letters or digits"
+                msg = f"must have words with letters or digits (got {word!r})"
                 raise ValueError(msg)
         return words

@@ -43,7 +43,7 @@ class RunDate:
                 return cls(datetime.fromisoformat(text).replace(tzinfo=UTC), "T" in text)
             except ValueError:
                 pass
-        msg = f"{text!r} is no date such as 2026-11-22, and no hour such as 2026-11-22T05"
+        msg = f"must be a date such as 2026-11-22, or an hour such as 2026-11-22T05 (got {text!r})"
         raise ValueError(msg)
 
     @classmethod
@@ -222,7 +222,7 @@ def seconds_of(text: str) -> float:
     """
     match = _DURATION.fullmatch(text)
     if match is None:
-        msg = f"{text!r} is no number with s, m, h or d, such as 12h or 7d"
+        msg = f"must be a number with s, m, h or d, such as 12h or 7d (got {text!r})"
         raise ValueError(msg)
     return float(match[1]) * _SECONDS[match[2]]
 
@@ -245,6 +245,6 @@ def deadline(text: str, now: datetime) -> datetime:
             return at if at > now else at + _DAY
         moment = datetime.fromisoformat(text)
     except (ValueError, OverflowError):
-        msg = f"{text!r} is no time such as 06:00 or 2026-11-23T06:00, and no duration such as 5h"
+        msg = f"must be a time such as 06:00 or 2026-11-23T06:00, or a duration such as 5h (got {text!r})"
         raise ValueError(msg) from None
     return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -198,7 +198,7 @@ def test_a_wait_that_is_too_long_ends_with_75(week: Path) -> None:
         (["--run-date", DAYS[0], "--backfill", f"{DAYS[0]}..{DAYS[1]}"], "give one of them"),
         (["--backfill", DAYS[0]], "expected FROM..TO"),
         (["--manifest", "m", "--output", "o", "--run-date", DAYS[0]], "neither manifest nor output"),
-        (["--wait-for", "soon"], "--wait-for: 'soon' is no number with s, m, h or d"),
+        (["--wait-for", "soon"], "--wait-for: must be a number with s, m, h or d, such as 12h or 7d (got 'soon')"),
         (["--sample", "200%"], "budget.sample"),
         (["--deadline", "tonight"], "budget.deadline"),
         (["--priority", "price", "--run-date", DAYS[0]], "budget.priority: the manifest has no numeric column"),

@@ -1,4 +1,7 @@
+from collections.abc import Iterator
+
 import pytest
+from pydantic import BaseModel
 
 from pia_batch.config import RunConfig
 from pia_batch.config.messages import nearest
@@ -81,13 +84,53 @@ def test_a_list_is_refused_for_its_length_or_for_its_items_and_not_for_what_foll
         ("model.sha256", "0f", "must be a mapping of names to values (got '0f')"),
         ("run_id", 7, "must be a text (got 7); in YAML, write such a text in quotes"),
         ("images.background", None, "must be a text (got null); in YAML, write a text that begins with # in quotes"),
-        ("run_date", "tomorrow", "'tomorrow' is no date such as 2026-11-22, and no hour such as 2026-11-22T05"),
+        (
+            "run_date",
+            "tomorrow",
+            "must be a date such as 2026-11-22, or an hour such as 2026-11-22T05 (got 'tomorrow')",
+        ),
     ],
 )
 def test_a_wrong_value_is_told_in_the_words_of_a_config(key: str, value: object, told: str) -> None:
     with pytest.raises(ConfigError) as raised:
         RunConfig.load(None, {"manifest": "m", "output": "o", key: value})
     assert str(raised.value) == f"command line: {key}: {told}"
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+WRONG = (
+    "!? \x01",
+    "ftp://x",
+    "",
+    -1e9,
+    True,
+    None,
+    [],
+    [["?"]],
+    {"x y": ""},
+    {"a": [1]},
+    {"promt": "b"},
+    {"status": "b"},
+)
+ABOUT_OTHER_KEYS = ("unknown key", "required, and not given", "has no effect without upscale.model")
+
+
+@pytest.mark.parametrize("key", list(_keys(RunConfig)))
+def test_every_refusal_of_a_value_shows_the_value(key: str) -> None:
+    for value in WRONG:
+        try:
+            RunConfig.load(None, {"manifest": "m", "output": "o", key: value})
+        except ConfigError as refused:
+            line = str(refused)
+            assert "(got " in line or any(words in line for words in ABOUT_OTHER_KEYS), line
+            assert "\n" not in line
 
 
 def test_a_path_that_is_no_text_in_the_encoding_of_the_process_names_the_remedy() -> None:

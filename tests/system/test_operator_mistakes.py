@@ -103,7 +103,10 @@ CASES = [
         "names.yaml: models.default: this is the name of `model` too; set model.name, or",
     ),
     ("run colour.yaml", "images.background: must be a colour such as '#ff8000', six hexadecimal digits"),
-    ("run hook.yaml", "on_finish.webhook: 'example.com/hook' is no URL with http:// or https://, and no $NAME"),
+    (
+        "run hook.yaml",
+        "on_finish.webhook: must be a URL with http:// or https://, or $NAME of a variable (got 'example.com/hook')",
+    ),
     ("run endless.yaml", "limits.timeout_s: must be a finite number (got inf)"),
     ("run latin.yaml", "cannot read config latin.yaml: 'utf-8' codec can't decode byte 0xe9"),
     (
@@ -149,8 +152,14 @@ CASES = [
     ),
     (f"run {GOOD} --set images.allow=[photos]", "'photos' is not a URI or an absolute path, such as s3://photos/"),
     (f"run {GOOD} --run-id ../x", "run_id: invalid value (got '../x', expected up to 128 letters, digits"),
-    (f"run {GOOD} --run-date tomorrow", "'tomorrow' is no date such as 2026-11-22"),
-    (f"run {GOOD} --deadline never", "'never' is no time such as 06:00"),
+    (
+        f"run {GOOD} --run-date tomorrow",
+        "must be a date such as 2026-11-22, or an hour such as 2026-11-22T05 (got 'tomorrow')",
+    ),
+    (
+        f"run {GOOD} --deadline never",
+        "must be a time such as 06:00 or 2026-11-23T06:00, or a duration such as 5h (got 'never')",
+    ),
     (f"run {GOOD} --param country=de", "neither manifest nor output nor run_id has {country}; leave it out"),
     (
         "run --manifest days/{dat}.parquet --output out",
@@ -186,7 +195,7 @@ CASES = [
     ("plan --manifest good.parquet --output s3://", "s3:// names no bucket; write s3://BUCKET/PATH"),
     (
         "plan --manifest good.parquet --output https://host/out",
-        "output: https://host/out: nothing can be written to https://",
+        "output: nothing can be written to https:// (got 'https://host/out')",
     ),
     ("plan --manifest http://127.0.0.1:PORT/x.csv --output out", "Cannot connect to host 127.0.0.1:PORT"),
     (
@@ -208,7 +217,7 @@ CASES = [
     ),
     (
         "plan --manifest good.parquet --output ftp://host/x",
-        "scheme 'ftp' is not supported; use a local path, file://",
+        "scheme 'ftp' is not supported (got 'ftp://host/x'); use a local path, file://",
     ),
     ("run --manifest good.parquet --output s3://key:secret@bucket/x", "given with credentials"),
     (
