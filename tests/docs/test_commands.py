@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,12 +17,14 @@ from typing import Any
 
 import foreign_datasets as foreign
 import hub_server
+import local_ray
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from inputs import png
+from places import SUPPORT
 from servers import free_port
 from walkthroughs import (
     PAGES,
@@ -183,11 +185,35 @@ pia-batch run config.yaml \\
 # --- pages that are followed word by word ---------------------------------------------------------------------------
 
 
-def follow(page: str, folder: Path, change: Callable[[str], str] = lambda script: script) -> str:
+Variables = Mapping[str, str]
+
+
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[Variables]:
+    """Variables of a Ray that the commands of many pages share. Those of the README start their own."""
+    with local_ray.elsewhere() as variables:
+        yield variables
+
+
+def follow(
+    page: str,
+    folder: Path,
+    change: Callable[[str], str] = lambda script: script,
+    shared_ray: Variables | None = None,
+    *,
+    fake_engine: bool = False,
+) -> str:
     """Run every block of a page in its order, in one shell, in `folder`; return what it printed.
 
     A Python block is the file that its first line names, and so is a YAML block. A block of `text` is what the commands
     since the one before it print.
+
+    Args:
+        page: Path of the page.
+        folder: Working folder of the commands, and their home.
+        change: Function that replaces what cannot run here.
+        shared_ray: Variables of a Ray that the commands use instead of one of their own each.
+        fake_engine: True: `pia-batch` animates by an engine that needs no torch; jobs on a cluster do not.
     """
     shown: list[str] = []
     steps = ["set -eu", "trap 'kill $(jobs -p) 2> /dev/null || true; wait' EXIT"]  # a page that fails leaves no server
@@ -204,11 +230,15 @@ def follow(page: str, folder: Path, change: Callable[[str], str] = lambda script
             shown.append(block)
             steps.append(f"echo '{_SHOWN}'\n")
     with tempfile.TemporaryDirectory(prefix="pb", dir="/tmp", ignore_cleanup_errors=True) as sessions:  # a short path
+        if fake_engine:
+            write_fake_program(Path(sessions, "pia-batch"))
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
             "HOME": str(folder),  # Ray puts its token there
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{sessions}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_TMPDIR": sessions,  # where a script without an address looks for the last cluster
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # or the end of a head node takes half a minute
+            **(shared_ray or {}),
         }
         done = subprocess.run(
             ["bash"],
@@ -225,6 +255,14 @@ def follow(page: str, folder: Path, change: Callable[[str], str] = lambda script
     for expected, printed in zip(shown, done.stdout.split(_SHOWN), strict=False):
         assert unprinted(expected, printed) is None, printed
     return done.stdout
+
+
+def write_fake_program(path: Path) -> None:
+    """Write a `pia-batch` whose runs have a fake engine, which starts without torch; all else is real."""
+    fake = f'exec {sys.executable} {SUPPORT / "fast_cli.py"} 0 {path.parent} "$@"'
+    real = f'exec {Path(sys.executable).parent / "pia-batch"} "$@"'
+    path.write_text(f'#!/bin/sh\ncase "$1" in run|retry|demo) {fake};; *) {real};; esac\n')
+    path.chmod(0o755)
 
 
 _SHOWN = "--- shown on the page"
@@ -277,9 +315,17 @@ def head_of_its_own() -> Iterator[Callable[[str], str]]:
 
 
 @pytest.mark.long
-def test_the_tutorial_can_be_followed(tmp_path: Path) -> None:
+def test_the_tutorial_can_be_followed(tmp_path: Path, one_ray: Variables) -> None:
+    shared = "".join(f"export {name}={value}\n" for name, value in one_ray.items())
+
     with head_of_its_own() as moved:
-        follow("docs/tutorial.md", tmp_path, moved)
+
+        def change(script: str) -> str:
+            """Let the commands before and after those of the cluster share a Ray; README and demo start their own."""
+            alone = moved(script).replace("export RAY_AUTH_MODE", f"unset {' '.join(one_ray)}\nexport RAY_AUTH_MODE", 1)
+            return alone.replace("unset RAY_AUTH_MODE\n", shared, 1)
+
+        follow("docs/tutorial.md", tmp_path, change, one_ray, fake_engine=True)
 
     first = tmp_path / "first"
     assert {path.suffix for path in first.glob("out/animations/*/*")} == {".mp4", ".webp", ".gif"}
@@ -311,11 +357,17 @@ def test_what_a_page_on_a_cloud_shows_before_anything_is_started_is_printed(clou
 
 @pytest.mark.long
 @pytest.mark.parametrize("page", ["models", "monitoring"])
-def test_a_run_prints_what_its_guide_shows(page: str, tmp_path: Path) -> None:
+def test_a_run_prints_what_its_guide_shows(page: str, tmp_path: Path, one_ray: Variables) -> None:
     sample_of_three(tmp_path)
     left_out = re.compile(f"^({'|'.join(map(re.escape, NOT_RUN))}).*$", re.MULTILINE)
 
-    follow(f"docs/{page}.md", tmp_path, lambda script: left_out.sub("true", script))
+    follow(
+        f"docs/{page}.md",
+        tmp_path,
+        lambda script: left_out.sub("true", script),
+        one_ray,
+        fake_engine=page != "models",
+    )
 
     assert len(list(tmp_path.glob("out/animations/*/*"))) == 3
 
@@ -339,11 +391,15 @@ def test_photographs_are_animated_on_a_real_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_page_on_finishing_stores_what_it_says(tmp_path: Path) -> None:
+def test_the_page_on_finishing_stores_what_it_says(tmp_path: Path, one_ray: Variables) -> None:
     shutil.copytree(tiny.SAMPLE / "images", tmp_path / "images")
 
     printed = follow(
-        "docs/finishing.md", tmp_path, lambda script: script.replace("python jobs/tiny/finishing.py", "true")
+        "docs/finishing.md",
+        tmp_path,
+        lambda script: script.replace("python jobs/tiny/finishing.py", "true"),
+        one_ray,
+        fake_engine=True,
     )
 
     assert "3 requests: 3 succeeded, 0 failed" in printed
@@ -357,11 +413,13 @@ def test_the_page_on_finishing_stores_what_it_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_page_on_long_clips_generates_them(tmp_path: Path) -> None:
+def test_the_page_on_long_clips_generates_them(tmp_path: Path, one_ray: Variables) -> None:
     shutil.copytree(tiny.SAMPLE / "images", tmp_path / "images")
     (tmp_path / "jobs").symlink_to(ROOT / "jobs")
 
-    printed = follow("docs/long-clips.md", tmp_path, lambda script: script.replace("python jobs/tiny/seams.py", "true"))
+    printed = follow(
+        "docs/long-clips.md", tmp_path, lambda script: script.replace("python jobs/tiny/seams.py", "true"), one_ray
+    )
 
     assert "3 requests: 3 succeeded, 0 failed" in printed
     (results,) = (tmp_path / "out" / "results").glob("2*")
@@ -370,10 +428,10 @@ def test_the_page_on_long_clips_generates_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_page_on_prompts_that_change_animates_one(tmp_path: Path) -> None:
+def test_the_page_on_prompts_that_change_animates_one(tmp_path: Path, one_ray: Variables) -> None:
     shutil.copytree(tiny.SAMPLE / "images", tmp_path / "images")
 
-    follow("docs/prompt-travel.md", tmp_path)
+    follow("docs/prompt-travel.md", tmp_path, shared_ray=one_ray)
 
     (results,) = (tmp_path / "out" / "results").glob("2*")
     (prompts,) = ds.dataset(results).to_table(["prompts"])["prompts"].to_pylist()
@@ -381,9 +439,9 @@ def test_the_page_on_prompts_that_change_animates_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_every_recipe_of_an_export_is_read_by_the_library_that_it_is_for(tmp_path: Path) -> None:
+def test_every_recipe_of_an_export_is_read_by_the_library_that_it_is_for(tmp_path: Path, one_ray: Variables) -> None:
     count = pq.read_table(tiny.SAMPLE / "requests.parquet").num_rows
-    printed = follow("docs/exporting.md", tmp_path).splitlines()
+    printed = follow("docs/exporting.md", tmp_path, shared_ray=one_ray, fake_engine=True).splitlines()
 
     assert [line for line in printed if line.startswith("a ") and line.endswith(" 8")]  # as it is: a prompt, and frames
     described = [line for line in printed if re.fullmatch(r"(0: )?an? [a-z0-9:/ ]+ \d+ \d+", line)]
@@ -416,7 +474,8 @@ def test_every_source_is_prepared_as_the_page_says(tmp_path: Path, monkeypatch: 
     with hub_server.served("boats/boats", tmp_path / "boats", "b" * 40) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        shown = follow("docs/prepare.md", tmp_path)
+        with local_ray.elsewhere(os.environ | {"HOME": str(tmp_path)}) as variables:
+            shown = follow("docs/prepare.md", tmp_path, shared_ray=variables, fake_engine=True)
 
     assert "source      folder: 4 rows, 1 dropped missing" in shown
     assert "3 requests: 3 succeeded, 0 failed" in shown
@@ -440,8 +499,8 @@ def test_every_source_is_prepared_as_the_page_says(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.long
-def test_a_dataset_of_the_hugging_face_library_is_animated_as_the_page_says(tmp_path: Path) -> None:
-    printed = follow("docs/columns.md", tmp_path).splitlines()
+def test_a_dataset_of_the_hugging_face_library_is_animated_as_the_page_says(tmp_path: Path, one_ray: Variables) -> None:
+    printed = follow("docs/columns.md", tmp_path, shared_ray=one_ray, fake_engine=True).splitlines()
 
     assert {"duplicates  5", "pending     10"} <= set(printed)
     assert [line.split()[:3] for line in printed if line.startswith("succeeded ")] == [
@@ -463,16 +522,16 @@ def sample_of_three(folder: Path, image: str = "red-circle.png") -> None:
 
 
 @pytest.mark.long
-def test_budgets_limit_a_run_as_the_page_says(tmp_path: Path) -> None:
+def test_budgets_limit_a_run_as_the_page_says(tmp_path: Path, one_ray: Variables) -> None:
     sample_of_three(tmp_path)
 
-    follow("docs/budgets.md", tmp_path)
+    follow("docs/budgets.md", tmp_path, shared_ray=one_ray, fake_engine=True)
 
     assert len(list(tmp_path.glob("out/animations/*/*"))) == 3
 
 
 @pytest.mark.long
-def test_failures_are_retried_and_animations_verified_as_the_page_says(tmp_path: Path) -> None:
+def test_failures_are_retried_and_animations_verified_as_the_page_says(tmp_path: Path, one_ray: Variables) -> None:
     sample_of_three(tmp_path, "late.png")
     first = "pia-batch run --manifest requests.parquet --output out || test $? = 3"
     late = f"{first}\ncp images/red-circle.png images/late.png\n"
@@ -481,6 +540,8 @@ def test_failures_are_retried_and_animations_verified_as_the_page_says(tmp_path:
         "docs/retry-verify-gc.md",
         tmp_path,
         lambda script: script.replace("pia-batch retry", f"{late}pia-batch retry", 1),
+        one_ray,
+        fake_engine=True,
     )
 
     assert len(list(tmp_path.glob("out/animations/*/*"))) == 3
@@ -495,14 +556,20 @@ def requests(path: Path, request_id: str) -> None:
 
 
 @pytest.mark.long
-def test_dates_and_backfills_are_run_as_the_page_says(tmp_path: Path) -> None:
+def test_dates_and_backfills_are_run_as_the_page_says(tmp_path: Path, one_ray: Variables) -> None:
     yesterday = datetime.now(UTC).date() - timedelta(days=1)
     days = [f"2026-11-{day}" for day in range(20, 23)]
     for date in {*days, str(yesterday)}:
         requests(tmp_path / "photos" / "de" / f"dt={date}", date)
     requests(tmp_path / "photos" / "fr" / "dt=2026-11-22", "fr")
 
-    follow("docs/schedules.md", tmp_path, lambda script: re.sub("s3://(photos|clips)/", r"\1/", script))
+    follow(
+        "docs/schedules.md",
+        tmp_path,
+        lambda script: re.sub("s3://(photos|clips)/", r"\1/", script),
+        one_ray,
+        fake_engine=True,
+    )
 
     folders = [tmp_path / "clips" / "de" / date.replace("-", "/") for date in {*days, str(yesterday)}]
     for folder in [*folders, tmp_path / "clips" / "fr" / "2026" / "11" / "22"]:
@@ -510,7 +577,7 @@ def test_dates_and_backfills_are_run_as_the_page_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_blocks_of_the_page_on_python_run_in_their_order(tmp_path: Path) -> None:
+def test_the_blocks_of_the_page_on_python_run_in_their_order(tmp_path: Path, one_ray: Variables) -> None:
     script = "\n".join(blocks("docs/python.md", "python"))
     shown = "\n".join(blocks("docs/python.md", "text"))
 
@@ -518,7 +585,7 @@ def test_the_blocks_of_the_page_on_python_run_in_their_order(tmp_path: Path) -> 
         done = subprocess.run(
             [sys.executable, "-c", script],
             cwd=tmp_path,
-            env=os.environ | {"RAY_TMPDIR": sessions},
+            env=os.environ | {"RAY_TMPDIR": sessions} | one_ray,
             capture_output=True,
             text=True,
             check=False,
