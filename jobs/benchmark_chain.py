@@ -35,6 +35,7 @@ import ray
 from simulated_engine import SimulatedLoader, batch_records, write_manifest
 
 from pia_batch.config import RunConfig
+from pia_batch.driver import own_ray_node
 from pia_batch.driver.progress import Progress
 from pia_batch.driver.run import run
 from pia_batch.planning.plan import make_plan
@@ -165,18 +166,19 @@ def _measure_here(case: Case) -> dict[str, Any]:
 
 
 def start_ray(actors: int) -> None:
-    """Start Ray on this machine with enough CPUs for the engines."""
+    """Start Ray on this machine as a run does, with enough CPUs for the engines."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    ray.init(
-        address="local",
-        num_cpus=math.ceil(OTHER_CPUS + ENGINE_CPUS * actors),
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=500 * 2**20,
-        logging_level=logging.ERROR,
-    )
+    with own_ray_node.started_by_init():
+        ray.init(
+            address="local",
+            num_cpus=math.ceil(OTHER_CPUS + ENGINE_CPUS * actors),
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=500 * 2**20,
+            logging_level=logging.ERROR,
+        )
 
 
 def _config(folder: Path, case: Case) -> RunConfig:

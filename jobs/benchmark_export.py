@@ -31,6 +31,7 @@ import ray.data
 from peak_memory import PeakMemory, of_children
 
 from pia_batch import export
+from pia_batch.driver import own_ray_node
 from pia_batch.journal.layout import animation_name
 from pia_batch.journal.log import Journal
 from pia_batch.journal.results import publish
@@ -70,7 +71,8 @@ def measure(folder: Path, rows: int, num_bytes: int, rounds: int, file_format: s
     """
     output = folder / "out"
     make_output(Store(str(output)), rows, num_bytes)
-    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", object_store_memory=500 * 2**20)
+    with own_ray_node.started_by_init():
+        ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", object_store_memory=500 * 2**20)
     ray.data.DataContext.get_current().enable_progress_bars = False
     sides: dict[str, Callable[[Path], Any]] = {
         "bare": lambda to: bare(output, to),

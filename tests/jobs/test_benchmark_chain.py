@@ -9,6 +9,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import local_ray
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,9 +64,9 @@ def test_the_parts_of_a_start_add_up_to_the_time_until_the_first_batch() -> None
     )
 
 
-def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def program(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a program of jobs/ on a Ray of its own: without an address, Ray looks for the last one of `ray start`."""
-    environment = os.environ | {"RAY_ADDRESS": "local"}
+    environment = os.environ | {"RAY_ADDRESS": "local"} | variables
     done = subprocess.run(
         [sys.executable, str(JOBS / name), *arguments], check=False, capture_output=True, text=True, env=environment
     )
@@ -119,7 +120,8 @@ def test_the_plain_script_draws_with_the_embedded_model(tmp_path: Path) -> None:
     files = [str(tmp_path / "requests.parquet"), str(tmp_path / "out")]
     base = str(JOBS.parent / "pia_batch" / "tiny" / "checkpoint")
 
-    program("plain_ray_data.py", *files, "--base", base, "--device", "cpu", "--size", "64", "--steps", "2")
+    with local_ray.elsewhere() as ray:  # quicker than one that Ray Data starts
+        program("plain_ray_data.py", *files, "--base", base, "--device", "cpu", "--size", "64", "--steps", "2", **ray)
 
     results = pq.read_table(tmp_path / "out" / "results")
     assert results["request_id"].to_pylist() == ["a", "b"]
