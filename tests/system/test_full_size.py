@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,7 +15,7 @@ from pia_batch.engine.benchmark import baselines
 
 log = logging.getLogger(__name__)
 
-SIDE, FRAMES, STEPS = 128, 4, 2
+SIDE, FRAMES, STEPS = 64, 4, 2
 
 
 @pytest.fixture
@@ -32,20 +31,16 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("one_thread")
 def test_the_full_network_generates_what_single_calls_generate() -> None:
-    """Logs what both take: seconds of the CPU and not of the clock, as others may use the machine. Needs 7 GB."""
+    """Needs 7 GB of memory, and logs how far the latents are apart."""
     pipe = baselines.pipeline("full")
     size = {"width": SIDE, "height": SIDE, "num_frames": FRAMES, "num_inference_steps": STEPS}
     rows = [
         shot(seed, image=picture(seed, SIDE, SIDE), motion_scale=seed, guidance_scale=guidance, **size)
         for seed, guidance in ((1, 7.5), (2, 1.0))
     ]
-    single_call(pipe, rows[1])  # warms up
 
-    began = time.process_time()
     truths = [single_call(pipe, row) for row in rows]
-    middle = time.process_time()
     clips = PiaEngine.from_pipeline(pipe).animate(rows, keep_latents=True)
-    ended = time.process_time()
 
     for clip, truth in zip(clips, truths, strict=True):
         assert clip.latents is not None
@@ -54,5 +49,3 @@ def test_the_full_network_generates_what_single_calls_generate() -> None:
         log.info("latents largest=%.1f distance=%.1e", largest, distance)
         assert distance <= 1e-5 * largest
         assert int(np.abs(clip.frames.astype(int) - truth.frames.astype(int)).max()) <= 1
-    ratio = (middle - began) / (ended - middle)
-    log.info("seconds single_calls=%.1f engine=%.1f ratio=%.2f", middle - began, ended - middle, ratio)
