@@ -124,7 +124,7 @@ def test_no_node_idles_while_requests_wait_although_another_is_slower(
     nodes: Cluster, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     place = {"placement__num_gpus": 1, "placement__min_engines": 2, "placement__max_engines": 2}
-    config = make_config(requests_table(160, format=["gif"] * 160), **place, placement__batch_size=2)
+    config = make_config(requests_table(96, format=["gif"] * 96), **place, placement__batch_size=2)
     fast, slow = add_gpu(nodes), add_gpu(nodes)
     seconds = {fast.node_id: 0.5, slow.node_id: 1.5}
     loader = NodeEngineLoader(make_plan(config).engine_ids["default"], tmp_path, crowd=2, seconds_on=seconds)
@@ -134,7 +134,7 @@ def test_no_node_idles_while_requests_wait_although_another_is_slower(
     calls = {node: calls_of(tmp_path, node) for node in seconds}
     busy = {node: seconds[node] * len(each) / (each[-1][1] - each[0][0]) for node, each in calls.items()}
     idle_at_the_end = max(each[-1][1] for each in calls.values()) - calls[fast.node_id][-1][1]
-    assert summary.succeeded == 160
+    assert summary.succeeded == 96
     assert {node: len(list(tmp_path.glob(f"{node}.engine"))) for node in seconds} == dict.fromkeys(seconds, 1)
     assert min(busy.values()) >= 0.6, busy  # 0.96 and more on idle cores
     assert idle_at_the_end <= (TASKS_IN_FLIGHT + 1) * seconds[slow.node_id] + 1
@@ -147,7 +147,7 @@ def test_no_node_idles_while_requests_wait_although_another_is_slower(
 def test_engines_of_a_node_share_one_download_of_the_weights(
     nodes: Cluster, make_config: MakeConfig, tmp_path: Path, s3: str
 ) -> None:
-    """Two nodes with a cache each, and two workers on each that want the engine at the same time."""
+    """Two nodes with a cache each: two workers of one, and one of the other, want the engine at the same time."""
     weights = Store(f"{s3}/tiny")
     for path in tiny.PATH.rglob("*"):
         if path.is_file():
@@ -161,7 +161,8 @@ def test_engines_of_a_node_share_one_download_of_the_weights(
         on_nodes = [
             ray.remote(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)) for node in pair
         ]
-        answers = [on_node(loaded_engine).remote(load, started, 4) for on_node in on_nodes for _ in range(2)]
+        crowd = [on_nodes[0], on_nodes[0], on_nodes[1]]
+        answers = [on_node(loaded_engine).remote(load, started, len(crowd)) for on_node in crowd]
         engine_ids, messages = zip(*ray.get(answers), strict=True)
     finally:
         for node in pair:
@@ -169,7 +170,7 @@ def test_engines_of_a_node_share_one_download_of_the_weights(
 
     assert len(set(engine_ids)) == 1
     downloads = [sum(line.startswith("weights_fetched") for line in lines) for lines in messages]
-    assert (downloads[0] + downloads[1], downloads[2] + downloads[3]) == (1, 1)
+    assert (downloads[0] + downloads[1], downloads[2]) == (1, 1)
     assert all(len(list(cache.glob("*/unet/*.safetensors"))) == 1 for cache in caches)
 
 

@@ -23,7 +23,7 @@ def test_clips_are_enlarged_and_interpolated_and_a_run_resumes(
 ) -> None:
     model = save(tmp_path / "upscaler" / "x2.safetensors", "Compact x2")
     table = requests_table(2, num_frames=[4, 4], interpolate=[2, 2])
-    config = make_config(table, upscale__model=str(model))
+    config = make_config(table, upscale__model=str(model), defaults__num_inference_steps=2)
 
     first = driver_run.run(config.model_copy(update={"budget": config.budget.model_copy(update={"limit": 1})}))
     second = driver_run.run(config)
@@ -37,5 +37,5 @@ def test_clips_are_enlarged_and_interpolated_and_a_run_resumes(
         video = cv2.VideoCapture(row["animation_uri"].removeprefix("file://"), cv2.CAP_FFMPEG)
         assert {video.read()[1].shape for _ in range(7)} == {(128, 128, 3)}
         assert not video.read()[0]
-    without = make_config(table)
+    without = make_config(table, defaults__num_inference_steps=2)
     assert make_plan(without).num_pending == 2  # the network is part of the keys
