@@ -8,6 +8,7 @@ import os
 import zipfile
 
 import av
+import fsspec
 import local_ray
 import numpy as np
 import photographs
@@ -41,6 +42,7 @@ def frames_of(data: bytes, file_format: str) -> list[tuple[int, int]]:
 def test_photographs_become_animations_with_the_settings_of_their_rows(
     s3: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # one of another test may know another server
     photographs.main(s3, ("astronaut", "camera"))
     arguments = ["run", "--manifest", f"{s3}/manifest", "--output", f"{s3}/out", "--run-id", "photographs"]
     arguments += ["--set", "placement.batch_size=3"]
