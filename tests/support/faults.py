@@ -39,7 +39,10 @@ from seaweedfs import SeaweedFS
 FINISHED = (0, 3)
 """Exit codes of a run with nothing left to do."""
 
-STOPPED = (2, 4, 75, -signal.SIGKILL)
+REFUSED = 2
+"""Exit code of a run that ends before it uses Ray."""
+
+STOPPED = (REFUSED, 4, 75, -signal.SIGKILL)
 """Exit codes of a run that faults may end: no store at the start, interrupted, another run holds the lease, killed."""
 
 START_S = 240
@@ -229,7 +232,7 @@ class Trial:
             ray.init(address=self.stack.ray_address, log_to_driver=False, logging_level=logging.ERROR)
         with redirect_stdout(said), redirect_stderr(said):
             code = fast_cli.main(seconds, self.pids, self._arguments(own_ray=False))
-        if code not in FINISHED or self.num_engines > engines + 1:
+        if code not in (*FINISHED, REFUSED) or self.num_engines > engines + 1:
             ray.shutdown()  # until then Ray Data keeps replaced engines, and those of a run that stopped
         if code not in FINISHED + STOPPED:
             self.problems.append(f"a driver ended with {code}:\n{said.getvalue()[-6000:]}")
