@@ -83,8 +83,8 @@ def in_store(folder: Path, uri: str) -> Callable[[str], str]:
     return lambda place: f"{uri}/{place}"
 
 
-def config_of(settings: Settings, tmp_path: Path) -> Path:
-    path = tmp_path / "run.yaml"
+def config_of(settings: Settings, tmp_path: Path, name: str = "run") -> Path:
+    path = tmp_path / f"{name}.yaml"
     content = {"manifest": str(tmp_path / "m.parquet"), "output": str(tmp_path / "out"), "model": settings}
     path.write_text(json.dumps(content))
     return path
@@ -158,22 +158,20 @@ def test_what_belongs_elsewhere_is_refused_in_one_line_that_helps(tensors, folde
             assert "give the one to use the name" not in refusal
 
 
+@pytest.mark.s3
 @pytest.mark.parametrize("name", model_files.ALL)
-@pytest.mark.parametrize("place", ["hub", pytest.param("store", marks=pytest.mark.s3)])
-def test_a_model_elsewhere_is_that_of_a_folder(tensors, folder, tmp_path, monkeypatch, request, place, name):
+def test_a_model_elsewhere_is_that_of_a_folder(tensors, folder, tmp_path, monkeypatch, s3, name):
     case = model_files.ALL[name]
     relative = case.make(folder, tensors)
-    if place == "hub":
-        put = in_cache(folder, tmp_path / "hub", monkeypatch)
-    else:
-        put = in_store(folder, request.getfixturevalue("s3"))
-
-    elsewhere = config_of(model_files.placed(relative, put), tmp_path)
+    elsewhere = {"hub": in_cache(folder, tmp_path / "hub", monkeypatch), "store": in_store(folder, s3)}
+    configs = {place: config_of(model_files.placed(relative, put), tmp_path, place) for place, put in elsewhere.items()}
     if case.refused is not None:
-        refusal = refusal_of(lambda: load(elsewhere))
-        assert refusal is not None
-        assert re.search(case.refused, refusal), refusal
+        for place, config in configs.items():
+            refusal = refusal_of(lambda config=config: load(config))
+            assert refusal is not None, place
+            assert re.search(case.refused, refusal), (place, refusal)
         return
-    found = load(elsewhere)
+    wanted = load(config_of(model_files.placed(relative, here(folder)), tmp_path))
 
-    assert_same(found, load(config_of(model_files.placed(relative, here(folder)), tmp_path)))
+    for config in configs.values():
+        assert_same(load(config), wanted)
