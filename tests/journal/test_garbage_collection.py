@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from journals import SHOP, commit, key, keys, keyset, results
+from journals import SHOP, commit, key, keys, keyset, outages, results, successes
 
 from pia_batch.errors import LeaseHeldError, StorageError, UnwritableStoreError
 from pia_batch.journal import layout
@@ -247,6 +247,26 @@ def test_deleting_ends_where_a_run_has_come(record: Journal) -> None:
     with pytest.raises(LeaseHeldError):
         list(delete_garbage(record.store, find_garbage(record, time.time() - 7 * DAY_S), overtaken))
     assert found(record) == before
+
+
+def test_an_outage_at_any_request_of_a_deletion_loses_nothing_and_the_next_one_ends_it(
+    record: Journal, tmp_path: Path
+) -> None:
+    commit(record, {1: "succeeded", 2: "failed"})
+    publish(record, record.outcomes(), keyset(1, 2), SHOP, "run-1", {})
+    kept = {item.name for item in record.store.list("")}
+    for name in (animation_name(key(3), "gif"), poster_name(key(3)), "results/dead/part-00000.parquet"):
+        record.store.create(name, b"garbage")
+    age(record, 8)
+
+    def delete(store: Store) -> None:
+        list(delete_garbage(store, find_garbage(Journal(store), time.time() - 7 * DAY_S), on))
+
+    for copy in outages(record.store, tmp_path / "copies", delete):
+        assert {item.name for item in copy.list("")} >= kept
+        delete(copy)
+        assert {item.name for item in copy.list("")} == kept
+        assert successes(Journal(copy).outcomes()) == {key(1): True, key(2): False}
 
 
 class FullStore(Store):

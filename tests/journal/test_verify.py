@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from finished_outputs import make_output
+from journals import outages
 
 from pia_batch.errors import StorageError
 from pia_batch.journal.log import Journal
@@ -43,3 +46,27 @@ def test_an_animation_that_is_listed_is_not_taken_for_a_missing_one(store: Store
     repair(journal, journal.outcomes(), problems_of(journal), lambda: None)
     assert journal.outcomes().needs_regeneration == 1
     assert problems_of(journal) == []
+
+
+def test_an_outage_at_any_request_of_a_repair_loses_nothing_and_the_next_one_ends_it(
+    store: Store, tmp_path: Path
+) -> None:
+    make_output(store, ["gif", "mp4", "mp4"], posters=[2])
+    valid, *broken = sorted(
+        (item.name for item in store.list("animations/") if not item.name.endswith("jpg")),
+        key=lambda name: name.endswith("mp4"),
+    )
+    store.replace(broken[0], b"damaged")
+    store.delete(broken[1])
+    before = store.read(valid)
+
+    def repaired(store: Store) -> None:
+        journal = Journal(store)
+        repair(journal, journal.outcomes(), problems_of(journal), lambda: None)
+
+    for copy in outages(store, tmp_path / "copies", repaired):
+        repaired(copy)
+        journal = Journal(copy)
+        assert problems_of(journal) == []
+        assert journal.outcomes().needs_regeneration == 2
+        assert copy.read(valid) == before

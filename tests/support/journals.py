@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import itertools
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pia_batch.errors import StorageError
 from pia_batch.journal.layout import animation_name
 from pia_batch.journal.log import Journal, Outcomes
 from pia_batch.journal.results import PublishedResults, publish
 from pia_batch.schema.columns import results_table
 from pia_batch.schema.keys import Keys, KeySet, keys_from_hex, keys_to_hex
 from pia_batch.storage.object_store import ObjectInfo, Store
+
+T = TypeVar("T")
 
 SHOP = pa.schema([("shop", pa.string())])
 
@@ -85,6 +90,37 @@ class RecordingStore(Store):
         stored = super().replace_file(name, path)
         self.written.append(name)
         return stored
+
+
+class FailingStore(Store):
+    """Store that answers a number of requests, and is down from then on."""
+
+    def __init__(self, uri: str, answered: int) -> None:
+        super().__init__(uri)
+        self._left = answered
+
+    def _attempt(self, call: Callable[[], T], verb: str, name: str) -> T:
+        if self._left <= 0:
+            raise StorageError(f"cannot {verb} {name}: the store is down")
+        self._left -= 1
+        return super()._attempt(call, verb, name)
+
+
+def outages(store: Store, folder: Path, work: Callable[[FailingStore], object]) -> Iterator[Store]:
+    """Yield a copy of a local store after each outage of `work`: from its first request on, from its second, and so on.
+
+    The last copy is one whose work came to its end.
+    """
+    for answered in itertools.count():
+        copy = Path(shutil.copytree(store.uri.removeprefix("file://"), folder / str(answered)))
+        try:
+            work(FailingStore(str(copy), answered))
+        except StorageError:
+            yield Store(str(copy))
+        else:
+            assert answered > 0
+            yield Store(str(copy))
+            return
 
 
 def published_by(record: Journal) -> list[str]:
