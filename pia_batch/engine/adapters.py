@@ -22,6 +22,7 @@ from pia_batch.engine.loras import TEXT_ENCODER, UNET, Lora
 from pia_batch.errors import ConfigError
 from pia_batch.weights import inversion_files
 from pia_batch.weights.components import Component
+from pia_batch.weights.safetensors import unreadable
 
 TOKENIZER = "tokenizer"
 
@@ -165,7 +166,7 @@ def _inversion(part: Component, config: TextualInversionConfig) -> TextualInvers
     try:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as err:
-        raise ConfigError(f"cannot read {path}: {err}") from err
+        raise unreadable(path, err) from err
     name = inversion_files.vectors_of({key: tuple(tensor.shape) for key, tensor in tensors.items()}, str(path))
     if config.token is None and name in inversion_files.NAMELESS:
         raise ConfigError(f"{path} does not name its word; set `token` in model.textual_inversions")

@@ -28,6 +28,7 @@ from pia_batch.weights import components, lora_files, lora_shapes, peft_config
 from pia_batch.weights.components import Component
 from pia_batch.weights.lora_files import TEXT_ENCODER, UNET, LoraContent
 from pia_batch.weights.network_layers import NetworkLayer, NetworkLayers
+from pia_batch.weights.safetensors import unreadable
 
 __all__ = ["TEXT_ENCODER", "UNET", "Lora", "apply", "read"]
 
@@ -105,7 +106,9 @@ def read(part: Component, config: LoraConfig) -> Lora:
         with safetensors.safe_open(path, "pt") as file:
             loaded = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
             metadata = peft_config.in_metadata(file.metadata() or {}, str(path))
-    except (OSError, ValueError, safetensors.SafetensorError) as err:
+    except (OSError, safetensors.SafetensorError) as err:
+        raise unreadable(path, err) from err
+    except ValueError as err:
         raise ConfigError(f"cannot read {path}: {err}") from err
     shapes = {key: tuple(tensor.shape) for key, tensor in loaded.items()}
     kind = lora_files.unsupported(shapes)

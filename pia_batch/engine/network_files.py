@@ -86,7 +86,7 @@ def _first_invalid(path: Path) -> str | None:
                 if tensor.is_floating_point() and not tensor.float().isfinite().all():
                     return str(name)
     except (OSError, SafetensorError) as err:
-        raise ConfigError(f"cannot read {path}: {err}") from err
+        raise safetensors.unreadable(path, err) from err
     return None
 
 
@@ -121,15 +121,14 @@ _KINDS: dict[str, Any] = {
 
 def _tensors(mapped: dict[str, Stored], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return the tensors, as copies: a tensor of the right dtype would remain a view of the file, which may change."""
-    found = {}
+    found, files = {}, {}
     with ExitStack() as stack:
-        try:
-            files = {
-                path: stack.enter_context(safe_open(path, "pt")) for path in {each.path for each in mapped.values()}
-            }
-            for name, stored in mapped.items():
+        for name, stored in mapped.items():
+            try:
+                if stored.path not in files:
+                    files[stored.path] = stack.enter_context(safe_open(stored.path, "pt"))
                 tensor = files[stored.path].get_tensor(stored.name)
-                found[name] = tensor.to(dtype, copy=True).reshape(stored.shape)
-        except (OSError, SafetensorError) as err:
-            raise ConfigError(f"cannot read the weights: {err}") from err
+            except (OSError, SafetensorError) as err:
+                raise safetensors.unreadable(stored.path, err) from err
+            found[name] = tensor.to(dtype, copy=True).reshape(stored.shape)
     return found

@@ -110,7 +110,7 @@ def read(path: Path) -> SafetensorsHeader:
                 raise ConfigError(_why_invalid(path, num_bytes))
             text = file.read(length)
     except OSError as err:
-        raise _unreadable(path, err) from err
+        raise unreadable(path, err) from err
     try:
         header = json.loads(text)
         if not isinstance(header, dict):
@@ -159,7 +159,7 @@ def numbers(header: SafetensorsHeader, names: Iterable[str]) -> dict[str, float]
                 file.seek(header.positions[name])
                 found[name] = _DECODERS[dtype](file.read(_BITS[dtype] // 8))
     except OSError as err:
-        raise _unreadable(header.path, err) from err
+        raise unreadable(header.path, err) from err
     return found
 
 
@@ -191,7 +191,8 @@ _DECODERS: dict[str, Callable[[bytes], float]] = {
 """Functions that read one number, by its dtype. F8_E5M2 and BF16 are the upper halves of F16 and F32."""
 
 
-def _unreadable(path: Path, err: OSError) -> ConfigError:
+def unreadable(path: Path, err: Exception) -> ConfigError:
+    """Return the error of a file that the system, or the library, cannot read, with the remedy."""
     remedy = environment_remedy(err) or "correct the path, or fetch the file again"
     return ConfigError(f"cannot read {path}: {problem_of(err)}; {remedy}")
 
@@ -226,7 +227,7 @@ def _check_with_library(path: Path) -> None:
             f"{path} is not a safetensors file: its header cannot be read ({err}); fetch it again"
         ) from err
     except OSError as err:
-        raise _unreadable(path, err) from err
+        raise unreadable(path, err) from err
 
 
 def _why_invalid(path: Path, num_bytes: int) -> str:

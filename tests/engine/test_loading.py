@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, MotionAdapter, PIAPipeline, UNet2DConditionModel
 from pipelines import assert_equals_single_calls, shot
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from pia_batch.config import ModelConfig, SchedulerConfig
-from pia_batch.engine import PiaEngine, loading, network_files
+from pia_batch.config import LoraConfig, ModelConfig, SchedulerConfig, TextualInversionConfig
+from pia_batch.engine import PiaEngine, adapters, loading, loras, network_files
 from pia_batch.errors import ConfigError
 from pia_batch.weights import sd15
 from pia_batch.weights.components import Component
 from pia_batch.weights.resolve import resolve
+from pia_batch.weights.tensor_map import Stored
 
 CPU = torch.device("cpu")
 SHIPPED = SchedulerConfig(name="checkpoint")
@@ -35,6 +36,28 @@ SHIPPED = SchedulerConfig(name="checkpoint")
 @pytest.fixture(scope="module")
 def pipe() -> PIAPipeline:
     return pipelines.build()
+
+
+READERS: dict[str, Callable[[Component], object]] = {
+    "network": lambda part: network_files._tensors({"w": Stored(part.path, "w", (8,))}, torch.float32),
+    "check of values": lambda part: network_files._first_invalid(part.path),
+    "LoRA": lambda part: loras.read(part, LoraConfig(source="x")),
+    "textual inversion": lambda part: adapters._inversion(part, TextualInversionConfig(source="x")),
+}
+"""Readers of a safetensors file whose header was valid before Ray started."""
+
+
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 80), lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_that_was_cut_meanwhile_is_named_with_the_remedy(
+    reader: str, damage: Callable[[Path], object], tmp_path: Path
+) -> None:
+    part = Component(tmp_path, None, ("a.safetensors",), None, "single_file")
+    save_file({"w": torch.ones(8)}, part.path)
+    damage(part.path)
+
+    with pytest.raises(ConfigError, match=r"cannot read .*a\.safetensors: .*; .*fetch the file again$"):
+        READERS[reader](part)
 
 
 @pytest.fixture(scope="module")
