@@ -126,6 +126,7 @@ def test_a_store_that_fails_is_not_one_that_refuses_these_credentials(
         Store(LONG).create("name", b"data")
 
     assert isinstance(refused.value, UnwritableStoreError) == is_unwritable
+    assert str(refused.value).endswith("its disks or a quota may be full") == is_unwritable
 
 
 @pytest.mark.parametrize(("status", "code", "remedy"), REFUSALS[:-1])
