@@ -319,8 +319,12 @@ def _within(frame: tuple[int, int, int, int], size: tuple[int, int], alpha: Imag
     return covered
 
 
+_SPACES = {"L": b"GRAY", "RGB": b"RGB ", "CMYK": b"CMYK"}
+"""Colour space in a profile's header by mode; lcms would take the pixels for those of another with as many channels."""
+
+
 def _to_srgb(colour: Image.Image, profile: bytes | None) -> Image.Image:
-    if profile and len(profile) <= image_headers.MAX_PROFILE_BYTES:
+    if profile and len(profile) <= image_headers.MAX_PROFILE_BYTES and profile[16:20] == _SPACES.get(colour.mode):
         try:
             converted = ImageCms.profileToProfile(
                 colour, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"

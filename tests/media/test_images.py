@@ -595,6 +595,13 @@ def test_a_profile_made_for_other_channels_is_ignored():
     assert np.array_equal(pixels(decode(data)), pixels(picture("L").convert("RGB")))
 
 
+@pytest.mark.parametrize("space", ["LAB", "XYZ"])
+def test_a_profile_of_another_space_with_as_many_channels_is_ignored(space):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile(space)).tobytes()
+
+    assert np.array_equal(pixels(decode(saved(picture(), "PNG", icc_profile=profile))), pixels(picture()))
+
+
 def test_many_threads_decode_at_once():
     photographs = [path.read_bytes() for path in PHOTOGRAPHS[:6]] * 4
     expected = [decode(data).tobytes() for data in photographs]
