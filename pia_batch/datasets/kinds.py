@@ -8,7 +8,10 @@ from types import MappingProxyType
 from pia_batch.datasets import animatebench, archives, folders, lakes, table_files
 from pia_batch.datasets.sources import Kind, Place, ReadOptions, Source
 from pia_batch.errors import ConfigError, ManifestError
+from pia_batch.manifest.foreign_formats import refuse_other_format
 from pia_batch.manifest.table_formats import refuse_part_of_table, refuse_table
+from pia_batch.storage import file_kinds
+from pia_batch.storage.file_kinds import HEAD_BYTES
 from pia_batch.storage.uris import redacted_uri
 
 
@@ -119,6 +122,7 @@ def kind_of(place: Place, name: str | None) -> Kind:
         refuse_table((file.path for file in place.files), place.root, shown, "source")
         refuse_part_of_table(place.filesystem, place.root, shown, "source", is_file=place.is_file)
     if not found:
+        _refuse_other_formats(place)
         some = ", ".join(place.name_of(file.path) for file in place.files[:3])
         raise ManifestError(
             f"source {redacted_uri(place.uri)} holds none of {', '.join(KINDS)} (files: {some}); correct it, or "
@@ -131,3 +135,15 @@ def kind_of(place: Place, name: str | None) -> Kind:
             "the others out"
         )
     return found[0]
+
+
+_LOOKED_AT = 16
+"""Number of files whose first bytes are looked at, where a place is of no kind."""
+
+
+def _refuse_other_formats(place: Place) -> None:
+    """Refuse the first of a place's files that is of a known format, such as a workbook of Excel."""
+    for file in place.visible("")[:_LOOKED_AT]:
+        head = place.head(file, HEAD_BYTES)
+        if file_kinds.identify(head) is not None:
+            refuse_other_format(head, f"source {redacted_uri(file.path)}", "parquet")

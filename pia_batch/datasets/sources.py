@@ -16,6 +16,7 @@ import pyarrow.fs
 
 from pia_batch.errors import ManifestError, problem_of
 from pia_batch.manifest import commit_logs, hive
+from pia_batch.manifest.files import known_remedy
 from pia_batch.storage import filesystems, store_uris
 from pia_batch.storage.filesystems import FoundFile
 from pia_batch.storage.uris import redacted, redacted_uri
@@ -218,7 +219,8 @@ def reading(name: str) -> Iterator[None]:
     except filesystems.unreadable(
         ImportError, EOFError, ValueError, tarfile.TarError, zlib.error, pa.ArrowException
     ) as err:
-        problem, known = redacted(problem_of(err)), filesystems.reading_remedy(name, err)
+        problem = redacted(problem_of(err))
+        known = filesystems.reading_remedy(name, err) or known_remedy(problem)
         raise ManifestError(f"source {shown} cannot be read: {problem}{f'; {known}' if known else ''}") from None
 
 

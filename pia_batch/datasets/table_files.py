@@ -27,8 +27,11 @@ from pia_batch.datasets.sources import (
 )
 from pia_batch.errors import ManifestError, message_of
 from pia_batch.manifest import hive
+from pia_batch.manifest.csv_dialect import check_quotes
+from pia_batch.manifest.foreign_formats import refuse_other_format
 from pia_batch.manifest.table_formats import refuse_data_of_table
 from pia_batch.storage.concurrency import map_in_threads
+from pia_batch.storage.file_kinds import HEAD_BYTES
 from pia_batch.storage.filesystems import FoundFile
 from pia_batch.storage.uris import redacted_uri
 
@@ -65,6 +68,8 @@ class ParquetSource:
 
         def footer(file: FoundFile, unit: str | None = None) -> tuple[pq.FileMetaData, pa.Schema]:
             with reading(file.path), place.filesystem.open_input_file(file.path) as stream:
+                head = bytes(stream.read_at(min(HEAD_BYTES, stream.size()), 0))
+                refuse_other_format(head, f"source {redacted_uri(file.path)}", "parquet")
                 opened = pq.ParquetFile(stream, coerce_int96_timestamp_unit=unit)
                 return opened.metadata, opened.schema_arrow
 
@@ -206,6 +211,8 @@ class TextSource:
         """Yield the rows of a file."""
         file, name = piece.detail
         check_version(self.filesystem, file)
+        with reading(file.path), self._stream(file) as stream:
+            refuse_other_format(bytes(stream.read(HEAD_BYTES)), f"source {redacted_uri(file.path)}", "text")
         row = 0
         for table in self._csv(file) if self.is_csv else self._jsonl(file):
             places = pa.array([f"{name}:{number}" for number in range(row, row + len(table))], pa.string())
@@ -222,17 +229,28 @@ class TextSource:
             column_types={name: pa.string() for name in self.options.text}, strings_can_be_null=True, null_values=[""]
         )
         parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+        self._check_quotes(file)
         try:
             with reading(file.path), self._stream(file) as stream:
                 read = pyarrow.csv.ReadOptions(block_size=PART_BYTES, use_threads=False)
                 with pyarrow.csv.open_csv(stream, read, parse, convert) as reader:
                     for batch in reader:
                         table = pa.Table.from_batches([batch])
+                        _refuse_bytes(table.schema, file.path)
                         yield from (table.slice(start, PART_ROWS) for start in range(0, len(table), PART_ROWS))
         except ManifestError as err:
             if "onversion error" not in str(err):
                 raise
             raise ManifestError(f"{err}; --text COLUMN keeps a column as text") from None
+
+    def _check_quotes(self, file: FoundFile) -> None:
+        """Refuse quotes inside of a field that are marked by a backslash: Arrow would read another text."""
+        with reading(file.path), self._stream(file) as stream:
+            if not any(b'\\"' in line for line in _lines(stream)):
+                return
+        with reading(file.path), self._stream(file) as stream:
+            lines = (f"{line.decode(errors='surrogateescape')}\n" for line in _lines(stream))
+            check_quotes(lines, f"source {redacted_uri(file.path)}")
 
     def _jsonl(self, file: FoundFile) -> Iterator[pa.Table]:
         waiting: list[dict[str, Any]] = []
@@ -248,6 +266,15 @@ class TextSource:
                     waiting, num_bytes = [], 0
         if waiting:
             yield json_table(waiting, len(waiting), self.options.text, self.options.paths)
+
+
+def _refuse_bytes(schema: pa.Schema, path: str) -> None:
+    """Refuse columns of a CSV file that Arrow reads as bytes: they might be taken for those of images."""
+    wrong = [item.name for item in schema if pa.types.is_binary(item.type)]
+    if wrong:
+        raise ManifestError(
+            f"source {redacted_uri(path)}: column {wrong[0]!r} has text that is not UTF-8; save the file as UTF-8"
+        )
 
 
 def _folder_of_images(name: str) -> str:
@@ -269,7 +296,10 @@ def _json_object(line: bytes, path: str, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
     except (ValueError, RecursionError) as err:
-        raise ManifestError(f"source {path}, line {number}: not JSON: {message_of(err)}") from None
+        raise ManifestError(f"source {path}, line {number}: not JSON: {message_of(err)}; {_ONE_A_LINE}") from None
     if not isinstance(row, dict):
-        raise ManifestError(f"source {path}, line {number}: each line must be one JSON object; write it as such")
+        raise ManifestError(f"source {path}, line {number}: each line must be one JSON object; {_ONE_A_LINE}")
     return row
+
+
+_ONE_A_LINE = "write one object on each line (pandas: to_json(..., orient='records', lines=True); jq -c)"

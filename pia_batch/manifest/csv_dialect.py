@@ -6,7 +6,7 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from itertools import pairwise
 
@@ -100,15 +100,39 @@ def checked_header(data: bytes, path: str, known: AbstractSet[str]) -> list[str]
                 raise ManifestError(msg)
             start = rows.line_num + 1
     except csv.Error as err:
-        if "expected after" in str(err) or "end of data" in str(err):
-            msg = (
-                f"manifest file {path}, line {start}: text goes on after the closing quote of a field, or a quote is "
-                f"not closed ({err}); {QUOTES}"
-            )
-            raise ManifestError(msg) from None
+        _refuse_quotes(err, f"manifest file {path}", start)
     if _SPACE_BEFORE_QUOTE.search(data):
         _check_spaces(data, path)
     return header
+
+
+def check_quotes(lines: Iterable[str], file: str) -> None:
+    """Check the quotes of a whole file.
+
+    Args:
+        lines: Its lines with their ends.
+        file: Name of the file for the message.
+
+    Raises:
+        ManifestError: Quotes inside of a field are not doubled, or one is not closed; the message names the line.
+    """
+    csv.field_size_limit(sys.maxsize)
+    rows, start = csv.reader(lines, strict=True), 1
+    try:
+        for _ in rows:
+            start = rows.line_num + 1
+    except csv.Error as err:
+        _refuse_quotes(err, file, start)
+
+
+def _refuse_quotes(err: csv.Error, file: str, start: int) -> None:
+    """Raise a ManifestError for the row that begins on a line, if it is about quotes."""
+    if "expected after" in str(err) or "end of data" in str(err):
+        msg = (
+            f"{file}, line {start}: text goes on after the closing quote of a field, or a quote is not closed ({err}); "
+            f"{QUOTES}"
+        )
+        raise ManifestError(msg) from None
 
 
 def _text(data: bytes) -> io.TextIOWrapper:

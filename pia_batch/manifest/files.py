@@ -277,10 +277,14 @@ def reading(place: str) -> Iterator[None]:
         raise
     except Exception as err:  # noqa: BLE001 - every file system has its own classes for what goes wrong
         problem = redacted(problem_of(err))
-        by_words = next((remedy for words, remedy in _REMEDIES.items() if words in problem), None)
-        remedy = filesystems.remedy_for(err) or by_words or filesystems.reading_remedy(place, err)
+        remedy = filesystems.remedy_for(err) or known_remedy(problem) or filesystems.reading_remedy(place, err)
         msg = f"cannot read manifest {place}: {problem}{f'; {remedy}' if remedy else ''}"
         raise ManifestError(msg) from None
+
+
+def known_remedy(problem: str) -> str | None:
+    """Return what to do about a problem that a library's message names; None where nothing is known."""
+    return next((remedy for words, remedy in _REMEDIES.items() if words in problem), None)
 
 
 _REMEDIES = {
@@ -315,7 +319,7 @@ _INT96_UNIT = "us"
 def _opened(source: pa.NativeFile, path: str) -> pq.ParquetFile:
     """Return the file with its footer read, after checking that the footer can be read."""
     num_bytes = source.size()
-    refuse_other_format(bytes(source.read_at(min(HEAD_BYTES, num_bytes), 0)), path, "parquet")
+    refuse_other_format(bytes(source.read_at(min(HEAD_BYTES, num_bytes), 0)), f"manifest file {path}", "parquet")
     _check_footer_bytes(source, num_bytes, path)
     try:
         file = pq.ParquetFile(source, coerce_int96_timestamp_unit=_INT96_UNIT)

@@ -45,12 +45,12 @@ _OWN_REMEDIES = {
 """Remedies of kinds that differ from others of their group."""
 
 
-def refuse_other_format(head: bytes, path: str, expected: Literal["parquet", "text"]) -> None:
+def refuse_other_format(head: bytes, file: str, expected: Literal["parquet", "text"]) -> None:
     """Refuse a file whose first bytes are those of another format.
 
     Args:
         head: First `file_kinds.HEAD_BYTES` bytes, decompressed if the file may be compressed.
-        path: Path of the file, for messages.
+        file: Name of the file for the message, such as `manifest file PATH`.
         expected: Kind of the file by its name.
 
     Raises:
@@ -64,7 +64,7 @@ def refuse_other_format(head: bytes, path: str, expected: Literal["parquet", "te
         found = _no_text(head)
     if found is not None:
         what, remedy = found
-        msg = f"manifest file {path} is {what}; {remedy}"
+        msg = f"{file} is {what}; {remedy}"
         raise ManifestError(msg)
 
 

@@ -466,7 +466,7 @@ def _refuse_other_formats(filesystem: pyarrow.fs.FileSystem, paths: tuple[str, .
         with filesystem.open_input_file(path) as source:
             head = bytes(source.read_at(min(HEAD_BYTES, source.size()), 0))
         if file_kinds.identify(head) is not None:
-            refuse_other_format(head, path, "parquet")
+            refuse_other_format(head, f"manifest file {path}", "parquet")
 
 
 def _check_header_lines(stored: Sequence[pa.Schema], named: Sequence[Iterable[str]], files: Sequence[str]) -> None:

@@ -79,7 +79,7 @@ def read_text(source: pa.NativeFile, path: str, budget: TextBudget) -> bytes:
             raise ManifestError(msg)
     while data.startswith(codecs.BOM_UTF8):  # programs that join files, or save one twice, leave more than one
         data = data.removeprefix(codecs.BOM_UTF8)
-    refuse_other_format(data[:HEAD_BYTES], path, "text")
+    refuse_other_format(data[:HEAD_BYTES], f"manifest file {path}", "text")
     return data
 
 

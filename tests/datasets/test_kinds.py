@@ -441,3 +441,43 @@ def test_an_iceberg_table_is_found_by_its_catalog(tmp_path: Path, monkeypatch: p
         lakes.of_catalog("iceberg://test/shop.none")
     with pytest.raises(ConfigError, match=r"write iceberg://CATALOG/NAMESPACE\.TABLE"):
         lakes.of_catalog("iceberg://test")
+
+
+OF_OTHERS = {
+    "a.parquet": (b"ORC" + bytes(60), "is an ORC file; write it as Parquet"),
+    "b.parquet": (b"ARROW1\0\0" + bytes(60), "is an Arrow IPC (Feather) file; write it as Parquet"),
+    "c.parquet": (b'{"a": 1}\n', "is text, not Parquet; JSONL and CSV are known by their names"),
+    "d.parquet": (b"", "Parquet file size is 0 bytes; remove it, or write it again"),
+    "a.feather": (b"ARROW1\0\0" + bytes(60), "is an Arrow IPC (Feather) file; write it as Parquet"),
+    "a.xlsx": (b"PK\x03\x04" + bytes(60), "is a zip archive or an Excel workbook; unpack it, or save it as CSV UTF-8"),
+    "a.csv": (b"PK\x03\x04" + bytes(60), "is a zip archive or an Excel workbook; unpack it, or save it as CSV UTF-8"),
+    "b.csv": ("a,b\n1,2\n".encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
+    "c.csv": ("a,b\n1,r\xe9d\n".encode("latin1"), "column 'b' has text that is not UTF-8; save the file as UTF-8"),
+    "d.csv": (b'a,b\n1,"x"\n2,"a \\"sign\\" says"\n', "line 3: text goes on after the closing quote of a field"),
+    "e.csv.gz": (gzip.compress(b'a\n"a \\"sign\\" says"\n'), "line 2: text goes on after the closing quote of a field"),
+    "a.jsonl": ('{"a": 1}\n'.encode("utf-16"), "is text in UTF-16; save it as UTF-8"),
+    "b.jsonl": (gzip.compress(b"{}\n"), "is compressed with gzip; name JSONL and CSV as such"),
+    "c.jsonl.gz": (gzip.compress(b"PAR1" + bytes(60)), "is Parquet; name it .parquet"),
+    "d.jsonl": (
+        b'{"a": 1}{"a": 2}\n',
+        "line 1: not JSON: Extra data: line 1 column 9 (char 8); write one object",
+    ),
+    "e.jsonl": (b"[1]\n", "line 1: each line must be one JSON object; write one object on each line"),
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_a_neighbouring_format_is_refused_by_its_name_as_in_a_manifest(name: str, tmp_path: Path) -> None:
+    content, words = OF_OTHERS[name]
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(ManifestError, match=re.escape(words)) as caught:
+        rows_of(opened(tmp_path)[1])
+
+    assert str(caught.value).startswith(f"source {tmp_path / name}")
+
+
+def test_a_backslash_at_the_end_of_a_quoted_field_is_a_backslash(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'a,b\r\n"C:\\",2\r\n"two\nlines ""\\""",3\r\n')
+
+    assert [row["a"] for row in rows_of(opened(tmp_path)[1])] == ["C:\\", 'two\nlines "\\"']

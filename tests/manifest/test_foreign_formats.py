@@ -165,7 +165,7 @@ def test_a_file_that_is_compressed_twice_is_named(outer: str, inner: str, tmp_pa
     ],
 )  # fmt: skip
 def test_text_that_begins_like_a_format_is_text(head: bytes) -> None:
-    refuse_other_format(head, "m.csv", "text")
+    refuse_other_format(head, "manifest file m.csv", "text")
 
 
 def test_a_file_of_pzstd_is_read_and_named_where_it_is_no_text(tmp_path: Path) -> None:
