@@ -258,6 +258,24 @@ def check_shared_memory(folder: Path = SHARED_MEMORY) -> None:
         raise ConfigError(msg) from None
 
 
+def check_token_path(environment: Mapping[str, str] = os.environ) -> None:
+    """Check that the file with the token of a Ray of our own can be read, if a variable names one.
+
+    Raises:
+        ConfigError: It cannot. The message names the variable.
+    """
+    name, mode = "RAY_AUTH_TOKEN_PATH", environment.get("RAY_AUTH_MODE", "token").lower()
+    path = environment.get(name)
+    if not path or environment.get("RAY_AUTH_TOKEN") or mode != "token":
+        return
+    try:
+        problem = None if Path(path).read_bytes().strip() else "the file is empty"
+    except OSError as err:
+        problem = problem_of(err)
+    if problem is not None:
+        raise ConfigError(f"{name}: cannot read Ray's token from {printable(path)}: {problem}; correct or unset it")
+
+
 @contextmanager
 def session_token(environment: MutableMapping[str, str] = os.environ) -> Iterator[None]:
     """Give a Ray of our own a token for as long as it lives, where it cannot keep one in the home folder.

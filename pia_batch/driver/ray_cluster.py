@@ -73,6 +73,7 @@ def connect(place: PlacementConfig) -> Iterator[None]:
         own_ray.check_memory_threshold()
         own_ray.check_shared_memory()
         own_ray.check_temp_folder()
+        own_ray.check_token_path()
         # Under `uv run`, Ray would pack the working folder for its workers. Ours are on this machine, and need no copy.
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -17,6 +17,7 @@ from pia_batch.driver.own_ray import (
     check_memory_threshold,
     check_shared_memory,
     check_temp_folder,
+    check_token_path,
     check_variables,
     explain_end,
     explain_start,
@@ -349,3 +350,30 @@ def test_a_variable_that_ray_follows_at_its_start_is_named(
     monkeypatch.setenv(name, "x")
 
     assert str(explain_start(raised)).endswith(f"; correct or unset {name}")
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({}, None),
+        ({"RAY_AUTH_TOKEN_PATH": "full"}, None),
+        ({"RAY_AUTH_TOKEN_PATH": ""}, None),
+        ({"RAY_AUTH_TOKEN_PATH": "missing", "RAY_AUTH_TOKEN": "t"}, None),
+        ({"RAY_AUTH_TOKEN_PATH": "missing", "RAY_AUTH_MODE": "disabled"}, None),
+        ({"RAY_AUTH_TOKEN_PATH": "missing"}, "No such file or directory"),
+        ({"RAY_AUTH_TOKEN_PATH": "empty"}, "the file is empty"),
+        ({"RAY_AUTH_TOKEN_PATH": "."}, "Is a directory"),
+    ],
+)
+def test_a_file_of_a_token_that_cannot_be_read_is_named(
+    variables: dict[str, str], problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full").write_text("0" * 64)
+    (tmp_path / "empty").write_text(" \n")
+    monkeypatch.chdir(tmp_path)
+    if problem is None:
+        check_token_path(variables)
+        return
+
+    with pytest.raises(ConfigError, match=f"^RAY_AUTH_TOKEN_PATH: .*{problem}; correct or unset it$"):
+        check_token_path(variables)
