@@ -98,13 +98,24 @@ def held_type(data_type: pa.DataType) -> pa.DataType | None:
     Maps become lists of key and value; extension types and dictionaries become the type of their values.
     """
     target = _target(data_type)
-    if target is None:
+    if target is None or _is_miscast(data_type):
         return None
     try:
         pa.chunked_array([], data_type).cast(target)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return None
     return target
+
+
+def _is_miscast(data_type: pa.DataType) -> bool:
+    """Return True for fixed-size lists of nothing but nulls at any depth, whose casts by pyarrow 26 are invalid."""
+    is_own = pa.types.is_fixed_size_list(data_type) and _has_null(data_type.value_type)
+    return is_own or any(_is_miscast(data_type.field(at).type) for at in range(data_type.num_fields))
+
+
+def _has_null(data_type: pa.DataType) -> bool:
+    parts = (data_type.field(at).type for at in range(data_type.num_fields))
+    return bool(pa.types.is_null(data_type)) or any(map(_has_null, parts))
 
 
 def _target(data_type: pa.DataType) -> pa.DataType | None:  # noqa: PLR0911 - one line for each kind of type
