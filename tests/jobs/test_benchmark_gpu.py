@@ -12,11 +12,13 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pyarrow as pa
 import pytest
+
+from pia_batch.config.models import SchedulerName
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
 
@@ -197,6 +199,10 @@ def test_all_of_it_on_a_cpu_in_two_commands(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("RAY_ADDRESS", "local")
     arguments = ["--size", "tiny", "--to", str(tmp_path / "cpu"), "--work", str(tmp_path / "work")]
+    # Measured by an earlier process that was stopped; tests/engine/test_features.py measures every scheduler.
+    known = {f"scheduler {name}": {"psnr_db": 120.0} for name in get_args(SchedulerName) if name != "lcm"}
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "features.json").write_text(json.dumps(known))
 
     assert benchmark_gpu.main([*arguments, "--parts", "1,2,3"]) == 0
     assert list(saved(tmp_path / "cpu")["parts"]) == NAMES[:3]
