@@ -57,7 +57,7 @@ def child(process: subprocess.Popen[str], program: str) -> psutil.Process | None
 
 @pytest.mark.parametrize(
     ("make", "program"),
-    [(prepared, "gcs_server"), (exported, "raylet"), (evaluated, "gcs_server")],
+    [(prepared, "raylet"), (exported, "raylet"), (evaluated, "gcs_server")],
 )
 def test_a_job_whose_ray_is_killed_ends_with_one_line_and_4(
     tmp_path: Path, make: Callable[[Path], list[str]], program: str
