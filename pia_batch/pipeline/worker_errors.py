@@ -39,7 +39,7 @@ _LOST = {
     **dict.fromkeys(("ObjectLostError", "ObjectReconstructionFailedError", "OwnerDiedError"), _NODES),
     **dict.fromkeys(("ObjectFetchTimedOutError", "ReferenceCountingAssertionError"), _NODES),
     "OutOfMemoryError": _MEMORY,
-    **dict.fromkeys(("ObjectUnwritableStoreError", "OutOfDiskError"), _STORE),
+    **dict.fromkeys(("ObjectStoreFullError", "OutOfDiskError"), _STORE),
 }
 """Remedies by the names of Ray's errors for work that died, with its process or machine, more often than it retries."""
 
