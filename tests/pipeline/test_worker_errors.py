@@ -178,7 +178,7 @@ def test_every_error_of_ray_that_machines_cause_is_one_line_with_a_remedy(name: 
 
 @pytest.mark.parametrize(
     ("name", "key"),
-    [("OutOfMemoryError", "placement.batch_size"), ("ObjectUnwritableStoreError", "placement.object_store_mb")],
+    [("OutOfMemoryError", "placement.batch_size"), ("ObjectStoreFullError", "placement.object_store_mb")],
 )
 def test_memory_that_ray_ends_work_for_is_reported_with_the_keys_that_help(name: str, key: str) -> None:
     kind = type(name, (RuntimeError,), {"__module__": "ray.exceptions"})
