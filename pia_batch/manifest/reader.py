@@ -1,17 +1,14 @@
 """Manifests: their files, one schema for all of them, and their rows in batches, or in pieces for many workers.
 
-`files` reads untrusted files safely; `validation` validates the rows.
+`discovery` finds the files, `files` reads untrusted ones safely, and `validation` validates the rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
-from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -19,25 +16,23 @@ import pyarrow as pa
 import pyarrow.fs
 
 from pia_batch.errors import ConfigError, ManifestError, message_of, printable
-from pia_batch.manifest import commit_logs, hive
+from pia_batch.manifest import hive
 from pia_batch.manifest.arrow_types import has_lists, is_nested, plain_type, refuse_unsupported
 from pia_batch.manifest.column_map import NO_MAP, ColumnMap
+from pia_batch.manifest.discovery import below, check_stored_bytes, discover, location, partitions_of
 from pia_batch.manifest.files import (
-    BATCH_ROWS,
     Contents,
     Known,
     ManifestFile,
     reading,
 )
-from pia_batch.manifest.foreign_formats import refuse_other_format
-from pia_batch.manifest.formats import EXTENSIONS, FileFormat, format_of_file, formats_in, is_expected
-from pia_batch.manifest.table_formats import refuse_part_of_table, refuse_table
-from pia_batch.manifest.text_files import MAX_TEXT_BYTES, TextBudget
-from pia_batch.manifest.unify import check_columns, conform, published, unify
+from pia_batch.manifest.formats import FileFormat
+from pia_batch.manifest.pieces import Piece, conform_rows, conformed, neighbours
+from pia_batch.manifest.text_files import TextBudget
+from pia_batch.manifest.unify import check_columns, published, unify
 from pia_batch.schema.columns import REQUEST
-from pia_batch.storage import file_kinds, filesystems, store_uris
+from pia_batch.storage import filesystems, store_uris
 from pia_batch.storage.concurrency import map_in_threads
-from pia_batch.storage.file_kinds import HEAD_BYTES
 from pia_batch.storage.uris import redacted_uri
 
 MAX_ROWS = 200_000_000
@@ -53,9 +48,6 @@ SAMPLE_FILES, SAMPLE_ROWS = 16, 1000
 OPEN_THREADS = 16
 """Number of manifest files that are opened at a time."""
 
-PIECE_BYTES = 64 * 2**20
-"""Unpacked size of one piece, next to BATCH_ROWS rows; a single larger row group is one piece."""
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -67,42 +59,6 @@ class Batch:
     """Row number inside `file`, from 0."""
     ordinal: int
     """Row number inside the manifest, from 0."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Part of a manifest for one worker: some row groups of a Parquet file, or a whole JSONL or CSV file.
-
-    Attributes:
-        uri: URI of the manifest, with its scheme.
-        file: File in the version that was there when the manifest was opened.
-        groups: Numbers of row groups, rising; None for JSONL and CSV.
-        partitions: Values of the columns that the file's folders name.
-        num_rows: Number of rows.
-        num_bytes: Approximate size of these rows in memory, in bytes.
-    """
-
-    uri: str
-    file: ManifestFile
-    groups: tuple[int, ...] | None
-    partitions: Mapping[str, str | None]
-    num_rows: int
-    num_bytes: int
-
-    def tables(self, schema: pa.Schema) -> Iterator[pa.Table]:
-        """Yield the rows in order, in the columns of `schema`.
-
-        Raises:
-            ManifestError: the file is corrupt, or cannot be read.
-            InterruptedRunError: the file was replaced after the manifest was opened. Rows of the new file may have been
-                yielded before.
-        """
-        with reading(self.file.path):
-            filesystem, _ = filesystems.arrow_filesystem(self.uri)
-        self.file.check_unchanged(filesystem)
-        rows = self.file.read(filesystem, schema.names, self.groups)
-        yield from _conformed(rows, self.file, schema, self.partitions)
-        self.file.check_unchanged(filesystem)
 
 
 @dataclass(frozen=True)
@@ -143,10 +99,10 @@ class Manifest:
         shown = redacted_uri(uri)
         with reading(shown):
             filesystem, root = filesystems.arrow_filesystem(uri)
-            files, file_format, left_out = _discover(filesystem, root, shown)
+            files, file_format, left_out = discover(filesystem, root, shown)
         budget = TextBudget(f"manifest {shown}")
         if file_format != "parquet":
-            _check_stored_bytes(filesystem, files, shown)
+            check_stored_bytes(filesystem, files, shown)
         scanned = set[str]()
 
         def known_contents(path: str, version: str) -> Contents | None:
@@ -158,7 +114,7 @@ class Manifest:
         opened = tuple(
             map_in_threads(
                 lambda path: ManifestFile.open(
-                    filesystem, path, file_format, known_contents, column_map, _location(path, root), budget
+                    filesystem, path, file_format, known_contents, column_map, location(path, root), budget
                 ),
                 files,
                 OPEN_THREADS,
@@ -172,7 +128,7 @@ class Manifest:
             msg = f"manifest {shown} has {num_rows or 'no'} rows; {remedy}"
             raise ManifestError(msg)
         stored = [contents.schema for _, contents in opened]
-        named = [column_map.partitions(_partitions(path, root)) for path in files]
+        named = [column_map.partitions(partitions_of(path, root)) for path in files]
         schema = unify([_with_texts(*each) for each in zip(stored, named, strict=True)], files, column_map.label)
         in_files = {name for one in stored for name in one.names}
         schema = pa.schema(sorted(schema, key=lambda item: item.name not in in_files))  # partitions last
@@ -237,7 +193,7 @@ class Manifest:
         num_bytes = 0
         try:
             for table in self._column(file, contents, name, complete=complete):
-                _conform(table, self._only([name]), {}, file).validate(full=True)
+                conform_rows(table, self._only([name]), {}, file).validate(full=True)
                 num_bytes += table.nbytes
         except (ManifestError, pa.ArrowException, OSError) as err:
             msg = (
@@ -251,7 +207,7 @@ class Manifest:
         if not complete:
             yield file.first_rows(self.filesystem, [name], SAMPLE_ROWS)
             return
-        for groups in _neighbours(contents):
+        for groups in neighbours(contents):
             yield from file.read(self.filesystem, [name], groups)
 
     def _may_not_fit(self, data_type: pa.DataType, name: str) -> bool:
@@ -315,10 +271,10 @@ class Manifest:
     def _read(self, file: ManifestFile, schema: pa.Schema, groups: list[int] | None) -> Iterator[pa.Table]:
         chosen = groups if file.format == "parquet" else None
         rows = file.read(self.filesystem, schema.names, chosen, table=self._tables.get(file.path))
-        return _conformed(rows, file, schema, self._partitions(file))
+        return conformed(rows, file, schema, self._partitions(file))
 
     def _partitions(self, file: ManifestFile) -> dict[str, str | None]:
-        return file.column_map.partitions(_partitions(file.path, self._root))
+        return file.column_map.partitions(partitions_of(file.path, self._root))
 
     def release(self) -> None:
         """Free the rows in memory: workers read the pieces from now on. `batches` yields the same rows."""
@@ -331,7 +287,7 @@ class Manifest:
         """
         for file, contents in self._opened:
             partitions = self._partitions(file)
-            for groups in _neighbours(contents):
+            for groups in neighbours(contents):
                 num_rows, num_bytes = contents.groups[groups].sum(axis=0).tolist()
                 chosen = tuple(groups) if file.format == "parquet" else None
                 yield Piece(self.uri, file, chosen, partitions, num_rows, num_bytes)
@@ -352,32 +308,6 @@ def _runs(
             yield int(ends[run[0]] - contents.groups[run[0], 0]), run.tolist()
 
 
-def _neighbours(contents: Contents) -> Iterator[list[int]]:
-    """Yield the numbers of the row groups that have rows, in one list for each piece."""
-    waiting: list[int] = []
-    rows = num_bytes = 0
-    for group, (group_rows, group_bytes) in enumerate(contents.groups.tolist()):
-        if not group_rows:
-            continue
-        if waiting and (rows + group_rows > BATCH_ROWS or num_bytes + group_bytes > PIECE_BYTES):
-            yield waiting
-            waiting, rows, num_bytes = [], 0, 0
-        waiting.append(group)
-        rows, num_bytes = rows + group_rows, num_bytes + group_bytes
-    if waiting:
-        yield waiting
-
-
-def _conformed(
-    rows: Iterator[pa.Table], file: ManifestFile, schema: pa.Schema, partitions: Mapping[str, str | None]
-) -> Iterator[pa.Table]:
-    """Yield the rows of a file in the columns of `schema`."""
-    for read in rows:
-        with reading(file.path):
-            table = _conform(read, schema, partitions, file)
-        yield table
-
-
 def refuse_output_inside(manifest: Manifest, output: str) -> None:
     """Refuse an output inside the folder of the manifest.
 
@@ -385,7 +315,7 @@ def refuse_output_inside(manifest: Manifest, output: str) -> None:
         ConfigError: the output is inside it, and the next run would read its results as requests.
     """
     place = store_uris.absolute(output).rstrip("/")
-    inside = _below(place, manifest.uri) if f"{place}/".startswith(f"{manifest.uri}/") else None
+    inside = below(place, manifest.uri) if f"{place}/".startswith(f"{manifest.uri}/") else None
     if inside is None or hive.is_hidden(inside.parts):
         return
     msg = (
@@ -414,61 +344,6 @@ def _carried(schema: pa.Schema) -> list[pa.Field]:
     return [item for item in schema if item.name not in REQUEST.names]
 
 
-def _conform(table: pa.Table, schema: pa.Schema, partitions: Mapping[str, str | None], file: ManifestFile) -> pa.Table:
-    try:
-        return conform(table, schema, partitions, file.column_map.label)
-    except ManifestError as err:
-        msg = f"manifest file {file.path}: {err}"
-        raise ManifestError(msg) from None
-
-
-def _discover(
-    filesystem: pyarrow.fs.FileSystem, root: str, uri: str
-) -> tuple[tuple[str, ...], FileFormat, tuple[str, ...]]:
-    """Return the files of a manifest, their format, and the files next to them that are not read."""
-    info = filesystem.get_file_info(root)
-    if info.type == pyarrow.fs.FileType.NotFound:
-        with suppress(FileNotFoundError):
-            filesystems.version_of(
-                filesystem, root
-            )  # raises for a server that does not answer, not for one without the file
-        pattern = ", and name a folder in place of a pattern with '*'" if "*" in unquote(uri) else ""
-        msg = f"manifest {uri} does not exist; correct its path or URI{pattern}"
-        raise ManifestError(msg)
-    is_file = info.type == pyarrow.fs.FileType.File
-    refuse_part_of_table(filesystem, root, uri, is_file=is_file)
-    if is_file:
-        return (root,), format_of_file(filesystem, root), ()
-    found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
-    refuse_table([item.path for item in found], root, uri)
-    files = sorted(item.path for item in found if item.is_file and not hive.is_hidden(_below(item.path, root).parts))
-    broken = commit_logs.uncommitted(filesystem, root, (item.path for item in found if item.is_file), files)
-    format_by_path = formats_in(filesystem, [path for path in files if path not in broken])
-    formats = sorted(set(format_by_path.values()))
-    left_out = tuple(path for path in files if path not in format_by_path and not is_expected(path))
-    if not formats:
-        _refuse_other_formats(filesystem, left_out)
-        others = f", but {', '.join(str(_below(path, root)) for path in left_out[:3])}" if left_out else ""
-        msg = (
-            f"manifest {uri} has no file that ends in {', '.join(EXTENSIONS)}{others}; correct the folder, or the "
-            "names: those that begin with '_' or '.' are not read; text may be compressed (.jsonl.gz, .csv.zst)"
-        )
-        raise ManifestError(msg)
-    if len(formats) > 1:
-        msg = f"manifest {uri} has files of several formats, {' and '.join(formats)}; leave those of one"
-        raise ManifestError(msg)
-    return tuple(path for path in files if path in format_by_path), formats[0], left_out
-
-
-def _refuse_other_formats(filesystem: pyarrow.fs.FileSystem, paths: tuple[str, ...]) -> None:
-    """Refuse the first of a folder's files that is of a known format, none of which is ours."""
-    for path in paths[:SAMPLE_FILES]:
-        with filesystem.open_input_file(path) as source:
-            head = bytes(source.read_at(min(HEAD_BYTES, source.size()), 0))
-        if file_kinds.identify(head) is not None:
-            refuse_other_format(head, f"manifest file {path}", "parquet")
-
-
 def _check_header_lines(stored: Sequence[pa.Schema], named: Sequence[Iterable[str]], files: Sequence[str]) -> None:
     """Refuse a CSV file with neither images nor prompts: its first row has been taken for a header line."""
     wanted = {"image", "image_bytes", "prompt", "prompts"}
@@ -481,28 +356,6 @@ def _check_header_lines(stored: Sequence[pa.Schema], named: Sequence[Iterable[st
             raise ManifestError(msg)
 
 
-def _below(path: str, root: str) -> PurePosixPath:
-    return PurePosixPath(path.removeprefix(root).lstrip("/"))
-
-
-def _location(path: str, root: str) -> str:
-    """Return the path of a file below the manifest's folder; its name if the manifest is one file."""
-    return str(_below(path, root)) if path != root else PurePosixPath(path).name
-
-
-def _partitions(path: str, root: str) -> dict[str, str | None]:
-    return hive.partitions_in(_below(path, root).parts[:-1])
-
-
 def _with_texts(schema: pa.Schema, names: Iterable[str]) -> pa.Schema:
     """Return a file's schema with a text column for each partition of it that the file has no column for."""
     return pa.schema([*schema, *(pa.field(name, pa.string()) for name in names if name not in schema.names)])
-
-
-def _check_stored_bytes(filesystem: pyarrow.fs.FileSystem, files: tuple[str, ...], uri: str) -> None:
-    """Refuse text files that are too large as they are stored, before any of them is read."""
-    with reading(uri):
-        num_bytes = sum(info.size or 0 for info in filesystem.get_file_info(list(files)))
-    if num_bytes > MAX_TEXT_BYTES:
-        msg = f"manifest {uri} has {num_bytes} bytes of JSONL or CSV; above {MAX_TEXT_BYTES}, write it as Parquet"
-        raise ManifestError(msg)

@@ -13,7 +13,8 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from pia_batch.manifest.files import BATCH_ROWS
-from pia_batch.manifest.reader import PIECE_BYTES, Manifest, Piece
+from pia_batch.manifest.pieces import PIECE_BYTES, Piece
+from pia_batch.manifest.reader import Manifest
 
 _PIECES_PER_TASK = 32
 """Maximum number of small files that one task reads in sequence, each with a few round trips to the store."""

@@ -94,7 +94,7 @@ class Validate:
         """Return the requests in the order of `rows`.
 
         Args:
-            rows: Rows as `manifest.reader.Piece.tables` gives them, or of a user's Dataset if rejected ones are kept.
+            rows: Rows as `manifest.pieces.Piece.tables` gives them, or of a user's Dataset if rejected ones are kept.
 
         Raises:
             ManifestError: A required column is missing in a user's Dataset, or one has a type that results cannot hold.

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from pia_batch.config import RunConfig
 from pia_batch.config.model_limits import NO_LIMITS, Limits
 from pia_batch.manifest.files import Contents, ManifestFile
-from pia_batch.manifest.reader import Manifest, Piece
+from pia_batch.manifest.pieces import Piece
+from pia_batch.manifest.reader import Manifest
 from pia_batch.planning import scan_pool
 from pia_batch.planning.scan_cache import Chunk, ScanCache
 from pia_batch.planning.scan_validate import ScanTask, ValidatedPiece, ValidatedRows, validate_in_threads

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 
 from pia_batch.errors import ManifestError
-from pia_batch.manifest.reader import Piece
+from pia_batch.manifest.pieces import Piece
 from pia_batch.planning.child_python import child_environment, module_command
 from pia_batch.planning.scan_validate import PieceValidator, ScanTask, ValidatedPiece
 

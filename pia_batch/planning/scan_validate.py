@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pia_batch.config import RunConfig
 from pia_batch.config.model_limits import Limits
-from pia_batch.manifest.reader import Piece
+from pia_batch.manifest.pieces import Piece
 from pia_batch.manifest.validation import Checked, check
 from pia_batch.planning.statistics import WorkClasses
 from pia_batch.planning.words import NO_WORDS, Words

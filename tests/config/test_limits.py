@@ -35,7 +35,7 @@ from pia_batch.driver import notifications
 from pia_batch.driver.budget import Budget
 from pia_batch.driver.monitor import _drain, _EngineHealth
 from pia_batch.errors import ConfigError, DegenerateError, InterruptedRunError, ManifestError, PiaBatchError
-from pia_batch.manifest import files, reader, text_files
+from pia_batch.manifest import discovery, files, text_files
 from pia_batch.manifest.casting import Range
 from pia_batch.manifest.column_layout import MAX_COLUMNS
 from pia_batch.manifest.unify import check_columns
@@ -669,7 +669,7 @@ def test_text_is_kept_to_its_bytes_in_all(tmp_path: Path) -> None:
     for above in (-1, 0, 1):
         with other.open("wb") as file:  # sparse
             file.truncate(text_files.MAX_TEXT_BYTES - 1000 + above)
-        error = raised(reader._check_stored_bytes, LocalFileSystem(), (str(one), str(other)), str(tmp_path))
+        error = raised(discovery.check_stored_bytes, LocalFileSystem(), (str(one), str(other)), str(tmp_path))
         assert (error is not None) == (above > 0)
         assert error is None or (str(text_files.MAX_TEXT_BYTES) in error and "write it as Parquet" in error)
 

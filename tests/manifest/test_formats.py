@@ -17,7 +17,7 @@ from inputs import requests_table
 
 from pia_batch.config import RunConfig
 from pia_batch.errors import ConfigError, ManifestError
-from pia_batch.manifest import reader, text_files
+from pia_batch.manifest import discovery, text_files
 from pia_batch.manifest.formats import names_file
 from pia_batch.manifest.reader import Manifest
 from pia_batch.manifest.table_formats import refuse_table
@@ -201,7 +201,7 @@ def test_the_limit_holds_for_all_files_of_a_manifest_together(tmp_path: Path, mo
 def test_text_larger_than_the_limit_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "MAX_TEXT_BYTES", 10)
+    monkeypatch.setattr(discovery, "MAX_TEXT_BYTES", 10)
     (tmp_path / "a.csv").write_bytes(text(requests_table(1), "csv"))
 
     assert "above 10, write it as Parquet" in refusal(tmp_path)

@@ -192,7 +192,7 @@ def test_a_location_is_the_path_below_the_folder_and_the_row(origin: str, tmp_pa
 
 
 def test_a_piece_for_one_worker_has_the_ids_of_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pia_batch.manifest.reader.PIECE_BYTES", 1)
+    monkeypatch.setattr("pia_batch.manifest.pieces.PIECE_BYTES", 1)
     folder = put(tmp_path / "m", {"a.parquet": requests_table(5).drop_columns(["request_id"])})
     found = Manifest.open(str(folder), column_map=ColumnMap.of(config_of(folder, "location")))
 

@@ -21,7 +21,7 @@ from ray import cloudpickle
 
 from pia_batch.errors import InterruptedRunError, ManifestError
 from pia_batch.manifest import files as manifest_files
-from pia_batch.manifest import reader
+from pia_batch.manifest import pieces as manifest_pieces
 from pia_batch.manifest.reader import Manifest
 from pia_batch.pipeline.datasource import ManifestDatasource
 from pia_batch.storage import filesystems
@@ -63,7 +63,7 @@ def test_pieces_add_up_to_the_manifest_and_none_is_larger_than_it_may_be(
         table = requests_table(sum(sizes), request_id=[f"{number}-{k}" for k in range(sum(sizes))])
         write_groups(folder / f"{number}.parquet", *sizes, table=table)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "BATCH_ROWS", 12)
+        patch.setattr(manifest_pieces, "BATCH_ROWS", 12)
         found = Manifest.open(str(folder))
         pieces = list(found.pieces())
 
@@ -85,7 +85,7 @@ def test_one_large_file_is_read_by_many_tasks_and_many_small_ones_by_one(tmp_pat
 
 
 def test_pieces_are_bounded_by_bytes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "PIECE_BYTES", 64 * 2**10)
+    monkeypatch.setattr(manifest_pieces, "PIECE_BYTES", 64 * 2**10)
     images = [os.urandom(3 * 2**10) for _ in range(60)]
     table = requests_table(60, image_bytes=images)
     write_groups(tmp_path / "in" / "a.parquet", *[4] * 15, table=table, compression="none")
@@ -94,7 +94,7 @@ def test_pieces_are_bounded_by_bytes_too(tmp_path: Path, monkeypatch: pytest.Mon
     pieces = list(found.pieces())
 
     assert 3 <= len(pieces) <= 6
-    assert all(piece.num_bytes <= reader.PIECE_BYTES for piece in pieces)
+    assert all(piece.num_bytes <= manifest_pieces.PIECE_BYTES for piece in pieces)
     assert read(found)["image_bytes"].to_pylist() == images
 
 

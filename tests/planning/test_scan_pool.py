@@ -18,7 +18,8 @@ from plans import commit, content_of, keys_of
 
 from pia_batch.config import RunConfig
 from pia_batch.errors import InterruptedRunError, ManifestError
-from pia_batch.manifest.reader import Manifest, Piece
+from pia_batch.manifest.pieces import Piece
+from pia_batch.manifest.reader import Manifest
 from pia_batch.planning import scan_pool
 from pia_batch.planning.plan import make_plan
 from pia_batch.planning.scan_validate import ScanTask
@@ -55,7 +56,7 @@ def pieces_of(config: RunConfig) -> tuple[ScanTask, list[Piece]]:
 
 
 def test_processes_find_what_threads_find(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pia_batch.manifest.reader.BATCH_ROWS", 2)  # several pieces a file
+    monkeypatch.setattr("pia_batch.manifest.pieces.BATCH_ROWS", 2)  # several pieces a file
     write(
         config,
         requests(0, 7, seed=[1, -1, 3, None, 5, 6, 7]),
