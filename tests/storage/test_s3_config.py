@@ -31,7 +31,7 @@ from servers import free_port
 from pia_batch.config import ImagesConfig
 from pia_batch.driver.preflight.storage import check_images
 from pia_batch.errors import ConfigError, ImageUnavailableError, ManifestError, PiaBatchError, StorageError
-from pia_batch.storage import credential_program, object_store, s3_config, s3_errors
+from pia_batch.storage import credential_program, object_store, s3_config, s3_connection, s3_errors
 from pia_batch.storage.object_store import Store
 
 KEYS = f"aws_access_key_id = {seaweedfs.KEY}\naws_secret_access_key = {seaweedfs.SECRET}\n"
@@ -522,7 +522,7 @@ def test_the_certificates_of_the_system_serve_every_purpose_where_none_are_confi
     bundle, context = tls.authority(tmp_path)
     with recording() as recorder, tls.ending_tls(context, urlsplit(recorder.url).port or 0) as url:
         recorder.objects[urlsplit(url).netloc, "/bucket/place/name"] = b"data"
-        monkeypatch.setattr(s3_config, "SYSTEM_BUNDLES", ("/absent.pem", str(bundle)))
+        monkeypatch.setattr(s3_connection, "SYSTEM_BUNDLES", ("/absent.pem", str(bundle)))
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
 
         for purpose in PURPOSES.values():
@@ -531,7 +531,7 @@ def test_the_certificates_of_the_system_serve_every_purpose_where_none_are_confi
 
 def test_a_system_without_certificates_has_those_of_botocore_for_both_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     environment_keys(monkeypatch)
-    monkeypatch.setattr(s3_config, "SYSTEM_BUNDLES", ())
+    monkeypatch.setattr(s3_connection, "SYSTEM_BUNDLES", ())
     monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: SimpleNamespace(cafile=None))
 
     assert s3_config.resolve().ca_bundle == botocore.httpsession.where()
