@@ -25,7 +25,7 @@ SYSTEM_BUNDLES = (
 )
 """Certificates that the system trusts, by the systems that keep them there."""
 
-_DEFAULT_PORTS = {"http": 80, "https": 443}
+_SCHEMES = frozenset({"http", "https"})
 
 
 def region_of(session: Any) -> str:  # botocore is untyped
@@ -108,7 +108,7 @@ def _normal_endpoint(source: str, written: str) -> str:
         host, port = parts.hostname, parts.port
     except ValueError:
         raise refusal("invalid URL") from None
-    if parts.scheme not in _DEFAULT_PORTS:
+    if parts.scheme not in _SCHEMES:
         raise refusal("the URL does not begin with http:// or https://")
     if "@" in parts.netloc:
         raise ConfigError(
@@ -149,7 +149,7 @@ def proxies_of(endpoint: str) -> dict[str, str]:
         host, port = parts.hostname, parts.port
     except ValueError:
         raise ConfigError(f"{name}: invalid URL; {remedy}") from None
-    known = parts.scheme in _DEFAULT_PORTS and "://" not in url.split("://", 1)[1]
+    known = parts.scheme in _SCHEMES and "://" not in url.split("://", 1)[1]
     if not known or not host or port == 0 or not url.isprintable() or " " in url:
         raise ConfigError(f"{name}: not the URL of an HTTP proxy; {remedy}")
     return {scheme: url}
