@@ -8,9 +8,8 @@ from types import MappingProxyType
 from pia_batch.datasets import animatebench, archives, folders, lakes, table_files
 from pia_batch.datasets.sources import Kind, Place, ReadOptions, Source
 from pia_batch.errors import ConfigError, ManifestError
-from pia_batch.manifest.foreign_formats import refuse_other_format
+from pia_batch.manifest.foreign_formats import EXAMINED_FILES, refuse_known_format
 from pia_batch.manifest.table_formats import refuse_part_of_table, refuse_table
-from pia_batch.storage import file_kinds
 from pia_batch.storage.file_kinds import HEAD_BYTES
 from pia_batch.storage.uris import redacted_uri
 
@@ -137,13 +136,7 @@ def kind_of(place: Place, name: str | None) -> Kind:
     return found[0]
 
 
-_LOOKED_AT = 16
-"""Number of files whose first bytes are looked at, where a place is of no kind."""
-
-
 def _refuse_other_formats(place: Place) -> None:
     """Refuse the first of a place's files that is of a known format, such as a workbook of Excel."""
-    for file in place.visible("")[:_LOOKED_AT]:
-        head = place.head(file, HEAD_BYTES)
-        if file_kinds.identify(head) is not None:
-            refuse_other_format(head, f"source {redacted_uri(file.path)}", "parquet")
+    for file in place.visible("")[:EXAMINED_FILES]:
+        refuse_known_format(place.head(file, HEAD_BYTES), f"source {redacted_uri(file.path)}")

@@ -11,15 +11,12 @@ import pyarrow.fs
 from pia_batch.errors import ManifestError
 from pia_batch.manifest import commit_logs, hive
 from pia_batch.manifest.files import reading
-from pia_batch.manifest.foreign_formats import refuse_other_format
+from pia_batch.manifest.foreign_formats import EXAMINED_FILES, refuse_known_format
 from pia_batch.manifest.formats import EXTENSIONS, FileFormat, format_of_file, formats_in, is_expected
 from pia_batch.manifest.table_formats import refuse_part_of_table, refuse_table
 from pia_batch.manifest.text_files import MAX_TEXT_BYTES
-from pia_batch.storage import file_kinds, filesystems
+from pia_batch.storage import filesystems
 from pia_batch.storage.file_kinds import HEAD_BYTES
-
-EXAMINED_FILES = 16
-"""Number of files in a folder with none of ours whose content is looked at, to name its format."""
 
 
 def discover(
@@ -65,8 +62,7 @@ def _refuse_other_formats(filesystem: pyarrow.fs.FileSystem, paths: tuple[str, .
     for path in paths[:EXAMINED_FILES]:
         with filesystem.open_input_file(path) as source:
             head = bytes(source.read_at(min(HEAD_BYTES, source.size()), 0))
-        if file_kinds.identify(head) is not None:
-            refuse_other_format(head, f"manifest file {path}", "parquet")
+        refuse_known_format(head, f"manifest file {path}")
 
 
 def check_stored_bytes(filesystem: pyarrow.fs.FileSystem, files: tuple[str, ...], uri: str) -> None:

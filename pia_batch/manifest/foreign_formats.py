@@ -45,6 +45,24 @@ _OWN_REMEDIES = {
 """Remedies of kinds that differ from others of their group."""
 
 
+EXAMINED_FILES = 16
+"""Number of files in a folder with none of ours whose content is looked at, to name its format."""
+
+
+def refuse_known_format(head: bytes, file: str) -> None:
+    """Refuse a file beside which there is none of ours, if its format is known.
+
+    Args:
+        head: First `file_kinds.HEAD_BYTES` bytes.
+        file: Name of the file for the message, such as `manifest file PATH`.
+
+    Raises:
+        ManifestError: The format is known; the message names it and the remedy.
+    """
+    if file_kinds.identify(head) is not None:
+        refuse_other_format(head, file, "parquet")
+
+
 def refuse_other_format(head: bytes, file: str, expected: Literal["parquet", "text"]) -> None:
     """Refuse a file whose first bytes are those of another format.
 
